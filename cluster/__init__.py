@@ -1,0 +1,1 @@
+"""Where a run happens: Ray, placement, teacher replicas, the student group, engines."""

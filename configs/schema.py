@@ -1,0 +1,210 @@
+"""The whole configuration as pydantic models: what a run is, its defaults, and the rules between fields.
+
+Frozen; unknown keys are errors. A field that chooses a plug-in (`kind:`) takes the plug-in's own parameters beside it,
+checked against the signature in the plug-in's file (`configs/plugins.py`). Nothing here is adjusted silently: a rule
+that fails says what to write instead. A `None` that means "decided from the hardware" is decided by
+`cluster/resolve.py`, never here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from configs.plugins import Plugin, plugin_field
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
+DType = Literal["auto", "bfloat16", "float32"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelSource(Section):
+    """Where a model comes from."""
+
+    path: str = Field(min_length=1, description="Local folder in Hugging Face format, or a hub name.")
+    revision: str | None = Field(None, description="Hub revision (branch, tag, commit); None for local folders.")
+    trust_remote_code: bool = Field(False, description="Run code shipped with this model. Off unless named per model.")
+    licence: str | None = Field(None, description="SPDX id or name of the licence, written into the model card.")
+
+
+class LoRA(Section):
+    """Low-rank adapters (arXiv 2106.09685) through peft."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+
+
+class Student(Section):
+    """The model that learns, and how DeepSpeed shards it."""
+
+    model: ModelSource
+    ranks: PositiveInt = Field(1, description="Training processes; one GPU each on GPU nodes, one core each on CPU.")
+    dtype: DType = Field("auto", description="auto: bfloat16 on GPUs and on CPUs with amx_bf16, else float32.")
+    zero_stage: Literal[1, 2, 3] = 2
+    offload: Literal["none", "optimizer", "optimizer_and_parameters"] = Field(
+        "none", description="Keep ZeRO state in host memory. parameters need zero_stage 3."
+    )
+    attention: Literal["auto", "sdpa", "flash_attention_2", "varlen"] = Field(
+        "auto", description="auto: the fastest packed attention this device offers (trainer/attention.py)."
+    )
+    activation_checkpointing: bool = False
+    lora: LoRA | None = None
+    loss_chunk_rows: PositiveInt = Field(512, description="Rows whose logits exist at once; bounds loss memory.")
+
+    @model_validator(mode="after")
+    def _offload_needs_stage_three(self) -> Student:
+        if self.offload == "optimizer_and_parameters" and self.zero_stage != 3:
+            raise ValueError(f"offload: optimizer_and_parameters needs zero_stage: 3, not {self.zero_stage}")
+        return self
+
+
+class Replicas(Section):
+    """Engine processes of one kind that share the work."""
+
+    engine: Plugin = plugin_field("engines", kind="vllm")
+    replicas: PositiveInt = 1
+    tensor_parallel_size: PositiveInt = 1
+    dtype: DType = "auto"
+
+
+class Teacher(Section):
+    """The model that judges, and writes if asked."""
+
+    name: str = Field("teacher", pattern=NAME)
+    model: ModelSource
+    chat_template: str | None = Field(None, description="Path of a jinja file; None: the teacher's own template.")
+    scorer: Replicas = Replicas()
+    writer: Replicas | None = Field(None, description="Needed by elicitations that let the teacher write.")
+
+
+class Dataset(Section):
+    """One source of rows, read by `datasets`."""
+
+    path: str = Field(min_length=1, description="jsonl, json, parquet or arrow file, a folder of them, or a hub name.")
+    revision: str | None = None
+    split: str = "train"
+    format: Literal["auto", "messages", "prompt_completion", "prompt", "text"] = Field(
+        "auto", description="auto: decided by the column names, the same for all rows."
+    )
+    max_rows: PositiveInt | None = Field(None, description="Read only the first rows.")
+
+
+class Data(Section):
+    """Rows and how they become token sequences."""
+
+    train: Dataset
+    evaluation: Dataset | None = Field(None, description="Held-out rows with answers; scored once, at start.")
+    max_length: PositiveInt = Field(2048, description="Tokens of prompt and answer together.")
+    on_too_long: Literal["error", "drop", "truncate"] = "error"
+    on_bad_row: Literal["error", "skip"] = Field("error", description="skip: counted and listed in rejected.jsonl.")
+    shuffle: bool = True
+
+
+class Term(Section):
+    """One weighted term of the objective."""
+
+    loss: Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
+    weight: PositiveFloat = 1.0
+    beta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Only for jsd: weight of the teacher in the mixture (GKD, arXiv 2306.13649)."
+    )
+
+    @model_validator(mode="after")
+    def _beta_belongs_to_jsd(self) -> Term:
+        if (self.loss == "jsd") != (self.beta is not None):
+            raise ValueError(
+                f"{self.loss}: " + ("give beta, for example beta: 0.5" if self.loss == "jsd" else "remove beta, only jsd has it")
+            )
+        return self
+
+
+class Optimizer(Section):
+    """AdamW (arXiv 1711.05101) and its schedule."""
+
+    learning_rate: PositiveFloat = 1e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="Last learning rate over the peak.")
+
+
+class Training(Section):
+    """Steps, batches, and what happens every so many of them."""
+
+    steps: PositiveInt | None = Field(None, description="Optimizer steps; give this or epochs.")
+    epochs: PositiveInt | None = None
+    sequences_per_step: PositiveInt = 32
+    micro_batch_tokens: PositiveInt = Field(4096, description="Token budget of one packed micro-batch of one rank.")
+    depth: NonNegativeInt = Field(2, description="Steps the teacher may run ahead of the student; 0: synchronous.")
+    max_label_bytes: PositiveInt = Field(2 * 2**30, description="Labels made and not yet trained, over all ranks.")
+    evaluate_every: NonNegativeInt = Field(0, description="Steps between evaluations; 0: only before and after.")
+    save_every: NonNegativeInt = Field(0, description="Steps between checkpoints; 0: only at the end.")
+    keep_checkpoints: PositiveInt = 2
+    max_non_finite_steps: NonNegativeInt = Field(3, description="Skipped steps before the run ends as diverged.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs, for example steps: 1000")
+        return self
+
+
+class Faults(Section):
+    """Deadlines and retry budgets. Every wait of a run has one of these."""
+
+    start_timeout_s: PositiveFloat = Field(600, description="Until every role must be ready.")
+    score_timeout_s: PositiveFloat = Field(300, description="One unit, from being sent to its labels.")
+    step_timeout_s: PositiveFloat = Field(1800, description="One optimizer step, evaluation or checkpoint.")
+    ping_interval_s: PositiveFloat = 10.0
+    ping_timeout_s: PositiveFloat = 30.0
+    max_unit_attempts: PositiveInt = 5
+    max_teacher_restarts: NonNegativeInt = Field(10, description="Per replica.")
+    max_student_restarts: NonNegativeInt = 3
+
+
+class Report(Section):
+    """What is watched and shown."""
+
+    tensorboard: bool = False
+    generate: NonNegativeInt = Field(3, description="Held-out prompts answered before and after, for the report.")
+    generate_tokens: PositiveInt = 64
+    viewer_sequences: NonNegativeInt = Field(4, description="Held-out sequences in the token viewer.")
+
+
+class Run(Section):
+    """One run: name and folder, the two models, data, objective, and how it is run."""
+
+    name: str = Field(pattern=NAME, description="Letters, digits, dot, dash, underscore.")
+    folder: Path | None = Field(None, description="Run folder; default runs/<name>.")
+    seed: NonNegativeInt = 0
+    runtime: Literal["ray", "in_process"] = Field("ray", description="in_process: no Ray, one process, works under pdb.")
+    accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: gpu where the cluster has any.")
+    student: Student
+    teacher: Teacher
+    data: Data
+    elicitation: Plugin = plugin_field("elicitation", kind="feature")
+    labels: Plugin = plugin_field("labels", kind="topk")
+    objective: tuple[Term, ...] = Field((Term(loss="forward_kl"),), min_length=1)
+    optimizer: Optimizer = Optimizer()
+    training: Training
+    faults: Faults = Faults()
+    report: Report = Report()
+
+    @model_validator(mode="after")
+    def _in_process_is_one_process(self) -> Run:
+        if self.runtime == "in_process":
+            if self.student.ranks != 1 or self.teacher.scorer.replicas != 1:
+                raise ValueError("runtime: in_process has one process: set student.ranks and teacher.scorer.replicas to 1")
+            if self.teacher.scorer.engine.kind == "vllm":
+                raise ValueError("runtime: in_process needs teacher.scorer.engine: {kind: hf}")
+        return self

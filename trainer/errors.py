@@ -1,0 +1,73 @@
+"""The errors that cross station borders. Each says what is wrong, the value, and what to do; none carries a cause
+that another process cannot unpickle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AbstractSequence
+
+
+class StillhouseError(Exception):
+    """An error meant for a person: its text is shown without a traceback. `exit_code` is what the command returns."""
+
+    exit_code = 1
+
+
+class ConfigError(StillhouseError):
+    """The configuration, a model folder or the machine does not allow the run; nothing was started."""
+
+    exit_code = 2
+
+
+class DataError(StillhouseError):
+    """A dataset row is wrong, or too many rows were rejected."""
+
+    exit_code = 3
+
+
+class InfrastructureError(StillhouseError):
+    """Something the run needs died, hangs or does not become ready, and the retry budget is used up."""
+
+    exit_code = 4
+
+
+class SelfTestError(InfrastructureError):
+    """A start-up self-test failed on this machine; the message holds its numbers."""
+
+
+class Diverged(StillhouseError):
+    """Too many steps with a non-finite loss or gradient; the last good checkpoint is kept."""
+
+    exit_code = 5
+
+
+class Preempted(StillhouseError):
+    """The run was asked to stop and saved a checkpoint first: run the same command again."""
+
+    exit_code = 75
+
+
+class UnitRejected(DataError):
+    """A unit cannot be scored by any replica (too long, bad token id, non-finite labels)."""
+
+
+class DeadlineExceeded(InfrastructureError):
+    """A call did not finish in its time."""
+
+
+class TeachersLost(InfrastructureError):
+    """No teacher replica is left, or units failed too often."""
+
+
+class StudentsLost(InfrastructureError):
+    """A student rank died or hangs: the whole group has to be restarted."""
+
+
+class LabelsLost(InfrastructureError):
+    """Blocks of labels can no longer be read (their node is gone): score these units again."""
+
+    def __init__(self, unit_ids: AbstractSequence[str]) -> None:
+        super().__init__(f"the labels of {len(unit_ids)} unit(s) are lost: {', '.join(unit_ids)}")
+        self.unit_ids = tuple(unit_ids)
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:
+        return (LabelsLost, (self.unit_ids,))

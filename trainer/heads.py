@@ -1,0 +1,56 @@
+"""The map from final hidden states to logits, for a student and for a teacher known only by its head.
+
+Most architectures multiply by lm_head and stop; some scale, some soft-cap. `Head` holds what is known of that, so that
+the loss, the evaluation and the self-test compute the same logits as `model(...).logits`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """How logits follow from `hidden @ weight.T + bias`: multiply by `scale`, then soft-cap."""
+
+    scale: float = 1.0
+    soft_cap: float | None = None  # c * tanh(z / c), Gemma 2 (arXiv 2408.00118, section 2)
+
+    @classmethod
+    def of_config(cls, config: Any) -> HeadShape:
+        """From a transformers config. Fields: `final_logit_softcapping` (Gemma), `logits_scaling` (Granite, a divisor),
+        `logit_scale` (Cohere, a factor). An architecture that does something else is caught by the label self-test."""
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        divisor = getattr(text, "logits_scaling", None) or 1.0
+        factor = getattr(text, "logit_scale", None) or 1.0
+        return cls(scale=factor / divisor, soft_cap=getattr(text, "final_logit_softcapping", None))
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scale and soft-cap; returns `logits` itself where there is nothing to do."""
+        if not math.isclose(self.scale, 1.0):
+            logits = logits * self.scale
+        if self.soft_cap is not None:
+            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return logits
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A frozen head: `weight` [>= V, H], `bias` [>= V] or None; rows beyond V are padding and never used."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    shape: HeadShape
+    vocabulary_size: int
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [n, V] from hidden [n, H], computed in the dtype of the weight."""
+        v = self.vocabulary_size
+        z = torch.nn.functional.linear(
+            hidden.to(self.weight.dtype), self.weight[:v], None if self.bias is None else self.bias[:v]
+        )
+        return self.shape.apply(z.float())

@@ -1,0 +1,117 @@
+"""What an encoding of soft labels must offer, how its columns become bytes, and how one is found by name.
+
+                teacher's worker                                        student's device
+    logits or hidden [n, .] --make--> columns --pack_rows--> bytes ~~~> unpack_rows --pair--> PairedLogProbs
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+import torch
+
+from trainer.types import EncodingSpec, PairedLogProbs
+
+if TYPE_CHECKING:
+    from trainer.heads import Head
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One array of an encoding: `[N, width]` of a torch dtype."""
+
+    name: str
+    dtype: torch.dtype
+    width: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.width * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherShape:
+    """What the layout of an encoding may depend on."""
+
+    vocabulary_size: int  # V, true
+    hidden_size: int  # H
+    dtype: torch.dtype  # of the hidden states
+
+
+class Encoding(Protocol):
+    """The contract of the class `Encoding` in each file; its dataclass fields are the config parameters."""
+
+    needs: Literal["logits", "hidden"]
+    """What `make` gets as `source`: logits `[n, V]` (sliced to the true vocabulary, soft-capped), or the final hidden
+    states `[n, H]` (after the final norm, what lm_head reads)."""
+    temperature: float
+
+    def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
+        """The columns in wire order. Wider dtypes first, so that every column stays aligned in a packed row."""
+        ...
+
+    def make(self, source: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Columns for `n` rows. `next_ids` int64 [n] is the realised next token of each row."""
+        ...
+
+    def pair(
+        self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None
+    ) -> PairedLogProbs:
+        """Student logits float32 [n, V] and the labels of the same rows as log-probabilities over one event set.
+
+        `teacher_head` turns hidden states into teacher logits; None for encodings that need no head. May overwrite
+        `logits`' gradient buffer but not `logits`.
+        """
+        ...
+
+    def mass(self, columns: Mapping[str, np.ndarray]) -> float:
+        """Mean probability mass that the kept events hold, for the report."""
+        ...
+
+
+def load_encoding(spec: EncodingSpec) -> Encoding:
+    """The encoding a spec names. The kind is one of the files here, or `package.module` of somebody else's."""
+    module = spec.kind if "." in spec.kind else f"trainer.labels.{spec.kind}"
+    return importlib.import_module(module).Encoding(**spec.parameters)
+
+
+def pack_rows(columns: Mapping[str, torch.Tensor], layout: tuple[Column, ...]) -> torch.Tensor:
+    """uint8 [n, sum of column bytes]: one tensor per request leaves the engine, however many columns there are."""
+    parts = []
+    for column in layout:
+        values = columns[column.name]
+        assert values.dtype == column.dtype and values.shape[1:] == (column.width,), (column, values.dtype, values.shape)
+        parts.append(values.contiguous().view(torch.uint8))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def unpack_rows(packed: np.ndarray, layout: tuple[Column, ...]) -> dict[str, np.ndarray]:
+    """The inverse of `pack_rows` on uint8 [N, bytes], as contiguous numpy columns (bfloat16 as uint16 bits)."""
+    columns, start = {}, 0
+    for column in layout:
+        raw = np.ascontiguousarray(packed[:, start : start + column.num_bytes])
+        columns[column.name] = raw.view(numpy_dtype(column.dtype))
+        start += column.num_bytes
+    if start != packed.shape[1]:
+        raise ValueError(f"packed rows hold {packed.shape[1]} bytes, the layout {layout} needs {start}")
+    return columns
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    """numpy has no bfloat16: its bits travel as uint16."""
+    if dtype is torch.bfloat16:
+        return np.dtype(np.uint16)
+    return torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def column_to_torch(column: np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A column on the device; bfloat16 bits become bfloat16 again."""
+    tensor = torch.from_numpy(column)
+    if dtype is torch.bfloat16:
+        tensor = tensor.view(torch.bfloat16)
+    return tensor.to(device, non_blocking=True)

@@ -1,0 +1,242 @@
+"""The values that travel between the stations of the line, all frozen.
+
+Dims used in shape comments, here and everywhere:
+
+    L  tokens of one sequence        T  tokens of one packed micro-batch     S  sequences
+    N  label rows                    V  entries of the shared, true vocabulary (never the padded one)
+    K  kept ids of a row             H  hidden width                          E  events of a pair
+
+The shift, stated once: row i of anything `[L]` belongs to the logits *after* token i, that is to the prediction of
+token i + 1. `loss_mask[i]` therefore says whether the prediction of token i + 1 counts, and `loss_mask[L - 1]` is
+always False. Engines shift what they return to this convention; nobody downstream shifts again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence as AbstractSequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+BlockRef = Any
+"""Where a block lies: the block itself in one process, an object reference on a cluster. Opaque to the loops."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """How far the prompt stream has been *trained*: `position` prompts of epoch `epoch`, in the order of `seed`."""
+
+    epoch: int
+    position: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of a dataset, rendered and tokenised once.
+
+    `loss_mask` is None where the answer still has to be written (`token_ids` is then the prompt alone, generation
+    header included); otherwise `token_ids` is the whole text and the mask follows the shift of this module.
+    """
+
+    id: str  # "<epoch>:<row>", the same whatever the world size
+    token_ids: np.ndarray  # int32 [L]
+    loss_mask: np.ndarray | None  # bool [L]
+    origin: str  # "file:line" or "dataset[row]", for messages to people
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """A full token row with the rows that count in the loss."""
+
+    id: str
+    token_ids: np.ndarray  # int32 [L]
+    loss_mask: np.ndarray  # bool [L], shifted (module docstring)
+    provenance: str  # "dataset" or "teacher": who wrote the answer
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return int(self.loss_mask.sum())
+
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """The loss rows as half-open spans, in order: the answers of a multi-turn text are no suffix."""
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], self.loss_mask.astype(np.int8), [0]])))
+        return tuple((int(a), int(b)) for a, b in edges.reshape(-1, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """The sequences that one replica scores together and one rank trains in one step. Scoring it is a pure function."""
+
+    id: str  # from stream positions, so equal at every world size that cuts the step equally
+    sequences: tuple[Sequence, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.num_tokens for s in self.sequences)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(s.num_loss_tokens for s in self.sequences)
+
+    def tokens_hash(self) -> str:
+        """Identifies the exact tokens and rows a block was made for."""
+        return hash_tokens(self.sequences)
+
+
+def hash_tokens(sequences: AbstractSequence[Sequence]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for sequence in sequences:
+        digest.update(np.int64(sequence.num_tokens).tobytes())
+        digest.update(np.ascontiguousarray(sequence.token_ids, dtype=np.int32).tobytes())
+        digest.update(np.packbits(sequence.loss_mask).tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class EncodingSpec:
+    """Which encoding of soft labels is asked for: a file name of `trainer/labels/` and its parameters."""
+
+    kind: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelHeader:
+    """What a block's numbers mean. Two blocks may be mixed in a step only if their headers are equal."""
+
+    teacher: str
+    weights_version: str
+    encoding: EncodingSpec
+    tokenizer_fingerprint: str
+    vocabulary_size: int  # V
+
+
+@dataclass(frozen=True, slots=True)
+class SoftLabelBlock:
+    """The labels of one unit as flat arrays; rows in sequence order, inside a sequence in token order.
+
+    The same bytes in memory, on the wire and on disk.
+    """
+
+    header: LabelHeader
+    tokens_hash: str
+    columns: Mapping[str, np.ndarray]  # each [N, width]; bfloat16 travels as uint16 bits
+    row_offsets: np.ndarray  # int64 [S + 1]: sequence s owns rows row_offsets[s] : row_offsets[s + 1]
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.row_offsets[-1])
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(column.nbytes for column in self.columns.values())
+
+
+@dataclass(frozen=True, slots=True)
+class UnitReport:
+    """What the controller reads of a scored unit; the block itself never passes through it."""
+
+    unit_id: str
+    tokens_hash: str
+    replica: str
+    num_rows: int
+    num_tokens: int
+    num_bytes: int
+    num_non_finite: int
+    mean_mass: float  # mean probability mass the encoding kept (1.0 for dense and hidden labels)
+    score_s: float  # from the first request of the unit entering the engine to its last row leaving it
+    started_s: float  # wall clock (time.time) of the first request, for the timeline
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Rank and micro-batch of every sequence of a step; all ranks have the same number of micro-batches."""
+
+    micro_batches: tuple[tuple[tuple[int, ...], ...], ...]  # [rank][micro-batch] -> indices into the step's sequences
+    tokens: tuple[int, ...]  # per rank
+
+    @property
+    def world(self) -> int:
+        return len(self.micro_batches)
+
+    @property
+    def num_micro_batches(self) -> int:
+        return len(self.micro_batches[0])
+
+
+@dataclass(frozen=True, slots=True)
+class RankBatch:
+    """One rank's share of one optimizer step, without the labels: `blocks[u]` of the call goes with `units[u]`."""
+
+    step: int
+    units: tuple[Unit, ...]
+    micro_batches: tuple[tuple[tuple[int, int], ...], ...]  # [micro-batch] -> (unit, sequence inside it)
+    num_loss_tokens: int  # of the whole step, over all ranks: the normaliser
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """One packed micro-batch on the device, its labels aligned to its loss rows."""
+
+    token_ids: torch.Tensor  # int64 [1, T]
+    position_ids: torch.Tensor  # int64 [1, T], restarting at each sequence
+    sequence_offsets: tuple[int, ...]  # [S + 1] borders inside T
+    loss_rows: torch.Tensor  # int64 [N], indices into T
+    next_ids: torch.Tensor  # int64 [N], the realised next token of each loss row
+    labels: Mapping[str, torch.Tensor]  # columns of the encoding, each [N, width]
+
+
+@dataclass(frozen=True, slots=True)
+class PairedLogProbs:
+    """Log-probabilities of student and teacher over one shared set of events; each row sums to one in both.
+
+    `exhaustive` is True where the events are the whole vocabulary; where False the last event is the lumped tail,
+    and every divergence is then a lower bound of the one over the vocabulary (data processing inequality).
+    """
+
+    student: torch.Tensor  # float32 [N, E], carries the gradient
+    teacher: torch.Tensor  # float32 [N, E]
+    exhaustive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """Numbers of one step, `{area}/{name}_{unit}`, the same on whichever rank reported them."""
+
+    step: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleTokens:
+    """One held-out sequence for the token viewer of the report; arrays follow the shift of this module."""
+
+    id: str
+    token_ids: np.ndarray  # int32 [L]
+    rows: np.ndarray  # int64 [N] loss rows
+    student_logprob: np.ndarray  # float32 [N] of the realised next token
+    teacher_logprob: np.ndarray  # float32 [N]
+    kl: np.ndarray  # float32 [N] forward KL in nats
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Held-out quality over the full vocabulary; never a top-k bound."""
+
+    step: int
+    num_rows: int
+    forward_kl: float  # nats per token, KL(teacher, student)
+    agreement: float  # share of rows where both argmax are equal
+    perplexity: float  # of the student on the realised tokens
+    teacher_perplexity: float
+    samples: tuple[SampleTokens, ...] = ()
