@@ -240,3 +240,15 @@ class Evaluation:
     perplexity: float  # of the student on the realised tokens
     teacher_perplexity: float
     samples: tuple[SampleTokens, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StudentPlan:
+    """What `cluster/resolve.py` decided for every student rank; nothing in it depends on the rank."""
+
+    dtype: str  # "float32" or "bfloat16": of the parameters that are trained and of the forward pass
+    device_type: str  # of torch.device
+    backend: str  # of torch.distributed
+    attention: str  # a name of trainer/attention.py
+    deepspeed: Mapping[str, Any]  # the complete DeepSpeed configuration
+    collective_timeout_s: float
