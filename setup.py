@@ -1,24 +1,37 @@
-"""Packaging of Stillhouse: what is installed, its extras, its command and its vLLM plug-in."""
+"""Packaging of Stillhouse: what is installed, its extras, its command and its vLLM plug-in.
 
-from setuptools import setup
+The ranges say what the code needs; the exact versions that are tested together are in `requirements/cpu.txt`.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+PACKAGES = ("configs", "trainer", "cluster", "launch")
 
 setup(
     name="stillhouse",
     version="0.1.0",
     description="Online knowledge distillation of large language models: Ray, vLLM teachers, DeepSpeed students",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11,<3.13",
-    packages=[
-        "configs",
-        "trainer",
-        "trainer.labels",
-        "trainer.losses",
-        "trainer.elicitation",
-        "cluster",
-        "cluster.engines",
-        "launch",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    package_data={"configs": ["*.yaml", "data/*"], "trainer": ["*.jinja"]},
+    keywords="distillation llm ray vllm deepspeed",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=[*PACKAGES, *(f"{name}.*" for name in PACKAGES)]),
+    package_data={
+        "": ["*.jinja", "*.html", "*.css", "*.js"],
+        "configs": ["*.yaml", "data/*.jsonl", "data/*.md"],
+    },
     install_requires=[
         "torch>=2.11",
         "transformers>=5.16.1,<5.20",
