@@ -1,0 +1,85 @@
+"""Commit, verification, retention and the ways a checkpoint can be damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trainer.checkpoint import MANIFEST, Checkpoints, TrainingState
+from trainer.errors import ConfigError
+from trainer.types import Cursor
+
+
+def state(step: int, config_hash: str = "a") -> TrainingState:
+    return TrainingState(
+        step=step,
+        cursor=Cursor(epoch=1, position=step * 4, seed=3),
+        config_hash=config_hash,
+        world=2,
+        non_finite_steps=0,
+    )
+
+
+def save(checkpoints: Checkpoints, step: int, content: bytes = b"shard") -> Path:
+    temporary = checkpoints.begin(step)
+    (temporary / "rank0").mkdir()
+    (temporary / "rank0" / "shard.pt").write_bytes(content * 100)
+    return checkpoints.commit(temporary, state(step))
+
+
+def test_the_newest_commit_is_found_with_its_state(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    for step in (5, 10, 15):
+        save(checkpoints, step)
+    found = checkpoints.latest(config_hash="a")
+    assert found is not None
+    assert found.state == state(15)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["step_000010", "step_000015"]
+
+
+def test_an_uncommitted_folder_does_not_exist(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save(checkpoints, 5)
+    temporary = checkpoints.begin(10)
+    (temporary / "shard.pt").write_bytes(b"half")
+    found = checkpoints.latest(config_hash="a")
+    assert found is not None
+    assert found.state.step == 5
+    checkpoints.sweep()
+    assert not temporary.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest_cut", "manifest_gone"])
+def test_a_damaged_checkpoint_is_skipped_by_name_and_the_older_one_used(tmp_path: Path, damage: str) -> None:
+    notes: list[str] = []
+    checkpoints = Checkpoints(tmp_path, keep=3, note=notes.append)
+    save(checkpoints, 5)
+    newest = save(checkpoints, 10)
+    shard = newest / "rank0" / "shard.pt"
+    if damage == "truncate":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif damage == "flip":
+        shard.write_bytes(b"S" + shard.read_bytes()[1:])
+    elif damage == "remove":
+        shard.unlink()
+    elif damage == "manifest_cut":
+        (newest / MANIFEST).write_text((newest / MANIFEST).read_text()[:40])
+    else:
+        (newest / MANIFEST).unlink()
+    found = checkpoints.latest(config_hash="a")
+    assert found is not None
+    assert found.state.step == 5
+    assert len(notes) == 1
+    assert "step 10" in notes[0]
+
+
+def test_another_configuration_is_refused_with_both_hashes(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save(checkpoints, 5)
+    with pytest.raises(ConfigError, match=r"hash a, this one is b"):
+        checkpoints.latest(config_hash="b")
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "missing", keep=1).latest(config_hash="a") is None

@@ -1,0 +1,158 @@
+"""Checkpoints that are complete and verified, or do not exist.
+
+    begin: checkpoints/.step_000120.tmp-<id>/  ->  ranks write and fsync  ->  commit: MANIFEST.json with size and hash of
+    every file, fsync, rename to step_000120, fsync of the parent  ->  only then older ones are removed
+
+The truth is the newest folder whose manifest verifies; there is no pointer file that could disagree with it. A ZeRO
+checkpoint is pickled code to whoever loads it, so only folders of the run itself are ever loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import ConfigError
+from trainer.types import Cursor
+
+MANIFEST = "MANIFEST.json"
+_FOLDER = re.compile(r"^step_(\d{6,})$")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """What a resumed run needs beside the shards."""
+
+    step: int
+    cursor: Cursor
+    config_hash: str
+    world: int
+    non_finite_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A checkpoint whose manifest was read and whose files have the sizes (and hashes, if asked) it lists."""
+
+    folder: Path
+    state: TrainingState
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of one run; the caller holds the run folder's lock."""
+
+    def __init__(self, folder: Path, *, keep: int, note: Callable[[str], None] = lambda text: None) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._note = note
+
+    def begin(self, step: int) -> Path:
+        """An empty temporary folder for the shards of a step. Leftovers of killed attempts are removed first."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.sweep()
+        temporary = self._folder / f".step_{step:06d}.tmp-{uuid.uuid4().hex[:8]}"
+        temporary.mkdir()
+        return temporary
+
+    def commit(self, temporary: Path, state: TrainingState) -> Path:
+        """Make the shards in `temporary` the checkpoint of `state.step`, then apply retention. Returns its folder."""
+        files = {
+            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "blake2b": _hash(path)}
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
+        }
+        manifest = {"format": 1, "state": asdict(state), "files": files}
+        with open(temporary / MANIFEST, "w") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
+            _fsync_folder(folder)
+        target = self._folder / f"step_{state.step:06d}"
+        if target.exists():  # the same step trained again after a damaged checkpoint was skipped
+            shutil.rmtree(target)
+        os.rename(temporary, target)
+        _fsync_folder(self._folder)
+        self._retain()
+        return target
+
+    def discard(self, temporary: Path) -> None:
+        """Remove the leftovers of a failed save."""
+        shutil.rmtree(temporary, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove temporary folders: whoever wrote them is gone, since the run's lock is ours."""
+        for path in self._folder.glob(".step_*.tmp-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def latest(self, *, config_hash: str) -> Committed | None:
+        """The newest checkpoint that verifies. Damaged ones are skipped with a note naming the file.
+
+        Raises ConfigError if the newest valid one was made by another configuration.
+        """
+        for step, folder in sorted(self._steps(), reverse=True):
+            problem = verify(folder)
+            if problem is not None:
+                self._note(f"checkpoint of step {step} is damaged and skipped: {problem}")
+                continue
+            committed = Committed(folder=folder, state=read_state(folder))
+            if committed.state.config_hash != config_hash:
+                raise ConfigError(
+                    f"{folder} was made with another configuration (hash {committed.state.config_hash}, this one is "
+                    f"{config_hash}); give the run another name or folder, or remove the folder to start afresh"
+                )
+            return committed
+        return None
+
+    def _steps(self) -> list[tuple[int, Path]]:
+        if not self._folder.is_dir():
+            return []
+        found = ((_FOLDER.match(path.name), path) for path in self._folder.iterdir() if not path.is_symlink())
+        return [(int(match.group(1)), path) for match, path in found if match]
+
+    def _retain(self) -> None:
+        for _, folder in sorted(self._steps(), reverse=True)[self._keep :]:
+            shutil.rmtree(folder)
+
+
+def verify(folder: Path) -> str | None:
+    """None if every file of the manifest is there with its size and hash; else what is wrong."""
+    try:
+        files: Mapping[str, Mapping[str, Any]] = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{folder / MANIFEST}: {error}"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{path} has {path.stat().st_size} bytes, {expected['bytes']} were written"
+        if _hash(path) != expected["blake2b"]:
+            return f"{path} has changed since it was written"
+    return None
+
+
+def read_state(folder: Path) -> TrainingState:
+    state = json.loads((folder / MANIFEST).read_text())["state"]
+    return TrainingState(**{**state, "cursor": Cursor(**state["cursor"])})
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

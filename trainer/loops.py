@@ -1,0 +1,304 @@
+"""The two loops of a run and the bounded queue between them: one asyncio program over the protocols, no Ray, no vLLM.
+
+    supply                                                          train
+    ------                                                          -----
+    consumes    prompts of the stream                               steps that are ready, in order
+    per step    collect -> plan -> score units -> stage on ranks    step on all ranks -> metrics, evaluation, checkpoint
+    waits for   a permit (depth, label bytes)                       the next step being ready
+    unblocked   by the optimizer step that returns a permit         by the last `stage` answer of that step
+
+A permit is taken before `collect` and returned after the optimizer step. With depth d, d further steps may be under way
+while one is trained; depth 0 is strictly synchronous. Nothing else synchronises the loops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from trainer.errors import Diverged, InfrastructureError, LabelsLost, Preempted
+from trainer.prompts import PromptStream
+from trainer.protocols import Elicitation, Scorers, Students
+from trainer.step_plan import cut_units, plan_step
+from trainer.types import (
+    BlockRef,
+    Cursor,
+    EncodingSpec,
+    Evaluation,
+    Prompt,
+    RankBatch,
+    StepMetrics,
+    Unit,
+    UnitReport,
+)
+
+
+class Observer(Protocol):
+    """Who watches a run: metrics, progress, timeline. Must not raise and must not block for long."""
+
+    def step(self, metrics: StepMetrics) -> None: ...
+
+    def evaluation(self, evaluation: Evaluation) -> None: ...
+
+    def event(self, name: str, **fields: Any) -> None: ...
+
+    def span(self, lane: str, kind: str, start_s: float, stop_s: float, label: str = "") -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """What the loops need to know of a run's configuration."""
+
+    total_steps: int
+    sequences_per_step: int
+    micro_batch_tokens: int
+    depth: int
+    max_label_bytes: int
+    label_bytes_per_row: int
+    units_per_rank: int
+    max_unit_attempts: int
+    evaluate_every: int
+    save_every: int
+    max_non_finite_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyStep:
+    """A step whose labels are staged on every rank."""
+
+    step: int
+    cursor: Cursor  # after its prompts: what a checkpoint taken after it must hold
+    reports: tuple[UnitReport, ...]
+    prompt_ids: tuple[str, ...]
+    num_sequences: int
+
+
+class Permits:
+    """Steps admitted and not yet trained, bounded by number and by bytes of labels.
+
+    The oldest admitted step always gets its bytes, whatever its size: a step over the cap runs alone, none deadlocks.
+    """
+
+    def __init__(self, *, depth: int, max_bytes: int) -> None:
+        self._steps = asyncio.Semaphore(depth + 1)
+        self._max_bytes = max_bytes
+        self._bytes: dict[int, int] = {}
+        self._oldest: list[int] = []
+        self._changed = asyncio.Condition()
+
+    async def admit(self, step: int) -> None:
+        await self._steps.acquire()
+        self._oldest.append(step)
+
+    async def reserve(self, step: int, num_bytes: int) -> None:
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._oldest[0] == step or sum(self._bytes.values()) + num_bytes <= self._max_bytes
+            )
+            self._bytes[step] = num_bytes
+
+    async def give_back(self, step: int) -> None:
+        async with self._changed:
+            self._oldest.remove(step)
+            self._bytes.pop(step, None)
+            self._changed.notify_all()
+        self._steps.release()
+
+
+class Loops:
+    """One attempt at the steps `start_step .. total_steps`; a restarted student group gets a new one."""
+
+    def __init__(
+        self,
+        *,
+        stream: PromptStream,
+        elicitation: Elicitation,
+        scorers: Scorers,
+        students: Students,
+        encoding: EncodingSpec,
+        settings: LoopSettings,
+        observer: Observer,
+        save: Callable[[int, Cursor], Awaitable[None]],
+        stop_requested: asyncio.Event,
+        non_finite_steps: int = 0,
+    ) -> None:
+        self._stream = stream
+        self._elicitation = elicitation
+        self._scorers = scorers
+        self._students = students
+        self._encoding = encoding
+        self._settings = settings
+        self._observer = observer
+        self._save = save
+        self._stop_requested = stop_requested
+        self._permits = Permits(depth=settings.depth, max_bytes=settings.max_label_bytes)
+        self._ready: asyncio.Queue[asyncio.Task[ReadyStep]] = asyncio.Queue()
+        self.non_finite_steps = non_finite_steps
+        self.last_step = 0
+        self.last_saved: int | None = None
+        self._cursor: Cursor | None = None  # after the last step trained here
+
+    async def run(self, start_step: int) -> None:
+        """Train to the last step. Raises the first error of any station; the stations are then all cancelled."""
+        self.last_step = start_step
+        try:
+            async with asyncio.TaskGroup() as stations:
+                supply = stations.create_task(self._supply(stations, start_step), name="supply")
+                stations.create_task(self._train(start_step, supply), name="train")
+        except BaseExceptionGroup as group:
+            raise first_error(group) from None
+
+    async def _supply(self, stations: asyncio.TaskGroup, start_step: int) -> None:
+        for step in range(start_step + 1, self._settings.total_steps + 1):
+            await self._permits.admit(step)
+            prompts = self._stream.take(self._settings.sequences_per_step)
+            work = self._make_ready(step, prompts, self._stream.cursor)
+            self._ready.put_nowait(stations.create_task(work, name=f"step-{step}"))
+
+    async def _make_ready(self, step: int, prompts: list[Prompt], cursor: Cursor) -> ReadyStep:
+        sequences = await self._elicitation.collect(prompts)
+        plan = plan_step(
+            [sequence.num_tokens for sequence in sequences],
+            world=self._students.world,
+            token_budget=self._settings.micro_batch_tokens,
+        )
+        batches = cut_units(sequences, plan, step=step, units_per_rank=self._settings.units_per_rank)
+        num_bytes = self._settings.label_bytes_per_row * sum(s.num_loss_tokens for s in sequences)
+        await self._permits.reserve(step, num_bytes)
+        reports = await self._score_and_stage(batches)
+        return ReadyStep(
+            step=step,
+            cursor=cursor,
+            reports=reports,
+            prompt_ids=tuple(sequence.id for sequence in sequences),
+            num_sequences=len(sequences),
+        )
+
+    async def _score_and_stage(self, batches: tuple[RankBatch, ...]) -> tuple[UnitReport, ...]:
+        """Score all units at once, then stage. Blocks that were lost on the way are scored again."""
+        scored: dict[str, tuple[UnitReport, BlockRef]] = {}
+        for attempt in range(self._settings.max_unit_attempts):
+            missing = [unit for batch in batches for unit in batch.units if unit.id not in scored]
+            scored.update(await self._score(missing))
+            blocks = [[scored[unit.id][1] for unit in batch.units] for batch in batches]
+            started = time.time()
+            try:
+                await self._students.stage(batches, blocks)
+            except LabelsLost as lost:
+                self._observer.event("labels_lost", units=list(lost.unit_ids), attempt=attempt)
+                for unit_id in lost.unit_ids:
+                    del scored[unit_id]
+                continue
+            self._observer.span("student", "stage", started, time.time(), f"step {batches[0].step}")
+            return tuple(report for report, _ in scored.values())
+        raise InfrastructureError(f"the labels of step {batches[0].step} were lost {attempt + 1} times in a row")
+
+    async def _score(self, units: list[Unit]) -> dict[str, tuple[UnitReport, BlockRef]]:
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {u.id: group.create_task(self._scorers.score(u, self._encoding)) for u in units}
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from None
+        return {unit_id: task.result() for unit_id, task in tasks.items()}
+
+    async def _train(self, start_step: int, supply: asyncio.Task[None]) -> None:
+        for step in range(start_step + 1, self._settings.total_steps + 1):
+            waited_from = time.time()
+            ready = await self._next_ready()
+            if ready is None:
+                supply.cancel()
+                await self._stop_early()
+            trained_from = time.time()
+            self._observer.span("student", "wait", waited_from, trained_from, f"step {step}")
+            metrics = await self._students.step(step)
+            await self._permits.give_back(step)
+            self.last_step, self._cursor = step, ready.cursor
+            self._observe(metrics, ready, waited_from, trained_from)
+            self._count_non_finite(metrics, ready)
+            await self._between_steps(step)
+
+    async def _next_ready(self) -> ReadyStep | None:
+        """The next step, or None as soon as a stop is requested while it is not being trained."""
+        stop = asyncio.ensure_future(self._stop_requested.wait())
+        ready = asyncio.ensure_future(self._take_ready())
+        try:
+            await asyncio.wait({stop, ready}, return_when=asyncio.FIRST_COMPLETED)
+            return None if stop.done() else ready.result()
+        finally:
+            stop.cancel()
+            ready.cancel()
+
+    async def _take_ready(self) -> ReadyStep:
+        return await asyncio.shield(await self._ready.get())
+
+    async def _stop_early(self) -> None:
+        if self._cursor is not None and self.last_saved != self.last_step:
+            await self._checkpoint(self.last_step)
+        raise Preempted(f"stopped after step {self.last_step}; run the same command again to go on")
+
+    def _observe(self, metrics: StepMetrics, ready: ReadyStep, waited_from: float, trained_from: float) -> None:
+        now = time.time()
+        self._observer.span("student", "train", trained_from, now, f"step {metrics.step}")
+        rows = sum(report.num_rows for report in ready.reports)
+        values = {
+            **metrics.values,
+            "student/wait_s": trained_from - waited_from,
+            "student/step_s": now - trained_from,
+            "step/seconds": now - waited_from,
+            "step/sequences": ready.num_sequences,
+            "labels/rows": rows,
+            "labels/bytes": sum(report.num_bytes for report in ready.reports),
+            "labels/mass": sum(report.mean_mass * report.num_rows for report in ready.reports) / max(rows, 1),
+            "scorer/score_s": sum(report.score_s for report in ready.reports),
+        }
+        self._observer.step(StepMetrics(step=metrics.step, values=values))
+
+    def _count_non_finite(self, metrics: StepMetrics, ready: ReadyStep) -> None:
+        if not metrics.values["train/skipped"]:
+            return
+        self.non_finite_steps += 1
+        self._observer.event("non_finite_step", at_step=metrics.step, prompts=list(ready.prompt_ids))
+        if self.non_finite_steps > self._settings.max_non_finite_steps:
+            raise Diverged(
+                f"{self.non_finite_steps} steps had a non-finite loss or gradient (training.max_non_finite_steps: "
+                f"{self._settings.max_non_finite_steps}), the last one step {metrics.step}; lower "
+                "optimizer.learning_rate or look at the prompts listed in metrics.jsonl. The last checkpoint is kept."
+            )
+
+    async def _between_steps(self, step: int) -> None:
+        last = step == self._settings.total_steps
+        if last or _due(step, self._settings.save_every):
+            await self._checkpoint(step)
+        if last or _due(step, self._settings.evaluate_every):
+            await self.evaluate(step)
+
+    async def _checkpoint(self, step: int) -> None:
+        started = time.time()
+        await self._save(step, self._cursor)
+        self.last_saved = step
+        self._observer.span("student", "save", started, time.time(), f"step {step}")
+
+    async def evaluate(self, step: int) -> Evaluation | None:
+        """Held-out quality now; None where the run has no held-out rows."""
+        started = time.time()
+        evaluation = await self._students.evaluate(step)
+        self._observer.span("student", "evaluate", started, time.time(), f"step {step}")
+        if evaluation.num_rows:
+            self._observer.evaluation(evaluation)
+        return evaluation
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def first_error(group: BaseExceptionGroup) -> BaseException:
+    """The error that a person should see: the first that is no cancellation, from the innermost group."""
+    for error in group.exceptions:
+        found = first_error(error) if isinstance(error, BaseExceptionGroup) else error
+        if not isinstance(found, asyncio.CancelledError):
+            return found
+    return group.exceptions[0]
