@@ -5,17 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as AbstractSequence
 
-
-class StillhouseError(Exception):
-    """An error meant for a person: its text is shown without a traceback. `exit_code` is what the command returns."""
-
-    exit_code = 1
-
-
-class ConfigError(StillhouseError):
-    """The configuration, a model folder or the machine does not allow the run; nothing was started."""
-
-    exit_code = 2
+from configs.errors import ConfigError as ConfigError, StillhouseError as StillhouseError
 
 
 class DataError(StillhouseError):

@@ -57,7 +57,9 @@ class Students(Protocol):
 
     world: int
 
-    async def stage(self, batches: AbstractSequence[RankBatch], blocks: AbstractSequence[AbstractSequence[BlockRef]]) -> None:
+    async def stage(
+        self, batches: AbstractSequence[RankBatch], blocks: AbstractSequence[AbstractSequence[BlockRef]]
+    ) -> None:
         """Copy each rank's labels next to its device and check them, while an earlier step may still run.
 
         Raises `LabelsLost` with the ids of the units whose blocks can no longer be read.
@@ -84,7 +86,9 @@ class Students(Protocol):
 class ScoringEngine(Protocol):
     """Software that runs one replica of a teacher for scoring. Built inside its process; no method outlives `close`."""
 
-    async def score(self, unit: Unit, encoding: EncodingSpec, *, deadline_s: float) -> tuple[UnitReport, SoftLabelBlock]:
+    async def score(
+        self, unit: Unit, encoding: EncodingSpec, *, deadline_s: float
+    ) -> tuple[UnitReport, SoftLabelBlock]:
         """Raises `DeadlineExceeded` after aborting the unit's requests, `UnitRejected` for input the model refuses."""
         ...
 

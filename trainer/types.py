@@ -14,7 +14,8 @@ always False. Engines shift what they return to this convention; nobody downstre
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence as AbstractSequence
+from collections.abc import Mapping
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
