@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from configs.plugins import Plugin, plugin_field
+from configs.plugins import ELICITATION, ENGINES, LABELS, Plugin
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 DType = Literal["auto", "bfloat16", "float32"]
@@ -68,7 +68,7 @@ class Student(Section):
 class Replicas(Section):
     """Engine processes of one kind that share the work."""
 
-    engine: Plugin = plugin_field("engines", kind="vllm")
+    engine: Annotated[Plugin, ENGINES] = Plugin("vllm")
     replicas: PositiveInt = 1
     tensor_parallel_size: PositiveInt = 1
     dtype: DType = "auto"
@@ -80,7 +80,7 @@ class Teacher(Section):
     name: str = Field("teacher", pattern=NAME)
     model: ModelSource
     chat_template: str | None = Field(None, description="Path of a jinja file; None: the teacher's own template.")
-    scorer: Replicas = Replicas()
+    scorer: Replicas = Field(default_factory=Replicas)
     writer: Replicas | None = Field(None, description="Needed by elicitations that let the teacher write.")
 
 
@@ -120,7 +120,8 @@ class Term(Section):
     def _beta_belongs_to_jsd(self) -> Term:
         if (self.loss == "jsd") != (self.beta is not None):
             raise ValueError(
-                f"{self.loss}: " + ("give beta, for example beta: 0.5" if self.loss == "jsd" else "remove beta, only jsd has it")
+                f"{self.loss}: "
+                + ("give beta, for example beta: 0.5" if self.loss == "jsd" else "remove beta, only jsd has it")
             )
         return self
 
@@ -187,13 +188,15 @@ class Run(Section):
     name: str = Field(pattern=NAME, description="Letters, digits, dot, dash, underscore.")
     folder: Path | None = Field(None, description="Run folder; default runs/<name>.")
     seed: NonNegativeInt = 0
-    runtime: Literal["ray", "in_process"] = Field("ray", description="in_process: no Ray, one process, works under pdb.")
+    runtime: Literal["ray", "in_process"] = Field(
+        "ray", description="in_process: no Ray, one process, works under pdb."
+    )
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: gpu where the cluster has any.")
     student: Student
     teacher: Teacher
     data: Data
-    elicitation: Plugin = plugin_field("elicitation", kind="feature")
-    labels: Plugin = plugin_field("labels", kind="topk")
+    elicitation: Annotated[Plugin, ELICITATION] = Plugin("feature")
+    labels: Annotated[Plugin, LABELS] = Plugin("topk")
     objective: tuple[Term, ...] = Field((Term(loss="forward_kl"),), min_length=1)
     optimizer: Optimizer = Optimizer()
     training: Training
@@ -204,7 +207,9 @@ class Run(Section):
     def _in_process_is_one_process(self) -> Run:
         if self.runtime == "in_process":
             if self.student.ranks != 1 or self.teacher.scorer.replicas != 1:
-                raise ValueError("runtime: in_process has one process: set student.ranks and teacher.scorer.replicas to 1")
+                raise ValueError(
+                    "runtime: in_process has one process: set student.ranks and teacher.scorer.replicas to 1"
+                )
             if self.teacher.scorer.engine.kind == "vllm":
                 raise ValueError("runtime: in_process needs teacher.scorer.engine: {kind: hf}")
         return self

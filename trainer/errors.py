@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as AbstractSequence
 
-from configs.errors import ConfigError as ConfigError, StillhouseError as StillhouseError
+from configs.errors import ConfigError as ConfigError
+from configs.errors import StillhouseError as StillhouseError
 
 
 class DataError(StillhouseError):
@@ -42,6 +43,10 @@ class UnitRejected(DataError):
 
 class DeadlineExceeded(InfrastructureError):
     """A call did not finish in its time."""
+
+
+class EngineDead(InfrastructureError):
+    """The engine of one replica broke; every later call to it fails too. Restart its process."""
 
 
 class TeachersLost(InfrastructureError):
