@@ -58,8 +58,8 @@ $(READY):
 	@echo "setup: ready; . $(BIN)/activate to use it by hand"
 
 models: setup  ## convert the demo's teacher and cut its student out of it (seconds, then nothing)
-	@$(BIN)/stillhouse prepare smollm2-135m-instruct $(TEACHER)
-	@$(BIN)/stillhouse prune $(TEACHER) $(STUDENT) --keep-layers $(STUDENT_LAYERS)
+	@DS_ACCELERATOR=cpu $(BIN)/stillhouse prepare smollm2-135m-instruct $(TEACHER)
+	@DS_ACCELERATOR=cpu $(BIN)/stillhouse prune $(TEACHER) $(STUDENT) --keep-layers $(STUDENT_LAYERS)
 
 demo: models  ## distil a real teacher into a smaller student on this machine, and write a report
 	@HF_HUB_OFFLINE=1 $(BIN)/stillhouse train configs/demo.yaml
