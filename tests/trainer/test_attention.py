@@ -1,0 +1,131 @@
+"""Packed attention against unpacked runs of transformers' own eager attention, for every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_model
+
+from trainer.attention import IMPLEMENTATIONS, border_arguments, choose_attention
+from trainer.errors import ConfigError
+
+LENGTHS = (70, 1, 9, 90)  # two of them longer than gemma2's sliding window of 64
+
+
+def _sequences() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 280, (length,), generator=generator) for length in LENGTHS]
+
+
+def _packed_logits(model: torch.nn.Module, sequences: list[torch.Tensor], name: str = "sdpa") -> torch.Tensor:
+    model.config._attn_implementation = IMPLEMENTATIONS[name]
+    offsets = [0, *torch.tensor([len(s) for s in sequences]).cumsum(0).tolist()]
+    positions = torch.cat([torch.arange(len(s)) for s in sequences])
+    arguments = border_arguments(name, offsets, torch.device("cpu"))
+    return model(
+        input_ids=torch.cat(sequences)[None], position_ids=positions[None], use_cache=False, **arguments
+    ).logits[0]
+
+
+def _separate_logits(model: torch.nn.Module, sequences: list[torch.Tensor]) -> torch.Tensor:
+    model.config._attn_implementation = "eager"
+    return torch.cat([model(input_ids=s[None], use_cache=False).logits[0] for s in sequences])
+
+
+def _weighted(logits: torch.Tensor) -> torch.Tensor:
+    weights = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+    return (logits * weights).sum()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "windowed_qwen2"])
+def test_packed_logits_and_gradients_equal_separate_eager_runs(family: str) -> None:
+    if family == "windowed_qwen2":
+        model = tiny_model("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    else:
+        model = tiny_model(family)
+    sequences = _sequences()
+    gradients = []
+    logits = []
+    for run in (_packed_logits, _separate_logits):
+        model.zero_grad()
+        logits.append(run(model, sequences))
+        _weighted(logits[-1]).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    for packed, separate in zip(*gradients, strict=True):
+        torch.testing.assert_close(packed, separate, rtol=2e-3, atol=2e-3 * float(separate.abs().max()))
+
+
+def test_without_borders_the_sequences_would_mix() -> None:
+    model, sequences = tiny_model("llama"), _sequences()
+    separate = _separate_logits(model, sequences)
+    model.config._attn_implementation = IMPLEMENTATIONS["sdpa"]
+    positions = torch.cat([torch.arange(len(s)) for s in sequences])
+    mixed = model(input_ids=torch.cat(sequences)[None], position_ids=positions[None], use_cache=False).logits[0]
+    assert (mixed - separate)[LENGTHS[0] :].abs().max() > 0.1
+    torch.testing.assert_close(mixed[: LENGTHS[0]], separate[: LENGTHS[0]], rtol=1e-4, atol=1e-4)
+
+
+def test_without_its_window_a_sliding_layer_would_differ() -> None:
+    model, sequences = tiny_model("gemma2"), _sequences()
+    separate = _separate_logits(model, sequences)
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = None
+    assert (_packed_logits(model, sequences) - separate).abs().max() > 1e-2
+
+
+def test_gradient_checkpointing_keeps_the_borders() -> None:
+    model, sequences = tiny_model("qwen3"), _sequences()
+    expected = _separate_logits(model, sequences)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    packed = _packed_logits(model, sequences)
+    torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-4)
+    _weighted(packed).backward()
+    checkpointed = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    _weighted(_separate_logits(model.eval(), sequences)).backward()
+    for ours, plain in zip(checkpointed, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, plain.grad, rtol=2e-3, atol=2e-3 * float(plain.grad.abs().max()))
+
+
+def _choose(
+    requested: str, *, device_type: str = "cuda", dtype: str = "bfloat16", family: str = "llama", **changes
+) -> str:
+    config = tiny_model(family, **changes).config
+    return choose_attention(requested, device_type=device_type, dtype=dtype, config=config)
+
+
+def test_auto_takes_one_kernel_for_all_sequences_only_where_it_is_exact() -> None:
+    assert _choose("auto") == "varlen"
+    assert _choose("auto", device_type="cpu") == "sdpa"
+    assert _choose("auto", dtype="float32") == "sdpa"
+    assert _choose("auto", family="gemma2") == "sdpa"
+    assert _choose("auto", attention_dropout=0.1) == "sdpa"
+    assert _choose("sdpa") == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("requested", "changes", "words"),
+    [
+        ("varlen", {"device_type": "cpu"}, "accelerators in 16 bits"),
+        ("varlen", {"family": "gemma2"}, "soft-cap"),
+        ("flash_attention_2", {}, "flash_attn is not installed"),
+        ("flash_attention_2", {"dtype": "float32"}, "16 bits"),
+        ("fast", {}, "sdpa, varlen, flash_attention_2"),
+    ],
+)
+def test_a_kernel_that_does_not_fit_is_refused_with_the_reason(requested: str, changes: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        _choose(requested, **changes)
+
+
+def test_attention_that_packing_does_not_cover_is_refused() -> None:
+    config = tiny_model("llama").config
+    config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ConfigError, match="linear_attention"):
+        choose_attention("auto", device_type="cpu", dtype="float32", config=config)
+    model = tiny_model("llama")
+    model.config._attn_implementation = IMPLEMENTATIONS["sdpa"]
+    with pytest.raises(ConfigError, match="s_aux"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.int64), s_aux=torch.zeros(4))
