@@ -17,10 +17,9 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from trainer.errors import Diverged, InfrastructureError, LabelsLost, Preempted
-from trainer.prompts import PromptStream
 from trainer.protocols import Elicitation, Scorers, Students
 from trainer.step_plan import cut_units, plan_step
 from trainer.types import (
@@ -34,6 +33,9 @@ from trainer.types import (
     Unit,
     UnitReport,
 )
+
+if TYPE_CHECKING:
+    from trainer.prompts import PromptStream
 
 
 class Observer(Protocol):
@@ -139,6 +141,7 @@ class Loops:
         self.non_finite_steps = non_finite_steps
         self.last_step = 0
         self.last_saved: int | None = None
+        self.last_evaluation: Evaluation | None = None
         self._cursor: Cursor | None = None  # after the last step trained here
 
     async def run(self, start_step: int) -> None:
@@ -234,7 +237,7 @@ class Loops:
     async def _take_ready(self) -> ReadyStep:
         return await asyncio.shield(await self._ready.get())
 
-    async def _stop_early(self) -> None:
+    async def _stop_early(self) -> NoReturn:
         if self._cursor is not None and self.last_saved != self.last_step:
             await self._checkpoint(self.last_step)
         raise Preempted(f"stopped after step {self.last_step}; run the same command again to go on")
@@ -273,7 +276,7 @@ class Loops:
         if last or _due(step, self._settings.save_every):
             await self._checkpoint(step)
         if last or _due(step, self._settings.evaluate_every):
-            await self.evaluate(step)
+            await self._evaluate(step)
 
     async def _checkpoint(self, step: int) -> None:
         started = time.time()
@@ -281,14 +284,14 @@ class Loops:
         self.last_saved = step
         self._observer.span("student", "save", started, time.time(), f"step {step}")
 
-    async def evaluate(self, step: int) -> Evaluation | None:
-        """Held-out quality now; None where the run has no held-out rows."""
+    async def _evaluate(self, step: int) -> None:
+        """Held-out quality now; a run without held-out rows gets an evaluation of no rows and shows none."""
         started = time.time()
         evaluation = await self._students.evaluate(step)
         self._observer.span("student", "evaluate", started, time.time(), f"step {step}")
         if evaluation.num_rows:
             self._observer.evaluation(evaluation)
-        return evaluation
+            self.last_evaluation = evaluation
 
 
 def _due(step: int, every: int) -> bool:

@@ -101,3 +101,41 @@ class WritingEngine(Protocol):
     async def write(self, prompts: AbstractSequence[Prompt], *, deadline_s: float) -> list[np.ndarray]: ...
 
     def close(self) -> None: ...
+
+
+class StudentGroup(Students, Protocol):
+    """Students, with what a run needs before and after the loops."""
+
+    async def start(self, checkpoint: Path | None) -> StudentInfo:
+        """Build all ranks, and load a committed checkpoint if one is given."""
+        ...
+
+    async def self_test(self) -> tuple[SelfTestResult, ...]: ...
+
+    async def generate(
+        self, prompts: AbstractSequence[np.ndarray], *, max_new_tokens: int, stop_ids: tuple[int, ...]
+    ) -> list[np.ndarray]:
+        """Greedy continuations, int32, without the prompts."""
+        ...
+
+    async def export(self, folder: Path) -> None:
+        """Write weights and config as a Hugging Face folder."""
+        ...
+
+    def kill(self) -> None:
+        """End every rank at once, hanging ones included."""
+        ...
+
+
+class Session(Protocol):
+    """The roles of one run, wherever they live. Owns every process it starts."""
+
+    scorers: Scorers
+    writers: Writers | None
+    students: StudentGroup
+
+    async def start_teachers(self) -> None: ...
+
+    async def close(self) -> None:
+        """Stop every role; nothing is left running."""
+        ...

@@ -1,0 +1,239 @@
+"""The student group: one Ray actor per rank, driven by pushed calls, restarted only as a whole.
+
+Ranks are disposable processes: a process group cannot be mended in a living process, so when one rank dies or hangs all
+are killed, and the caller builds a new group from the last committed checkpoint. The rank's own code
+(`trainer/student.py`) knows neither Ray nor this file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
+
+from cluster import runtime
+from cluster.logs import redirect_output
+from cluster.teachers import answer, brief, unwrap
+from cluster.topology import RankPlace, number_ranks
+from configs.schema import Run
+from trainer.errors import DeadlineExceeded, InfrastructureError, LabelsLost, StillhouseError, StudentsLost
+from trainer.types import BlockRef, Evaluation, RankBatch, SoftLabelBlock, StepMetrics, StudentPlan, Unit
+from trainer.vocab import SharedVocabulary
+
+FAILURE_GRACE_S = 3.0  # after the first rank failed: its peers' errors arrive, and the victim's names the cause
+
+
+@dataclass(frozen=True, slots=True)
+class StudentJob:
+    """What every rank is built from."""
+
+    run: Run
+    plan: StudentPlan
+    vocabulary: SharedVocabulary
+    total_steps: int
+
+
+class RankActor:
+    """One rank: constructs a `StudentRank`, forwards calls. Calls run in threads, so each sets the device first."""
+
+    def __init__(self, log: Path) -> None:
+        redirect_output(log)
+        self._rank: Any = None
+        self._device: Any = None
+
+    def where(self) -> tuple[str, tuple[str, ...], str]:
+        """Node id, GPU ids that Ray handed out, and address of this process."""
+        context = ray.get_runtime_context()
+        gpus = tuple(str(gpu) for gpu in context.get_accelerator_ids().get("GPU", []))
+        return context.get_node_id(), gpus, ray.util.get_node_ip_address()
+
+    def free_port(self) -> int:
+        return runtime.free_port()
+
+    def build(self, job: StudentJob, place: RankPlace, world: int, address: str, port: int) -> Any:
+        """Join the group and load the model; collective. Returns `StudentInfo`."""
+        os.environ.update(runtime.student_environment(place, world=world, address=address, port=port))
+        from trainer.student import StudentRank
+
+        self._device = runtime.device_of(job.plan.device_type, place.local_rank)
+        runtime.enter_device(self._device)
+        self._rank = StudentRank(
+            job.run,
+            job.plan,
+            rank=place.rank,
+            world=world,
+            device=self._device,
+            vocabulary=job.vocabulary,
+            total_steps=job.total_steps,
+        )
+        return self._rank.build()
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Forward to the rank; the group's typed methods are the only callers."""
+        runtime.enter_device(self._device)
+        return getattr(self._rank, method)(*args, **kwargs)
+
+    def stage(self, batch: RankBatch, *blocks: SoftLabelBlock) -> None:
+        """Blocks are arguments of their own, so Ray brings each to this node before the call starts."""
+        self.call("stage", batch, blocks)
+
+    def stage_evaluation(self, units: Sequence[Unit], *blocks: SoftLabelBlock) -> None:
+        self.call("stage_evaluation", units, blocks)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class StudentGroup:
+    """All ranks of the student. Implements `trainer.protocols.Students`."""
+
+    def __init__(self, job: StudentJob, *, spawn: Callable[[int, str], Any]) -> None:
+        """`spawn(index, name)` makes a fresh `RankActor` handle in bundle `index` of the group's placement."""
+        self._job = job
+        self._spawn = spawn
+        self._faults = job.run.faults
+        self._ranks: list[Any] = []
+        self.world = job.run.student.ranks
+
+    async def start(self, checkpoint: Path | None) -> Any:
+        """Place, number, build, and load a committed checkpoint if one is given. Returns rank 0's `StudentInfo`."""
+        timeout_s = self._faults.start_timeout_s
+        actors = [self._spawn(index, f"student-{index}") for index in range(self.world)]
+        self._ranks = actors
+        where = await self._gather([actor.where.remote() for actor in actors], timeout_s, "student processes to start")
+        places = number_ranks([(index, node, gpus) for index, (node, gpus, _) in enumerate(where)])
+        self._ranks = [actors[place.actor] for place in places]
+        address = where[places[0].actor][2]
+        port = await answer(self._ranks[0].free_port.remote(), timeout_s)
+        builds = [
+            rank.build.remote(self._job, place, self.world, address, port)
+            for rank, place in zip(self._ranks, places, strict=True)
+        ]
+        infos = await self._gather(builds, timeout_s, "the student to load")
+        if checkpoint is not None:
+            await self._all("load", checkpoint, timeout_s=timeout_s, what=f"loading {checkpoint.name}")
+        return infos[0]
+
+    async def stage(self, batches: Sequence[RankBatch], blocks: Sequence[Sequence[BlockRef]]) -> None:
+        refs = [
+            rank.stage.remote(batch, *rank_blocks)
+            for rank, batch, rank_blocks in zip(self._ranks, batches, blocks, strict=True)
+        ]
+        units = [[unit.id for unit in batch.units] for batch in batches]
+        await self._staged(refs, units)
+
+    async def stage_evaluation(self, units: Sequence[Sequence[Unit]], blocks: Sequence[Sequence[BlockRef]]) -> None:
+        refs = [
+            rank.stage_evaluation.remote(list(rank_units), *rank_blocks)
+            for rank, rank_units, rank_blocks in zip(self._ranks, units, blocks, strict=True)
+        ]
+        await self._staged(refs, [[unit.id for unit in rank_units] for rank_units in units])
+
+    async def step(self, step: int) -> StepMetrics:
+        return (await self._all("step", step, what=f"step {step}"))[0]
+
+    async def evaluate(self, step: int) -> Evaluation:
+        viewer = self._job.run.report.viewer_sequences
+        return (await self._all("evaluate", step, viewer, what=f"the evaluation after step {step}"))[0]
+
+    async def save(self, step: int, folder: Path) -> None:
+        await self._all("save", step, folder, what=f"the checkpoint of step {step}")
+
+    async def export(self, folder: Path) -> None:
+        """Write the student as a Hugging Face folder (rank 0 writes)."""
+        await self._all("export", folder, what="the export of the student")
+
+    async def generate(
+        self, prompts: Sequence[np.ndarray], *, max_new_tokens: int, stop_ids: tuple[int, ...]
+    ) -> list[np.ndarray]:
+        """Greedy continuations of rank 0; all ranks run the same forwards, so it works at ZeRO-3."""
+        keywords = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
+        return (await self._all("generate", list(prompts), what="generation", keywords=keywords))[0]
+
+    async def self_test(self) -> tuple[Any, ...]:
+        return (await self._all("self_test", what="the self-test of the student"))[0]
+
+    async def pids(self) -> list[int]:
+        return await self._gather([rank.pid.remote() for rank in self._ranks], 30.0, "process ids")
+
+    async def close(self) -> None:
+        """Leave the process group in order, then end the processes; bounded."""
+        refs = [rank.call.remote("close") for rank in self._ranks]
+        await asyncio.gather(*(answer(ref, 15.0) for ref in refs), return_exceptions=True)
+        self.kill()
+
+    def kill(self) -> None:
+        """End every rank at once, dead and hanging ones included."""
+        for rank in self._ranks:
+            ray.kill(rank, no_restart=True)
+        self._ranks = []
+
+    async def _all(
+        self, method: str, *args: Any, what: str, timeout_s: float | None = None, keywords: dict[str, Any] | None = None
+    ) -> list[Any]:
+        refs = [rank.call.remote(method, *args, **(keywords or {})) for rank in self._ranks]
+        return await self._gather(refs, timeout_s or self._faults.step_timeout_s, what)
+
+    async def _gather(self, refs: list[Any], timeout_s: float, what: str) -> list[Any]:
+        """Every rank's answer, or the one error that explains the failure of the group."""
+        waits = [asyncio.ensure_future(answer(ref, timeout_s)) for ref in refs]
+        try:
+            _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_EXCEPTION)
+            if pending:
+                await asyncio.wait(pending, timeout=FAILURE_GRACE_S)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        done = {index: wait for index, wait in enumerate(waits) if wait.done() and not wait.cancelled()}
+        failed = {index: wait.exception() for index, wait in done.items() if wait.exception()}
+        if failed:
+            raise group_error(failed, what)
+        return [wait.result() for wait in waits]
+
+    async def _staged(self, refs: list[Any], units: list[list[str]]) -> None:
+        """Wait for `stage` on every rank, separating lost blocks from failed ranks."""
+        waits = [answer(ref, self._faults.step_timeout_s) for ref in refs]
+        results = await asyncio.gather(*waits, return_exceptions=True)
+        lost: list[str] = []
+        failed: dict[int, BaseException] = {}
+        for index, result in enumerate(results):
+            if isinstance(result, BaseException):
+                if isinstance(unwrap(result), ObjectLostError | GetTimeoutError):
+                    lost.extend(units[index])
+                else:
+                    failed[index] = result
+        if failed:
+            raise group_error(failed, "staging of labels")
+        if lost:
+            raise LabelsLost(lost)
+
+
+def group_error(failed: dict[int, BaseException], what: str) -> BaseException:
+    """What a failure of some ranks means: a plain error of ours as it is, anything else a lost group.
+
+    A rank that died names the cause better than its peers, whose collectives merely broke.
+    """
+    for error in failed.values():
+        cause = unwrap(error)
+        if isinstance(error, RayTaskError) and isinstance(cause, StillhouseError):
+            return cause
+        if isinstance(error, asyncio.CancelledError):
+            return error
+    order = sorted(failed, key=lambda rank: (not isinstance(failed[rank], RayActorError), rank))
+    texts = [f"rank {rank}: {brief(unwrap(failed[rank]))}" for rank in order]
+    hung = [rank for rank, error in failed.items() if isinstance(error, DeadlineExceeded)]
+    if hung and len(hung) == len(failed):
+        return StudentsLost(
+            f"{what}: rank(s) {hung} gave no answer in time; the processes hang or the deadline is short"
+        )
+    unknown = [error for error in failed.values() if not isinstance(error, RayError | DeadlineExceeded)]
+    if unknown:
+        return InfrastructureError(f"{what} failed: {brief(unknown[0])}")
+    return StudentsLost(f"{what} failed: " + "; ".join(texts))

@@ -1,0 +1,336 @@
+"""Teacher replicas as Ray actors, and the pool that keeps them busy, watched and restarted.
+
+    Loops.score(unit) -> ReplicaPool: lease (fewest tokens in flight, `CREDITS` units each) -> TeacherActor.score
+                                 ^                                                                  |
+                                 +-- the actor died, hangs, or the deadline passed: another lease --+-> (report, block ref)
+
+Scoring is pure, so a unit may be executed twice, but only one answer is ever returned for it: the first commit wins.
+Blocks are *returned* by the actor, so the controller owns them and they outlive the process that made them; the
+controller itself reads only the report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from cluster.engines.plan import EnginePlan
+from cluster.health import Failure, FailurePolicy, GiveUp, ReplicaLoad, RestartReplica, RetryUnit, choose_replica
+from cluster.logs import redirect_output
+from configs.schema import Faults
+from trainer.errors import DeadlineExceeded, InfrastructureError, StillhouseError, TeachersLost, UnitRejected
+from trainer.loops import Observer
+from trainer.protocols import ScoringEngine, WritingEngine
+from trainer.types import BlockRef, EncodingSpec, Prompt, SoftLabelBlock, Unit, UnitReport
+
+CREDITS = 2  # units in flight per replica: 1 leaves the engine idle between units, 4 gained little (docs/design.md)
+ANSWER_GRACE_S = 5.0  # the engine aborts at the deadline; its answer may take this much longer to arrive
+
+
+def start_engine(plan: EnginePlan, name: str) -> ScoringEngine | WritingEngine:
+    """The engine a plan names, started in this process."""
+    module = plan.kind if "." in plan.kind else f"cluster.engines.{plan.kind}"
+    engine = importlib.import_module(module).Engine(**plan.parameters)
+    return engine.start_scorer(plan, name) if plan.role == "scorer" else engine.start_writer(plan, name)
+
+
+class TeacherActor:
+    """One replica: builds its engine, forwards calls. Its process environment was set by the placement."""
+
+    def __init__(self, plan: EnginePlan, name: str, log: Path) -> None:
+        redirect_output(log)
+        self._plan = plan
+        self._name = name
+        self._engine: Any = None
+
+    async def start(self) -> int:
+        """Load the model; returns the process id."""
+        self._engine = await asyncio.to_thread(start_engine, self._plan, self._name)
+        return os.getpid()
+
+    async def ping(self) -> int:
+        return os.getpid()
+
+    async def score(self, unit: Unit, encoding: EncodingSpec, deadline_s: float) -> tuple[UnitReport, SoftLabelBlock]:
+        return await self._engine.score(unit, encoding, deadline_s=deadline_s)
+
+    async def write(self, prompts: Sequence[Prompt], deadline_s: float) -> list[np.ndarray]:
+        return await self._engine.write(prompts, deadline_s=deadline_s)
+
+    async def close(self) -> None:
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.close)
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """What the pool knows of one replica."""
+
+    name: str
+    actor: Any = None
+    healthy: bool = False
+    lost: bool = False
+    restarts: int = 0
+    units_in_flight: int = 0
+    tokens_in_flight: int = 0
+    suspected: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class ReplicaPool:
+    """All replicas of one role of a teacher. Implements `Scorers` for scorer plans and `Writers` for writer plans."""
+
+    def __init__(
+        self,
+        plan: EnginePlan,
+        *,
+        num_replicas: int,
+        spawn: Callable[[int, str], Any],
+        faults: Faults,
+        observer: Observer,
+    ) -> None:
+        """`spawn(index, name)` makes a fresh `TeacherActor` handle in the placement of replica `index`."""
+        self._plan = plan
+        self._spawn = spawn
+        self._faults = faults
+        self._observer = observer
+        self._policy = FailurePolicy(max_restarts=faults.max_teacher_restarts, max_attempts=faults.max_unit_attempts)
+        self._replicas = [Replica(name=f"{plan.role}-{index}") for index in range(num_replicas)]
+        self._changed = asyncio.Condition()
+        self._watchers: list[asyncio.Task[None]] = []
+        self._last_error = ""
+        self.num_restarts = 0
+        self.num_redispatched = 0
+
+    async def start(self) -> None:
+        """Start every replica; the first error of an engine is the error of the run, nothing is retried yet."""
+        await asyncio.gather(*(self._start(index) for index in range(len(self._replicas))))
+        self._watchers = [asyncio.create_task(self._watch(index)) for index in range(len(self._replicas))]
+
+    async def score(self, unit: Unit, encoding: EncodingSpec) -> tuple[UnitReport, BlockRef]:
+        deadline_s = self._faults.score_timeout_s
+
+        async def send(actor: Any) -> tuple[UnitReport, BlockRef]:
+            report_ref, block_ref = actor.score.options(num_returns=2).remote(unit, encoding, deadline_s)
+            report = await answer(report_ref, deadline_s + ANSWER_GRACE_S)
+            check_report(report, unit)
+            return report, block_ref
+
+        report, block_ref = await self._lease(f"unit {unit.id}", unit.num_tokens, send)
+        self._observer.span(report.replica, "score", report.started_s, report.started_s + report.score_s, unit.id)
+        return report, block_ref
+
+    async def write(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        """Prompts are dealt to replicas in equal shares; the answers come back in the order of the prompts."""
+        if not prompts:
+            return []
+        shares = [list(range(start, len(prompts), len(self._replicas))) for start in range(len(self._replicas))]
+        written = await asyncio.gather(*(self._write([prompts[i] for i in share]) for share in shares if share))
+        answers: dict[int, np.ndarray] = {}
+        for share, texts in zip((share for share in shares if share), written, strict=True):
+            answers.update(zip(share, texts, strict=True))
+        return [answers[index] for index in range(len(prompts))]
+
+    async def _write(self, prompts: list[Prompt]) -> list[np.ndarray]:
+        deadline_s = self._faults.score_timeout_s
+        started = time.time()
+        where = ""
+
+        async def send(actor: Any) -> list[np.ndarray]:
+            nonlocal where
+            where = next(replica.name for replica in self._replicas if replica.actor is actor)
+            return await answer(actor.write.remote(prompts, deadline_s), deadline_s + ANSWER_GRACE_S)
+
+        tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        answers = await self._lease(f"{len(prompts)} prompts from {prompts[0].id}", tokens, send)
+        self._observer.span(where, "write", started, time.time(), f"{len(prompts)} prompts")
+        return answers
+
+    async def _lease(self, what: str, tokens: int, send: Callable[[Any], Awaitable[Any]]) -> Any:
+        """Run `send` on one replica after another until it answers or the policy gives up."""
+        refused_by: set[str] = set()
+        attempt = 0
+        while True:
+            replica = await self._acquire(tokens, refused_by)
+            try:
+                return await send(replica.actor)
+            except (RayError, StillhouseError) as error:
+                attempt += 1
+                cause = unwrap(error)
+                refused = isinstance(cause, UnitRejected)
+                if refused:
+                    refused_by.add(replica.name)
+                else:
+                    await self._suspect(replica)
+                decision = self._policy.decide(
+                    Failure(kind="unit_refused" if refused else "unit_failed", count=attempt)
+                )
+                self._observer.event("redispatch", what=what, replica=replica.name, attempt=attempt, error=brief(cause))
+                if not isinstance(decision, RetryUnit):
+                    raise give_up(what, attempt, cause) from None
+                self.num_redispatched += 1
+                delay_s = decision.delay_s
+            finally:
+                await self._release(replica, tokens)
+            await asyncio.sleep(delay_s)
+
+    async def _acquire(self, tokens: int, refused_by: set[str]) -> Replica:
+        async with self._changed:
+            while True:
+                alive = [replica for replica in self._replicas if not replica.lost]
+                if not alive:
+                    raise TeachersLost(
+                        f"no {self._plan.role} of teacher {self._plan.teacher} is left: {self._last_error}"
+                    )
+                others = refused_by if any(replica.name not in refused_by for replica in alive) else set()
+                name = choose_replica([load(replica) for replica in alive], credits=CREDITS, exclude=others)
+                if name is not None:
+                    replica = next(replica for replica in alive if replica.name == name)
+                    replica.units_in_flight += 1
+                    replica.tokens_in_flight += tokens
+                    return replica
+                await self._changed.wait()
+
+    async def _release(self, replica: Replica, tokens: int) -> None:
+        async with self._changed:
+            replica.units_in_flight -= 1
+            replica.tokens_in_flight -= tokens
+            self._changed.notify_all()
+
+    async def _suspect(self, replica: Replica) -> None:
+        """Send it nothing until a ping has answered; the watcher decides whether it is restarted."""
+        async with self._changed:
+            replica.healthy = False
+            replica.suspected.set()
+
+    async def _watch(self, index: int) -> None:
+        """One replica's health, independent of its requests: a hung process answers no ping, and nothing else tells."""
+        replica = self._replicas[index]
+        while not replica.lost:
+            try:
+                await asyncio.wait_for(replica.suspected.wait(), self._faults.ping_interval_s)
+            except TimeoutError:
+                pass
+            replica.suspected.clear()
+            try:
+                await answer(replica.actor.ping.remote(), self._faults.ping_timeout_s)
+            except (RayError, DeadlineExceeded) as error:
+                hung = isinstance(error, DeadlineExceeded)
+                await self._restart(index, "teacher_hung" if hung else "teacher_died", brief(unwrap(error)))
+            else:
+                await self._set_healthy(replica)
+
+    async def _set_healthy(self, replica: Replica) -> None:
+        async with self._changed:
+            if not replica.healthy:
+                replica.healthy = True
+                self._changed.notify_all()
+
+    async def _restart(self, index: int, kind: str, reason: str) -> None:
+        """Kill and start again until it is ready or the policy gives up on it."""
+        replica = self._replicas[index]
+        async with self._changed:
+            replica.healthy = False
+        while True:
+            self._last_error = reason
+            replica.restarts += 1
+            decision = self._policy.decide(Failure(kind=kind, count=replica.restarts))
+            ray.kill(replica.actor, no_restart=True)
+            if isinstance(decision, GiveUp):
+                self._observer.event("teacher_lost", replica=replica.name, reason=reason, restarts=replica.restarts - 1)
+                async with self._changed:
+                    replica.lost = True
+                    self._changed.notify_all()
+                return
+            assert isinstance(decision, RestartReplica), decision
+            self.num_restarts += 1
+            self._observer.event("teacher_restart", replica=replica.name, reason=reason, restarts=replica.restarts)
+            try:
+                await self._start(index)
+                return
+            except (RayError, StillhouseError) as error:
+                kind, reason = "teacher_died", brief(unwrap(error))
+
+    async def _start(self, index: int) -> None:
+        replica = self._replicas[index]
+        started = time.time()
+        replica.actor = self._spawn(index, replica.name)
+        try:
+            await answer(replica.actor.start.remote(), self._faults.start_timeout_s)
+        except (RayError, DeadlineExceeded) as error:
+            cause = unwrap(error)
+            if isinstance(cause, StillhouseError) and not isinstance(cause, DeadlineExceeded):
+                raise cause from None
+            raise InfrastructureError(
+                f"{replica.name} of teacher {self._plan.teacher} did not start: {brief(cause)}"
+            ) from None
+        self._observer.span(replica.name, "start", started, time.time())
+        await self._set_healthy(replica)
+
+    async def close(self) -> None:
+        """Stop the engines, then the processes; bounded, and silent about replicas that are already gone."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        actors = [replica.actor for replica in self._replicas if replica.actor is not None and not replica.lost]
+        closing = [answer(actor.close.remote(), 20.0) for actor in actors]
+        await asyncio.gather(*closing, return_exceptions=True)
+        for actor in actors:
+            ray.kill(actor, no_restart=True)
+
+
+def load(replica: Replica) -> ReplicaLoad:
+    return ReplicaLoad(
+        name=replica.name,
+        tokens_in_flight=replica.tokens_in_flight,
+        units_in_flight=replica.units_in_flight,
+        healthy=replica.healthy,
+    )
+
+
+async def answer(ref: Any, timeout_s: float) -> Any:
+    """The value of an object reference, or DeadlineExceeded. A cancelled wait cancels the call."""
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout_s)
+    except TimeoutError:
+        ray.cancel(ref)
+        raise DeadlineExceeded(f"no answer after {timeout_s:.0f} s") from None
+    except asyncio.CancelledError:
+        ray.cancel(ref)
+        raise
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """The application's own error behind what Ray raises for a failed call."""
+    return error.cause if isinstance(error, RayTaskError) else error
+
+
+def brief(error: BaseException) -> str:
+    """One line of an error for events and messages."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}"
+
+
+def check_report(report: UnitReport, unit: Unit) -> None:
+    """The labels are about exactly these tokens and rows, and finite."""
+    if report.tokens_hash != unit.tokens_hash() or report.num_rows != unit.num_rows:
+        raise UnitRejected(
+            f"unit {unit.id}: {report.replica} answered for other tokens ({report.num_rows} rows, {unit.num_rows} asked)"
+        )
+    if report.num_non_finite:
+        raise UnitRejected(f"unit {unit.id}: {report.num_non_finite} non-finite label values from {report.replica}")
+
+
+def give_up(what: str, attempts: int, cause: BaseException) -> StillhouseError:
+    if isinstance(cause, UnitRejected):
+        return UnitRejected(f"{what} cannot be scored: {cause}")
+    return TeachersLost(f"{what} failed {attempts} times, the last time with {brief(cause)}")

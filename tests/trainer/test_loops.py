@@ -1,0 +1,242 @@
+"""The two loops over fakes of the protocols: order, depth, bytes, lost labels, divergence, stopping."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer.errors import Diverged, InfrastructureError, LabelsLost, Preempted, UnitRejected
+from trainer.loops import Loops, LoopSettings
+from trainer.types import Cursor, EncodingSpec, Evaluation, Prompt, RankBatch, Sequence, StepMetrics, Unit, UnitReport
+
+SETTINGS = LoopSettings(
+    total_steps=8,
+    sequences_per_step=4,
+    micro_batch_tokens=64,
+    depth=2,
+    max_label_bytes=10**9,
+    label_bytes_per_row=10,
+    units_per_rank=1,
+    max_unit_attempts=3,
+    evaluate_every=0,
+    save_every=0,
+    max_non_finite_steps=1,
+)
+
+
+class Stream:
+    """Sixteen-token prompts with answers, numbered; position is all its state."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    @property
+    def cursor(self) -> Cursor:
+        return Cursor(epoch=0, position=self.position, seed=0)
+
+    def take(self, num: int) -> list[Prompt]:
+        mask = np.arange(16) < 15
+        ids = [self.position + i for i in range(num)]
+        self.position += num
+        return [Prompt(f"0:{i}", np.arange(16, dtype=np.int32) + i, mask, f"row {i}") for i in ids]
+
+
+class FromDataset:
+    async def collect(self, prompts: list[Prompt]) -> list[Sequence]:
+        return [Sequence(p.id, p.token_ids, p.loss_mask, "dataset") for p in prompts]
+
+
+@dataclass
+class Trace:
+    """What happened, in order."""
+
+    events: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def step(self, metrics: StepMetrics) -> None:
+        self.events.append(("step", metrics.step))
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        self.events.append(("evaluation", evaluation.step))
+
+    def event(self, name: str, **fields: Any) -> None:
+        self.events.append((name, fields))
+
+    def span(self, lane: str, kind: str, start_s: float, stop_s: float, label: str = "") -> None:
+        assert stop_s >= start_s
+
+
+class Scorers:
+    def __init__(self, trace: Trace, *, delay_s: float = 0.0) -> None:
+        self.trace, self.delay_s = trace, delay_s
+        self.in_flight = self.max_in_flight = 0
+        self.fail: Callable[[Unit], Exception | None] = lambda unit: None
+
+    async def score(self, unit: Unit, encoding: EncodingSpec) -> tuple[UnitReport, str]:
+        self.trace.events.append(("score", unit.id))
+        self.in_flight += 1
+        self.max_in_flight = max(self.max_in_flight, self.in_flight)
+        await asyncio.sleep(self.delay_s)
+        self.in_flight -= 1
+        error = self.fail(unit)
+        if error is not None:
+            raise error
+        report = UnitReport(
+            unit.id, unit.tokens_hash(), "fake", unit.num_rows, unit.num_tokens, 1, 0, 0.9, self.delay_s, 0.0
+        )
+        return report, f"block of {unit.id}"
+
+
+class Students:
+    world = 2
+
+    def __init__(self, trace: Trace, *, delay_s: float = 0.0) -> None:
+        self.trace, self.delay_s = trace, delay_s
+        self.trained: list[list[str]] = []
+        self.staged: dict[int, tuple[RankBatch, ...]] = {}
+        self.max_staged = 0
+        self.skipped: set[int] = set()
+        self.lose_once: set[int] = set()
+
+    async def stage(self, batches: tuple[RankBatch, ...], blocks: list[list[str]]) -> None:
+        step = batches[0].step
+        if step in self.lose_once:
+            self.lose_once.remove(step)
+            raise LabelsLost([batches[1].units[0].id])
+        assert blocks == [[f"block of {unit.id}" for unit in batch.units] for batch in batches]
+        self.staged[step] = batches
+        self.max_staged = max(self.max_staged, len(self.staged))
+
+    async def step(self, step: int) -> StepMetrics:
+        batches = self.staged.pop(step)
+        await asyncio.sleep(self.delay_s)
+        self.trained.append(sorted(s.id for batch in batches for unit in batch.units for s in unit.sequences))
+        return StepMetrics(step, {"train/loss": 1.0, "train/skipped": float(step in self.skipped)})
+
+    async def evaluate(self, step: int) -> Evaluation:
+        return Evaluation(step, 5, 1.0, 0.5, 10.0, 5.0)
+
+
+def make(settings: LoopSettings = SETTINGS, **delays: float) -> tuple[Loops, Trace, Scorers, Students, list]:
+    trace, saved = Trace(), []
+    scorers = Scorers(trace, delay_s=delays.get("score", 0.0))
+    students = Students(trace, delay_s=delays.get("train", 0.0))
+
+    async def save(step: int, cursor: Cursor) -> None:
+        saved.append((step, cursor.position))
+
+    loops = Loops(
+        stream=Stream(),
+        elicitation=FromDataset(),
+        scorers=scorers,
+        students=students,
+        encoding=EncodingSpec("topk"),
+        settings=settings,
+        observer=trace,
+        save=save,
+        stop_requested=asyncio.Event(),
+    )
+    return loops, trace, scorers, students, saved
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_each_step_trains_its_own_positions_once_and_in_order_at_every_depth(depth: int) -> None:
+    loops, trace, _, students, saved = make(replace(SETTINGS, depth=depth), score=0.002)
+    asyncio.run(loops.run(0))
+    assert students.trained == [sorted(f"0:{i}" for i in range(4 * s, 4 * s + 4)) for s in range(8)]
+    assert [e[1] for e in trace.events if e[0] == "step"] == list(range(1, 9))
+    assert saved == [(8, 32)]
+
+
+def test_depth_zero_scores_nothing_while_a_step_trains() -> None:
+    loops, trace, _, _, _ = make(replace(SETTINGS, depth=0), train=0.005)
+    asyncio.run(loops.run(0))
+    kinds = [e[0] for e in trace.events if e[0] in ("score", "step")]
+    assert kinds == ["score", "score", "step"] * 8
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_supply_runs_ahead_by_exactly_the_depth(depth: int) -> None:
+    loops, trace, _, students, _ = make(replace(SETTINGS, depth=depth), train=0.01)
+    asyncio.run(loops.run(0))
+    scored_at_first_step = trace.events.index(("step", 1))
+    before = {e[1].split("/")[0] for e in trace.events[:scored_at_first_step] if e[0] == "score"}
+    assert before == {str(step) for step in range(1, depth + 2)}
+    assert students.max_staged <= depth + 1
+
+
+def test_a_byte_cap_below_one_step_means_one_step_at_a_time() -> None:
+    loops, _, scorers, students, _ = make(replace(SETTINGS, depth=4, max_label_bytes=1), score=0.003)
+    asyncio.run(loops.run(0))
+    assert len(students.trained) == 8
+    assert students.max_staged == 1
+    assert scorers.max_in_flight == 2  # the two units of one step
+
+
+def test_lost_labels_are_scored_again_and_only_those() -> None:
+    loops, trace, _, students, _ = make()
+    students.lose_once = {3}
+    asyncio.run(loops.run(0))
+    scored = [e[1] for e in trace.events if e[0] == "score" and e[1].startswith("3/")]
+    assert len(scored) == 3
+    assert len(set(scored)) == 2
+    assert len(students.trained) == 8
+
+
+def test_an_error_of_a_scorer_ends_the_run_as_itself() -> None:
+    loops, _, scorers, students, _ = make()
+    scorers.fail = lambda unit: UnitRejected("bad unit") if unit.id.startswith("4/") else None
+    with pytest.raises(UnitRejected, match="bad unit"):
+        asyncio.run(asyncio.wait_for(loops.run(0), 5))
+    assert len(students.trained) <= 3
+
+
+def test_skipped_steps_are_counted_and_end_the_run_past_the_budget_without_saving() -> None:
+    loops, trace, _, students, saved = make(replace(SETTINGS, save_every=1))
+    students.skipped = {3, 5}
+    with pytest.raises(Diverged, match="2 steps had a non-finite"):
+        asyncio.run(loops.run(0))
+    assert [step for step, _ in saved] == [1, 2, 3, 4]
+    listed = [e[1]["prompts"] for e in trace.events if e[0] == "non_finite_step"]
+    assert listed[0] == [f"0:{i}" for i in range(8, 12)]
+
+
+def test_a_stop_saves_the_last_trained_step_and_its_cursor() -> None:
+    loops, _, _, students, saved = make(train=0.005)
+    original = students.step
+
+    async def step_then_stop(step: int) -> StepMetrics:
+        if step == 3:
+            loops._stop_requested.set()
+        return await original(step)
+
+    students.step = step_then_stop  # type: ignore[method-assign]
+    with pytest.raises(Preempted, match="after step 3"):
+        asyncio.run(loops.run(0))
+    assert saved == [(3, 12)]
+
+
+def test_a_stop_while_the_teacher_is_silent_ends_at_once() -> None:
+    async def scenario() -> None:
+        loops, _, _, _, saved = make(score=60.0)
+        asyncio.get_running_loop().call_later(0.05, loops._stop_requested.set)
+        with pytest.raises(Preempted):
+            await asyncio.wait_for(loops.run(0), 2)
+        assert saved == []
+
+    asyncio.run(scenario())
+
+
+def test_labels_lost_for_ever_end_with_the_step_named() -> None:
+    loops, _, _, students, _ = make()
+
+    async def always_lost(batches: tuple[RankBatch, ...], blocks: list) -> None:
+        raise LabelsLost([batches[0].units[0].id])
+
+    students.stage = always_lost  # type: ignore[method-assign]
+    with pytest.raises(InfrastructureError, match="lost 3 times"):
+        asyncio.run(asyncio.wait_for(loops.run(0), 5))

@@ -1,0 +1,283 @@
+"""One run from started roles to an exported student: the program of the controller, free of Ray.
+
+start roles -> self-tests -> held-out labels, evaluation, generations before -> loops -> generations after, export
+                                                                                ^   |
+                                a lost student group: whole restart from the  --+---+
+                                last committed checkpoint, decided by a policy
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.schema import Run
+from trainer.chat import Template
+from trainer.checkpoint import Checkpoints, TrainingState
+from trainer.errors import InfrastructureError, LabelsLost, SelfTestError, StudentsLost
+from trainer.label_check import LabelCheck, check_labels
+from trainer.loops import Loops, LoopSettings, Observer, first_error
+from trainer.prompts import PromptStream
+from trainer.protocols import Elicitation, Session
+from trainer.run_folder import RunFolder
+from trainer.step_plan import cut_units, plan_step
+from trainer.types import BlockRef, Cursor, EncodingSpec, Evaluation, Sequence, SoftLabelBlock, Unit
+from trainer.vocab import SharedVocabulary
+
+HIDDEN = EncodingSpec(kind="hidden")
+CHECK_TOKENS = 512  # tokens of real text in the label self-test
+MAX_FAILED_SAVES = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run with everything that was read and checked before any role started."""
+
+    run: Run
+    folder: RunFolder
+    config_hash: str
+    vocabulary: SharedVocabulary
+    template: Template
+    stream: PromptStream
+    evaluation: tuple[Sequence, ...]
+    samples: tuple[Sequence, ...]  # a few training rows with answers, for the label self-test
+    elicitation: Callable[[Any], Elicitation]  # given the writers
+    encoding: EncodingSpec
+    loop: LoopSettings
+    skip_self_test: bool
+
+
+class Controller:
+    """Drives one session through one job."""
+
+    def __init__(
+        self,
+        job: Job,
+        session: Session,
+        observer: Observer,
+        *,
+        stop_requested: asyncio.Event,
+        read_block: Callable[[BlockRef], SoftLabelBlock],
+        may_restart: Callable[[int, str], bool],
+        teacher_truth: Callable[[Unit], Any],
+        on_evaluation: Callable[[str, Evaluation], None],
+        on_generation: Callable[[str, list[np.ndarray], list[np.ndarray]], None],
+    ) -> None:
+        """`may_restart(count, reason)` is the failure policy of the student group; `read_block` brings a block into this
+        process (self-test only); `teacher_truth(unit)` gives `(Head, dtype, reference logits or None)`."""
+        self._job = job
+        self._session = session
+        self._observer = observer
+        self._stop_requested = stop_requested
+        self._read_block = read_block
+        self._may_restart = may_restart
+        self._teacher_truth = teacher_truth
+        self._on_evaluation = on_evaluation
+        self._on_generation = on_generation
+        self._checkpoints = Checkpoints(
+            job.folder.checkpoints,
+            keep=job.run.training.keep_checkpoints,
+            note=lambda text: observer.event("note", text=text),
+        )
+        self._evaluation_units: list[list[Unit]] = []
+        self._evaluation_blocks: dict[str, BlockRef] = {}
+        self._failed_saves = 0
+        self.student_restarts = 0
+        self.non_finite_steps = 0
+        self.self_tests: tuple[Any, ...] = ()
+        self.student_info: Any = None
+        self.resumed_from: int | None = None
+        self.final_evaluation: Evaluation | None = None
+
+    async def run(self) -> None:
+        """Everything from starting the roles to the exported student. The caller closes the session."""
+        self._checkpoints.sweep()
+        committed = self._checkpoints.latest(config_hash=self._job.config_hash)
+        await self._start(committed.folder if committed else None)
+        await self._self_test()
+        await self._prepare_evaluation()
+        step = 0
+        if committed is not None:
+            step = self.resumed_from = committed.state.step
+            self._job.stream.seek(committed.state.cursor)
+            self.non_finite_steps = committed.state.non_finite_steps
+            self._observer.event("resumed", from_step=step)
+        else:
+            await self._look("before", 0)
+        await self._train(step)
+        await self._look("after", self._job.loop.total_steps)
+        await self._session.students.export(self._job.folder.student)
+
+    async def _start(self, checkpoint: Path | None) -> None:
+        """Teachers and students load at the same time: start-up is mostly imports and weights."""
+        try:
+            async with asyncio.TaskGroup() as roles:
+                roles.create_task(self._session.start_teachers())
+                students = roles.create_task(self._session.students.start(checkpoint))
+        except BaseExceptionGroup as group:
+            raise first_error(group) from None
+        self.student_info = students.result()
+
+    async def _self_test(self) -> None:
+        """Refuse to train on this machine if labels, packing, loss or collectives are wrong on it."""
+        if self._job.skip_self_test:
+            self._observer.event("self_test_skipped")
+            return
+        student = await self._session.students.self_test()
+        results = (*student, *await self._check_labels())
+        self.self_tests = results
+        for result in results:
+            self._observer.event("self_test", test=result.name, passed=result.passed, numbers=result.numbers)
+        failed = [f"{result.name}: {result.numbers}" for result in results if not result.passed]
+        if failed:
+            raise SelfTestError(
+                "the start-up self-test failed on this machine, so training would learn from wrong numbers:\n  "
+                + "\n  ".join(failed)
+                + "\n--skip-self-test trains all the same, and the report says so"
+            )
+
+    async def _check_labels(self) -> tuple[LabelCheck, ...]:
+        chosen: list[Sequence] = []
+        for sequence in self._job.samples:
+            if sum(s.num_tokens for s in chosen) + sequence.num_tokens <= CHECK_TOKENS or not chosen:
+                chosen.append(sequence)
+        if not chosen:
+            return (LabelCheck("labels", True, "no row with an answer to check on"),)
+        unit = Unit(id="self-test", sequences=tuple(chosen))
+        (_, hidden), (_, labels) = await asyncio.gather(
+            self._session.scorers.score(unit, HIDDEN), self._session.scorers.score(unit, self._job.encoding)
+        )
+        head, dtype, logits = await asyncio.to_thread(self._teacher_truth, unit)
+        return check_labels(
+            unit,
+            hidden=self._read_block(hidden),
+            labels=self._read_block(labels),
+            teacher_head=head,
+            dtype=dtype,
+            reference_logits=logits,
+        )
+
+    async def _prepare_evaluation(self) -> None:
+        """Held-out rows are scored once, with hidden labels, so every evaluation is exact whatever the training encoding."""
+        rows = self._job.evaluation
+        if rows:
+            world = self._session.students.world
+            budget = max(self._job.loop.micro_batch_tokens, *(row.num_tokens for row in rows))
+            plan = plan_step([row.num_tokens for row in rows], world=world, token_budget=budget)
+            batches = cut_units(rows, plan, step=0, units_per_rank=plan.num_micro_batches)
+            self._evaluation_units = [[_held_out(unit) for unit in batch.units] for batch in batches]
+        await self._stage_evaluation()
+
+    async def _stage_evaluation(self) -> None:
+        """Score what is missing and hand every rank its held-out units; also after a restart of the group."""
+        if not self._evaluation_units:
+            return
+        for _ in range(self._job.loop.max_unit_attempts):
+            missing = [u for units in self._evaluation_units for u in units if u.id not in self._evaluation_blocks]
+            scored = await asyncio.gather(*(self._session.scorers.score(unit, HIDDEN) for unit in missing))
+            self._evaluation_blocks.update((unit.id, block) for unit, (_, block) in zip(missing, scored, strict=True))
+            blocks = [[self._evaluation_blocks[unit.id] for unit in units] for units in self._evaluation_units]
+            try:
+                await self._session.students.stage_evaluation(self._evaluation_units, blocks)
+                return
+            except LabelsLost as lost:
+                for unit_id in lost.unit_ids:
+                    del self._evaluation_blocks[unit_id]
+        raise InfrastructureError(
+            "the held-out labels were lost again and again while they were handed to the students"
+        )
+
+    async def _look(self, when: str, step: int) -> None:
+        """Held-out quality and generations, before and after training."""
+        if self._evaluation_units and not (when == "after" and self.final_evaluation is not None):
+            evaluation = await self._session.students.evaluate(step)
+            self._observer.evaluation(evaluation)
+            self._on_evaluation(when, evaluation)
+        elif self.final_evaluation is not None:
+            self._on_evaluation(when, self.final_evaluation)
+        report = self._job.run.report
+        prompts = [_prompt_of(row) for row in self._job.evaluation[: report.generate]]
+        if prompts:
+            texts = await self._session.students.generate(
+                prompts, max_new_tokens=report.generate_tokens, stop_ids=self._job.template.end_of_turn_ids
+            )
+            self._on_generation(when, prompts, texts)
+
+    async def _train(self, step: int) -> None:
+        """The loops, started again from the last committed checkpoint whenever the whole student group is lost."""
+        start = self._job.stream.cursor
+        while True:
+            loops = Loops(
+                stream=self._job.stream,
+                elicitation=self._job.elicitation(self._session.writers),
+                scorers=self._session.scorers,
+                students=self._session.students,
+                encoding=self._job.encoding,
+                settings=self._job.loop,
+                observer=self._observer,
+                save=self._save,
+                stop_requested=self._stop_requested,
+                non_finite_steps=self.non_finite_steps,
+            )
+            try:
+                await loops.run(step)
+                self.final_evaluation = loops.last_evaluation
+                return
+            except StudentsLost as lost:
+                self.student_restarts += 1
+                self._observer.event("students_lost", reason=str(lost), at_step=loops.last_step + 1)
+                if not self._may_restart(self.student_restarts, str(lost)):
+                    raise
+                step = await self._restart_students(start)
+            finally:
+                self.non_finite_steps = loops.non_finite_steps
+
+    async def _restart_students(self, start: Cursor) -> int:
+        """Kill what is left of the group and build a new one; returns the step it continues after."""
+        self._session.students.kill()
+        committed = self._checkpoints.latest(config_hash=self._job.config_hash)
+        await self._session.students.start(committed.folder if committed else None)
+        await self._stage_evaluation()
+        step = committed.state.step if committed else 0
+        self._job.stream.seek(committed.state.cursor if committed else start)
+        self._observer.event("students_restarted", from_step=step, restarts=self.student_restarts)
+        return step
+
+    async def _save(self, step: int, cursor: Cursor) -> None:
+        """A failed save is noted and training goes on; three in a row end the run."""
+        temporary = self._checkpoints.begin(step)
+        state = TrainingState(
+            step=step,
+            cursor=cursor,
+            config_hash=self._job.config_hash,
+            world=self._session.students.world,
+            non_finite_steps=self.non_finite_steps,
+        )
+        try:
+            await self._session.students.save(step, temporary)
+            await asyncio.to_thread(self._checkpoints.commit, temporary, state)
+            self._failed_saves = 0
+            self._observer.event("checkpoint", at_step=step)
+        except (OSError, InfrastructureError) as error:
+            if isinstance(error, StudentsLost):
+                raise
+            self._checkpoints.discard(temporary)
+            self._failed_saves += 1
+            self._observer.event("save_failed", at_step=step, error=str(error), in_a_row=self._failed_saves)
+            last = step == self._job.loop.total_steps
+            if last or self._failed_saves >= MAX_FAILED_SAVES:
+                raise InfrastructureError(f"the checkpoint of step {step} could not be written: {error}") from None
+
+
+def _held_out(unit: Unit) -> Unit:
+    return Unit(id=f"held-out/{unit.id}", sequences=unit.sequences)
+
+
+def _prompt_of(sequence: Sequence) -> np.ndarray:
+    """The tokens up to the first answer: row i predicts token i + 1, so the first loss row is the last prompt token."""
+    return sequence.token_ids[: int(np.argmax(sequence.loss_mask)) + 1]
