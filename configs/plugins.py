@@ -6,7 +6,6 @@ else's file. The file is found and read, never imported.
 
 from __future__ import annotations
 
-import functools
 import importlib.machinery
 import importlib.util
 import json
@@ -15,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
+from configs.refusal import did_you_mean, refusal
 from configs.signature import Signature, defines_class, read_signature
-from configs.suggest import did_you_mean
 
 ROOT = Path(__file__).resolve().parent.parent
 DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -58,14 +57,14 @@ class Family:
         else:
             place = ("kind",)
         if not isinstance(value, dict):
-            raise _refusal((), value, f"must be a kind, such as {self._example()}, or a mapping with kind")
+            raise refusal((), value, f"must be a kind, such as {self._example()}, or a mapping with kind")
         kind = value.get("kind")
         if not isinstance(kind, str):
-            raise _refusal(place, kind, f"needs a kind: one of {', '.join(self.kinds())}, or package.module")
+            raise refusal(place, kind, f"needs a kind: one of {', '.join(self.kinds())}, or package.module")
         try:
             signature = self.signature(kind)
         except ValueError as error:
-            raise _refusal(place, kind, str(error)) from None
+            raise refusal(place, kind, str(error)) from None
         given = {name: item for name, item in value.items() if name != "kind"}
         return Plugin(kind, signature.fill(json.dumps(given)))
 
@@ -104,12 +103,6 @@ LABELS = Family("trainer.labels", "Encoding")
 ELICITATION = Family("trainer.elicitation", "Strategy")
 
 
-def _refusal(place: tuple[str, ...], value: Any, text: str) -> ValidationError:
-    problem = PydanticCustomError("plugin", "{text}", {"text": text})
-    return ValidationError.from_exception_data("plug-in", [InitErrorDetails(type=problem, loc=place, input=value)])
-
-
-@functools.cache
 def _find_module(name: str) -> Path:
     """The file of `package.module`, found level by level because `find_spec` would import the packages above it."""
     if not DOTTED_NAME.fullmatch(name):

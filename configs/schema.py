@@ -14,13 +14,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from configs.plugins import ELICITATION, ENGINES, LABELS, Plugin
+from configs.refusal import refusal
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 DType = Literal["auto", "bfloat16", "float32"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class ModelSource(Section):
@@ -61,7 +62,8 @@ class Student(Section):
     @model_validator(mode="after")
     def _offload_needs_stage_three(self) -> Student:
         if self.offload == "optimizer_and_parameters" and self.zero_stage != 3:
-            raise ValueError(f"offload: optimizer_and_parameters needs zero_stage: 3, not {self.zero_stage}")
+            text = f"needs zero_stage: 3, here it is {self.zero_stage}; write zero_stage: 3 or offload: optimizer"
+            raise refusal(("offload",), self.offload, text)
         return self
 
 
@@ -70,8 +72,15 @@ class Replicas(Section):
 
     engine: Annotated[Plugin, ENGINES] = Plugin("vllm")
     replicas: PositiveInt = 1
-    tensor_parallel_size: PositiveInt = 1
+    tensor_parallel_size: PositiveInt = Field(1, description="Devices that hold one copy together.")
     dtype: DType = "auto"
+
+    @model_validator(mode="after")
+    def _hf_is_one_device(self) -> Replicas:
+        if self.engine.kind == "hf" and self.tensor_parallel_size != 1:
+            text = "engine hf runs on one device: write tensor_parallel_size: 1, or engine: vllm"
+            raise refusal(("tensor_parallel_size",), self.tensor_parallel_size, text)
+        return self
 
 
 class Teacher(Section):
@@ -82,6 +91,10 @@ class Teacher(Section):
     chat_template: str | None = Field(None, description="Path of a jinja file; None: the teacher's own template.")
     scorer: Replicas = Field(default_factory=Replicas)
     writer: Replicas | None = Field(None, description="Needed by elicitations that let the teacher write.")
+
+    def roles(self) -> dict[str, Replicas]:
+        """The replicas by role, `scorer` first."""
+        return {"scorer": self.scorer} | ({} if self.writer is None else {"writer": self.writer})
 
 
 class Dataset(Section):
@@ -105,6 +118,12 @@ class Data(Section):
     on_too_long: Literal["error", "drop", "truncate"] = "error"
     on_bad_row: Literal["error", "skip"] = Field("error", description="skip: counted and listed in rejected.jsonl.")
     shuffle: bool = True
+
+    @model_validator(mode="after")
+    def _evaluation_has_answers(self) -> Data:
+        if self.evaluation is not None and self.evaluation.format == "prompt":
+            raise refusal(("evaluation", "format"), "prompt", "held-out rows need answers: name another format")
+        return self
 
 
 class Term(Section):
@@ -155,8 +174,10 @@ class Training(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of steps and epochs, for example steps: 1000")
+        if self.steps is None and self.epochs is None:
+            raise refusal(("steps",), None, "give steps or epochs, for example steps: 1000")
+        if self.steps is not None and self.epochs is not None:
+            raise refusal(("epochs",), self.epochs, f"steps: {self.steps} is given too; keep one of steps and epochs")
         return self
 
 
@@ -204,12 +225,63 @@ class Run(Section):
     report: Report = Report()
 
     @model_validator(mode="after")
+    def _no_term_twice(self) -> Run:
+        seen = [(term.loss, term.beta) for term in self.objective]
+        for index, term in enumerate(seen):
+            if term in seen[:index]:
+                text = f"{term[0]} is a term already: give one term the sum of both weights"
+                raise refusal(("objective", index, "loss"), term[0], text)
+        return self
+
+    @model_validator(mode="after")
     def _in_process_is_one_process(self) -> Run:
-        if self.runtime == "in_process":
-            if self.student.ranks != 1 or self.teacher.scorer.replicas != 1:
-                raise ValueError(
-                    "runtime: in_process has one process: set student.ranks and teacher.scorer.replicas to 1"
-                )
-            if self.teacher.scorer.engine.kind == "vllm":
-                raise ValueError("runtime: in_process needs teacher.scorer.engine: {kind: hf}")
+        if self.runtime != "in_process":
+            return self
+        if self.student.ranks != 1:
+            raise refusal(
+                ("student", "ranks"), self.student.ranks, "runtime: in_process has one process: write ranks: 1"
+            )
+        for role, replicas in self.teacher.roles().items():
+            if replicas.replicas != 1:
+                text = "runtime: in_process has one process: write replicas: 1"
+                raise refusal(("teacher", role, "replicas"), replicas.replicas, text)
+            if replicas.engine.kind == "vllm":
+                text = "runtime: in_process needs an engine without processes of its own: write engine: hf"
+                raise refusal(("teacher", role, "engine"), "vllm", text)
+        return self
+
+    @model_validator(mode="after")
+    def _who_writes_the_answers(self) -> Run:
+        kind, writer, data = self.elicitation.kind, self.teacher.writer, self.data.train
+        if kind == "labeling" and writer is None:
+            text = "elicitation: labeling lets the teacher write the answers: add teacher.writer, if only writer: {}"
+            raise refusal(("teacher", "writer"), None, text)
+        if kind == "feature" and writer is not None:
+            text = "elicitation: feature takes answers from the dataset: remove writer, or write elicitation: labeling"
+            raise refusal(("teacher", "writer"), None, text)
+        if kind == "feature" and data.format == "prompt":
+            text = "elicitation: feature needs rows with answers: write elicitation: labeling, or name another format"
+            raise refusal(("data", "train", "format"), data.format, text)
+        if kind == "labeling" and data.format == "text":
+            text = "elicitation: labeling answers prompts, and format: text has none; write elicitation: feature"
+            raise refusal(("data", "train", "format"), data.format, text)
+        return self
+
+    @model_validator(mode="after")
+    def _a_sequence_fits_a_micro_batch(self) -> Run:
+        budget, longest = self.training.micro_batch_tokens, self.data.max_length
+        if budget < longest:
+            text = f"is less than data.max_length: {longest}; write at least {longest}, or a smaller data.max_length"
+            raise refusal(("training", "micro_batch_tokens"), budget, text)
+        return self
+
+    @model_validator(mode="after")
+    def _steps_hold_together(self) -> Run:
+        steps, warmup, every = self.training.steps, self.optimizer.warmup_steps, self.training.evaluate_every
+        if steps is not None and warmup >= steps:
+            text = f"leaves no step after the warm-up (training.steps: {steps}); write at most {steps - 1}"
+            raise refusal(("optimizer", "warmup_steps"), warmup, text)
+        if every > 0 and self.data.evaluation is None:
+            text = "there is nothing to evaluate on: add data.evaluation, or write evaluate_every: 0"
+            raise refusal(("training", "evaluate_every"), every, text)
         return self

@@ -1,0 +1,87 @@
+"""From a YAML file and `--set` overrides to a validated `Run`, and back to YAML.
+
+The one door through which configurations enter: every problem is reported at once, in one `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from configs.document import KeyPath, Origin, read_document
+from configs.errors import ConfigError
+from configs.problems import find_problems, render
+from configs.schema import Run
+
+MAY_CHANGE_ON_RESUME = (
+    ("folder",),
+    ("report",),
+    ("faults",),
+    ("training", "keep_checkpoints"),
+    ("training", "evaluate_every"),
+    ("training", "save_every"),
+    ("training", "depth"),
+    ("training", "max_label_bytes"),
+)
+"""What changes neither the tokens, the labels nor the updates of a run. The number of steps is not among them: the
+learning rate of every step depends on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRun:
+    """A run and where each given value was written; what has no origin is a default."""
+
+    run: Run
+    origins: Mapping[KeyPath, Origin]
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
+    """Read a configuration. `overrides` are `a.b=c` with a YAML value, later ones win, list items by index.
+
+    Raises `ConfigError` listing for every problem file and line (or the override), dotted path, value and what is
+    allowed. No type is converted silently: `"3"` is no number and `1` is not true.
+    """
+    file = Path(path)
+    document = read_document(file, overrides)
+    try:
+        run = Run.model_validate_json(json.dumps(document.tree), strict=True)
+    except ValidationError as error:
+        raise ConfigError(render(str(file), find_problems(document, error))) from None
+    if document.problems:
+        raise ConfigError(render(str(file), document.problems))
+    return LoadedRun(run, document.origins)
+
+
+def dump_run(run: Run) -> str:
+    """The run with all defaults as YAML; `load_run` of it gives an equal run."""
+    text = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.allow_unicode = True
+    yaml.dump(run.model_dump(mode="json"), text)
+    return text.getvalue()
+
+
+def config_hash(run: Run) -> str:
+    """16 hexadecimal digits over everything that decides what the run learns. Equal hashes may resume each other."""
+    resolved = run.model_dump(mode="json")
+    for place in MAY_CHANGE_ON_RESUME:
+        holder = resolved
+        for part in place[:-1]:
+            holder = holder[part]
+        del holder[place[-1]]
+    canonical = json.dumps(resolved, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def run_folder(run: Run) -> Path:
+    """Where the run writes; relative to the working directory unless the configuration names an absolute folder."""
+    return run.folder if run.folder is not None else Path("runs") / run.name

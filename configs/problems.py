@@ -1,0 +1,200 @@
+"""What pydantic found wrong, said to a person: place, value, what is allowed, and the word that was probably meant.
+
+A file of its own so that no message ever speaks of validators, inputs or extra fields.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from configs.document import Document, KeyPath, Problem, dotted, show
+from configs.plugins import Family
+from configs.refusal import did_you_mean
+from configs.schema import NAME, Run
+
+EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite_number": "a finite number",
+    "bool": "true or false",
+    "string": "text",
+    "path": "a path",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "a mapping",
+    "model": "a mapping, lines of `key: value`",
+    "none_required": "null",
+}
+BOUNDS = {
+    "greater_than": ("gt", "greater than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+    "multiple_of": ("multiple_of", "a multiple of"),
+}
+PATTERNS = {NAME: "1 to 80 letters, digits, dots, dashes and underscores, beginning with a letter or digit"}
+
+
+def find_problems(document: Document, error: ValidationError) -> list[Problem]:
+    """Everything wrong with the document; the alternatives that one place allows are one problem."""
+    expected: dict[KeyPath, list[str]] = {}
+    found = list(document.problems)
+    known = {problem.path for problem in found}
+    for detail in error.errors(include_url=False):
+        path = _place(document.tree, detail["loc"])
+        if path in known:
+            continue
+        allowed = _expected(detail)
+        if allowed is None:
+            value = None if detail["type"] == "missing" else _value(document.tree, path, detail["input"])
+            found.append(Problem(document.origin(path), path, value, _sentence(document, path, detail)))
+        elif path in expected:
+            expected[path].append(allowed)
+        else:
+            expected[path] = [allowed]
+    for path, alternatives in expected.items():
+        value = _look(document.tree, path)
+        text = "must be " + " or ".join(dict.fromkeys(alternatives)) + _hint(value, alternatives)
+        if isinstance(value, str) and "path" in _fields(document.tree, path):
+            text += f", here {{path: {value}}}"
+        found.append(Problem(document.origin(path), path, show(value), text))
+    return found
+
+
+def render(title: str, problems: Sequence[Problem]) -> str:
+    """The text of a `ConfigError`: a count, then, in the order of the file, origin, path, value and what to write."""
+    lines = [f"{title}: {len(problems)} problem{'s' if len(problems) != 1 else ''}"]
+    for problem in sorted(problems, key=lambda problem: problem.origin.order):
+        value = "" if problem.value is None else f" = {problem.value}"
+        lines.append(f"  {problem.origin.text}: {dotted(problem.path)}{value}".rstrip(": "))
+        lines.append(f"      {problem.text}")
+    return "\n".join(lines)
+
+
+def _place(tree: Any, location: KeyPath) -> KeyPath:
+    """pydantic's location without the branches of unions it tried, which are no part of the path."""
+    path: KeyPath = ()
+    node, outside = tree, False
+    for part in location:
+        if outside or (isinstance(node, dict) and part not in node):
+            path, outside = (*path, part), True
+        elif isinstance(node, dict) or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
+            path, node = (*path, part), node[part]
+        elif isinstance(node, list) and isinstance(part, int):
+            path, outside = (*path, part), True
+    return path
+
+
+def _look(tree: Any, path: KeyPath) -> Any:
+    for part in path:
+        if not isinstance(tree, dict | list) or (isinstance(tree, dict) and part not in tree):
+            return None
+        tree = tree[part]
+    return tree
+
+
+def _value(tree: Any, path: KeyPath, given: Any) -> str | None:
+    value = _look(tree, path)
+    value = given if value is None else value
+    return None if isinstance(value, dict | list | BaseModel) or value is None else show(value)
+
+
+def _expected(detail: Any) -> str | None:
+    """What would have been allowed, where the problem is of that sort; to be joined by "or"."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "literal_error":
+        return context["expected"]
+    if kind in BOUNDS:
+        key, phrase = BOUNDS[kind]
+        return f"{phrase} {context[key]:g}"
+    if kind == "string_pattern_mismatch":
+        return PATTERNS.get(context["pattern"], f"text that matches {context['pattern']}")
+    if kind in ("string_too_short", "too_short"):
+        least = context["min_length"]
+        return ("text" if kind.startswith("string") else "a list") + (
+            " that is not empty" if least == 1 else f" of at least {least}"
+        )
+    if kind in ("string_too_long", "too_long"):
+        return f"at most {context['max_length']} long"
+    stem = re.sub(r"_(type|parsing|parsing_size|from_float|attributes_type|sub_type)$", "", kind)
+    return EXPECTED.get(stem)
+
+
+def _hint(value: Any, alternatives: list[str]) -> str:
+    if "text" in alternatives and isinstance(value, bool | int | float):
+        return f" (in quotes: '{value}')"
+    if isinstance(value, str) and any("number" in a for a in alternatives) and re.fullmatch(r"[-+\d.eE]+", value):
+        return " (without quotes)"
+    words = [word for text in alternatives for word in re.findall(r"'([^']*)'", text)]
+    return did_you_mean(value, words) if isinstance(value, str) else ""
+
+
+def _sentence(document: Document, path: KeyPath, detail: Any) -> str:
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        return _unknown_key(document, path)
+    if kind == "missing" and isinstance(path[-1], int):
+        return f"item {path[-1]} of the list is missing"
+    if kind == "missing":
+        field = _fields(document.tree, path[:-1]).get(str(path[-1]))
+        meaning = f": {field.description}" if field is not None and field.description else ""
+        return f"'{path[-1]}' is missing; it is required{meaning}"
+    if kind == "value_error":
+        return str(detail["ctx"]["error"])
+    return detail["msg"]
+
+
+def _unknown_key(document: Document, path: KeyPath) -> str:
+    key = str(path[-1])
+    here = list(_fields(document.tree, path[:-1]))
+    nearest = did_you_mean(key, here)
+    if not nearest:
+        elsewhere = [dotted(place) for place in _all_paths(Run) if place[-1] == key]
+        nearest = (
+            f"; it belongs in {' or '.join(elsewhere)}" if elsewhere else f" (known here: {', '.join(here) or 'none'})"
+        )
+    return f"unknown key '{key}'{nearest}"
+
+
+def _fields(tree: Any, path: KeyPath) -> dict[str, FieldInfo]:
+    """The fields that the schema knows at a path, those of a plug-in's parameters included."""
+    fields: dict[str, FieldInfo] = dict(Run.model_fields)
+    for depth, part in enumerate(path):
+        if isinstance(part, int):
+            continue
+        field = fields.get(part)
+        if field is None:
+            return {}
+        family = next((item for item in field.metadata if isinstance(item, Family)), None)
+        section = _section(field.annotation)
+        if family is not None:
+            chosen = _look(tree, path[: depth + 1])
+            kind = chosen.get("kind") if isinstance(chosen, dict) else chosen or field.default.kind
+            return {"kind": field, **family.signature(str(kind)).model.model_fields}
+        if section is None:
+            return {}
+        fields = dict(section.model_fields)
+    return fields
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The model inside `Model`, `Model | None` or `tuple[Model, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, UnionType, tuple):
+        return next((found for found in map(_section, get_args(annotation)) if found is not None), None)
+    return None
+
+
+def _all_paths(model: type[BaseModel], above: KeyPath = ()) -> Iterator[KeyPath]:
+    for name, field in model.model_fields.items():
+        yield (*above, name)
+        section = _section(field.annotation)
+        if section is not None:
+            yield from _all_paths(section, (*above, name))

@@ -1,0 +1,25 @@
+"""How a rule of the configuration refuses: an error at the place of the wrong value, and the nearest allowed word.
+
+Shared by the schema, the plug-ins and the reader, so that all of them speak in one voice.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+
+def refusal(place: tuple[str | int, ...], value: Any, text: str) -> ValidationError:
+    """An error to raise inside a validator; `place` is relative to the model that validates."""
+    problem = PydanticCustomError("rule", "{text}", {"text": text})
+    return ValidationError.from_exception_data("rule", [InitErrorDetails(type=problem, loc=place, input=value)])
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """ "; did you mean 'x'?", or an empty string where nothing is near."""
+    nearest = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    return f"; did you mean '{nearest[0]}'?" if nearest else ""
