@@ -1,0 +1,210 @@
+"""What machines a run may use, as plain values: read from this host, from a Ray cluster, or from a text such as
+`8xH100,8xA100`, so that a plan for a cluster can be made and tested on a laptop.
+
+Nothing here creates a CUDA context.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.errors import ConfigError, InfrastructureError
+
+GPUS_WITHOUT_BFLOAT16 = frozenset({"K80", "P4", "P40", "P100", "V100", "T4"})
+"""Ray's names of data-centre GPUs older than Ampere."""
+
+PROBE_TIMEOUT_S = 60.0
+
+_GIB = 2**30
+_PARTS = (r"(?P<gpus>\d+)x(?P<gpu>[A-Za-z].*)", r"(?P<cpus>\d+)cpu(?P<amx>\+amx)?", r"(?P<memory>\d+)GiB")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One machine."""
+
+    name: str
+    num_cpus: int  # cores that exist
+    gpus: tuple[str, ...] = ()  # name of each
+    memory_bytes: int = 16 * _GIB
+    cpu_has_amx_bf16: bool = False
+    num_slots: int | None = None  # CPUs that a running Ray cluster hands out here; None: as many as the roles need
+    num_free_gpus: int | None = None  # not used by anybody now; None: all
+
+    @property
+    def free_gpus(self) -> int:
+        return len(self.gpus) if self.num_free_gpus is None else self.num_free_gpus
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """The machines of a run."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def num_gpus(self) -> int:
+        return sum(len(node.gpus) for node in self.nodes)
+
+    @property
+    def num_cpus(self) -> int:
+        return sum(node.num_cpus for node in self.nodes)
+
+    @property
+    def gpu_kinds(self) -> tuple[str, ...]:
+        """Different GPU names, in the order in which nodes have them."""
+        return tuple(dict.fromkeys(gpu for node in self.nodes for gpu in node.gpus))
+
+    def describe(self) -> str:
+        """One line for people: `2 nodes: 8xH100, 64 cores; 8xA100, 64 cores`."""
+        texts = []
+        for node in self.nodes:
+            kinds = {gpu: node.gpus.count(gpu) for gpu in node.gpus}
+            gpus = ", ".join(f"{count}x{gpu}" for gpu, count in kinds.items()) or "no GPU"
+            texts.append(f"{gpus}, {node.num_cpus} cores")
+        return f"{len(self.nodes)} node{'s' if len(self.nodes) > 1 else ''}: " + "; ".join(texts)
+
+    @classmethod
+    def parse(cls, text: str) -> Hardware:
+        """Nodes separated by commas, each `8xH100`, `2cpu`, `2cpu+amx`, `8xH100/96cpu` or `8xH100/96cpu/2048GiB`.
+
+        Where not said: 12 cores and 256 GiB a GPU, 8 GiB a core without one. Raises `ConfigError`.
+        """
+        return cls(tuple(_parse_node(part.strip(), index) for index, part in enumerate(text.split(","))))
+
+    @classmethod
+    def local(cls) -> Hardware:
+        """This host alone, as a Ray cluster started here would have it."""
+        return cls((local_node(),))
+
+    @classmethod
+    def of_ray(cls) -> Hardware:
+        """The nodes of the Ray cluster this process is connected to; each is asked for its cores, memory and flags."""
+        import ray
+        from ray._private.state import available_resources_per_node
+
+        alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"])
+        facts = _probe([node["NodeID"] for node in alive])
+        free = available_resources_per_node()
+        nodes = []
+        for node, host in zip(alive, facts, strict=True):
+            resources = node["Resources"]
+            num_gpus = int(resources.get("GPU", 0))
+            kind = next((key.removeprefix("accelerator_type:") for key in resources if _names_gpu(key)), "GPU")
+            nodes.append(
+                Node(
+                    name=node["NodeID"],
+                    num_cpus=host.num_cpus,
+                    gpus=(kind,) * num_gpus,
+                    memory_bytes=host.memory_bytes,
+                    cpu_has_amx_bf16=host.cpu_has_amx_bf16,
+                    num_slots=int(resources.get("CPU", 0)),
+                    num_free_gpus=int(free.get(node["NodeID"], {}).get("GPU", 0)),
+                )
+            )
+        return cls(tuple(nodes))
+
+
+def gpu_has_bfloat16(name: str) -> bool:
+    """By the name; an unknown one is taken for a current GPU."""
+    old_geforce = re.search(r"GTX|RTX.?20\d\d", name, re.IGNORECASE)
+    return not old_geforce and not GPUS_WITHOUT_BFLOAT16 & set(re.split(r"[\s-]+", name.upper()))
+
+
+def local_node() -> Node:
+    """This host; the limits of a container count."""
+    flags = _read("/proc/cpuinfo")
+    return Node(
+        name=socket.gethostname(),
+        num_cpus=_num_cores(),
+        gpus=_local_gpus(),
+        memory_bytes=_memory_bytes(),
+        cpu_has_amx_bf16=" amx_bf16" in flags,
+    )
+
+
+def _names_gpu(resource: str) -> bool:
+    return resource.startswith("accelerator_type:")
+
+
+def _parse_node(text: str, index: int) -> Node:
+    found: dict[str, str] = {}
+    for part in text.split("/"):
+        match = next((m for pattern in _PARTS if (m := re.fullmatch(pattern, part.strip()))), None)
+        if match is None:
+            raise ConfigError(f"hardware: '{text}' is no machine; write 8xH100, 2cpu, 2cpu+amx or 8xH100/96cpu/2048GiB")
+        found |= {key: value for key, value in match.groupdict().items() if value}
+    num_gpus = int(found.get("gpus", 0))
+    num_cpus = int(found.get("cpus", 12 * num_gpus))
+    if num_cpus == 0:
+        raise ConfigError(f"hardware: '{text}' has no cores; write for example 2cpu")
+    memory = int(found.get("memory", 256 * num_gpus or 8 * num_cpus))
+    gpus = (found.get("gpu", ""),) * num_gpus
+    return Node(f"node-{index}", num_cpus, gpus, memory * _GIB, "amx" in found)
+
+
+def _probe(node_ids: Sequence[str]) -> list[Node]:
+    """`local_node()` of every node of the cluster."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if list(node_ids) == [ray.get_runtime_context().get_node_id()]:
+        return [local_node()]
+    ask = ray.remote(num_cpus=0, max_retries=0)(local_node)
+    refs = [
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote()
+        for node_id in node_ids
+    ]
+    try:
+        return ray.get(refs, timeout=PROBE_TIMEOUT_S)
+    except ray.exceptions.RayError as error:
+        raise InfrastructureError(f"a node of the Ray cluster cannot be asked what it has: {error}") from None
+
+
+def _num_cores() -> int:
+    """Cores this process may use: its affinity mask and its cgroup's quota."""
+    cores = len(os.sched_getaffinity(0))
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    if quota.isdigit() and period.strip().isdigit():
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def _memory_bytes() -> int:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _read("/sys/fs/cgroup/memory.max").strip()
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def _local_gpus() -> tuple[str, ...]:
+    """NVIDIA devices that this process may open, by the driver's files: no library, no context."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = sorted(Path("/dev").glob("nvidia[0-9]*"))
+    count = len(devices) if visible is None else min(len(devices), len([item for item in visible.split(",") if item]))
+    names = [
+        match[1].strip()
+        for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+        if (match := re.search(r"^Model:\s*(.+)$", _read(str(file)), re.MULTILINE))
+    ]
+    kind = _short_name(names[0]) if names else "GPU"
+    return (kind,) * count
+
+
+def _short_name(model: str) -> str:
+    """`NVIDIA H100 80GB HBM3` -> `H100`, as Ray names it: the first word with a digit, brands left out."""
+    for word in model.split():
+        if re.search(r"\d", word):
+            return word.split("-")[0]
+    return model
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

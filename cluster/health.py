@@ -1,0 +1,147 @@
+"""What to do when something died, hangs or fails, and which replica gets the next unit. Pure: the callers wait and act.
+
+A restart budget counts failures *without progress in between*: a run of weeks may lose a node every day, but a rank
+that dies again at once is not going to recover.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.schema import Faults
+
+FailureKind = Literal[
+    "rank_died",
+    "rank_hung",
+    "teacher_died",
+    "teacher_hung",
+    "unit_failed",  # the infrastructure's fault: the replica died, or the deadline passed
+    "unit_refused",  # the data's fault: a replica cannot score this unit, or its labels are not finite
+    "diverged",
+    "preempted",  # a node was taken away with notice, a checkpoint was saved
+]
+
+BACKOFF_FIRST_S = 1.0
+BACKOFF_LONGEST_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One failure of one rank group, replica or unit."""
+
+    kind: FailureKind
+    count: int  # failures of it so far, this one included
+    progress_since_last: bool = False  # a step was trained, or a unit scored, since the one before
+    committed_step: int | None = None  # of the newest checkpoint; None: there is none
+
+
+@dataclass(frozen=True, slots=True)
+class RestartGroup:
+    """Kill every student rank and start new ones."""
+
+    from_checkpoint: int | None  # step to load; None: from the beginning
+    delay_s: float
+    count: int  # what the caller remembers as its count
+
+
+@dataclass(frozen=True, slots=True)
+class RestartReplica:
+    delay_s: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class RetryUnit:
+    delay_s: float
+    elsewhere: bool  # on a replica that has not refused it
+
+
+@dataclass(frozen=True, slots=True)
+class RejectUnit:
+    """Leave the unit out of its step, with the reason on record."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """The replica, the group or the run is lost."""
+
+    reason: str
+
+
+Decision = RestartGroup | RestartReplica | RetryUnit | RejectUnit | GiveUp
+
+
+@dataclass(frozen=True, slots=True)
+class FailurePolicy:
+    """Budgets of a run. `decide` has no memory: equal failures get equal decisions."""
+
+    max_restarts: int  # of the group, or of each replica, without progress in between
+    max_attempts: int = 5  # of a unit whose replica failed
+    max_refusals: int = 2  # of a unit that replicas refuse: a second opinion, then it is the data
+
+    @classmethod
+    def of_students(cls, faults: Faults) -> FailurePolicy:
+        return cls(max_restarts=faults.max_student_restarts, max_attempts=faults.max_unit_attempts)
+
+    @classmethod
+    def of_teachers(cls, faults: Faults) -> FailurePolicy:
+        return cls(max_restarts=faults.max_teacher_restarts, max_attempts=faults.max_unit_attempts)
+
+    def decide(self, failure: Failure) -> Decision:
+        count = 1 if failure.progress_since_last else failure.count
+        assert count >= 1, failure
+        match failure.kind:
+            case "rank_died" | "rank_hung":
+                if count > self.max_restarts:
+                    return GiveUp(f"the student group failed {count} times without training a step in between")
+                return RestartGroup(failure.committed_step, _group_delay_s(count), count)
+            case "preempted":
+                return RestartGroup(failure.committed_step, 0.0, count)
+            case "teacher_died" | "teacher_hung":
+                if count > self.max_restarts:
+                    return GiveUp(f"the replica failed {count} times without scoring a unit in between")
+                return RestartReplica(backoff_s(count), count)
+            case "unit_failed":
+                if count >= self.max_attempts:
+                    return GiveUp(f"the unit failed on {count} attempts")
+                return RetryUnit(backoff_s(count), elsewhere=False)
+            case "unit_refused":
+                if count >= self.max_refusals:
+                    return RejectUnit(f"{count} attempts were refused")
+                return RetryUnit(0.0, elsewhere=True)
+            case "diverged":
+                return GiveUp("too many steps had a non-finite loss or gradient; a restart would repeat them")
+
+
+def backoff_s(count: int) -> float:
+    """1, 2, 4, ... 30 s: a replacement node takes 13-18 s to be usable."""
+    return min(BACKOFF_LONGEST_S, BACKOFF_FIRST_S * 2.0 ** min(count - 1, 16))
+
+
+def _group_delay_s(count: int) -> float:
+    """The first restart at once: the placement is there, and starting takes longer than most waits."""
+    return 0.0 if count == 1 else backoff_s(count - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """How busy a replica is."""
+
+    name: str
+    tokens_in_flight: int
+    units_in_flight: int
+    healthy: bool = True
+
+
+def choose_replica(loads: Sequence[ReplicaLoad], *, credits: int, exclude: Collection[str] = ()) -> str | None:
+    """The healthy replica with the fewest tokens in flight, among those with less than `credits` units; None: wait.
+
+    `exclude` holds replicas that have refused the unit. Ties go to fewer units, then to the first.
+    """
+    able = [load for load in loads if load.healthy and load.units_in_flight < credits and load.name not in exclude]
+    best = min(able, key=lambda load: (load.tokens_in_flight, load.units_in_flight), default=None)
+    return None if best is None else best.name
