@@ -1,0 +1,161 @@
+"""The command `stillhouse`: its sub-commands, their help, and what becomes of an error.
+
+Every command imports what it needs inside its function, so that help and messages about a configuration come at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.identity import refuse_foreign_packages
+
+app = typer.Typer(
+    name="stillhouse",
+    help="Distil a large language model into a small one: Ray actors host vLLM teachers, DeepSpeed trains the student.",
+    epilog="Exit codes: 0 done, 2 configuration, 3 data, 4 infrastructure, 5 diverged, 75 preempted after saving.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+config_app = typer.Typer(help="Look at a configuration, without running it.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Set one value, as YAML; may be given several times."),
+]
+RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, for example runs/demo.")]
+
+
+def main() -> None:
+    """Entry point of the command. Ends the process with the exit codes of the help.
+
+    An error meant for a person is its text on stderr; STILLHOUSE_TRACEBACK=1 shows where it was raised.
+    """
+    refuse_foreign_packages()
+    from configs.errors import StillhouseError
+
+    try:
+        app(prog_name="stillhouse")
+    except StillhouseError as error:
+        if os.environ.get("STILLHOUSE_TRACEBACK") == "1":
+            raise
+        typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
+        typer.echo(str(error), err=True)
+        sys.exit(error.exit_code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"stillhouse {version('stillhouse')}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
+SkipSelfTest = Annotated[
+    bool, typer.Option("--skip-self-test", help="Do not test the devices first; recorded in the manifest.")
+]
+
+
+@app.callback()
+def _root(version: Version = False) -> None:
+    pass
+
+
+@app.command(epilog="Example: stillhouse train configs/demo.yaml --set training.steps=20 --set name=short")
+def train(config: Config, overrides: Overrides = None, skip_self_test: SkipSelfTest = False) -> None:
+    """Run a distillation.
+
+    The same command again resumes it from the last checkpoint in its run folder.
+    """
+    from launch.train import train as run_training
+
+    raise typer.Exit(run_training(config, overrides or [], skip_self_test=skip_self_test))
+
+
+@app.command(epilog="Example: stillhouse check configs/demo.yaml")
+def check(config: Config, overrides: Overrides = None) -> None:
+    """Check all that needs no accelerator: configuration, models, tokenizers, rows, licences, disk.
+
+    One line for each thing looked at. Exit code 0 where a run may start, 2 for the configuration, 3 for the data.
+    """
+    from launch.check import check as run_check
+
+    raise typer.Exit(run_check(config, overrides or []))
+
+
+@config_app.command("show", epilog="Example: stillhouse config show configs/demo.yaml --origins")
+def config_show(
+    config: Config,
+    overrides: Overrides = None,
+    origins: Annotated[bool, typer.Option("--origins", help="One line a value, with the place it comes from.")] = False,
+) -> None:
+    """Print the configuration with all defaults filled in; it loads back to the same run."""
+    from launch.show import show
+
+    typer.echo(show(config, overrides or [], origins=origins))
+
+
+@config_app.command("schema", epilog="Example: stillhouse config schema > run.schema.json")
+def config_schema() -> None:
+    """Print the JSON Schema of a configuration, for completion and checks in an editor."""
+    from launch.show import schema
+
+    typer.echo(schema())
+
+
+@app.command(epilog="Example: stillhouse prune models/teacher models/student --keep-layers 0-9,20-29")
+def prune(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Model folder to cut from.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="New folder for the smaller model.")],
+    keep_layers: Annotated[str, typer.Option("--keep-layers", metavar="LAYERS", help="Numbers and ranges from 0.")],
+) -> None:
+    """Make a student out of a model by keeping some of its layers."""
+    from launch.prune import prune_command
+
+    typer.echo(prune_command(source, target, keep_layers=keep_layers))
+
+
+@app.command(epilog="Example: stillhouse export runs/demo models/my-student")
+def export(
+    run: RunFolderArgument,
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="New folder in Hugging Face format.")],
+    merge_adapter: Annotated[
+        bool, typer.Option("--merge-adapter", help="Write one whole model in place of base model and LoRA adapter.")
+    ] = False,
+) -> None:
+    """Write the student of a run as a folder that transformers and vLLM load."""
+    from launch.export import export as write_student
+
+    write_student(run, target, merge_adapter=merge_adapter)
+
+
+@app.command(epilog="Example: stillhouse report runs/demo")
+def report(run: RunFolderArgument) -> None:
+    """Write report.html of a run, from what its folder holds."""
+    from launch.report import report as write_report
+
+    write_report(run)
+
+
+@app.command(epilog="Example: stillhouse prepare smollm2-135m-instruct models/smollm2")
+def prepare(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2-135m-instruct")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder for the model.")],
+) -> None:
+    """Get a small real teacher: fetched once, checked by its hash, converted to safetensors."""
+    from launch.prepare import prepare_command
+
+    typer.echo(prepare_command(name, target))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""`stillhouse config`: a configuration as it will be run, where its values come from, and its JSON Schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.document import KeyPath, dotted
+from configs.load import LoadedRun, dump_run, load_run
+from configs.schema import Run
+
+
+def show(path: Path, overrides: Sequence[str], *, origins: bool) -> str:
+    """The resolved configuration as YAML, which loads back to the same run; with `origins` one line for each value."""
+    loaded = load_run(path, overrides)
+    return "\n".join(_with_origins(loaded)) if origins else dump_run(loaded.run).rstrip("\n")
+
+
+def schema() -> str:
+    """JSON Schema of a configuration, for editors: `# yaml-language-server: $schema=run.schema.json`."""
+    return json.dumps(Run.model_json_schema(), indent=2)
+
+
+def _with_origins(loaded: LoadedRun) -> Iterator[str]:
+    for path, value in _leaves(loaded.run.model_dump(mode="json"), ()):
+        holder = path
+        while holder not in loaded.origins:
+            holder = holder[:-1]
+        given = bool(holder) and (holder == path or loaded.origins[holder].order[0] == 1)
+        yield f"{dotted(path)} = {json.dumps(value)}    # {loaded.origins[holder].text if given else 'default'}"
+
+
+def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, (*path, key))
+    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        for index, item in enumerate(value):
+            yield from _leaves(item, (*path, index))
+    else:
+        yield path, value
