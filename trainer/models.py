@@ -1,0 +1,243 @@
+"""Models from disk or hub: the student as the module that is trained, and of the teacher nothing but its head.
+
+transformers decides what a folder means; this file decides what is allowed, and how the student is opened up so that
+its logits never exist whole (`StudentModule`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import peft
+import safetensors
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import cached_file
+
+from configs.schema import LoRA, ModelSource
+from trainer.attention import IMPLEMENTATIONS
+from trainer.errors import ConfigError
+from trainer.heads import Head, HeadShape
+
+HeadCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Any]
+"""What to compute from hidden states [n, H] and the head's weight [>= V, H] and bias; returns a tensor or a tuple."""
+
+
+class StudentModule(torch.nn.Module):
+    """A causal LM whose forward stops at the hidden states and hands chosen rows to a function inside its head.
+
+    The function runs in the head's own forward, because that is where ZeRO-3 has gathered the weight; a loss written
+    as one function of hidden states and weight then needs no logits outside of it.
+    """
+
+    def __init__(self, causal: torch.nn.Module, *, adapter: peft.PeftModel | None = None) -> None:
+        super().__init__()
+        self.causal = causal
+        self.head_shape = HeadShape.of_config(causal.config)
+        self._adapter = (adapter,)  # in a tuple: not a submodule, the same weights are in `causal`
+        _open_head(causal.get_output_embeddings())
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self.causal.config
+
+    @property
+    def adapter(self) -> peft.PeftModel | None:
+        """The peft wrapper around `causal`, which knows how to name and save its adapters."""
+        return self._adapter[0]
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        rows: torch.Tensor,
+        head_call: HeadCall,
+        **borders: Any,
+    ) -> Any:
+        """`head_call` on the hidden states of `rows` [n] out of token_ids [1, T]; `borders` as `border_arguments`."""
+        hidden = self.run_base(token_ids, position_ids=position_ids, use_cache=False, **borders).last_hidden_state
+        return self.causal.get_output_embeddings()(hidden[0].index_select(0, rows), head_call)
+
+    def run_base(self, token_ids: torch.Tensor, **arguments: Any) -> Any:
+        """The transformers base model: everything below the head."""
+        return self.causal.base_model(input_ids=token_ids, **arguments)
+
+
+def _open_head(head: torch.nn.Module) -> None:
+    """Give the head's forward an optional second argument, the function to run instead of the product."""
+    plain = head.forward
+
+    def forward(hidden: torch.Tensor, call: HeadCall | None = None) -> Any:
+        return plain(hidden) if call is None else call(hidden, head.weight, head.bias)
+
+    head.forward = forward
+
+
+def load_config(source: ModelSource, *, role: str) -> Any:
+    """The transformers configuration of a model. Raises `ConfigError` naming `role` (such as "student.model")."""
+    try:
+        return AutoConfig.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{role}: cannot read the configuration of {source.path}: {error}") from None
+
+
+def load_student(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    vocabulary_size: int,
+    lora: LoRA | None = None,
+    activation_checkpointing: bool = False,
+    sharded: AbstractContextManager[None],
+) -> StudentModule:
+    """The student in host memory, or inside `sharded` already split over the ranks, ready for `ZeroModel`.
+
+    Adapters get the model's dtype: DeepSpeed keeps float32 master weights of everything that is trained. Seed torch
+    before: adapters start at random. Raises `ConfigError` for a folder that transformers cannot read or that lacks
+    weights, and for a model whose attention does not take packed sequences.
+    """
+    with sharded:
+        causal = _load_causal(source, dtype=dtype, attention=attention)
+        rows = causal.config.get_text_config().vocab_size
+        if rows < vocabulary_size:
+            raise ConfigError(
+                f"student.model: {source.path} has {rows} token embeddings, the tokenizer {vocabulary_size} tokens. "
+                "Use a student with the teacher's tokenizer"
+            )
+        adapter = None if lora is None else _add_adapters(causal, lora)
+    if activation_checkpointing:
+        causal.gradient_checkpointing_enable({"use_reentrant": False})
+    return StudentModule(causal, adapter=adapter)
+
+
+def _load_causal(source: ModelSource, *, dtype: torch.dtype, attention: str) -> torch.nn.Module:
+    try:
+        causal, info = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            # Other formats are pickles: whoever trusts the model's code may have them.
+            use_safetensors=None if source.trust_remote_code else True,
+            dtype=dtype,
+            attn_implementation=IMPLEMENTATIONS[attention],
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"student.model: transformers cannot load {source.path}: {error}") from None
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise ConfigError(f"student.model: {source.path} lacks {len(names)} weights, such as {names[0]}")
+    if not causal._supports_attention_backend:
+        raise ConfigError(
+            f"student.model: {type(causal).__name__} does not let transformers choose its attention, so sequences "
+            "cannot be packed. Choose another student"
+        )
+    return causal
+
+
+def _add_adapters(causal: torch.nn.Module, lora: LoRA) -> peft.PeftModel:
+    target = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    settings = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target, task_type="CAUSAL_LM"
+    )
+    try:
+        adapted = peft.get_peft_model(causal, settings, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise ConfigError(f"student.lora.target_modules: {error}") from None
+    if any(isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer) for m in _embeddings(causal)):
+        raise ConfigError(
+            f"student.lora.target_modules: {target} adapts the embeddings or the head; adapt the layers between them, "
+            "for example with target_modules: all-linear"
+        )
+    return adapted
+
+
+def _embeddings(causal: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
+    return causal.get_input_embeddings(), causal.get_output_embeddings()
+
+
+def load_teacher_head(source: ModelSource, *, vocabulary_size: int, dtype: torch.dtype, device: torch.device) -> Head:
+    """The teacher's head for its true vocabulary, read out of its safetensors without the rest of the model.
+
+    For labels that are final hidden states. Raises `ConfigError` where the folder has no safetensors or no head.
+    """
+    config = load_config(source, role="teacher.model")
+    weight_names, bias_names = _head_names(source, config)
+    files = _weight_files(source)
+    weight = _read_rows(source, files, weight_names, vocabulary_size)
+    bias = _read_rows(source, files, bias_names, vocabulary_size) if bias_names else None
+    return Head(
+        weight=weight.to(device, dtype),
+        bias=None if bias is None else bias.to(device, dtype),
+        shape=HeadShape.of_config(config),
+        vocabulary_size=vocabulary_size,
+    )
+
+
+def _head_names(source: ModelSource, config: Any) -> tuple[list[str], list[str]]:
+    """Names under which a checkpoint of this architecture may hold the head; a tied one is stored as the embedding."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    head = model.get_output_embeddings()
+    prefix = model.base_model_prefix + "."
+    found = []
+    for wanted in (head.weight, getattr(head, "bias", None)):
+        names = [] if wanted is None else _names_of(model, wanted)
+        # Checkpoints of a bare base model lack its prefix.
+        found.append(names + [name.removeprefix(prefix) for name in names if name.startswith(prefix)])
+    return found[0], found[1]
+
+
+def _names_of(model: torch.nn.Module, wanted: torch.nn.Parameter) -> list[str]:
+    return [name for name, p in model.named_parameters(remove_duplicate=False) if p is wanted]
+
+
+def _weight_files(source: ModelSource) -> Mapping[str, Path]:
+    """Tensor name -> the safetensors file that holds it."""
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        found = cached_file(
+            source.path,
+            name,
+            revision=source.revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is not None:
+            return _names_in(Path(found)) if name.endswith(".safetensors") else _names_in_index(source, Path(found))
+    raise ConfigError(
+        f"teacher.model: {source.path} has no model.safetensors, which hidden labels and evaluation read the head "
+        "from. Convert it with transformers' save_pretrained"
+    )
+
+
+def _names_in(file: Path) -> dict[str, Path]:
+    with safetensors.safe_open(file, framework="pt") as tensors:
+        return dict.fromkeys(tensors.keys(), file)
+
+
+def _names_in_index(source: ModelSource, index: Path) -> dict[str, Path]:
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    files, metadata = get_checkpoint_shard_files(source.path, str(index), revision=source.revision)
+    by_name = {Path(file).name: Path(file) for file in files}
+    return {name: by_name[file] for name, file in metadata["weight_map"].items()}
+
+
+def _read_rows(source: ModelSource, files: Mapping[str, Path], names: list[str], num_rows: int) -> torch.Tensor:
+    for name in names:
+        if name not in files:
+            continue
+        with safetensors.safe_open(files[name], framework="pt") as tensors:
+            rows = tensors.get_slice(name)[:num_rows]
+        if len(rows) < num_rows:
+            raise ConfigError(f"teacher.model: {name} of {source.path} has {len(rows)} rows for {num_rows} tokens")
+        return rows
+    raise ConfigError(f"teacher.model: {source.path} has no tensor named {' or '.join(names)}")
