@@ -29,7 +29,7 @@ SMALL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "head_dim": 32,  # the smallest that vLLM has CPU attention for
     "max_position_embeddings": 512,
     "vocab_size": PADDED_VOCABULARY,
     "bos_token_id": 1,

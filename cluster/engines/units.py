@@ -1,0 +1,150 @@
+"""What every engine does with a unit before and after its model: checks on the way in, block and report on the way out.
+
+A file of its own so that the engines cannot drift apart: a block is the same bytes whoever made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cluster.engines.plan import EnginePlan
+from trainer.errors import EngineDead, UnitRejected
+from trainer.labels.encoding import Column, Encoding, TeacherShape, unpack_rows
+from trainer.types import EncodingSpec, LabelHeader, Prompt, Sequence, SoftLabelBlock, Unit, UnitReport
+
+BFLOAT16_EXPONENT = 0x7F80
+"""Bits that are all set in a bfloat16 infinity or NaN, and in nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """Running totals of one engine since it became ready. Subtract two of them to measure what lies between."""
+
+    num_units: int  # finished; a call of `write` counts as one
+    num_tokens: int  # of finished units: tokens read, and for writers tokens written
+    num_rows: int  # label rows returned
+    num_steps: int  # forward passes over a batch
+    busy_s: float  # wall clock with at least one unit inside
+    cpu_s: float  # user + system time of this process; tensor-parallel workers are processes of their own
+    max_concurrent_units: int  # most units that were inside at the same time
+
+
+def check_unit(unit: Unit, *, vocabulary_size: int, max_length: int) -> None:
+    """Refuse, with `UnitRejected`, what no replica could score."""
+    for sequence in unit.sequences:
+        length = sequence.num_tokens
+        if not 0 < length <= max_length:
+            raise UnitRejected(
+                f"unit {unit.id}: sequence {sequence.id} has {length} tokens, this engine reads 1 to {max_length}; "
+                "lower data.max_length or set data.on_too_long"
+            )
+        if len(sequence.loss_mask) != length or sequence.loss_mask[-1]:
+            raise UnitRejected(
+                f"unit {unit.id}: sequence {sequence.id} has {length} tokens and a loss mask of "
+                f"{len(sequence.loss_mask)} rows; give as many, the last False (it predicts nothing)"
+            )
+        check_ids(sequence.token_ids, f"unit {unit.id}: sequence {sequence.id}", vocabulary_size)
+    if not unit.num_rows:
+        raise UnitRejected(f"unit {unit.id}: no row of its {len(unit.sequences)} sequence(s) counts in the loss")
+
+
+def check_prompt(prompt: Prompt, *, vocabulary_size: int, max_length: int) -> None:
+    """Refuse, with `UnitRejected`, a prompt that leaves no room for an answer or holds a wrong id."""
+    if not 0 < len(prompt.token_ids) < max_length:
+        raise UnitRejected(
+            f"prompt {prompt.id} ({prompt.origin}) has {len(prompt.token_ids)} tokens; this engine reads and writes "
+            f"{max_length} together, so a prompt has 1 to {max_length - 1}"
+        )
+    check_ids(prompt.token_ids, f"prompt {prompt.id} ({prompt.origin})", vocabulary_size)
+
+
+def check_ids(token_ids: np.ndarray, what: str, vocabulary_size: int) -> None:
+    """Ids beyond the true vocabulary have an embedding row in padded models, so the model itself would not refuse."""
+    wrong = np.flatnonzero((token_ids < 0) | (token_ids >= vocabulary_size))
+    if len(wrong):
+        at = int(wrong[0])
+        raise UnitRejected(
+            f"{what}: token id {int(token_ids[at])} at {at} is outside the vocabulary of {vocabulary_size}"
+        )
+
+
+def tokens_to_read(sequence: Sequence) -> np.ndarray:
+    """The tokens up to the one that the last label row predicts; what follows changes no label."""
+    return sequence.token_ids[: int(np.flatnonzero(sequence.loss_mask)[-1]) + 2]
+
+
+def prompt_seed(seed: int, prompt_id: str) -> int:
+    """A prompt's own seed: its answer does not depend on what else is in the batch or which replica writes it."""
+    digest = hashlib.blake2b(f"{seed}:{prompt_id}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
+
+
+def label_block(
+    unit: Unit,
+    packed: AbstractSequence[np.ndarray],
+    *,
+    plan: EnginePlan,
+    spec: EncodingSpec,
+    layout: tuple[Column, ...],
+) -> SoftLabelBlock:
+    """A block from the packed rows (uint8 [n, bytes]) of each sequence that has loss rows, in order.
+
+    Raises `EngineDead` if an engine returned other rows than it was asked for: nothing it says can be trusted then.
+    """
+    rows = [sequence.num_loss_tokens for sequence in unit.sequences]
+    asked = [n for n in rows if n]
+    returned = [len(part) for part in packed]
+    if asked != returned:
+        raise EngineDead(f"unit {unit.id}: asked for {asked} rows, the engine returned {returned}")
+    columns = unpack_rows(np.concatenate(packed), layout)
+    header = LabelHeader(
+        teacher=plan.teacher,
+        weights_version=plan.weights_version,
+        encoding=spec,
+        tokenizer_fingerprint=plan.tokenizer_fingerprint,
+        vocabulary_size=plan.vocabulary_size,
+    )
+    offsets = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
+    return SoftLabelBlock(header=header, tokens_hash=unit.tokens_hash(), columns=columns, row_offsets=offsets)
+
+
+def unit_report(
+    unit: Unit,
+    block: SoftLabelBlock,
+    *,
+    replica: str,
+    encoding: Encoding,
+    layout: tuple[Column, ...],
+    score_s: float,
+    started_s: float,
+) -> UnitReport:
+    return UnitReport(
+        unit_id=unit.id,
+        tokens_hash=block.tokens_hash,
+        replica=replica,
+        num_rows=block.num_rows,
+        num_tokens=unit.num_tokens,
+        num_bytes=block.num_bytes,
+        num_non_finite=sum(count_non_finite(block.columns[c.name], c.dtype) for c in layout),
+        mean_mass=float(encoding.mass(block.columns)),
+        score_s=score_s,
+        started_s=started_s,
+    )
+
+
+def count_non_finite(column: np.ndarray, dtype: torch.dtype) -> int:
+    """NaN and infinite entries of a column; a column of ids has none."""
+    if dtype is torch.bfloat16:
+        return int(np.count_nonzero((column & BFLOAT16_EXPONENT) == BFLOAT16_EXPONENT))
+    if not dtype.is_floating_point:
+        return 0
+    return int(column.size - np.count_nonzero(np.isfinite(column)))
+
+
+def teacher_shape(plan: EnginePlan, hidden_size: int) -> TeacherShape:
+    return TeacherShape(vocabulary_size=plan.vocabulary_size, hidden_size=hidden_size, dtype=getattr(torch, plan.dtype))

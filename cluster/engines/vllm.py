@@ -1,0 +1,299 @@
+"""The vLLM engine: `engine: {kind: vllm}`. What it is told per role and device, and its scorer and writer.
+
+The engine runs inside the actor's process, without vLLM's own front-end process: `VLLM_ENABLE_V1_MULTIPROCESSING=0`
+must be in the process environment. Only tensor parallelism adds processes, one per shard.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from collections.abc import Sequence as AbstractSequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from cluster.engines.plan import EnginePlan, Sampling
+from cluster.engines.units import (
+    EngineStatistics,
+    check_prompt,
+    check_unit,
+    label_block,
+    prompt_seed,
+    teacher_shape,
+    tokens_to_read,
+    unit_report,
+)
+from cluster.engines.vllm_loop import EngineLoop, Request
+from trainer.errors import ConfigError, InfrastructureError
+from trainer.labels.encoding import load_encoding
+from trainer.types import EncodingSpec, Prompt, Sequence, SoftLabelBlock, Unit, UnitReport
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+CPU_KV_CACHE_BYTES = 256 * 2**20
+"""On CPU vLLM would take gigabytes. This holds some thousand tokens of a model of 100-500 million parameters."""
+
+CPU_BLOCK_SIZE = 32
+"""vLLM's kernels want a multiple of 32; its own default of 128 wastes most of a block on short sequences."""
+
+
+FORBID = -100.0
+"""The strongest logit bias vLLM accepts: keeps the padding of a vocabulary out of what a writer writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Parameters of a config. None: decided by role and device in `arguments`."""
+
+    gpu_memory_utilization: float = 0.9
+    kv_cache_bytes: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    enforce_eager: bool | None = None
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"engine.gpu_memory_utilization is {self.gpu_memory_utilization}; it is a share of the GPU's memory, "
+                "for example 0.9"
+            )
+        for name in ("kv_cache_bytes", "max_num_seqs", "max_num_batched_tokens"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"engine.{name} is {value}; give a positive number or leave it out")
+
+    def arguments(
+        self,
+        *,
+        role: Literal["scorer", "writer"],
+        dtype: str,
+        tensor_parallel_size: int,
+        max_length: int,
+        accelerator: Literal["cpu", "gpu"],
+        kept_events: int,
+    ) -> dict[str, Any]:
+        """Keyword arguments of `vllm.EngineArgs`, complete but for the model's own name. Pure.
+
+        `kept_events` is the largest number of ids per row that a label of this run keeps.
+        """
+        arguments = {
+            "dtype": dtype,
+            "tensor_parallel_size": tensor_parallel_size,
+            # Inside a placement group vLLM would choose its ray executor by itself and take that group's first GPUs.
+            "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else "uni",
+            "max_model_len": max_length,
+            "enable_chunked_prefill": True,
+            "skip_tokenizer_init": True,  # ids go in, ids or labels come out
+            "generation_config": "vllm",  # sampling is what the config says, not what a model folder says
+            "load_format": self.load_format,
+            "use_tqdm_on_load": False,
+            "seed": 0,
+            "disable_log_stats": True,
+            **(self._scorer() if role == "scorer" else self._writer(kept_events)),
+            **(self._cpu() if accelerator == "cpu" else self._gpu()),
+        }
+        given = {
+            "kv_cache_memory_bytes": self.kv_cache_bytes,
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "enforce_eager": self.enforce_eager,
+        }
+        arguments.update((key, value) for key, value in given.items() if value is not None)
+        # With chunked prefill a step must hold one token of each running sequence.
+        arguments["max_num_seqs"] = min(arguments["max_num_seqs"], arguments["max_num_batched_tokens"])
+        return arguments
+
+    @staticmethod
+    def _scorer() -> dict[str, Any]:
+        return {
+            "runner": "pooling",
+            "convert": "none",  # the twin is a pooling model already, and keeps its lm_head
+            "hf_overrides": {"head_dtype": "model"},  # else logits and labels in float32, twice the bytes
+            "enable_prefix_caching": False,  # a cached row is a row without a label
+        }
+
+    @staticmethod
+    def _writer(kept_events: int) -> dict[str, Any]:
+        return {
+            "runner": "generate",
+            "convert": "none",
+            "enable_prefix_caching": True,
+            "max_logprobs": max(kept_events, 1),
+        }
+
+    @staticmethod
+    def _cpu() -> dict[str, Any]:
+        return {
+            "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
+            "block_size": CPU_BLOCK_SIZE,
+            "enforce_eager": True,  # compiling costs a minute and gives 5-15 %
+            "max_num_seqs": 32,
+            "max_num_batched_tokens": 1024,
+        }
+
+    def _gpu(self) -> dict[str, Any]:
+        return {
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "enforce_eager": False,
+            "max_num_seqs": 256,
+            "max_num_batched_tokens": 8192,
+        }
+
+    def start_scorer(self, plan: EnginePlan, name: str) -> VllmScorer:
+        """Load the model's pooling twin; returns when it can score. `name` is the replica's, for messages."""
+        with teacher_architecture(plan):
+            return VllmScorer(plan, EngineLoop(lambda: build_engine(plan), name=name))
+
+    def start_writer(self, plan: EnginePlan, name: str) -> VllmWriter:
+        """Load the model for generation; returns when it can write."""
+        if plan.sampling is None:
+            raise ConfigError(f"the writer {name} got no sampling settings")
+        return VllmWriter(plan, plan.sampling, EngineLoop(lambda: build_engine(plan), name=name))
+
+
+@contextmanager
+def teacher_architecture(plan: EnginePlan) -> Iterator[None]:
+    """Tell the vLLM plug-in of this process, and of the workers it starts, whose twin to make."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(plan.model, revision=plan.revision, trust_remote_code=plan.trust_remote_code)
+    if not config.architectures:
+        raise ConfigError(f'{plan.model}/config.json names no architecture; add "architectures": ["LlamaForCausalLM"]')
+
+    from cluster.engines import vllm_labels
+
+    os.environ[vllm_labels.ARCHITECTURE_VARIABLE] = config.architectures[0]
+    try:
+        # vLLM runs its plug-ins once per process: this covers a second engine of another architecture.
+        vllm_labels.register()
+        yield
+    finally:
+        del os.environ[vllm_labels.ARCHITECTURE_VARIABLE]
+
+
+def build_engine(plan: EnginePlan) -> LLMEngine:
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
+        raise InfrastructureError(
+            "VLLM_ENABLE_V1_MULTIPROCESSING must be 0 in the environment of a process that runs a vLLM engine"
+        )
+    return LLMEngine.from_engine_args(
+        EngineArgs(
+            model=plan.model,
+            revision=plan.revision,
+            trust_remote_code=plan.trust_remote_code,
+            **plan.arguments,
+        )
+    )
+
+
+class VllmScorer:
+    """`ScoringEngine` (trainer/protocols.py)."""
+
+    def __init__(self, plan: EnginePlan, loop: EngineLoop) -> None:
+        self._plan = plan
+        self._loop = loop
+
+    async def score(
+        self, unit: Unit, encoding: EncodingSpec, *, deadline_s: float
+    ) -> tuple[UnitReport, SoftLabelBlock]:
+        """See the protocol. Several calls at once share the engine's batches."""
+        plan = self._plan
+        check_unit(unit, vocabulary_size=plan.vocabulary_size, max_length=plan.max_length)
+        made = load_encoding(encoding)
+        finished = await self._loop.run(
+            [self._request(sequence, encoding) for sequence in unit.sequences if sequence.num_loss_tokens],
+            name=f"unit {unit.id}",
+            num_tokens=unit.num_tokens,
+            num_rows=unit.num_rows,
+            deadline_s=deadline_s,
+        )
+        layout = made.layout(teacher_shape(plan, self._loop.hidden_size))
+        packed = [output.outputs.data.numpy() for output in finished.outputs]
+        block = label_block(unit, packed, plan=plan, spec=encoding, layout=layout)
+        report = unit_report(
+            unit,
+            block,
+            replica=self._loop.name,
+            encoding=made,
+            layout=layout,
+            score_s=finished.took_s,
+            started_s=finished.started_s,
+        )
+        return report, block
+
+    def _request(self, sequence: Sequence, encoding: EncodingSpec) -> Request:
+        from cluster.engines.vllm_labels import Ask
+
+        ask = Ask(
+            kind=encoding.kind,
+            parameters=dict(encoding.parameters),
+            vocabulary_size=self._plan.vocabulary_size,
+            spans=[edge for span in sequence.spans() for edge in span],
+        )
+        return Request(tokens_to_read(sequence).tolist(), ask.to_params())
+
+    def statistics(self) -> EngineStatistics:
+        return self._loop.statistics
+
+    def close(self) -> None:
+        self._loop.close()
+
+
+class VllmWriter:
+    """`WritingEngine` (trainer/protocols.py)."""
+
+    def __init__(self, plan: EnginePlan, sampling: Sampling, loop: EngineLoop) -> None:
+        self._plan = plan
+        self._sampling = sampling
+        self._loop = loop
+        padding = range(plan.vocabulary_size, loop.padded_vocabulary_size)
+        self._without_padding = dict.fromkeys(padding, FORBID) or None
+
+    async def write(self, prompts: AbstractSequence[Prompt], *, deadline_s: float) -> list[np.ndarray]:
+        """int32 ids of each answer, in the order of the prompts, the stop token included where one was produced.
+
+        Raises `UnitRejected`, `DeadlineExceeded` and `EngineDead` as scoring does. Greedy at temperature 0; otherwise
+        every prompt has its own seed.
+        """
+        for prompt in prompts:
+            check_prompt(prompt, vocabulary_size=self._plan.vocabulary_size, max_length=self._plan.max_length)
+        if not prompts:
+            return []
+        finished = await self._loop.run(
+            [Request(prompt.token_ids.tolist(), self._params(prompt)) for prompt in prompts],
+            name=f"the answers to {len(prompts)} prompts from {prompts[0].id}",
+            num_tokens=sum(len(prompt.token_ids) for prompt in prompts),
+            num_rows=0,
+            deadline_s=deadline_s,
+        )
+        return [np.asarray(output.outputs[0].token_ids, dtype=np.int32) for output in finished.outputs]
+
+    def _params(self, prompt: Prompt) -> SamplingParams:
+        from vllm import SamplingParams
+
+        sampling = self._sampling
+        return SamplingParams(
+            max_tokens=min(sampling.max_new_tokens, self._plan.max_length - len(prompt.token_ids)),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=prompt_seed(sampling.seed, prompt.id) if sampling.temperature > 0 else None,
+            stop_token_ids=list(sampling.stop_token_ids),
+            logit_bias=self._without_padding,
+            ignore_eos=True,  # stop_token_ids says all there is to say
+            detokenize=False,
+        )
+
+    def statistics(self) -> EngineStatistics:
+        return self._loop.statistics
+
+    def close(self) -> None:
+        self._loop.close()

@@ -1,0 +1,210 @@
+"""Soft labels inside the vLLM worker: the pooling twin of a causal LM. A file of its own because vLLM imports it.
+
+vLLM calls `register` in every process of an engine (entry point `vllm.general_plugins`). It replaces the teacher's
+architecture in vLLM's registry by a twin: the same class, weights and lm_head, with a pooler that turns final hidden
+states into packed label rows.
+
+    request: token ids + asked spans + encoding                                         uint8 [rows, bytes]
+        |                                                                                       ^
+        scheduler (chunked, many requests a step) -> model -> hidden [T, H] -> LabelPooler: gather the asked rows,
+                                        chunk: compute_logits -> slice to V -> Encoding.make -> pack_rows
+
+The twin keeps the base's architecture name, so vLLM resolves it, and all that it configures by that name, as always.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from vllm import ModelRegistry
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.pooler import PoolingParamsUpdate
+from vllm.model_executor.layers.pooler.abstract import Pooler
+from vllm.model_executor.models.interfaces_base import VllmModelForPooling
+from vllm.pooling_params import PoolingParams
+from vllm.v1.pool.metadata import PoolingMetadata
+
+from trainer.labels.encoding import Encoding, TeacherShape, load_encoding, pack_rows
+from trainer.types import EncodingSpec
+
+ARCHITECTURE_VARIABLE = "STILLHOUSE_TEACHER_ARCHITECTURE"
+"""Names the architecture to replace; inherited by tensor-parallel workers. Unset: this process scores nothing."""
+
+TASK = "token_classify"
+"""The pooling task that both of vLLM's model runners pass through to a pooler of our own."""
+
+CHUNK_ROWS = 512
+"""Rows whose logits exist at once: many enough for an efficient product with lm_head, few enough to stay small."""
+
+
+def register() -> None:
+    """Put the twin of the teacher's architecture into vLLM's registry; does nothing twice or without the variable."""
+    architecture = os.environ.get(ARCHITECTURE_VARIABLE)
+    if architecture is None:
+        return
+    for name in registered_names(architecture):
+        base = ModelRegistry.models[name].load_model_cls()
+        if not issubclass(base, LabelTwin):
+            ModelRegistry.register_model(name, twin_of(base))
+
+
+def registered_names(architecture: str) -> list[str]:
+    """The registry entries vLLM will resolve an architecture to: its own, else those of its Transformers backend."""
+    known = ModelRegistry.get_supported_archs()
+    if architecture in known:
+        return [architecture]
+    return [name for name in known if name.startswith("Transformers") and name.endswith("ForCausalLM")]
+
+
+class LabelTwin(VllmModelForPooling):
+    """Marks the twins."""
+
+    is_pooling_model = True
+
+
+def twin_of(base: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """The class object of a twin; a class and not a path, so that vLLM need not inspect it in a process of its own."""
+
+    class Twin(base, LabelTwin):
+        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:  # vLLM reads this signature
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            self.pooler = LabelPooler(self.compute_logits)
+
+    Twin.__name__ = base.__name__
+    Twin.__qualname__ = base.__qualname__
+    return Twin
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What one request wants, as it travels in `PoolingParams.extra_kwargs`."""
+
+    kind: str
+    parameters: dict[str, object]
+    vocabulary_size: int
+    spans: list[int]  # start, end, start, end, ... of the asked rows
+
+    def to_params(self) -> PoolingParams:
+        return PoolingParams(
+            task=TASK,
+            use_activation=False,
+            skip_reading_prefix_cache=True,
+            extra_kwargs={
+                "kind": self.kind,
+                "parameters": self.parameters,
+                "vocabulary_size": self.vocabulary_size,
+                "spans": self.spans,
+            },
+        )
+
+    def positions(self, start: int, end: int) -> torch.Tensor:
+        """int64: the asked rows inside the scheduled part [start, end) of the sequence."""
+        pairs = zip(self.spans[::2], self.spans[1::2], strict=True)
+        clipped = ((max(a, start), min(b, end)) for a, b in pairs)
+        return torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(a, b) for a, b in clipped if a < b)])
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The asked rows of one request in the running step."""
+
+    request: int  # index in the batch
+    rows: torch.Tensor  # int64 [n] rows of the step's hidden states
+    next_ids: torch.Tensor  # int64 [n]
+
+
+class LabelPooler(Pooler):
+    """Packed label rows of the asked positions, one uint8 tensor per finished request."""
+
+    def __init__(self, compute_logits: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+        super().__init__()
+        self.compute_logits = compute_logits
+        self.encodings: dict[str, Encoding] = {}
+
+    def get_supported_tasks(self) -> set[str]:
+        return {TASK}
+
+    def get_pooling_updates(self, task: str) -> PoolingParamsUpdate:
+        return PoolingParamsUpdate(requires_token_ids=True)
+
+    def forward(self, hidden_states: torch.Tensor, pooling_metadata: PoolingMetadata) -> list[torch.Tensor | None]:
+        """`hidden_states` [T, H] of all tokens scheduled in this step, request after request."""
+        asks = [params.extra_kwargs for params in pooling_metadata.pooling_params]
+        if any(ask is None for ask in asks):
+            return self._profile(hidden_states, num_requests=len(asks))
+        states = pooling_metadata.pooling_states
+        for ask, parts in self._parts(pooling_metadata, [Ask(**ask) for ask in asks]):
+            packed = self._labels(ask, parts, hidden_states)
+            sizes = [len(part.rows) for part in parts]
+            for part, rows in zip(parts, packed.split(sizes), strict=True):
+                states[part.request].hidden_states_cache.append(rows)
+        finished = pooling_metadata.get_pooling_cursor().get_finished_mask()
+        return [self._finish(state) if done else None for state, done in zip(states, finished, strict=True)]
+
+    def _parts(self, metadata: PoolingMetadata, asks: list[Ask]) -> Iterator[tuple[Ask, list[Part]]]:
+        """The asked rows of this step, grouped by encoding: rows of many requests share one product with lm_head."""
+        cursor = metadata.get_pooling_cursor()
+        scheduled = cursor.num_scheduled_tokens_cpu.tolist()
+        ends = cursor.seq_lens_cpu.tolist()
+        token_ids = metadata.get_prompt_token_ids_cpu()
+        groups: dict[str, tuple[Ask, list[Part]]] = {}
+        offset = 0
+        for i, (ask, num, end) in enumerate(zip(asks, scheduled, ends, strict=True)):
+            start = end - num
+            if start == 0:
+                # First chunk, or a preempted request that starts again: rows made before would come out twice.
+                metadata.pooling_states[i].clean()
+            at = ask.positions(start, end)
+            if len(at):
+                part = Part(request=i, rows=at - start + offset, next_ids=token_ids[i][at + 1].to(torch.int64))
+                groups.setdefault(encoding_key(ask), (ask, []))[1].append(part)
+            offset += num
+        yield from groups.values()
+
+    def _labels(self, ask: Ask, parts: list[Part], hidden_states: torch.Tensor) -> torch.Tensor:
+        """uint8 [rows of all parts, bytes]; own memory, since vLLM reuses the buffer of the hidden states."""
+        device = hidden_states.device
+        encoding = self._encoding(ask)
+        rows = torch.cat([part.rows for part in parts]).to(device, non_blocking=True)
+        next_ids = torch.cat([part.next_ids for part in parts]).to(device, non_blocking=True)
+        layout = encoding.layout(TeacherShape(ask.vocabulary_size, hidden_states.shape[-1], hidden_states.dtype))
+        chunks = []
+        for chunk, following in zip(rows.split(CHUNK_ROWS), next_ids.split(CHUNK_ROWS), strict=True):
+            source = hidden_states[chunk]
+            if encoding.needs == "logits":
+                source = self.compute_logits(source)  # a collective: every rank computes as many chunks
+                if source is not None:
+                    source = source[:, : ask.vocabulary_size]
+            if source is None or get_tensor_model_parallel_rank() != 0:
+                chunks.append(chunk.new_empty(len(chunk), 0, dtype=torch.uint8))
+            else:
+                chunks.append(pack_rows(encoding.make(source, following), layout))
+        return torch.cat(chunks)
+
+    def _encoding(self, ask: Ask) -> Encoding:
+        key = encoding_key(ask)
+        if key not in self.encodings:
+            self.encodings[key] = load_encoding(EncodingSpec(ask.kind, ask.parameters))
+        return self.encodings[key]
+
+    @staticmethod
+    def _finish(state: object) -> torch.Tensor:
+        # A copy even of a single part: pickled to another process, a view would take its neighbours' rows along.
+        rows = torch.cat(state.hidden_states_cache)
+        state.clean()
+        return rows
+
+    def _profile(self, hidden_states: torch.Tensor, *, num_requests: int) -> list[torch.Tensor]:
+        """vLLM measures the memory of a step with dummy requests: use what a chunk of labels uses at its peak."""
+        logits = self.compute_logits(hidden_states[:CHUNK_ROWS])
+        if logits is not None:
+            logits.float().log_softmax(dim=-1)
+        return [torch.empty(0, 0, dtype=torch.uint8, device=hidden_states.device) for _ in range(num_requests)]
+
+
+def encoding_key(ask: Ask) -> str:
+    return f"{ask.kind} {sorted(ask.parameters.items())} {ask.vocabulary_size}"
