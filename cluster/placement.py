@@ -44,7 +44,7 @@ class PlacedGroups:
 
 
 def create_groups(placement: Placement, *, timeout_s: float) -> PlacedGroups:
-    """Reserve what the run needs. Raises `InfrastructureError` with what is needed, registered and free at the deadline."""
+    """Reserve what the run needs. At the deadline raises `InfrastructureError`: what is needed, registered and free."""
     deadline = time.monotonic() + timeout_s
     with contextlib.ExitStack() as undo:
         groups = []
@@ -56,9 +56,9 @@ def create_groups(placement: Placement, *, timeout_s: float) -> PlacedGroups:
         if missing:
             names = ", ".join(one.group.name for one in missing)
             raise InfrastructureError(
-                f"no room for {names} after {timeout_s:.0f} s. The run needs {_amounts(_needed(placement))}; the Ray cluster "
-                f"has {_amounts(ray.cluster_resources())}, of which {_amounts(ray.available_resources())} are free beside the "
-                "run's other groups. Somebody else may use the rest: see `ray status`"
+                f"no room for {names} after {timeout_s:.0f} s. The run needs {_amounts(_needed(placement))}; the Ray "
+                f"cluster has {_amounts(ray.cluster_resources())}, of which {_amounts(ray.available_resources())} are "
+                "free beside the run's other groups. Somebody else may use the rest: see `ray status`"
             )
         undo.pop_all()
     return PlacedGroups(tuple(groups))

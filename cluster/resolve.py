@@ -1,0 +1,321 @@
+"""From a configuration and machines to everything a run decides from them, as a pure function.
+
+    Run + Hardware -> accelerator, dtypes -> engine arguments, DeepSpeed JSON, environments -> placement -> Resolved
+
+No model folder is read and nothing is started, so the settings of an eight-GPU node are tested as golden files on a
+laptop. Whatever is chosen for the user says so in `reasons`; whatever they should know, in `warnings`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cluster.engines.plan import EnginePlan, Sampling
+from cluster.hardware import Hardware, gpu_has_bfloat16
+from cluster.runtime import (
+    CPU,
+    GPU,
+    SCORER,
+    STUDENT,
+    WRITER,
+    Accelerator,
+    Role,
+    backend_of,
+    device_type_of,
+    environment,
+)
+from cluster.topology import Placement, RoleRequest, place
+from configs.plugins import Plugin
+from configs.schema import Replicas, Run
+from trainer.attention import choose_attention
+from trainer.errors import ConfigError
+from trainer.labels.encoding import TeacherShape, load_encoding
+from trainer.types import EncodingSpec, StudentPlan
+from trainer.zero_config import deepspeed_config
+
+MAX_THREADS = 8
+"""More threads of one process gain little; more ranks or replicas use the cores."""
+
+EVALUATION_LABELS = EncodingSpec("hidden")
+"""What held-out rows are scored with, whatever the training labels are: exact over the whole vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """All that follows from a run and its machines."""
+
+    accelerator: Accelerator
+    student: StudentPlan
+    student_environment: Mapping[str, str]  # of every rank's process; `student_environment` of runtime.py adds the rank
+    scorer: EnginePlan
+    writer: EnginePlan | None
+    placement: Placement
+    reasons: tuple[str, ...]  # one line for each choice made for the user
+    warnings: tuple[str, ...]
+
+
+def resolve(
+    run: Run,
+    hardware: Hardware,
+    *,
+    vocabulary_size: int,
+    tokenizer_fingerprint: str,
+    weights_version: str | None = None,
+    stop_token_ids: tuple[int, ...] = (),
+    student_config: Any | None = None,
+    offline: bool = False,
+    bytecode_folder: str | None = None,
+) -> Resolved:
+    """Decide everything that depends on the machines. Raises `ConfigError` where they do not allow the run.
+
+    `vocabulary_size` is the true one, without padding. `weights_version` names the teacher's weights in label headers;
+    None: its revision. `stop_token_ids` end an answer of the writer. `student_config`, a transformers config, decides
+    attention "auto" and sizes ZeRO-3's buffers; without it attention stays as written. `offline`: both models are
+    folders. `bytecode_folder`: of `runtime.bytecode_folder()`.
+    """
+    accelerator = _accelerator(run, hardware)
+    placement = Placement() if run.runtime == "in_process" else place(roles_of(run, accelerator), hardware)
+    dtypes = _Dtypes(hardware, accelerator)
+    tables = _Tables(accelerator, _threads(hardware, placement), offline, bytecode_folder)
+    engines = _Engines(
+        run,
+        accelerator,
+        placement=placement,
+        shared={
+            "vocabulary_size": vocabulary_size,
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+            "weights_version": weights_version or run.teacher.model.revision or "unversioned",
+        },
+    )
+    student = _student_plan(run, accelerator, dtypes.choose("student", run.student.dtype), student_config)
+    scorer = engines.plan(SCORER, run.teacher.scorer, dtypes, tables, sampling=None)
+    writer = None
+    if run.teacher.writer is not None:
+        sampling = _sampling(run, stop_token_ids)
+        writer = engines.plan(WRITER, run.teacher.writer, dtypes, tables, sampling=sampling)
+    student_threads = None
+    if accelerator == GPU and run.student.offload != "none":
+        student_threads = _cores_per_gpu(hardware)  # the optimizer runs on the host, on every core there is
+    return Resolved(
+        accelerator=accelerator,
+        student=student,
+        student_environment=tables.of(STUDENT, threads=student_threads),
+        scorer=scorer,
+        writer=writer,
+        placement=placement,
+        reasons=(_accelerator_reason(run, hardware, accelerator), *dict.fromkeys(dtypes.reasons)),
+        warnings=(*_placement_warnings(hardware, placement, accelerator), *dict.fromkeys(dtypes.warnings)),
+    )
+
+
+def roles_of(run: Run, accelerator: Accelerator) -> tuple[RoleRequest, ...]:
+    """The actors of a run."""
+    roles = [RoleRequest(STUDENT, run.student.ranks, accelerator)]
+    for role, replicas in ((SCORER, run.teacher.scorer), (WRITER, run.teacher.writer)):
+        if replicas is not None:
+            roles.append(RoleRequest(role, replicas.replicas, accelerator, replicas.tensor_parallel_size))
+    return tuple(roles)
+
+
+def to_json(resolved: Resolved) -> str:
+    """Stable text: for golden files, for the run folder, for people."""
+    return json.dumps(asdict(resolved), indent=2, sort_keys=True) + "\n"
+
+
+def _accelerator(run: Run, hardware: Hardware) -> Accelerator:
+    if run.accelerator == "auto":
+        return GPU if hardware.num_gpus else CPU
+    if run.accelerator == GPU and not hardware.num_gpus:
+        raise ConfigError(
+            f"accelerator: {GPU}, and there is no GPU ({hardware.describe()}). Check the driver, or write auto"
+        )
+    return run.accelerator
+
+
+def _accelerator_reason(run: Run, hardware: Hardware, accelerator: Accelerator) -> str:
+    how = "as configured" if run.accelerator != "auto" else hardware.describe()
+    return f"accelerator: {accelerator} ({how})"
+
+
+class _Dtypes:
+    """dtype by capability, and why."""
+
+    def __init__(self, hardware: Hardware, accelerator: Accelerator) -> None:
+        if accelerator == GPU:
+            old = [kind for kind in hardware.gpu_kinds if not gpu_has_bfloat16(kind)]
+            self._fast = not old
+            self._why = f"{', '.join(old)} has no bfloat16" if old else f"{', '.join(hardware.gpu_kinds)}"
+        else:
+            self._fast = all(node.cpu_has_amx_bf16 for node in hardware.nodes)
+            self._why = f"this CPU has {'' if self._fast else 'no '}amx_bf16"
+        self._accelerator = accelerator
+        self.reasons: list[str] = []
+        self.warnings: list[str] = []
+
+    def choose(self, name: str, wanted: str) -> str:
+        if wanted == "auto":
+            dtype = "bfloat16" if self._fast else "float32"
+            self.reasons.append(f"{name}: {dtype} ({self._why})")
+            return dtype
+        if wanted == "bfloat16" and not self._fast:
+            if self._accelerator == GPU:
+                raise ConfigError(f"{name}: dtype: bfloat16, and {self._why}. Write dtype: auto or float32")
+            self.warnings.append(f"{name}: bfloat16, and {self._why}: several times slower than float32 here")
+        return wanted
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """What all environments of a run have in common."""
+
+    accelerator: Accelerator
+    threads: int | None
+    offline: bool
+    bytecode_folder: str | None
+
+    def of(self, role: Role, *, threads: int | None = None) -> dict[str, str]:
+        return environment(
+            role,
+            self.accelerator,
+            threads=threads or self.threads,
+            offline=self.offline,
+            bytecode_folder=self.bytecode_folder,
+        )
+
+
+class _Engines:
+    """Engine plans of one teacher."""
+
+    def __init__(self, run: Run, accelerator: Accelerator, *, placement: Placement, shared: Mapping[str, Any]) -> None:
+        self._run = run
+        self._accelerator = accelerator
+        self._placement = placement
+        self._shared = shared
+        labels = EncodingSpec(run.labels.kind, dict(run.labels.parameters))
+        self._encodings = (labels,) if labels == EVALUATION_LABELS else (labels, EVALUATION_LABELS)
+
+    def plan(
+        self, role: Role, replicas: Replicas, dtypes: _Dtypes, tables: _Tables, *, sampling: Sampling | None
+    ) -> EnginePlan:
+        run, model = self._run, self._run.teacher.model
+        dtype = dtypes.choose(f"teacher.{role}", replicas.dtype)
+        return EnginePlan(
+            role=role,
+            kind=replicas.engine.kind,
+            parameters=dict(replicas.engine.parameters),
+            model=model.path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=dtype,
+            device_type=device_type_of(self._accelerator),
+            tensor_parallel_size=replicas.tensor_parallel_size,
+            max_length=run.data.max_length,
+            arguments=self._arguments(role, replicas, dtype),
+            environment=tables.of(role),
+            teacher=run.teacher.name,
+            encodings=self._encodings if role == SCORER else (),
+            sampling=sampling,
+            **self._shared,
+        )
+
+    def _arguments(self, role: Role, replicas: Replicas, dtype: str) -> dict[str, Any]:
+        engine = _load_engine(replicas.engine)
+        arguments = engine.arguments(
+            role=role,
+            dtype=dtype,
+            tensor_parallel_size=replicas.tensor_parallel_size,
+            max_length=self._run.data.max_length,
+            accelerator=self._accelerator,
+            kept_events=self._kept_events(),
+        )
+        executors = {group.executor for group in self._placement.of_role(role)}
+        if "ray" in executors:
+            if "distributed_executor_backend" not in arguments:
+                raise ConfigError(
+                    f"teacher.{role}: a replica of {replicas.tensor_parallel_size} GPUs is larger than every node, and "
+                    f"engine {replicas.engine.kind} does not span nodes. Lower tensor_parallel_size"
+                )
+            arguments["distributed_executor_backend"] = "ray"
+        return arguments
+
+    def _kept_events(self) -> int:
+        """The largest number of ids of a row that a label of this run names; 0 where labels name none."""
+        labels = load_encoding(self._encodings[0])
+        if labels.needs != "logits":
+            return 0
+        shape = _any_shape(self._shared["vocabulary_size"])
+        return max(column.width for column in labels.layout(shape))
+
+
+def _any_shape(vocabulary_size: int) -> TeacherShape:
+    """A shape whose hidden width no label of logits depends on."""
+    import torch
+
+    return TeacherShape(vocabulary_size=vocabulary_size, hidden_size=1, dtype=torch.float32)
+
+
+def _load_engine(plugin: Plugin) -> Any:
+    module = plugin.kind if "." in plugin.kind else f"cluster.engines.{plugin.kind}"
+    return importlib.import_module(module).Engine(**plugin.parameters)
+
+
+def _student_plan(run: Run, accelerator: Accelerator, dtype: str, student_config: Any | None) -> StudentPlan:
+    device_type = device_type_of(accelerator)
+    attention, hidden_size = run.student.attention, None
+    if student_config is not None:
+        hidden_size = student_config.get_text_config().hidden_size
+        attention = choose_attention(attention, device_type=device_type, dtype=dtype, config=student_config)
+    return StudentPlan(
+        dtype=dtype,
+        device_type=device_type,
+        backend=backend_of(accelerator),
+        attention=attention,
+        deepspeed=deepspeed_config(
+            student=run.student,
+            optimizer=run.optimizer,
+            dtype=dtype,
+            on_accelerator=accelerator == GPU,
+            hidden_size=hidden_size,
+        ),
+        collective_timeout_s=run.faults.step_timeout_s,
+    )
+
+
+def _sampling(run: Run, stop_token_ids: tuple[int, ...]) -> Sampling:
+    parameters = run.elicitation.parameters
+    if "max_new_tokens" not in parameters:
+        raise ConfigError(
+            f"teacher.writer is set, and elicitation {run.elicitation.kind} never asks it to write. Remove it"
+        )
+    named = {name: parameters[name] for name in ("max_new_tokens", "temperature", "top_p") if name in parameters}
+    return Sampling(**named, seed=run.seed, stop_token_ids=tuple(stop_token_ids))
+
+
+def _threads(hardware: Hardware, placement: Placement) -> int | None:
+    """OpenMP threads of each process on hosts: contended threads cost twice what one costs. None on GPUs."""
+    if placement.num_gpus:
+        return None
+    return max(1, min(MAX_THREADS, hardware.num_cpus // max(1, placement.num_slots)))
+
+
+def _cores_per_gpu(hardware: Hardware) -> int:
+    return max(1, min(node.num_cpus // len(node.gpus) for node in hardware.nodes if node.gpus))
+
+
+def _placement_warnings(hardware: Hardware, placement: Placement, accelerator: Accelerator) -> list[str]:
+    warnings = []
+    slots = placement.num_slots
+    if accelerator == CPU and slots > hardware.num_cpus:
+        warnings.append(
+            f"{slots} processes share {hardware.num_cpus} cores: they take turns, which is slower but not wrong"
+        )
+    student = placement.of_role(STUDENT)
+    unbound = any(not any(key.startswith("accelerator_type") for key in group.bundles[0]) for group in student)
+    if accelerator == GPU and len(hardware.gpu_kinds) > 1 and unbound:
+        kinds = ", ".join(hardware.gpu_kinds)
+        warnings.append(f"no kind of GPU ({kinds}) can hold all student ranks: every step waits for the slowest kind")
+    return warnings
