@@ -1,0 +1,41 @@
+"""Elicitation `feature`: the dataset's own answers, which the teacher judges token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trainer.errors import DataError
+from trainer.protocols import Elicitation, Writers
+from trainer.types import Prompt, Sequence
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """No parameters. Every row needs an answer."""
+
+    needs_writer: ClassVar[bool] = False
+    needs_answer: ClassVar[bool] = True
+
+    def bind(self, writers: Writers | None) -> Elicitation:
+        return DatasetAnswers()
+
+
+class DatasetAnswers:
+    """Prompts that have answers, unchanged."""
+
+    dropped = 0
+
+    async def collect(self, prompts: AbstractSequence[Prompt]) -> list[Sequence]:
+        """One sequence per prompt, in order. Raises `DataError` for a prompt without an answer."""
+        return [answered_by_dataset(prompt) for prompt in prompts]
+
+
+def answered_by_dataset(prompt: Prompt) -> Sequence:
+    """The sequence of a prompt that came with its answer."""
+    if prompt.loss_mask is None:
+        raise DataError(
+            f"{prompt.origin}: has no answer; let the teacher write it with elicitation: {{kind: labeling}}"
+        )
+    return Sequence(prompt.id, prompt.token_ids, prompt.loss_mask, provenance="dataset")

@@ -1,0 +1,122 @@
+"""One row as one prompt: read, rendered, tokenised, and measured against the length limit.
+
+A file of its own because training (`trainer/prompts.py`) and checking read rows by the very same rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from configs.schema import Data, Dataset
+from trainer.chat import Template
+from trainer.errors import ConfigError, DataError
+from trainer.row_files import BadRow
+from trainer.rows import ChatRow, CorpusRow, Row, Rows, preview
+from trainer.types import Prompt
+from trainer.vocab import SharedVocabulary
+
+
+class TooLong(BadRow):
+    """A row that `data.on_too_long` decides about; `reason` says the length, the limit and the choices."""
+
+
+@dataclass(frozen=True)
+class PromptReader:
+    """Rows of one dataset as prompts, whatever the order. One rule for `PromptStream` and `check_rows`."""
+
+    rows: Rows
+    data: Data
+    template: Template
+    vocabulary_size: int
+    needs_answer: bool
+    room_for_answer: int
+    rewrite: bool
+
+    @classmethod
+    def open(
+        cls,
+        dataset: Dataset,
+        *,
+        data: Data,
+        template: Template,
+        vocabulary: SharedVocabulary,
+        needs_answer: bool,
+        room_for_answer: int = 0,
+        rewrite: bool = False,
+    ) -> PromptReader:
+        """Raises `ConfigError` or `DataError` where the dataset as a whole cannot give what is asked."""
+        rows = Rows.open(dataset)
+        if needs_answer and rows.format == "prompt":
+            raise ConfigError(
+                f"the dataset {dataset.path} holds prompts without answers, and here answers are needed: let the "
+                "teacher write them with elicitation: {kind: labeling}, or give rows with messages, or with prompt "
+                "and completion"
+            )
+        if rewrite and rows.format == "text":
+            raise ConfigError(f"the dataset {dataset.path} is plain text: there is no answer to rewrite")
+        if room_for_answer >= data.max_length:
+            raise ConfigError(
+                f"an answer of up to {room_for_answer} tokens leaves no room for a prompt in data.max_length "
+                f"{data.max_length}: raise data.max_length or lower elicitation.max_new_tokens"
+            )
+        return cls(rows, data, template, vocabulary.size, needs_answer, room_for_answer, rewrite)
+
+    def read(self, row: int, prompt_id: str) -> tuple[Prompt, bool]:
+        """The prompt of a row, and whether it was truncated. Raises `TooLong` or `BadRow`; `ConfigError` for a template
+        that fits no row."""
+        origin = self.rows.raw.origin(row)
+        parsed = self.rows.read(row, needs_answer=self.needs_answer)
+        try:
+            ids, mask = self._tokenise(parsed)
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: {error}") from error
+        except DataError as error:
+            raise BadRow(origin, str(error), preview(self.rows.raw.raw(row))) from error
+        problem = self._id_problem(ids, mask)
+        if problem is not None:
+            raise BadRow(origin, problem, preview(self.rows.raw.raw(row)))
+        ids, mask, truncated = self._fit(ids, mask, origin)
+        return Prompt(id=prompt_id, token_ids=ids, loss_mask=mask, origin=origin), truncated
+
+    def _tokenise(self, row: Row) -> tuple[np.ndarray, np.ndarray | None]:
+        match row:
+            case CorpusRow():
+                return self.template.render_corpus(row.text)
+            case ChatRow():
+                if not row.answered and not self.needs_answer:
+                    return self.template.render_prompt(row.messages), None
+                if self.rewrite:
+                    kept = row.messages[: row.loss_from or -1]
+                    return self.template.render_prompt(kept), None
+                return self.template.render(row.messages, loss_from=row.loss_from)
+        return self.template.render_text(row.prompt, None if self.rewrite else row.completion)
+
+    def _id_problem(self, ids: np.ndarray, mask: np.ndarray | None) -> str | None:
+        outside = ids[(ids < 0) | (ids >= self.vocabulary_size)]
+        if len(outside):
+            return f"token id {outside[0]} is outside the shared vocabulary 0..{self.vocabulary_size - 1}"
+        if len(ids) == 0:
+            return "becomes no token at all"
+        if mask is not None and not mask.any():
+            return "has no token whose prediction could be learnt"
+        return None
+
+    def _fit(self, ids: np.ndarray, mask: np.ndarray | None, origin: str) -> tuple[np.ndarray, np.ndarray | None, bool]:
+        limit = self.data.max_length
+        room = self.room_for_answer if mask is None else 0
+        if len(ids) + room <= limit:
+            return ids, mask, False
+        length = f"{len(ids)} tokens" + (f" and {room} for the answer" if room else "")
+        if self.data.on_too_long == "truncate" and mask is not None:
+            kept = mask[:limit].copy()
+            kept[-1] = False
+            if kept.any():
+                return ids[:limit], kept, True
+            raise TooLong(origin, f"too long: {length}, data.max_length is {limit}, and no answer begins before that")
+        raise TooLong(
+            origin,
+            f"too long: {length}, data.max_length is {limit}; raise data.max_length, or choose what happens to such "
+            "rows with data.on_too_long: drop (left out and counted) or truncate (the beginning is kept)",
+        )

@@ -1,0 +1,238 @@
+"""Raw rows by number, with the place of each for messages: lines of a jsonl file, or a table that `datasets` loads.
+
+`datasets` reads everything but jsonl. It does not validate json lines and forgets their numbers (a broken line surfaces
+as an unnamed generation error, a missing field as null), so jsonl is read here through an index of line offsets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from configs.schema import Dataset
+from trainer.errors import ConfigError, DataError
+
+MAX_LINE_BYTES = 16 * 2**20
+"""A row is one conversation; a longer line is a file in the wrong format, and would stall the run that reads it."""
+
+_SAMPLED_ROWS = 100
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_BOM = b"\xef\xbb\xbf"
+
+
+class BadRow(DataError):
+    """One row that cannot be used: `origin` is "file:line" or "dataset[row N]", `reason` names the field."""
+
+    def __init__(self, origin: str, reason: str, preview: str = "") -> None:
+        super().__init__(f"{origin}: {reason}")
+        self.origin = origin
+        self.reason = reason
+        self.preview = preview
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return (type(self), (self.origin, self.reason, self.preview))
+
+
+class RawRows(Protocol):
+    """Rows by number, not yet validated."""
+
+    name: str
+    columns: tuple[str, ...]  # of all rows (table), or of the first hundred readable ones (jsonl)
+
+    def __len__(self) -> int: ...
+
+    def origin(self, row: int) -> str: ...
+
+    def raw(self, row: int) -> Mapping[str, Any]:
+        """Raises `BadRow` where the row cannot even be decoded."""
+        ...
+
+
+def open_raw_rows(dataset: Dataset) -> RawRows:
+    """The rows of a configured dataset, none of them loaded yet.
+
+    Raises `ConfigError` for a path, split or hub name that does not exist, `DataError` for a file that cannot be read
+    or has no rows.
+    """
+    path = Path(dataset.path).expanduser()
+    if path.is_file():
+        rows = _open_file(path, dataset)
+    elif path.is_dir():
+        rows = Table(dataset.path, _load_folder(path, dataset), dataset.max_rows)
+    elif _looks_local(dataset.path):
+        raise ConfigError(f"the dataset {dataset.path} does not exist (looked for {path.absolute()})")
+    else:
+        rows = Table(dataset.path, _load(dataset, dataset.path, revision=dataset.revision), dataset.max_rows)
+    if not len(rows):
+        raise DataError(f"the dataset {dataset.path} has no rows")
+    return rows
+
+
+class JsonLines:
+    """A jsonl file. Opening it scans it once for line borders (16 bytes of memory a row); rows are read when asked for.
+
+    Blank lines are no rows and a UTF-8 byte order mark is skipped.
+    """
+
+    def __init__(self, path: Path, max_rows: int | None = None) -> None:
+        self.name = str(path)
+        self._file = path.open("rb")
+        if self._file.read(2) in _UTF16:
+            raise DataError(f"{path} is UTF-16 text: save it as UTF-8")
+        self._starts, self._lengths, self._numbers = array("q"), array("I"), array("I")
+        self._index(max_rows)
+        self.columns = self._sample_columns()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def origin(self, row: int) -> str:
+        return f"{self.name}:{self._numbers[row]}"
+
+    def raw(self, row: int) -> Mapping[str, Any]:
+        origin, length = self.origin(row), self._lengths[row]
+        if length > MAX_LINE_BYTES:
+            raise BadRow(
+                origin,
+                f"the line has {length / 2**20:.0f} MB, the limit is {MAX_LINE_BYTES // 2**20} MB: "
+                "write one row as one JSON object per line",
+            )
+        line = os.pread(self._file.fileno(), length, self._starts[row]).removesuffix(b"\n")
+        return _decode_line(line.removeprefix(_BOM) if self._numbers[row] == 1 else line, origin)
+
+    def _index(self, max_rows: int | None) -> None:
+        self._file.seek(0)
+        offset, number = 0, 0
+        while (max_rows is None or len(self) < max_rows) and (piece := self._file.readline(MAX_LINE_BYTES + 1)):
+            line = piece.removeprefix(_BOM) if number == 0 else piece
+            start, length = offset, len(piece)
+            while not piece.endswith(b"\n") and (piece := self._file.readline(MAX_LINE_BYTES + 1)):
+                length += len(piece)
+            offset, number = start + length, number + 1
+            if line and not line.isspace():
+                self._starts.append(start)
+                self._lengths.append(min(length, 2**32 - 1))
+                self._numbers.append(number)
+
+    def _sample_columns(self) -> tuple[str, ...]:
+        columns: dict[str, None] = {}
+        for row in range(min(len(self), _SAMPLED_ROWS)):
+            try:
+                columns.update(dict.fromkeys(self.raw(row)))
+            except BadRow:
+                continue  # reported when the row is read for use
+        return tuple(columns)
+
+
+class Table:
+    """A dataset that `datasets` loaded (memory-mapped arrow)."""
+
+    def __init__(self, name: str, table: Any, max_rows: int | None = None) -> None:
+        self.name = name
+        self.columns = tuple(table.column_names)
+        self._table = table if max_rows is None or max_rows >= len(table) else table.select(range(max_rows))
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def origin(self, row: int) -> str:
+        return f"{self.name}[row {row}]"
+
+    def raw(self, row: int) -> Mapping[str, Any]:
+        return self._table[row]
+
+
+def _open_file(path: Path, dataset: Dataset) -> RawRows:
+    if path.stat().st_size == 0:
+        raise DataError(f"the dataset {dataset.path} has no rows: the file is empty")
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix in (".jsonl", ".ndjson") or (suffix == ".json" and not _is_array(path)):
+        if dataset.split != "train":
+            raise ConfigError(f"{dataset.path} is one file without splits: remove split: {dataset.split}")
+        return JsonLines(path, dataset.max_rows)
+    if suffix in (".gz", ".zst", ".bz2", ".xz") and len(suffixes) > 1:
+        suffix = suffixes[-2]
+    if suffix not in _BUILDERS:
+        raise ConfigError(
+            f"cannot tell the format of {dataset.path} from its name: use .jsonl, .json, .parquet or .arrow"
+        )
+    return Table(dataset.path, _load(dataset, _BUILDERS[suffix], data_files=str(path)), dataset.max_rows)
+
+
+def _is_array(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).removeprefix(_BOM).lstrip().startswith(b"[")
+
+
+def _load_folder(path: Path, dataset: Dataset) -> Any:
+    if not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
+        return _load(dataset, str(path))
+    import datasets
+
+    loaded = datasets.load_from_disk(str(path))
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if dataset.split not in loaded:
+        raise ConfigError(f"{dataset.path} has no split {dataset.split}: write one of {', '.join(loaded)}")
+    return loaded[dataset.split]
+
+
+def _load(dataset: Dataset, builder: str, **options: Any) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(builder, split=dataset.split, **options)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ConfigError(
+            f"cannot find the dataset {dataset.path}: it is no file or folder here, and the hub answers: {error}"
+        ) from error
+    except datasets.exceptions.DatasetsError as error:
+        raise DataError(f"cannot read the dataset {dataset.path}: {error.__cause__ or error}") from error
+    except StopIteration as error:
+        raise DataError(f"the dataset {dataset.path} has no rows") from error
+    except (OSError, ValueError, TypeError) as error:
+        if "corresponds to no data" in str(error):
+            raise DataError(f"the dataset {dataset.path} has no rows") from error
+        kind = ConfigError if "split" in str(error) or "Config name" in str(error) else DataError
+        raise kind(f"cannot read the dataset {dataset.path} (split {dataset.split}): {error}") from error
+
+
+def _looks_local(path: str) -> bool:
+    """Hub names are `name` or `owner/name`; everything else was meant as a path."""
+    known_suffix = Path(path).suffix.lower() in (*_BUILDERS, ".ndjson")
+    return known_suffix or path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _decode_line(line: bytes, origin: str) -> Mapping[str, Any]:
+    preview = line[:200].decode("utf-8", errors="replace")
+    try:
+        text = line.decode("utf-8")
+        value = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise BadRow(
+            origin,
+            f"not UTF-8: byte 0x{line[error.start]:02X} at byte {error.start + 1} of the line; "
+            "save the file as UTF-8 (is it Latin-1?)",
+            preview,
+        ) from error
+    except json.JSONDecodeError as error:
+        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
+        raise BadRow(
+            origin,
+            f"not a JSON object: {error.msg} at column {error.colno}"
+            + ("; the line ends too early (was the file cut off?)" if cut else "; write one JSON object per line"),
+            preview,
+        ) from error
+    except RecursionError as error:
+        raise BadRow(origin, "not a row: JSON nested too deeply", preview) from error
+    except ValueError as error:
+        raise BadRow(origin, f"not a JSON object: {error}", preview) from error
+    if not isinstance(value, dict):
+        raise BadRow(origin, f"must be a JSON object with named fields, not a {type(value).__name__}", preview)
+    return value
