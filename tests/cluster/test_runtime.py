@@ -1,0 +1,160 @@
+"""The device table row by row, ports, and what a rank's environment says."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from cluster import runtime
+from cluster.runtime import ALL_ROLES, BOTH, CPU, ENGINES, GPU, SCORER, SETTINGS, STUDENT, environment
+from cluster.topology import RankPlace
+from trainer.errors import ConfigError
+
+HOST_ONLY = {
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_CPU_KVCACHE_SPACE",
+}
+
+
+def place(rank: int = 1, local_rank: int = 1, local_size: int = 2) -> RankPlace:
+    return RankPlace(rank, rank, local_rank, local_size, node="a", local_index=local_rank)
+
+
+@pytest.mark.parametrize("role", ALL_ROLES)
+def test_settings_for_hosts_never_reach_a_gpu_role(role: str) -> None:
+    assert not HOST_ONLY & set(environment(role, GPU))
+    assert environment(role, GPU).get("DS_ACCELERATOR") != "cpu"
+    assert environment(role, CPU)["OMP_NUM_THREADS"] == "1", "the same check must see them on a host"
+
+
+def test_no_process_gets_two_values_of_a_variable() -> None:
+    for role, accelerator in itertools.product(ALL_ROLES, BOTH):
+        names = [row.name for row in SETTINGS if role in row.roles and accelerator in row.accelerators]
+        assert len(names) == len(set(names)), (role, accelerator)
+
+
+def test_every_row_says_for_whom_and_why() -> None:
+    for row in SETTINGS:
+        assert row.roles, row
+        assert row.accelerators, row
+        assert row.why, row
+
+
+def test_processes_without_a_gpu_see_none() -> None:
+    for role in ALL_ROLES:
+        assert environment(role, CPU)["CUDA_VISIBLE_DEVICES"] == ""
+    assert environment("controller", GPU)["CUDA_VISIBLE_DEVICES"] == ""
+    for role in (STUDENT, *ENGINES):
+        assert "CUDA_VISIBLE_DEVICES" not in environment(role, GPU), "Ray's own masking must stay"
+
+
+def test_engines_run_in_their_actor_and_are_not_pinned_to_one_core() -> None:
+    table = environment(SCORER, CPU)
+    assert table["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert table["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert table["VLLM_USE_V2_MODEL_RUNNER"] == environment(SCORER, GPU)["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+
+
+def test_options_of_a_run_are_added() -> None:
+    table = environment(STUDENT, GPU, threads=12, offline=True, bytecode_folder="/x")
+    assert (table["OMP_NUM_THREADS"], table["HF_HUB_OFFLINE"], table["PYTHONPYCACHEPREFIX"]) == ("12", "1", "/x")
+    assert not {"HF_HUB_OFFLINE", "PYTHONPYCACHEPREFIX"} & set(environment(STUDENT, GPU))
+
+
+def test_the_vllm_variables_exist_in_the_installed_vllm() -> None:
+    vllm_envs = pytest.importorskip("vllm.envs")
+    names = {row.name for row in SETTINGS if row.name.startswith("VLLM_")}
+    assert names <= set(vllm_envs.environment_variables)
+
+
+def test_a_rank_reads_its_place() -> None:
+    table = runtime.student_environment(place(), world=2, address="127.0.0.1", port=2345)
+    assert table == {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "LOCAL_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "2345",
+    }
+
+
+def test_ranks_on_several_nodes_name_the_interface_that_reaches_rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    table = runtime.student_environment(place(), world=4, address="127.0.0.1", port=2345)
+    assert table["GLOO_SOCKET_IFNAME"] == "lo"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine0")
+    assert "GLOO_SOCKET_IFNAME" not in runtime.student_environment(place(), world=4, address="127.0.0.1", port=2345)
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} cannot be used"):
+            runtime.free_port(port)
+    assert runtime.free_port(port) == port
+    assert runtime.free_port() != 0
+
+
+def test_a_process_that_sees_one_gpu_uses_its_first() -> None:
+    gpu = runtime.device_of(runtime.device_type_of(GPU), 0)
+    assert (gpu.type, gpu.index) == ("cuda", 0)
+    host = runtime.device_of(runtime.device_type_of(CPU), 3)
+    assert (host.type, host.index) == ("cpu", None)
+    runtime.enter_device(host)
+    assert (runtime.backend_of(GPU), runtime.backend_of(CPU)) == ("nccl", "gloo")
+
+
+def test_ray_is_started_with_a_token_nobody_else_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_memory_monitor_refresh_ms"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    table = runtime.ray_environment(memory_bytes=2**34)
+    path = Path(table["RAY_AUTH_TOKEN_PATH"])
+    assert table["RAY_AUTH_MODE"] == "token"
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert len(path.read_text()) == 64
+    assert runtime.ray_environment(memory_bytes=2**34) == table, "the token is made once"
+    assert table["RAY_memory_monitor_refresh_ms"] == "0"
+    assert "RAY_memory_monitor_refresh_ms" not in runtime.ray_environment(memory_bytes=2**40)
+
+
+def test_the_users_own_ray_settings_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    table = runtime.ray_environment(memory_bytes=2**40)
+    assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"} & set(table)
+
+
+def test_a_small_shared_memory_is_a_warning(tmp_path: Path) -> None:
+    assert "--shm-size" in runtime.shared_memory_warning(2**60, tmp_path)
+    assert runtime.shared_memory_warning(1, tmp_path) is None
+    assert runtime.shared_memory_warning(None) is None
+
+
+def test_a_cluster_that_does_not_answer_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = runtime.free_port()
+    with pytest.raises(ConfigError, match="no Ray cluster answers"):
+        runtime.start_ray(num_cpus=1, address=f"127.0.0.1:{port}")
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    with pytest.raises(ConfigError, match="RAY_ADDRESS"):
+        runtime.start_ray(num_cpus=1)
+
+
+def test_a_folder_too_long_for_sockets_is_refused_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match="set TMPDIR"):
+        runtime.start_ray(num_cpus=1, temp_dir=tmp_path / ("x" * 60))
