@@ -1,8 +1,8 @@
 """Teacher replicas as Ray actors, and the pool that keeps them busy, watched and restarted.
 
     Loops.score(unit) -> ReplicaPool: lease (fewest tokens in flight, `CREDITS` units each) -> TeacherActor.score
-                                 ^                                                                  |
-                                 +-- the actor died, hangs, or the deadline passed: another lease --+-> (report, block ref)
+                                 ^                                                             |
+                                 +-- it died, hangs, or the deadline passed: another lease ----+-> (report, block ref)
 
 Scoring is pure, so a unit may be executed twice, but only one answer is ever returned for it: the first commit wins.
 Blocks are *returned* by the actor, so the controller owns them and they outlive the process that made them; the
@@ -12,6 +12,7 @@ controller itself reads only the report.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import os
 import time
@@ -25,7 +26,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.engines.plan import EnginePlan
-from cluster.health import Failure, FailurePolicy, GiveUp, ReplicaLoad, RestartReplica, RetryUnit, choose_replica
+from cluster.health import Failure, FailureKind, FailurePolicy, ReplicaLoad, RestartReplica, RetryUnit, choose_replica
 from cluster.logs import redirect_output
 from configs.schema import Faults
 from trainer.errors import DeadlineExceeded, InfrastructureError, StillhouseError, TeachersLost, UnitRejected
@@ -80,7 +81,9 @@ class Replica:
     actor: Any = None
     healthy: bool = False
     lost: bool = False
-    restarts: int = 0
+    failures: int = 0  # without progress in between, as the policy counts them
+    progress: bool = False  # a unit was answered since the last failure
+    restarts: int = 0  # in all
     units_in_flight: int = 0
     tokens_in_flight: int = 0
     suspected: asyncio.Event = field(default_factory=asyncio.Event)
@@ -103,13 +106,11 @@ class ReplicaPool:
         self._spawn = spawn
         self._faults = faults
         self._observer = observer
-        self._policy = FailurePolicy(max_restarts=faults.max_teacher_restarts, max_attempts=faults.max_unit_attempts)
+        self._policy = FailurePolicy.of_teachers(faults)
         self._replicas = [Replica(name=f"{plan.role}-{index}") for index in range(num_replicas)]
         self._changed = asyncio.Condition()
         self._watchers: list[asyncio.Task[None]] = []
         self._last_error = ""
-        self.num_restarts = 0
-        self.num_redispatched = 0
 
     async def start(self) -> None:
         """Start every replica; the first error of an engine is the error of the run, nothing is retried yet."""
@@ -162,7 +163,9 @@ class ReplicaPool:
         while True:
             replica = await self._acquire(tokens, refused_by)
             try:
-                return await send(replica.actor)
+                result = await send(replica.actor)
+                replica.progress = True
+                return result
             except (RayError, StillhouseError) as error:
                 attempt += 1
                 cause = unwrap(error)
@@ -171,13 +174,11 @@ class ReplicaPool:
                     refused_by.add(replica.name)
                 else:
                     await self._suspect(replica)
-                decision = self._policy.decide(
-                    Failure(kind="unit_refused" if refused else "unit_failed", count=attempt)
-                )
+                kind: FailureKind = "unit_refused" if refused else "unit_failed"
+                decision = self._policy.decide(Failure(kind=kind, count=attempt))
                 self._observer.event("redispatch", what=what, replica=replica.name, attempt=attempt, error=brief(cause))
                 if not isinstance(decision, RetryUnit):
                     raise give_up(what, attempt, cause) from None
-                self.num_redispatched += 1
                 delay_s = decision.delay_s
             finally:
                 await self._release(replica, tokens)
@@ -216,10 +217,8 @@ class ReplicaPool:
         """One replica's health, independent of its requests: a hung process answers no ping, and nothing else tells."""
         replica = self._replicas[index]
         while not replica.lost:
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(replica.suspected.wait(), self._faults.ping_interval_s)
-            except TimeoutError:
-                pass
             replica.suspected.clear()
             try:
                 await answer(replica.actor.ping.remote(), self._faults.ping_timeout_s)
@@ -235,25 +234,26 @@ class ReplicaPool:
                 replica.healthy = True
                 self._changed.notify_all()
 
-    async def _restart(self, index: int, kind: str, reason: str) -> None:
+    async def _restart(self, index: int, kind: FailureKind, reason: str) -> None:
         """Kill and start again until it is ready or the policy gives up on it."""
         replica = self._replicas[index]
         async with self._changed:
             replica.healthy = False
         while True:
             self._last_error = reason
-            replica.restarts += 1
-            decision = self._policy.decide(Failure(kind=kind, count=replica.restarts))
+            failure = Failure(kind=kind, count=replica.failures + 1, progress_since_last=replica.progress)
+            decision = self._policy.decide(failure)
             ray.kill(replica.actor, no_restart=True)
-            if isinstance(decision, GiveUp):
-                self._observer.event("teacher_lost", replica=replica.name, reason=reason, restarts=replica.restarts - 1)
+            if not isinstance(decision, RestartReplica):
+                self._observer.event("teacher_lost", replica=replica.name, reason=reason, restarts=replica.restarts)
                 async with self._changed:
                     replica.lost = True
                     self._changed.notify_all()
                 return
-            assert isinstance(decision, RestartReplica), decision
-            self.num_restarts += 1
+            replica.failures, replica.progress = decision.count, False
+            replica.restarts += 1
             self._observer.event("teacher_restart", replica=replica.name, reason=reason, restarts=replica.restarts)
+            await asyncio.sleep(decision.delay_s)
             try:
                 await self._start(index)
                 return
@@ -324,7 +324,7 @@ def check_report(report: UnitReport, unit: Unit) -> None:
     """The labels are about exactly these tokens and rows, and finite."""
     if report.tokens_hash != unit.tokens_hash() or report.num_rows != unit.num_rows:
         raise UnitRejected(
-            f"unit {unit.id}: {report.replica} answered for other tokens ({report.num_rows} rows, {unit.num_rows} asked)"
+            f"unit {unit.id}: {report.replica} answered for other tokens: {report.num_rows} rows, {unit.num_rows} asked"
         )
     if report.num_non_finite:
         raise UnitRejected(f"unit {unit.id}: {report.num_non_finite} non-finite label values from {report.replica}")

@@ -10,46 +10,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from configs.schema import Run
-from trainer.chat import Template
 from trainer.checkpoint import Checkpoints, TrainingState
 from trainer.errors import InfrastructureError, LabelsLost, SelfTestError, StudentsLost
+from trainer.heads import Head
+from trainer.job import Job
 from trainer.label_check import LabelCheck, check_labels
-from trainer.loops import Loops, LoopSettings, Observer, first_error
-from trainer.prompts import PromptStream
-from trainer.protocols import Elicitation, Session
-from trainer.run_folder import RunFolder
+from trainer.loops import Loops, Observer, first_error
+from trainer.protocols import Session
 from trainer.step_plan import cut_units, plan_step
 from trainer.types import BlockRef, Cursor, EncodingSpec, Evaluation, Sequence, SoftLabelBlock, Unit
-from trainer.vocab import SharedVocabulary
 
 HIDDEN = EncodingSpec(kind="hidden")
 CHECK_TOKENS = 512  # tokens of real text in the label self-test
 MAX_FAILED_SAVES = 3
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run with everything that was read and checked before any role started."""
-
-    run: Run
-    folder: RunFolder
-    config_hash: str
-    vocabulary: SharedVocabulary
-    template: Template
-    stream: PromptStream
-    evaluation: tuple[Sequence, ...]
-    samples: tuple[Sequence, ...]  # a few training rows with answers, for the label self-test
-    elicitation: Callable[[Any], Elicitation]  # given the writers
-    encoding: EncodingSpec
-    loop: LoopSettings
-    skip_self_test: bool
 
 
 class Controller:
@@ -63,20 +42,25 @@ class Controller:
         *,
         stop_requested: asyncio.Event,
         read_block: Callable[[BlockRef], SoftLabelBlock],
-        may_restart: Callable[[int, str], bool],
-        teacher_truth: Callable[[Unit], Any],
+        restart_after: Callable[[int, bool], float | None],
+        teacher_truth: Callable[[Unit], tuple[Head, torch.Tensor | None]],
+        teacher_dtype: str,
         on_evaluation: Callable[[str, Evaluation], None],
         on_generation: Callable[[str, list[np.ndarray], list[np.ndarray]], None],
+        on_phase: Callable[[str], None],
     ) -> None:
-        """`may_restart(count, reason)` is the failure policy of the student group; `read_block` brings a block into this
-        process (self-test only); `teacher_truth(unit)` gives `(Head, dtype, reference logits or None)`."""
+        """`restart_after(failures, progress)` is the failure policy of the student group: seconds to wait, or None to
+        give up. For the label self-test, `read_block` brings a block into this process and `teacher_truth(unit)` gives
+        `(Head, reference logits or None)`."""
         self._job = job
         self._session = session
         self._observer = observer
         self._stop_requested = stop_requested
         self._read_block = read_block
-        self._may_restart = may_restart
+        self._restart_after = restart_after
         self._teacher_truth = teacher_truth
+        self._teacher_dtype = teacher_dtype
+        self._on_phase = on_phase
         self._on_evaluation = on_evaluation
         self._on_generation = on_generation
         self._checkpoints = Checkpoints(
@@ -98,8 +82,11 @@ class Controller:
         """Everything from starting the roles to the exported student. The caller closes the session."""
         self._checkpoints.sweep()
         committed = self._checkpoints.latest(config_hash=self._job.config_hash)
+        self._on_phase("starting teachers and students")
         await self._start(committed.folder if committed else None)
+        self._on_phase("self-tests")
         await self._self_test()
+        self._on_phase("scoring held-out rows")
         await self._prepare_evaluation()
         step = 0
         if committed is not None:
@@ -108,8 +95,11 @@ class Controller:
             self.non_finite_steps = committed.state.non_finite_steps
             self._observer.event("resumed", from_step=step)
         else:
+            self._on_phase("evaluating the student before training")
             await self._look("before", 0)
+        self._on_phase("training")
         await self._train(step)
+        self._on_phase("generating after training, exporting the student")
         await self._look("after", self._job.loop.total_steps)
         await self._session.students.export(self._job.folder.student)
 
@@ -152,18 +142,18 @@ class Controller:
         (_, hidden), (_, labels) = await asyncio.gather(
             self._session.scorers.score(unit, HIDDEN), self._session.scorers.score(unit, self._job.encoding)
         )
-        head, dtype, logits = await asyncio.to_thread(self._teacher_truth, unit)
+        head, logits = await asyncio.to_thread(self._teacher_truth, unit)
         return check_labels(
             unit,
             hidden=self._read_block(hidden),
             labels=self._read_block(labels),
             teacher_head=head,
-            dtype=dtype,
+            dtype=self._teacher_dtype,
             reference_logits=logits,
         )
 
     async def _prepare_evaluation(self) -> None:
-        """Held-out rows are scored once, with hidden labels, so every evaluation is exact whatever the training encoding."""
+        """Score held-out rows once, with hidden labels: evaluation is exact whatever the training encoding."""
         rows = self._job.evaluation
         if rows:
             world = self._session.students.world
@@ -204,17 +194,18 @@ class Controller:
         prompts = [_prompt_of(row) for row in self._job.evaluation[: report.generate]]
         if prompts:
             texts = await self._session.students.generate(
-                prompts, max_new_tokens=report.generate_tokens, stop_ids=self._job.template.end_of_turn_ids
+                prompts, max_new_tokens=report.generate_tokens, stop_ids=self._job.inputs.template.end_of_turn_ids
             )
             self._on_generation(when, prompts, texts)
 
     async def _train(self, step: int) -> None:
         """The loops, started again from the last committed checkpoint whenever the whole student group is lost."""
         start = self._job.stream.cursor
+        failures = 0  # without a trained step in between
         while True:
             loops = Loops(
                 stream=self._job.stream,
-                elicitation=self._job.elicitation(self._session.writers),
+                elicitation=self._job.bind_elicitation(self._session.writers),
                 scorers=self._session.scorers,
                 students=self._session.students,
                 encoding=self._job.encoding,
@@ -229,16 +220,20 @@ class Controller:
                 self.final_evaluation = loops.last_evaluation
                 return
             except StudentsLost as lost:
-                self.student_restarts += 1
+                progress = loops.last_step > step
+                failures = 1 if progress else failures + 1
                 self._observer.event("students_lost", reason=str(lost), at_step=loops.last_step + 1)
-                if not self._may_restart(self.student_restarts, str(lost)):
+                delay_s = self._restart_after(failures, progress)
+                if delay_s is None:
                     raise
+                await asyncio.sleep(delay_s)
                 step = await self._restart_students(start)
             finally:
                 self.non_finite_steps = loops.non_finite_steps
 
     async def _restart_students(self, start: Cursor) -> int:
         """Kill what is left of the group and build a new one; returns the step it continues after."""
+        self.student_restarts += 1
         self._session.students.kill()
         committed = self._checkpoints.latest(config_hash=self._job.config_hash)
         await self._session.students.start(committed.folder if committed else None)

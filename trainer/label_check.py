@@ -12,16 +12,23 @@ All comparisons are forward KL in nats over the events of the encoding, so they 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
+from configs.schema import ModelSource
 from trainer.heads import Head
-from trainer.labels.encoding import column_to_torch, load_encoding
+from trainer.labels.encoding import load_encoding
 from trainer.losses.divergences import forward_kl
+from trainer.models import load_teacher_head, weight_bytes
+from trainer.packing import layout_of, pack
 from trainer.types import SoftLabelBlock, Unit
+
+REFERENCE_BYTES = 4 * 2**30
+"""Teachers of at most this many bytes of weights are run by transformers in the controller, once, for the self-test."""
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # mean KL in nats; measured noise 3e-9 and 1.3e-3 (docs/design.md)
 CONTROL_FACTOR = 20.0  # the moved comparison must be at least this many tolerances away
@@ -53,10 +60,10 @@ def check_labels(
     """
     tolerance = TOLERANCE[dtype]
     next_ids = torch.from_numpy(np.concatenate([realised_ids(s.token_ids, s.loss_mask) for s in unit.sequences]))
-    from_hidden = teacher_head.logits(block_columns(hidden)["hidden"])
+    from_hidden = teacher_head.logits(block_columns(unit, hidden)["hidden"])
     if reference_logits is not None:
         truth = reference_logits[:, : teacher_head.vocabulary_size].float()
-        first = _compare("labels against transformers", truth, hidden, teacher_head, tolerance)
+        first = _compare("labels against transformers", unit, truth, hidden, teacher_head, tolerance)
     else:
         first = _compare_text(from_hidden, next_ids)
     return first, _compare(
@@ -64,9 +71,11 @@ def check_labels(
     )
 
 
-def _compare(name: str, truth: torch.Tensor, block: SoftLabelBlock, teacher_head: Head, tolerance: float) -> LabelCheck:
+def _compare(
+    name: str, unit: Unit, truth: torch.Tensor, block: SoftLabelBlock, teacher_head: Head, tolerance: float
+) -> LabelCheck:
     encoding = load_encoding(block.header.encoding)
-    columns = block_columns(block)
+    columns = encoding.ready(block_columns(unit, block), teacher_head)
     kept = len(truth) - 1
 
     def mean_kl(rows: torch.Tensor, labels: Mapping[str, torch.Tensor]) -> float:
@@ -78,8 +87,8 @@ def _compare(name: str, truth: torch.Tensor, block: SoftLabelBlock, teacher_head
     return LabelCheck(
         name=name,
         passed=passed,
-        numbers=f"mean KL {aligned:.2e} nats (limit {tolerance:.0e}) on {len(truth)} rows; moved by one row {moved:.2f} "
-        f"(must exceed {CONTROL_FACTOR * tolerance:.2g})",
+        numbers=f"mean KL {aligned:.2e} nats (limit {tolerance:.0e}) on {len(truth)} rows; moved by one row "
+        f"{moved:.2f} (must exceed {CONTROL_FACTOR * tolerance:.2g})",
     )
 
 
@@ -95,15 +104,11 @@ def _compare_text(logits: torch.Tensor, next_ids: torch.Tensor) -> LabelCheck:
     )
 
 
-def block_columns(block: SoftLabelBlock) -> dict[str, torch.Tensor]:
-    """A block's columns as tensors in host memory; uint16 columns named `hidden` are bfloat16 bits."""
-    host = torch.device(torch.empty(0).device)
-    return {
-        name: column_to_torch(
-            column.copy(), torch.bfloat16 if name in ("hidden",) and column.dtype == np.uint16 else torch.float32, host
-        )
-        for name, column in block.columns.items()
-    }
+def block_columns(unit: Unit, block: SoftLabelBlock) -> Mapping[str, torch.Tensor]:
+    """A block's columns as tensors in host memory, rows in block order."""
+    layout = layout_of(load_encoding(block.header.encoding), block)
+    sequences = [(0, index) for index in range(len(unit.sequences))]
+    return pack([unit], sequences, [block], layout=layout).labels
 
 
 def realised_ids(token_ids: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
@@ -111,6 +116,25 @@ def realised_ids(token_ids: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
     return token_ids[np.flatnonzero(loss_mask) + 1].astype(np.int64)
 
 
-def reference_rows(sequences: Sequence, logits_of: object) -> torch.Tensor:
-    """float32 [N, .]: `logits_of(token_ids) -> [L, .]` at the loss rows of each sequence, in block order."""
-    return torch.cat([logits_of(s.token_ids)[torch.from_numpy(np.flatnonzero(s.loss_mask))] for s in sequences])
+def teacher_truth(
+    unit: Unit, source: ModelSource, *, vocabulary_size: int, dtype: str
+) -> tuple[Head, torch.Tensor | None]:
+    """The teacher's head in host memory, and transformers' logits of the unit's loss rows, float32 [N, rows of the
+    head]: None where the teacher's weights are over `REFERENCE_BYTES`."""
+    host = torch.empty(0).device
+    head = load_teacher_head(source, vocabulary_size=vocabulary_size, dtype=getattr(torch, dtype), device=host)
+    if weight_bytes(source) > REFERENCE_BYTES:
+        return head, None
+    model = AutoModelForCausalLM.from_pretrained(
+        source.path,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+        dtype=torch.float32,
+        use_safetensors=True,
+    ).eval()
+    rows = []
+    with torch.inference_mode():
+        for sequence in unit.sequences:
+            logits = model(torch.from_numpy(sequence.token_ids.astype(np.int64))[None]).logits[0]
+            rows.append(logits[torch.from_numpy(np.flatnonzero(sequence.loss_mask))])
+    return head, torch.cat(rows)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as AbstractSequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -23,6 +23,10 @@ from trainer.types import (
     Unit,
     UnitReport,
 )
+
+if TYPE_CHECKING:
+    from trainer.self_tests import SelfTestResult
+    from trainer.student import StudentInfo
 
 
 class Scorers(Protocol):

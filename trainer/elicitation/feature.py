@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,8 +18,10 @@ class Strategy:
 
     needs_writer: ClassVar[bool] = False
     needs_answer: ClassVar[bool] = True
+    rewrite: ClassVar[bool] = False
+    room_for_answer: ClassVar[int] = 0
 
-    def bind(self, writers: Writers | None) -> Elicitation:
+    def bind(self, writers: Writers | None, *, end_of_turn_ids: Collection[int] = ()) -> Elicitation:
         return DatasetAnswers()
 
 

@@ -31,6 +31,11 @@ class Strategy:
     needs_writer: ClassVar[bool] = True
     needs_answer: ClassVar[bool] = False
 
+    @property
+    def room_for_answer(self) -> int:
+        """Tokens that must fit behind a prompt."""
+        return self.max_new_tokens
+
     def bind(self, writers: Writers | None, *, end_of_turn_ids: Collection[int] = ()) -> Elicitation:
         """An answer that holds nothing but `end_of_turn_ids` counts as empty."""
         assert writers is not None, "labeling needs writer replicas"

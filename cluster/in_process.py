@@ -1,0 +1,142 @@
+"""`runtime: in_process`: the same roles as plain objects of this process, under a debugger if you like. No Ray.
+
+Calls run where they are awaited, one after the other, so a breakpoint anywhere stops the whole run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster import runtime
+from cluster.engines.plan import EnginePlan
+from cluster.resolve import Resolved
+from cluster.students import StudentJob
+from cluster.teachers import check_report, start_engine
+from cluster.topology import RankPlace
+from trainer.loops import Observer
+from trainer.types import EncodingSpec, Evaluation, Prompt, RankBatch, SoftLabelBlock, StepMetrics, Unit, UnitReport
+
+
+class InProcessTeacher:
+    """One engine. Implements `Scorers` or `Writers`, by its plan."""
+
+    def __init__(self, plan: EnginePlan, *, deadline_s: float, observer: Observer) -> None:
+        self._plan = plan
+        self._deadline_s = deadline_s
+        self._observer = observer
+        self._engine: Any = None
+
+    def start(self) -> None:
+        self._engine = start_engine(self._plan, f"{self._plan.role}-0")
+
+    async def score(self, unit: Unit, encoding: EncodingSpec) -> tuple[UnitReport, SoftLabelBlock]:
+        report, block = await self._engine.score(unit, encoding, deadline_s=self._deadline_s)
+        check_report(report, unit)
+        self._observer.span(report.replica, "score", report.started_s, report.started_s + report.score_s, unit.id)
+        return report, block
+
+    async def write(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        return await self._engine.write(prompts, deadline_s=self._deadline_s) if prompts else []
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+
+class InProcessStudents:
+    """A group of one rank. Implements `trainer.protocols.StudentGroup`."""
+
+    world = 1
+
+    def __init__(self, job: StudentJob) -> None:
+        self._job = job
+        self._rank: Any = None
+
+    async def start(self, checkpoint: Path | None) -> Any:
+        place = RankPlace(actor=0, rank=0, local_rank=0, local_size=1, node="here", local_index=0)
+        port = runtime.free_port()
+        os.environ.update(runtime.student_environment(place, world=1, address="127.0.0.1", port=port))
+        from trainer.student import StudentRank
+
+        device = runtime.device_of(self._job.plan.device_type)
+        runtime.enter_device(device)
+        self._rank = StudentRank(
+            self._job.run,
+            self._job.plan,
+            rank=0,
+            world=1,
+            device=device,
+            vocabulary=self._job.vocabulary,
+            total_steps=self._job.total_steps,
+        )
+        info = self._rank.build()
+        if checkpoint is not None:
+            self._rank.load(checkpoint)
+        return info
+
+    async def stage(self, batches: Sequence[RankBatch], blocks: Sequence[Sequence[SoftLabelBlock]]) -> None:
+        self._rank.stage(batches[0], blocks[0])
+
+    async def step(self, step: int) -> StepMetrics:
+        return self._rank.step(step)
+
+    async def stage_evaluation(
+        self, units: Sequence[Sequence[Unit]], blocks: Sequence[Sequence[SoftLabelBlock]]
+    ) -> None:
+        self._rank.stage_evaluation(units[0], blocks[0])
+
+    async def evaluate(self, step: int) -> Evaluation:
+        return self._rank.evaluate(step, self._job.run.report.viewer_sequences)
+
+    async def save(self, step: int, folder: Path) -> None:
+        self._rank.save(step, folder)
+
+    async def export(self, folder: Path) -> None:
+        self._rank.export(folder)
+
+    async def generate(
+        self, prompts: Sequence[np.ndarray], *, max_new_tokens: int, stop_ids: tuple[int, ...]
+    ) -> list[np.ndarray]:
+        return self._rank.generate(prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+
+    async def self_test(self) -> tuple[Any, ...]:
+        return self._rank.self_test()
+
+    async def close(self) -> None:
+        if self._rank is not None:
+            self._rank.close()
+
+    def kill(self) -> None:
+        """One process cannot outlive its only rank."""
+
+
+class InProcessSession:
+    """All roles of a run in this process."""
+
+    def __init__(self, job: StudentJob, resolved: Resolved, *, observer: Observer) -> None:
+        deadline_s = job.run.faults.score_timeout_s
+        os.environ.update(resolved.scorer.environment)
+        self.scorers = InProcessTeacher(resolved.scorer, deadline_s=deadline_s, observer=observer)
+        self.writers = (
+            InProcessTeacher(resolved.writer, deadline_s=deadline_s, observer=observer) if resolved.writer else None
+        )
+        self.students = InProcessStudents(job)
+
+    async def start_teachers(self) -> None:
+        self.scorers.start()
+        if self.writers is not None:
+            self.writers.start()
+
+    def read_block(self, block: SoftLabelBlock) -> SoftLabelBlock:
+        return block
+
+    async def close(self) -> None:
+        await self.students.close()
+        self.scorers.close()
+        if self.writers is not None:
+            self.writers.close()

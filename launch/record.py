@@ -1,0 +1,121 @@
+"""What a run writes about itself beside its metrics: manifest, samples, generations, exit, student, report.
+
+Written as things become known, so that a run that is killed leaves what it had.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from cluster.resolve import Resolved
+from configs.schema import Run
+from launch.watch import Watch
+from trainer.distil import Controller
+from trainer.environment import manifest_environment
+from trainer.job import Job
+from trainer.report import sample_records, write_report
+from trainer.run_folder import RunFolder, read_json, write_json
+from trainer.types import Evaluation
+
+
+class Record:
+    """The papers of one run."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._manifest: dict[str, Any] = {}
+        self._job: Job | None = None
+
+    def was_finished(self) -> bool:
+        """Whether an earlier start of this run came to its end."""
+        try:
+            return read_json(self._folder.exit)["code"] == 0
+        except FileNotFoundError:
+            return False
+
+    def begin(self, job: Job, resolved: Resolved, *, started: float) -> None:
+        self._job = job
+        run = job.run
+        self._folder.exit.unlink(missing_ok=True)
+        self._manifest = {
+            **manifest_environment(),
+            "config_hash": job.config_hash,
+            "started": started,
+            "roles": roles_of(run, resolved),
+            "reasons": list(resolved.reasons),
+            "warnings": list(resolved.warnings),
+            "data": {
+                "train_rows": job.stream.rows_per_epoch,
+                "evaluation_rows": len(job.evaluation),
+                "vocabulary_size": job.inputs.vocabulary.size,
+            },
+            "models": {"teacher": run.teacher.model.model_dump(), "student": run.student.model.model_dump()},
+        }
+        self._write_manifest()
+
+    def evaluation(self, when: str, evaluation: Evaluation) -> None:
+        assert self._job is not None
+        decode = self._job.inputs.tokenizer.decode
+        records = sample_records(evaluation.samples, lambda token_id: decode([token_id]))
+        self._merge(self._folder.samples, {when: records})
+
+    def generation(self, when: str, prompts: list[np.ndarray], texts: list[np.ndarray]) -> None:
+        assert self._job is not None
+        decode = self._job.inputs.tokenizer.decode
+        shown = {"prompts": [decode(p) for p in prompts], when: [decode(t, skip_special_tokens=True) for t in texts]}
+        self._merge(self._folder.generations, shown)
+
+    def finish(self, controller: Controller, watch: Watch) -> None:
+        """The run came to its end: complete the student's folder and write the report."""
+        assert self._job is not None
+        job = self._job
+        job.inputs.tokenizer.chat_template = job.inputs.template.text
+        job.inputs.tokenizer.save_pretrained(self._folder.student)
+        self._manifest |= {
+            "finished": time.time(),
+            "counters": dict(watch.counters) | asdict(job.stream.counters),
+            "self_tests": [{"name": r.name, "passed": r.passed, "numbers": r.numbers} for r in controller.self_tests],
+            "resumed_from": controller.resumed_from,
+            "student": asdict(controller.student_info),
+        }
+        self._write_manifest()
+        write_report(self._folder)
+
+    def ended(self, code: int, reason: str) -> None:
+        """How the run ended; a run that never began its roles leaves only this."""
+        write_json(self._folder.exit, {"code": code, "reason": reason, "time": time.time()})
+
+    def _write_manifest(self) -> None:
+        write_json(self._folder.manifest, self._manifest)
+
+    @staticmethod
+    def _merge(path: Any, fields: dict[str, Any]) -> None:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        write_json(path, known | fields)
+
+
+def roles_of(run: Run, resolved: Resolved) -> dict[str, Any]:
+    """What runs where, for the manifest."""
+    roles: dict[str, Any] = {
+        "student": {
+            "ranks": run.student.ranks,
+            "accelerator": resolved.accelerator,
+            "dtype": resolved.student.dtype,
+            "attention": resolved.student.attention,
+            "zero_stage": run.student.zero_stage,
+        }
+    }
+    for plan, replicas in ((resolved.scorer, run.teacher.scorer), (resolved.writer, run.teacher.writer)):
+        if plan is not None and replicas is not None:
+            roles[plan.role] = {
+                "engine": plan.kind,
+                "replicas": replicas.replicas,
+                "tensor_parallel_size": plan.tensor_parallel_size,
+                "dtype": plan.dtype,
+            }
+    return roles

@@ -1,0 +1,203 @@
+"""`stillhouse train`: one run from its YAML to a report, on this machine or on the Ray cluster it is part of.
+
+configuration, models, rows  ->  hardware, resolve  ->  Ray and reservations  ->  trainer/distil.py  ->  report, exit
+(errors here start nothing)                             (runtime: ray only)       (all the work)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cluster import runtime
+from cluster.hardware import Hardware
+from cluster.health import Failure, FailurePolicy, RestartGroup
+from cluster.in_process import InProcessSession
+from cluster.resolve import Resolved, resolve
+from cluster.session import RaySession
+from cluster.students import StudentJob
+from configs.load import config_hash, dump_run, load_run, run_folder
+from configs.schema import Run
+from launch.check import refuse_problems
+from launch.record import Record
+from launch.watch import Watch
+from trainer.checkpoint import Checkpoints
+from trainer.distil import Controller
+from trainer.errors import StillhouseError
+from trainer.job import Inputs, Job, make_job, read_inputs
+from trainer.label_check import teacher_truth
+from trainer.metrics import MetricsLog, TensorBoardSink, Timeline
+from trainer.models import load_config
+from trainer.progress import Progress
+from trainer.run_folder import RunFolder, write_text
+from trainer.types import Unit
+
+
+def train(path: Path, overrides: list[str], *, skip_self_test: bool = False) -> int:
+    """Run a configuration to its end, resuming what its folder holds. Returns the exit code; raises StillhouseError."""
+    run = load_run(path, overrides).run
+    refuse_problems(run)
+    folder = RunFolder.create(run_folder(run))
+    with folder.lock():
+        record = Record(folder)
+        try:
+            _train(run, folder, record, skip_self_test=skip_self_test)
+        except StillhouseError as error:
+            record.ended(error.exit_code, str(error))
+            raise
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            record.ended(130, "interrupted")
+            raise KeyboardInterrupt from None
+        record.ended(0, "finished")
+    return 0
+
+
+def _train(run: Run, folder: RunFolder, record: Record, *, skip_self_test: bool) -> None:
+    started = time.time()
+    inputs = read_inputs(run)
+    hashed = config_hash(run)
+    write_text(folder.config, dump_run(run))
+    with contextlib.ExitStack() as stack:
+        resolved, cluster = _hardware(run, inputs, stack)
+        job = make_job(
+            run,
+            inputs,
+            folder,
+            config_hash=hashed,
+            teacher_dtype=resolved.scorer.dtype,
+            skip_self_test=skip_self_test,
+        )
+        progress = stack.enter_context(Progress(job.loop.total_steps))
+        if _finished(job, record):
+            progress.note(f"{folder.path} is finished: {job.loop.total_steps} steps, report in {folder.report}")
+            return
+        metrics = stack.enter_context(
+            contextlib.closing(MetricsLog(folder, [TensorBoardSink(folder)] if run.report.tensorboard else []))
+        )
+        watch = Watch(
+            metrics=metrics, timeline=stack.enter_context(contextlib.closing(Timeline(folder))), progress=progress
+        )
+        for text in (*resolved.reasons, *resolved.warnings, *(cluster.warnings if cluster else ())):
+            watch.event("note", text=text)
+        record.begin(job, resolved, started=started)
+        controller = asyncio.run(_drive(job, resolved, watch, record, progress))
+        progress.close()
+        record.finish(controller, watch)
+
+
+def _hardware(run: Run, inputs: Inputs, stack: contextlib.ExitStack) -> tuple[Resolved, runtime.RayCluster | None]:
+    """What the run is resolved on; with `runtime: ray`, Ray is up afterwards and ends with the stack."""
+
+    def resolved_on(hardware: Hardware) -> Resolved:
+        return resolve(
+            run,
+            hardware,
+            vocabulary_size=inputs.vocabulary.size,
+            tokenizer_fingerprint=inputs.vocabulary.fingerprint,
+            stop_token_ids=inputs.template.end_of_turn_ids,
+            student_config=load_config(run.student.model, role="student.model"),
+            offline=all(Path(model.path).is_dir() for model in (run.teacher.model, run.student.model)),
+            bytecode_folder=runtime.bytecode_folder(),
+        )
+
+    if run.runtime == "in_process":
+        return resolved_on(Hardware.local()), None
+    if os.environ.get("RAY_ADDRESS"):
+        cluster = runtime.start_ray(num_cpus=0)
+        stack.callback(runtime.stop_ray, cluster)
+        return resolved_on(Hardware.of_ray()), cluster
+    resolved = resolved_on(Hardware.local())
+    store = run.training.max_label_bytes // 2 + 256 * 2**20
+    cluster = runtime.start_ray(num_cpus=resolved.placement.num_slots, object_store_bytes=min(store, 2**30))
+    stack.callback(runtime.stop_ray, cluster)
+    return resolved, cluster
+
+
+def _finished(job: Job, record: Record) -> bool:
+    committed = Checkpoints(job.folder.checkpoints, keep=1).latest(config_hash=job.config_hash)
+    return committed is not None and committed.state.step >= job.loop.total_steps and record.was_finished()
+
+
+async def _drive(job: Job, resolved: Resolved, watch: Watch, record: Record, progress: Progress) -> Controller:
+    """Open the session, run the controller, and close the session whatever happened."""
+    stop_requested = asyncio.Event()
+    student = StudentJob(
+        run=job.run,
+        plan=resolved.student,
+        vocabulary=job.inputs.vocabulary,
+        total_steps=job.loop.total_steps,
+    )
+    session: Any
+    if job.run.runtime == "in_process":
+        session = InProcessSession(student, resolved, observer=watch)
+    else:
+        session = RaySession(student, resolved, folder=job.folder, observer=watch)
+        await session.reserve()
+    controller = Controller(
+        job,
+        session,
+        watch,
+        stop_requested=stop_requested,
+        read_block=session.read_block,
+        restart_after=_restart_after(job.run),
+        teacher_truth=_truth(job, resolved),
+        teacher_dtype=resolved.scorer.dtype,
+        on_evaluation=record.evaluation,
+        on_generation=record.generation,
+        on_phase=progress.phase,
+    )
+    with _stop_signals(stop_requested, watch):
+        try:
+            await controller.run()
+        finally:
+            progress.phase("stopping the roles")
+            await session.close()
+    return controller
+
+
+def _truth(job: Job, resolved: Resolved) -> Callable[[Unit], Any]:
+    def truth(unit: Unit) -> Any:
+        model, size = job.run.teacher.model, job.inputs.vocabulary.size
+        return teacher_truth(unit, model, vocabulary_size=size, dtype=resolved.scorer.dtype)
+
+    return truth
+
+
+def _restart_after(run: Run) -> Callable[[int, bool], float | None]:
+    policy = FailurePolicy.of_students(run.faults)
+
+    def restart_after(failures: int, progress: bool) -> float | None:
+        decision = policy.decide(Failure(kind="rank_died", count=failures, progress_since_last=progress))
+        return decision.delay_s if isinstance(decision, RestartGroup) else None
+
+    return restart_after
+
+
+@contextlib.contextmanager
+def _stop_signals(stop_requested: asyncio.Event, watch: Watch) -> Iterator[None]:
+    """The first SIGTERM, SIGUSR1 or Ctrl-C saves a checkpoint and ends with 75; a second one ends at once."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+
+    def stop(name: str) -> None:
+        if stop_requested.is_set():
+            task.cancel()
+            return
+        stop_requested.set()
+        watch.event("note", text=f"{name}: stopping after this step, with a checkpoint; once more to stop at once")
+
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, stop, number.name)
+    try:
+        yield
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)

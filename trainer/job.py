@@ -1,0 +1,178 @@
+"""Everything of a run that is read and checked before any role starts: tokens, rows, steps.
+
+`read_inputs` needs no hardware and comes first, since `cluster/resolve.py` asks for what it finds; `make_job` then
+opens the streams.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from configs.schema import ModelSource, Run
+from trainer.chat import Template
+from trainer.errors import ConfigError, DataError
+from trainer.labels.encoding import TeacherShape, load_encoding
+from trainer.loops import LoopSettings
+from trainer.prompts import PromptStream
+from trainer.protocols import Elicitation
+from trainer.run_folder import RunFolder
+from trainer.types import EncodingSpec, Prompt, Sequence
+from trainer.vocab import SharedVocabulary, check_pair, load_tokenizer
+
+SAMPLE_ROWS = 16  # training rows looked at for the label self-test
+MAX_EVALUATION_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tokenizer both models share, and how text becomes tokens."""
+
+    vocabulary: SharedVocabulary
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    strategy: Any  # the elicitation plug-in's `Strategy`
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, ready to be driven by `trainer/distil.py`."""
+
+    run: Run
+    folder: RunFolder
+    config_hash: str
+    inputs: Inputs
+    stream: PromptStream
+    evaluation: tuple[Sequence, ...]
+    samples: tuple[Sequence, ...]  # a few training rows with answers, for the label self-test
+    bind_elicitation: Callable[[Any], Elicitation]  # given the writers, or None
+    encoding: EncodingSpec
+    loop: LoopSettings
+    skip_self_test: bool
+
+
+def read_inputs(run: Run) -> Inputs:
+    """Tokenizers, template and elicitation. Raises ConfigError where the pair does not fit."""
+    vocabulary = check_pair(run.teacher.model, run.student.model)
+    tokenizer = load_tokenizer(run.teacher.model)
+    kind = run.elicitation.kind
+    module = importlib.import_module(kind if "." in kind else f"trainer.elicitation.{kind}")
+    return Inputs(
+        vocabulary=vocabulary,
+        tokenizer=tokenizer,
+        template=Template.of(tokenizer, run.teacher.chat_template),
+        strategy=module.Strategy(**run.elicitation.parameters),
+    )
+
+
+def encoding_of(run: Run) -> EncodingSpec:
+    """The encoding of a run's soft labels."""
+    return EncodingSpec(kind=run.labels.kind, parameters=dict(run.labels.parameters))
+
+
+def make_job(
+    run: Run, inputs: Inputs, folder: RunFolder, *, config_hash: str, teacher_dtype: str, skip_self_test: bool
+) -> Job:
+    """Open the streams and read the held-out rows. Raises DataError for rows that cannot be used."""
+    stream = open_stream(run, inputs, quarantine=folder.rejected)
+    return Job(
+        run=run,
+        folder=folder,
+        config_hash=config_hash,
+        inputs=inputs,
+        stream=stream,
+        evaluation=held_out_rows(run, inputs),
+        samples=sample_rows(run, inputs),
+        bind_elicitation=lambda writers: inputs.strategy.bind(writers, end_of_turn_ids=inputs.template.end_of_turn_ids),
+        encoding=encoding_of(run),
+        loop=loop_settings(run, inputs, teacher_dtype, rows_per_epoch=stream.rows_per_epoch),
+        skip_self_test=skip_self_test,
+    )
+
+
+def open_stream(run: Run, inputs: Inputs, *, quarantine: Path | None) -> PromptStream:
+    return PromptStream.open(
+        run.data.train,
+        data=run.data,
+        template=inputs.template,
+        vocabulary=inputs.vocabulary,
+        seed=run.seed,
+        needs_answer=inputs.strategy.needs_answer,
+        room_for_answer=inputs.strategy.room_for_answer,
+        rewrite=inputs.strategy.rewrite,
+        quarantine=quarantine,
+    )
+
+
+def held_out_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
+    """The evaluation rows as sequences, in file order. Empty where the run names none."""
+    if run.data.evaluation is None:
+        return ()
+    data = run.data.model_copy(update={"shuffle": False})
+    stream = PromptStream.open(
+        run.data.evaluation,
+        data=data,
+        template=inputs.template,
+        vocabulary=inputs.vocabulary,
+        seed=0,
+        needs_answer=True,
+    )
+    if stream.rows_per_epoch > MAX_EVALUATION_ROWS:
+        raise ConfigError(
+            f"data.evaluation has {stream.rows_per_epoch} rows; their labels stay in memory, so at most "
+            f"{MAX_EVALUATION_ROWS} are used: set data.evaluation.max_rows"
+        )
+    rows = tuple(as_sequence(prompt) for prompt in stream.take(stream.rows_per_epoch))
+    if not rows:
+        raise DataError(f"data.evaluation: no row of {run.data.evaluation.path} can be used; rows need an answer")
+    return rows
+
+
+def sample_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
+    """Some training rows that have answers; possibly none, where the teacher writes them all."""
+    stream = open_stream(run, inputs, quarantine=None)
+    prompts = stream.take(min(SAMPLE_ROWS, stream.rows_per_epoch))
+    return tuple(as_sequence(prompt) for prompt in prompts if prompt.loss_mask is not None)
+
+
+def as_sequence(prompt: Prompt) -> Sequence:
+    assert prompt.loss_mask is not None
+    return Sequence(prompt.id, prompt.token_ids, prompt.loss_mask, provenance="dataset")
+
+
+def loop_settings(run: Run, inputs: Inputs, teacher_dtype: str, *, rows_per_epoch: int) -> LoopSettings:
+    training = run.training
+    epochs_in_steps = math.ceil((training.epochs or 0) * rows_per_epoch / training.sequences_per_step)
+    shape = TeacherShape(
+        vocabulary_size=inputs.vocabulary.size,
+        hidden_size=hidden_size_of(run.teacher.model),
+        dtype=getattr(torch, teacher_dtype),
+    )
+    layout = load_encoding(encoding_of(run)).layout(shape)
+    return LoopSettings(
+        total_steps=training.steps or epochs_in_steps,
+        sequences_per_step=training.sequences_per_step,
+        micro_batch_tokens=training.micro_batch_tokens,
+        depth=training.depth,
+        max_label_bytes=training.max_label_bytes,
+        label_bytes_per_row=sum(column.num_bytes for column in layout),
+        units_per_rank=math.ceil(run.teacher.scorer.replicas / run.student.ranks),
+        max_unit_attempts=run.faults.max_unit_attempts,
+        evaluate_every=training.evaluate_every,
+        save_every=training.save_every,
+        max_non_finite_steps=training.max_non_finite_steps,
+    )
+
+
+def hidden_size_of(source: ModelSource) -> int:
+    config = AutoConfig.from_pretrained(
+        source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+    )
+    return config.get_text_config().hidden_size
