@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trainer.matmul import matmul_nt
+
 
 @dataclass(frozen=True, slots=True)
 class HeadShape:
@@ -40,17 +42,22 @@ class HeadShape:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A frozen head: `weight` [>= V, H], `bias` [>= V] or None; rows beyond V are padding and never used."""
+    """A head: `weight` [>= V, H], `bias` [>= V] or None; rows beyond V are padding and never used.
+
+    Nothing here carries a gradient; the student's own gradient is `trainer/losses/fused.py`.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     shape: HeadShape
     vocabulary_size: int
 
+    def product(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden @ weight.T + bias` [n, V], in the dtype of the weight, a tensor of the caller's own."""
+        v = self.vocabulary_size
+        z = matmul_nt(hidden.to(self.weight.dtype), self.weight[:v])
+        return z if self.bias is None else z.add_(self.bias.detach()[:v])
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [n, V] from hidden [n, H], computed in the dtype of the weight."""
-        v = self.vocabulary_size
-        z = torch.nn.functional.linear(
-            hidden.to(self.weight.dtype), self.weight[:v], None if self.bias is None else self.bias[:v]
-        )
-        return self.shape.apply(z.float())
+        return self.shape.apply(self.product(hidden).float())

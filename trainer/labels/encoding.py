@@ -1,12 +1,13 @@
 """What an encoding of soft labels must offer, how its columns become bytes, and how one is found by name.
 
-                teacher's worker                                        student's device
-    logits or hidden [n, .] --make--> columns --pack_rows--> bytes ~~~> unpack_rows --pair--> PairedLogProbs
+            teacher's worker                                        student's device
+logits or hidden [n, .] --make--> columns --pack_rows--> bytes ~~~> unpack_rows --ready--> --pair--> PairedLogProbs
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -18,6 +19,10 @@ from trainer.types import EncodingSpec, PairedLogProbs
 
 if TYPE_CHECKING:
     from trainer.heads import Head
+
+
+ABSENT = -1e4
+"""The log-probability of what has none: finite, because 0 * inf is NaN, and small enough that exp of it is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +61,34 @@ class Encoding(Protocol):
         ...
 
     def make(self, source: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Columns for `n` rows. `next_ids` int64 [n] is the realised next token of each row."""
+        """Columns for `n` rows. `next_ids` int64 [n] is the realised next token of each row. `source` is only read."""
+        ...
+
+    def ready(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
+        """The labels of a chunk of rows after what wants many rows at once (the matrix product with the teacher's
+        head); the labels themselves where there is no such thing. Optional: `pair` takes both."""
         ...
 
     def pair(
         self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None
     ) -> PairedLogProbs:
-        """Student logits float32 [n, V] and the labels of the same rows as log-probabilities over one event set.
+        """Student logits float32 [n, V] and the labels of the same rows (columns, or what `ready` made of them) as
+        log-probabilities over one event set, at the encoding's temperature.
 
-        `teacher_head` turns hidden states into teacher logits; None for encodings that need no head. May overwrite
-        `logits`' gradient buffer but not `logits`.
+        `teacher_head` turns hidden states into teacher logits; None for encodings that need no head. Must not overwrite
+        `logits` or `labels`.
         """
         ...
 
     def mass(self, columns: Mapping[str, np.ndarray]) -> float:
         """Mean probability mass that the kept events hold, for the report."""
         ...
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises `ValueError` unless labels can be made at this temperature."""
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"labels.temperature is {temperature}: give a positive number, 1.0 for the teacher as it is")
 
 
 def load_encoding(spec: EncodingSpec) -> Encoding:
@@ -85,7 +102,7 @@ def pack_rows(columns: Mapping[str, torch.Tensor], layout: tuple[Column, ...]) -
     parts = []
     for column in layout:
         values = columns[column.name]
-        assert values.dtype == column.dtype and values.shape[1:] == (column.width,), (column, values.dtype, values.shape)
+        assert (values.dtype, values.shape[1:]) == (column.dtype, (column.width,)), (column, values.dtype, values.shape)
         parts.append(values.contiguous().view(torch.uint8))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

@@ -1,0 +1,71 @@
+"""Hidden labels: the teacher's final hidden state of each row. Exact for every divergence, at 2 H or 4 H bytes a row.
+
+They cost the teacher nothing beyond its prefill; the student's side multiplies by the teacher's head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from trainer.labels.encoding import Column, TeacherShape, check_temperature
+from trainer.types import PairedLogProbs
+
+if TYPE_CHECKING:
+    from pydantic import PositiveFloat
+
+    from trainer.heads import Head
+
+_PRODUCT = "product"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Column `hidden` [N, H], after the teacher's final norm. `dtype: auto` is the dtype the teacher computes in, which
+    loses nothing."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    temperature: PositiveFloat = 1.0
+
+    needs: ClassVar[Literal["logits", "hidden"]] = "hidden"
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+
+    def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
+        return (Column("hidden", self._dtype(shape.dtype), shape.hidden_size),)
+
+    def make(self, source: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """From final hidden states [n, H]; without logits the realised token has no log-probability here."""
+        return {"hidden": source.detach().to(self._dtype(source.dtype))}
+
+    def ready(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
+        """The teacher's products [n, V] in the dtype of its head; `pair` scales and soft-caps them."""
+        return {_PRODUCT: _given(teacher_head).product(labels["hidden"])}
+
+    def pair(
+        self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None
+    ) -> PairedLogProbs:
+        """[n, V], exhaustive; the teacher's logits are exactly those of its own head in its own dtype."""
+        head = _given(teacher_head)
+        product = labels[_PRODUCT] if _PRODUCT in labels else head.product(labels["hidden"])
+        teacher = head.shape.apply(product.to(logits.dtype))
+        if self.temperature != 1.0:
+            teacher, logits = teacher / self.temperature, logits / self.temperature
+        return PairedLogProbs(logits.log_softmax(1), teacher.log_softmax(1), exhaustive=True)
+
+    def mass(self, columns: Mapping[str, np.ndarray]) -> float:
+        return 1.0
+
+    def _dtype(self, teachers: torch.dtype) -> torch.dtype:
+        return teachers if self.dtype == "auto" else getattr(torch, self.dtype)
+
+
+def _given(head: Head | None) -> Head:
+    if head is None:
+        raise ValueError("hidden labels need the teacher's head (teacher_head), got None")
+    return head

@@ -1,0 +1,180 @@
+"""Top-k labels: the k most probable ids of each row, their log-probabilities, and the log-mass of everything else.
+
+The pair is over k + 1 events, the kept ids and one lumped tail. For forward_kl its gradient at the kept ids is exactly
+that of the whole vocabulary (q - p); the tail event moves the student's remaining mass as a whole, q (1 - p_tail /
+q_tail). Without a tail event the student learns p / P_kept and gets over-confident (arXiv 2503.16870 measures it).
+
+Both tails are sums over the ids that are not kept, never 1 - sum: in float16 or bfloat16 that difference is noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from trainer.labels.encoding import ABSENT, Column, TeacherShape, check_temperature
+from trainer.matmul import cache_blocks
+from trainer.types import PairedLogProbs
+
+if TYPE_CHECKING:
+    from pydantic import PositiveFloat, PositiveInt
+
+    from trainer.heads import Head
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Columns, all at `temperature` and relative to the log-sum-exp over the whole vocabulary:
+
+    `tail` float32 [N, 1], log-mass of the ids not kept; `realised` float32 [N, 1], log-probability of the realised next
+    token; `ids` uint16 [N, K] where V <= 65536, else int32, most probable first; `logprobs` float16 [N, K] of these
+    ids.
+    """
+
+    k: PositiveInt = 64
+    temperature: PositiveFloat = 1.0
+
+    needs: ClassVar[Literal["logits", "hidden"]] = "logits"
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+        if self.k < 1:
+            raise ValueError(f"labels.k is {self.k}: keep at least one id, for example k: 64")
+
+    def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
+        """Raises `ValueError` where k exceeds the vocabulary."""
+        self._check_vocabulary(shape.vocabulary_size)
+        wide = (Column("tail", torch.float32, 1), Column("realised", torch.float32, 1))
+        ids = Column("ids", _id_dtype(shape.vocabulary_size), self.k)
+        logprobs = Column("logprobs", torch.float16, self.k)
+        return (*wide, *sorted((ids, logprobs), key=lambda column: -column.dtype.itemsize))
+
+    def make(self, source: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """From teacher logits [n, V] of any float dtype. Raises `ValueError` where k exceeds V."""
+        n, v = source.shape
+        self._check_vocabulary(v)
+        columns = {
+            "tail": source.new_empty(n, 1, dtype=torch.float32),
+            "realised": source.new_empty(n, 1, dtype=torch.float32),
+            "ids": source.new_empty(n, self.k, dtype=_id_dtype(v)),
+            "logprobs": source.new_empty(n, self.k, dtype=torch.float16),
+        }
+        with torch.no_grad():
+            for block in cache_blocks(source):
+                made = self._make_block(source[block].float(), next_ids[block])
+                for name, values in made.items():
+                    columns[name][block] = values.to(columns[name].dtype)
+        return columns
+
+    def ready(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
+        return labels
+
+    def pair(
+        self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None = None
+    ) -> PairedLogProbs:
+        """[n, K + 1] events, the tail last. The teacher's are its columns, renormalised: that removes the float16
+        rounding of `logprobs` (at most 0.004 nats) and nothing else, since the mass of kept ids and tail is one."""
+        teacher = torch.cat([labels["logprobs"].to(logits.dtype), labels["tail"].to(logits.dtype)], dim=1)
+        events = _kept_and_tail(logits, labels["ids"].long(), self.temperature)
+        return PairedLogProbs(events.log_softmax(1), teacher.log_softmax(1), exhaustive=False)
+
+    def mass(self, columns: Mapping[str, np.ndarray]) -> float:
+        return float(-np.expm1(columns["tail"].astype(np.float64)).mean())
+
+    def _check_vocabulary(self, vocabulary_size: int) -> None:
+        if self.k > vocabulary_size:
+            raise ValueError(
+                f"labels.k is {self.k}, but the vocabulary has only V = {vocabulary_size} entries: write k: "
+                f"{vocabulary_size} or less, or kind: dense"
+            )
+
+    def _make_block(self, logits: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """float32 [n, V] -> columns, still wide."""
+        values, ids = top_k(logits, self.k)
+        values = values / self.temperature
+        kept = values.logsumexp(1, keepdim=True)
+        if self.k == logits.shape[1]:
+            total, tail = kept, torch.full_like(kept, ABSENT)
+        else:
+            _, rest = _rest(logits, ids, self.temperature)
+            total = torch.logaddexp(kept, rest)
+            tail = rest - total
+        realised = logits.gather(1, next_ids[:, None]) / self.temperature - total
+        return {
+            "tail": tail.clamp_(min=ABSENT),
+            "realised": realised.clamp_(min=ABSENT),
+            "ids": ids,
+            "logprobs": (values - total).clamp_(min=ABSENT),
+        }
+
+
+def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of each row of [n, V] and their columns, largest first.
+
+    On a CPU in two levels: the k largest lie in the k groups with the largest maxima, so the maxima of groups of about
+    sqrt(V / k) columns say where to look (51 us a row in one level at V = 49152, k = 64; 10 us in two).
+    """
+    n, v = logits.shape
+    depth = math.isqrt(v // k)
+    if not logits.is_cpu or depth < 4:
+        return logits.topk(k, dim=1)
+    width = v // depth  # group j is the columns j, j + width, j + 2 width, ...
+    groups = logits[:, : depth * width].unflatten(1, (depth, width)).amax(1).topk(k, dim=1, sorted=False).indices
+    strides = torch.arange(depth, device=logits.device) * width
+    leftover = torch.arange(depth * width, v, device=logits.device).expand(n, -1)
+    columns = torch.cat([(groups[:, None, :] + strides[:, None]).flatten(1), leftover], dim=1)
+    values, places = logits.gather(1, columns).topk(k, dim=1)
+    return values, columns.gather(1, places)
+
+
+def _kept_and_tail(logits: torch.Tensor, ids: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Unnormalised log-probabilities [n, K + 1] of the kept ids and of everything else; differentiable by `logits`."""
+    if ids.shape[1] == logits.shape[1]:
+        kept = logits.gather(1, ids) / temperature
+        return torch.cat([kept, kept.detach().logsumexp(1, keepdim=True) + ABSENT], dim=1)
+    return _KeptAndTail.apply(logits, ids, temperature)
+
+
+def _rest(logits: torch.Tensor, ids: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax [n, V] over the ids that are *not* in `ids` (exactly 0 at those that are), and their log-sum-exp [n, 1].
+
+    One fused softmax gives both: its largest entry is 1 / sum exp(z - max). It is half the price of `exp` or of
+    `logsumexp` on a CPU. finfo.min and not -inf fills the gaps, so that a row whose rest is all -inf stays finite.
+    """
+    rest = logits.scatter(1, ids, torch.finfo(logits.dtype).min)
+    if temperature != 1.0:
+        rest.div_(temperature)
+    largest = rest.amax(1, keepdim=True)
+    rest = rest.softmax(1)
+    return rest, largest - rest.amax(1, keepdim=True).log()
+
+
+class _KeptAndTail(torch.autograd.Function):
+    """Gather and masked log-sum-exp in one, because their separate backwards would fill [n, V] three times.
+
+    Gradient by logits: g_tail softmax(rest) off the kept ids, g_k at them, both over the temperature.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor, temperature: float) -> torch.Tensor:
+        rest, tail = _rest(logits, ids, temperature)
+        ctx.save_for_backward(rest, ids)
+        ctx.temperature = temperature
+        return torch.cat([logits.gather(1, ids).div_(temperature), tail], dim=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        rest, ids = ctx.saved_tensors
+        grad = grad / ctx.temperature
+        # In place: the buffer is this node's own, and autograd refuses a second backward through a changed one.
+        return rest.mul_(grad[:, -1:]).scatter_(1, ids, grad[:, :-1]), None, None
+
+
+def _id_dtype(vocabulary_size: int) -> torch.dtype:
+    return torch.uint16 if vocabulary_size <= 2**16 else torch.int32
