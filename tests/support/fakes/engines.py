@@ -1,0 +1,66 @@
+"""A scoring engine without a model: labels are a function of the tokens, and it can be slow, strict or broken on demand.
+
+Implements `trainer.protocols.ScoringEngine`; used where the pool around an engine is tested, never where labels are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trainer.errors import DeadlineExceeded, InfrastructureError, UnitRejected
+from trainer.types import EncodingSpec, LabelHeader, SoftLabelBlock, Unit, UnitReport
+
+
+@dataclass(frozen=True)
+class Engine:
+    delay_s: float = 0.0
+    broken: str = ""  # start fails with this text
+    refuse_id: int = -1  # units that hold this token are refused
+    garbage: bool = False  # answers about other tokens
+
+    def start_scorer(self, plan: Any, name: str) -> Scorer:
+        if self.broken:
+            raise InfrastructureError(self.broken)
+        return Scorer(self, plan, name)
+
+
+class Scorer:
+    def __init__(self, engine: Engine, plan: Any, name: str) -> None:
+        self._engine, self._plan, self._name = engine, plan, name
+
+    async def score(
+        self, unit: Unit, encoding: EncodingSpec, *, deadline_s: float
+    ) -> tuple[UnitReport, SoftLabelBlock]:
+        started = time.time()
+        if any(self._engine.refuse_id in sequence.token_ids for sequence in unit.sequences):
+            raise UnitRejected(f"unit {unit.id} holds token {self._engine.refuse_id}")
+        if self._engine.delay_s > deadline_s:
+            await asyncio.sleep(deadline_s)
+            raise DeadlineExceeded("too slow")
+        await asyncio.sleep(self._engine.delay_s)
+        tokens_hash = "other tokens" if self._engine.garbage else unit.tokens_hash()
+        offsets = np.cumsum([0, *(s.num_loss_tokens for s in unit.sequences)])
+        values = np.concatenate([s.token_ids[s.loss_mask] for s in unit.sequences]).astype(np.float32)[:, None]
+        header = LabelHeader(self._plan.teacher, self._plan.weights_version, encoding, "fake", 100)
+        block = SoftLabelBlock(header, tokens_hash, {"values": values}, offsets)
+        report = UnitReport(
+            unit.id,
+            tokens_hash,
+            self._name,
+            block.num_rows,
+            unit.num_tokens,
+            block.num_bytes,
+            0,
+            1.0,
+            time.time() - started,
+            started,
+        )
+        return report, block
+
+    def close(self) -> None:
+        pass
