@@ -253,17 +253,19 @@ class Run(Section):
     @model_validator(mode="after")
     def _who_writes_the_answers(self) -> Run:
         kind, writer, data = self.elicitation.kind, self.teacher.writer, self.data.train
-        if kind == "labeling" and writer is None:
-            text = "elicitation: labeling lets the teacher write the answers: add teacher.writer, if only writer: {}"
+        facts = ELICITATION.signature(kind).constants
+        writes, needs_answer = facts.get("needs_writer", False), facts.get("needs_answer", False)
+        if writes and writer is None:
+            text = f"elicitation: {kind} lets the teacher write the answers: add teacher.writer, if only writer: {{}}"
             raise refusal(("teacher", "writer"), None, text)
-        if kind == "feature" and writer is not None:
-            text = "elicitation: feature takes answers from the dataset: remove writer, or write elicitation: labeling"
+        if not writes and writer is not None:
+            text = f"elicitation: {kind} lets nobody write: remove writer, or write elicitation: labeling"
             raise refusal(("teacher", "writer"), None, text)
-        if kind == "feature" and data.format == "prompt":
-            text = "elicitation: feature needs rows with answers: write elicitation: labeling, or name another format"
+        if needs_answer and data.format == "prompt":
+            text = f"elicitation: {kind} needs rows with answers: write elicitation: labeling, or name another format"
             raise refusal(("data", "train", "format"), data.format, text)
-        if kind == "labeling" and data.format == "text":
-            text = "elicitation: labeling answers prompts, and format: text has none; write elicitation: feature"
+        if writes and data.format == "text":
+            text = f"elicitation: {kind} answers prompts, and format: text has none; write elicitation: feature"
             raise refusal(("data", "train", "format"), data.format, text)
         return self
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +33,7 @@ class Signature:
     """What a plug-in's class takes from the configuration."""
 
     model: type[pydantic.BaseModel]
+    constants: Mapping[str, Any]  # class variables with literal values, such as needs_writer
     unreadable_defaults: frozenset[str]
     """Optional parameters whose default is computed; where the user gives none, the class fills it."""
 
@@ -60,7 +61,7 @@ def read_signature(file: Path, class_name: str) -> Signature:
     found = _find_class(module, class_name)
     if found is None:
         raise ValueError(f"{file} defines no class {class_name}")
-    constants = _module_constants(module)
+    constants = _literals(module.body)
     fields: dict[str, Any] = {}
     unreadable = set()
     for name, annotation, default in _parameters(module, found):
@@ -79,7 +80,7 @@ def read_signature(file: Path, class_name: str) -> Signature:
             unreadable.add(name)
     settings = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
     model = pydantic.create_model(class_name, __config__=settings, **fields)
-    return Signature(model, frozenset(unreadable))
+    return Signature(model, _literals(found.body), frozenset(unreadable))
 
 
 def _parse(file: Path) -> ast.Module:
@@ -219,11 +220,11 @@ def _default(node: ast.expr, constants: dict[str, Any]) -> Any:
     return ast.literal_eval(node)
 
 
-def _module_constants(module: ast.Module) -> dict[str, Any]:
+def _literals(body: list[ast.stmt]) -> dict[str, Any]:
+    """Names that a module or class body sets to literal values."""
     found = {}
-    for node in module.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        value = getattr(node, "value", None)
-        if isinstance(node, ast.Assign | ast.AnnAssign) and value is not None and _is_literal(value):
-            found.update({t.id: ast.literal_eval(value) for t in targets if isinstance(t, ast.Name)})
+    for node in body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None and _is_literal(node.value):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found.update({t.id: ast.literal_eval(node.value) for t in targets if isinstance(t, ast.Name)})
     return found

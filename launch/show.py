@@ -25,11 +25,10 @@ def schema() -> str:
 
 def _with_origins(loaded: LoadedRun) -> Iterator[str]:
     for path, value in _leaves(loaded.run.model_dump(mode="json"), ()):
-        holder = path
-        while holder not in loaded.origins:
-            holder = holder[:-1]
-        given = bool(holder) and (holder == path or loaded.origins[holder].order[0] == 1)
-        yield f"{dotted(path)} = {json.dumps(value)}    # {loaded.origins[holder].text if given else 'default'}"
+        # A bare kind, `labels: topk`, has its origin one level up.
+        written = path[:-1] if path[-1:] == ("kind",) and path not in loaded.origins else path
+        origin = loaded.origins[written].text if written in loaded.origins else "default"
+        yield f"{dotted(path)} = {json.dumps(value)}    # {origin}"
 
 
 def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:

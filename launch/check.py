@@ -1,0 +1,317 @@
+"""`stillhouse check`: everything about a run that can be known before an accelerator is asked for.
+
+    plug-ins   models   tokenizers   rows   licences   run folder   disk
+       each gives findings: ok, a warning, or a problem; all are collected, none hides the next
+
+`stillhouse train` asks the same questions before it starts anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+from configs.load import load_run, run_folder
+from configs.plugins import ELICITATION, ENGINES, LABELS, Family, Plugin
+from configs.schema import Dataset, ModelSource, Run
+from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
+from trainer.errors import ConfigError, DataError, StillhouseError
+from trainer.job import Inputs, read_inputs
+from trainer.prompts import RowReport, check_rows
+
+ROW_BUDGET = 2000
+"""Rows read of each dataset; of a larger one they are spread evenly. Training checks every row as it reads it."""
+
+SHOWN_ROWS = 10
+CHECKPOINT_BYTES_PER_PARAMETER = 16
+"""Of a trained parameter: itself, its float32 copy and two moments of Adam, rounded up to float32 throughout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was found about one thing. `text` says where, what is wrong and what to write."""
+
+    subject: str
+    status: Literal["ok", "warning", "problem", "not checked"]
+    text: str
+    exit_code: int = 0
+
+    @property
+    def fatal(self) -> bool:
+        """Whether a run must not start."""
+        return self.status == "problem"
+
+
+def check(path: Path, overrides: Sequence[str]) -> int:
+    """Print one line for each thing looked at. 0: a run may start; 2, 3: exit code of `ConfigError`, `DataError`."""
+    _silence_libraries()
+    run = load_run(path, overrides).run
+    findings = [Finding("configuration", "ok", f"{path}, run {run.name}")]
+    _print(findings[0])
+    for finding in examine(run):
+        _print(finding)
+        findings.append(finding)
+    problems = [finding for finding in findings if finding.fatal]
+    if problems:
+        typer.echo(f"{len(problems)} problem{'s' if len(problems) > 1 else ''}; nothing was started")
+        return min(problem.exit_code for problem in problems)
+    typer.echo(f"ready: stillhouse train {path}")
+    return 0
+
+
+def collect_problems(run: Run) -> list[Finding]:
+    """All findings that are not ok, warnings among them (`fatal` tells them apart). Starts and writes nothing."""
+    return [finding for finding in examine(run) if finding.status in ("warning", "problem")]
+
+
+def raise_problems(run: Run) -> list[str]:
+    """The warnings of a run. Raises one `ConfigError`, or `DataError` where only rows are wrong, with all problems."""
+    found = collect_problems(run)
+    problems = [finding for finding in found if finding.fatal]
+    if problems:
+        text = "\n".join(["the run cannot start:", *(f"  {problem.text}" for problem in problems)])
+        raise (ConfigError if any(p.exit_code == ConfigError.exit_code for p in problems) else DataError)(text)
+    return [finding.text for finding in found]
+
+
+def examine(run: Run) -> Iterator[Finding]:
+    """Every finding, in the order of the pipeline."""
+    yield from _plugins(run)
+    facts: dict[str, ModelFacts] = {}
+    for role, source, needs_weights in _models(run):
+        yield from _model(run, role, source, facts, needs_weights=needs_weights)
+    inputs: list[Inputs] = []
+    if len(facts) == 2:
+        yield from _tokenizers(run, inputs)
+    else:
+        yield Finding("tokenizers", "not checked", "they need both models")
+    yield from _rows(run, inputs[0] if inputs else None)
+    yield from _licences(run)
+    yield from _folder(run, facts.get("student"))
+
+
+def _models(run: Run) -> list[tuple[str, ModelSource, bool]]:
+    """(role, source, whether its weights are read)."""
+    made_up = all(r.engine.parameters.get("load_format") == "dummy" for r in run.teacher.roles().values())
+    return [("teacher", run.teacher.model, not made_up), ("student", run.student.model, True)]
+
+
+def _plugins(run: Run) -> Iterator[Finding]:
+    """The classes' own checks of their parameters, which need their modules."""
+    chosen: list[tuple[str, Family, Plugin]] = [
+        ("labels", LABELS, run.labels),
+        ("elicitation", ELICITATION, run.elicitation),
+    ]
+    chosen += [(f"teacher.{role}.engine", ENGINES, r.engine) for role, r in run.teacher.roles().items()]
+    for place, family, plugin in chosen:
+
+        def make(family: Family = family, plugin: Plugin = plugin) -> None:
+            module = importlib.import_module(plugin.kind if "." in plugin.kind else f"{family.package}.{plugin.kind}")
+            getattr(module, family.class_name)(**plugin.parameters)
+
+        yield _attempt(place, make, lambda plugin=plugin: plugin.kind)
+
+
+def _model(
+    run: Run, role: str, source: ModelSource, facts: dict[str, ModelFacts], *, needs_weights: bool
+) -> Iterator[Finding]:
+    place = f"{role}.model.path"
+    where = ""
+
+    def look() -> None:
+        nonlocal where
+        where = find_model(source, path_name=place, needs_weights=needs_weights)
+        lora = run.student.lora if role == "student" else None
+        facts[role] = read_facts(source, path_name=place, lora=lora)
+        longest = facts[role].max_length
+        if longest is not None and run.data.max_length > longest:
+            raise ConfigError(
+                f"data.max_length: {run.data.max_length} is more than the {longest} positions of the {role} "
+                f"{source.path}; write at most {longest}"
+            )
+
+    def say() -> str:
+        model = facts[role]
+        size = f"{source.path}: {model.architecture}, {_count(model.num_parameters)} parameters"
+        if model.num_adapter_parameters:
+            size += f", {_count(model.num_adapter_parameters)} of them new in adapters"
+        return size + (", from the hub" if where == "hub" else "")
+
+    yield _attempt(f"{role} model", look, say)
+
+
+def _tokenizers(run: Run, inputs: list[Inputs]) -> Iterator[Finding]:
+    def say() -> str:
+        shared = inputs[0].vocabulary
+        padded = [
+            f"{name} has {rows}"
+            for name, rows in (("teacher", shared.teacher_rows), ("student", shared.student_rows))
+            if rows > shared.size
+        ]
+        return f"the same, {shared.size} tokens" + (f" (padded: {', '.join(padded)} rows)" if padded else "")
+
+    yield _attempt("tokenizers", lambda: inputs.append(read_inputs(run)), say)
+
+
+def _rows(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
+    for name, dataset in (("train", run.data.train), ("evaluation", run.data.evaluation)):
+        if dataset is None:
+            yield Finding(
+                f"{name} rows", "warning", "data.evaluation: none, so the run cannot tell how good the student is"
+            )
+        elif inputs is None:
+            yield Finding(f"{name} rows", "not checked", "they need the tokenizer")
+        else:
+            yield from _dataset(run, name, dataset, inputs)
+
+
+def _dataset(run: Run, name: str, dataset: Dataset, inputs: Inputs) -> Iterator[Finding]:
+    reports: list[RowReport] = []
+    training = name == "train"
+    subject = f"{name} rows"
+
+    def read() -> None:
+        report = check_rows(
+            dataset,
+            data=run.data,
+            template=inputs.template,
+            vocabulary=inputs.vocabulary,
+            needs_answer=inputs.strategy.needs_answer if training else True,
+            room_for_answer=run.elicitation.parameters.get("max_new_tokens", 0) if training else 0,
+            rewrite=run.elicitation.parameters.get("rewrite", False) if training else False,
+            budget=ROW_BUDGET,
+        )
+        reports.append(report)
+        if report.num_ok == 0 or (report.problems and run.data.on_bad_row == "error"):
+            raise DataError(_bad_rows(f"data.{name}", report))
+
+    def say() -> str:
+        report = reports[0]
+        seen = "all" if report.num_checked == report.num_rows else f"{report.num_checked} of {report.num_rows}"
+        counts = f"{dataset.path}: {report.num_rows} rows, {seen} checked, {report.num_ok} good"
+        lengths = f"{report.min_tokens} to {report.max_tokens} tokens, median {report.median_tokens}"
+        return f"{counts}; {lengths}"
+
+    yield _attempt(subject, read, say)
+    if reports and reports[0].num_ok:
+        report = reports[0]
+        if report.problems and run.data.on_bad_row == "skip":
+            yield Finding(subject, "warning", _bad_rows(f"data.{name}", report))
+        if report.num_dropped or report.num_truncated:
+            text = (
+                f"data.{name}: {report.num_dropped} rows dropped and {report.num_truncated} truncated for their length"
+            )
+            yield Finding(subject, "warning", text)
+
+
+def _bad_rows(place: str, report: RowReport) -> str:
+    lines = [f"{place}: {len(report.problems)} of {report.num_checked} rows cannot be used"]
+    if not report.problems:
+        lines = [
+            f"{place}: no row is left: {report.num_dropped} of {report.num_checked} are too long; raise data.max_length"
+        ]
+    lines += [f"    {problem}" for problem in report.problems[:SHOWN_ROWS]]
+    if len(report.problems) > SHOWN_ROWS:
+        lines.append(f"    and {len(report.problems) - SHOWN_ROWS} more")
+    return "\n".join(lines)
+
+
+def _licences(run: Run) -> Iterator[Finding]:
+    for role, source, _ in _models(run):
+        licence = licence_of(source)
+        if licence is None:
+            text = f"{role}.model.licence: not stated; the student's model card will say so. Write for example licence: apache-2.0"
+            yield Finding(f"{role} licence", "warning", text)
+        else:
+            yield Finding(f"{role} licence", "ok", licence)
+
+
+def _folder(run: Run, student: ModelFacts | None) -> Iterator[Finding]:
+    folder = run_folder(run).absolute()
+    yield _attempt("run folder", lambda: _check_writable(folder), lambda: str(folder))
+    if student is None:
+        yield Finding("disk", "not checked", "its need follows from the student's size")
+        return
+    trained = student.num_adapter_parameters or student.num_parameters
+    checkpoint = trained * CHECKPOINT_BYTES_PER_PARAMETER
+    exported = 4 * (student.num_parameters + student.num_adapter_parameters)
+    needed = checkpoint * (run.training.keep_checkpoints + 1) + exported
+    free = shutil.disk_usage(_existing(folder)).free + _size(folder)
+    text = (
+        f"{_bytes(needed)} at most for {run.training.keep_checkpoints} checkpoints, one being written, and the student"
+    )
+
+    def compare() -> None:
+        if free < needed:
+            raise ConfigError(
+                f"folder: {_existing(folder)} has {_bytes(free)} free, the run needs up to {text}; free some, name another "
+                "folder, or lower training.keep_checkpoints"
+            )
+
+    yield _attempt("disk", compare, lambda: f"{text}; {_bytes(free)} are free")
+
+
+def _check_writable(folder: Path) -> None:
+    """Without making the folder: a run that is refused leaves nothing behind."""
+    place = _existing(folder)
+    if not place.is_dir():
+        raise ConfigError(f"folder: {place} is a file, so {folder} cannot be a folder; name another one")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ConfigError(f"folder: cannot write in {place}: {error.strerror or error}; name another folder") from None
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself or the nearest one above it that exists."""
+    return next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+
+
+def _attempt(subject: str, look: Callable[[], object], say: Callable[[], str]) -> Finding:
+    """A finding from a check that raises when something is wrong."""
+    try:
+        look()
+    except StillhouseError as error:
+        return Finding(subject, "problem", str(error), error.exit_code)
+    except ValueError as error:
+        return Finding(subject, "problem", f"{subject}: {error}", ConfigError.exit_code)
+    return Finding(subject, "ok", say())
+
+
+def _print(finding: Finding) -> None:
+    colours = {"ok": typer.colors.GREEN, "warning": typer.colors.YELLOW, "problem": typer.colors.RED}
+    typer.secho(f"{finding.status:<11}", fg=colours.get(finding.status), nl=False)
+    typer.echo(f"  {finding.subject}: {finding.text}")
+
+
+def _count(number: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
+
+
+def _silence_libraries() -> None:
+    """Progress bars and notices of the libraries would hide the few lines that matter."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()

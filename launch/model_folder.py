@@ -1,0 +1,160 @@
+"""What can be known of a model without loading a weight: that its files are there, its architecture and its size.
+
+Sizes come from the architecture on the meta device, so a 70B model is measured on a laptop in a second or two.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants as hub
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from configs.schema import LoRA, ModelSource
+from trainer.errors import ConfigError
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Of one model."""
+
+    architecture: str
+    num_parameters: int
+    num_adapter_parameters: int  # that LoRA would add; 0 without
+    max_length: int | None  # tokens its positions are made for, where the architecture says
+
+
+def find_model(source: ModelSource, *, path_name: str, needs_weights: bool) -> str:
+    """Where the files are: "folder" or "hub". Raises `ConfigError` naming `path_name` for what is missing."""
+    folder = Path(source.path).expanduser()
+    if folder.is_dir():
+        _check_folder(source, folder, path_name=path_name, needs_weights=needs_weights)
+        return "folder"
+    if folder.exists():
+        raise ConfigError(f"{path_name}: {folder} is a file; name the folder that holds config.json and the weights")
+    if not _may_be_hub_name(source.path):
+        raise ConfigError(f"{path_name}: there is no folder {folder}{_nearest(folder)}")
+    if source.trust_remote_code and not COMMIT.fullmatch(source.revision or ""):
+        raise ConfigError(
+            f"{path_name}: trust_remote_code runs whatever the hub holds on that day; name the commit that you have "
+            f"read, revision: <40 hexadecimal digits>, here it is {source.revision!r}"
+        )
+    if hub.HF_HUB_OFFLINE and not _cached(source, ("config.json",)):
+        raise ConfigError(
+            f"{path_name}: there is no folder {folder} here{_nearest(folder)}, and as a hub name {source.path} is not "
+            "in the cache, while HF_HUB_OFFLINE is set; download it first, or name a local folder"
+        )
+    if hub.HF_HUB_OFFLINE and needs_weights and not _cached(source, SAFETENSORS):
+        raise ConfigError(
+            f"{path_name}: the weights of {source.path} are not in the hub cache and HF_HUB_OFFLINE is set"
+        )
+    return "hub"
+
+
+def read_facts(source: ModelSource, *, path_name: str, lora: LoRA | None = None) -> ModelFacts:
+    """Architecture and size. Raises `ConfigError` for what transformers cannot build."""
+    config = _read_config(source, path_name=path_name)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    except (ValueError, KeyError, AttributeError, ImportError) as error:
+        raise ConfigError(f"{path_name}: {source.path} is no causal language model for transformers: {error}") from None
+    return ModelFacts(
+        architecture=type(model).__name__,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_adapter_parameters=0 if lora is None else _adapter_parameters(model, lora, path_name=path_name),
+        max_length=getattr(config.get_text_config(), "max_position_embeddings", None),
+    )
+
+
+def licence_of(source: ModelSource) -> str | None:
+    """What the configuration says, else the model card of a local folder."""
+    card = Path(source.path).expanduser() / "README.md"
+    if source.licence is not None or not card.is_file():
+        return source.licence
+    head = card.read_text(encoding="utf-8", errors="replace")[:10_000]
+    found = re.search(r"^licen[sc]e:\s*([\w.-]+)\s*$", head.split("\n---", 1)[0], flags=re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def _check_folder(source: ModelSource, folder: Path, *, path_name: str, needs_weights: bool) -> None:
+    if source.revision is not None:
+        raise ConfigError(
+            f"{path_name}: {folder} is a local folder, which has no revision {source.revision!r}; remove it"
+        )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{path_name}: {folder} has no config.json, so it is no model in Hugging Face format")
+    if not needs_weights or (folder / SAFETENSORS[0]).is_file():
+        return
+    index = folder / SAFETENSORS[1]
+    if index.is_file():
+        missing = [name for name in _shards(index, path_name=path_name) if not (folder / name).is_file()]
+        if missing:
+            raise ConfigError(
+                f"{path_name}: {folder} lacks {len(missing)} weight files of its index, first {missing[0]}"
+            )
+        return
+    other = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    hint = f"; {other[0]} has to be converted to safetensors first" if other else ""
+    raise ConfigError(f"{path_name}: {folder} has no model.safetensors{hint}")
+
+
+def _shards(index: Path, *, path_name: str) -> list[str]:
+    """File names of an index; none may lead out of the folder."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ConfigError(f"{path_name}: {index} is no index of safetensors files") from None
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise ConfigError(f"{path_name}: {index} names a file outside of its folder: {outside[0]!r}")
+    return names
+
+
+def _read_config(source: ModelSource, *, path_name: str) -> Any:
+    place = str(Path(source.path).expanduser()) if Path(source.path).expanduser().is_dir() else source.path
+    try:
+        return AutoConfig.from_pretrained(place, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path_name}: cannot read the configuration of {source.path}: {error}") from None
+
+
+def _adapter_parameters(model: torch.nn.Module, lora: LoRA, *, path_name: str) -> int:
+    """rank * (in + out) of every adapted linear layer; `all-linear` leaves the head out, as peft does."""
+    head = model.get_output_embeddings()
+    targets = lora.target_modules
+    adapted = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and module is not head
+        and (targets == "all-linear" or any(name == t or name.endswith("." + t) for t in targets))
+    ]
+    if not adapted:
+        raise ConfigError(f"{path_name}: no linear layer is named {targets}; write target_modules: all-linear")
+    return sum(lora.rank * (module.in_features + module.out_features) for module in adapted)
+
+
+def _may_be_hub_name(path: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) is not None and not path.startswith((".", "~"))
+
+
+def _cached(source: ModelSource, names: tuple[str, ...]) -> bool:
+    return any(isinstance(try_to_load_from_cache(source.path, n, revision=source.revision), str) for n in names)
+
+
+def _nearest(folder: Path) -> str:
+    """Did you mean, among the folders beside it."""
+    siblings = [f.name for f in folder.parent.iterdir() if f.is_dir()] if folder.parent.is_dir() else []
+    found = difflib.get_close_matches(folder.name, siblings, n=1)
+    return f"; did you mean {folder.parent / found[0]}?" if found else ""
