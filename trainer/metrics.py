@@ -1,0 +1,200 @@
+"""The numbers of a run on disk: metrics.jsonl (always), the timeline, and further sinks if asked for.
+
+One JSON object a line: `{"time", "kind": "step" | "evaluation" | "event", "step", ...}`. A number that is not finite is
+written as null and named under `"non_finite"`, so that the file stays JSON and nothing is hidden. The log of a resumed
+run holds every step and evaluation once; events are history and are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+from trainer.errors import ConfigError
+from trainer.run_folder import RunFolder, append_lines, plain, read_lines, write_text
+from trainer.types import Evaluation, StepMetrics
+
+SpanKind = Literal["score", "write", "train", "wait", "evaluate", "save", "start", "stage"]
+
+LOSS = "train/loss"
+"""Names of step values that people are shown. Terms of the objective are `train/loss_<term>`."""
+TOKENS = "train/tokens"
+LEARNING_RATE = "train/learning_rate"
+GRAD_NORM = "train/grad_norm"
+TOKENS_PER_S = "throughput/tokens_per_s"
+STUDENT_WAIT = "wait/student_share"
+TEACHER_WAIT = "wait/teacher_share"
+
+EVALUATION_FIELDS = ("num_rows", "forward_kl", "agreement", "perplexity", "teacher_perplexity")
+
+
+class Sink(Protocol):
+    """Somewhere else that numbers go."""
+
+    def scalars(self, step: int, values: Mapping[str, float], *, time_s: float) -> None:
+        """Finite or not, keyed `{area}/{name}`; called in the order of the steps."""
+        ...
+
+    def resume(self, step: int) -> None:
+        """Forget everything after this step; it will come again."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """Writes metrics.jsonl, one flushed line per record, and feeds the sinks."""
+
+    def __init__(
+        self, folder: RunFolder, sinks: Sequence[Sink] = (), *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._path = folder.metrics
+        self._sinks = tuple(sinks)
+        self._clock = clock
+        self._step = 0
+        self._file = append_lines(self._path)
+
+    def resume(self, step: int) -> None:
+        """Go on after `step`: later steps and evaluations are removed, in one atomic replacement of the file."""
+        self._file.close()
+        kept = [r for r in read_lines(self._path) if r["kind"] == "event" or r["step"] <= step]
+        write_text(self._path, "".join(_line(record) for record in kept))
+        self._file = append_lines(self._path)
+        self._step = step
+        for sink in self._sinks:
+            sink.resume(step)
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._step = metrics.step
+        self._scalars("step", metrics.step, metrics.values, metrics.values)
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Its numbers; the samples go to samples.json (`trainer.report.sample_records`)."""
+        values = {name: getattr(evaluation, name) for name in EVALUATION_FIELDS}
+        self._scalars("evaluation", evaluation.step, values, {f"evaluation/{k}": v for k, v in values.items()})
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Something that happened after the last logged step; `fields` are JSON values of your choice."""
+        taken = sorted({"time", "kind", "step"} & fields.keys())
+        if taken:
+            raise ValueError(f"event {name!r}: the fields {taken} are set by the log itself, use other names")
+        self._write({"time": self._clock(), "kind": "event", "step": self._step, "name": name, **plain(fields)})
+
+    def close(self) -> None:
+        self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def _scalars(self, kind: str, step: int, values: Mapping[str, float], named: Mapping[str, float]) -> None:
+        now = self._clock()
+        record: dict[str, Any] = {"time": now, "kind": kind, "step": step, **plain(dict(values))}
+        non_finite = {name: str(float(value)) for name, value in values.items() if not math.isfinite(value)}
+        if non_finite:
+            record["non_finite"] = non_finite
+        self._write(record)
+        for sink in self._sinks:
+            sink.scalars(step, named, time_s=now)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(_line(record))
+        self._file.flush()
+
+
+class TensorBoardSink:
+    """Event files under `<run>/tensorboard`. Raises ConfigError where the extra is not installed."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError(
+                "report.tensorboard: true needs the extra `tensorboard`, which is not installed: "
+                "pip install 'stillhouse[tensorboard]', or set report.tensorboard: false"
+            ) from None
+        self._folder = folder.tensorboard
+        self._make = SummaryWriter
+        self._writer = SummaryWriter(str(self._folder))
+
+    def scalars(self, step: int, values: Mapping[str, float], *, time_s: float) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, global_step=step, walltime=time_s)
+        self._writer.flush()
+
+    def resume(self, step: int) -> None:
+        self._writer.close()
+        self._writer = self._make(str(self._folder), purge_step=step + 1)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Timeline:
+    """Who was busy when: timeline.jsonl, `{"lane", "kind", "start_s", "stop_s", "label"}` a line, wall clock seconds.
+
+    A lane is one process or group: `student`, `scorer-0`, `writer-1`. Lanes named `student...` are the student, all
+    others are teachers. Spans of one lane may overlap (a replica has two units in flight). `wait` spans are shown;
+    shares are computed from the other kinds, so a lane need not record its waiting.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._file = append_lines(folder.timeline)
+
+    def span(self, lane: str, kind: SpanKind, start_s: float, stop_s: float, label: str = "") -> None:
+        if kind not in get_args(SpanKind):
+            raise ValueError(f"timeline: kind {kind!r} is not one of {', '.join(get_args(SpanKind))}")
+        record = {"lane": lane, "kind": kind, "start_s": round(start_s, 6), "stop_s": round(stop_s, 6), "label": label}
+        self._file.write(_line(record))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A line of kind `event`, as read back."""
+
+    time_s: float
+    step: int
+    name: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """metrics.jsonl as read back: steps and evaluations in order, each step once (the last line wins)."""
+
+    steps: tuple[StepMetrics, ...]
+    evaluations: tuple[Evaluation, ...]
+    events: tuple[Event, ...]
+
+
+def read_metrics(folder: RunFolder) -> Records:
+    """Empty records where there is no file. Numbers that were not finite come back as NaN."""
+    steps: dict[int, StepMetrics] = {}
+    evaluations: dict[int, Evaluation] = {}
+    events = []
+    for record in read_lines(folder.metrics):
+        kind, step, when = record.pop("kind"), record.pop("step"), record.pop("time")
+        record.pop("non_finite", None)
+        if kind == "event":
+            events.append(Event(time_s=when, step=step, name=record.pop("name"), fields=record))
+            continue
+        values = {name: math.nan if value is None else value for name, value in record.items()}
+        if kind == "step":
+            steps[step] = StepMetrics(step=step, values=values)
+        else:
+            evaluations[step] = Evaluation(step=step, **values)
+    return Records(
+        steps=tuple(steps[s] for s in sorted(steps)),
+        evaluations=tuple(evaluations[s] for s in sorted(evaluations)),
+        events=tuple(events),
+    )
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"

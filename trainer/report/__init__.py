@@ -1,0 +1,195 @@
+"""report.html: one self-contained page about a run, made from its folder alone, finished or not.
+
+No network: style, script and pictures are inside the page, and its content security policy forbids everything else.
+What is missing in the folder is left out of the page. Texts of models and datasets are hostile until escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from ruamel.yaml import YAML
+
+from trainer.errors import ConfigError
+from trainer.metrics import TOKENS_PER_S, Records, read_metrics
+from trainer.progress import duration
+from trainer.report.charts import charts
+from trainer.report.plots import percent
+from trainer.report.timeline import Span, TimeAxis, draw, kinds_present, mean_waiting, read_timeline, wait_shares
+from trainer.report.viewer import read_generations, read_viewer, sample_records
+from trainer.run_folder import RunFolder, read_json, write_text
+
+__all__ = ["sample_records", "write_report"]
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One headline number."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How the run stands: `kind` is finished, failed or unfinished."""
+
+    kind: str
+    text: str
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Write `<run>/report.html` atomically and return its path. Safe while the run is going on.
+
+    Raises ConfigError where the folder holds neither a configuration nor metrics: that is no run folder.
+    """
+    if not folder.config.exists() and not folder.metrics.exists():
+        raise ConfigError(f"{folder.path} is no run folder: it holds neither config.yaml nor metrics.jsonl")
+    write_text(folder.report, render(folder))
+    return folder.report
+
+
+def render(folder: RunFolder) -> str:
+    """The page as text."""
+    config_text = folder.config.read_text(encoding="utf-8") if folder.config.exists() else ""
+    config = YAML(typ="safe").load(config_text) or {}
+    manifest = read_json(folder.manifest) if folder.manifest.exists() else {}
+    records = read_metrics(folder)
+    spans = read_timeline(folder)
+    shares = wait_shares(spans)
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "nats": lambda value: "-" if value is None else f"{value:.2f}"}
+    return environment.get_template("page.jinja").render(
+        title=config.get("name") or folder.path.name,
+        subtitle=_subtitle(config),
+        status=_status(folder, config, records),
+        tiles=_tiles(records, spans, manifest),
+        charts=charts(records),
+        timeline=draw(spans),
+        kinds=kinds_present(spans),
+        shares=shares,
+        viewer=read_viewer(folder),
+        generations=read_generations(folder),
+        warnings=manifest.get("warnings") or [],
+        events=records.events,
+        first_time=min((span.start_s for span in spans), default=None),
+        sections=_sections(manifest),
+        config=config_text,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        duration=duration,
+    )
+
+
+def _subtitle(config: Mapping[str, Any]) -> str:
+    student, teacher = (_model_name(config, role) for role in ("student", "teacher"))
+    return f"{student} learns from {teacher}" if student and teacher else ""
+
+
+def _model_name(config: Mapping[str, Any], role: str) -> str:
+    """A hub name in full, of a folder only its own name."""
+    path = str(((config.get(role) or {}).get("model") or {}).get("path") or "")
+    return path if path.count("/") == 1 and not path.startswith((".", "/", "~")) else Path(path).name
+
+
+def _status(folder: RunFolder, config: Mapping[str, Any], records: Records) -> Status:
+    last = records.steps[-1].step if records.steps else 0
+    total = (config.get("training") or {}).get("steps")
+    reached = f"step {last}" + (f" of {total}" if total else "")
+    if not folder.exit.exists():
+        return Status("unfinished", f"unfinished, {reached}")
+    ending = read_json(folder.exit)
+    if ending.get("exit_code") == 0:
+        return Status("finished", f"finished, {reached}")
+    reason = f": {ending['reason']}" if ending.get("reason") else ""
+    return Status("failed", f"ended with exit code {ending.get('exit_code')} at {reached}{reason}")
+
+
+def _tiles(records: Records, spans: Sequence[Span], manifest: Mapping[str, Any]) -> list[Tile]:
+    tiles = []
+    if records.evaluations:
+        first, last = records.evaluations[0], records.evaluations[-1]
+        factor = (
+            f"{first.forward_kl / last.forward_kl:.1f} times lower" if 0 < last.forward_kl < first.forward_kl else ""
+        )
+        tiles = [
+            Tile("KL to the teacher, nats per token", _change(first.forward_kl, last.forward_kl, "{:.2f}"), factor),
+            Tile("Agreement with its first choice", _change(100 * first.agreement, 100 * last.agreement, "{:.0f} %")),
+            Tile(
+                "Perplexity",
+                _change(first.perplexity, last.perplexity, "{:,.1f}"),
+                f"teacher {last.teacher_perplexity:,.1f}",
+            ),
+        ]
+    speeds = [s.values[TOKENS_PER_S] for s in records.steps[len(records.steps) // 10 :] if TOKENS_PER_S in s.values]
+    speeds = sorted(speed for speed in speeds if math.isfinite(speed))
+    if speeds:
+        tiles.append(Tile("Speed, median", f"{speeds[len(speeds) // 2]:,.0f}", "tokens per second"))
+    seconds = _wall_seconds(spans, manifest)
+    if seconds is not None:
+        tiles.append(Tile("Wall time", duration(seconds)))
+    shares = wait_shares(spans)
+    waits = (mean_waiting(shares, student=True), mean_waiting(shares, student=False))
+    for who, waiting in zip(("Student", "Teacher"), waits, strict=True):
+        if waiting is not None:
+            tiles.append(Tile(f"{who} waited", percent(waiting), "of the steady state"))
+    return tiles
+
+
+def _change(before: float, after: float, form: str) -> str:
+    """`6.31 → 1.05`, or one number when nothing happened yet."""
+    return form.format(after) if before == after else f"{form.format(before)} → {form.format(after)}"
+
+
+def _wall_seconds(spans: Sequence[Span], manifest: Mapping[str, Any]) -> float | None:
+    """Working time over all attempts, else what the manifest says."""
+    if spans:
+        return TimeAxis.of(spans).length_s
+    started, finished = manifest.get("started"), manifest.get("finished")
+    both = isinstance(started, (int, float)) and isinstance(finished, (int, float))
+    return finished - started if both else None
+
+
+def _sections(manifest: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The manifest as (heading, rows of name and value), nested names joined by dots."""
+    loose = [(key, _text(key, value)) for key, value in manifest.items() if not isinstance(value, (Mapping, list))]
+    sections = [("Run", loose)] if loose else []
+    for key, value in manifest.items():
+        if value and isinstance(value, (Mapping, list)) and key != "warnings":
+            sections.append((key.replace("_", " ").capitalize(), list(_rows("", value))))
+    return sections
+
+
+def _rows(prefix: str, value: Any) -> Sequence[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        return [row for k, item in value.items() for row in _rows(f"{prefix}.{k}" if prefix else str(k), item)]
+    if isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
+        return [row for i, item in enumerate(value, start=1) for row in _rows(f"{prefix} {i}".strip(), item)]
+    return [(prefix or "-", _text(prefix, value))]
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if name in ("started", "finished") and isinstance(value, (int, float)):
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+    if name.endswith("bytes") and isinstance(value, (int, float)):
+        return f"{value / 2**30:,.1f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

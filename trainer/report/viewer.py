@@ -1,0 +1,158 @@
+"""The token-by-token viewer: the format of samples.json and the text it becomes.
+
+samples.json: `{"before": [sample, ...], "after": [sample, ...]}`, the same sequences in both, where a sample is
+
+    {"id": str, "tokens": [str] * L, "rows": [int] * N,
+     "student_logprob": [float] * N, "teacher_logprob": [float] * N, "kl": [float] * N}
+
+Row r is about the prediction of token r + 1 (the shift of `trainer/types.py`), logprobs are of that realised token, in
+nats; `kl` is the forward KL over the whole vocabulary. Token 0 is never predicted. Missing numbers are null.
+
+generations.json: `{"prompts": [str], "before": [str], "after": [str], "reference": [str]}`, `reference` (what the
+teacher or the dataset answers) may be left out; so may `before` and `after` while they do not exist yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+
+from trainer.run_folder import RunFolder, plain, read_json
+from trainer.types import SampleTokens
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The numbers of one predicted token, in nats; None where unknown."""
+
+    student_logprob: float | None
+    teacher_logprob: float | None
+    kl: float | None
+
+    def data(self) -> str:
+        """For the page's script: `student,teacher,kl`, empty where unknown."""
+        numbers = (self.student_logprob, self.teacher_logprob, self.kl)
+        return ",".join("" if number is None else f"{number:.4f}" for number in numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of the viewer; `before` and `after` are None where the loss does not look."""
+
+    text: str
+    before: Judged | None
+    after: Judged | None
+
+    @property
+    def is_judged(self) -> bool:
+        return self.before is not None or self.after is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ViewedSequence:
+    id: str
+    tokens: tuple[Token, ...]
+    mean_kl_before: float | None
+    mean_kl_after: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """Everything the viewer shows. A KL of `hottest` nats or more has the strongest colour."""
+
+    sequences: tuple[ViewedSequence, ...]
+    hottest: float
+
+    def heat(self, judged: Judged | None) -> float:
+        """0 (the student agrees with the teacher) to 1."""
+        if judged is None or judged.kl is None:
+            return 0.0
+        return round(min(1.0, max(0.0, judged.kl / self.hottest)), 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """A prompt and what was answered; None where that answer does not exist."""
+
+    prompt: str
+    before: str | None
+    after: str | None
+    reference: str | None
+
+
+def sample_records(samples: Sequence[SampleTokens], decode: Callable[[int], str]) -> list[dict[str, Any]]:
+    """The samples of an evaluation as samples.json wants them. `decode` writes one token id as text."""
+    return [
+        {
+            "id": sample.id,
+            "tokens": [decode(int(token)) for token in sample.token_ids],
+            "rows": plain(sample.rows),
+            "student_logprob": _rounded(sample.student_logprob),
+            "teacher_logprob": _rounded(sample.teacher_logprob),
+            "kl": _rounded(sample.kl),
+        }
+        for sample in samples
+    ]
+
+
+def read_viewer(folder: RunFolder) -> Viewer | None:
+    """None where samples.json does not exist or holds nothing."""
+    if not folder.samples.exists():
+        return None
+    content = read_json(folder.samples)
+    before, after = _by_id(content.get("before")), _by_id(content.get("after"))
+    order = list(dict.fromkeys([*before, *after]))
+    if not order:
+        return None
+    values = [kl for sample in [*before.values(), *after.values()] for kl in sample["kl"] if kl is not None]
+    hottest = max(0.5, float(np.quantile(values, 0.95))) if values else 1.0
+    return Viewer(sequences=tuple(_viewed(name, before.get(name), after.get(name)) for name in order), hottest=hottest)
+
+
+def read_generations(folder: RunFolder) -> tuple[Answers, ...]:
+    """Empty where generations.json does not exist."""
+    if not folder.generations.exists():
+        return ()
+    content = read_json(folder.generations)
+    rows = zip_longest(
+        content["prompts"], *(content.get(name) or [] for name in ("before", "after", "reference")), fillvalue=None
+    )
+    return tuple(Answers(prompt or "", before, after, reference) for prompt, before, after, reference in rows)
+
+
+def _viewed(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> ViewedSequence:
+    texts = (before or after or {})["tokens"]
+    judged_before, judged_after = _judged(before), _judged(after)
+    tokens = tuple(
+        Token(text=text, before=judged_before.get(position), after=judged_after.get(position))
+        for position, text in enumerate(texts)
+    )
+    return ViewedSequence(
+        id=name, tokens=tokens, mean_kl_before=_mean(judged_before), mean_kl_after=_mean(judged_after)
+    )
+
+
+def _judged(sample: Mapping[str, Any] | None) -> dict[int, Judged]:
+    """By token position: row r judges token r + 1."""
+    if sample is None:
+        return {}
+    columns = zip(sample["rows"], sample["student_logprob"], sample["teacher_logprob"], sample["kl"], strict=True)
+    return {row + 1: Judged(student, teacher, kl) for row, student, teacher, kl in columns}
+
+
+def _mean(judged: Mapping[int, Judged]) -> float | None:
+    values = [one.kl for one in judged.values() if one.kl is not None]
+    return math.fsum(values) / len(values) if values else None
+
+
+def _by_id(samples: Sequence[Mapping[str, Any]] | None) -> dict[str, Mapping[str, Any]]:
+    return {sample["id"]: sample for sample in samples or ()}
+
+
+def _rounded(values: np.ndarray) -> list[float | None]:
+    return plain([round(float(value), 5) for value in values])

@@ -1,0 +1,223 @@
+"""The folder of one run: what lies where, who holds it, and how a file in it is written so that it is never half there.
+
+<run>/  config.yaml      the resolved configuration        checkpoints/   committed checkpoints
+        manifest.json    versions, machine, roles, counts  labels/        stored soft labels
+        metrics.jsonl    one record a line                 student/       the exported student
+        timeline.jsonl   who was busy when                 logs/          one file per role
+        samples.json     tokens for the viewer             tensorboard/   only if asked for
+        generations.json answers before and after          report.html    everything above, to look at
+        rejected.jsonl   rows that were not used           exit.json      how the run ended
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from filelock import FileLock, Timeout
+
+from trainer.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Typed paths of a run folder. Constructing one touches nothing; `create` makes it."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        """Make the folder (mode 0700, parents too) or take an existing one, and prove that it can be written.
+
+        Raises ConfigError when it cannot, naming the system's reason.
+        """
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"folder: cannot write the run folder {path}: {error.strerror or error}. "
+                "Free the place or name another folder, for example folder: runs/my-run"
+            ) from None
+        return cls(path)
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def timeline(self) -> Path:
+        return self.path / "timeline.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.json"
+
+    @property
+    def generations(self) -> Path:
+        return self.path / "generations.json"
+
+    @property
+    def rejected(self) -> Path:
+        return self.path / "rejected.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def labels(self) -> Path:
+        return self.path / "labels"
+
+    @property
+    def student(self) -> Path:
+        return self.path / "student"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def exit(self) -> Path:
+        return self.path / "exit.json"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for one run. The lock ends with the process, however it ends.
+
+        Raises ConfigError when another process holds it, naming process, host and start.
+        """
+        owner_file = self.path / ".lock-owner.json"
+        lock = FileLock(self.path / ".lock", timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"folder: the run folder {self.path} is in use by {_owner(owner_file)}. "
+                "Wait for that run, stop it, or give this one another folder"
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"folder: cannot lock the run folder {self.path}: {error.strerror or error}. "
+                "Name a folder on a file system with locks"
+            ) from None
+        try:
+            write_json(owner_file, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
+            yield
+        finally:
+            owner_file.unlink(missing_ok=True)
+            lock.release()
+
+
+def _owner(owner_file: Path) -> str:
+    try:
+        owner = read_json(owner_file)
+    except FileNotFoundError:
+        return "another process that just took it"
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["since"]))
+    return f"pid {owner['pid']} on host {owner['host']} since {since}"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, whatever dies meanwhile.
+
+    Paths become strings, numpy scalars numbers; a float that is not finite becomes null (JSON has none).
+    """
+    write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomic: temporary file in the same folder, fsync, rename, fsync of the folder."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def plain(value: Any) -> Any:
+    """The same value made of JSON's own types; see `write_json`."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def read_json(path: Path) -> Any:
+    """Raises FileNotFoundError, or ConfigError for a file that is no JSON."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: this is no JSON ({error.msg}); was it edited by hand?") from None
+
+
+def append_lines(path: Path) -> TextIO:
+    """Open a JSONL file for appending, after cutting off a last line that a killed process left unfinished."""
+    if path.exists():
+        with path.open("rb+") as file:
+            content = file.read()
+            if content and not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)
+    return path.open("a", encoding="utf-8")
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSONL file; none where there is no file. An unfinished last line is left out.
+
+    Raises ConfigError with file and line for any other line that is no JSON object.
+    """
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{path}:{number}: this line is no JSON ({error.msg})") from None
+            if not isinstance(record, dict):
+                raise ConfigError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
+            yield record
