@@ -9,9 +9,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ import typer
 from configs.load import load_run, run_folder
 from configs.plugins import ELICITATION, ENGINES, LABELS, Family, Plugin
 from configs.schema import Dataset, ModelSource, Run
+from launch.disk import DiskNeed, check_writable, free_bytes, size_text
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
 from trainer.errors import ConfigError, DataError, StillhouseError
 from trainer.job import Inputs, read_inputs
@@ -31,8 +29,6 @@ ROW_BUDGET = 2000
 """Rows read of each dataset; of a larger one they are spread evenly. Training checks every row as it reads it."""
 
 SHOWN_ROWS = 10
-CHECKPOINT_BYTES_PER_PARAMETER = 16
-"""Of a trained parameter: itself, its float32 copy and two moments of Adam, rounded up to float32 throughout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +147,9 @@ def _model(
 def _tokenizers(run: Run, inputs: list[Inputs]) -> Iterator[Finding]:
     def say() -> str:
         shared = inputs[0].vocabulary
-        padded = [
-            f"{name} has {rows}"
-            for name, rows in (("teacher", shared.teacher_rows), ("student", shared.student_rows))
-            if rows > shared.size
-        ]
-        return f"the same, {shared.size} tokens" + (f" (padded: {', '.join(padded)} rows)" if padded else "")
+        rows = {"teacher": shared.teacher_rows, "student": shared.student_rows}
+        padded = ", ".join(f"{name} has {number} rows" for name, number in rows.items() if number > shared.size)
+        return f"the same, {shared.size} tokens" + (f" (padded: {padded})" if padded else "")
 
     yield _attempt("tokenizers", lambda: inputs.append(read_inputs(run)), say)
 
@@ -206,10 +199,8 @@ def _dataset(run: Run, name: str, dataset: Dataset, inputs: Inputs) -> Iterator[
         if report.problems and run.data.on_bad_row == "skip":
             yield Finding(subject, "warning", _bad_rows(f"data.{name}", report))
         if report.num_dropped or report.num_truncated:
-            text = (
-                f"data.{name}: {report.num_dropped} rows dropped and {report.num_truncated} truncated for their length"
-            )
-            yield Finding(subject, "warning", text)
+            text = f"{report.num_dropped} rows are too long and dropped, {report.num_truncated} truncated"
+            yield Finding(subject, "warning", f"data.{name}: {text}")
 
 
 def _bad_rows(place: str, report: RowReport) -> str:
@@ -228,56 +219,20 @@ def _licences(run: Run) -> Iterator[Finding]:
     for role, source, _ in _models(run):
         licence = licence_of(source)
         if licence is None:
-            text = f"{role}.model.licence: not stated; the student's model card will say so. Write for example licence: apache-2.0"
-            yield Finding(f"{role} licence", "warning", text)
+            text = "not stated, and the student's model card will say so; write for example licence: apache-2.0"
+            yield Finding(f"{role} licence", "warning", f"{role}.model.licence: {text}")
         else:
             yield Finding(f"{role} licence", "ok", licence)
 
 
 def _folder(run: Run, student: ModelFacts | None) -> Iterator[Finding]:
     folder = run_folder(run).absolute()
-    yield _attempt("run folder", lambda: _check_writable(folder), lambda: str(folder))
+    yield _attempt("run folder", lambda: check_writable(folder), lambda: str(folder))
     if student is None:
         yield Finding("disk", "not checked", "its need follows from the student's size")
         return
-    trained = student.num_adapter_parameters or student.num_parameters
-    checkpoint = trained * CHECKPOINT_BYTES_PER_PARAMETER
-    exported = 4 * (student.num_parameters + student.num_adapter_parameters)
-    needed = checkpoint * (run.training.keep_checkpoints + 1) + exported
-    free = shutil.disk_usage(_existing(folder)).free + _size(folder)
-    text = (
-        f"{_bytes(needed)} at most for {run.training.keep_checkpoints} checkpoints, one being written, and the student"
-    )
-
-    def compare() -> None:
-        if free < needed:
-            raise ConfigError(
-                f"folder: {_existing(folder)} has {_bytes(free)} free, the run needs up to {text}; free some, name another "
-                "folder, or lower training.keep_checkpoints"
-            )
-
-    yield _attempt("disk", compare, lambda: f"{text}; {_bytes(free)} are free")
-
-
-def _check_writable(folder: Path) -> None:
-    """Without making the folder: a run that is refused leaves nothing behind."""
-    place = _existing(folder)
-    if not place.is_dir():
-        raise ConfigError(f"folder: {place} is a file, so {folder} cannot be a folder; name another one")
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise ConfigError(f"folder: cannot write in {place}: {error.strerror or error}; name another folder") from None
-
-
-def _existing(folder: Path) -> Path:
-    """The folder itself or the nearest one above it that exists."""
-    return next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+    need = DiskNeed.of(run, student)
+    yield _attempt("disk", lambda: need.check(folder), lambda: f"{need}; {size_text(free_bytes(folder))} are free")
 
 
 def _attempt(subject: str, look: Callable[[], object], say: Callable[[], str]) -> Finding:
@@ -302,10 +257,6 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.1f} {unit}"
     return str(number)
-
-
-def _bytes(number: int) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
 def _silence_libraries() -> None:

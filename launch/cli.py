@@ -76,6 +76,7 @@ def train(config: Config, overrides: Overrides = None, skip_self_test: SkipSelfT
 
     The same command again resumes it from the last checkpoint in its run folder.
     """
+    _refuse_bad_configuration(config, overrides)
     from launch.train import train as run_training
 
     raise typer.Exit(run_training(config, overrides or [], skip_self_test=skip_self_test))
@@ -87,6 +88,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
     One line for each thing looked at. Exit code 0 where a run may start, 2 for the configuration, 3 for the data.
     """
+    _refuse_bad_configuration(config, overrides)
     from launch.check import check as run_check
 
     raise typer.Exit(run_check(config, overrides or []))
@@ -155,6 +157,13 @@ def prepare(
     from launch.prepare import prepare_command
 
     typer.echo(prepare_command(name, target))
+
+
+def _refuse_bad_configuration(config: Path, overrides: list[str] | None) -> None:
+    """Before torch is imported, which takes longer than reading the mistakes."""
+    from configs.load import load_run
+
+    load_run(config, overrides or [])
 
 
 if __name__ == "__main__":
