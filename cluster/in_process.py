@@ -111,7 +111,7 @@ class InProcessStudents:
         if self._rank is not None:
             self._rank.close()
 
-    def kill(self) -> None:
+    async def kill(self) -> None:
         """One process cannot outlive its only rank."""
 
 

@@ -20,6 +20,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayE
 
 from cluster import runtime
 from cluster.logs import redirect_output
+from cluster.processes import ProcessIdentity, kill_actor, this_process, wait_killed
 from cluster.teachers import answer, brief, unwrap
 from cluster.topology import RankPlace, number_ranks
 from configs.schema import Run
@@ -48,11 +49,10 @@ class RankActor:
         self._rank: Any = None
         self._device: Any = None
 
-    def where(self) -> tuple[str, tuple[str, ...], str]:
-        """Node id, GPU ids that Ray handed out, and address of this process."""
-        context = ray.get_runtime_context()
-        gpus = tuple(str(gpu) for gpu in context.get_accelerator_ids().get("GPU", []))
-        return context.get_node_id(), gpus, ray.util.get_node_ip_address()
+    def where(self) -> tuple[ProcessIdentity, tuple[str, ...], str]:
+        """This process, the GPU ids that Ray handed to it, and its address."""
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        return this_process(), tuple(str(gpu) for gpu in gpus), ray.util.get_node_ip_address()
 
     def free_port(self) -> int:
         return runtime.free_port()
@@ -87,9 +87,6 @@ class RankActor:
     def stage_evaluation(self, units: Sequence[Unit], *blocks: SoftLabelBlock) -> None:
         self.call("stage_evaluation", units, blocks)
 
-    def pid(self) -> int:
-        return os.getpid()
-
 
 class StudentGroup:
     """All ranks of the student. Implements `trainer.protocols.Students`."""
@@ -100,16 +97,18 @@ class StudentGroup:
         self._spawn = spawn
         self._faults = job.run.faults
         self._ranks: list[Any] = []
+        self.processes: list[ProcessIdentity] = []  # of the ranks, by rank; empty until they are placed
         self.world = job.run.student.ranks
 
     async def start(self, checkpoint: Path | None) -> Any:
         """Place, number, build, and load a committed checkpoint if one is given. Returns rank 0's `StudentInfo`."""
         timeout_s = self._faults.start_timeout_s
         actors = [self._spawn(index, f"student-{index}") for index in range(self.world)]
-        self._ranks = actors
+        self._ranks, self.processes = actors, []
         where = await self._gather([actor.where.remote() for actor in actors], timeout_s, "student processes to start")
-        places = number_ranks([(index, node, gpus) for index, (node, gpus, _) in enumerate(where)])
+        places = number_ranks([(index, process.node, gpus) for index, (process, gpus, _) in enumerate(where)])
         self._ranks = [actors[place.actor] for place in places]
+        self.processes = [where[place.actor][0] for place in places]
         address = where[places[0].actor][2]
         port = await answer(self._ranks[0].free_port.remote(), timeout_s)
         builds = [
@@ -160,20 +159,19 @@ class StudentGroup:
     async def self_test(self) -> tuple[Any, ...]:
         return (await self._all("self_test", what="the self-test of the student"))[0]
 
-    async def pids(self) -> list[int]:
-        return await self._gather([rank.pid.remote() for rank in self._ranks], 30.0, "process ids")
-
     async def close(self) -> None:
         """Leave the process group in order, then end the processes; bounded."""
         refs = [rank.call.remote("close") for rank in self._ranks]
         await asyncio.gather(*(answer(ref, 15.0) for ref in refs), return_exceptions=True)
-        self.kill()
+        await self.kill()
 
     def kill(self) -> None:
         """End every rank at once, dead and hanging ones included."""
-        for rank in self._ranks:
-            ray.kill(rank, no_restart=True)
-        self._ranks = []
+        known = self.processes or [None] * len(self._ranks)
+        wait_killed(
+            [ref for rank, process in zip(self._ranks, known, strict=True) for ref in kill_actor(rank, process)]
+        )
+        self._ranks, self.processes = [], []
 
     async def _all(
         self, method: str, *args: Any, what: str, timeout_s: float | None = None, keywords: dict[str, Any] | None = None

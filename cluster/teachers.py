@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from ray.exceptions import RayError, RayTaskError
 from cluster.engines.plan import EnginePlan
 from cluster.health import Failure, FailureKind, FailurePolicy, ReplicaLoad, RestartReplica, RetryUnit, choose_replica
 from cluster.logs import redirect_output
+from cluster.processes import ProcessIdentity, kill_actor, this_process, wait_killed
 from configs.schema import Faults
 from trainer.errors import DeadlineExceeded, InfrastructureError, StillhouseError, TeachersLost, UnitRejected
 from trainer.loops import Observer
@@ -35,6 +35,7 @@ from trainer.protocols import ScoringEngine, WritingEngine
 from trainer.types import BlockRef, EncodingSpec, Prompt, SoftLabelBlock, Unit, UnitReport
 
 CREDITS = 2  # units in flight per replica: 1 leaves the engine idle between units, 4 gained little (docs/design.md)
+CLOSE_TIMEOUT_S = 20.0
 ANSWER_GRACE_S = 5.0  # the engine aborts at the deadline; its answer may take this much longer to arrive
 
 
@@ -54,13 +55,15 @@ class TeacherActor:
         self._name = name
         self._engine: Any = None
 
-    async def start(self) -> int:
-        """Load the model; returns the process id."""
-        self._engine = await asyncio.to_thread(start_engine, self._plan, self._name)
-        return os.getpid()
+    async def identify(self) -> ProcessIdentity:
+        return this_process()
 
-    async def ping(self) -> int:
-        return os.getpid()
+    async def start(self) -> None:
+        """Load the model."""
+        self._engine = await asyncio.to_thread(start_engine, self._plan, self._name)
+
+    async def ping(self) -> None:
+        """Answers while the engine works: it has a thread of its own."""
 
     async def score(self, unit: Unit, encoding: EncodingSpec, deadline_s: float) -> tuple[UnitReport, SoftLabelBlock]:
         return await self._engine.score(unit, encoding, deadline_s=deadline_s)
@@ -79,6 +82,7 @@ class Replica:
 
     name: str
     actor: Any = None
+    process: ProcessIdentity | None = None
     healthy: bool = False
     lost: bool = False
     failures: int = 0  # without progress in between, as the policy counts them
@@ -243,7 +247,7 @@ class ReplicaPool:
             self._last_error = reason
             failure = Failure(kind=kind, count=replica.failures + 1, progress_since_last=replica.progress)
             decision = self._policy.decide(failure)
-            ray.kill(replica.actor, no_restart=True)
+            await asyncio.to_thread(wait_killed, kill_actor(replica.actor, replica.process))
             if not isinstance(decision, RestartReplica):
                 self._observer.event("teacher_lost", replica=replica.name, reason=reason, restarts=replica.restarts)
                 async with self._changed:
@@ -263,8 +267,9 @@ class ReplicaPool:
     async def _start(self, index: int) -> None:
         replica = self._replicas[index]
         started = time.time()
-        replica.actor = self._spawn(index, replica.name)
+        replica.actor, replica.process = self._spawn(index, replica.name), None
         try:
+            replica.process = await answer(replica.actor.identify.remote(), self._faults.start_timeout_s)
             await answer(replica.actor.start.remote(), self._faults.start_timeout_s)
         except (RayError, DeadlineExceeded) as error:
             cause = unwrap(error)
@@ -281,11 +286,11 @@ class ReplicaPool:
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
-        actors = [replica.actor for replica in self._replicas if replica.actor is not None and not replica.lost]
-        closing = [answer(actor.close.remote(), 20.0) for actor in actors]
+        alive = [replica for replica in self._replicas if replica.actor is not None and not replica.lost]
+        closing = [answer(replica.actor.close.remote(), CLOSE_TIMEOUT_S) for replica in alive]
         await asyncio.gather(*closing, return_exceptions=True)
-        for actor in actors:
-            ray.kill(actor, no_restart=True)
+        refs = [ref for replica in alive for ref in kill_actor(replica.actor, replica.process)]
+        await asyncio.to_thread(wait_killed, refs)
 
 
 def load(replica: Replica) -> ReplicaLoad:

@@ -234,7 +234,7 @@ class Controller:
     async def _restart_students(self, start: Cursor) -> int:
         """Kill what is left of the group and build a new one; returns the step it continues after."""
         self.student_restarts += 1
-        self._session.students.kill()
+        await self._session.students.kill()
         committed = self._checkpoints.latest(config_hash=self._job.config_hash)
         await self._session.students.start(committed.folder if committed else None)
         await self._stage_evaluation()

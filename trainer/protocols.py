@@ -126,7 +126,7 @@ class StudentGroup(Students, Protocol):
         """Write weights and config as a Hugging Face folder."""
         ...
 
-    def kill(self) -> None:
+    async def kill(self) -> None:
         """End every rank at once, hanging ones included."""
         ...
 

@@ -142,7 +142,7 @@ def test_a_killed_or_hanging_teacher_is_replaced_and_every_unit_is_answered_once
         events = Events()
         scorers = pool(tmp_path, events, replicas=2, delay_s=0.3)
         await scorers.start()
-        victim = await asyncio.wrap_future(scorers._replicas[0].actor.ping.remote().future())
+        victim = scorers._replicas[0].process.pid
         scoring = asyncio.ensure_future(score_all(scorers, 16))
         await asyncio.sleep(0.4)
         os.kill(victim, how)
@@ -204,7 +204,7 @@ def test_a_teacher_that_keeps_dying_is_given_up_with_its_last_error(cluster: Any
     async def scenario() -> None:
         scorers = pool(tmp_path, Events(), replicas=1, faults=FAULTS.model_copy(update={"max_teacher_restarts": 0}))
         await scorers.start()
-        os.kill(await asyncio.wrap_future(scorers._replicas[0].actor.ping.remote().future()), signal.SIGKILL)
+        os.kill(scorers._replicas[0].process.pid, signal.SIGKILL)
         try:
             await scorers.score(unit(1), ENCODING)
         finally:

@@ -1,4 +1,4 @@
-"""A scoring engine without a model: labels are a function of the tokens, and it can be slow, strict or broken on demand.
+"""A scoring engine without a model: labels are a function of the tokens; slow, strict or broken on demand.
 
 Implements `trainer.protocols.ScoringEngine`; used where the pool around an engine is tested, never where labels are.
 """

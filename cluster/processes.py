@@ -1,0 +1,66 @@
+"""Ending the processes of actors for certain.
+
+`ray.kill` asks the process to leave; one that is stopped or stuck in a driver call does not, and would keep its GPU
+memory from its successor. So an actor says who it is when it starts, and who gives it up has it killed on its node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+KILL_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """One process of one node; `created` guards against another process that got the same pid later."""
+
+    node: str
+    pid: int
+    created: float
+
+
+def this_process() -> ProcessIdentity:
+    """Who the calling actor is."""
+    pid = os.getpid()
+    return ProcessIdentity(ray.get_runtime_context().get_node_id(), pid, psutil.Process(pid).create_time())
+
+
+def kill_local(identity: ProcessIdentity) -> bool:
+    """SIGKILL the process and its children if it still runs here; returns whether it did."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(identity.pid)
+        if process.create_time() == identity.created:
+            for child in process.children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+            process.kill()
+            return True
+    return False
+
+
+def kill_actor(actor: Any, identity: ProcessIdentity | None) -> list[Any]:
+    """Give an actor up: `ray.kill`, and where its process is known, a task on its node that makes sure.
+
+    Returns what `wait_killed` waits for. A node that is gone has ended its processes with it.
+    """
+    ray.kill(actor, no_restart=True)
+    if identity is None:
+        return []
+    there = NodeAffinitySchedulingStrategy(identity.node, soft=False)
+    return [ray.remote(kill_local).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(identity)]
+
+
+def wait_killed(refs: Iterable[Any]) -> None:
+    """Until the kills were carried out, or their node turned out to be gone; bounded."""
+    with contextlib.suppress(RayError):
+        ray.get(list(refs), timeout=KILL_TIMEOUT_S)
