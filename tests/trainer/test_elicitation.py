@@ -1,0 +1,95 @@
+"""Who writes the answers: the dataset, or the teacher where an answer is missing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from configs.plugins import ELICITATION
+from trainer.elicitation import feature, labeling
+from trainer.errors import DataError
+from trainer.types import Prompt
+
+
+@dataclass
+class Echo:
+    """Writers that answer with fixed ids and remember what they were asked."""
+
+    answers: dict[str, list[int]]
+    asked: list[str] = field(default_factory=list)
+
+    async def write(self, prompts: AbstractSequence[Prompt]) -> list[np.ndarray]:
+        self.asked += [prompt.id for prompt in prompts]
+        return [np.array(self.answers[prompt.id], dtype=np.int32) for prompt in prompts]
+
+
+def prompt(prompt_id: str, ids: list[int], mask: list[bool] | None = None) -> Prompt:
+    loss_mask = None if mask is None else np.array(mask)
+    return Prompt(prompt_id, np.array(ids, dtype=np.int32), loss_mask, origin=f"rows.jsonl:{prompt_id}")
+
+
+ANSWERED = prompt("a", [1, 2, 3, 4], [False, True, True, False])
+
+
+def test_feature_takes_the_answers_of_the_dataset() -> None:
+    strategy = feature.Strategy()
+    assert (strategy.needs_writer, strategy.needs_answer) == (False, True)
+    bound = strategy.bind(None)
+    (sequence,) = asyncio.run(bound.collect([ANSWERED]))
+    assert (sequence.id, sequence.provenance) == ("a", "dataset")
+    assert sequence.token_ids is ANSWERED.token_ids
+    assert sequence.spans() == ((1, 3),)
+    with pytest.raises(DataError, match=r"rows.jsonl:b: has no answer.*kind: labeling"):
+        asyncio.run(bound.collect([prompt("b", [1])]))
+
+
+def test_labeling_writes_what_is_missing_in_the_order_of_the_prompts() -> None:
+    writers = Echo({"b": [7, 8, 9], "c": [6]})
+    bound = labeling.Strategy().bind(writers)
+    sequences = asyncio.run(bound.collect([prompt("b", [1, 2]), ANSWERED, prompt("c", [5])]))
+    assert writers.asked == ["b", "c"]
+    assert [(s.id, s.provenance) for s in sequences] == [("b", "teacher"), ("a", "dataset"), ("c", "teacher")]
+    assert sequences[0].token_ids.tolist() == [1, 2, 7, 8, 9]
+    assert sequences[0].token_ids.dtype == np.int32
+
+
+def test_the_first_written_token_is_predicted_by_the_last_row_of_the_prompt() -> None:
+    sequence = labeling.answered_by_teacher(prompt("b", [1, 2, 3]), np.array([7, 8], dtype=np.int32))
+    assert sequence.loss_mask.tolist() == [False, False, True, True, False]
+    assert sequence.token_ids[1:][sequence.loss_mask[:-1]].tolist() == [7, 8]
+
+
+def test_empty_answers_are_dropped_and_counted() -> None:
+    writers = Echo({"b": [], "c": [2], "d": [9, 2]})
+    prompts = [prompt(name, [1]) for name in "bcd"]
+    bound = labeling.Strategy().bind(writers, end_of_turn_ids=(2,))
+    assert [s.id for s in asyncio.run(bound.collect(prompts))] == ["d"]
+    assert bound.dropped == 2
+    plain = labeling.Strategy().bind(writers)
+    assert [s.id for s in asyncio.run(plain.collect(prompts))] == ["c", "d"]
+    assert plain.dropped == 1
+
+
+def test_no_writer_is_asked_for_nothing() -> None:
+    writers = Echo({})
+    assert len(asyncio.run(labeling.Strategy().bind(writers).collect([ANSWERED]))) == 1
+    assert writers.asked == []
+
+
+def test_rewriting_needs_prompts_without_their_old_answers() -> None:
+    bound = labeling.Strategy(rewrite=True).bind(Echo({}))
+    with pytest.raises(DataError, match="open the prompt stream with rewrite"):
+        asyncio.run(bound.collect([ANSWERED]))
+
+
+def test_parameters_are_read_and_bounded_by_the_configuration() -> None:
+    plugin = ELICITATION.validate({"kind": "labeling", "max_new_tokens": 64})
+    assert labeling.Strategy(**plugin.parameters) == labeling.Strategy(max_new_tokens=64)
+    assert feature.Strategy(**ELICITATION.validate("feature").parameters) == feature.Strategy()
+    for wrong in ({"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"rewrite": 3}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ELICITATION.validate({"kind": "labeling", **wrong})
