@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -21,7 +21,9 @@ from trainer.types import Evaluation, StepMetrics
 SpanKind = Literal["score", "write", "train", "wait", "evaluate", "save", "start", "stage"]
 
 LOSS = "train/loss"
-"""Names of step values that people are shown. Terms of the objective are `train/loss_<term>`."""
+"""Names of step values that people are shown."""
+TERMS = "loss/"
+"""The unweighted terms of the objective are `loss/<term>`, mean per loss token."""
 TOKENS = "train/tokens"
 LEARNING_RATE = "train/learning_rate"
 GRAD_NORM = "train/grad_norm"
@@ -56,24 +58,36 @@ class MetricsLog:
         self._sinks = tuple(sinks)
         self._clock = clock
         self._step = 0
+        self._has_begun = False
+        self.first_evaluation: Evaluation | None = None
+        """Of the whole run, not of this attempt: what later ones are compared with."""
         self._file = append_lines(self._path)
 
     def resume(self, step: int) -> None:
-        """Go on after `step`: later steps and evaluations are removed, in one atomic replacement of the file."""
+        """Go on after `step`: later steps and evaluations are removed, in one atomic replacement of the file.
+
+        Without it, the first step or evaluation that is logged removes what an earlier attempt wrote from there on.
+        """
         self._file.close()
         kept = [r for r in read_lines(self._path) if r["kind"] == "event" or r["step"] <= step]
         write_text(self._path, "".join(_line(record) for record in kept))
         self._file = append_lines(self._path)
-        self._step = step
+        self._step = max(step, 0)
+        self._has_begun = True
+        evaluations = _records(kept).evaluations
+        self.first_evaluation = evaluations[0] if evaluations else None
         for sink in self._sinks:
             sink.resume(step)
 
     def step(self, metrics: StepMetrics) -> None:
+        self._begin(metrics.step)
         self._step = metrics.step
         self._scalars("step", metrics.step, metrics.values, metrics.values)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Its numbers; the samples go to samples.json (`trainer.report.sample_records`)."""
+        self._begin(evaluation.step)
+        self.first_evaluation = self.first_evaluation or evaluation
         values = {name: getattr(evaluation, name) for name in EVALUATION_FIELDS}
         self._scalars("evaluation", evaluation.step, values, {f"evaluation/{k}": v for k, v in values.items()})
 
@@ -88,6 +102,10 @@ class MetricsLog:
         self._file.close()
         for sink in self._sinks:
             sink.close()
+
+    def _begin(self, step: int) -> None:
+        if not self._has_begun:
+            self.resume(step - 1)
 
     def _scalars(self, kind: str, step: int, values: Mapping[str, float], named: Mapping[str, float]) -> None:
         now = self._clock()
@@ -175,16 +193,20 @@ class Records:
 
 def read_metrics(folder: RunFolder) -> Records:
     """Empty records where there is no file. Numbers that were not finite come back as NaN."""
+    return _records(read_lines(folder.metrics))
+
+
+def _records(lines: Iterable[Mapping[str, Any]]) -> Records:
     steps: dict[int, StepMetrics] = {}
     evaluations: dict[int, Evaluation] = {}
     events = []
-    for record in read_lines(folder.metrics):
-        kind, step, when = record.pop("kind"), record.pop("step"), record.pop("time")
-        record.pop("non_finite", None)
+    for line in lines:
+        kind, step = line["kind"], line["step"]
+        rest = {k: v for k, v in line.items() if k not in ("kind", "step", "time", "non_finite")}
         if kind == "event":
-            events.append(Event(time_s=when, step=step, name=record.pop("name"), fields=record))
+            events.append(Event(time_s=line["time"], step=step, name=rest.pop("name"), fields=rest))
             continue
-        values = {name: math.nan if value is None else value for name, value in record.items()}
+        values = {name: math.nan if value is None else value for name, value in rest.items()}
         if kind == "step":
             steps[step] = StepMetrics(step=step, values=values)
         else:

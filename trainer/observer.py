@@ -38,7 +38,6 @@ class RunObserver:
         self._clock = clock
         self._spans: dict[str, deque[tuple[str, float, float]]] = defaultdict(lambda: deque(maxlen=_KEPT_SPANS))
         self._steps: deque[Interval] = deque(maxlen=_WINDOW_STEPS)
-        self._first_evaluation = True
 
     def step(self, metrics: StepMetrics) -> None:
         """Adds what the spans say about this step; a loop reports a step's spans before the step."""
@@ -63,13 +62,10 @@ class RunObserver:
 
     def evaluation(self, evaluation: Evaluation) -> None:
         self._log.evaluation(evaluation)
-        self._progress.evaluation(evaluation, first=self._first_evaluation)
-        self._first_evaluation = False
-
-    def before(self, evaluation: Evaluation) -> None:
-        """A resumed run: the evaluation that its first attempt began with, to compare later ones with."""
-        self._progress.evaluation(evaluation, first=True)
-        self._first_evaluation = False
+        before = self._log.first_evaluation
+        if before is not None and before is not evaluation:
+            self._progress.compare_with(before)
+        self._progress.evaluation(evaluation, first=before is evaluation)
 
     def event(self, name: str, **fields: Any) -> None:
         """Logged, and shown as a line: whatever is an event is rare."""

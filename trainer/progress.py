@@ -78,7 +78,7 @@ class Progress:
             self._print(f"step {metrics.step}/{self._total}  {self._numbers()}  {self._eta()}")
 
     def evaluation(self, evaluation: Evaluation, first: bool) -> None:
-        """`first`: of the student before it learned anything (on a resumed run: as read back)."""
+        """`first`: of the student before it learned anything; later ones are shown against it."""
         self._end_phase()
         if first:
             self._first = evaluation
@@ -91,6 +91,10 @@ class Progress:
             f"perplexity {_change(before and before.perplexity, evaluation.perplexity, '.2f')} "
             f"(teacher {evaluation.teacher_perplexity:.2f})"
         )
+
+    def compare_with(self, first: Evaluation) -> None:
+        """A resumed run: the first evaluation of an earlier attempt. Shows nothing."""
+        self._first = first
 
     def note(self, text: str) -> None:
         """One line that stays."""

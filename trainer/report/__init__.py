@@ -86,15 +86,13 @@ def render(folder: RunFolder) -> str:
         viewer=read_viewer(folder),
         generations=read_generations(folder),
         warnings=manifest.get("warnings") or [],
-        events=records.events,
-        first_time=min((span.start_s for span in spans), default=None),
+        events=[event for event in records.events if event.name not in ("note", "self_test")],
         sections=_sections(manifest),
         config=config_text,
         made=time.strftime("%Y-%m-%d %H:%M"),
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        duration=duration,
     )
 
 
@@ -116,10 +114,10 @@ def _status(folder: RunFolder, config: Mapping[str, Any], records: Records) -> S
     if not folder.exit.exists():
         return Status("unfinished", f"unfinished, {reached}")
     ending = read_json(folder.exit)
-    if ending.get("exit_code") == 0:
+    if ending.get("code") == 0:
         return Status("finished", f"finished, {reached}")
     reason = f": {ending['reason']}" if ending.get("reason") else ""
-    return Status("failed", f"ended with exit code {ending.get('exit_code')} at {reached}{reason}")
+    return Status("failed", f"ended with exit code {ending.get('code')} at {reached}{reason}")
 
 
 def _tiles(records: Records, spans: Sequence[Span], manifest: Mapping[str, Any]) -> list[Tile]:
@@ -130,12 +128,12 @@ def _tiles(records: Records, spans: Sequence[Span], manifest: Mapping[str, Any])
             f"{first.forward_kl / last.forward_kl:.1f} times lower" if 0 < last.forward_kl < first.forward_kl else ""
         )
         tiles = [
-            Tile("KL to the teacher, nats per token", _change(first.forward_kl, last.forward_kl, "{:.2f}"), factor),
-            Tile("Agreement with its first choice", _change(100 * first.agreement, 100 * last.agreement, "{:.0f} %")),
+            Tile("KL to teacher, nats/token", _change(first.forward_kl, last.forward_kl, "{:.2f}"), factor),
+            Tile("Same first choice", _change(100 * first.agreement, 100 * last.agreement, "{:.0f} %")),
             Tile(
                 "Perplexity",
-                _change(first.perplexity, last.perplexity, "{:,.1f}"),
-                f"teacher {last.teacher_perplexity:,.1f}",
+                _change(float(f"{first.perplexity:.3g}"), float(f"{last.perplexity:.3g}"), "{:,g}"),
+                f"teacher {last.teacher_perplexity:,.3g}",
             ),
         ]
     speeds = [s.values[TOKENS_PER_S] for s in records.steps[len(records.steps) // 10 :] if TOKENS_PER_S in s.values]

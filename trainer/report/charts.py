@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from trainer.metrics import GRAD_NORM, LEARNING_RATE, LOSS, STUDENT_WAIT, TEACHER_WAIT, TOKENS_PER_S, Records
+from trainer.metrics import GRAD_NORM, LEARNING_RATE, LOSS, STUDENT_WAIT, TEACHER_WAIT, TERMS, TOKENS_PER_S, Records
 from trainer.report.plots import Series, line_chart, percent
 
 _COLOURS = ("c2", "c3", "c4", "c5")
@@ -30,7 +30,7 @@ def _quality(records: Records) -> list[Markup]:
         line_chart(
             "Held-out perplexity",
             [_held_out(records, "perplexity", "student"), _held_out(records, "teacher_perplexity", "teacher")],
-            from_zero=True,
+            logarithmic=True,
         ),
     ]
 
@@ -55,12 +55,12 @@ def _training(records: Records) -> list[Markup]:
 
 def _losses(records: Records) -> Sequence[Series]:
     """The total, and its terms where there are several."""
-    names = sorted({name for step in records.steps for name in step.values if name.startswith(f"{LOSS}_")})
+    names = sorted({name for step in records.steps for name in step.values if name.startswith(TERMS)})
     total = _logged(records, LOSS, "total")
     if len(names) < 2:
         return [total]
     terms = (
-        _logged(records, name, name.removeprefix(f"{LOSS}_").replace("_", " "), colour=_COLOURS[i % len(_COLOURS)])
+        _logged(records, name, name.removeprefix(TERMS).replace("_", " "), colour=_COLOURS[i % len(_COLOURS)])
         for i, name in enumerate(names)
     )
     return [total, *terms]

@@ -44,15 +44,30 @@ class Thinned:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Maps values of one axis to pixels."""
+    """Maps values of one axis to pixels; logarithmic if `log`."""
 
     low: float
     high: float
     start: float
     stop: float
+    log: bool = False
 
     def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.stop - self.start)
+        low, high, at = (
+            (math.log(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        )
+        return self.start + (at - low) / (high - low) * (self.stop - self.start)
+
+    def ticks(self, count: int) -> list[float]:
+        """Round numbers inside the axis."""
+        if not self.log:
+            return ticks(self.low, self.high, count)
+        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+            found = [f * 10.0**p for p in powers for f in factors if self.low <= f * 10.0**p <= self.high]
+            if len(found) >= 3:
+                break
+        return found
 
 
 def line_chart(
@@ -61,16 +76,20 @@ def line_chart(
     *,
     height: int = 230,
     from_zero: bool = False,
+    logarithmic: bool = False,
     form: Callable[[float], str] | None = None,
     x_label: str = "step",
 ) -> Markup:
-    """One `<figure>`; empty where no series has a finite value. `form` writes y values for people."""
+    """One `<figure>`; empty where no series has a finite value. `form` writes y values for people.
+
+    `logarithmic` holds where all values are positive and the largest is ten times the smallest or more.
+    """
     drawn = [(one, thin(one)) for one in series]
     drawn = [(one, points) for one, points in drawn if len(points.x)]
     if not drawn:
         return Markup("")
     form = form or compact
-    x_axis, y_axis = _scales(drawn, height=height, from_zero=from_zero)
+    x_axis, y_axis = _scales(drawn, height=height, from_zero=from_zero, logarithmic=logarithmic)
     parts = [_grid(x_axis, y_axis, form, x_label, height)]
     parts += [_line(one, points, x_axis, y_axis, height) for one, points in drawn]
     hover = [
@@ -99,7 +118,7 @@ def thin(series: Series) -> Thinned:
     missing, x, y = x[~finite], x[finite], y[finite]
     if len(x) <= MAX_POINTS:
         return Thinned(x=x, mean=y, low=y, high=y, missing=missing)
-    inner = [part for part in np.array_split(np.arange(1, len(x) - 1), MAX_POINTS - 2)]
+    inner = np.array_split(np.arange(1, len(x) - 1), MAX_POINTS - 2)
     buckets = [np.array([0]), *inner, np.array([len(x) - 1])]
     return Thinned(
         x=np.array([x[b].mean() for b in buckets]),
@@ -127,7 +146,7 @@ def compact(value: float) -> str:
         return f"{value / 1e6:,.3g}M"
     if size >= 1000 or value == int(value):
         return f"{value:,.0f}"
-    return f"{value:.3g}" if size >= 1e-3 else f"{value:.1e}"
+    return f"{value:.3g}" if size >= 1e-4 else f"{value:.1e}"
 
 
 def percent(value: float) -> str:
@@ -135,28 +154,33 @@ def percent(value: float) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
-def _scales(drawn: list[tuple[Series, Thinned]], *, height: int, from_zero: bool) -> tuple[Scale, Scale]:
+def _scales(
+    drawn: list[tuple[Series, Thinned]], *, height: int, from_zero: bool, logarithmic: bool
+) -> tuple[Scale, Scale]:
     x_low = min(points.x.min() for _, points in drawn)
     x_high = max(points.x.max() for _, points in drawn)
     low = min(points.low.min() for _, points in drawn)
     high = max(points.high.max() for _, points in drawn)
+    if x_low == x_high:
+        x_low, x_high = x_low - 1, x_high + 1
+    x_axis = Scale(x_low, x_high, LEFT, WIDTH - RIGHT)
+    if logarithmic and low > 0 and high >= 10 * low:
+        return x_axis, Scale(low / 1.2, high * 1.2, height - BOTTOM, TOP, log=True)
     if from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
     margin = 0.06 * (high - low) or max(abs(high) * 0.1, 1e-9)
     low, high = (low if from_zero and low == 0 else low - margin), high + margin
-    if x_low == x_high:
-        x_low, x_high = x_low - 1, x_high + 1
-    return Scale(x_low, x_high, LEFT, WIDTH - RIGHT), Scale(low, high, height - BOTTOM, TOP)
+    return x_axis, Scale(low, high, height - BOTTOM, TOP)
 
 
 def _grid(x_axis: Scale, y_axis: Scale, form: Callable[[float], str], x_label: str, height: int) -> str:
     parts = []
-    for value in ticks(y_axis.low, y_axis.high, 4):
+    for value in y_axis.ticks(4):
         y = y_axis(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(form(value))}</text>')
     base = height - BOTTOM
-    for value in ticks(x_axis.low, x_axis.high, 6):
+    for value in x_axis.ticks(6):
         if value == int(value):
             parts.append(
                 f'<text x="{x_axis(value):.1f}" y="{base + 17}" text-anchor="middle">{escape(compact(value))}</text>'

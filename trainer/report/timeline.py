@@ -1,7 +1,8 @@
 """Who was busy when, as a picture, and which share of the steady state each waited.
 
 Steady state: from the end of the first tenth of the steps (at least one) to the end of the last one, without the time
-in which the student evaluated, saved or started: those stop the line, they do not say which side limits it.
+in which the student evaluated, saved or started and the pauses between two attempts of the run: those stop the line,
+they do not say which side limits it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ BINS = 260
 MAX_DRAWN_SPANS = 500
 """More than that and single spans are thinner than a pixel: the picture then shows shares per slice of time."""
 KINDS = ("train", "score", "write", "stage", "evaluate", "save", "start", "wait")
+MIN_STEPS = 5
+"""Shares of fewer steps would say how the run began."""
 _ROWS = 3
 """Overlapping spans of a lane are drawn on so many rows at most."""
 
@@ -56,15 +59,16 @@ def read_timeline(folder: RunFolder) -> tuple[Span, ...]:
 
 
 def steady_windows(spans: Sequence[Span]) -> list[Interval]:
-    """The steady state as disjoint intervals; empty before there are two train spans."""
+    """The steady state as disjoint intervals; empty before there are `MIN_STEPS` train spans."""
     trained = sorted(span.stop_s for span in spans if span.kind == "train")
     skipped = max(1, len(trained) // 10)
-    if len(trained) <= skipped:
+    if len(trained) < MIN_STEPS:
         return []
     stops_the_line = [
         (s.start_s, s.stop_s) for s in spans if is_student(s.lane) and s.kind in ("evaluate", "save", "start")
     ]
-    return subtract((trained[skipped - 1], trained[-1]), stops_the_line)
+    pauses = [(before[1], after[0]) for before, after in pairwise(TimeAxis.of(spans).segments)]
+    return subtract((trained[skipped - 1], trained[-1]), [*stops_the_line, *pauses])
 
 
 def wait_shares(spans: Sequence[Span]) -> tuple[LaneShare, ...]:
@@ -148,7 +152,7 @@ def _middle_steps(spans: Sequence[Span], steps: int = 8) -> list[Span]:
     trained = [span for span in spans if span.kind == "train"]
     if len(trained) < steps:
         return []
-    first = len(trained) // 2 - steps // 2
+    first = (len(trained) - steps) * 2 // 5
     start, stop = trained[first].start_s, trained[first + steps - 1].stop_s
     return [
         Span(s.lane, s.kind, max(s.start_s, start), min(s.stop_s, stop), s.label)
@@ -163,11 +167,11 @@ def _gantt(shown: Sequence[Span], everything: Sequence[Span]) -> Markup:
     for index, lane in enumerate(lanes):
         top = TOP + index * (LANE + GAP)
         mine = [span for span in shown if span.lane == lane]
-        waits = [span for span in mine if span.kind == "wait"]
-        rows = _rows([span for span in mine if span.kind != "wait"])
+        rows = _rows([span for span in mine if span.kind not in ("wait", "stage")])
         height = LANE / max(1, 1 + max((row for _, row in rows), default=0))
-        parts += [_bar(axis, span, top + LANE * 0.35, LANE * 0.3) for span in waits]
+        parts += [_bar(axis, span, top + LANE * 0.35, LANE * 0.3) for span in mine if span.kind == "wait"]
         parts += [_bar(axis, span, top + row * height, height - 1) for span, row in rows]
+        parts += [_bar(axis, span, top + LANE - 1, GAP * 0.5) for span in mine if span.kind == "stage"]
     return _frame(axis, lanes, "".join(parts))
 
 

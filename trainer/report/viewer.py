@@ -63,16 +63,20 @@ class ViewedSequence:
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """Everything the viewer shows. A KL of `hottest` nats or more has the strongest colour."""
+    """Everything the viewer shows. A KL of `hottest` nats or more has the strongest colour, a quarter of it half."""
 
     sequences: tuple[ViewedSequence, ...]
     hottest: float
+
+    @property
+    def has_after(self) -> bool:
+        return any(sequence.mean_kl_after is not None for sequence in self.sequences)
 
     def heat(self, judged: Judged | None) -> float:
         """0 (the student agrees with the teacher) to 1."""
         if judged is None or judged.kl is None:
             return 0.0
-        return round(min(1.0, max(0.0, judged.kl / self.hottest)), 2)
+        return round(min(1.0, math.sqrt(max(0.0, judged.kl) / self.hottest)), 2)
 
 
 @dataclass(frozen=True, slots=True)
