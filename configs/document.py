@@ -6,7 +6,7 @@ rules: `1e-4` is a number, `no` is text, only plain values, no tags that constru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,12 @@ class Document:
         return self.origins[path]
 
 
-def read_document(file: Path, overrides: Sequence[str]) -> Document:
+def read_document(file: Path, overrides: Sequence[str], *, short_forms: Collection[KeyPath] = ()) -> Document:
     """The file with the overrides applied in order. Raises `ConfigError` where there is no document to speak of;
-    everything else that is wrong is in `problems`."""
+    everything else that is wrong is in `problems`.
+
+    At the paths `short_forms` text such as `topk` is short for `{kind: topk}`, so that an override may add to it.
+    """
     text = _read_text(file)
     try:
         node = YAML(typ="safe", pure=True).compose(text)
@@ -79,7 +82,7 @@ def read_document(file: Path, overrides: Sequence[str]) -> Document:
     reader = _Reader(document, lambda line: Origin(f"{file}:{line}", (0, line)))
     document.tree.update(reader.value(node, ()))
     for number, override in enumerate(overrides):
-        _apply(document, override, Origin(f"--set {override}", (1, number)))
+        _apply(document, override, Origin(f"--set {override}", (1, number)), short_forms)
     return document
 
 
@@ -170,7 +173,7 @@ class _Reader:
         return self.origin_of_line(node.start_mark.line + 1)
 
 
-def _apply(document: Document, override: str, origin: Origin) -> None:
+def _apply(document: Document, override: str, origin: Origin, short_forms: Collection[KeyPath]) -> None:
     """Set one path. What cannot be set is a problem of the document."""
     name, equals, text = override.partition("=")
     parts = name.strip().split(".")
@@ -200,6 +203,9 @@ def _apply(document: Document, override: str, origin: Origin) -> None:
                 return refuse(f"{dotted(path)} is not given in the file, so it has no item to change: set it whole")
             holder[key] = {}
             document.origins[path] = origin
+        elif path in short_forms and isinstance(holder[key], str):
+            holder[key] = {"kind": holder[key]}
+            document.origins[*path, "kind"] = document.origins[path]
         holder = holder[key]
     for inside in [known for known in document.origins if known[: len(path)] == path]:
         del document.origins[inside]

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 
 from configs.document import KeyPath, Origin, read_document
 from configs.errors import ConfigError
-from configs.problems import find_problems, render
+from configs.problems import find_problems, plugin_paths, render
 from configs.schema import Run
 
 MAY_CHANGE_ON_RESUME = (
@@ -49,7 +49,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
     allowed. No type is converted silently: `"3"` is no number and `1` is not true.
     """
     file = Path(path)
-    document = read_document(file, overrides)
+    document = read_document(file, overrides, short_forms=plugin_paths())
     try:
         run = Run.model_validate_json(json.dumps(document.tree), strict=True)
     except ValidationError as error:

@@ -38,10 +38,12 @@ class Plugin:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Plug-ins of one folder. Used as `Annotated[Plugin, LABELS]` it validates what the user chose."""
+    """Plug-ins of one folder. Used as `Annotated[Plugin, LABELS]` it validates what the user chose; where only
+    parameters are given they are those of the default kind."""
 
     package: str
     class_name: str
+    default_kind: str
 
     def kinds(self) -> tuple[str, ...]:
         """The files of the folder that define the family's class."""
@@ -57,8 +59,8 @@ class Family:
         else:
             place = ("kind",)
         if not isinstance(value, dict):
-            raise refusal((), value, f"must be a kind, such as {self._example()}, or a mapping with kind")
-        kind = value.get("kind")
+            raise refusal((), value, f"must be a kind, such as {self.default_kind}, or a mapping with kind")
+        kind = value.get("kind", self.default_kind)
         if not isinstance(kind, str):
             raise refusal(place, kind, f"needs a kind: one of {', '.join(self.kinds())}, or package.module")
         try:
@@ -79,9 +81,6 @@ class Family:
             )
         return read_signature(ROOT.joinpath(*self.package.split("."), f"{kind}.py"), self.class_name)
 
-    def _example(self) -> str:
-        return next(iter(self.kinds()), "package.module")
-
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
             self.validate,
@@ -93,14 +92,15 @@ class Family:
         for kind in self.kinds():
             form = self.signature(kind).model.model_json_schema()
             form["properties"] = {"kind": {"const": kind}, **form.get("properties", {})}
-            form["required"] = ["kind", *form.get("required", [])]
+            if kind != self.default_kind:
+                form["required"] = ["kind", *form.get("required", [])]
             forms.append({**form, "title": kind})
         return {"anyOf": forms}
 
 
-ENGINES = Family("cluster.engines", "Engine")
-LABELS = Family("trainer.labels", "Encoding")
-ELICITATION = Family("trainer.elicitation", "Strategy")
+ENGINES = Family("cluster.engines", "Engine", "vllm")
+LABELS = Family("trainer.labels", "Encoding", "topk")
+ELICITATION = Family("trainer.elicitation", "Strategy", "feature")
 
 
 def _find_module(name: str) -> Path:

@@ -48,8 +48,8 @@ def find_problems(document: Document, error: ValidationError) -> list[Problem]:
     known = {problem.path for problem in found}
     for detail in error.errors(include_url=False):
         path = _place(document.tree, detail["loc"])
-        if path in known:
-            continue
+        if path in known or (detail["type"] == "too_short" and _look(document.tree, path)):
+            continue  # said already; a list is also called too short when its items are wrong
         allowed = _expected(detail)
         if allowed is None:
             value = None if detail["type"] == "missing" else _value(document.tree, path, detail["input"])
@@ -155,7 +155,7 @@ def _unknown_key(document: Document, path: KeyPath) -> str:
     here = list(_fields(document.tree, path[:-1]))
     nearest = did_you_mean(key, here)
     if not nearest:
-        elsewhere = [dotted(place) for place in _all_paths(Run) if place[-1] == key]
+        elsewhere = [dotted(place) for place, _ in all_paths() if place[-1] == key]
         nearest = (
             f"; it belongs in {' or '.join(elsewhere)}" if elsewhere else f" (known here: {', '.join(here) or 'none'})"
         )
@@ -171,11 +171,13 @@ def _fields(tree: Any, path: KeyPath) -> dict[str, FieldInfo]:
         field = fields.get(part)
         if field is None:
             return {}
-        family = next((item for item in field.metadata if isinstance(item, Family)), None)
+        family = _family(field)
         section = _section(field.annotation)
         if family is not None:
             chosen = _look(tree, path[: depth + 1])
-            kind = chosen.get("kind") if isinstance(chosen, dict) else chosen or field.default.kind
+            kind = (
+                chosen.get("kind", family.default_kind) if isinstance(chosen, dict) else chosen or family.default_kind
+            )
             return {"kind": field, **family.signature(str(kind)).model.model_fields}
         if section is None:
             return {}
@@ -192,9 +194,19 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _all_paths(model: type[BaseModel], above: KeyPath = ()) -> Iterator[KeyPath]:
+def all_paths(model: type[BaseModel] = Run, above: KeyPath = ()) -> Iterator[tuple[KeyPath, FieldInfo]]:
+    """Every field of the schema with its path, parameters of plug-ins excepted."""
     for name, field in model.model_fields.items():
-        yield (*above, name)
+        yield (*above, name), field
         section = _section(field.annotation)
         if section is not None:
-            yield from _all_paths(section, (*above, name))
+            yield from all_paths(section, (*above, name))
+
+
+def plugin_paths() -> frozenset[KeyPath]:
+    """Where the schema takes a plug-in."""
+    return frozenset(path for path, field in all_paths() if _family(field) is not None)
+
+
+def _family(field: FieldInfo) -> Family | None:
+    return next((item for item in field.metadata if isinstance(item, Family)), None)

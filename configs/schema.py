@@ -70,7 +70,7 @@ class Student(Section):
 class Replicas(Section):
     """Engine processes of one kind that share the work."""
 
-    engine: Annotated[Plugin, ENGINES] = Plugin("vllm")
+    engine: Annotated[Plugin, ENGINES] = Plugin(ENGINES.default_kind)
     replicas: PositiveInt = 1
     tensor_parallel_size: PositiveInt = Field(1, description="Devices that hold one copy together.")
     dtype: DType = "auto"
@@ -138,10 +138,8 @@ class Term(Section):
     @model_validator(mode="after")
     def _beta_belongs_to_jsd(self) -> Term:
         if (self.loss == "jsd") != (self.beta is not None):
-            raise ValueError(
-                f"{self.loss}: "
-                + ("give beta, for example beta: 0.5" if self.loss == "jsd" else "remove beta, only jsd has it")
-            )
+            text = "jsd needs beta, for example beta: 0.5" if self.loss == "jsd" else "remove beta: only jsd has it"
+            raise refusal(("beta",), self.beta, text)
         return self
 
 
@@ -216,8 +214,8 @@ class Run(Section):
     student: Student
     teacher: Teacher
     data: Data
-    elicitation: Annotated[Plugin, ELICITATION] = Plugin("feature")
-    labels: Annotated[Plugin, LABELS] = Plugin("topk")
+    elicitation: Annotated[Plugin, ELICITATION] = Plugin(ELICITATION.default_kind)
+    labels: Annotated[Plugin, LABELS] = Plugin(LABELS.default_kind)
     objective: tuple[Term, ...] = Field((Term(loss="forward_kl"),), min_length=1)
     optimizer: Optimizer = Optimizer()
     training: Training

@@ -1,0 +1,286 @@
+"""Configurations: what is accepted, and that every mistake comes back at its line, with what to write."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from configs.errors import ConfigError
+from configs.load import LoadedRun, config_hash, dump_run, load_run, run_folder
+from configs.schema import Run
+
+GOOD = """\
+name: good
+student:
+  model: {path: models/student}
+teacher:
+  model: {path: models/teacher}
+data:
+  train: {path: rows.jsonl}
+training:
+  steps: 10
+"""
+
+Load = Callable[..., LoadedRun]
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Load a text with overrides."""
+
+    def load_text(text: str, *overrides: str) -> LoadedRun:
+        file = tmp_path / "run.yaml"
+        file.write_bytes(text.encode() if isinstance(text, str) else text)
+        return load_run(file, overrides)
+
+    return load_text
+
+
+@pytest.fixture
+def refused(load: Load, tmp_path: Path) -> Refused:
+    """The message of a text that must be refused, without the folder of the test."""
+
+    def message(text: str, *overrides: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load(text, *overrides)
+        return str(caught.value).replace(str(tmp_path) + "/", "")
+
+    return message
+
+
+def test_a_small_configuration_loads_with_every_default_filled_in(load: Load) -> None:
+    run = load(GOOD).run
+    assert run.training.steps == 10
+    assert run.labels.flat() == {"kind": "topk", "k": 64, "temperature": 1.0}
+    assert run.teacher.scorer.engine.kind == "vllm"
+    assert run_folder(run) == Path("runs/good")
+
+
+def test_five_mistakes_are_reported_together_each_at_its_line(refused: Refused) -> None:
+    text = """\
+    name: good
+    student:
+      model: {path: models/student}
+      ranks: two
+    teacher:
+      model: {path: models/teacher}
+    data:
+      train: {path: rows.jsonl}
+      on_too_long: dorp
+    training:
+      steps: 0
+    optimizer:
+      learnig_rate: 1e-3
+    labels: {kind: topk, k: -3}
+    """
+    message = refused(textwrap.dedent(text))
+    problems = dict(zip(message.splitlines()[1::2], message.splitlines()[2::2], strict=True))
+    assert message.splitlines()[0] == "run.yaml: 5 problems"
+    assert [(where.strip(), what.strip()) for where, what in problems.items()] == [
+        ("run.yaml:4: student.ranks = 'two'", "must be a whole number"),
+        ("run.yaml:9: data.on_too_long = 'dorp'", "must be 'error', 'drop' or 'truncate'; did you mean 'drop'?"),
+        ("run.yaml:11: training.steps = 0", "must be greater than 0"),
+        ("run.yaml:13: optimizer.learnig_rate = 0.001", "unknown key 'learnig_rate'; did you mean 'learning_rate'?"),
+        ("run.yaml:14: labels.k = -3", "must be greater than 0"),
+    ]
+
+
+CASES = {
+    "a required section is missing": ("name: x\n", [], ["'student' is missing", "'data' is missing", "run.yaml:1"]),
+    "a plug-in that does not exist": (GOOD + "labels: topkk\n", [], ["unknown kind 'topkk'; did you mean 'topk'?"]),
+    "a kind that is no text": (GOOD + "labels: {kind: 3}\n", [], ["labels.kind = 3", "needs a kind", "topk"]),
+    "a parameter the plug-in does not have": (GOOD + "labels: {kind: topk, kk: 3}\n", [], ["unknown key 'kk'"]),
+    "a plug-in of the wrong type": (GOOD + "labels: [topk]\n", [], ["must be a kind, such as"]),
+    "a module that is not there": (GOOD + "labels: my_house.labels\n", [], ["no module 'my_house'"]),
+    "text for a number": (GOOD + "seed: '3'\n", [], ["seed = '3'", "must be a whole number (without quotes)"]),
+    "a number for text": (GOOD.replace("good", "7"), [], ["name = 7", "must be text (in quotes: '7')"]),
+    "a number for a switch": (GOOD + "report: {tensorboard: 1}\n", [], ["must be true or false"]),
+    "no is text in YAML 1.2": (GOOD + "report: {tensorboard: no}\n", [], ["= 'no'", "must be true or false"]),
+    "half a number": (GOOD + "optimizer: {learning_rate: 1e-4x}\n", [], ["'1e-4x'", "must be a number"]),
+    "not finite": (GOOD + "optimizer: {learning_rate: .inf}\n", [], ["must be a finite number"]),
+    "a path for a dataset": (GOOD.replace("{path: rows.jsonl}", "rows.jsonl"), [], ["here {path: rows.jsonl}"]),
+    "a list that is too short": (GOOD + "optimizer: {betas: [0.9]}\n", [], ["item 1 of the list is missing"]),
+    "an empty objective": (GOOD + "objective: []\n", [], ["must be a list that is not empty"]),
+    "a key of another section": (GOOD + "learning_rate: 1e-3\n", [], ["it belongs in optimizer.learning_rate"]),
+    "a key given twice": (GOOD + "name: again\n", [], ["run.yaml:10: name", "given twice, first in line 1"]),
+    "a name that leaves its folder": (GOOD.replace("good", "../x"), [], ["'../x'", "letters, digits, dots"]),
+    "a tag that would run code": (
+        GOOD + "seed: !!python/object/apply:os.system [ls]\n",
+        [],
+        ["run.yaml:10: seed", "tags are refused"],
+    ),
+    "a tag on text": (GOOD + "folder: !!python/name:os.system x\n", [], ["run.yaml:10: folder", "are refused"]),
+    "steps and epochs": (GOOD + "  epochs: 2\n", [], ["training.epochs = 2", "keep one of steps and epochs"]),
+    "neither steps nor epochs": (GOOD, ["training.steps=null"], ["give steps or epochs"]),
+    "jsd without beta": (GOOD + "objective: [{loss: jsd}]\n", [], ["objective.0.beta", "beta: 0.5"]),
+    "beta without jsd": (GOOD + "objective: [{loss: forward_kl, beta: 0.5}]\n", [], ["remove beta"]),
+    "a term twice": (GOOD + "objective: [{loss: forward_kl}, {loss: forward_kl}]\n", [], ["is a term already"]),
+    "labeling without a writer": (GOOD + "elicitation: labeling\n", [], ["teacher.writer", "writer: {}"]),
+    "a writer that nobody asks": (GOOD, ["teacher.writer={}"], ["remove writer, or write elicitation: labeling"]),
+    "prompts without anybody who answers": (GOOD, ["data.train.format=prompt"], ["needs rows with answers"]),
+    "offload of parameters at stage 2": (GOOD, ["student.offload=optimizer_and_parameters"], ["zero_stage: 3"]),
+    "a micro-batch that no sequence fits": (GOOD, ["training.micro_batch_tokens=64"], ["data.max_length: 2048"]),
+    "all steps are warm-up": (GOOD, ["optimizer.warmup_steps=10"], ["write at most 9"]),
+    "evaluation of nothing": (GOOD, ["training.evaluate_every=5"], ["add data.evaluation"]),
+    "evaluation rows without answers": (GOOD, ["data.evaluation={path: a, format: prompt}"], ["held-out rows need"]),
+    "in_process with processes": (GOOD, ["runtime=in_process", "student.ranks=2"], ["write ranks: 1"]),
+    "in_process with vllm": (GOOD, ["runtime=in_process"], ["write engine: hf"]),
+    "tensor parallel transformers": (
+        GOOD,
+        ["teacher.scorer={engine: hf, tensor_parallel_size: 2}"],
+        ["teacher.scorer.tensor_parallel_size = 2", "or engine: vllm"],
+    ),
+    "an override without value": (GOOD, ["training.steps"], ["--set training.steps", "--set path.to.key=value"]),
+    "an override that is wrong": (GOOD, ["training.steps=0"], ["--set training.steps=0: training.steps = 0"]),
+    "an override of an unknown key": (GOOD, ["training.stepps=3"], ["--set training.stepps=3", "did you mean 'steps'"]),
+    "an override that is no YAML": (GOOD, ["training.steps=[1"], ["is not YAML"]),
+    "an override into text": (GOOD, ["name.first=x"], ["name is 'good', which holds no 'first'"]),
+    "an override of an item that is not there": (
+        GOOD + "objective: [{loss: forward_kl}]\n",
+        ["objective.3.weight=2"],
+        ["objective is a list of 1", "0 to 0"],
+    ),
+    "an override of an item of a default": (GOOD, ["objective.0.weight=2"], ["set it whole"]),
+    "an empty file": ("", [], ["the file is empty"]),
+    "comments only": ("# nothing\n", [], ["the file is empty"]),
+    "a list": ("- a\n- b\n", [], ["run.yaml:1: a configuration is a mapping"]),
+    "broken YAML": ("name: x\ntraining: [1,\n", [], ["run.yaml:", "this is not YAML"]),
+    "two documents": ("name: x\n---\nname: y\n", [], ["run.yaml:2", "not YAML"]),
+    "a tab": ("training:\n\tsteps: 3\n", [], ["run.yaml:2", "not YAML"]),
+    "control characters": ("name: \x00\n", [], ["not YAML"]),
+    "a list that contains itself": ("name: &a [*a]\n", [], ["an alias that contains itself?"]),
+    "deep nesting": ("[" * 2000, [], ["nested too deeply"]),
+    "aliases that explode": (
+        "a: &a [x,x,x,x,x,x,x,x,x]\n"
+        + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in pairwise("abcdefg")),
+        [],
+        ["more than 20000 values"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_answered_with_what_to_write(case: str, refused: Refused) -> None:
+    text, overrides, parts = CASES[case]
+    message = refused(text, *overrides)
+    for part in parts:
+        assert part in message
+    for jargon in ("Input should", "Extra inputs", "pydantic", "Value error", "tuple[", "Traceback"):
+        assert jargon not in message
+
+
+def test_one_value_of_two_allowed_shapes_gives_one_problem(refused: Refused) -> None:
+    message = refused(GOOD, "student.lora.target_modules=all")
+    assert "1 problem\n" in message
+    assert "must be a list or 'all-linear'" in message
+
+
+def test_a_file_that_does_not_exist_suggests_the_one_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "demo.yaml").write_text(GOOD)
+    with pytest.raises(ConfigError, match=r"demo\.yml: there is no such file; did you mean 'demo\.yaml'\?"):
+        load_run(tmp_path / "demo.yml")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_run(file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_run(tmp_path)
+
+
+def test_numbers_follow_yaml_1_2(load: Load) -> None:
+    run = load(GOOD + "optimizer: {learning_rate: 1e-4, eps: 2E-9}\nseed: 0x1f\nfolder: 2024-01-02\n").run
+    assert (run.optimizer.learning_rate, run.optimizer.eps, run.seed) == (1e-4, 2e-9, 31)
+    assert run.folder == Path("2024-01-02")
+
+
+def test_overrides_are_yaml_and_the_last_one_wins(load: Load) -> None:
+    text = GOOD + "objective: [{loss: forward_kl}, {loss: cross_entropy}]\n"
+    run = load(text, "objective.1.weight=0.25", "seed=3", "seed=4", "teacher.scorer.engine=hf", "student.lora={}").run
+    assert run.objective[1].weight == 0.25
+    assert run.seed == 4
+    assert run.teacher.scorer.engine.kind == "hf"
+    assert run.student.lora is not None
+
+
+def test_an_override_adds_a_parameter_to_whatever_plugin_is_chosen(load: Load) -> None:
+    assert load(GOOD, "labels.k=8").run.labels.flat() == {"kind": "topk", "k": 8, "temperature": 1.0}
+    assert load(GOOD + "labels: {temperature: 2}\n", "labels.k=8").run.labels.parameters == {"k": 8, "temperature": 2.0}
+    assert load(GOOD + "labels: dense\n", "labels.temperature=2").run.labels.flat()["kind"] == "dense"
+
+
+def test_origins_name_the_line_or_the_override(load: Load, tmp_path: Path) -> None:
+    origins = load(GOOD, "training.steps=4", "labels={kind: topk, k: 8}").origins
+    assert origins["student", "model", "path"].text == f"{tmp_path}/run.yaml:3"
+    assert origins["training", "steps"].text == "--set training.steps=4"
+    assert origins["labels", "k"].text == "--set labels={kind: topk, k: 8}"
+    assert ("seed",) not in origins
+
+
+def test_an_override_replaces_what_the_file_said_below_it(refused: Refused, load: Load) -> None:
+    text = GOOD + "labels: {kind: topk, k: 8}\n"
+    assert load(text, "labels=dense").run.labels.kind == "dense"
+    assert "run.yaml:10: labels.k = 8" in refused(text, "labels.kind=dense")
+
+
+def test_a_dumped_run_loads_back_to_the_same_run(load: Load) -> None:
+    text = GOOD + "folder: 'no'\noptimizer: {eps: 1e-30}\n"
+    run = load(text, "student.lora={target_modules: [q_proj, '1e5']}", "labels.k=3", "student.model.licence='null'").run
+    assert load(dump_run(run)).run == run
+
+
+def test_the_hash_changes_with_what_is_learnt_and_with_nothing_else(load: Load) -> None:
+    base = config_hash(load(GOOD).run)
+    for same in ("folder=elsewhere", "training.depth=0", "training.keep_checkpoints=9", "faults.ping_timeout_s=5"):
+        assert config_hash(load(GOOD, same).run) == base, same
+    for other in ("training.steps=11", "labels.k=32", "optimizer.learning_rate=2e-4", "seed=1", "student.ranks=2"):
+        assert config_hash(load(GOOD, other).run) != base, other
+
+
+def _yaml_values() -> st.SearchStrategy[object]:
+    keys = st.sampled_from([*Run.model_fields, "kind", "path", "steps", "model", "k"]) | st.text(max_size=4)
+    plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    return st.recursive(
+        plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=5), max_leaves=12
+    )
+
+
+def _only_config_error(file: Path, content: bytes, overrides: list[str]) -> None:
+    file.write_bytes(content)
+    try:
+        loaded = load_run(file, overrides)
+    except ConfigError:
+        return
+    assert isinstance(loaded.run, Run)
+
+
+JUNK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@JUNK
+@given(text=st.text(max_size=80), override=st.text(max_size=20))
+@example(text='name: "\\ud800"', override="a=\ud800")
+@example(text="? [1, 2]\n: 3", override="a.0=1")
+@example(text="<<: {name: x}", override="=")
+@example(text="a: !<tag:yaml.org,2002:int> x", override="a=!!float x")
+@example(text="seed: " + "9" * 5000, override="seed=" + "9" * 5000)
+def test_random_text_gives_a_run_or_a_config_error(tmp_path: Path, text: str, override: str) -> None:
+    _only_config_error(tmp_path / "run.yaml", text.encode("utf-8", errors="surrogatepass"), [override])
+
+
+@JUNK
+@given(values=st.dictionaries(st.sampled_from(list(Run.model_fields)), _yaml_values(), min_size=1))
+def test_random_values_in_the_right_places_give_a_run_or_a_config_error(
+    tmp_path: Path, values: dict[str, object]
+) -> None:
+    _only_config_error(tmp_path / "run.yaml", json.dumps(values).encode(), [])
