@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.runtime import GPU, Role
 from cluster.topology import Group, Placement
 from trainer.errors import InfrastructureError
+
+POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,10 @@ def create_groups(placement: Placement, *, timeout_s: float) -> PlacedGroups:
             handle = placement_group([dict(bundle) for bundle in group.bundles], strategy=group.strategy)
             undo.callback(remove_placement_group, handle)
             groups.append(PlacedGroup(group, handle))
-        missing = [one for one in groups if not one.handle.wait(max(0.0, deadline - time.monotonic()))]
-        if missing:
+        while missing := [one for one in groups if not _is_reserved(one)]:
+            if time.monotonic() < deadline:
+                time.sleep(POLL_S)
+                continue
             names = ", ".join(one.group.name for one in missing)
             raise InfrastructureError(
                 f"no room for {names} after {timeout_s:.0f} s. The run needs {_amounts(_needed(placement))}; the Ray "
@@ -84,6 +88,11 @@ def actor_options(placed: PlacedGroup, *, environment: Mapping[str, str], bundle
             placed.handle, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=outside
         ),
     }
+
+
+def _is_reserved(placed: PlacedGroup) -> bool:
+    # PlacementGroup.wait counts whole seconds and ready() starts a task: the table is exact and free.
+    return placement_group_table(placed.handle)["state"] == "CREATED"
 
 
 def _needed(placement: Placement) -> dict[str, float]:

@@ -240,8 +240,8 @@ def start_ray(
         return _join_ray(address)
     import ray
 
-    made = None if temp_dir else Path(tempfile.mkdtemp(prefix="stillhouse-"))
-    folder = temp_dir or made
+    folder = temp_dir or Path(tempfile.mkdtemp(prefix="stillhouse-"))
+    made = None if temp_dir else folder
     if len(str(folder)) > MAX_TEMP_DIR:
         raise ConfigError(
             f"Ray's folder {folder} has {len(str(folder))} characters, its sockets allow {MAX_TEMP_DIR}: set "
@@ -251,6 +251,7 @@ def start_ray(
     os.environ.update(ray_environment(memory_bytes=psutil.virtual_memory().total))
     if warning:
         os.environ["RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"] = "1"
+    reread_ray_environment()
     before = {child.pid for child in psutil.Process().children()}
     with _signal_handlers_kept():
         context = ray.init(
@@ -271,6 +272,7 @@ def start_ray(
 def _join_ray(address: str) -> RayCluster:
     import ray
 
+    reread_ray_environment()
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
         try:
@@ -331,6 +333,14 @@ def ray_environment(*, memory_bytes: int) -> dict[str, str]:
     if {**values, **os.environ}["RAY_AUTH_MODE"] == "token" and not named:
         values["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
     return values
+
+
+def reread_ray_environment() -> None:
+    """Ray reads its variables once, when it is imported, which may long be past when they are set."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def shared_memory_warning(object_store_bytes: int | None, shared_memory: Path = Path("/dev/shm")) -> str | None:

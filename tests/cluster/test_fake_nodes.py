@@ -1,0 +1,58 @@
+"""Two nodes with GPUs of different kinds that do not exist: which roles land where."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from fake_gpus import ray_folder, run_roles
+
+from cluster import runtime
+from cluster.hardware import Hardware
+from cluster.runtime import GPU, SCORER, STUDENT
+from cluster.topology import RoleRequest, place
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[None]:
+    """Joined as a run joins a cluster that runs already, and left running."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    with ray_folder() as (_, patch):
+        small = {"num_cpus": 16, "num_gpus": 8, "object_store_memory": 80 * 2**20}
+        head = {**small, "include_dashboard": False, "resources": {"accelerator_type:H100": 1}}
+        nodes = Cluster(initialize_head=True, head_node_args=head)
+        nodes.add_node(**small, resources={"accelerator_type:A100": 1})
+        patch.setenv("RAY_ADDRESS", nodes.address)
+        joined = runtime.start_ray(num_cpus=1)
+        assert not joined.owned
+        yield
+        runtime.stop_ray(joined)
+        assert not ray.is_initialized()
+        nodes.shutdown()
+
+
+def test_two_nodes_keep_replicas_whole_and_number_ranks_by_node(two_nodes: None) -> None:
+    hardware = Hardware.of_ray()
+    assert sorted(hardware.gpu_kinds) == ["A100", "H100"]
+    roles = [RoleRequest(STUDENT, 8, GPU), RoleRequest(SCORER, 2, GPU, 4)]
+    places, rank_tables, teacher_places, _ = run_roles(place(roles, hardware))
+    assert len({node for node, _ in teacher_places}) == 1, "both replicas fill the node that the ranks left"
+    assert {len(gpus) for _, gpus in teacher_places} == {4}
+    assert len({p.node for p in places}) == 1
+    assert [table["RANK"] for table in rank_tables] == [str(rank) for rank in range(8)]
+
+
+def test_ranks_on_two_nodes_have_their_own_local_sizes(two_nodes: None) -> None:
+    places, rank_tables, teacher_places, _ = run_roles(
+        place([RoleRequest(STUDENT, 10, GPU), RoleRequest(SCORER, 1, GPU, 4)], Hardware.of_ray())
+    )
+    nodes = [p.node for p in places]
+    assert [node for node, _ in itertools.groupby(nodes)] == list(dict.fromkeys(nodes)), "a node's ranks are neighbours"
+    assert [int(table["LOCAL_SIZE"]) for table in rank_tables] == [nodes.count(node) for node in nodes]
+    assert {table["LOCAL_RANK"] for table in rank_tables} == {"0"}
+    assert len(teacher_places[0][1]) == 4
