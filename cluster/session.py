@@ -30,7 +30,7 @@ class RaySession:
         self._resolved = resolved
         self._folder = folder
         self._groups: PlacedGroups | None = None
-        self.students = StudentGroup(job, spawn=self._spawn_rank)
+        self.students = StudentGroup(job, spawn=self._spawn_rank, observer=observer)
         self.scorers = self._pool(resolved.scorer, job.run.teacher.scorer.replicas, observer)
         writer = job.run.teacher.writer
         self.writers = self._pool(resolved.writer, writer.replicas, observer) if writer else None

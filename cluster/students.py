@@ -25,6 +25,7 @@ from cluster.teachers import answer, brief, unwrap
 from cluster.topology import RankPlace, number_ranks
 from configs.schema import Run
 from trainer.errors import DeadlineExceeded, InfrastructureError, LabelsLost, StillhouseError, StudentsLost
+from trainer.loops import Observer
 from trainer.types import BlockRef, Evaluation, RankBatch, SoftLabelBlock, StepMetrics, StudentPlan, Unit
 from trainer.vocab import SharedVocabulary
 
@@ -91,10 +92,11 @@ class RankActor:
 class StudentGroup:
     """All ranks of the student. Implements `trainer.protocols.Students`."""
 
-    def __init__(self, job: StudentJob, *, spawn: Callable[[int, str], Any]) -> None:
+    def __init__(self, job: StudentJob, *, spawn: Callable[[int, str], Any], observer: Observer) -> None:
         """`spawn(index, name)` makes a fresh `RankActor` handle in bundle `index` of the group's placement."""
         self._job = job
         self._spawn = spawn
+        self._observer = observer
         self._faults = job.run.faults
         self._ranks: list[Any] = []
         self.processes: list[ProcessIdentity] = []  # of the ranks, by rank; empty until they are placed
@@ -109,6 +111,8 @@ class StudentGroup:
         places = number_ranks([(index, process.node, gpus) for index, (process, gpus, _) in enumerate(where)])
         self._ranks = [actors[place.actor] for place in places]
         self.processes = [where[place.actor][0] for place in places]
+        for place, process in zip(places, self.processes, strict=True):
+            self._observer.event("process", role=f"student-{place.rank}", pid=process.pid, node=process.node)
         address = where[places[0].actor][2]
         port = await answer(self._ranks[0].free_port.remote(), timeout_s)
         builds = [
@@ -165,12 +169,12 @@ class StudentGroup:
         await asyncio.gather(*(answer(ref, 15.0) for ref in refs), return_exceptions=True)
         await self.kill()
 
-    def kill(self) -> None:
+    async def kill(self) -> None:
         """End every rank at once, dead and hanging ones included."""
         known = self.processes or [None] * len(self._ranks)
-        wait_killed(
-            [ref for rank, process in zip(self._ranks, known, strict=True) for ref in kill_actor(rank, process)]
-        )
+        pairs = zip(self._ranks, known, strict=True)
+        refs = [ref for rank, process in pairs for ref in kill_actor(rank, process)]
+        await asyncio.to_thread(wait_killed, refs)
         self._ranks, self.processes = [], []
 
     async def _all(

@@ -269,7 +269,9 @@ class ReplicaPool:
         started = time.time()
         replica.actor, replica.process = self._spawn(index, replica.name), None
         try:
-            replica.process = await answer(replica.actor.identify.remote(), self._faults.start_timeout_s)
+            process = await answer(replica.actor.identify.remote(), self._faults.start_timeout_s)
+            replica.process = process
+            self._observer.event("process", role=replica.name, pid=process.pid, node=process.node)
             await answer(replica.actor.start.remote(), self._faults.start_timeout_s)
         except (RayError, DeadlineExceeded) as error:
             cause = unwrap(error)
