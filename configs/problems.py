@@ -46,9 +46,11 @@ def find_problems(document: Document, error: ValidationError) -> list[Problem]:
     expected: dict[KeyPath, list[str]] = {}
     found = list(document.problems)
     known = {problem.path for problem in found}
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    holders = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
+    for detail in details:
         path = _place(document.tree, detail["loc"])
-        if path in known or (detail["type"] == "too_short" and _look(document.tree, path)):
+        if path in known or (detail["type"] == "too_short" and detail["loc"] in holders):
             continue  # said already; a list is also called too short when its items are wrong
         allowed = _expected(detail)
         if allowed is None:

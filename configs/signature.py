@@ -46,7 +46,7 @@ class Signature:
 
 def defines_class(file: Path, class_name: str) -> bool:
     """Whether the file defines that class at its top level; a Protocol of that name only describes it."""
-    found = _find_class(_parse(file), class_name)
+    found = _find_class(_parse(file.read_bytes(), file), class_name)
     return found is not None and not any(_name(base) == "Protocol" for base in found.bases)
 
 
@@ -57,7 +57,13 @@ def read_signature(file: Path, class_name: str) -> Signature:
     of `__init__`. Not parameters: ClassVar, `field(init=False)`, a leading underscore, and types YAML cannot hold.
     Raises `ValueError` where the file has no such class or is no Python.
     """
-    module = _parse(file)
+    return _signature_of(file.read_bytes(), file, class_name)
+
+
+@functools.lru_cache(maxsize=32)
+def _signature_of(source: bytes, file: Path, class_name: str) -> Signature:
+    """Pure, and kept because a configuration with its defaults asks for the same few files many times."""
+    module = _parse(source, file)
     found = _find_class(module, class_name)
     if found is None:
         raise ValueError(f"{file} defines no class {class_name}")
@@ -83,9 +89,10 @@ def read_signature(file: Path, class_name: str) -> Signature:
     return Signature(model, _literals(found.body), frozenset(unreadable))
 
 
-def _parse(file: Path) -> ast.Module:
+@functools.lru_cache(maxsize=32)
+def _parse(source: bytes, file: Path) -> ast.Module:
     try:
-        return ast.parse(file.read_bytes(), filename=str(file))
+        return ast.parse(source, filename=str(file))
     except SyntaxError as error:
         raise ValueError(f"{file}, line {error.lineno}: {error.msg}") from error
 

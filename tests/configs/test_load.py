@@ -264,7 +264,7 @@ def _only_config_error(file: Path, content: bytes, overrides: list[str]) -> None
     assert isinstance(loaded.run, Run)
 
 
-JUNK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+JUNK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @JUNK

@@ -1,0 +1,89 @@
+"""The layers, kept by a test: imports go launch -> cluster -> trainer -> configs, and heavy packages stay in place."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ("configs", "trainer", "cluster", "launch")  # each may import itself and what stands before it
+ALLOWED = {
+    "ray": ("cluster/", "launch/"),
+    "vllm": ("cluster/", "launch/"),
+    "deepspeed": ("trainer/zero.py",),
+    "torch": ("trainer/", "cluster/", "launch/"),
+}
+DEVICE_FILES = (
+    "cluster/runtime.py:",
+    "trainer/zero_config.py:",  # DeepSpeed calls host memory "cpu"
+)
+FILES = [file for layer in LAYERS for file in sorted((ROOT / layer).rglob("*.py"))]
+
+
+def imports(source: str) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import, those inside functions and under TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, "." * node.level + (node.module or "")
+
+
+def wrong_imports(name: str, source: str) -> list[str]:
+    """`file:line: import` for each import that `name` may not have."""
+    own, wrong = LAYERS.index(name.split("/")[0]), []
+    for line, module in imports(source):
+        top = module.split(".")[0]
+        upward = top in LAYERS and LAYERS.index(top) > own
+        misplaced = top in ALLOWED and not name.startswith(ALLOWED[top])
+        if upward or misplaced or module.startswith("."):
+            wrong.append(f"{name}:{line}: {module}")
+    return wrong
+
+
+def literal_devices(name: str, source: str) -> list[str]:
+    """`file:line` of each "cuda", "cuda:0", "cpu" or `.cuda()`; the words of the setting `accelerator` are no devices."""
+    tree = ast.parse(source)
+    words = [node for node in ast.walk(tree) if ast.unparse(node).startswith(("Literal[", "accelerator == "))]
+    exempt = {id(inner) for node in words for inner in ast.walk(node)}
+    found = set()
+    for node in ast.walk(tree):
+        text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "cuda"
+        if id(node) not in exempt and (called or text in ("cuda", "cpu") or text.startswith("cuda:")):
+            found.add(node.lineno)
+    return [f"{name}:{line}" for line in sorted(found)]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_file_imports_only_what_its_layer_may(file: Path) -> None:
+    assert wrong_imports(file.relative_to(ROOT).as_posix(), file.read_text()) == []
+
+
+def test_devices_are_named_in_one_file_only() -> None:
+    files = [file for file in FILES if file.relative_to(ROOT).parts[0] in ("trainer", "cluster")]
+    found = [hit for file in files for hit in literal_devices(file.relative_to(ROOT).as_posix(), file.read_text())]
+    assert [hit for hit in found if not hit.startswith(DEVICE_FILES)] == []
+
+
+def test_the_checks_find_what_they_are_for() -> None:
+    upward = "def f():\n    from cluster.runtime import y"
+    assert wrong_imports("trainer/x.py", upward) == ["trainer/x.py:2: cluster.runtime"]
+    assert wrong_imports("trainer/x.py", "import deepspeed.comm") == ["trainer/x.py:1: deepspeed.comm"]
+    assert wrong_imports("trainer/zero.py", "import deepspeed.comm") == []
+    assert wrong_imports("configs/x.py", "import torch, json") == ["configs/x.py:1: torch"]
+    assert literal_devices("x", 'a.cuda()\nb.to("cuda:0")\nc = "cpu"\nd: Literal["cpu"] = "cpus"') == [
+        "x:1",
+        "x:2",
+        "x:3",
+    ]
+
+
+def test_importing_the_configuration_brings_neither_torch_nor_ray() -> None:
+    code = "import sys, configs.load; print(sorted({'torch', 'ray', 'transformers', 'vllm'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
