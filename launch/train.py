@@ -24,7 +24,7 @@ from cluster.session import RaySession
 from cluster.students import StudentJob
 from configs.load import config_hash, dump_run, load_run, run_folder
 from configs.schema import Run
-from launch.check import refuse_problems
+from launch.check import raise_problems
 from launch.record import Record
 from launch.watch import Watch
 from trainer.checkpoint import Checkpoints
@@ -42,12 +42,12 @@ from trainer.types import Unit
 def train(path: Path, overrides: list[str], *, skip_self_test: bool = False) -> int:
     """Run a configuration to its end, resuming what its folder holds. Returns the exit code; raises StillhouseError."""
     run = load_run(path, overrides).run
-    refuse_problems(run)
+    warnings = raise_problems(run)
     folder = RunFolder.create(run_folder(run))
     with folder.lock():
         record = Record(folder)
         try:
-            _train(run, folder, record, skip_self_test=skip_self_test)
+            _train(run, folder, record, warnings, skip_self_test=skip_self_test)
         except StillhouseError as error:
             record.ended(error.exit_code, str(error))
             raise
@@ -58,7 +58,7 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False) -> 
     return 0
 
 
-def _train(run: Run, folder: RunFolder, record: Record, *, skip_self_test: bool) -> None:
+def _train(run: Run, folder: RunFolder, record: Record, warnings: list[str], *, skip_self_test: bool) -> None:
     started = time.time()
     inputs = read_inputs(run)
     hashed = config_hash(run)
@@ -83,7 +83,7 @@ def _train(run: Run, folder: RunFolder, record: Record, *, skip_self_test: bool)
         watch = Watch(
             metrics=metrics, timeline=stack.enter_context(contextlib.closing(Timeline(folder))), progress=progress
         )
-        for text in (*resolved.reasons, *resolved.warnings, *(cluster.warnings if cluster else ())):
+        for text in (*warnings, *resolved.reasons, *resolved.warnings, *(cluster.warnings if cluster else ())):
             watch.event("note", text=text)
         record.begin(job, resolved, started=started)
         controller = asyncio.run(_drive(job, resolved, watch, record, progress))

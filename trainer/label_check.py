@@ -67,7 +67,7 @@ def check_labels(
     else:
         first = _compare_text(from_hidden, next_ids)
     return first, _compare(
-        f"{labels.header.encoding.kind} labels against hidden", from_hidden, labels, teacher_head, tolerance
+        f"{labels.header.encoding.kind} labels against hidden", unit, from_hidden, labels, teacher_head, tolerance
     )
 
 

@@ -1,0 +1,167 @@
+"""Whole runs through the real command: Ray, DeepSpeed on two ranks and an engine, with faults in the middle.
+
+"The same result" is: equal losses of every step and equal bytes of every weight of the exported student. That is exact
+here because `engine: {kind: hf}` scores each sequence by itself, whatever else is in flight.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import records, stillhouse, tiny_run
+
+pytestmark = pytest.mark.stack
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {record["step"]: record["train/loss"] for record in records(run, "step")}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "student" / "model.safetensors")
+
+
+def events(run: Path, name: str) -> list[dict]:
+    return [record for record in records(run, "event") if record["name"] == name]
+
+
+def assert_same_result(run: Path, golden: Path) -> None:
+    assert losses(run) == losses(golden)
+    ours, theirs = weights(run), weights(golden)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def start(config: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch", "train", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=dict(os.environ),
+    )
+
+
+def when(run: Path, ready: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+    """Wait until the run's own records say that something happened."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and ready():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError(f"nothing happened within {timeout_s} s")
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 240) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=timeout_s)
+    return process.returncode, output
+
+
+def left_running(run: Path) -> list[str]:
+    """Processes of the run's roles that still exist."""
+    pids = [event["pid"] for event in events(run, "process")]
+    return [str(pid) for pid in pids if psutil.pid_exists(pid)]
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run on Ray with two ranks."""
+    config = tiny_run(tmp_path_factory.mktemp("golden"))
+    result = stillhouse("train", str(config))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return config.parent / "run"
+
+
+def test_a_run_leaves_a_student_that_learned_a_report_and_no_process(golden: Path) -> None:
+    evaluations = records(golden, "evaluation")
+    assert [record["step"] for record in evaluations] == [0, 8]
+    assert evaluations[1]["forward_kl"] < 0.8 * evaluations[0]["forward_kl"]
+    assert (golden / "report.html").stat().st_size > 10_000
+    assert (golden / "student" / "config.json").exists()
+    assert (golden / "student" / "tokenizer.json").exists()
+    assert left_running(golden) == []
+
+
+def test_the_same_command_again_says_finished_and_trains_nothing(golden: Path) -> None:
+    before = (golden / "metrics.jsonl").read_text()
+    result = stillhouse("train", str(golden.parent / "run.yaml"))
+    assert result.returncode == 0, result.stderr
+    assert "is finished" in result.stdout
+    assert (golden / "metrics.jsonl").read_text() == before
+
+
+def test_a_student_rank_killed_in_the_middle_changes_nothing(golden: Path, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, {"training": {"save_every": 2}})
+    run = tmp_path / "run"
+    process = start(config)
+    when(run, lambda: 4 in losses(run), process)
+    os.kill(next(e["pid"] for e in events(run, "process") if e["role"] == "student-1"), signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 0, output
+    assert len(events(run, "students_lost")) == 1
+    assert_same_result(run, golden)
+    assert left_running(run) == []
+
+
+def test_a_killed_job_goes_on_with_the_same_command(golden: Path, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, {"training": {"save_every": 2}})
+    run = tmp_path / "run"
+    process = start(config)
+    when(run, lambda: bool(events(run, "checkpoint")), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    result = stillhouse("train", str(config))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "resumed after step" in result.stdout
+    assert_same_result(run, golden)
+    deadline = time.monotonic() + 30
+    while left_running(run) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left_running(run) == []
+
+
+def test_a_termination_signal_saves_and_exits_75_and_the_run_can_go_on(golden: Path, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    run = tmp_path / "run"
+    process = start(config)
+    when(run, lambda: 2 in losses(run), process)
+    os.kill(process.pid, signal.SIGTERM)
+    code, output = finish(process)
+    assert code == 75, output
+    assert left_running(run) == []
+    result = stillhouse("train", str(config))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert_same_result(run, golden)
+
+
+def test_a_killed_teacher_changes_nothing(golden: Path, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    run = tmp_path / "run"
+    process = start(config)
+    when(run, lambda: 2 in losses(run), process)
+    os.kill(next(e["pid"] for e in events(run, "process") if e["role"] == "scorer-0"), signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 0, output
+    assert_same_result(run, golden)
+
+
+def test_one_process_without_ray_learns_the_same(golden: Path, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, {"runtime": "in_process", "student": {"ranks": 1}})
+    result = stillhouse("train", str(config))
+    assert result.returncode == 0, result.stdout + result.stderr
+    ours, theirs = losses(tmp_path / "run"), losses(golden)
+    assert ours.keys() == theirs.keys()
+    assert all(abs(ours[step] - theirs[step]) <= 1e-4 * abs(theirs[step]) for step in ours)

@@ -1,0 +1,56 @@
+"""Top-k labels with two poisons, for tests of steps that must be skipped: a row whose kept mass is marked gives a loss
+that is NaN, or one that is infinite while its gradient stays finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from trainer.labels import topk
+from trainer.labels.encoding import Column, TeacherShape
+from trainer.types import PairedLogProbs
+
+if TYPE_CHECKING:
+    from trainer.heads import Head
+
+MARKS = {7.0: torch.nan, 8.0: -torch.inf}
+"""Values of the column `realised`, which training does not read, and what they add to the student's log-probability."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    k: int = 8
+    temperature: float = 1.0
+
+    needs: ClassVar[Literal["logits", "hidden"]] = "logits"
+
+    def _plain(self) -> topk.Encoding:
+        return topk.Encoding(k=self.k, temperature=self.temperature)
+
+    def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
+        return self._plain().layout(shape)
+
+    def make(self, source: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self._plain().make(source, next_ids)
+
+    def ready(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
+        return labels
+
+    def pair(
+        self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None
+    ) -> PairedLogProbs:
+        pair = self._plain().pair(logits, labels, teacher_head)
+        student = pair.student
+        for mark, value in MARKS.items():
+            marked = labels["realised"] == mark
+            # `where` keeps the gradient of the rows that are not marked, and for -inf that of the marked ones too.
+            poison = student * value if value != value else student + value
+            student = torch.where(marked, poison, student)
+        return replace(pair, student=student)
+
+    def mass(self, columns: Mapping[str, np.ndarray]) -> float:
+        return self._plain().mass(columns)

@@ -1,0 +1,81 @@
+"""What labels must say, from transformers' own logits in float64, and how far an engine's columns are from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from trainer.heads import Head, HeadShape
+from trainer.types import Sequence, Unit
+
+VOCABULARY = 283  # of tests/support/tiny_models.py; its models are padded to 320
+
+
+def random_unit(unit_id: str, *lengths_and_spans: tuple[int, list[tuple[int, int]]], seed: int = 0) -> Unit:
+    """A unit of random tokens: length and loss spans of each sequence."""
+    rng = np.random.default_rng(seed)
+    sequences = []
+    for i, (length, spans) in enumerate(lengths_and_spans):
+        mask = np.zeros(length, dtype=bool)
+        for start, end in spans:
+            mask[start:end] = True
+        token_ids = rng.integers(0, VOCABULARY, length).astype(np.int32)
+        sequences.append(Sequence(f"{unit_id}/{i}", token_ids, mask, "dataset"))
+    return Unit(unit_id, tuple(sequences))
+
+
+def oracle_of(folder: Path, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [N, V] log-probabilities of all loss rows of a unit, and int64 [N] realised next tokens."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    rows, following = [], []
+    for sequence in unit.sequences:
+        token_ids = torch.from_numpy(sequence.token_ids).long()
+        with torch.no_grad():
+            logits = model(input_ids=token_ids[None]).logits[0, :, :VOCABULARY].double()
+        at = np.flatnonzero(sequence.loss_mask)
+        rows.append(logits.log_softmax(-1).numpy()[at])
+        following.append(sequence.token_ids[at + 1])
+    return np.concatenate(rows), np.concatenate(following).astype(np.int64)
+
+
+def teacher_head_of(folder: Path) -> Head:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    head = model.get_output_embeddings()
+    return Head(head.weight.detach(), head.bias, HeadShape.of_config(model.config), VOCABULARY)
+
+
+def label_errors(
+    kind: str, columns: Mapping[str, np.ndarray], oracle: np.ndarray, next_ids: np.ndarray, head: Head
+) -> dict[str, float]:
+    """Largest difference to the oracle of each thing that labels of this kind say; `logprobs_f16` is rounded."""
+    rows = np.arange(len(oracle))[:, None]
+    if kind == "dense":
+        return {"logprobs": float(np.abs(columns["logprobs"] - oracle).max())}
+    if kind == "hidden":
+        logits = head.logits(torch.from_numpy(columns["hidden"]))
+        return {"logprobs": float(np.abs(logits.double().log_softmax(-1).numpy() - oracle).max())}
+    ids = columns["ids"].astype(np.int64)
+    k = ids.shape[1]
+    rest = oracle.copy()
+    np.put_along_axis(rest, ids, -np.inf, axis=1)
+    return {
+        "ids": float(np.abs(oracle[rows, ids] - -np.sort(-oracle, axis=1)[:, :k]).max()),
+        "logprobs_f16": float(np.abs(columns["logprobs"].astype(np.float64) - oracle[rows, ids]).max()),
+        "tail": float(np.abs(columns["tail"][:, 0] - np.log(np.exp(rest).sum(1))).max()),
+        "realised": float(np.abs(columns["realised"] - oracle[rows, next_ids[:, None]]).max()),
+    }
+
+
+def assert_labels_match(
+    kind: str, columns: Mapping[str, np.ndarray], oracle: np.ndarray, next_ids: np.ndarray, head: Head
+) -> None:
+    """Equal to transformers; and the same comparison fails, by a lot, for rows shifted by one."""
+    for name, error in label_errors(kind, columns, oracle, next_ids, head).items():
+        assert error < (1e-2 if name.endswith("f16") else 1e-4), (kind, name, error)
+    shifted = {name: np.roll(column, 1, axis=0) for name, column in columns.items()}
+    wrong = label_errors(kind, shifted, oracle, next_ids, head)
+    assert max(wrong.values()) > 1.0, (kind, wrong)

@@ -1,0 +1,213 @@
+"""What tests let a process of its own do with vLLM, which changes the process it runs in (threads, environment, RNG).
+
+`vllm_process` starts it; the functions here run in it and return plain data. Importing vLLM is the expensive part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import pickle
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from label_oracle import VOCABULARY, random_unit
+
+from cluster.engines.plan import EnginePlan, Sampling
+from cluster.runtime import environment
+from trainer.errors import DeadlineExceeded, EngineDead
+from trainer.types import EncodingSpec, Prompt, Unit, UnitReport
+
+DEADLINE_S = 120.0
+
+
+@contextmanager
+def vllm_process() -> Iterator[ProcessPoolExecutor]:
+    """One process with the environment of a CPU scorer."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=become_scorer) as pool:
+        yield pool
+
+
+def become_scorer() -> None:
+    """Runs in the new process before vLLM is imported."""
+    os.environ.update(environment("scorer", "cpu"))
+
+
+def engine_plan(engine: Any, folder: Path, *, role: str = "scorer", **changes: Any) -> EnginePlan:
+    """A float32 CPU plan for a folder of tests/support/tiny_models.py."""
+    tensor_parallel_size = changes.pop("tensor_parallel_size", 1)
+    max_length = changes.pop("max_length", 256)
+    arguments = engine.arguments(
+        role=role,
+        dtype="float32",
+        tensor_parallel_size=tensor_parallel_size,
+        max_length=max_length,
+        accelerator="cpu",
+        kept_events=8,
+    )
+    values = {
+        "role": role,
+        "kind": "vllm",
+        "parameters": {},
+        "model": str(folder),
+        "revision": None,
+        "trust_remote_code": False,
+        "dtype": "float32",
+        "device_type": "cpu",
+        "tensor_parallel_size": tensor_parallel_size,
+        "max_length": max_length,
+        "arguments": arguments,
+        "environment": {},
+        "teacher": "tiny",
+        "weights_version": "1",
+        "tokenizer_fingerprint": "fingerprint",
+        "vocabulary_size": VOCABULARY,
+        **changes,
+    }
+    return EnginePlan(**values)
+
+
+def tiny_engine(**parameters: Any) -> Any:
+    """A vLLM engine with a small cache."""
+    from cluster.engines.vllm import Engine
+
+    return Engine(**{"kv_cache_bytes": 32 * 2**20, **parameters})
+
+
+def score_once(
+    folder: Path, unit: Unit, specs: tuple[EncodingSpec, ...], *, tensor_parallel_size: int = 1, **parameters: Any
+) -> list[tuple[UnitReport, dict[str, np.ndarray]]]:
+    """Start a scorer, score the unit with each encoding at the same time, stop the scorer."""
+    engine = tiny_engine(**parameters)
+    scorer = engine.start_scorer(engine_plan(engine, folder, tensor_parallel_size=tensor_parallel_size), "scorer-0")
+
+    async def score_all() -> list[Any]:
+        return await asyncio.gather(*(scorer.score(unit, spec, deadline_s=DEADLINE_S) for spec in specs))
+
+    try:
+        return [(report, dict(block.columns)) for report, block in asyncio.run(score_all())]
+    finally:
+        scorer.close()
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What was seen of one scorer under concurrent calls."""
+
+    steps_alone: int
+    steps_together: int
+    units_together: int
+    equal_together: bool
+    ticks_while_scoring: int
+    deadline_error: str
+    deadline_seen_after_s: float
+    steps_after_abort: int  # taken long after the abort, with nothing else asked: 0 if the requests are gone
+    scores_after_abort: bool
+    deaths: tuple[BaseException, ...]  # of a unit beside the broken one, of the broken one, of a later one
+    still_alive_s: float  # what `close` took after the death
+
+
+def observe_behaviour(folder: Path) -> Behaviour:
+    """All asynchronous demands on one engine; its death last."""
+    engine = tiny_engine(max_num_batched_tokens=256)
+    scorer = engine.start_scorer(engine_plan(engine, folder), "scorer-0")
+    seen: dict[str, Any] = {}
+
+    async def main() -> None:
+        await joins(scorer, seen)
+        await stays_responsive(scorer, seen)
+        await aborts(scorer, seen)
+        await dies(scorer, seen)
+
+    asyncio.run(main())
+    started = time.monotonic()
+    scorer.close()
+    return Behaviour(**seen, still_alive_s=time.monotonic() - started)
+
+
+HIDDEN = EncodingSpec("hidden")
+
+
+async def joins(scorer: Any, seen: dict[str, Any]) -> None:
+    a = random_unit("a", *[(101, [(10, 100)])] * 3, seed=1)
+    b = random_unit("b", *[(101, [(10, 100)])] * 3, seed=2)
+    before = scorer.statistics().num_steps
+    alone = [(await scorer.score(unit, HIDDEN, deadline_s=DEADLINE_S))[1] for unit in (a, b)]
+    between = scorer.statistics().num_steps
+    answers = await asyncio.gather(*(scorer.score(unit, HIDDEN, deadline_s=DEADLINE_S) for unit in (a, b)))
+    after = scorer.statistics()
+    pairs = zip(alone, (block for _, block in answers), strict=True)
+    seen["steps_alone"], seen["steps_together"] = between - before, after.num_steps - between
+    seen["units_together"] = after.max_concurrent_units
+    seen["equal_together"] = all(np.allclose(x.columns["hidden"], y.columns["hidden"], atol=1e-4) for x, y in pairs)
+
+
+def long_unit() -> Unit:
+    """Hundreds of steps of 256 tokens."""
+    return random_unit("long", *[(250, [(0, 249)])] * 600)
+
+
+async def stays_responsive(scorer: Any, seen: dict[str, Any]) -> None:
+    scoring = asyncio.create_task(
+        scorer.score(random_unit("m", *[(250, [(0, 249)])] * 60), HIDDEN, deadline_s=DEADLINE_S)
+    )
+    ticks = 0
+    while not scoring.done():
+        await asyncio.sleep(0.005)
+        ticks += 1
+    await scoring
+    seen["ticks_while_scoring"] = ticks
+
+
+async def aborts(scorer: Any, seen: dict[str, Any]) -> None:
+    started = time.monotonic()
+    try:
+        await scorer.score(long_unit(), HIDDEN, deadline_s=0.2)
+    except DeadlineExceeded as error:
+        seen["deadline_error"] = str(error)
+    seen["deadline_seen_after_s"] = time.monotonic() - started
+    await asyncio.sleep(1.0)  # the step that ran at the deadline ends, the abort takes effect
+    steps = scorer.statistics().num_steps
+    await asyncio.sleep(0.3)
+    seen["steps_after_abort"] = scorer.statistics().num_steps - steps
+    report, _ = await scorer.score(random_unit("next", (20, [(3, 9)])), HIDDEN, deadline_s=DEADLINE_S)
+    seen["scores_after_abort"] = report.num_rows == 6
+
+
+async def dies(scorer: Any, seen: dict[str, Any]) -> None:
+    beside = asyncio.create_task(scorer.score(long_unit(), HIDDEN, deadline_s=DEADLINE_S))
+    await asyncio.sleep(0.05)
+    broken = scorer.score(random_unit("broken", (20, [(3, 9)])), EncodingSpec("broken_encoding"), deadline_s=DEADLINE_S)
+    errors = list(await asyncio.gather(beside, broken, return_exceptions=True))
+    try:
+        await scorer.score(random_unit("later", (20, [(3, 9)])), HIDDEN, deadline_s=DEADLINE_S)
+    except EngineDead as error:
+        errors.append(error)
+    seen["deaths"] = tuple(pickle.loads(pickle.dumps(error)) for error in errors)
+
+
+def write_answers(folder: Path, batches: list[list[Prompt]], sampling: Sampling) -> tuple[list[list[np.ndarray]], int]:
+    """The answers to each batch of prompts by one writer, and the tokens it says it has read and written."""
+    engine = tiny_engine()
+    writer = engine.start_writer(engine_plan(engine, folder, role="writer", sampling=sampling), "writer-0")
+    try:
+        answers = [asyncio.run(writer.write(prompts, deadline_s=DEADLINE_S)) for prompts in batches]
+        return answers, writer.statistics().num_tokens
+    finally:
+        writer.close()
+
+
+def parse(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM's own class makes of keyword arguments."""
+    from vllm import EngineArgs
+
+    parsed = EngineArgs(**arguments)
+    return {name: getattr(parsed, name) for name in arguments}
