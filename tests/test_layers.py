@@ -47,10 +47,11 @@ def wrong_imports(name: str, source: str) -> list[str]:
 
 
 def literal_devices(name: str, source: str) -> list[str]:
-    """`file:line` of each "cuda", "cuda:0", "cpu" or `.cuda()`; the words of the setting `accelerator` are no devices."""
+    """`file:line` of each "cuda", "cuda:0", "cpu" or `.cuda()`; words of the setting `accelerator` are no devices."""
     tree = ast.parse(source)
-    words = [node for node in ast.walk(tree) if ast.unparse(node).startswith(("Literal[", "accelerator == "))]
-    exempt = {id(inner) for node in words for inner in ast.walk(node)}
+    literals = [n for n in ast.walk(tree) if isinstance(n, ast.Subscript) and ast.unparse(n.value) == "Literal"]
+    compared = [n for n in ast.walk(tree) if isinstance(n, ast.Compare) and ast.unparse(n.left) == "accelerator"]
+    exempt = {id(inner) for node in literals + compared for inner in ast.walk(node)}
     found = set()
     for node in ast.walk(tree):
         text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
