@@ -22,8 +22,8 @@ SpanKind = Literal["score", "write", "train", "wait", "evaluate", "save", "start
 
 LOSS = "train/loss"
 """Names of step values that people are shown."""
-TERMS = "loss/"
-"""The unweighted terms of the objective are `loss/<term>`, mean per loss token."""
+TERMS = ("train/forward_kl", "train/reverse_kl", "train/jsd", "train/cross_entropy")
+"""The terms of the objective by name, unweighted, mean per loss token; a second term of a kind has `_2` behind it."""
 TOKENS = "train/tokens"
 LEARNING_RATE = "train/learning_rate"
 GRAD_NORM = "train/grad_norm"

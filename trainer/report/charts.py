@@ -60,7 +60,7 @@ def _losses(records: Records) -> Sequence[Series]:
     if len(names) < 2:
         return [total]
     terms = (
-        _logged(records, name, name.removeprefix(TERMS).replace("_", " "), colour=_COLOURS[i % len(_COLOURS)])
+        _logged(records, name, name.removeprefix("train/").replace("_", " "), colour=_COLOURS[i % len(_COLOURS)])
         for i, name in enumerate(names)
     )
     return [total, *terms]

@@ -1,0 +1,133 @@
+"""`stillhouse export`: the student of a run as a folder that stands alone, with its model card, proven to load.
+
+<run>/student  --copy, or base + adapter merged-->  .<target>.tmp-...  --card, load-->  rename to <target>
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from configs.load import load_run
+from configs.schema import Run
+from launch.model_folder import licence_of
+from trainer.errors import ConfigError
+from trainer.metrics import read_metrics
+from trainer.model_card import model_card
+from trainer.run_folder import RunFolder, read_json, write_text
+
+ADAPTER = "adapter_config.json"
+
+
+def export(run_folder: Path, target: Path, merge_adapter: bool) -> None:
+    """Write `target`: a whole model, or a LoRA adapter as it is; with `merge_adapter` base and adapter as one model.
+
+    `target` must not exist or be empty; it appears complete or not at all. Raises ConfigError for a folder without an
+    exported student, a target in use, `merge_adapter` without an adapter, and a student that does not load.
+    """
+    folder = RunFolder(run_folder)
+    is_adapter = _check(folder, target, merge_adapter=merge_adapter)
+    run = load_run(folder.config).run
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        working = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.tmp-"))
+    except OSError as error:
+        raise ConfigError(f"export: cannot write to {target.parent}: {error.strerror or error}") from None
+    try:
+        working.chmod(0o755)
+        if is_adapter and merge_adapter:
+            _merge(folder.student, working, run)
+        else:
+            shutil.copytree(folder.student, working, dirs_exist_ok=True)
+        write_text(working / "README.md", card_of(folder, run, adapter=is_adapter and not merge_adapter))
+        (working / "README.md").chmod(0o644)
+        verify(working, run, adapter=is_adapter and not merge_adapter)
+        os.replace(working, target)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+    print(f"{target}: {'adapter' if is_adapter and not merge_adapter else 'model'}, tokenizer and model card; it loads")
+
+
+def card_of(folder: RunFolder, run: Run, *, adapter: bool) -> str:
+    """The model card of what a run folder holds."""
+    return model_card(
+        run,
+        manifest=read_json(folder.manifest) if folder.manifest.exists() else {},
+        records=read_metrics(folder),
+        adapter=adapter,
+        licences={"student": licence_of(run.student.model), "teacher": licence_of(run.teacher.model)},
+    )
+
+
+def verify(model_folder: Path, run: Run, *, adapter: bool) -> None:
+    """Load the folder as a user would and predict one token. Raises ConfigError with what is wrong."""
+    trust = run.student.model.trust_remote_code
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=trust)
+        if adapter:
+            model = peft.PeftModel.from_pretrained(_base(model_folder, run), model_folder)
+            missing: list[str] = []
+        else:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                model_folder, dtype="auto", trust_remote_code=trust, output_loading_info=True
+            )
+            missing = sorted(loading["missing_keys"])
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"export: transformers does not load the student: {error}") from error
+    if missing:
+        raise ConfigError(f"export: the student lacks {len(missing)} weights, first {missing[0]}")
+    token_ids = tokenizer("Hello", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        logits = model.eval()(token_ids).logits
+    if not torch.isfinite(logits).all():
+        raise ConfigError("export: the student's logits are not finite; look at the losses in the report")
+
+
+def _check(folder: RunFolder, target: Path, *, merge_adapter: bool) -> bool:
+    """Whether the student is an adapter; raises before anything is written."""
+    if not folder.config.exists():
+        raise ConfigError(f"export: {folder.path} is no run folder, it has no config.yaml")
+    is_adapter = (folder.student / ADAPTER).exists()
+    complete = is_adapter or (folder.student / "config.json").exists()
+    if not complete or not any(folder.student.glob("*.safetensors")):
+        raise ConfigError(
+            f"export: {folder.path} holds no student yet; let the run come to its end: stillhouse train {folder.config}"
+        )
+    if merge_adapter and not is_adapter:
+        raise ConfigError("export: --merge-adapter needs a student trained with LoRA, this one is whole already")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"export: {target} exists and is not empty; name a new folder")
+    return is_adapter
+
+
+def _merge(student: Path, working: Path, run: Run) -> None:
+    """Base weights + adapter as one model; everything that is no adapter file is copied."""
+    adapted = peft.PeftModel.from_pretrained(_base(student, run), student)
+    adapted.merge_and_unload().save_pretrained(working)
+    skipped = {ADAPTER, "README.md"}
+    for file in student.iterdir():
+        if file.is_file() and file.name not in skipped and not file.name.startswith("adapter_model"):
+            if not (working / file.name).exists():
+                shutil.copy2(file, working / file.name)
+
+
+def _base(adapter: Path, run: Run) -> Any:
+    """The base model of an adapter, in the dtype it is stored in."""
+    name = json.loads((adapter / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    source = run.student.model
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name or source.path, revision=source.revision, dtype="auto", trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"export: the base model {name or source.path} of the adapter does not load: {error}"
+        ) from None

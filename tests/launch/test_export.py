@@ -1,0 +1,142 @@
+"""`stillhouse export` and `report` on run folders as a run leaves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tiny_models import tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from configs.load import dump_run
+from configs.schema import Run
+from launch.export import export
+from launch.report import report
+from trainer.errors import ConfigError
+from trainer.run_folder import RunFolder
+
+IDS = torch.tensor([[1, 40, 50, 60, 70]])
+
+
+def write_run(path: Path, student: Path, **changes: Any) -> RunFolder:
+    folder = RunFolder.create(path)
+    run = Run.model_validate(
+        {
+            "name": "one",
+            "student": {"model": {"path": str(student)}, **changes},
+            "teacher": {"model": {"path": "owner/teacher"}},
+            "data": {"train": {"path": "x.jsonl"}},
+            "training": {"steps": 2},
+        }
+    )
+    folder.config.write_text(dump_run(run))
+    return folder
+
+
+@pytest.fixture
+def whole(tmp_path: Path, tiny_student: Path) -> RunFolder:
+    """A run whose student is a whole model."""
+    folder = write_run(tmp_path / "run", tiny_student)
+    AutoModelForCausalLM.from_pretrained(tiny_student).save_pretrained(folder.student)
+    tiny_tokenizer().save_pretrained(folder.student)
+    return folder
+
+
+@pytest.fixture
+def adapted(tmp_path: Path, tiny_student: Path) -> tuple[RunFolder, torch.Tensor]:
+    """A run whose student is an adapter that changes something, and the logits of base + adapter."""
+    folder = write_run(tmp_path / "run", tiny_student, lora={"rank": 2})
+    base = AutoModelForCausalLM.from_pretrained(tiny_student)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(folder.student)
+    tiny_tokenizer().save_pretrained(folder.student)
+    with torch.no_grad():
+        return folder, model.eval()(IDS).logits
+
+
+def test_a_whole_student_is_exported_with_tokenizer_template_and_card(
+    whole: RunFolder, tmp_path: Path, tiny_student: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "deep" / "target"
+    export(whole.path, target, merge_adapter=False)
+    with torch.no_grad():
+        exported = AutoModelForCausalLM.from_pretrained(target)(IDS).logits
+        expected = AutoModelForCausalLM.from_pretrained(tiny_student)(IDS).logits
+    assert torch.equal(exported, expected)
+    assert AutoTokenizer.from_pretrained(target).chat_template == tiny_tokenizer().chat_template
+    card = (target / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "owner/teacher | not stated" in card
+    assert str(target) in capsys.readouterr().out
+    assert [p.name for p in target.parent.iterdir()] == ["target"]
+    assert target.stat().st_mode & 0o777 == 0o755
+
+
+def test_an_adapter_is_exported_as_it_is_or_merged(
+    adapted: tuple[RunFolder, torch.Tensor], tmp_path: Path, tiny_student: Path
+) -> None:
+    folder, expected = adapted
+    export(folder.path, tmp_path / "adapter", merge_adapter=False)
+    export(folder.path, tmp_path / "merged", merge_adapter=True)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert not list((tmp_path / "merged").glob("adapter*"))
+    alone = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    base = AutoModelForCausalLM.from_pretrained(tiny_student).eval()
+    with torch.no_grad():
+        assert torch.allclose(alone(IDS).logits, expected, atol=1e-5)
+        assert torch.allclose(merged(IDS).logits, expected, atol=1e-4)
+        assert not torch.allclose(base(IDS).logits, expected, atol=1e-2)  # the adapter does something
+    assert "adapter for" in (tmp_path / "adapter" / "README.md").read_text()
+    assert "library_name: transformers" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_a_target_in_use_is_left_alone(whole: RunFolder, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "precious").write_text("mine")
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        export(whole.path, target, merge_adapter=False)
+    assert [p.name for p in target.iterdir()] == ["precious"]
+    (target / "precious").unlink()
+    export(whole.path, target, merge_adapter=False)
+
+
+def test_a_student_with_a_missing_weight_is_not_exported(whole: RunFolder, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(whole.student / "model.safetensors")
+    gone = next(name for name in weights if "mlp" in name)
+    save_file(
+        {name: value for name, value in weights.items() if name != gone},
+        whole.student / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(ConfigError, match=f"lacks 1 weights, first {gone}"):
+        export(whole.path, tmp_path / "target", merge_adapter=False)
+    assert not (tmp_path / "target").exists()
+    assert not list(tmp_path.glob(".target*"))
+
+
+def test_what_cannot_be_exported_says_what_to_do(whole: RunFolder, tmp_path: Path, tiny_student: Path) -> None:
+    with pytest.raises(ConfigError, match="no run folder"):
+        export(tmp_path / "nowhere", tmp_path / "target", merge_adapter=False)
+    with pytest.raises(ConfigError, match="whole already"):
+        export(whole.path, tmp_path / "target", merge_adapter=True)
+    unfinished = write_run(tmp_path / "other", tiny_student)
+    with pytest.raises(ConfigError, match="holds no student yet; let the run come to its end: stillhouse train"):
+        export(unfinished.path, tmp_path / "target", merge_adapter=False)
+
+
+def test_report_prints_where_the_page_is(whole: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    report(whole.path)
+    assert capsys.readouterr().out.strip() == str(whole.report)
+    assert "<title>one" in whole.report.read_text()

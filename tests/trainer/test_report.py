@@ -1,0 +1,176 @@
+"""The report: one file that loads nothing, escapes everything, and exists for any state of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer.errors import ConfigError
+from trainer.metrics import TOKENS_PER_S, MetricsLog, Timeline
+from trainer.report import sample_records, write_report
+from trainer.report.plots import MAX_POINTS, Series, compact, line_chart, percent, thin, ticks
+from trainer.run_folder import RunFolder, write_json
+from trainer.types import Evaluation, SampleTokens, StepMetrics
+
+HOSTILE = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}"
+
+
+class Page(HTMLParser):
+    """Everything a browser would see as tags, attributes and text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def write_run(path: Path, *, text: str = "a plain text", steps: int = 8, finished: bool = True) -> RunFolder:
+    folder = RunFolder.create(path)
+    folder.config.write_text(
+        f"name: {json.dumps(text)}\nstudent: {{model: {{path: /secret/place/small}}}}\n"
+        "teacher: {model: {path: owner/Large}}\ntraining: {steps: 8}\n"
+    )
+    log, timeline = MetricsLog(folder), Timeline(folder)
+    log.evaluation(Evaluation(0, 100, 6.31, 0.06, 900.0, 8.0))
+    for step in range(1, steps + 1):
+        timeline.span("student", "wait", step * 10, step * 10 + 1)
+        timeline.span("student", "train", step * 10 + 1, step * 10 + 10, text)
+        timeline.span(f"scorer-{text}", "score", step * 10, step * 10 + 5)
+        log.step(StepMetrics(step, {"train/loss": 5.0 / step, TOKENS_PER_S: 100.0}))
+    log.event("redispatch", what=text)
+    log.evaluation(Evaluation(8, 100, 1.05, 0.56, 12.0, 8.0))
+    sample = SampleTokens(
+        id=text,
+        token_ids=np.array([5, 6, 7, 8], np.int32),
+        rows=np.array([1, 2]),
+        student_logprob=np.array([-1.0, -np.inf], np.float32),
+        teacher_logprob=np.array([-0.5, -0.25], np.float32),
+        kl=np.array([0.125, 2.0], np.float32),
+    )
+    records = sample_records([sample], lambda token: f"<{token}>{text}")
+    write_json(folder.samples, {"before": records} | ({"after": records} if finished else {}))
+    answers = {"prompts": [text], "before": [text]} | ({"after": [text], "reference": [text]} if finished else {})
+    write_json(folder.generations, answers)
+    write_json(folder.manifest, {"versions": {text: text}, "warnings": [text], "self_tests": [{"name": text}]})
+    if finished:
+        write_json(folder.exit, {"code": 0, "reason": text})
+    return folder
+
+
+def test_the_report_loads_nothing_from_outside(tmp_path: Path) -> None:
+    html = write_report(write_run(tmp_path / "run")).read_text()
+    page = Page(html)
+    loading = {"src", "href", "xlink:href", "srcset", "action", "data", "poster", "formaction", "background"}
+    assert not [(tag, a) for tag, a in page.tags if loading & a.keys()]
+    assert not {"link", "iframe", "object", "embed", "base", "img"} & {tag for tag, _ in page.tags}
+    assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", html)
+    policy = next(m["content"] for m in page.named("meta") if m.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+
+
+def test_the_only_script_is_the_one_the_policy_names(tmp_path: Path) -> None:
+    import base64
+    import hashlib
+
+    html = write_report(write_run(tmp_path / "run", text=HOSTILE)).read_text()
+    (script,) = re.findall(r"<script>(.*?)</script>", html, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in html
+
+
+def test_hostile_text_stays_text_wherever_it_comes_from(tmp_path: Path) -> None:
+    page = Page(write_report(write_run(tmp_path / "run", text=HOSTILE)).read_text())
+    assert len(page.named("script")) == 1
+    assert not page.named("img")
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    assert "".join(page.text).count("alert(2)") >= 12  # title, config, manifest, warnings, events, tokens, answers ...
+    assert "".join(page.text).count("{{ 7*7 }}") >= 12  # and no template language is run on it
+    harmless = Page(write_report(write_run(tmp_path / "other")).read_text())
+    assert [tag for tag, _ in harmless.tags] == [tag for tag, _ in page.tags]
+
+
+def test_the_headline_says_what_was_reached(tmp_path: Path) -> None:
+    text = " ".join(" ".join(Page(write_report(write_run(tmp_path / "run")).read_text()).text).split())
+    for expected in ("6.31 → 1.05", "6.0 times lower", "6 % → 56 %", "900 → 12", "finished, step 8 of 8"):
+        assert expected in text
+    assert "Student waited 10 %" in text
+    assert "Teacher waited 50 %" in text
+    assert "small learns from owner/Large" in text
+
+
+def test_a_token_shows_the_row_that_predicted_it(tmp_path: Path) -> None:
+    page = Page(write_report(write_run(tmp_path / "run")).read_text())
+    judged = [a for a in page.named("b") if "data-i" in a]
+    assert [a["data-i"] for a in judged] == ["2", "3"]  # rows 1 and 2 predict tokens 2 and 3; tokens 0 and 1 are prompt
+    assert [a["data-a"] for a in judged] == ["-1.0000,-0.5000,0.1250", ",-0.2500,2.0000"]
+    assert sum(tag == "s" for tag, _ in page.tags) == 2
+
+
+def test_an_unfinished_run_shows_the_student_before(tmp_path: Path) -> None:
+    page = Page(write_report(write_run(tmp_path / "run", steps=3, finished=False)).read_text())
+    radios = {a["value"]: a for a in page.named("input")}
+    assert "checked" in radios["before"]
+    assert "disabled" in radios["after"]
+    assert "unfinished, step 3 of 8" in "".join(page.text)
+
+
+def test_a_run_that_only_has_a_configuration_still_gets_a_page(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    folder.config.write_text("name: young\n")
+    text = "".join(Page(write_report(folder).read_text()).text)
+    assert "young" in text
+    assert "No step and no evaluation has been logged yet" in text
+
+
+def test_a_folder_that_is_no_run_gets_no_report(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run folder"):
+        write_report(RunFolder(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_long_series_keeps_its_mean_and_its_spikes() -> None:
+    y = [1.0] * 10_000
+    y[5000] = 100.0
+    points = thin(Series("loss", tuple(range(10_000)), tuple(y)))
+    assert len(points.x) == MAX_POINTS
+    assert points.high.max() == 100.0
+    assert points.low.min() == 1.0
+    assert (points.x[0], points.x[-1]) == (0, 9999)
+
+
+def test_a_loss_that_is_not_finite_is_marked_and_does_not_bend_the_axis() -> None:
+    chart = line_chart("loss", [Series("loss", (1, 2, 3), (1.0, math.nan, 2.0))])
+    assert "step 2: not finite" in chart
+    assert "nan" not in chart.lower().replace("not finite", "")
+    assert line_chart("loss", [Series("loss", (1,), (math.inf,))]) == ""
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.0), (5.0, 5.0), (-3.0, 2.0), (1e-9, 2e-9), (1e12, 5e12)])
+@pytest.mark.parametrize("options", [{}, {"from_zero": True}, {"logarithmic": True}])
+def test_any_range_can_be_drawn(values: tuple[float, float], options: dict[str, Any]) -> None:
+    assert "<polyline" in line_chart("x", [Series("x", (1, 2), values)], **options)
+
+
+def test_axis_numbers_are_round() -> None:
+    assert ticks(0, 1, 4) == [0, 0.25, 0.5, 0.75, 1.0]
+    assert ticks(-3, 12, 4) == [0, 5, 10]
+    assert [compact(v) for v in (0.0006, 2.414, 1234.0, 2.5e6, 0)] == ["0.0006", "2.41", "1,234", "2.5M", "0"]
+    assert [percent(v) for v in (0, 0.034, 0.5)] == ["0 %", "3.4 %", "50 %"]
