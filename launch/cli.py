@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -34,21 +34,25 @@ RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run fold
 
 
 def main() -> None:
-    """Entry point of the command. Ends the process with the exit codes of the help.
-
-    An error meant for a person is its text on stderr; STILLHOUSE_TRACEBACK=1 shows where it was raised.
-    """
+    """Entry point of the command. Ends the process with the exit codes of the help."""
     refuse_foreign_packages()
+    run_app(app)
+
+
+def run_app(commands: typer.Typer) -> NoReturn:
+    """Run what the command line names. An error meant for a person is its text on stderr and its exit code;
+    STILLHOUSE_TRACEBACK=1 shows where it was raised."""
     from configs.errors import StillhouseError
 
     try:
-        app(prog_name="stillhouse")
+        commands(prog_name="stillhouse")
     except StillhouseError as error:
         if os.environ.get("STILLHOUSE_TRACEBACK") == "1":
             raise
         typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
         typer.echo(str(error), err=True)
         sys.exit(error.exit_code)
+    sys.exit(0)
 
 
 def _print_version(wanted: bool) -> None:
@@ -164,7 +168,3 @@ def _refuse_bad_configuration(config: Path, overrides: list[str] | None) -> None
     from configs.load import load_run
 
     load_run(config, overrides or [])
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,242 @@
+"""`check`: everything that can be wrong with a run before an accelerator is asked for, all of it at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+from tiny_models import tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from configs.load import load_run
+from configs.schema import LoRA, ModelSource, Run
+from launch.check import Finding, check, collect_problems, examine, raise_problems
+from launch.disk import DiskNeed, check_writable
+from launch.model_folder import find_model, licence_of, read_facts
+from trainer.errors import ConfigError, DataError
+
+Make = Callable[..., Path]
+
+ROW = {"messages": [{"role": "user", "content": "who is it?"}, {"role": "assistant", "content": "the quick fox"}]}
+
+
+@pytest.fixture
+def make(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> Make:
+    """A good configuration in `tmp_path`, its dataset and run folder beside it; returns its path."""
+
+    def write(*rows: object, teacher: Path = tiny_teacher, student: Path = tiny_student) -> Path:
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or [ROW] * 3))
+        config = {
+            "name": "tiny",
+            "folder": str(tmp_path / "out"),
+            "student": {"model": {"path": str(student), "licence": "apache-2.0"}},
+            "teacher": {"model": {"path": str(teacher), "licence": "mit"}, "scorer": {"engine": "hf"}},
+            "data": {
+                "train": {"path": str(tmp_path / "rows.jsonl")},
+                "evaluation": {"path": str(tmp_path / "rows.jsonl")},
+                "max_length": 256,
+            },
+            "training": {"steps": 2, "keep_checkpoints": 1},
+        }
+        file = tmp_path / "run.yaml"
+        file.write_text(json.dumps(config))
+        return file
+
+    return write
+
+
+def loaded(file: Path, *overrides: str) -> Run:
+    return load_run(file, overrides).run
+
+
+def problems(file: Path, *overrides: str) -> list[Finding]:
+    return [finding for finding in collect_problems(loaded(file, *overrides)) if finding.fatal]
+
+
+def only_problem(file: Path, *overrides: str) -> Finding:
+    found = problems(file, *overrides)
+    assert len(found) == 1, found
+    return found[0]
+
+
+def copied(source: Path, target: Path) -> Path:
+    return Path(shutil.copytree(source, target))
+
+
+def test_a_run_that_may_start_is_ready_and_leaves_no_trace(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = make()
+    before = sorted(tmp_path.rglob("*"))
+    assert check(file, []) == 0
+    out = capsys.readouterr().out
+    assert "ok           tokenizers: the same, 283 tokens (padded: teacher has 320 rows, student has 320 rows)" in out
+    assert "3 rows, all checked, 3 good" in out
+    assert f"ready: stillhouse train {file}" in out
+    assert "problem" not in out
+    assert "warning" not in out
+    assert sorted(tmp_path.rglob("*")) == before
+    assert collect_problems(loaded(file)) == raise_problems(loaded(file)) == []
+
+
+def test_all_problems_are_reported_together(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "blocked").write_text("a file")
+    file = make({"messages": []})
+    overrides = [f"folder={tmp_path}/blocked/out", "data.evaluation.path=gone.jsonl", "training.keep_checkpoints=2"]
+    assert check(file, overrides) == 2
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/rows.jsonl:1" in out
+    assert "gone.jsonl does not exist" in out
+    assert f"{tmp_path}/blocked is a file" in out
+    assert "3 problems; nothing was started" in out
+
+
+def test_the_exit_code_is_3_where_only_rows_are_wrong(make: Make) -> None:
+    file = make({"messages": [{"role": "user", "content": "nobody answers"}]})
+    assert check(file, ["data.evaluation=null"]) == 3
+    with pytest.raises(DataError, match=r"rows\.jsonl:1.*assistant"):
+        raise_problems(loaded(file))
+    with pytest.raises(ConfigError, match=r"(?s)no folder /gone.*"):
+        raise_problems(loaded(file, "student.model.path=/gone"))
+
+
+def test_problems_with_models_leave_the_rest_to_be_checked(make: Make, tiny_teacher: Path) -> None:
+    near = str(tiny_teacher)[:-1]
+    found = {f.subject: f for f in examine(loaded(make(), f"teacher.model.path={near}"))}
+    assert f"teacher.model.path: there is no folder {near}; did you mean {tiny_teacher}?" in found["teacher model"].text
+    assert found["tokenizers"].status == found["train rows"].status == "not checked"
+    assert found["student model"].status == found["run folder"].status == found["disk"].status == "ok"
+
+
+def test_a_model_folder_without_what_a_model_needs_is_refused(make: Make, tmp_path: Path, tiny_student: Path) -> None:
+    folder = copied(tiny_student, tmp_path / "student")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "pytorch_model.bin has to be converted to safetensors" in only_problem(make(student=folder)).text
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    assert "lacks 1 weight files of its index, first model-1.safetensors" in only_problem(make(student=folder)).text
+    index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
+    assert "names a file outside of its folder" in only_problem(make(student=folder)).text
+    (folder / "config.json").unlink()
+    assert "has no config.json" in only_problem(make(student=folder)).text
+
+
+def test_a_hub_name_that_is_not_cached_says_so_when_offline(make: Make) -> None:
+    assert "not in the cache, while HF_HUB_OFFLINE is set" in only_problem(make(), "student.model.path=some/model").text
+
+
+def test_code_from_the_hub_needs_the_commit_that_was_read(make: Make) -> None:
+    for revision in ("null", "main"):
+        overrides = ["student.model={path: some/model, trust_remote_code: true}", f"student.model.revision={revision}"]
+        assert "name the commit that you have read" in only_problem(make(), *overrides).text
+
+
+def test_a_revision_of_a_local_folder_is_refused(make: Make) -> None:
+    assert "local folder, which has no revision 'main'" in only_problem(make(), "student.model.revision=main").text
+
+
+def test_more_tokens_than_a_model_has_positions_are_refused(make: Make) -> None:
+    found = problems(make(), "data.max_length=513")
+    assert [f.subject for f in found] == ["teacher model", "student model"]
+    assert "513 is more than the 512 positions" in found[0].text
+
+
+def test_different_tokenizers_are_refused(make: Make, tmp_path: Path, tiny_student: Path) -> None:
+    folder = copied(tiny_student, tmp_path / "student")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder)
+    assert "different tokenizers" in only_problem(make(student=folder)).text
+
+
+def test_an_empty_dataset_and_one_of_bad_rows_are_refused(make: Make, tmp_path: Path) -> None:
+    file = make()
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "has no rows" in only_problem(file, f"data.train.path={tmp_path}/empty.jsonl").text
+    (tmp_path / "bad.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps({"messages": "hello"}) + "\n")
+    bad = f"data.train.path={tmp_path}/bad.jsonl"
+    assert f"{tmp_path}/bad.jsonl:2: messages" in only_problem(file, bad).text
+    skipping = collect_problems(loaded(file, bad, "data.on_bad_row=skip"))
+    assert [(f.status, "1 of 2 rows" in f.text) for f in skipping] == [("warning", True)]
+
+
+def test_rows_that_are_too_long_are_a_problem_or_counted_as_configured(make: Make) -> None:
+    long = {"messages": [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y"}]}
+    file = make(ROW, long)
+    overrides = ["data.max_length=64", "data.evaluation=null"]
+    assert "too long" in only_problem(file, *overrides).text
+    assert problems(file, *overrides, "data.on_too_long=drop") == []
+    assert "raise data.max_length" in only_problem(make(long), *overrides, "data.on_too_long=drop").text
+
+
+def test_a_parameter_that_the_plugin_itself_refuses_is_a_problem(make: Make) -> None:
+    engine = "teacher.scorer.engine={kind: vllm, gpu_memory_utilization: 1.5}"
+    assert "gpu_memory_utilization" in only_problem(make(), engine).text
+
+
+def test_a_licence_is_taken_from_the_model_card_or_missed(make: Make, tmp_path: Path, tiny_student: Path) -> None:
+    folder = copied(tiny_student, tmp_path / "student")
+    source = ModelSource(path=str(folder))
+    assert licence_of(source) is None
+    found = collect_problems(loaded(make(student=folder), "student.model.licence=null"))
+    assert [(f.subject, f.status) for f in found] == [("student licence", "warning")]
+    (folder / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# Model\n")
+    assert licence_of(source) == "apache-2.0"
+
+
+def test_a_disk_that_is_too_small_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    need = DiskNeed(checkpoint_bytes=10**18, num_checkpoints=2, student_bytes=10**9)
+    assert need.num_bytes == 3 * 10**18 + 10**9
+    with pytest.raises(ConfigError, match=r"GB free, the run needs 3000000001\.0 GB .*keep_checkpoints"):
+        need.check(tmp_path / "not" / "yet")
+    DiskNeed(1, 1, 1).check(tmp_path / "not" / "yet")
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        check_writable(tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match="cannot write in /proc"):
+        check_writable(Path("/proc/run"))
+    check_writable(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_size_of_a_70b_model_is_known_without_its_weights(make: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "llama-70b"
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+    )
+    config.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    source = ModelSource(path=str(folder))
+    assert read_facts(source, path_name="x").num_parameters == 70_553_706_496  # as the model's authors state: 70.6 B
+    with pytest.raises(ConfigError, match=r"no model\.safetensors"):
+        find_model(source, path_name="teacher.model.path", needs_weights=True)
+    engine = "teacher.scorer={engine: {kind: vllm, load_format: dummy}, tensor_parallel_size: 8}"
+    text = {f.subject: f.text for f in examine(loaded(make(teacher=folder), engine))}
+    assert text["teacher model"].endswith("LlamaForCausalLM, 70.6 B parameters")
+
+
+def test_adapters_are_counted_as_peft_makes_them(tiny_student: Path) -> None:
+    for targets in ("all-linear", ["q_proj", "down_proj"]):
+        lora = LoRA(rank=3, target_modules=targets)
+        model = peft.get_peft_model(
+            AutoModelForCausalLM.from_pretrained(tiny_student),
+            peft.LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM"),
+        )
+        facts = read_facts(ModelSource(path=str(tiny_student)), path_name="x", lora=lora)
+        assert facts.num_adapter_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with pytest.raises(ConfigError, match="no linear layer is named"):
+        read_facts(ModelSource(path=str(tiny_student)), path_name="x", lora=LoRA(target_modules=["qq"]))
