@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainer.matmul import matmul_nt
+from trainer.matmul import matmul_nt, whole_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Head:
     def product(self, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden @ weight.T + bias` [n, V], in the dtype of the weight, a tensor of the caller's own."""
         v = self.vocabulary_size
-        z = matmul_nt(hidden.to(self.weight.dtype), self.weight[:v])
+        z = matmul_nt(whole_rows(hidden.to(self.weight.dtype)), self.weight[:v])[: hidden.shape[0]]
         return z if self.bias is None else z.add_(self.bias.detach()[:v])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

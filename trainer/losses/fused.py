@@ -21,7 +21,7 @@ import torch
 from trainer.heads import Head, HeadShape
 from trainer.labels.encoding import Encoding
 from trainer.losses.objective import Objective
-from trainer.matmul import cache_blocks, matmul_nt
+from trainer.matmul import cache_blocks, matmul_nt, whole_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +122,9 @@ class _Work:
         next_ids = self.next_ids[chunk]
         products = accumulator.product(chunk, self.vocabulary_size)
         totals = torch.zeros(1 + len(self.objective.terms), dtype=torch.float64, device=products.device)
-        for block in cache_blocks(products):
-            rows = products[block]
+        for block in cache_blocks(products[: next_ids.shape[0]]):
             block_labels = {name: column[block] for name, column in labels.items()}
-            totals += self._block(rows, block_labels, next_ids[block], differentiate=accumulator.wants_any)
+            totals += self._block(products[block], block_labels, next_ids[block], differentiate=accumulator.wants_any)
         if accumulator.wants_any:
             accumulator.add(chunk, products)
         return totals
@@ -178,16 +177,19 @@ class _Accumulator:
         return any(self.wanted)
 
     def product(self, chunk: slice, vocabulary_size: int) -> torch.Tensor:
-        return Head(self.weight, self.bias, HeadShape(), vocabulary_size).product(self.hidden[chunk])
+        """`hidden @ weight.T + bias` of the chunk; a few rows more than the chunk has, see `whole_rows`."""
+        head = Head(self.weight, self.bias, HeadShape(), vocabulary_size)
+        return head.product(whole_rows(self.hidden[chunk]))
 
     def add(self, chunk: slice, gradient: torch.Tensor) -> None:
-        """The chunk's gradient by its products [n, V], in the dtype of the weight; sums over rows grow in float32."""
-        v = gradient.shape[1]
+        """The chunk's gradient by its `product`, in the dtype of the weight; sums over rows grow in float32."""
+        hidden = self.hidden[chunk].to(gradient.dtype)
+        n, v = hidden.shape[0], gradient.shape[1]
+        gradient[n:] = 0.0
         if self.wanted[0]:
-            self.grad_hidden[chunk] = matmul_nt(gradient, self.weight[:v].t())
+            self.grad_hidden[chunk] = matmul_nt(gradient, self.weight[:v].t())[:n]
         if self.wanted[1]:
-            hidden = self.hidden[chunk].to(gradient.dtype)
-            self.grad_weight = _plus(self.grad_weight, matmul_nt(gradient.t(), hidden.t()))
+            self.grad_weight = _plus(self.grad_weight, matmul_nt(gradient.t(), whole_rows(hidden).t()))
         if self.wanted[2]:
             self.grad_bias = _plus(self.grad_bias, gradient.sum(0, dtype=torch.float32))
 

@@ -1,0 +1,87 @@
+"""Distillation losses by brute force in float64, from the definitions: what the fast code is compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TermLike:
+    """As configs.schema.Term."""
+
+    loss: str
+    weight: float = 1.0
+    beta: float | None = None
+
+
+def forward_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return torch.special.xlogy(p, p).sum(-1) - torch.special.xlogy(p, q).sum(-1)
+
+
+def reverse_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return forward_kl(q, p)
+
+
+def jsd(p: torch.Tensor, q: torch.Tensor, beta: float) -> torch.Tensor:
+    m = beta * p + (1 - beta) * q
+    return beta * forward_kl(p, m) + (1 - beta) * forward_kl(q, m)
+
+
+DIVERGENCES: dict[str, Callable[..., torch.Tensor]] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}
+
+
+def probabilities(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    e = ((logits.double() - logits.double().amax(-1, keepdim=True)) / temperature).exp()
+    return e / e.sum(-1, keepdim=True)
+
+
+def lump(p: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Probabilities of the events {each id of the row's `ids`, everything else}; no tail where ids are all of them."""
+    kept = p.gather(-1, ids)
+    if ids.shape[-1] == p.shape[-1]:
+        return kept
+    others = torch.ones_like(p).scatter(-1, ids, 0.0)
+    return torch.cat([kept, (p * others).sum(-1, keepdim=True)], -1)
+
+
+def objective(
+    terms: tuple[TermLike, ...],
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    next_ids: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    k: int | None = None,
+) -> torch.Tensor:
+    """[N] float64 from student and teacher logits [N, V]; `k` keeps the teacher's k best ids and one tail."""
+    p, q = probabilities(teacher, temperature), probabilities(student, temperature)
+    if k is not None:
+        ids = teacher.double().argsort(-1, descending=True)[:, :k]
+        p, q = lump(p, ids), lump(q, ids)
+    total = torch.zeros(len(student), dtype=torch.float64)
+    for term in terms:
+        if term.loss == "cross_entropy":
+            total = total - term.weight * probabilities(student).gather(-1, next_ids[:, None])[:, 0].log()
+        else:
+            extra = {} if term.beta is None else {"beta": term.beta}
+            total = total + term.weight * temperature**2 * DIVERGENCES[term.loss](p, q, **extra)
+    return total
+
+
+def gradient(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> torch.Tensor:
+    """Of the summed rows of `function`, in the dtype of `at`."""
+    leaf = at.detach().clone().requires_grad_(True)
+    (result,) = torch.autograd.grad(function(leaf).sum(), leaf)
+    return result
+
+
+def realistic_logits(n: int, v: int, *, seed: int, spread: float = 3.0) -> torch.Tensor:
+    """float32 [n, v] with a heavy head and a long tail, as language models have: entropies of 0.5 to 4 nats."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, v, generator=generator) * spread
+    logits.add_(torch.randn(v, generator=generator) * 2)
+    return logits - math.log(v)
