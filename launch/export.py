@@ -114,9 +114,9 @@ def _merge(student: Path, working: Path, run: Run) -> None:
     adapted.merge_and_unload().save_pretrained(working)
     skipped = {ADAPTER, "README.md"}
     for file in student.iterdir():
-        if file.is_file() and file.name not in skipped and not file.name.startswith("adapter_model"):
-            if not (working / file.name).exists():
-                shutil.copy2(file, working / file.name)
+        of_adapter = file.name in skipped or file.name.startswith("adapter_model")
+        if file.is_file() and not of_adapter and not (working / file.name).exists():
+            shutil.copy2(file, working / file.name)
 
 
 def _base(adapter: Path, run: Run) -> Any:

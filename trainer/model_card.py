@@ -20,11 +20,11 @@ from trainer.metrics import Records
 
 NOT_STATED = "not stated"
 
-HUB_LICENCES = frozenset(
+_HUB_LICENCES = (
     "afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigscience-bloom-rail-1.0 bigscience-openrail-m bsd bsd-2-clause "
     "bsd-3-clause cc cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 "
     "gemma gpl-2.0 gpl-3.0 lgpl-3.0 llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 mit mpl-2.0 odc-by openrail "
-    "openrail++ osl-3.0 unlicense wtfpl".split()
+    "openrail++ osl-3.0 unlicense wtfpl"
 )
 """Identifiers that the hub's metadata knows; any other name is written as `license: other` with its name."""
 
@@ -94,7 +94,7 @@ def _front_matter(run: Run, licence: str | None, *, adapter: bool) -> str:
         fields["base_model"] = run.student.model.path
         fields["base_model_relation"] = "adapter" if adapter else "finetune"
     if licence is not None:
-        known = licence.lower() in HUB_LICENCES
+        known = licence.lower() in _HUB_LICENCES.split()
         fields |= {"license": licence.lower()} if known else {"license": "other", "license_name": licence}
     datasets = [d.path for d in (run.data.train, run.data.evaluation) if d is not None and is_hub_name(d.path)]
     if datasets:
@@ -139,11 +139,17 @@ def _settings(run: Run, manifest: Mapping[str, Any], records: Records) -> list[t
             f"gradient norm clipped at {optimizer.max_grad_norm:g}",
         ),
         ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}" if lora else ""),
-        ("precision", str(((manifest.get("roles") or {}).get("student") or {}).get("dtype") or run.student.dtype)),
+        ("precision", _precision(run, manifest)),
         ("sharding", f"DeepSpeed ZeRO-{run.student.zero_stage}, {run.student.ranks} rank(s)"),
         ("seed", str(run.seed)),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def _precision(run: Run, manifest: Mapping[str, Any]) -> str:
+    """What was used; "auto" alone says nothing."""
+    used = ((manifest.get("roles") or {}).get("student") or {}).get("dtype") or run.student.dtype
+    return "" if used == "auto" else str(used)
 
 
 def _term(term: Term) -> str:

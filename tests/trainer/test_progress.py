@@ -59,7 +59,8 @@ def test_plain_output_is_sparse_and_complete() -> None:
 def test_a_plain_step_line_says_where_the_run_is() -> None:
     lines = plain_run(steps=100, seconds_per_step=30.0)
     assert lines[11] == (
-        "step 10/100  1,234 tokens/s  loss 2.000  KL 6.310 at step 0  waiting: student 25%, teacher 50%  ETA 45 min 00 s"
+        "step 10/100  1,234 tokens/s  loss 2.000  KL 6.310 at step 0  "
+        "waiting: student 25%, teacher 50%  ETA 45 min 00 s"
     )
     assert not any("\x1b" in line for line in lines)
 
