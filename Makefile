@@ -58,7 +58,7 @@ $(READY):
 	@echo "setup: ready; . $(BIN)/activate to use it by hand"
 
 models: setup  ## convert the demo's teacher and cut its student out of it (seconds, then nothing)
-	@DS_ACCELERATOR=cpu $(BIN)/stillhouse prepare smollm2-135m-instruct $(TEACHER)
+	@DS_ACCELERATOR=cpu TQDM_DISABLE=1 $(BIN)/stillhouse prepare smollm2-135m-instruct $(TEACHER)
 	@DS_ACCELERATOR=cpu $(BIN)/stillhouse prune $(TEACHER) $(STUDENT) --keep-layers $(STUDENT_LAYERS)
 
 demo: models  ## distil a real teacher into a smaller student on this machine, and write a report
