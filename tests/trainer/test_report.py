@@ -132,6 +132,16 @@ def test_an_unfinished_run_shows_the_student_before(tmp_path: Path) -> None:
     assert "unfinished, step 3 of 8" in "".join(page.text)
 
 
+def test_a_page_made_at_the_end_of_a_run_says_finished_and_a_failed_run_says_why(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", finished=False)
+    write_json(folder.manifest, {"started": 1.0, "finished": 2.0})
+    assert "finished, step 8 of 8" in (text := "".join(Page(write_report(folder).read_text()).text))
+    assert "unfinished" not in text.replace(".unfinished", "").replace(".status.unfinished", "")
+    write_json(folder.exit, {"code": 5, "reason": "4 steps had a non-finite loss"})
+    text = "".join(Page(write_report(folder).read_text()).text)
+    assert "ended with exit code 5 at step 8 of 8: 4 steps had a non-finite loss" in text
+
+
 def test_a_run_that_only_has_a_configuration_still_gets_a_page(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run")
     folder.config.write_text("name: young\n")

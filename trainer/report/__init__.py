@@ -77,7 +77,7 @@ def render(folder: RunFolder) -> str:
     return environment.get_template("page.jinja").render(
         title=config.get("name") or folder.path.name,
         subtitle=_subtitle(config),
-        status=_status(folder, config, records),
+        status=_status(folder, config, manifest, records),
         tiles=_tiles(records, spans, manifest),
         charts=charts(records),
         timeline=draw(spans),
@@ -107,10 +107,13 @@ def _model_name(config: Mapping[str, Any], role: str) -> str:
     return path if path.count("/") == 1 and not path.startswith((".", "/", "~")) else Path(path).name
 
 
-def _status(folder: RunFolder, config: Mapping[str, Any], records: Records) -> Status:
+def _status(folder: RunFolder, config: Mapping[str, Any], manifest: Mapping[str, Any], records: Records) -> Status:
+    """exit.json is a run's very last file; a page made just before it goes by the manifest."""
     last = records.steps[-1].step if records.steps else 0
     total = (config.get("training") or {}).get("steps")
     reached = f"step {last}" + (f" of {total}" if total else "")
+    if not folder.exit.exists() and manifest.get("finished"):
+        return Status("finished", f"finished, {reached}")
     if not folder.exit.exists():
         return Status("unfinished", f"unfinished, {reached}")
     ending = read_json(folder.exit)
