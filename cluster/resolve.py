@@ -196,7 +196,8 @@ class _Engines:
         self._placement = placement
         self._shared = shared
         labels = EncodingSpec(run.labels.kind, dict(run.labels.parameters))
-        self._encodings = (labels,) if labels == EVALUATION_LABELS else (labels, EVALUATION_LABELS)
+        same = load_encoding(labels) == load_encoding(EVALUATION_LABELS)
+        self._encodings = (labels,) if same else (labels, EVALUATION_LABELS)
 
     def plan(
         self, role: Role, replicas: Replicas, dtypes: _Dtypes, tables: _Tables, *, sampling: Sampling | None
@@ -232,14 +233,8 @@ class _Engines:
             accelerator=self._accelerator,
             kept_events=self._kept_events(),
         )
-        executors = {group.executor for group in self._placement.of_role(role)}
-        if "ray" in executors:
-            if "distributed_executor_backend" not in arguments:
-                raise ConfigError(
-                    f"teacher.{role}: a replica of {replicas.tensor_parallel_size} GPUs is larger than every node, and "
-                    f"engine {replicas.engine.kind} does not span nodes. Lower tensor_parallel_size"
-                )
-            arguments["distributed_executor_backend"] = "ray"
+        if any(group.executor == "ray" for group in self._placement.of_role(role)):
+            arguments["distributed_executor_backend"] = "ray"  # a replica larger than every node
         return arguments
 
     def _kept_events(self) -> int:

@@ -115,16 +115,16 @@ def number_ranks(placed: Sequence[tuple[int, str, Sequence[str]]]) -> list[RankP
 
 
 def _groups(request: RoleRequest, largest_node: int) -> list[Group]:
-    bundle: dict[str, float] = {"CPU": 1}
+    bundle = {"CPU": 1.0}
     if request.accelerator == GPU:
-        bundle["GPU"] = 1
+        bundle["GPU"] = 1.0
     if request.role == STUDENT:
         return [Group(STUDENT, STUDENT, request.accelerator, (bundle,) * request.count, "PACK")]
     names = [f"{request.role}-{index}" for index in range(request.count)]
     if request.accelerator == GPU and request.shards > largest_node > 0:
         bundles = (bundle,) * request.shards
         return [Group(name, request.role, request.accelerator, bundles, "PACK", "ray") for name in names]
-    whole = {resource: float(request.shards) for resource in bundle}
+    whole = dict.fromkeys(bundle, float(request.shards))
     return [Group(name, request.role, request.accelerator, (whole,), "STRICT_PACK") for name in names]
 
 

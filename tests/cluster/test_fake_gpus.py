@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
@@ -23,15 +25,30 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 @pytest.fixture(scope="module")
 def one_node() -> Iterator[None]:
     """Ray as a run starts it, and nothing left of it afterwards."""
-    with ray_folder() as (folder, _):
-        ray_cluster = runtime.start_ray(num_cpus=24, num_gpus=8, object_store_bytes=80 * 2**20, temp_dir=folder)
+    with ray_folder(), own_handler() as handler:
+        ray_cluster = runtime.start_ray(num_cpus=24, num_gpus=8, object_store_bytes=80 * 2**20)
+        assert signal.getsignal(signal.SIGTERM) is handler, "Ray would end the run without a checkpoint"
         assert ray_cluster.owned
+        assert ray_cluster.temp_dir.is_dir()
         assert ray_cluster.processes
         yield
         family = [psutil.Process(pid) for pid in ray_cluster.processes]
         family += [child for process in family for child in process.children(recursive=True)]
         runtime.stop_ray(ray_cluster)
         assert not [process for process in family if process.is_running()], "Ray left processes behind"
+        assert not ray_cluster.temp_dir.exists()
+
+
+@contextlib.contextmanager
+def own_handler() -> Iterator[Callable[[int, object], None]]:
+    """A handler of SIGTERM as a run has one."""
+
+    def handler(number: int, frame: object) -> None:
+        raise AssertionError("nobody sends this signal")
+
+    before = signal.signal(signal.SIGTERM, handler)
+    yield handler
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_one_node_shares_its_gpus_among_ranks_and_replicas(one_node: None) -> None:

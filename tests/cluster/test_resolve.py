@@ -1,0 +1,278 @@
+"""`resolve` on machines nobody here has, against golden files that a person has read.
+
+After a change that is meant to change settings, write them again and read the difference:
+
+    STILLHOUSE_WRITE_GOLDEN=1 python -m pytest tests/cluster/test_resolve.py && git diff tests/cluster/golden
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from cluster.hardware import Hardware
+from cluster.resolve import Resolved, resolve, roles_of, to_json
+from cluster.topology import Group
+from configs.schema import Run
+from trainer.errors import ConfigError
+
+GOLDEN = Path(__file__).parent / "golden"
+HOST_ONLY_ARGUMENTS = {"block_size", "kv_cache_memory_bytes"}
+ONE_B = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 16}
+EIGHT_B = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32}
+
+
+def make_run(**changes: Any) -> Run:
+    """A run whose model folders do not exist; a dotted key changes a nested field."""
+    tree: dict[str, Any] = {
+        "name": "golden",
+        "teacher": {"model": {"path": "/models/teacher", "revision": "main"}},
+        "student": {"model": {"path": "/models/student"}},
+        "data": {"train": {"path": "/data/train.jsonl"}, "max_length": 4096},
+        "training": {"steps": 100},
+    }
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        section = tree
+        for key in parents:
+            section = section.setdefault(key, {})
+        section[last] = value
+    return Run.model_validate(tree)
+
+
+WRITER = {"teacher__writer": {}, "elicitation": {"kind": "labeling", "max_new_tokens": 96, "temperature": 0.7}}
+DEMO = make_run(student__ranks=2, data__max_length=512, **WRITER)
+
+SCENARIOS: dict[str, tuple[Run, str, dict[str, int] | None]] = {
+    "laptop": (DEMO, "2cpu", ONE_B),
+    "laptop_amx": (DEMO, "2cpu+amx", ONE_B),
+    "eight_h100_7b_to_1b": (make_run(student__ranks=4, teacher__scorer__replicas=4), "8xH100/96cpu/2048GiB", ONE_B),
+    "two_nodes_70b_to_8b": (
+        make_run(
+            student__ranks=8,
+            student__zero_stage=3,
+            student__offload="optimizer_and_parameters",
+            student__activation_checkpointing=True,
+            teacher__scorer__tensor_parallel_size=8,
+            labels={"kind": "hidden"},
+        ),
+        "8xH100/96cpu/2048GiB,8xH100/96cpu/2048GiB",
+        EIGHT_B,
+    ),
+    "mixed_h100_a100": (
+        make_run(student__ranks=8, teacher__scorer={"replicas": 2, "tensor_parallel_size": 2}, **WRITER),
+        "8xH100/96cpu,8xA100/64cpu",
+        EIGHT_B,
+    ),
+}
+
+
+def resolved(run: Run, hardware: str, model: dict[str, int] | None = None, **options: Any) -> Resolved:
+    return resolve(
+        run,
+        Hardware.parse(hardware),
+        vocabulary_size=128_256,
+        tokenizer_fingerprint="0" * 16,
+        stop_token_ids=(2,),
+        student_config=LlamaConfig(**model) if model else None,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_settings_equal_the_golden_file(name: str) -> None:
+    text = to_json(resolved(*SCENARIOS[name]))
+    file = GOLDEN / f"{name}.json"
+    if os.environ.get("STILLHOUSE_WRITE_GOLDEN") == "1":
+        file.write_text(text)
+    assert text == file.read_text(), "read the difference (how: docstring of this file)"
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_settings_for_hosts_and_for_gpus_never_mix(name: str) -> None:
+    result = resolved(*SCENARIOS[name])
+    on_gpu = result.accelerator == "gpu"
+    engines = [plan for plan in (result.scorer, result.writer) if plan]
+    environments = [result.student_environment, *(plan.environment for plan in engines)]
+    for plan in engines:
+        assert plan.arguments["enforce_eager"] == (not on_gpu)
+        assert set(plan.arguments) >= HOST_ONLY_ARGUMENTS or on_gpu
+        assert not HOST_ONLY_ARGUMENTS & set(plan.arguments) or not on_gpu
+        assert ("gpu_memory_utilization" in plan.arguments) == on_gpu
+    for table in environments:
+        assert ("MALLOC_TOP_PAD_" in table) == (not on_gpu)
+        assert ("OMP_WAIT_POLICY" in table) == (not on_gpu)
+        assert table.get("OMP_NUM_THREADS") != "1" or not on_gpu
+    assert "torch_adam" not in json.dumps(result.student.deepspeed)
+    assert result.student.backend == ("nccl" if on_gpu else "gloo")
+    assert {group.accelerator for group in result.placement.groups} == {result.accelerator}
+
+
+def test_dtype_follows_the_capability_and_says_why() -> None:
+    cases = {"2cpu": "float32", "2cpu+amx": "bfloat16", "2xH100": "bfloat16", "2xV100": "float32"}
+    for hardware, dtype in cases.items():
+        result = resolved(make_run(), hardware)
+        assert (result.student.dtype, result.scorer.dtype) == (dtype, dtype), hardware
+        assert any(dtype in reason for reason in result.reasons)
+        assert result.student.deepspeed["bf16"]["enabled"] == (dtype == "bfloat16")
+    assert any("no amx_bf16" in reason for reason in resolved(make_run(), "2cpu").reasons)
+
+
+def test_a_named_dtype_is_kept_refused_or_warned_about() -> None:
+    run = make_run(student__dtype="bfloat16", teacher__scorer={"dtype": "float32"})
+    result = resolved(run, "2cpu")
+    assert (result.student.dtype, result.scorer.dtype) == ("bfloat16", "float32")
+    assert any("slower" in warning for warning in result.warnings)
+    with pytest.raises(ConfigError, match=r"student: dtype: bfloat16, and V100 has no bfloat16"):
+        resolved(run, "2xV100")
+
+
+def test_the_accelerator_is_chosen_or_refused() -> None:
+    assert resolved(make_run(), "2xH100").accelerator == "gpu"
+    assert resolved(make_run(accelerator="cpu"), "2xH100").accelerator == "cpu"
+    with pytest.raises(ConfigError, match="no GPU"):
+        resolved(make_run(accelerator="gpu"), "2cpu")
+    with pytest.raises(ConfigError, match=r"needs 3 GPUs .*2 GPUs registered, 2 free"):
+        resolved(make_run(student__ranks=2), "2xH100")
+
+
+def test_more_processes_than_cores_is_a_warning_and_one_thread_each() -> None:
+    result = resolved(make_run(student__ranks=2), "2cpu")
+    assert any("3 processes share 2 cores" in warning for warning in result.warnings)
+    assert result.student_environment["OMP_NUM_THREADS"] == "1"
+    roomy = resolved(make_run(student__ranks=2), "12cpu")
+    assert not roomy.warnings
+    assert roomy.student_environment["OMP_NUM_THREADS"] == roomy.scorer.environment["OMP_NUM_THREADS"] == "4"
+
+
+def test_the_offloaded_optimizer_gets_the_cores_of_its_gpu() -> None:
+    run = make_run(student__offload="optimizer")
+    assert resolved(run, "8xH100/96cpu").student_environment["OMP_NUM_THREADS"] == "12"
+    assert "OMP_NUM_THREADS" not in resolved(make_run(), "8xH100/96cpu").student_environment
+    assert "OMP_NUM_THREADS" not in resolved(run, "8xH100/96cpu").scorer.environment
+
+
+def test_a_replica_larger_than_a_node_takes_the_ray_executor_and_no_other_does() -> None:
+    large = make_run(teacher__scorer={"tensor_parallel_size": 16})
+    result = resolved(large, "8xH100,8xH100,8xH100")
+    assert result.scorer.arguments["distributed_executor_backend"] == "ray"
+    assert {group.executor for group in result.placement.of_role("scorer")} == {"ray"}
+    whole = resolved(make_run(teacher__scorer={"tensor_parallel_size": 8}), "8xH100,8xH100")
+    assert whole.scorer.arguments["distributed_executor_backend"] == "mp"
+
+
+def test_the_scorer_is_asked_for_training_labels_and_for_exact_evaluation() -> None:
+    encodings = resolved(make_run(labels={"kind": "topk", "k": 16}), "2cpu").scorer.encodings
+    assert [encoding.kind for encoding in encodings] == ["topk", "hidden"]
+    assert encodings[0].parameters["k"] == 16
+    warm = resolved(make_run(labels={"kind": "hidden", "temperature": 2.0}), "2cpu").scorer.encodings
+    assert [encoding.parameters.get("temperature", 1.0) for encoding in warm] == [2.0, 1.0]
+    assert len(resolved(make_run(labels="hidden"), "2cpu").scorer.encodings) == 1
+
+
+def test_the_writer_samples_as_the_elicitation_says() -> None:
+    sampling = resolved(DEMO, "2cpu").writer.sampling
+    assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (96, 0.7, 1.0)
+    assert (sampling.seed, sampling.stop_token_ids) == (0, (2,))
+    assert resolved(make_run(), "2cpu").writer is None
+
+
+def test_in_process_runs_need_no_placement() -> None:
+    run = make_run(runtime="in_process", teacher__scorer={"engine": {"kind": "hf"}})
+    result = resolved(run, "1xH100")
+    assert result.placement.groups == ()
+    assert result.student.device_type == "cuda"
+
+
+def test_attention_is_decided_by_the_device_where_the_model_is_known() -> None:
+    assert resolved(make_run(), "2cpu", ONE_B).student.attention == "sdpa"
+    assert resolved(make_run(), "2xH100", ONE_B).student.attention == "varlen"
+    assert resolved(make_run(), "2xH100").student.attention == "auto"
+
+
+def test_resolving_twice_gives_the_same_text() -> None:
+    for scenario in SCENARIOS.values():
+        assert to_json(resolved(*scenario)) == to_json(resolved(*scenario))
+
+
+def test_every_role_of_a_run_has_its_groups() -> None:
+    run, hardware, _ = SCENARIOS["mixed_h100_a100"]
+    result = resolved(run, hardware)
+    assert sum(role.count for role in roles_of(run, "gpu")) == 8 + 2 + 1
+    assert isinstance(result.placement.groups[0], Group)
+    assert result.placement.num_gpus == 8 + 2 * 2 + 1
+
+
+@pytest.fixture(scope="module")
+def teacher_70b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config.json of a large teacher, without its weights."""
+    folder = tmp_path_factory.mktemp("teacher-70b")
+    shape = {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 80}
+    LlamaConfig(architectures=["LlamaForCausalLM"], max_position_embeddings=8192, **shape).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_vllm_makes_its_whole_configuration_of_the_engine_arguments(
+    name: str, teacher_70b: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm = pytest.importorskip("vllm")
+    from cluster.engines import vllm_labels
+
+    monkeypatch.setenv(vllm_labels.ARCHITECTURE_VARIABLE, "LlamaForCausalLM")
+    vllm_labels.register()
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())
+    for plan in filter(None, (golden["scorer"], golden["writer"])):
+        made = vllm.EngineArgs(model=str(teacher_70b), **plan["arguments"]).create_engine_config()
+        assert made.model_config.runner_type == {"scorer": "pooling", "writer": "generate"}[plan["role"]]
+        assert str(made.model_config.dtype) == f"torch.{plan['dtype']}"
+        assert made.model_config.max_model_len == plan["max_length"]
+        assert made.parallel_config.tensor_parallel_size == plan["tensor_parallel_size"]
+    with pytest.raises(TypeError):
+        vllm.EngineArgs(model=str(teacher_70b), **golden["scorer"]["arguments"], no_such_argument=1)
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_deepspeed_reads_every_setting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())["student"]["deepspeed"]
+    parsed = DeepSpeedConfig(golden)
+    assert parsed.gradient_clipping == golden["gradient_clipping"] == 1.0
+    assert parsed.zero_config.stage == golden["zero_optimization"]["stage"]
+    assert parsed.bfloat16_config.enabled == golden["bf16"]["enabled"]
+    assert parsed.gradient_accumulation_steps == 1
+    for field, value in golden["zero_optimization"].items():
+        if not isinstance(value, dict):
+            assert getattr(parsed.zero_config, ALIASES.get(field, field)) == value, field
+    offload = golden["zero_optimization"].get("offload_param")
+    assert (parsed.zero_config.offload_param is not None) == (offload is not None)
+    with pytest.raises(ValueError, match="no_such_setting"):
+        DeepSpeedZeroConfig(stage=2, no_such_setting=1)
+
+
+ALIASES = {
+    "stage3_prefetch_bucket_size": "prefetch_bucket_size",
+    "stage3_param_persistence_threshold": "param_persistence_threshold",
+    "stage3_max_live_parameters": "max_live_parameters",
+    "stage3_max_reuse_distance": "max_reuse_distance",
+    "stage3_gather_16bit_weights_on_model_save": "gather_16bit_weights_on_model_save",
+}
+
+
+def test_the_plan_of_a_role_survives_a_trip_between_processes() -> None:
+    import pickle
+
+    result = resolved(*SCENARIOS["laptop"])
+    assert pickle.loads(pickle.dumps(result)) == result
+    assert dataclasses.is_dataclass(result)
