@@ -241,6 +241,27 @@ def test_activation_checkpointing_around_the_head_changes_nothing(reentrant: boo
         assert_close(parameter.grad, exact, 1e-6)
 
 
+class CountingEncoding:
+    """An encoding that counts how often a pair is asked for."""
+
+    needs = "logits"
+
+    def __init__(self, inner: topk.Encoding) -> None:
+        self.inner, self.temperature, self.pairs = inner, inner.temperature, 0
+        self.layout, self.make, self.mass, self.ready = inner.layout, inner.make, inner.mass, inner.ready
+
+    def pair(self, logits, labels, teacher_head):
+        self.pairs += 1
+        return self.inner.pair(logits, labels, teacher_head)
+
+
+def test_an_activation_checkpoint_does_not_make_the_head_compute_twice():
+    case = Case.of("topk", terms=(TermLike("forward_kl"),))
+    case.encoding = CountingEncoding(case.encoding)
+    checkpoint(lambda h: case.fused(hidden=h, chunk_rows=N).loss, case.hidden, use_reentrant=False).backward()
+    assert case.encoding.pairs == 1
+
+
 @pytest.mark.parametrize("kind", ["topk", "hidden"])
 def test_bfloat16_follows_float32_within_its_rounding_whatever_the_scale(kind: str):
     exact = Case.of(kind, terms=(TermLike("forward_kl"),))
