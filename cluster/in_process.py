@@ -120,7 +120,7 @@ class InProcessSession:
 
     def __init__(self, job: StudentJob, resolved: Resolved, *, observer: Observer) -> None:
         deadline_s = job.run.faults.score_timeout_s
-        os.environ.update(resolved.scorer.environment)
+        os.environ.update({**resolved.scorer.environment, **resolved.student_environment})
         self.scorers = InProcessTeacher(resolved.scorer, deadline_s=deadline_s, observer=observer)
         self.writers = (
             InProcessTeacher(resolved.writer, deadline_s=deadline_s, observer=observer) if resolved.writer else None

@@ -3,17 +3,61 @@
 from __future__ import annotations
 
 import os
+import secrets
+import socket
+from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.errors import ConfigError
+
 MAX_BYTES = 64 * 2**20
+MARK = ".shared"
 
 
-def redirect_output(log: Path) -> None:
-    """Append standard output and error of this process, C libraries and children included, to `log`.
+@dataclass(frozen=True, slots=True)
+class SharedFolder:
+    """The run folder as the controller sees it, with a mark by which every other node must recognise it."""
 
-    A log over MAX_BYTES is first moved to `<log>.1`, so a run that restarts often keeps two files per role.
+    path: Path
+    mark: str
+
+    @classmethod
+    def of(cls, path: Path) -> SharedFolder:
+        """Leave a fresh mark in the folder."""
+        folder = cls(path.absolute(), secrets.token_hex(8))
+        (folder.path / MARK).write_text(folder.mark)
+        return folder
+
+    def check(self) -> None:
+        """Raises `ConfigError` where this node does not see the same folder, or cannot write into it."""
+        where = f"node {socket.gethostname()}"
+        try:
+            seen = (self.path / MARK).read_text()
+        except OSError as error:
+            raise ConfigError(
+                f"folder: {where} cannot read the run folder {self.path} ({error.strerror}); a run on several nodes "
+                "needs a folder that all of them share, for example on NFS"
+            ) from None
+        if seen != self.mark:
+            raise ConfigError(f"folder: {where} has another folder at {self.path}, not the one this run writes to")
+        probe = self.path / f"{MARK}-{secrets.token_hex(4)}"
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(f"folder: {where} cannot write to {self.path}: {error.strerror}") from None
+
+
+def redirect_output(folder: SharedFolder, role: str) -> None:
+    """Append standard output and error of this process, C libraries and children included, to `logs/<role>.log`.
+
+    A log over MAX_BYTES is first moved to `<role>.log.1`, so a run that restarts often keeps two files per role. Where
+    the folder is not shared the output stays with Ray, and `SharedFolder.check` says why.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.path / "logs" / f"{role}.log"
+    if not (folder.path / MARK).exists():
+        return
+    log.parent.mkdir(exist_ok=True)
     if log.exists() and log.stat().st_size > MAX_BYTES:
         os.replace(log, log.with_name(log.name + ".1"))
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

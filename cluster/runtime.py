@@ -82,6 +82,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("VLLM_NO_USAGE_STATS", "1", ENGINES, BOTH, "a run tells nobody that it runs"),
     Setting("VLLM_LOGGING_LEVEL", "WARNING", ENGINES, BOTH, "its log goes to the run folder"),
     Setting("VLLM_CPU_OMP_THREADS_BIND", "nobind", ENGINES, (CPU,), "auto pins every engine of a machine to core 0"),
+    Setting("TORCHDYNAMO_DISABLE", "1", ENGINES, (CPU,), "a sharded embedding would call g++ at its first step"),
 )
 # fmt: on
 

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from cluster import runtime
+from cluster.logs import SharedFolder
 from cluster.placement import PlacedGroup, PlacedGroups, actor_options, create_groups
 from cluster.resolve import Resolved
 from cluster.students import RankActor, StudentGroup, StudentJob
@@ -28,7 +29,7 @@ class RaySession:
     def __init__(self, job: StudentJob, resolved: Resolved, *, folder: RunFolder, observer: Observer) -> None:
         self._job = job
         self._resolved = resolved
-        self._folder = folder
+        self._folder = SharedFolder.of(folder.path)
         self._groups: PlacedGroups | None = None
         self.students = StudentGroup(job, spawn=self._spawn_rank, observer=observer)
         self.scorers = self._pool(resolved.scorer, job.run.teacher.scorer.replicas, observer)
@@ -56,7 +57,7 @@ class RaySession:
     def _pool(self, plan: Any, num_replicas: int, observer: Observer) -> ReplicaPool:
         def spawn(index: int, name: str) -> Any:
             options = actor_options(self._placed(plan.role)[index], environment=plan.environment)
-            return ray.remote(TeacherActor).options(**options).remote(plan, name, self._folder.logs / f"{name}.log")
+            return ray.remote(TeacherActor).options(**options).remote(plan, name, self._folder)
 
         return ReplicaPool(plan, num_replicas=num_replicas, spawn=spawn, faults=self._job.run.faults, observer=observer)
 
@@ -64,7 +65,7 @@ class RaySession:
         (placed,) = self._placed(runtime.STUDENT)
         options = actor_options(placed, environment=self._resolved.student_environment, bundle=index)
         actor = ray.remote(RankActor).options(**options, max_concurrency=RANK_THREADS)
-        return actor.remote(self._folder.logs / f"{name}.log")
+        return actor.remote(name, self._folder)
 
     def _placed(self, role: runtime.Role) -> tuple[PlacedGroup, ...]:
         assert self._groups is not None, "reserve() comes first"

@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from cluster import runtime
-from cluster.logs import redirect_output
+from cluster.logs import SharedFolder, redirect_output
 from cluster.processes import ProcessIdentity, kill_actor, this_process, wait_killed
 from cluster.teachers import answer, brief, unwrap
 from cluster.topology import RankPlace, number_ranks
@@ -45,13 +45,15 @@ class StudentJob:
 class RankActor:
     """One rank: constructs a `StudentRank`, forwards calls. Calls run in threads, so each sets the device first."""
 
-    def __init__(self, log: Path) -> None:
-        redirect_output(log)
+    def __init__(self, name: str, folder: SharedFolder) -> None:
+        redirect_output(folder, name)
+        self._folder = folder
         self._rank: Any = None
         self._device: Any = None
 
     def where(self) -> tuple[ProcessIdentity, tuple[str, ...], str]:
         """This process, the GPU ids that Ray handed to it, and its address."""
+        self._folder.check()
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         return this_process(), tuple(str(gpu) for gpu in gpus), ray.util.get_node_ip_address()
 

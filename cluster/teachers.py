@@ -17,7 +17,6 @@ import importlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from cluster.engines.plan import EnginePlan
 from cluster.health import Failure, FailureKind, FailurePolicy, ReplicaLoad, RestartReplica, RetryUnit, choose_replica
-from cluster.logs import redirect_output
+from cluster.logs import SharedFolder, redirect_output
 from cluster.processes import ProcessIdentity, kill_actor, this_process, wait_killed
 from configs.schema import Faults
 from trainer.errors import DeadlineExceeded, InfrastructureError, StillhouseError, TeachersLost, UnitRejected
@@ -49,13 +48,15 @@ def start_engine(plan: EnginePlan, name: str) -> ScoringEngine | WritingEngine:
 class TeacherActor:
     """One replica: builds its engine, forwards calls. Its process environment was set by the placement."""
 
-    def __init__(self, plan: EnginePlan, name: str, log: Path) -> None:
-        redirect_output(log)
+    def __init__(self, plan: EnginePlan, name: str, folder: SharedFolder) -> None:
+        redirect_output(folder, name)
+        self._folder = folder
         self._plan = plan
         self._name = name
         self._engine: Any = None
 
     async def identify(self) -> ProcessIdentity:
+        self._folder.check()
         return this_process()
 
     async def start(self) -> None:

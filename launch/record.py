@@ -14,12 +14,13 @@ import numpy as np
 
 from cluster.resolve import Resolved
 from configs.schema import Run
+from launch.export import card_of
 from launch.watch import Watch
 from trainer.distil import Controller
 from trainer.environment import manifest_environment
 from trainer.job import Job
 from trainer.report import sample_records, write_report
-from trainer.run_folder import RunFolder, read_json, write_json
+from trainer.run_folder import RunFolder, read_json, write_json, write_text
 from trainer.types import Evaluation
 
 
@@ -71,7 +72,7 @@ class Record:
         self._merge(self._folder.generations, shown)
 
     def finish(self, controller: Controller, watch: Watch) -> None:
-        """The run came to its end: complete the student's folder and write the report."""
+        """The run came to its end: complete the student's folder and the manifest."""
         assert self._job is not None
         job = self._job
         job.inputs.tokenizer.chat_template = job.inputs.template.text
@@ -84,11 +85,14 @@ class Record:
             "student": asdict(controller.student_info),
         }
         self._write_manifest()
-        write_report(self._folder)
+        card = card_of(self._folder, job.run, adapter=job.run.student.lora is not None)
+        write_text(self._folder.student / "README.md", card)
 
     def ended(self, code: int, reason: str) -> None:
-        """How the run ended; a run that never began its roles leaves only this."""
+        """How the run ended, and the report of what it did until then; one that never began leaves only the former."""
         write_json(self._folder.exit, {"code": code, "reason": reason, "time": time.time()})
+        if self._folder.metrics.exists():
+            write_report(self._folder)
 
     def _write_manifest(self) -> None:
         write_json(self._folder.manifest, self._manifest)

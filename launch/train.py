@@ -55,7 +55,22 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False) -> 
             record.ended(130, "interrupted")
             raise KeyboardInterrupt from None
         record.ended(0, "finished")
+    print(closing_words(folder), flush=True)
     return 0
+
+
+def closing_words(folder: RunFolder) -> str:
+    """Where everything is, and what to do with it."""
+    return "\n".join(
+        [
+            "",
+            f"report    {folder.report}    (open it in a browser: curves, timeline, tokens, answers before and after)",
+            f"student   {folder.student}    (a Hugging Face folder: transformers and vLLM load it)",
+            "next      stillhouse export "
+            f"{folder.path} my-student      copies the student, checked, with its model card",
+            f"          stillhouse config show {folder.config}    every setting of this run; change one with --set",
+        ]
+    )
 
 
 def _train(run: Run, folder: RunFolder, record: Record, warnings: list[str], *, skip_self_test: bool) -> None:
@@ -94,29 +109,31 @@ def _train(run: Run, folder: RunFolder, record: Record, warnings: list[str], *, 
 def _hardware(run: Run, inputs: Inputs, stack: contextlib.ExitStack) -> tuple[Resolved, runtime.RayCluster | None]:
     """What the run is resolved on; with `runtime: ray`, Ray is up afterwards and ends with the stack."""
 
-    def resolved_on(hardware: Hardware) -> Resolved:
-        return resolve(
-            run,
-            hardware,
-            vocabulary_size=inputs.vocabulary.size,
-            tokenizer_fingerprint=inputs.vocabulary.fingerprint,
-            stop_token_ids=inputs.template.end_of_turn_ids,
-            student_config=load_config(run.student.model, role="student.model"),
-            offline=all(Path(model.path).is_dir() for model in (run.teacher.model, run.student.model)),
-            bytecode_folder=runtime.bytecode_folder(),
-        )
-
     if run.runtime == "in_process":
-        return resolved_on(Hardware.local()), None
+        return resolve_run(run, inputs, Hardware.local()), None
     if os.environ.get("RAY_ADDRESS"):
         cluster = runtime.start_ray(num_cpus=0)
         stack.callback(runtime.stop_ray, cluster)
-        return resolved_on(Hardware.of_ray()), cluster
-    resolved = resolved_on(Hardware.local())
+        return resolve_run(run, inputs, Hardware.of_ray()), cluster
+    resolved = resolve_run(run, inputs, Hardware.local())
     store = run.training.max_label_bytes // 2 + 256 * 2**20
     cluster = runtime.start_ray(num_cpus=resolved.placement.num_slots, object_store_bytes=min(store, 2**30))
     stack.callback(runtime.stop_ray, cluster)
     return resolved, cluster
+
+
+def resolve_run(run: Run, inputs: Inputs, hardware: Hardware) -> Resolved:
+    """All that follows from a run, what was read for it, and the machines."""
+    return resolve(
+        run,
+        hardware,
+        vocabulary_size=inputs.vocabulary.size,
+        tokenizer_fingerprint=inputs.vocabulary.fingerprint,
+        stop_token_ids=inputs.template.end_of_turn_ids,
+        student_config=load_config(run.student.model, role="student.model"),
+        offline=all(Path(model.path).is_dir() for model in (run.teacher.model, run.student.model)),
+        bytecode_folder=runtime.bytecode_folder(),
+    )
 
 
 def _finished(job: Job, record: Record) -> bool:

@@ -16,6 +16,7 @@ import ray
 
 from cluster import runtime
 from cluster.engines.plan import EnginePlan
+from cluster.logs import SharedFolder
 from cluster.teachers import CREDITS, ReplicaPool, TeacherActor
 from configs.schema import Faults
 from trainer.errors import InfrastructureError, TeachersLost, UnitRejected
@@ -83,10 +84,11 @@ def plan(**parameters: Any) -> EnginePlan:
 
 def pool(folder: Path, events: Events, *, replicas: int, faults: Faults = FAULTS, **parameters: Any) -> ReplicaPool:
     made = plan(**parameters)
+    shared = SharedFolder.of(folder)
 
     def spawn(index: int, name: str) -> Any:
         options = {"num_cpus": 1, "max_restarts": 0, "runtime_env": {"env_vars": dict(made.environment)}}
-        return ray.remote(TeacherActor).options(**options).remote(made, name, folder / f"{name}.log")
+        return ray.remote(TeacherActor).options(**options).remote(made, name, shared)
 
     return ReplicaPool(made, num_replicas=replicas, spawn=spawn, faults=faults, observer=events)
 

@@ -1,0 +1,44 @@
+"""A node must see the run folder that the controller sees; a role's output goes there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.logs import MARK, SharedFolder
+from trainer.errors import ConfigError
+
+
+def test_the_same_folder_passes_and_keeps_nothing_but_the_mark(tmp_path: Path) -> None:
+    folder = SharedFolder.of(tmp_path)
+    folder.check()
+    assert [path.name for path in tmp_path.iterdir()] == [MARK]
+
+
+def test_a_node_without_the_folder_is_named_with_what_to_do(tmp_path: Path) -> None:
+    folder = SharedFolder.of(tmp_path)
+    elsewhere = SharedFolder(tmp_path / "not-mounted", folder.mark)
+    with pytest.raises(ConfigError, match=r"cannot read the run folder .*not-mounted.*share"):
+        elsewhere.check()
+
+
+def test_another_folder_at_the_same_path_is_refused(tmp_path: Path) -> None:
+    folder = SharedFolder.of(tmp_path)
+    SharedFolder.of(tmp_path)
+    with pytest.raises(ConfigError, match="another folder"):
+        folder.check()
+
+
+def test_output_of_the_process_and_of_its_children_is_appended_to_the_log(tmp_path: Path) -> None:
+    folder = SharedFolder.of(tmp_path)
+    code = (
+        "import os, sys; from pathlib import Path; from cluster.logs import SharedFolder, redirect_output;"
+        f"redirect_output(SharedFolder(Path({str(tmp_path)!r}), {folder.mark!r}), 'scorer-0');"
+        "print('from python', flush=True); os.system('echo from a child 1>&2')"
+    )
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "logs" / "scorer-0.log").read_text().split("\n")[:-1] == ["from python", "from a child"] * 2

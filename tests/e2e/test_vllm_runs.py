@@ -1,0 +1,93 @@
+"""Whole runs with vLLM teachers: the demo's own configuration with a handful of steps, and a resumed run."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs_under_fault import events, finish, left_running, losses, start, when
+from tiny_runs import records, stillhouse, tiny_run
+
+from launch.prepare import prepare
+from launch.prune import prune
+
+pytestmark = pytest.mark.stack
+
+CHECKOUT = Path(__file__).parents[2]
+TEACHER = CHECKOUT / ".cache/models/smollm2-135m-instruct"
+STUDENT = CHECKOUT / ".cache/models/smollm2-135m-20-layers"
+RESUME_TOLERANCE = 1e-4  # relative, of every loss; vLLM's float32 batches vary (measured: docs/design.md)
+
+
+@pytest.fixture(scope="session")
+def demo_models() -> None:
+    """What `make models` makes; nothing to do where it has run."""
+    prepare("smollm2-135m-instruct", TEACHER)
+    if not STUDENT.exists():
+        prune(TEACHER, STUDENT, keep_layers=list(range(20)))
+
+
+def test_the_demo_learns_in_a_handful_of_steps_and_vllm_loads_its_student(demo_models: None, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = {
+        "folder": str(run),
+        "training.steps": "4",
+        "training.sequences_per_step": "6",
+        "training.evaluate_every": "0",
+        "optimizer.warmup_steps": "1",
+        "data.evaluation.max_rows": "4",
+        "elicitation.max_new_tokens": "24",
+        "report.generate": "1",
+        "report.generate_tokens": "8",
+    }
+    arguments = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    os.chdir(CHECKOUT)
+    result = stillhouse("train", "configs/demo.yaml", *arguments, timeout_s=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    before, after = records(run, "evaluation")
+    assert after["forward_kl"] < 0.8 * before["forward_kl"]
+    assert {e["test"] for e in events(run, "self_test")} >= {
+        "labels against transformers",
+        "topk labels against hidden",
+    }
+    assert "report" in result.stdout
+    assert left_running(run) == []
+    load = (
+        "from vllm import LLM, SamplingParams;"
+        f"llm = LLM({str(run / 'student')!r}, dtype='float32', max_model_len=128, enforce_eager=True,"
+        " kv_cache_memory_bytes=64 * 2**20, block_size=32);"
+        "print(len(llm.chat([{'role': 'user', 'content': 'Hello'}],"
+        " SamplingParams(max_tokens=4, temperature=0), use_tqdm=False)[0].outputs[0].token_ids))"
+    )
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    loaded = subprocess.run([sys.executable, "-c", load], env=environment, capture_output=True, text=True, timeout=240)
+    assert loaded.returncode == 0, loaded.stderr[-3000:]
+    assert loaded.stdout.split()[-1] == "4"
+
+
+def test_a_killed_run_with_a_live_vllm_teacher_goes_on_within_tolerance(tmp_path: Path) -> None:
+    changes = {
+        "teacher": {"scorer": {"engine": {"kind": "vllm", "kv_cache_bytes": 32 * 2**20}}},
+        "training": {"save_every": 2, "steps": 10},
+    }
+    whole = tiny_run(tmp_path / "whole", changes)
+    result = stillhouse("train", str(whole))
+    assert result.returncode == 0, result.stdout + result.stderr
+    broken = tiny_run(tmp_path / "broken", changes)
+    run = tmp_path / "broken" / "run"
+    process = start(broken)
+    when(run, lambda: bool(events(run, "checkpoint")), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    finish(process)
+    result = stillhouse("train", str(broken))
+    assert result.returncode == 0, result.stdout + result.stderr
+    ours, theirs = losses(run), losses(tmp_path / "whole" / "run")
+    assert ours.keys() == theirs.keys()
+    worst = max(abs(ours[step] - theirs[step]) / theirs[step] for step in ours)
+    assert worst <= RESUME_TOLERANCE, worst
+    assert math.isfinite(worst)
