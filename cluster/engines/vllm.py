@@ -154,6 +154,7 @@ class Engine:
         """Load the model for generation; returns when it can write."""
         if plan.sampling is None:
             raise ConfigError(f"the writer {name} got no sampling settings")
+        check_sampling(plan.sampling)
         return VllmWriter(plan, plan.sampling, EngineLoop(lambda: build_engine(plan), name=name))
 
 
@@ -278,18 +279,12 @@ class VllmWriter:
         return [np.asarray(output.outputs[0].token_ids, dtype=np.int32) for output in finished.outputs]
 
     def _params(self, prompt: Prompt) -> SamplingParams:
-        from vllm import SamplingParams
-
         sampling = self._sampling
-        return SamplingParams(
+        return sampling_params(
+            sampling,
             max_tokens=min(sampling.max_new_tokens, self._plan.max_length - len(prompt.token_ids)),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
             seed=prompt_seed(sampling.seed, prompt.id) if sampling.temperature > 0 else None,
-            stop_token_ids=list(sampling.stop_token_ids),
             logit_bias=self._without_padding,
-            ignore_eos=True,  # stop_token_ids says all there is to say
-            detokenize=False,
         )
 
     def statistics(self) -> EngineStatistics:
@@ -297,3 +292,28 @@ class VllmWriter:
 
     def close(self) -> None:
         self._loop.close()
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Let vLLM judge the settings before it loads a model; raises `ConfigError`."""
+    try:
+        sampling_params(sampling, max_tokens=sampling.max_new_tokens, seed=None, logit_bias=None)
+    except ValueError as refusal:
+        raise ConfigError(f"vLLM refuses the sampling settings of the writer: {refusal}") from None
+
+
+def sampling_params(
+    sampling: Sampling, *, max_tokens: int, seed: int | None, logit_bias: dict[int, float] | None
+) -> SamplingParams:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=seed,
+        stop_token_ids=list(sampling.stop_token_ids),
+        logit_bias=logit_bias,
+        ignore_eos=True,  # stop_token_ids says all there is to say
+        detokenize=False,
+    )

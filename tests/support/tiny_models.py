@@ -39,7 +39,7 @@ SMALL = {
 
 FAMILIES = {
     "llama": {"model_type": "llama"},
-    "qwen2": {"model_type": "qwen2"},
+    "qwen2": {"model_type": "qwen2", "num_attention_heads": 2, "num_key_value_heads": 1},  # its head_dim is derived
     "qwen3": {"model_type": "qwen3"},
     "gemma2": {
         "model_type": "gemma2",

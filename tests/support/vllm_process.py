@@ -185,7 +185,9 @@ async def aborts(scorer: Any, seen: dict[str, Any]) -> None:
 async def dies(scorer: Any, seen: dict[str, Any]) -> None:
     beside = asyncio.create_task(scorer.score(long_unit(), HIDDEN, deadline_s=DEADLINE_S))
     await asyncio.sleep(0.05)
-    broken = scorer.score(random_unit("broken", (20, [(3, 9)])), EncodingSpec("broken_encoding"), deadline_s=DEADLINE_S)
+    broken = scorer.score(
+        random_unit("broken", (20, [(3, 9)])), EncodingSpec("fakes.broken_encoding"), deadline_s=DEADLINE_S
+    )
     errors = list(await asyncio.gather(beside, broken, return_exceptions=True))
     try:
         await scorer.score(random_unit("later", (20, [(3, 9)])), HIDDEN, deadline_s=DEADLINE_S)
@@ -205,9 +207,9 @@ def write_answers(folder: Path, batches: list[list[Prompt]], sampling: Sampling)
         writer.close()
 
 
-def parse(arguments: dict[str, Any]) -> dict[str, Any]:
+def parse(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     """What vLLM's own class makes of keyword arguments."""
     from vllm import EngineArgs
 
-    parsed = EngineArgs(**arguments)
+    parsed = EngineArgs(model=str(folder), **arguments)
     return {name: getattr(parsed, name) for name in arguments}

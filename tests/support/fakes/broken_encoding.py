@@ -1,0 +1,27 @@
+"""An encoding that looks right from outside and fails in the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from trainer.labels.encoding import Column, TeacherShape
+
+
+@dataclass(frozen=True)
+class Encoding:
+    needs: ClassVar[str] = "logits"
+    temperature: ClassVar[float] = 1.0
+
+    def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
+        return (Column("nothing", torch.float32, 1),)
+
+    def make(self, source: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise RuntimeError("this encoding is broken")
+
+    def mass(self, columns: Mapping[str, np.ndarray]) -> float:
+        return 1.0
