@@ -326,6 +326,7 @@ def ray_environment(*, memory_bytes: int) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",  # Ray listens on every interface: without a token any neighbour runs code
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_worker_niceness": "0",  # at Ray's 15 any other work on the machine starves the run until it looks hung
     }
     if memory_bytes < SMALL_MACHINE_BYTES:
         values["RAY_memory_monitor_refresh_ms"] = "0"  # it kills actors at 95 % of the memory, page cache included

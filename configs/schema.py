@@ -186,7 +186,7 @@ class Faults(Section):
     score_timeout_s: PositiveFloat = Field(300, description="One unit, from being sent to its labels.")
     step_timeout_s: PositiveFloat = Field(1800, description="One optimizer step, evaluation or checkpoint.")
     ping_interval_s: PositiveFloat = 10.0
-    ping_timeout_s: PositiveFloat = 30.0
+    ping_timeout_s: PositiveFloat = 60.0
     max_unit_attempts: PositiveInt = 5
     max_teacher_restarts: NonNegativeInt = Field(10, description="Per replica.")
     max_student_restarts: NonNegativeInt = 3

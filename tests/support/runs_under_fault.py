@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -46,7 +47,7 @@ def start(config: Path) -> subprocess.Popen[str]:
     )
 
 
-def when(run: Path, ready: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+def when(run: Path, ready: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 300) -> None:
     """Wait until the run's own records say that something happened."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -54,7 +55,8 @@ def when(run: Path, ready: Callable[[], bool], process: subprocess.Popen[str], t
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-    raise AssertionError(f"nothing happened within {timeout_s} s")
+    os.killpg(process.pid, signal.SIGKILL)
+    raise AssertionError(f"nothing happened within {timeout_s} s: {process.communicate()[0]}")
 
 
 def finish(process: subprocess.Popen[str], timeout_s: float = 240) -> tuple[int, str]:
