@@ -168,6 +168,7 @@ def loop_settings(run: Run, inputs: Inputs, teacher_dtype: str, *, rows_per_epoc
         evaluate_every=training.evaluate_every,
         save_every=training.save_every,
         max_non_finite_steps=training.max_non_finite_steps,
+        has_held_out_rows=run.data.evaluation is not None,
     )
 
 

@@ -65,6 +65,7 @@ class LoopSettings:
     evaluate_every: int
     save_every: int
     max_non_finite_steps: int
+    has_held_out_rows: bool = True  # False: there is nothing to evaluate on, also not after the last step
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +276,7 @@ class Loops:
         last = step == self._settings.total_steps
         if last or _due(step, self._settings.save_every):
             await self._checkpoint(step)
-        if last or _due(step, self._settings.evaluate_every):
+        if self._settings.has_held_out_rows and (last or _due(step, self._settings.evaluate_every)):
             await self._evaluate(step)
 
     async def _checkpoint(self, step: int) -> None:
@@ -285,13 +286,11 @@ class Loops:
         self._observer.span("student", "save", started, time.time(), f"step {step}")
 
     async def _evaluate(self, step: int) -> None:
-        """Held-out quality now; a run without held-out rows gets an evaluation of no rows and shows none."""
         started = time.time()
         evaluation = await self._students.evaluate(step)
         self._observer.span("student", "evaluate", started, time.time(), f"step {step}")
-        if evaluation.num_rows:
-            self._observer.evaluation(evaluation)
-            self.last_evaluation = evaluation
+        self._observer.evaluation(evaluation)
+        self.last_evaluation = evaluation
 
 
 def _due(step: int, every: int) -> bool:

@@ -240,3 +240,11 @@ def test_labels_lost_for_ever_end_with_the_step_named() -> None:
     students.stage = always_lost  # type: ignore[method-assign]
     with pytest.raises(InfrastructureError, match="lost 3 times"):
         asyncio.run(asyncio.wait_for(loops.run(0), 5))
+
+
+def test_a_run_without_held_out_rows_is_never_evaluated() -> None:
+    loops, trace, _, students, saved = make(replace(SETTINGS, has_held_out_rows=False, evaluate_every=2))
+    asyncio.run(loops.run(0))
+    assert [event for event in trace.events if event[0] == "evaluation"] == []
+    assert loops.last_evaluation is None
+    assert len(students.trained) == saved[-1][0] == SETTINGS.total_steps
