@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ class StudentGroup:
 
     async def start(self, checkpoint: Path | None) -> Any:
         """Place, number, build, and load a committed checkpoint if one is given. Returns rank 0's `StudentInfo`."""
-        timeout_s = self._faults.start_timeout_s
+        timeout_s, started = self._faults.start_timeout_s, time.time()
         actors = [self._spawn(index, f"student-{index}") for index in range(self.world)]
         self._ranks, self.processes = actors, []
         where = await self._gather([actor.where.remote() for actor in actors], timeout_s, "student processes to start")
@@ -124,6 +125,7 @@ class StudentGroup:
         infos = await self._gather(builds, timeout_s, "the student to load")
         if checkpoint is not None:
             await self._all("load", checkpoint, timeout_s=timeout_s, what=f"loading {checkpoint.name}")
+        self._observer.span("student", "start", started, time.time())
         return infos[0]
 
     async def stage(self, batches: Sequence[RankBatch], blocks: Sequence[Sequence[BlockRef]]) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from launch.bench.commands import bench_app
 from launch.identity import refuse_foreign_packages
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at a configuration, without running it.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(bench_app, name="bench")
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml.")]
 Overrides = Annotated[

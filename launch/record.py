@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import psutil
 
 from cluster.resolve import Resolved
 from configs.schema import Run
@@ -47,6 +48,10 @@ class Record:
             **manifest_environment(),
             "config_hash": job.config_hash,
             "started": started,
+            "phases_began_s": {
+                "imports and checks": 0.0,
+                "reading inputs, starting Ray": started - self._command_began(),
+            },
             "roles": roles_of(run, resolved),
             "reasons": list(resolved.reasons),
             "warnings": list(resolved.warnings),
@@ -58,6 +63,15 @@ class Record:
             "models": {"teacher": run.teacher.model.model_dump(), "student": run.student.model.model_dump()},
         }
         self._write_manifest()
+
+    def phase(self, text: str) -> None:
+        """A part of the run begins; the manifest holds when, in seconds after the process did."""
+        self._manifest["phases_began_s"][text] = time.time() - self._command_began()
+        self._write_manifest()
+
+    @staticmethod
+    def _command_began() -> float:
+        return psutil.Process().create_time()
 
     def evaluation(self, when: str, evaluation: Evaluation) -> None:
         assert self._job is not None

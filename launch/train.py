@@ -143,6 +143,11 @@ def _finished(job: Job, record: Record) -> bool:
 
 async def _drive(job: Job, resolved: Resolved, watch: Watch, record: Record, progress: Progress) -> Controller:
     """Open the session, run the controller, and close the session whatever happened."""
+
+    def phase(text: str) -> None:
+        record.phase(text)
+        progress.phase(text)
+
     stop_requested = asyncio.Event()
     student = StudentJob(
         run=job.run,
@@ -155,6 +160,7 @@ async def _drive(job: Job, resolved: Resolved, watch: Watch, record: Record, pro
         session = InProcessSession(student, resolved, observer=watch)
     else:
         session = RaySession(student, resolved, folder=job.folder, observer=watch)
+        phase("reserving slots for the roles")
         await session.reserve()
     controller = Controller(
         job,
@@ -167,13 +173,13 @@ async def _drive(job: Job, resolved: Resolved, watch: Watch, record: Record, pro
         teacher_dtype=resolved.scorer.dtype,
         on_evaluation=record.evaluation,
         on_generation=record.generation,
-        on_phase=progress.phase,
+        on_phase=phase,
     )
     with _stop_signals(stop_requested, watch):
         try:
             await controller.run()
         finally:
-            progress.phase("stopping the roles")
+            phase("stopping the roles")
             await session.close()
     return controller
 

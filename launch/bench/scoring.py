@@ -1,0 +1,228 @@
+"""`stillhouse bench scoring`: what labelling a batch costs over vLLM's bare prefill of that very batch.
+
+Two processes take turns on every batch: our scorer (cluster/engines/vllm.py) with each encoding, and vLLM as it comes,
+which reads the prompts and writes one token (`max_tokens=1`): that is the bare prefill, and 1.0 of the table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from cluster.engines.plan import EnginePlan
+from cluster.engines.vllm import Engine
+from cluster.hardware import Hardware
+from configs.schema import ModelSource
+from launch.bench.scoring_worker import Cost, Label, Prefill
+from launch.bench.worker import Worker
+from launch.bench.workload import Workload, corpus, make_run, make_student, write_rows
+from launch.train import resolve_run
+from trainer.errors import ConfigError
+from trainer.job import read_inputs
+from trainer.types import EncodingSpec, Sequence, Unit
+from trainer.vocab import load_tokenizer
+
+PREFILL = "bare prefill"
+STOCK = "vLLM's prompt_logprobs=64"
+STOCK_SHARE = 4  # of the batch: a quarter says enough, and Python objects take long
+TOPK, HIDDEN = EncodingSpec("topk", {"k": 64}), EncodingSpec("hidden")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    sequences: int
+    tokens: int  # of each
+
+    @classmethod
+    def parse(cls, text: str) -> Batch:
+        match = re.fullmatch(r"(\d+)x(\d+)", text)
+        if match is None or int(match[1]) < 1 or int(match[2]) < 8:
+            raise ConfigError(f"--batch: '{text}' is no batch; write sequences x tokens, at least 1x8, such as 32x256")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.sequences}x{self.tokens}"
+
+
+WARM_UP = Batch(2, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringPlan:
+    teacher: Path
+    batches: tuple[Batch, ...]
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One way of reading one batch, once."""
+
+    way: str
+    batch: str
+    round: int
+    tokens: int
+    cost: Cost
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringResult:
+    measured: tuple[Measured, ...]
+    reasons: tuple[str, ...]
+
+    def per_token_ms(self, way: str, batch: str) -> list[float]:
+        """CPU-milliseconds, by round."""
+        return [1000 * m.cost.cpu.total_s / m.tokens for m in self._of(way, batch)]
+
+    def ratios(self, way: str, batch: str) -> list[float]:
+        """To the bare prefill of the same batch in the same round."""
+        pairs = zip(self.per_token_ms(way, batch), self.per_token_ms(PREFILL, batch), strict=True)
+        return [mine / bare for mine, bare in pairs]
+
+    def bytes_per_token(self, way: str, batch: str) -> float:
+        found = self._of(way, batch)
+        return sum(m.cost.num_bytes for m in found) / sum(m.tokens for m in found)
+
+    def _of(self, way: str, batch: str) -> list[Measured]:
+        return [m for m in self.measured if (m.way, m.batch) == (way, batch)]
+
+    @property
+    def _rows(self) -> tuple[tuple[str, str], ...]:
+        return tuple(dict.fromkeys((m.batch, m.way) for m in self.measured))
+
+    def to_json(self) -> dict[str, Any]:
+        summary = [
+            {
+                "batch": batch,
+                "way": way,
+                "ratio": median(self.ratios(way, batch)),
+                "ratios": self.ratios(way, batch),
+                "cpu_ms_per_token": median(self.per_token_ms(way, batch)),
+                "label_bytes_per_token": self.bytes_per_token(way, batch),
+            }
+            for batch, way in self._rows
+        ]
+        measured = [asdict(m) for m in self.measured]
+        return {"summary": summary, "reasons": list(self.reasons), "measured": measured}
+
+    def table(self) -> Table:
+        table = Table(title="CPU time of a batch over that of its bare prefill; median of the rounds (least-most)")
+        table.add_column("batch")
+        table.add_column("way")
+        for column in ("ratio", "CPU-ms per token", "label bytes per token"):
+            table.add_column(column, justify="right")
+        for batch, way in self._rows:
+            ratios, cost = self.ratios(way, batch), self.per_token_ms(way, batch)
+            label_bytes = self.bytes_per_token(way, batch)
+            table.add_row(
+                batch,
+                way,
+                f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
+                f"{median(cost):.3f}",
+                f"{label_bytes:.0f}" if label_bytes else "",
+            )
+        return table
+
+
+def scoring(plan: ScoringPlan, work: Path, *, note: Callable[[str], None]) -> ScoringResult:
+    """Measure; `work` is an empty folder, and `note` is told what goes on."""
+    longest = max(batch.tokens for batch in plan.batches)
+    engine, reasons = _engine_plan(plan.teacher, work, longest)
+    return asyncio.run(_measure(plan, engine, reasons, work, note))
+
+
+def _engine_plan(teacher: Path, work: Path, longest: int) -> tuple[EnginePlan, tuple[str, ...]]:
+    """The scorer's plan as a real run would have it on this machine."""
+    student, rows, workload = work / "student", work / "rows.jsonl", Workload(max_tokens=longest)
+    make_student(teacher, student, seed=0)
+    write_rows(rows, load_tokenizer(ModelSource(path=str(teacher))), Workload(), count=1)
+    run = make_run(teacher, student, rows, work / "run", workload, labels="topk", steps=1)
+    resolved = resolve_run(run, read_inputs(run), Hardware.local())
+    return resolved.scorer, resolved.reasons
+
+
+def _stock(plan: EnginePlan) -> EnginePlan:
+    """vLLM's own generation engine with the same numbers, told nothing of ours; its cache would skip repeated text."""
+    ours = dict(plan.arguments)
+    arguments = Engine().arguments(
+        role="writer",
+        dtype=plan.dtype,
+        tensor_parallel_size=1,
+        max_length=plan.max_length + 1,  # one token is written
+        accelerator="cpu" if plan.device_type == "cpu" else "gpu",
+        kept_events=TOPK.parameters["k"],
+    )
+    same = {key: ours[key] for key in ("max_num_seqs", "max_num_batched_tokens", "enforce_eager")}
+    arguments |= {**same, "enable_prefix_caching": False, "skip_tokenizer_init": False}
+    return replace(plan, role="writer", arguments=arguments)
+
+
+async def _measure(
+    plan: ScoringPlan, engine: EnginePlan, reasons: tuple[str, ...], work: Path, note: Callable[[str], None]
+) -> ScoringResult:
+    async with AsyncExitStack() as stack:
+        workers = {}
+        for name, role_plan in (("scorer", engine), ("vllm", _stock(engine))):
+            note(f"starting {name}")
+            log = work / f"{name}.log"
+            workers[name] = await Worker.start(
+                "launch.bench.scoring_worker", role_plan, environment=role_plan.environment, log=log
+            )
+            stack.push_async_callback(workers[name].close)
+        ids = _token_stream(plan.teacher)
+        note("warming up")
+        for worker, question, _ in _ways(WARM_UP, ids, seed=0).values():
+            await workers[worker].ask(question)
+        measured = []
+        for number in range(plan.rounds):
+            for batch in plan.batches:
+                for way, (worker, question, tokens) in _ways(batch, ids, seed=number + 1).items():
+                    cost = await workers[worker].ask(question)
+                    measured.append(Measured(way, str(batch), number, tokens, cost))
+                    each = 1000 * cost.cpu.total_s / tokens
+                    note(f"round {number + 1}: {batch} {way}: {each:.3f} CPU-ms per token, {cost.wall_s:.1f} s")
+        return ScoringResult(tuple(measured), reasons)
+
+
+def _token_stream(teacher: Path) -> np.ndarray:
+    """The benchmark's text as int32 ids."""
+    tokenizer = load_tokenizer(ModelSource(path=str(teacher)))
+    text, _ = corpus(tokenizer)
+    return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
+
+
+def _ways(batch: Batch, ids: np.ndarray, *, seed: int) -> Mapping[str, tuple[str, Label | Prefill, int]]:
+    """What is asked of whom about one batch, and how many tokens that is."""
+    starts = np.random.default_rng(seed).integers(0, len(ids) - batch.tokens, size=batch.sequences)
+    texts = [ids[start : start + batch.tokens] for start in starts]
+    all_rows, answer_rows = np.ones(batch.tokens, dtype=bool), np.ones(batch.tokens, dtype=bool)
+    all_rows[-1] = answer_rows[-1] = False
+    answer_rows[: batch.tokens // 3] = False
+    last_row = np.zeros(batch.tokens, dtype=bool)
+    last_row[-2] = True
+
+    def label(rows: np.ndarray, encoding: EncodingSpec) -> tuple[str, Label | Prefill, int]:
+        sequences = tuple(Sequence(f"{i}", text, rows, "dataset") for i, text in enumerate(texts))
+        return "scorer", Label(Unit(id=f"{seed}", sequences=sequences), encoding), batch.sequences * batch.tokens
+
+    def prefill(count: int, prompt_logprobs: int | None) -> tuple[str, Label | Prefill, int]:
+        prompts = tuple(tuple(text.tolist()) for text in texts[:count])
+        return "vllm", Prefill(prompts, prompt_logprobs), count * batch.tokens
+
+    return {
+        PREFILL: prefill(batch.sequences, None),
+        "hidden, last row only": label(last_row, HIDDEN),
+        "hidden, all rows": label(all_rows, HIDDEN),
+        "top-64, all rows": label(all_rows, TOPK),
+        "top-64, answer rows (two thirds)": label(answer_rows, TOPK),
+        STOCK: prefill(max(1, batch.sequences // STOCK_SHARE), TOPK.parameters["k"]),
+    }

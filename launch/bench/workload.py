@@ -1,0 +1,112 @@
+"""What the benchmarks work on: text of a stated length, a student made on the spot, and the run that joins them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from configs.plugins import ROOT
+from configs.schema import ModelSource, Run
+from trainer.job import Inputs, as_sequence, open_stream, read_inputs
+from trainer.types import Sequence
+from trainer.vocab import load_tokenizer
+
+TEXT = ROOT / "configs" / "data" / "demo_train.jsonl"
+"""Real text, so that labels are those of a teacher that knows what it reads."""
+
+LABELS = {"topk": {"kind": "topk", "k": 64}, "hidden": {"kind": "hidden"}}
+LEARNING_RATE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Off-policy text: every sequence has `min_tokens` to `max_tokens`, the last two thirds of them in the loss."""
+
+    min_tokens: int = 150
+    max_tokens: int = 270
+    sequences_per_step: int = 8
+    depth: int = 2
+    seed: int = 0
+    scorer_engine: str = "vllm"
+
+
+def make_student(teacher: Path, folder: Path, *, seed: int) -> None:
+    """Llama, 6 layers of 384 (6 heads, 2 of keys and values, MLP 1024), tied, with the teacher's tokenizer."""
+    vocabulary = AutoConfig.from_pretrained(teacher).get_text_config()
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=vocabulary.vocab_size,
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=1024,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+        bos_token_id=vocabulary.bos_token_id,
+        eos_token_id=vocabulary.eos_token_id,
+        pad_token_id=vocabulary.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    load_tokenizer(ModelSource(path=str(teacher))).save_pretrained(folder)
+
+
+def corpus(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and where in it each token stands."""
+    rows = [json.loads(line) for line in TEXT.read_text(encoding="utf-8").splitlines()]
+    turns = [turn["content"] for row in rows for turn in [*row["prompt"], *(row["completion"] or [])]]
+    text = "\n\n".join(turns)
+    offsets = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)["offset_mapping"]
+    return text, offsets
+
+
+def write_rows(path: Path, tokenizer: PreTrainedTokenizerBase, workload: Workload, *, count: int) -> None:
+    """Windows of the text as prompt (a third) and completion, cut at token borders: lengths are nearly those asked."""
+    text, offsets = corpus(tokenizer)
+    draw = np.random.default_rng(workload.seed)
+    rows = []
+    for _ in range(count):
+        length = int(draw.integers(workload.min_tokens, workload.max_tokens + 1))
+        start = int(draw.integers(0, len(offsets) - length))
+        edges = [offsets[start + index][0] for index in (0, length // 3, length)]
+        prompt, completion = (text[a:b] for a, b in pairwise(edges))
+        rows.append(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+    path.write_text("".join(rows), encoding="utf-8")
+
+
+def make_run(
+    teacher: Path, student: Path, rows: Path, folder: Path, workload: Workload, *, labels: str, steps: int
+) -> Run:
+    """The configuration of one pipeline: one scorer, one rank, everything else as by default."""
+    settings: dict[str, Any] = {
+        "name": f"bench-{labels}",
+        "folder": folder,
+        "seed": workload.seed,
+        "teacher": {"model": {"path": str(teacher)}, "scorer": {"engine": workload.scorer_engine}},
+        "student": {"model": {"path": str(student)}},
+        "data": {"train": {"path": str(rows)}, "max_length": workload.max_tokens + 32, "on_too_long": "truncate"},
+        "elicitation": "feature",
+        "labels": LABELS[labels],
+        "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
+        "training": {
+            "steps": steps,
+            "sequences_per_step": workload.sequences_per_step,
+            "depth": workload.depth,
+        },
+    }
+    return Run.model_validate(settings)
+
+
+def same_sequences(run: Run, inputs: Inputs | None = None) -> list[Sequence]:
+    """What the run's stream will give, in its order, for all its steps."""
+    stream = open_stream(run, inputs or read_inputs(run), quarantine=None)
+    count = (run.training.steps or 0) * run.training.sequences_per_step
+    return [as_sequence(prompt) for prompt in stream.take(count)]

@@ -1,0 +1,217 @@
+"""The benchmarks' own arithmetic: what is counted, on which text, against which recipe, and how it is summed up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from tiny_models import tiny_folder
+from tiny_runs import stillhouse, tiny_run
+from transformers import AutoModelForCausalLM
+
+from configs.schema import ModelSource
+from launch.bench import cpu_time
+from launch.bench.cpu_time import CpuTime
+from launch.bench.distil_result import DistilResult
+from launch.bench.pipeline import PARTS, Segment
+from launch.bench.plain import PlainSetup, PlainSteps, Text, prepare
+from launch.bench.run_times import read_waits, start_phases
+from launch.bench.scoring import PREFILL, Batch, Measured, ScoringResult
+from launch.bench.scoring_worker import Cost
+from launch.bench.worker import Worker
+from launch.bench.workload import Workload, make_run, make_student, same_sequences, write_rows
+from trainer.errors import ConfigError, DeadlineExceeded, InfrastructureError
+from trainer.run_folder import RunFolder
+from trainer.vocab import load_tokenizer
+
+SUPPORT = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent / "support")}
+
+
+def test_a_tree_is_counted_with_its_children_and_without_what_is_left_out() -> None:
+    script = "import subprocess, sys, time; c = subprocess.Popen([sys.executable, '-c', sys.argv[1]]); c.wait()"
+    burn = "import time\nwhile time.process_time() < 0.6: pass\nprint('done', flush=True); time.sleep(60)"
+    root = subprocess.Popen([sys.executable, "-c", script, burn], stdout=subprocess.PIPE, text=True)
+    try:
+        assert root.stdout is not None
+        assert root.stdout.readline() == "done\n"
+        (child,) = psutil.Process(root.pid).children()
+        with_child = cpu_time.of_trees([root.pid]).total_s
+        assert with_child >= 0.55
+        assert cpu_time.of_trees([root.pid], without=[child.pid]).total_s <= with_child - 0.5
+        assert cpu_time.of_trees([root.pid, child.pid]).total_s == pytest.approx(with_child, abs=0.05)
+        child.kill()
+        root.wait(10)
+    finally:
+        root.kill()
+    assert cpu_time.of_trees([root.pid]) == CpuTime()
+
+
+def test_this_process_counts_all_its_threads() -> None:
+    before, began = cpu_time.of_this_process(), time.process_time()
+    while time.process_time() - began < 0.2:
+        pass
+    assert (cpu_time.of_this_process() - before).total_s == pytest.approx(0.2, abs=0.1)
+
+
+async def ask_calculator(log: Path, *questions: object, timeout_s: float = 60) -> list[object]:
+    worker = await Worker.start("fakes.calculator", 40, environment={**SUPPORT, "MARK": "set"}, log=log)
+    try:
+        return [await worker.ask(question, timeout_s=timeout_s) for question in questions]
+    finally:
+        await worker.close()
+
+
+def test_a_worker_answers_in_turn_with_its_own_environment_and_prints_to_its_log(tmp_path: Path) -> None:
+    assert asyncio.run(ask_calculator(tmp_path / "log", 2, "MARK", 3)) == [42, "set", 43]
+    assert "MARK" not in os.environ
+    assert "asked for 2" in (tmp_path / "log").read_text()
+
+
+def test_a_worker_that_dies_or_is_silent_says_where_its_log_is(tmp_path: Path) -> None:
+    with pytest.raises(InfrastructureError, match=r"log: .*/log"):
+        asyncio.run(ask_calculator(tmp_path / "log", 2, None))
+    with pytest.raises(DeadlineExceeded, match=r"its log is .*/log"):
+        asyncio.run(ask_calculator(tmp_path / "log", 2, timeout_s=0.0))
+
+
+def test_the_text_has_the_asked_lengths_and_two_thirds_of_it_count(tiny_teacher: Path, tmp_path: Path) -> None:
+    workload = Workload(sequences_per_step=5, min_tokens=60, max_tokens=90)
+    student, rows = tmp_path / "student", tmp_path / "rows.jsonl"
+    make_student(tiny_teacher, student, seed=0)
+    write_rows(rows, load_tokenizer(ModelSource(path=str(tiny_teacher))), workload, count=20)
+    run = make_run(tiny_teacher, student, rows, tmp_path / "run", workload, labels="hidden", steps=4)
+    sequences = same_sequences(run)
+    assert len(sequences) == 20
+    lengths = [sequence.num_tokens for sequence in sequences]
+    assert 55 <= min(lengths) < median(lengths) < max(lengths) <= 95
+    share = sum(sequence.num_loss_tokens for sequence in sequences) / sum(lengths)
+    assert share == pytest.approx(2 / 3, abs=0.03)
+    assert not (tmp_path / "run").exists()
+    config = AutoModelForCausalLM.from_pretrained(student).config
+    assert (config.hidden_size, config.num_hidden_layers, config.tie_word_embeddings) == (384, 6, True)
+
+
+def test_the_plain_recipe_minimises_the_full_forward_kl_whatever_the_padding(tmp_path: Path) -> None:
+    teacher, student = tiny_folder(tmp_path / "t", seed=1), tiny_folder(tmp_path / "s", seed=2, num_hidden_layers=1)
+    draw = np.random.default_rng(0)
+    texts = []
+    for length in (9, 17, 30):
+        mask = np.arange(length) >= length // 3
+        mask[-1] = False
+        texts.append(Text(draw.integers(3, 280, length).astype(np.int32), mask))
+    train = prepare(PlainSetup(teacher, student, "float32", torch.empty(0).device.type, 1e-3))
+    answer = train(PlainSteps((tuple(texts),) * 3, threads=1))
+    assert answer.losses[0] == pytest.approx(brute_force_kl(teacher, student, texts), rel=1e-4)
+    assert answer.losses[2] < answer.losses[0]
+    assert answer.cpu.total_s > 0
+
+
+def brute_force_kl(teacher: Path, student: Path, texts: list[Text]) -> float:
+    models = [AutoModelForCausalLM.from_pretrained(folder).double() for folder in (teacher, student)]
+    total, rows = 0.0, 0
+    for text in texts:
+        ids = torch.from_numpy(text.token_ids).long()[None]
+        with torch.no_grad():
+            p, q = (model(ids).logits[0][text.loss_mask].log_softmax(-1) for model in models)
+        total += float((p.exp() * (p - q)).sum())
+        rows += int(text.loss_mask.sum())
+    return total / rows
+
+
+def segment(side: str, number: int, *cpu_s: float, tokens: int = 1000) -> Segment:
+    names = PARTS if len(cpu_s) == 4 else ("process",)
+    cpu = {name: CpuTime(seconds * 0.75, seconds * 0.25) for name, seconds in zip(names, cpu_s, strict=True)}
+    return Segment(side, number, cpu, steps=2, tokens=tokens, loss_tokens=tokens // 2, wall_s=1.0, loss=1.0)
+
+
+def test_ratios_are_taken_within_a_round_before_the_median() -> None:
+    # In the second round everything was three times as slow: a machine that drifts changes no ratio.
+    segments = [
+        *(segment("topk", 0, 1.0, 2.0, 0.5, 0.5), segment("plain", 0, 8.0)),
+        *(segment("topk", 1, 3.0, 6.0, 1.5, 1.5), segment("plain", 1, 24.0)),
+        *(segment("topk", 2, 1.0, 2.0, 0.5, 1.3, tokens=1200), segment("plain", 2, 9.6, tokens=1200)),
+    ]
+    result = DistilResult(tuple(segments), plain_threads={"plain": 1}, reasons=())
+    assert result.per_token_ms("topk") == pytest.approx([4, 12, 4])
+    assert result.per_token_ms("topk", "student") == pytest.approx([2, 6, 2 / 1.2])
+    assert result.per_loss_token_ms("plain") == pytest.approx([16, 48, 16])
+    assert result.ratios("topk", "plain") == pytest.approx([0.5, 0.5, 0.5])
+    assert result.system_share("topk") == pytest.approx(0.25)
+    summary = result.to_json()["summary"]
+    assert summary["topk"]["ratio_to"]["plain"]["median"] == pytest.approx(0.5)
+    assert set(summary["topk"]["parts_cpu_ms_per_token"]) == set(PARTS)
+    assert result.table().row_count == 2
+
+
+def test_scoring_is_a_ratio_to_the_bare_prefill_per_token() -> None:
+    measured = []
+    for number, pace in enumerate((1.0, 2.0, 1.5)):
+        measured.append(Measured(PREFILL, "4x8", number, 32, Cost(CpuTime(pace, 0), 1.0, 0)))
+        measured.append(Measured("labels", "4x8", number, 32, Cost(CpuTime(pace, 0.5 * pace), 1.0, 32 * 390)))
+        measured.append(Measured("stock", "4x8", number, 8, Cost(CpuTime(pace, 0), 1.0, 0)))
+    result = ScoringResult(tuple(measured), reasons=())
+    assert result.ratios("labels", "4x8") == pytest.approx([1.5, 1.5, 1.5])
+    assert result.ratios("stock", "4x8") == pytest.approx([4, 4, 4])
+    assert result.bytes_per_token("labels", "4x8") == 390
+    assert result.table().row_count == 3
+
+
+@pytest.mark.parametrize("text", ["", "32", "32*256", "0x256", "4x2", "ax9"])
+def test_a_batch_that_is_none_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match="32x256"):
+        Batch.parse(text)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in one process, so that its records are real."""
+    folder = tmp_path_factory.mktemp("finished")
+    changes = {"runtime": "in_process", "student": {"ranks": 1}, "training": {"steps": 6, "depth": 1}}
+    result = stillhouse("train", str(tiny_run(folder, changes)))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "run"
+
+
+@pytest.mark.stack
+def test_the_phases_of_a_real_run_follow_each_other_up_to_its_first_step(finished: Path) -> None:
+    phases = start_phases(RunFolder(finished))
+    names = [phase.name for phase in phases]
+    assert names[0] == "imports and checks"
+    assert names[-1] == "training the first step"
+    assert "starting teachers and students" in names
+    assert all(phase.seconds >= 0 for phase in phases)
+    for before, after in pairwise(phases):
+        assert before.began_s + before.seconds == pytest.approx(after.began_s)
+    shown = stillhouse("bench", "start", "--run", str(finished))
+    assert shown.returncode == 0, shown.stderr
+    assert "starting teachers and students" in shown.stdout
+
+
+@pytest.mark.stack
+def test_the_waits_of_a_real_run_have_its_depth_and_both_sides(finished: Path) -> None:
+    waits = read_waits(RunFolder(finished))
+    assert waits.depth == 1
+    assert [share.lane for share in waits.shares] == ["student", "scorer-0"]
+    assert all(0 <= share.busy <= 1 for share in waits.shares)
+    assert waits.tokens_per_s > 0
+
+
+def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ConfigError, match="no run folder"):
+        start_phases(folder)
+    with pytest.raises(ConfigError, match="too few steps"):
+        read_waits(folder)
+    folder.manifest.write_text('{"started": 5.0, "phases_began_s": {"imports and checks": 0.0}}')
+    with pytest.raises(ConfigError, match="never came to its first step"):
+        start_phases(folder)
