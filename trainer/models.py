@@ -22,8 +22,9 @@ from trainer.attention import IMPLEMENTATIONS
 from trainer.errors import ConfigError
 from trainer.heads import Head, HeadShape
 
-HeadCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Any]
-"""What to compute from hidden states [n, H] and the head's weight [>= V, H] and bias; returns a tensor or a tuple."""
+HeadCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, ...]]
+"""What to compute from hidden states [n, H] and the head's weight [>= V, H] and bias. A tuple, because ZeRO-3 looks for
+the tensors of a module's output only in tuples, lists and dicts."""
 
 
 class StudentModule(torch.nn.Module):
@@ -39,6 +40,7 @@ class StudentModule(torch.nn.Module):
         self.head_shape = HeadShape.of_config(causal.config)
         self._adapter = (adapter,)  # in a tuple: not a submodule, the same weights are in `causal`
         _open_head(causal.get_output_embeddings())
+        self.register_state_dict_post_hook(_forget_frozen_tied_head)
 
     @property
     def config(self) -> Any:
@@ -55,16 +57,28 @@ class StudentModule(torch.nn.Module):
         token_ids: torch.Tensor,
         position_ids: torch.Tensor,
         rows: torch.Tensor,
-        head_call: HeadCall,
-        **borders: Any,
-    ) -> Any:
-        """`head_call` on the hidden states of `rows` [n] out of token_ids [1, T]; `borders` as `border_arguments`."""
-        hidden = self.run_base(token_ids, position_ids=position_ids, use_cache=False, **borders).last_hidden_state
-        return self.causal.get_output_embeddings()(hidden[0].index_select(0, rows), head_call)
+        head_call: HeadCall | None,
+        **arguments: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        """`head_call` on the hidden states of `rows` [n], indices into the flattened token_ids [B, T].
 
-    def run_base(self, token_ids: torch.Tensor, **arguments: Any) -> Any:
-        """The transformers base model: everything below the head."""
-        return self.causal.base_model(input_ids=token_ids, **arguments)
+        `arguments` go to the base model: `border_arguments` of a packed row, or a KV cache (`past_key_values`). Without
+        a `head_call` the answer is transformers' own logits [n, >= V], computed whole: for comparison.
+        """
+        arguments |= {"position_ids": position_ids, "use_cache": "past_key_values" in arguments}
+        if head_call is None:
+            return (self.causal(input_ids=token_ids, **arguments).logits.flatten(0, 1)[rows],)
+        hidden = self.causal.base_model(input_ids=token_ids, **arguments).last_hidden_state
+        return self.causal.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, rows), head_call)
+
+
+def _forget_frozen_tied_head(module: StudentModule, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A frozen weight belongs in no checkpoint, but DeepSpeed, told to leave frozen ones out, knows a tied one by the
+    name of the embedding only."""
+    head, embedding = module.causal.get_output_embeddings(), module.causal.get_input_embeddings()
+    if head.weight is embedding.weight and not head.weight.requires_grad:
+        name = next(name for name, inner in module.named_modules() if inner is head)
+        state.pop(f"{prefix}{name}.weight", None)
 
 
 def _open_head(head: torch.nn.Module) -> None:
@@ -111,7 +125,7 @@ def load_student(
                 f"student.model: {source.path} has {rows} token embeddings, the tokenizer {vocabulary_size} tokens. "
                 "Use a student with the teacher's tokenizer"
             )
-        adapter = None if lora is None else _add_adapters(causal, lora)
+        adapter = None if lora is None else _add_adapters(causal, lora, revision=source.revision)
     if activation_checkpointing:
         causal.gradient_checkpointing_enable({"use_reentrant": False})
     return StudentModule(causal, adapter=adapter)
@@ -142,10 +156,15 @@ def _load_causal(source: ModelSource, *, dtype: torch.dtype, attention: str) -> 
     return causal
 
 
-def _add_adapters(causal: torch.nn.Module, lora: LoRA) -> peft.PeftModel:
+def _add_adapters(causal: torch.nn.Module, lora: LoRA, *, revision: str | None) -> peft.PeftModel:
     target = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=target, task_type="CAUSAL_LM"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=target,
+        task_type="CAUSAL_LM",
+        revision=revision,
     )
     try:
         adapted = peft.get_peft_model(causal, settings, autocast_adapter_dtype=False)
@@ -241,3 +260,8 @@ def _read_rows(source: ModelSource, files: Mapping[str, Path], names: list[str],
             raise ConfigError(f"teacher.model: {name} of {source.path} has {len(rows)} rows for {num_rows} tokens")
         return rows
     raise ConfigError(f"teacher.model: {source.path} has no tensor named {' or '.join(names)}")
+
+
+def weight_bytes(source: ModelSource) -> int:
+    """Bytes of a model's weight files."""
+    return sum(file.stat().st_size for file in set(_weight_files(source).values()))

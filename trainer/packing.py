@@ -35,13 +35,13 @@ def check_block(unit: Unit, block: SoftLabelBlock, *, header: LabelHeader) -> No
             raise UnitRejected(f"unit {unit.id}: column {name} has {len(column)} rows, asked for {wanted[-1]}")
 
 
-def check_finite(unit: Unit, block: SoftLabelBlock, *, layout: AbstractSequence[Column], log_mass: bool) -> None:
-    """Raises `UnitRejected` where a label is not finite. With `log_mass` columns may hold -inf: mass zero."""
+def check_finite(unit: Unit, block: SoftLabelBlock, *, layout: AbstractSequence[Column]) -> None:
+    """Raises `UnitRejected` where a label is NaN or infinite: encodings write mass zero as a finite number."""
     for column in layout:
         if not column.dtype.is_floating_point:
             continue
         values = _to_torch(np.ascontiguousarray(block.columns[column.name]), column.dtype)
-        bad = ~(values < torch.inf) if log_mass else ~values.isfinite()  # NaN < inf is False
+        bad = ~values.isfinite()
         if bad.any():
             row = int(bad.any(dim=1).nonzero()[0])
             raise UnitRejected(

@@ -40,15 +40,16 @@ class StepOutcome:
     skipped: bool
 
 
-def start_processes(*, backend: str, timeout_s: float, rank: int, world: int, device: torch.device) -> None:
+def start_processes(*, backend: str, timeout_s: float, rank: int, world: int, device: torch.device) -> bool:
     """Join the process group; with more than one rank the environment names the address (MASTER_ADDR, MASTER_PORT).
 
-    Every collective ends after `timeout_s`, DeepSpeed's own groups included. Does nothing in a process that has joined.
+    Every collective ends after `timeout_s`, DeepSpeed's own groups included. False in a process that had joined before.
     """
     # An operator for inference only, compiled with g++ at this point and leaving files in /dev/shm when killed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(seconds=timeout_s)
-    if not distributed.is_initialized():
+    new = not distributed.is_initialized()
+    if new:
         place = {"store": distributed.HashStore()} if world == 1 else {"init_method": "env://"}
         if device.index is not None:
             place["device_id"] = device
@@ -59,6 +60,7 @@ def start_processes(*, backend: str, timeout_s: float, rank: int, world: int, de
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     # DeepSpeed makes its group without a timeout of its own and keeps no way to pass one.
     distributed_c10d._set_pg_timeout(timeout, groups._get_data_parallel_group())
+    return new
 
 
 def stop_processes() -> None:
@@ -145,8 +147,8 @@ class ZeroModel:
         rank = distributed.get_rank()
         for file in sorted(folder.rglob("*")):
             if file.is_file() and _written_by(file.name, rank):
-                _flush_to_disk(file)
-        _flush_to_disk(folder / TAG)
+                flush_to_disk(file)
+        flush_to_disk(folder / TAG)
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote at the same world size, stage and dtype. Only before the first step."""
@@ -183,7 +185,8 @@ def _written_by(name: str, rank: int) -> bool:
     return owner == rank
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """fsync of a file or folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

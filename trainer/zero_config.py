@@ -63,19 +63,22 @@ def _zero(student: Student, *, on_accelerator: bool, hidden_size: int | None) ->
     if student.offload != "none":
         zero["offload_optimizer"] = {"device": _HOST, "pin_memory": on_accelerator}
     if student.zero_stage == 3:
-        zero |= _stage_three(bucket, hidden_size)
+        zero |= _stage_three(bucket, hidden_size, on_accelerator=on_accelerator)
         if student.offload == "optimizer_and_parameters":
             zero["offload_param"] = {"device": _HOST, "pin_memory": on_accelerator}
     return zero
 
 
-def _stage_three(bucket: int, hidden_size: int | None) -> dict[str, Any]:
-    """A bucket holds one square matrix of the model; what is smaller than ten of its rows is never sharded."""
+def _stage_three(bucket: int, hidden_size: int | None, *, on_accelerator: bool) -> dict[str, Any]:
+    """A bucket holds one square matrix of the model; what is smaller than ten of its rows is never sharded.
+
+    Off accelerators each gather costs more than the memory it saves: there parameters below a million elements stay.
+    """
     square = max(hidden_size**2, _SMALLEST_BUCKET) if hidden_size else bucket
     return {
         "reduce_bucket_size": square,
         "stage3_prefetch_bucket_size": int(0.9 * square),
-        "stage3_param_persistence_threshold": 10 * hidden_size if hidden_size else 100_000,
+        "stage3_param_persistence_threshold": 10 * (hidden_size or 4096) if on_accelerator else 1_000_000,
         "stage3_max_live_parameters": 1_000_000_000,
         "stage3_max_reuse_distance": 1_000_000_000,
         "stage3_gather_16bit_weights_on_model_save": False,  # exports are our own safetensors

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
+
 SUPPORT = Path(__file__).resolve().parent
 
 
@@ -74,6 +76,8 @@ def _start(cases: str, rank: int, world: int, port: int, folder: Path) -> subpro
 
 
 def _main(cases: str, rank: int, world: int, folder: Path) -> None:
+    # A process joins one group in its life; the ranks that cases build one after another find it joined.
+    distributed.init_process_group("gloo")
     module = importlib.import_module(cases)
     place = Place(rank, world, folder)
     results = {}
@@ -83,6 +87,7 @@ def _main(cases: str, rank: int, world: int, folder: Path) -> None:
             results[name.removeprefix("case_")] = case(place)
             print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
     (folder / f"rank-{rank}.pickle").write_bytes(pickle.dumps(results))
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -37,11 +37,15 @@ def _student(folder: Path, **changes) -> StudentModule:
 
 
 def _logits(student: StudentModule, rows: torch.Tensor) -> torch.Tensor:
-    def product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return student.head_shape.apply(torch.nn.functional.linear(hidden, weight, bias))
+    def product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor]:
+        return (student.head_shape.apply(torch.nn.functional.linear(hidden, weight, bias)),)
 
     positions = torch.arange(IDS.shape[1])[None]
-    return student(IDS, positions, rows, product, **border_arguments("sdpa", (0, IDS.shape[1]), HOST))
+    borders = border_arguments("sdpa", (0, IDS.shape[1]), HOST)
+    (logits,) = student(IDS, positions, rows, product, **borders)
+    (whole,) = student(IDS, positions, rows, None, **borders)
+    torch.testing.assert_close(logits, whole)
+    return logits
 
 
 @pytest.mark.parametrize("tied", [True, False])

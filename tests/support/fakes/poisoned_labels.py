@@ -3,6 +3,7 @@ that is NaN, or one that is infinite while its gradient stays finite."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -47,9 +48,8 @@ class Encoding:
         student = pair.student
         for mark, value in MARKS.items():
             marked = labels["realised"] == mark
-            # `where` keeps the gradient of the rows that are not marked, and for -inf that of the marked ones too.
-            poison = student * value if value != value else student + value
-            student = torch.where(marked, poison, student)
+            if marked.any():  # else the other side of `where` would leak NaN into every gradient
+                student = torch.where(marked, student * value if math.isnan(value) else student + value, student)
         return replace(pair, student=student)
 
     def mass(self, columns: Mapping[str, np.ndarray]) -> float:

@@ -1,0 +1,286 @@
+"""What student ranks do in tests of `tests/trainer/test_student.py`: each case runs on every rank of a group.
+
+Results are compared with what one process works out by hand, with one another, and between a group of two and of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from fakes.poisoned_labels import MARKS
+from rank_processes import Place
+from student_world import (
+    LONELY_STEP,
+    VOCABULARY_SIZE,
+    Teacher,
+    batch_of,
+    build,
+    build_with_info,
+    labels_of,
+    make_plan,
+    make_run,
+    sequences_of,
+    stage,
+    train,
+)
+
+from configs.schema import Run
+from trainer.errors import ConfigError
+from trainer.models import load_student
+from trainer.student import StudentRank
+from trainer.types import EncodingSpec, Unit
+from trainer.zero import sharded_loading
+
+STAGES = (1, 2, 3)
+LORA = {"rank": 4, "dropout": 0.2}
+SMALL_BUDGET = 48  # tokens: about four micro-batches
+
+
+def _run(place: Place, **student: Any) -> Run:
+    return make_run(place.folder.parent, student={**student})
+
+
+def _export(rank: StudentRank, place: Place, name: str, **options: Any) -> Path:
+    folder = place.folder / "exports" / name
+    rank.export(folder, **options)
+    return folder
+
+
+def _checkpoint(place: Place, name: str) -> Path:
+    folder = place.folder / "checkpoints" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def case_steps(place: Place) -> dict[str, Any]:
+    """Four steps at each stage, in one micro-batch and in several; on one rank only stage 2."""
+    found = {}
+    for zero_stage in STAGES if place.world == 2 else (2,):
+        for budget in (4096, SMALL_BUDGET):
+            run = _run(place, zero_stage=zero_stage)
+            rank = build(run, place)
+            metrics = train(rank, run, place, last=4, token_budget=budget)
+            folder = _export(rank, place, f"stage{zero_stage}-{budget}")
+            rank.close()
+            found[zero_stage, budget] = (metrics, folder)
+    return found
+
+
+def case_resume(place: Place) -> dict[str, Any]:
+    """Eight steps at once, and four, a checkpoint, a new rank, four."""
+    if place.world == 1:
+        return {}
+    found = {}
+    for name, student in (
+        ("stage1", {"zero_stage": 1}),
+        ("stage2", {"zero_stage": 2}),
+        ("stage3", {"zero_stage": 3}),
+        ("lora", {"zero_stage": 2, "lora": LORA}),
+        ("lora3", {"zero_stage": 3, "lora": LORA}),
+    ):
+        run = _run(place, **student)
+        folder = _checkpoint(place, name)
+        rank = build(run, place)
+        once = train(rank, run, place, last=4)
+        rank.save(4, folder)
+        once += train(rank, run, place, first=5)
+        merge = {"merge_adapter": True} if "lora" in student else {}
+        at_once = _export(rank, place, f"{name}-at-once", **merge)
+        rank.close()
+        rank = build(run, place)
+        step = rank.load(folder)
+        resumed = train(rank, run, place, first=step + 1)
+        in_two = _export(rank, place, f"{name}-in-two", **merge)
+        rank.close()
+        found[name] = {"once": once, "resumed": resumed, "exports": (at_once, in_two), "step": step, "folder": folder}
+    return found
+
+
+def case_other_world(place: Place) -> str:
+    """On one rank: load what two wrote."""
+    if place.world == 2:
+        return ""
+    rank = build(_run(place, zero_stage=2), place)
+    checkpoint = _checkpoint(place, "of-two")
+    torch.save({"step": 1, "world": 2, "random": {}}, checkpoint / "rank_0.pt")
+    try:
+        rank.load(checkpoint)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        rank.close()
+    return "loaded"
+
+
+def case_not_finite(place: Place) -> dict[str, Any]:
+    """Step 2 has a loss that is NaN, then one that is infinite, on the last rank only; steps 1 and 3 are sound."""
+    found = {}
+    for zero_stage in STAGES if place.world == 2 else (2,):
+        run = make_run(
+            place.folder.parent,
+            student={"zero_stage": zero_stage},
+            labels={"kind": "fakes.poisoned_labels"},
+            objective=[{"loss": "forward_kl"}],
+        )
+        rank, teacher = build(run, place), Teacher()
+        exports, metrics = [], []
+        for number, (step, mark) in enumerate([(1, None), *((2, mark) for mark in MARKS), (4, None)]):
+            batch = batch_of(step, place, token_budget=SMALL_BUDGET)
+            blocks = [teacher.label(unit, labels_of(run)) for unit in batch.units]
+            if mark is not None and place.rank == place.world - 1:
+                blocks[0].columns["realised"][0] = mark
+            rank.stage(batch, blocks)
+            metrics.append(dict(rank.step(step).values))
+            exports.append(_export(rank, place, f"not-finite-{zero_stage}-{number}"))
+        rank.close()
+        found[zero_stage] = (metrics, exports)
+    return found
+
+
+def case_adapters(place: Place) -> dict[str, Any]:
+    """Train adapters; what holds gradients, what a checkpoint holds, both exports, and the student's own numbers."""
+    run = _run(place, zero_stage=2, lora={"rank": 4})
+    rank = build(run, place)
+    train(rank, run, place, last=3)
+    checkpoint = _checkpoint(place, "adapters")
+    rank.save(3, checkpoint)
+    result = {
+        "checkpoint": checkpoint,
+        "adapter": _export(rank, place, "adapter"),
+        "merged": _export(rank, place, "merged", merge_adapter=True),
+        "evaluation": _evaluate(rank, place),
+    }
+    rank.close()
+    return result
+
+
+def _held_out(place: Place, world: int) -> list[Unit]:
+    """Rank 0 has more sequences than the others, the last of three ranks would have none."""
+    sequences = sequences_of(100)
+    shares = [sequences] if world == 1 else [sequences[:4], sequences[4:]]
+    return [Unit(id=f"held-{place.rank}-{i}", sequences=(s,)) for i, s in enumerate(shares[place.rank])]
+
+
+def _evaluate(rank: StudentRank, place: Place) -> Any:
+    teacher, units = Teacher(), _held_out(place, place.world)
+    rank.stage_evaluation(units, [teacher.label(unit, EncodingSpec("hidden")) for unit in units])
+    return rank.evaluate(0, 3)
+
+
+def case_look(place: Place) -> dict[str, Any]:
+    """Everything that reads the student without training it, at stages 2 and 3 and on three architectures."""
+    found = {}
+    for model, zero_stage in (("llama", 2), ("gemma2", 2), ("untied", 3), ("llama", 3)):
+        if place.world == 1 and zero_stage == 3:
+            continue
+        student = {"zero_stage": zero_stage, "model": {"path": str(place.folder.parent / model)}}
+        run = make_run(place.folder.parent, student=student, training={"micro_batch_tokens": SMALL_BUDGET})
+        rank, info = build_with_info(run, place)
+        prompts = [s.token_ids for s in sequences_of(7)[:3]]
+        found[model, zero_stage] = {
+            "info": info,
+            "evaluation": _evaluate(rank, place),
+            "generated": rank.generate(prompts, max_new_tokens=70, stop_ids=(2,)),
+            "self_test": rank.self_test(),
+            "metrics": train(rank, run, place, last=2),
+            "export": _export(rank, place, f"look-{model}-{zero_stage}"),
+            "after": _evaluate(rank, place),
+        }
+        rank.close()
+    return found
+
+
+def case_variants(place: Place) -> dict[str, Any]:
+    """Losses of four steps under settings that must not change them (much)."""
+    if place.world == 1:
+        return {}
+    found = {}
+    for name, student, dtype in (
+        ("bfloat16-1", {"zero_stage": 1}, "bfloat16"),
+        ("bfloat16-2", {"zero_stage": 2}, "bfloat16"),
+        ("bfloat16-3", {"zero_stage": 3}, "bfloat16"),
+        ("checkpointing", {"zero_stage": 3, "activation_checkpointing": True}, "float32"),
+        ("offload", {"zero_stage": 2, "offload": "optimizer"}, "float32"),
+        ("offload-all", {"zero_stage": 3, "offload": "optimizer_and_parameters"}, "float32"),
+    ):
+        run = _run(place, **student)
+        rank = build(run, place, dtype=dtype)
+        found[name] = train(rank, run, place, last=4, token_budget=SMALL_BUDGET)
+        rank.close()
+    return found
+
+
+def case_loading_memory(place: Place) -> dict[str, int]:
+    """Private memory that loading 82 MB of weights takes at its highest, sharded and whole, in bytes."""
+    if place.world == 1:
+        return {}
+    run = make_run(
+        place.folder.parent, student={"zero_stage": 3, "model": {"path": str(place.folder.parent / "large")}}
+    )
+    peaks = {}
+    for name, sharded in (
+        ("warm", sharded_loading(make_plan(run).deepspeed)),
+        ("sharded", sharded_loading(make_plan(run).deepspeed)),
+        ("whole", contextlib.nullcontext()),
+    ):
+        source = run.student.model if name != "warm" else make_run(place.folder.parent).student.model
+        with PrivateMemory() as memory:
+            student = load_student(
+                source, dtype=torch.float32, attention="sdpa", vocabulary_size=VOCABULARY_SIZE, sharded=sharded
+            )
+            # Unsharded weights are pages of the file until something writes to them, as DeepSpeed does at once.
+            written = [p.detach().clone() for p in student.parameters()] if name == "whole" else []
+        peaks[name] = memory.growth_bytes
+        del student, written
+        gc.collect()
+    return peaks
+
+
+class PrivateMemory:
+    """Samples this process's anonymous memory; file pages that loading only maps do not count."""
+
+    def __enter__(self) -> PrivateMemory:
+        self._start = self._peak = _anonymous_bytes()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.005):
+            self._peak = max(self._peak, _anonymous_bytes())
+
+    def __exit__(self, *_: object) -> None:
+        self._peak = max(self._peak, _anonymous_bytes())
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def growth_bytes(self) -> int:
+        return self._peak - self._start
+
+
+def _anonymous_bytes() -> int:
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError("the kernel reports no anonymous memory")
+
+
+def case_staging_twice(place: Place) -> list[dict[str, float]]:
+    """A step staged again, as after lost labels, is trained once and as if staged once."""
+    if place.world == 2:
+        return []
+    run = _run(place, zero_stage=1)
+    rank, teacher = build(run, place), Teacher()
+    for _ in range(2):
+        for step in (1, 2, LONELY_STEP):
+            stage(rank, run, place, step, teacher)
+    metrics = [dict(rank.step(step).values) for step in (1, 2, LONELY_STEP)]
+    rank.close()
+    return metrics

@@ -1,0 +1,215 @@
+"""A small world for student ranks: a run, a teacher, seeded sequences with their labels, and the same steps by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rank_processes import Place
+from tiny_models import tiny_folder, tiny_model
+
+from configs.schema import Run
+from trainer.labels.encoding import load_encoding
+from trainer.step_plan import cut_units, plan_step
+from trainer.student import StudentInfo, StudentRank
+from trainer.types import EncodingSpec, LabelHeader, RankBatch, Sequence, SoftLabelBlock, StudentPlan, Unit
+from trainer.zero_config import deepspeed_config
+
+VOCABULARY_SIZE = 283
+HOST = torch.device("cpu")
+STEPS = 8
+LONELY_STEP = 3  # has one sequence only, so every rank but one trains an empty micro-batch
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    size: int = VOCABULARY_SIZE
+    fingerprint: str = "tiny"
+
+
+def make_models(folder: Path) -> None:
+    """teacher/ and student/ under a folder; once, before ranks start."""
+    tiny_folder(folder / "teacher", seed=1)
+    for family in ("llama", "gemma2"):
+        tiny_folder(folder / family, family, seed=2, tied=True)
+    tiny_folder(folder / "untied", "qwen2", seed=2, tied=False)
+    tiny_folder(folder / "large", hidden_size=512, intermediate_size=1536, num_hidden_layers=8)  # 82 MB
+
+
+def make_run(folder: Path, **changes: Any) -> Run:
+    """A run on these models; `changes` are laid over its sections."""
+    sections: dict[str, Any] = {
+        "name": "small",
+        "seed": 5,
+        "student": {"model": {"path": str(folder / "llama")}, "ranks": 1, "loss_chunk_rows": 16},
+        "teacher": {"model": {"path": str(folder / "teacher")}},
+        "data": {"train": {"path": "unused.jsonl"}, "max_length": 40},
+        "labels": {"kind": "topk", "k": 8},
+        "objective": [{"loss": "forward_kl"}, {"loss": "cross_entropy", "weight": 0.25}],
+        # A large eps: Adam otherwise turns the sign of rounding noise into a full step.
+        "optimizer": {"learning_rate": 1e-2, "eps": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5, "warmup_steps": 2},
+        "training": {"steps": STEPS, "micro_batch_tokens": 4096},
+    }
+    for name, change in changes.items():
+        section = sections.get(name)
+        sections[name] = {**section, **change} if isinstance(change, Mapping) and name != "labels" else change
+    return Run.model_validate(sections)
+
+
+def make_plan(run: Run, *, dtype: str = "float32") -> StudentPlan:
+    config = deepspeed_config(
+        student=run.student, optimizer=run.optimizer, dtype=dtype, on_accelerator=False, hidden_size=64
+    )
+    if run.student.zero_stage == 3:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # shard even what is tiny
+    return StudentPlan(
+        dtype=dtype,
+        device_type=HOST.type,
+        backend="gloo",
+        attention="auto",
+        deepspeed=config,
+        collective_timeout_s=60.0,
+    )
+
+
+def build(run: Run, place: Place, *, dtype: str = "float32") -> StudentRank:
+    return build_with_info(run, place, dtype=dtype)[0]
+
+
+def build_with_info(run: Run, place: Place, *, dtype: str = "float32") -> tuple[StudentRank, StudentInfo]:
+    rank = StudentRank(
+        run,
+        make_plan(run, dtype=dtype),
+        rank=place.rank,
+        world=place.world,
+        device=HOST,
+        vocabulary=Vocabulary(),
+        total_steps=STEPS,
+    )
+    return rank, rank.build()
+
+
+def sequences_of(step: int, count: int = 6) -> list[Sequence]:
+    """Seeded token rows with one or two answers each; one row has no loss at all."""
+    random = np.random.default_rng(step)
+    sequences = []
+    for index in range(1 if step == LONELY_STEP else count):
+        length = int(random.integers(8, 40))
+        mask = np.zeros(length, dtype=bool)
+        if index != 1:
+            mask[length // 3 : length // 2] = True
+            mask[length // 2 + 2 : length - 1] = True
+        ids = random.integers(3, VOCABULARY_SIZE, length).astype(np.int32)
+        sequences.append(Sequence(id=f"{step}:{index}", token_ids=ids, loss_mask=mask, provenance="dataset"))
+    return sequences
+
+
+class Teacher:
+    """Makes label blocks with transformers."""
+
+    def __init__(self) -> None:
+        self._model = tiny_model("llama", seed=1)
+
+    @torch.no_grad()
+    def label(self, unit: Unit, spec: EncodingSpec) -> SoftLabelBlock:
+        encoding = load_encoding(spec)
+        parts = []
+        for sequence in unit.sequences:
+            ids = torch.from_numpy(sequence.token_ids.astype(np.int64))
+            rows = torch.from_numpy(np.flatnonzero(sequence.loss_mask))
+            output = self._model(input_ids=ids[None], output_hidden_states=True)
+            source = (
+                output.hidden_states[-1][0] if encoding.needs == "hidden" else output.logits[0, :, :VOCABULARY_SIZE]
+            )
+            parts.append(encoding.make(source[rows], ids[rows + 1]))
+        columns = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+        header = LabelHeader(
+            teacher="teacher",
+            weights_version="1",
+            encoding=spec,
+            tokenizer_fingerprint="tiny",
+            vocabulary_size=VOCABULARY_SIZE,
+        )
+        offsets = np.cumsum([0, *(s.num_loss_tokens for s in unit.sequences)])
+        return SoftLabelBlock(header=header, tokens_hash=unit.tokens_hash(), columns=columns, row_offsets=offsets)
+
+
+def batch_of(step: int, place: Place, *, token_budget: int) -> RankBatch:
+    sequences = sequences_of(step)
+    plan = plan_step([s.num_tokens for s in sequences], world=place.world, token_budget=token_budget)
+    return cut_units(sequences, plan, step=step, units_per_rank=2)[place.rank]
+
+
+def labels_of(run: Run) -> EncodingSpec:
+    return EncodingSpec(run.labels.kind, dict(run.labels.parameters))
+
+
+def stage(rank: StudentRank, run: Run, place: Place, step: int, teacher: Teacher, *, token_budget: int = 4096) -> None:
+    batch = batch_of(step, place, token_budget=token_budget)
+    rank.stage(batch, [teacher.label(unit, labels_of(run)) for unit in batch.units])
+
+
+def train(
+    rank: StudentRank, run: Run, place: Place, *, first: int = 1, last: int = STEPS, token_budget: int = 4096
+) -> list[dict[str, float]]:
+    """Stage and step; the metrics without what depends on the clock."""
+    teacher, metrics = Teacher(), []
+    for step in range(first, last + 1):
+        stage(rank, run, place, step, teacher, token_budget=token_budget)
+        metrics.append({k: v for k, v in rank.step(step).values.items() if not k.startswith("student/")})
+    return metrics
+
+
+def train_by_hand(run: Run, steps: int, rates: list[float]) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """The same steps in float64 with transformers, torch's AdamW and the formulas written out, nothing packed."""
+    model = tiny_model("llama", seed=2).double()
+    model.config._attn_implementation = "eager"
+    settings = run.optimizer
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps)
+    teacher, records = Teacher(), []
+    for step in range(1, steps + 1):
+        sequences = sequences_of(step)
+        count = sum(s.num_loss_tokens for s in sequences)
+        kl_sum, ce_sum = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for sequence in sequences:
+            if not sequence.num_loss_tokens:
+                continue
+            ids = torch.from_numpy(sequence.token_ids.astype(np.int64))
+            rows = torch.from_numpy(np.flatnonzero(sequence.loss_mask))
+            q = model(input_ids=ids[None], use_cache=False).logits[0, rows, :VOCABULARY_SIZE].softmax(-1)
+            columns = teacher.label(Unit("u", (sequence,)), labels_of(run)).columns
+            kept = torch.from_numpy(columns["ids"].astype(np.int64))
+            p = torch.cat(
+                [torch.from_numpy(columns["logprobs"]).double(), torch.from_numpy(columns["tail"]).double()], 1
+            )
+            p = p.exp() / p.exp().sum(1, keepdim=True)
+            q_kept = q.gather(1, kept)
+            events = torch.cat([q_kept, 1 - q_kept.sum(1, keepdim=True)], 1)
+            kl_sum = kl_sum + (p * (p.log() - events.log())).sum()
+            ce_sum = ce_sum - q.gather(1, ids[rows + 1][:, None]).log().sum()
+        loss = (kl_sum + 0.25 * ce_sum) / count
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rates[step - 1]
+        optimizer.step()
+        records.append(
+            {
+                "train/loss": loss.item(),
+                "train/forward_kl": kl_sum.item() / count,
+                "train/cross_entropy": ce_sum.item() / count,
+                "train/grad_norm": float(norm),
+                "train/loss_tokens": float(count),
+                "train/tokens": float(sum(s.num_tokens for s in sequences)),
+            }
+        )
+    return {name: p.detach() for name, p in model.named_parameters()}, records
