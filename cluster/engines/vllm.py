@@ -179,6 +179,7 @@ def teacher_architecture(plan: EnginePlan) -> Iterator[None]:
 
 
 def build_engine(plan: EnginePlan) -> LLMEngine:
+    """Runs in the engine's thread. Raises `ConfigError` for what vLLM refuses, its reason included."""
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -186,14 +187,14 @@ def build_engine(plan: EnginePlan) -> LLMEngine:
         raise InfrastructureError(
             "VLLM_ENABLE_V1_MULTIPROCESSING must be 0 in the environment of a process that runs a vLLM engine"
         )
-    return LLMEngine.from_engine_args(
-        EngineArgs(
-            model=plan.model,
-            revision=plan.revision,
-            trust_remote_code=plan.trust_remote_code,
-            **plan.arguments,
-        )
-    )
+    source = {"model": plan.model, "revision": plan.revision, "trust_remote_code": plan.trust_remote_code}
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**source, **plan.arguments))
+    except ValueError as refusal:
+        raise ConfigError(
+            f"vLLM cannot run {plan.model} as a {plan.role} ({plan.dtype}, {plan.max_length} tokens): {refusal}\n"
+            "Here gpu_memory_utilization and kv_cache_bytes are parameters of engine, max_model_len is data.max_length"
+        ) from None
 
 
 class VllmScorer:

@@ -16,7 +16,7 @@ from tiny_models import tiny_folder
 from cluster.engines.hf import Engine as HfEngine
 from cluster.engines.plan import Sampling
 from cluster.engines.vllm import Engine
-from trainer.errors import EngineDead
+from trainer.errors import ConfigError, EngineDead
 from trainer.types import EncodingSpec, Prompt
 
 pytestmark = pytest.mark.stack
@@ -142,6 +142,12 @@ def test_a_sampled_answer_depends_on_its_prompt_and_seed_alone(
     assert together[1] == alone[0]
     assert together[0] != together[1]
     assert all(token < VOCABULARY for answer in together for token in answer)  # never a padded id
+
+
+def test_a_cache_too_small_for_one_sequence_is_a_message(process: ProcessPoolExecutor, tiny_teacher: Path) -> None:
+    started = process.submit(cases.score_once, tiny_teacher, UNIT, SPECS, kv_cache_bytes=2**16)
+    with pytest.raises(ConfigError, match=r"kv_cache_bytes.*data\.max_length"):
+        started.result()
 
 
 @pytest.mark.parametrize("role", ["scorer", "writer"])
