@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -69,16 +70,19 @@ def corpus(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int
 
 
 def write_rows(path: Path, tokenizer: PreTrainedTokenizerBase, workload: Workload, *, count: int) -> None:
-    """Windows of the text as prompt (a third) and completion, cut at token borders: lengths are nearly those asked."""
+    """Windows of the text as prompt (a third) and completion, cut between words: lengths are nearly those asked."""
     text, offsets = corpus(tokenizer)
+    spaces = np.array([match.start() for match in re.finditer(r"(?<=\w) (?=\w)", text)])
     draw = np.random.default_rng(workload.seed)
     rows = []
-    for _ in range(count):
+    while len(rows) < count:
         length = int(draw.integers(workload.min_tokens, workload.max_tokens + 1))
         start = int(draw.integers(0, len(offsets) - length))
-        edges = [offsets[start + index][0] for index in (0, length // 3, length)]
+        asked = [offsets[start + index][0] for index in (0, length // 3, length - 1)]
+        edges = spaces[np.minimum(np.searchsorted(spaces, asked), len(spaces) - 1)]
         prompt, completion = (text[a:b] for a, b in pairwise(edges))
-        rows.append(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+        if prompt and completion:
+            rows.append(json.dumps({"prompt": prompt.strip(), "completion": completion}) + "\n")
     path.write_text("".join(rows), encoding="utf-8")
 
 
