@@ -1,7 +1,7 @@
 """Checkpoints that are complete and verified, or do not exist.
 
-    begin: checkpoints/.step_000120.tmp-<id>/  ->  ranks write and fsync  ->  commit: MANIFEST.json with size and hash of
-    every file, fsync, rename to step_000120, fsync of the parent  ->  only then older ones are removed
+    begin: checkpoints/.step_000120.tmp-<id>/  ->  ranks write and fsync  ->  commit: MANIFEST.json with size and hash
+    of every file, fsync, rename to step_000120, fsync of the parent  ->  only then older ones are removed
 
 The truth is the newest folder whose manifest verifies; there is no pointer file that could disagree with it. A ZeRO
 checkpoint is pickled code to whoever loads it, so only folders of the run itself are ever loaded.

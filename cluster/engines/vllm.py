@@ -104,6 +104,10 @@ class Engine:
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "enforce_eager": self.enforce_eager,
         }
+        if role == "writer" and accelerator == "cpu":
+            # vLLM's seeded sampling fails on a CPU when a prompt is read in parts: read each whole.
+            arguments["enable_chunked_prefill"] = False
+            arguments["max_num_batched_tokens"] = max(arguments["max_num_batched_tokens"], max_length)
         arguments.update((key, value) for key, value in given.items() if value is not None)
         # With chunked prefill a step must hold one token of each running sequence.
         arguments["max_num_seqs"] = min(arguments["max_num_seqs"], arguments["max_num_batched_tokens"])

@@ -66,6 +66,7 @@ def _start(cases: str, rank: int, world: int, port: int, folder: Path) -> subpro
         "MASTER_PORT": str(port),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",  # freed tensors go back to the system, so that memory can be measured
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([str(SUPPORT), str(SUPPORT.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }

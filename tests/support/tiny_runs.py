@@ -13,7 +13,12 @@ from typing import Any
 from ruamel.yaml import YAML
 from tiny_models import tiny_folder
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "while", "a", "still", "turns", "large", "wash", "into", "small", "clear", "spirit", "drop", "by"]
+# fmt: off
+WORDS = (
+    "the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "while", "a",
+    "still", "turns", "large", "wash", "into", "small", "clear", "spirit", "drop", "by",
+)
+# fmt: on
 
 
 def chat_row(index: int, *, answered: bool = True) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from trainer.types import Evaluation
 
-pytestmark = pytest.mark.stack
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]  # the first test waits for all cases of both groups
 
 LOOKS = [("llama", 2), ("gemma2", 2), ("untied", 3), ("llama", 3)]
 
@@ -31,12 +31,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(world: Path) -> list[dict[str, Any]]:
-    return run_cases("student_cases", world=2, folder=world / "two", timeout_s=280)
+    return run_cases("student_cases", world=2, folder=world / "two", timeout_s=500)
 
 
 @pytest.fixture(scope="module")
 def single(world: Path) -> dict[str, Any]:
-    return run_cases("student_cases", world=1, folder=world / "one", timeout_s=200)[0]
+    return run_cases("student_cases", world=1, folder=world / "one", timeout_s=300)[0]
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
