@@ -33,7 +33,7 @@ from trainer.loops import Observer
 from trainer.protocols import ScoringEngine, WritingEngine
 from trainer.types import BlockRef, EncodingSpec, Prompt, SoftLabelBlock, Unit, UnitReport
 
-CREDITS = 2  # units in flight per replica: 1 leaves the engine idle between units, 4 gained little (docs/design.md)
+CREDITS = 2  # units in flight per replica: with 1 the engine idles between units, with more a lost replica costs more
 CLOSE_TIMEOUT_S = 20.0
 ANSWER_GRACE_S = 5.0  # the engine aborts at the deadline; its answer may take this much longer to arrive
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.stack
 CHECKOUT = Path(__file__).parents[2]
 TEACHER = CHECKOUT / ".cache/models/smollm2-135m-instruct"
 STUDENT = CHECKOUT / ".cache/models/smollm2-135m-20-layers"
-RESUME_TOLERANCE = 1e-4  # relative, of every loss; vLLM's float32 batches vary (measured: docs/design.md)
+RESUME_TOLERANCE = 1e-4  # relative, of every loss: what is in flight beside a unit changes vLLM's float32 sums
 
 
 @pytest.fixture(scope="session")
