@@ -67,7 +67,7 @@ def test_a_plain_step_line_says_where_the_run_is() -> None:
 
 def test_a_terminal_gets_one_live_block_and_the_lines_that_stay() -> None:
     text, clock = io.StringIO(), Clock()
-    console = Console(file=text, width=100, force_terminal=True, legacy_windows=False)
+    console = Console(file=text, width=100, force_terminal=True, legacy_windows=False, _environ={"TERM": "xterm"})
     with Progress(10, console=console, clock=clock) as progress:
         progress.phase("student: loading")
         clock.now += 3.0
