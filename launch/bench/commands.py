@@ -58,7 +58,7 @@ def distil(
     )
     with _work_folder() as work:
         result = measure(plan, work, note=_note)
-    Console(width=max(Console().width, 150)).print(result.table())
+    Console(width=max(Console().width, 170)).print(result.table())
     _write(out, result.to_json())
 
 

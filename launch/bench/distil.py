@@ -28,7 +28,7 @@ from trainer.types import Sequence as TokenSequence
 from trainer.vocab import load_tokenizer
 
 PLAIN, PLAIN_TUNED = "plain", "plain tuned"
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 5
 OBJECT_STORE_BYTES = 512 * 2**20
 
 
@@ -87,7 +87,7 @@ async def _measure(
             await pipeline.train(WARM_UP_STEPS, round=-1, daemons=daemons)
         for side in plain.values():
             await side.warm_up()
-            note(f"{side.name}: {side.threads} thread(s), the cheaper of {side.tried}")
+            note(f"{side.name}: threads: {side.threads} ({side.tried})")
         segments: list[Segment] = []
         for number in range(plan.rounds):
             for pipeline in pipelines:
@@ -125,20 +125,22 @@ class PlainSide:
     def __init__(self, name: str, worker: Worker, sequences: Sequence[TokenSequence], plan: DistilPlan) -> None:
         self.name = name
         self.threads = 1
-        self.tried: dict[int, str] = {}  # CPU seconds of the same step, by threads
+        self.tried = ""
         self._worker = worker
         self._sequences = sequences
         self._plan = plan
 
     async def warm_up(self) -> None:
-        """And find out how many threads are cheaper, on two steps each."""
+        """The pipelines' warm-up steps, each once; by the way, how many threads are cheaper."""
         await self._ask(1, 1, threads=1)
-        choices = [threads for threads in (1, 2) if threads <= len(os.sched_getaffinity(0))]
         cost = {}
-        for threads in choices:
-            cost[threads] = (await self._ask(2, WARM_UP_STEPS, threads=threads)).cpu.total_s
+        for threads, first, last in ((1, 2, 3), (2, 4, WARM_UP_STEPS)):
+            threads = min(threads, len(os.sched_getaffinity(0)))
+            tokens = sum(text.num_tokens for text in self._texts(first, last))
+            cpu = (await self._ask(first, last, threads=threads)).cpu
+            cost[threads] = 1000 * cpu.total_s / tokens
         self.threads = min(cost, key=cost.__getitem__)
-        self.tried = {threads: f"{seconds:.1f} CPU-s" for threads, seconds in cost.items()}
+        self.tried = ", ".join(f"{each:.2f} CPU-ms per token with {threads}" for threads, each in cost.items())
 
     async def train(self, round: int) -> Segment:
         """The steps of one round."""

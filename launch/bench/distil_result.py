@@ -72,7 +72,7 @@ class DistilResult:
             table.add_column(column, justify="right", no_wrap=True)
         for side in self.sides:
             plain = side in self._plain_sides
-            name = f"{side}, {self.plain_threads[side]} thread(s)" if plain else side
+            name = f"{side}, threads {self.plain_threads[side]}" if plain else side
             parts = ["" if plain else f"{median(self.per_token_ms(side, part)):.2f}" for part in PARTS]
             ratios = [_text(self.ratios(side, other)) for other in self._plain_sides]
             loss = f"{median(self.per_loss_token_ms(side)):.2f}"
