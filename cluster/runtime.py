@@ -69,6 +69,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("CUDA_VISIBLE_DEVICES", "", (CONTROLLER,), (GPU,), "Ray shows every GPU to an actor that asked for none"),
     # glibc gives each large tensor back to the kernel: 30-45 % of a plain run went into page faults
     Setting("MALLOC_MMAP_MAX_", "0", WORKERS, (CPU,), "large tensors stay in the heap"),
+    Setting("MALLOC_ARENA_MAX", "1", WORKERS, (CPU,), "calls run in threads: their own arenas map what is over 64 MB"),
     Setting("MALLOC_TRIM_THRESHOLD_", "-1", WORKERS, (CPU,), "the heap never shrinks"),
     Setting("MALLOC_TOP_PAD_", "268435456", WORKERS, (CPU,), "the heap grows by 256 MiB at a time"),
     # students

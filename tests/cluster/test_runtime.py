@@ -18,6 +18,7 @@ from trainer.errors import ConfigError
 HOST_ONLY = {
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
+    "MALLOC_ARENA_MAX",
     "MALLOC_MMAP_MAX_",
     "MALLOC_TRIM_THRESHOLD_",
     "MALLOC_TOP_PAD_",
