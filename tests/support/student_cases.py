@@ -15,6 +15,7 @@ import torch
 from fakes.poisoned_labels import MARKS
 from rank_processes import Place
 from student_world import (
+    HOST,
     LONELY_STEP,
     VOCABULARY_SIZE,
     Teacher,
@@ -34,7 +35,7 @@ from trainer.errors import ConfigError
 from trainer.models import load_student
 from trainer.student import StudentRank
 from trainer.types import EncodingSpec, Unit
-from trainer.zero import sharded_loading
+from trainer.zero import sharded_loading, start_processes
 
 STAGES = (1, 2, 3)
 LORA = {"rank": 4, "dropout": 0.2}
@@ -219,9 +220,9 @@ def case_loading_memory(place: Place) -> dict[str, int]:
     """Private memory that loading 82 MB of weights takes at its highest, sharded and whole, in bytes."""
     if place.world == 1:
         return {}
-    run = make_run(
-        place.folder.parent, student={"zero_stage": 3, "model": {"path": str(place.folder.parent / "large")}}
-    )
+    large = {"zero_stage": 3, "model": {"path": str(place.folder.parent / "large")}}
+    run = make_run(place.folder.parent, student=large)
+    start_processes(backend="gloo", timeout_s=60, rank=place.rank, world=place.world, device=HOST)
     peaks = {}
     for name, sharded in (
         ("warm", sharded_loading(make_plan(run).deepspeed)),
