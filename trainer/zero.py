@@ -59,7 +59,8 @@ def start_processes(*, backend: str, timeout_s: float, rank: int, world: int, de
         raise InfrastructureError(f"this process joined as rank {joined[0]} of {joined[1]}, not {rank} of {world}")
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     # DeepSpeed makes its group without a timeout of its own and keeps no way to pass one.
-    distributed_c10d._set_pg_timeout(timeout, groups._get_data_parallel_group())
+    for group in (distributed.group.WORLD, groups._get_data_parallel_group()):
+        distributed_c10d._set_pg_timeout(timeout, group)
     return new
 
 

@@ -6,8 +6,10 @@ Results are compared with what one process works out by hand, with one another, 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -285,3 +287,22 @@ def case_staging_twice(place: Place) -> list[dict[str, float]]:
     metrics = [dict(rank.step(step).values) for step in (1, 2, LONELY_STEP)]
     rank.close()
     return metrics
+
+
+def case_the_last_one_a_rank_that_hangs(place: Place) -> tuple[str, float]:
+    """The last case, since it breaks the process group: rank 1 misses a step, and rank 0 waits its deadline."""
+    if place.world == 1:
+        return "", 0.0
+    run = _run(place, zero_stage=2)
+    plan = dataclasses.replace(make_plan(run), collective_timeout_s=8.0)
+    rank, _ = build_with_info(run, place, plan=plan)
+    stage(rank, run, place, 1, Teacher())
+    started = time.monotonic()
+    if place.rank == 1:
+        time.sleep(12.0)
+        return "", 0.0
+    try:
+        rank.step(1)
+    except RuntimeError as error:
+        return str(error), time.monotonic() - started
+    return "stepped alone", time.monotonic() - started

@@ -80,10 +80,12 @@ def build(run: Run, place: Place, *, dtype: str = "float32") -> StudentRank:
     return build_with_info(run, place, dtype=dtype)[0]
 
 
-def build_with_info(run: Run, place: Place, *, dtype: str = "float32") -> tuple[StudentRank, StudentInfo]:
+def build_with_info(
+    run: Run, place: Place, *, dtype: str = "float32", plan: StudentPlan | None = None
+) -> tuple[StudentRank, StudentInfo]:
     rank = StudentRank(
         run,
-        make_plan(run, dtype=dtype),
+        plan or make_plan(run, dtype=dtype),
         rank=place.rank,
         world=place.world,
         device=HOST,

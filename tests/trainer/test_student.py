@@ -245,3 +245,9 @@ def test_at_stage_three_no_rank_holds_the_student_whole_while_it_loads(world: Pa
         peaks = rank["loading_memory"]
         assert peaks["sharded"] < 0.7 * size, peaks
         assert peaks["whole"] > 0.9 * size, "the measure sees a whole student"
+
+
+def test_a_rank_that_hangs_ends_the_others_step_at_the_collective_timeout(pair: list[dict[str, Any]]) -> None:
+    words, waited_s = pair[0]["the_last_one_a_rank_that_hangs"]
+    assert "8000ms" in words
+    assert 7.5 < waited_s < 11.5
