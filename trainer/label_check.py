@@ -131,6 +131,7 @@ def teacher_truth(
         trust_remote_code=source.trust_remote_code,
         dtype=torch.float32,
         use_safetensors=True,
+        attn_implementation="eager",  # sdpa drops the soft-cap of attention without a word
     ).eval()
     rows = []
     with torch.inference_mode():

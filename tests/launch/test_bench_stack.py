@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_folder
+from tiny_models import tiny_folder, tiny_tokenizer
 from tiny_runs import stillhouse
 
 pytestmark = pytest.mark.stack
@@ -14,26 +14,27 @@ pytestmark = pytest.mark.stack
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("models") / "teacher", seed=1, max_position_embeddings=1024)
+    """Without a padded vocabulary, which the plain recipe takes for real tokens."""
+    options = {"vocab_size": len(tiny_tokenizer()), "max_position_embeddings": 1024}
+    return tiny_folder(tmp_path_factory.mktemp("models") / "teacher", seed=1, **options)
 
 
 def test_pipeline_and_plain_recipe_learn_the_same_from_the_same_text(teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "distil.json"
-    options = ("--teacher", str(teacher), "--steps", "1", "--rounds", "2", "--sequences", "2", "--out", str(out))
-    result = stillhouse("bench", "distil", *options)
+    size = ("--labels", "hidden", "--steps", "1", "--rounds", "2", "--sequences", "2")
+    result = stillhouse("bench", "distil", "--teacher", str(teacher), *size, "--out", str(out))
     assert result.returncode == 0, result.stdout + result.stderr
     numbers = json.loads(out.read_text())
     segments = {(s["side"], s["round"]): s for s in numbers["segments"]}
-    assert set(segments) == {(side, n) for side in ("topk", "hidden", "plain", "plain tuned") for n in (0, 1)}
+    assert set(segments) == {(side, n) for side in ("hidden", "plain", "plain tuned") for n in (0, 1)}
     for number in (0, 1):
-        loss = {side: segments[side, number]["loss"] for side in ("topk", "hidden", "plain", "plain tuned")}
+        loss = {side: segments[side, number]["loss"] for side in ("hidden", "plain", "plain tuned")}
         assert loss["hidden"] == pytest.approx(loss["plain"], rel=1e-3)  # both are exact
         assert loss["plain tuned"] == pytest.approx(loss["plain"], rel=1e-4)
-        assert 0 < loss["topk"] < loss["plain"]  # the tail in one bucket: a lower bound
         sizes = {(segments[side, number]["tokens"], segments[side, number]["loss_tokens"]) for side in loss}
         assert len(sizes) == 1
     for part in ("teacher", "student", "controller"):
-        assert numbers["summary"]["topk"]["parts_cpu_ms_per_token"][part]["median"] > 0
+        assert numbers["summary"]["hidden"]["parts_cpu_ms_per_token"][part]["median"] > 0
     assert "amx" in " ".join(numbers["reasons"])
     assert "plain tuned" in result.stdout
 
