@@ -14,7 +14,7 @@ UV_VERSION := 0.13.9
 MODELS := .cache/models
 TEACHER := $(MODELS)/smollm2-135m-instruct
 STUDENT := $(MODELS)/smollm2-135m-20-layers
-STUDENT_LAYERS := 0-8,10,12,14,16,18,20,22,24,26,28,29
+STUDENT_LAYERS := 0-9,20-29
 
 # Caches stay in the checkout; nothing phones home; bytecode is cached, or every worker process compiles the stack again.
 export XDG_CACHE_HOME ?= $(CURDIR)/.cache
