@@ -94,6 +94,8 @@ def waits_table(waits: Waits) -> Table:
     for column in ("busy", "waiting", "busy with"):
         table.add_column(column, justify="right")
     for share in waits.shares:
-        kinds = ", ".join(f"{kind} {value:.0%}" for kind, value in share.kinds.items() if kind != "wait")
+        kinds = ", ".join(
+            f"{kind} {value:.0%}" for kind, value in share.kinds.items() if kind != "wait" and value >= 0.005
+        )
         table.add_row(share.lane, f"{share.busy:.0%}", f"{share.waiting:.0%}", kinds)
     return table

@@ -19,7 +19,6 @@ import numpy as np
 from rich.table import Table
 
 from cluster.engines.plan import EnginePlan
-from cluster.engines.vllm import Engine
 from cluster.hardware import Hardware
 from configs.schema import ModelSource
 from launch.bench.scoring_worker import Cost, Label, Prefill
@@ -151,18 +150,14 @@ def _engine_plan(teacher: Path, work: Path, longest: int) -> tuple[EnginePlan, t
 
 
 def _stock(plan: EnginePlan) -> EnginePlan:
-    """vLLM's own generation engine with the same numbers, told nothing of ours; its cache would skip repeated text."""
-    ours = dict(plan.arguments)
-    arguments = Engine().arguments(
-        role="writer",
-        dtype=plan.dtype,
-        tensor_parallel_size=1,
-        max_length=plan.max_length + 1,  # one token is written
-        accelerator="cpu" if plan.device_type == "cpu" else "gpu",
-        kept_events=TOPK.parameters["k"],
-    )
-    same = {key: ours[key] for key in ("max_num_seqs", "max_num_batched_tokens", "enforce_eager")}
-    arguments |= {**same, "enable_prefix_caching": False, "skip_tokenizer_init": False}
+    """vLLM's own generation engine with the same limits and nothing of ours; prefix caching stays off in both."""
+    arguments = {key: value for key, value in plan.arguments.items() if key != "hf_overrides"}
+    arguments |= {
+        "runner": "generate",
+        "max_logprobs": TOPK.parameters["k"],
+        "max_model_len": plan.max_length + 1,  # one token is written
+        "skip_tokenizer_init": False,  # by default its log-probabilities come with text
+    }
     return replace(plan, role="writer", arguments=arguments)
 
 
