@@ -68,7 +68,11 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("CUDA_VISIBLE_DEVICES", "", ALL_ROLES, (CPU,), "on a machine with GPUs a host process must not see them"),
     Setting("CUDA_VISIBLE_DEVICES", "", (CONTROLLER,), (GPU,), "Ray shows every GPU to an actor that asked for none"),
     # glibc gives each large tensor back to the kernel: 30-45 % of a plain run went into page faults
-    Setting("MALLOC_MMAP_MAX_", "0", WORKERS, (CPU,), "large tensors stay in the heap"),
+    Setting("MALLOC_MMAP_MAX_", "0", ENGINES, (CPU,), "large tensors stay in the heap"),
+    # A student's heap would be torn to pieces by logits and gradients of ever other sizes: twice the memory. Those go
+    # back to the kernel, and come in huge pages, so that their page faults cost next to nothing.
+    Setting("MALLOC_MMAP_THRESHOLD_", "16777216", (STUDENT,), (CPU,), "tensors below 16 MiB stay in the heap"),
+    Setting("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1", (STUDENT,), (CPU,), "huge pages where the kernel offers them"),
     Setting("MALLOC_ARENA_MAX", "1", WORKERS, (CPU,), "calls run in threads: their own arenas map what is over 64 MB"),
     Setting("MALLOC_TRIM_THRESHOLD_", "-1", WORKERS, (CPU,), "the heap never shrinks"),
     Setting("MALLOC_TOP_PAD_", "268435456", WORKERS, (CPU,), "the heap grows by 256 MiB at a time"),
