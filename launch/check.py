@@ -1,6 +1,6 @@
 """`stillhouse check`: everything about a run that can be known before an accelerator is asked for.
 
-    plug-ins   models   tokenizers   rows   licences   run folder   disk
+    plug-ins   models   tokenizers   label size   rows   licences   run folder   disk
        each gives findings: ok, a warning, or a problem; all are collected, none hides the next
 
 `stillhouse train` asks the same questions before it starts anything.
@@ -22,7 +22,7 @@ from configs.schema import Dataset, ModelSource, Run
 from launch.disk import DiskNeed, check_writable, free_bytes, size_text
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
 from trainer.errors import ConfigError, DataError, StillhouseError
-from trainer.job import Inputs, read_inputs
+from trainer.job import Inputs, label_bytes_per_row, read_inputs
 from trainer.prompts import RowReport, check_rows
 
 ROW_BUDGET = 2000
@@ -89,6 +89,8 @@ def examine(run: Run) -> Iterator[Finding]:
         yield from _tokenizers(run, inputs)
     else:
         yield Finding("tokenizers", "not checked", "they need both models")
+    if inputs:
+        yield from _label_bytes(run, inputs[0])
     yield from _rows(run, inputs[0] if inputs else None)
     yield from _licences(run)
     yield from _folder(run, facts.get("student"))
@@ -152,6 +154,16 @@ def _tokenizers(run: Run, inputs: list[Inputs]) -> Iterator[Finding]:
         return f"the same, {shared.size} tokens" + (f" (padded: {padded})" if padded else "")
 
     yield _attempt("tokenizers", lambda: inputs.append(read_inputs(run)), say)
+
+
+def _label_bytes(run: Run, inputs: Inputs) -> Iterator[Finding]:
+    """Whether the labels can be made over this vocabulary, and what one costs."""
+    num_bytes: list[int] = []
+
+    def look() -> None:
+        num_bytes.append(label_bytes_per_row(run, inputs, teacher_dtype="float32"))
+
+    yield _attempt("label size", look, lambda: f"{run.labels.kind}: at most {num_bytes[0]} bytes a loss token")
 
 
 def _rows(run: Run, inputs: Inputs | None) -> Iterator[Finding]:

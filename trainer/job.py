@@ -150,19 +150,13 @@ def as_sequence(prompt: Prompt) -> Sequence:
 def loop_settings(run: Run, inputs: Inputs, teacher_dtype: str, *, rows_per_epoch: int) -> LoopSettings:
     training = run.training
     epochs_in_steps = math.ceil((training.epochs or 0) * rows_per_epoch / training.sequences_per_step)
-    shape = TeacherShape(
-        vocabulary_size=inputs.vocabulary.size,
-        hidden_size=hidden_size_of(run.teacher.model),
-        dtype=getattr(torch, teacher_dtype),
-    )
-    layout = load_encoding(encoding_of(run)).layout(shape)
     return LoopSettings(
         total_steps=training.steps or epochs_in_steps,
         sequences_per_step=training.sequences_per_step,
         micro_batch_tokens=training.micro_batch_tokens,
         depth=training.depth,
         max_label_bytes=training.max_label_bytes,
-        label_bytes_per_row=sum(column.num_bytes for column in layout),
+        label_bytes_per_row=label_bytes_per_row(run, inputs, teacher_dtype=teacher_dtype),
         units_per_rank=math.ceil(run.teacher.scorer.replicas / run.student.ranks),
         max_unit_attempts=run.faults.max_unit_attempts,
         evaluate_every=training.evaluate_every,
@@ -170,6 +164,20 @@ def loop_settings(run: Run, inputs: Inputs, teacher_dtype: str, *, rows_per_epoc
         max_non_finite_steps=training.max_non_finite_steps,
         has_held_out_rows=run.data.evaluation is not None,
     )
+
+
+def label_bytes_per_row(run: Run, inputs: Inputs, *, teacher_dtype: str) -> int:
+    """Size of one row of this run's labels. Raises `ConfigError` where they do not fit the teacher."""
+    shape = TeacherShape(
+        vocabulary_size=inputs.vocabulary.size,
+        hidden_size=hidden_size_of(run.teacher.model),
+        dtype=getattr(torch, teacher_dtype),
+    )
+    try:
+        layout = load_encoding(encoding_of(run)).layout(shape)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return sum(column.num_bytes for column in layout)
 
 
 def hidden_size_of(source: ModelSource) -> int:

@@ -178,6 +178,13 @@ def test_a_parameter_that_the_plugin_itself_refuses_is_a_problem(make: Make) -> 
     assert "gpu_memory_utilization" in only_problem(make(), engine).text
 
 
+def test_more_kept_ids_than_the_vocabulary_has_are_refused(make: Make) -> None:
+    problem = only_problem(make(), "labels={kind: topk, k: 100000}")
+    assert "labels.k is 100000" in problem.text
+    assert "write k:" in problem.text
+    assert problem.exit_code == ConfigError.exit_code
+
+
 def test_a_licence_is_taken_from_the_model_card_or_missed(make: Make, tmp_path: Path, tiny_student: Path) -> None:
     folder = copied(tiny_student, tmp_path / "student")
     source = ModelSource(path=str(folder))
