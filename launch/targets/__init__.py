@@ -1,0 +1,122 @@
+"""Where a run can be sent, one file per kind: `stillhouse submit --to ray` is `launch/targets/ray.py`.
+
+A file holds a class `Target` with the members of the protocol below, made without arguments. Importing it must not
+import Ray or contact anybody: `prepare` works on a laptop without network, and `--dry-run` prints what it returns.
+
+    bundle -> prepare -> Shipment (what would be sent) -> submit -> JobRecord (kept beside the run, found by its name)
+                            `--dry-run` stops here                      status, logs, stop, fetch
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from configs.plugins import Family
+from configs.schema import Section
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launch.bundle import Bundle
+
+TARGETS = Family("launch.targets", "Target", "local")
+
+State = Literal["pending", "running", "succeeded", "failed", "stopped", "preempted"]
+OVER: frozenset[State] = frozenset({"succeeded", "failed", "stopped", "preempted"})
+
+
+@dataclass(frozen=True, slots=True)
+class Shipment:
+    """What is sent and what is executed; `--dry-run` prints exactly this."""
+
+    files: Mapping[str, str | Path]  # name -> text, or a file or folder on this machine
+    command: tuple[str, ...]  # what is executed where the run will be, or ()
+    note: str  # for the person: where it goes, what to type
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """What is remembered of a submitted job: enough to find it again, and no secret."""
+
+    job: str  # our id: [a-z0-9-], at most 50 characters, starts with a letter or digit
+    kind: str
+    name: str  # of the run
+    folder: str  # run folder as the job sees it
+    handle: str = ""  # what the scheduler calls the job: a process id, a Slurm job id, a submission id
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the target, JSON types
+    submitted: float = field(default_factory=time.time)  # Unix seconds
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """How a job is doing."""
+
+    job: str
+    state: State
+    exit_code: int | None = None  # of `stillhouse train` itself; None while it runs or where nobody knows it
+    step: int | None = None
+    steps: int | None = None
+    message: str = ""
+    name: str = ""  # of the run, where the scheduler knows it
+    submitted: float | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.state in OVER
+
+
+class Target(Protocol):
+    """A place where runs go.
+
+    What the user got wrong raises `ConfigError`, a scheduler that does not answer `InfrastructureError`. A verb that
+    a target does not have raises `ConfigError` naming the command of the scheduler to type instead. `options` is an
+    instance of `Options`; the others get it from the record with `options_of`.
+    """
+
+    Options: type[Section]
+
+    def prepare(self, bundle: Bundle, options: Any, job: str) -> Shipment:
+        """What would be sent. Pure: starts nothing, contacts nobody, writes nothing."""
+        ...
+
+    def submit(self, bundle: Bundle, shipment: Shipment, options: Any, job: str) -> JobRecord:
+        """Check what can be checked, then send. Where it raises, nothing was started."""
+        ...
+
+    def status(self, record: JobRecord) -> JobStatus: ...
+
+    def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
+        """Pieces of the driver's output as they come, not split into lines; with `follow` until the job is over."""
+        ...
+
+    def stop(self, record: JobRecord) -> None:
+        """Ask the job to save a checkpoint and end, and wait until it has. Nothing to do for one that is over."""
+        ...
+
+    def list(self, options: Any) -> list[JobStatus]:
+        """Every job of Stillhouse that the scheduler still knows, newest first."""
+        ...
+
+    def fetch(self, record: JobRecord, destination: Path) -> None:
+        """Bring the report, the metrics, the papers and the student of the run to a folder here."""
+        ...
+
+
+def load_target(kind: str) -> Target:
+    """The target of a kind. Raises `ConfigError` for an unknown one, with the nearest."""
+    try:
+        TARGETS.signature(kind)
+    except ValueError as error:
+        raise ConfigError(f"--to {kind}: {error}") from None
+    module = importlib.import_module(kind if "." in kind else f"{TARGETS.package}.{kind}")
+    return module.Target()
+
+
+def options_of(target: Target, record: JobRecord) -> Any:
+    """The options a job was submitted with."""
+    return target.Options.model_validate(dict(record.options))
