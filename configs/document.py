@@ -16,6 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from configs.errors import ConfigError
 from configs.refusal import did_you_mean
+from configs.secrets import find_secret, without_secrets
 
 KeyPath = tuple[str | int, ...]
 
@@ -82,7 +83,7 @@ def read_document(file: Path, overrides: Sequence[str], *, short_forms: Collecti
     reader = _Reader(document, lambda line: Origin(f"{file}:{line}", (0, line)))
     document.tree.update(reader.value(node, ()))
     for number, override in enumerate(overrides):
-        _apply(document, override, Origin(f"--set {override}", (1, number)), short_forms)
+        _apply(document, override, Origin(f"--set {without_secrets(override)}", (1, number)), short_forms)
     return document
 
 
@@ -164,6 +165,13 @@ class _Reader:
             return self._refuse(node, path, node.tag, f"tags such as {node.tag} are refused: write a plain value")
         if "\0" in node.value or any("\ud800" <= letter <= "\udfff" for letter in node.value):
             return self._refuse(node, path, node.value, "holds a character that no text has (NUL or half a surrogate)")
+        secret = find_secret(node.value)
+        if secret is not None:
+            text = (
+                f"is {secret}, and a configuration is written into the run folder, its report and the model card: take "
+                "it out, and give it as an environment variable (HF_TOKEN) or in ~/.netrc on the run's machines"
+            )
+            return self._refuse(node, path, without_secrets(node.value), text)
         return node.value
 
     def _refuse(self, node: Node, path: KeyPath, value: Any, text: str) -> None:

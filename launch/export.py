@@ -77,7 +77,7 @@ def verify(model_folder: Path, run: Run, *, adapter: bool) -> None:
             missing: list[str] = []
         else:
             model, loading = AutoModelForCausalLM.from_pretrained(
-                model_folder, dtype="auto", trust_remote_code=trust, output_loading_info=True
+                model_folder, dtype="auto", trust_remote_code=trust, use_safetensors=True, output_loading_info=True
             )
             missing = sorted(loading["missing_keys"])
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -125,7 +125,11 @@ def _base(adapter: Path, run: Run) -> Any:
     source = run.student.model
     try:
         return AutoModelForCausalLM.from_pretrained(
-            name or source.path, revision=source.revision, dtype="auto", trust_remote_code=source.trust_remote_code
+            name or source.path,
+            revision=source.revision,
+            dtype="auto",
+            trust_remote_code=source.trust_remote_code,
+            use_safetensors=True,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(

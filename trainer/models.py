@@ -137,8 +137,7 @@ def _load_causal(source: ModelSource, *, dtype: torch.dtype, attention: str) -> 
             source.path,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
-            # Other formats are pickles: whoever trusts the model's code may have them.
-            use_safetensors=None if source.trust_remote_code else True,
+            use_safetensors=True,  # other formats are pickles, which run code when they are read
             dtype=dtype,
             attn_implementation=IMPLEMENTATIONS[attention],
             output_loading_info=True,

@@ -169,6 +169,8 @@ def _weight_files(source: Path) -> list[Path]:
     if (source / INDEX).is_file():
         names = json.loads((source / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
         files = [source / name for name in sorted(set(names))]
+        if outside := [file for file in files if file.parent != source]:
+            raise ConfigError(f"prune: {source / INDEX} names a file outside of its folder: {outside[0]}")
     if missing := [file.name for file in files if not file.is_file()]:
         raise ConfigError(f"prune: {source} lacks {missing}, which its index names: the folder is incomplete")
     if not files:

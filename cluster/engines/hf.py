@@ -67,7 +67,11 @@ class Engine:
 
 def load_model(plan: EnginePlan) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
-        plan.model, revision=plan.revision, trust_remote_code=plan.trust_remote_code, **plan.arguments
+        plan.model,
+        revision=plan.revision,
+        trust_remote_code=plan.trust_remote_code,
+        use_safetensors=True,  # other formats are pickles, which run code when they are read
+        **plan.arguments,
     )
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")  # the only one that soft-caps attention scores

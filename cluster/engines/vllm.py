@@ -55,7 +55,7 @@ class Engine:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     enforce_eager: bool | None = None
-    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    load_format: Literal["safetensors", "dummy"] = "safetensors"  # vLLM's auto would read pickles too
 
     def __post_init__(self) -> None:
         if not 0 < self.gpu_memory_utilization <= 1:

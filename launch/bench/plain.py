@@ -62,8 +62,8 @@ class PlainAnswer:
 
 def prepare(setup: PlainSetup) -> Callable[[PlainSteps], PlainAnswer]:
     device, dtype = torch.device(setup.device_type), getattr(torch, setup.dtype)
-    teacher = AutoModelForCausalLM.from_pretrained(setup.teacher, dtype=dtype).to(device).eval()
-    student = AutoModelForCausalLM.from_pretrained(setup.student, dtype=dtype).to(device).train()
+    teacher = AutoModelForCausalLM.from_pretrained(setup.teacher, dtype=dtype, use_safetensors=True).to(device).eval()
+    student = AutoModelForCausalLM.from_pretrained(setup.student, dtype=dtype, use_safetensors=True).to(device).train()
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=setup.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )

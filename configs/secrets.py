@@ -1,0 +1,46 @@
+"""What looks like a secret in a text, and the text without it. A file because a configuration is written down in many
+places (config.yaml, report, model card, the terminal): secrets are refused at the door, and masked in messages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+MASK = "***"
+MIN_SECRET_CHARACTERS = 8  # shorter values of the environment are words such as "token", not secrets
+
+_PASSWORD_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]*:[^/\s@'\"]*(?=@)")
+_KEY_IN_QUERY = re.compile(
+    r"(?<=[?&])((?:[\w.-]*(?:token|secret|password|signature|credential|api[_-]?key))|sig)=[^&\s'\"]+", re.IGNORECASE
+)
+_KNOWN_KEY = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16})\b"
+)
+_SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API_?|ACCESS_|PRIVATE_)KEY)$", re.IGNORECASE)
+
+
+def find_secret(text: str) -> str | None:
+    """What kind of secret a configuration value holds: words for a message, never the secret; None for none."""
+    if _PASSWORD_IN_URL.search(text):
+        return "a URL with a user name and password"
+    if _KEY_IN_QUERY.search(text):
+        return "a URL with a key in its query"
+    return "an access key" if _KNOWN_KEY.search(text) else None
+
+
+def without_secrets(text: str, *, environment: Mapping[str, str] | None = None) -> str:
+    """The text with passwords of URLs, keys in queries, known kinds of keys and, where an environment is given, the
+    values of its variables whose names say secret, replaced by `***`."""
+    text = _PASSWORD_IN_URL.sub(MASK, text)
+    text = _KEY_IN_QUERY.sub(rf"\1={MASK}", text)
+    text = _KNOWN_KEY.sub(MASK, text)
+    for value in secret_values(environment or {}):
+        text = text.replace(value, MASK)
+    return text
+
+
+def secret_values(environment: Mapping[str, str]) -> list[str]:
+    """Values of the variables whose names say secret, longest first, so that no part of one is left behind."""
+    found = {v for name, v in environment.items() if _SECRET_NAME.search(name) and len(v) >= MIN_SECRET_CHARACTERS}
+    return sorted(found, key=lambda value: (-len(value), value))

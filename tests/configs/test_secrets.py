@@ -1,0 +1,70 @@
+"""No secret enters through a configuration, and no message shows one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ConfigError
+from configs.load import load_run
+from configs.secrets import find_secret, secret_values, without_secrets
+
+KEY = "hf_" + "Ab1" * 12
+SECRETS = [
+    "https://reader:hunter2-and-more@data.example.org/rows.jsonl",
+    f"https://data.example.org/rows.jsonl?version=2&X-Amz-Signature={'ab12' * 8}",
+    f"https://data.example.org/rows.jsonl?access_token={'ab12' * 8}",
+    f"prefix {KEY}",
+]
+PARTS = ["hunter2", "ab12ab12", "ab12ab12", KEY]
+CASES = list(zip(SECRETS, PARTS, strict=True))
+HARMLESS = [
+    "https://data.example.org/rows.jsonl?version=2",
+    "s3://bucket/rows.parquet",
+    "https://data.example.org:8443/a@b/rows.jsonl",
+    "models/hf_student",
+    "organisation/task-key-words",
+    "user@host:folder",
+]
+
+
+@pytest.mark.parametrize(("text", "part"), CASES)
+def test_a_secret_is_found_and_masked(text: str, part: str) -> None:
+    assert part in text
+    assert find_secret(text) is not None
+    assert part not in without_secrets(text)
+    assert part not in find_secret(text)
+    assert find_secret(without_secrets(text)) is None or "***" in without_secrets(text)
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_plain_text_stays_as_it_is(text: str) -> None:
+    assert find_secret(text) is None
+    assert without_secrets(text, environment={"HOME": "/home/a", "X_TOKEN": "short"}) == text
+
+
+def test_values_of_secret_variables_are_masked_whole_where_one_holds_the_other() -> None:
+    environment = {"HF_TOKEN": "abcdefgh", "AWS_SECRET_ACCESS_KEY": "abcdefgh-and-more", "PATH": "/usr/bin-and-more"}
+    assert secret_values(environment) == ["abcdefgh-and-more", "abcdefgh"]
+    assert without_secrets("x abcdefgh-and-more y", environment=environment) == "x *** y"
+
+
+@pytest.mark.parametrize(("value", "part"), CASES)
+@pytest.mark.parametrize("by_override", [False, True])
+def test_a_configuration_with_a_secret_is_refused_without_showing_it(
+    tmp_path: Path, value: str, part: str, by_override: bool
+) -> None:
+    file = tmp_path / "run.yaml"
+    path = "rows.jsonl" if by_override else value
+    file.write_text(
+        "name: x\nstudent: {model: {path: a}}\nteacher: {model: {path: b}}\n"
+        f"data:\n  train:\n    path: {path}\nlabels: topk\ntraining: {{steps: 3}}\n"
+    )
+    with pytest.raises(ConfigError) as refused:
+        load_run(file, [f"data.train.path={value}"] if by_override else [])
+    message = str(refused.value)
+    assert part not in message
+    assert "data.train.path" in message
+    assert "environment variable" in message
+    assert message.startswith(f"{file}: 1 problem")
