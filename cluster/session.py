@@ -38,7 +38,7 @@ class RaySession:
 
     async def reserve(self) -> None:
         """All placement groups at once, or an error that says what is missing."""
-        timeout_s = self._job.run.faults.start_timeout_s
+        timeout_s = self._job.run.faults.start_timeout_s or 600.0
         self._groups = await asyncio.to_thread(create_groups, self._resolved.placement, timeout_s=timeout_s)
 
     async def start_teachers(self) -> None:

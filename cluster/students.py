@@ -107,7 +107,7 @@ class StudentGroup:
 
     async def start(self, checkpoint: Path | None) -> Any:
         """Place, number, build, and load a committed checkpoint if one is given. Returns rank 0's `StudentInfo`."""
-        timeout_s, started = self._faults.start_timeout_s, time.time()
+        timeout_s, started = self._faults.start_timeout_s or 600.0, time.time()
         actors = [self._spawn(index, f"student-{index}") for index in range(self.world)]
         self._ranks, self.processes = actors, []
         where = await self._gather([actor.where.remote() for actor in actors], timeout_s, "student processes to start")

@@ -270,10 +270,10 @@ class ReplicaPool:
         started = time.time()
         replica.actor, replica.process = self._spawn(index, replica.name), None
         try:
-            process = await answer(replica.actor.identify.remote(), self._faults.start_timeout_s)
+            process = await answer(replica.actor.identify.remote(), self._faults.start_timeout_s or 600.0)
             replica.process = process
             self._observer.event("process", role=replica.name, pid=process.pid, node=process.node)
-            await answer(replica.actor.start.remote(), self._faults.start_timeout_s)
+            await answer(replica.actor.start.remote(), self._faults.start_timeout_s or 600.0)
         except (RayError, DeadlineExceeded) as error:
             cause = unwrap(error)
             if isinstance(cause, StillhouseError) and not isinstance(cause, DeadlineExceeded):

@@ -29,6 +29,13 @@ MAY_CHANGE_ON_RESUME = (
     ("training", "save_every"),
     ("training", "depth"),
     ("training", "max_label_bytes"),
+    ("student", "placement"),
+    ("student", "model", "local_copy"),
+    ("teacher", "model", "local_copy"),
+    ("teacher", "scorer", "placement"),
+    ("teacher", "scorer", "may_span_nodes"),
+    ("teacher", "writer", "placement"),
+    ("teacher", "writer", "may_span_nodes"),
 )
 """What changes neither the tokens, the labels nor the updates of a run. The number of steps is not among them: the
 learning rate of every step depends on it."""
@@ -76,8 +83,8 @@ def config_hash(run: Run) -> str:
     for place in MAY_CHANGE_ON_RESUME:
         holder = resolved
         for part in place[:-1]:
-            holder = holder[part]
-        del holder[place[-1]]
+            holder = holder[part] or {}  # a section that may be absent
+        holder.pop(place[-1], None)
     canonical = json.dumps(resolved, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -8,6 +8,7 @@ that fails says what to write instead. A `None` that means "decided from the har
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +18,10 @@ from configs.plugins import ELICITATION, ENGINES, LABELS, Plugin
 from configs.refusal import refusal
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
+LABEL_NAME = r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
+LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"
+HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?"
+COMMIT = r"[0-9a-f]{40}"
 DType = Literal["auto", "bfloat16", "float32"]
 
 
@@ -31,6 +36,53 @@ class ModelSource(Section):
     revision: str | None = Field(None, description="Hub revision (branch, tag, commit); None for local folders.")
     trust_remote_code: bool = Field(False, description="Run code shipped with this model. Off unless named per model.")
     licence: str | None = Field(None, description="SPDX id or name of the licence, written into the model card.")
+    local_copy: Path | None = Field(
+        None, description="Folder on a disk of each node: the model is copied there once, and read from there."
+    )
+
+    @model_validator(mode="after")
+    def _foreign_code_is_pinned(self) -> ModelSource:
+        looks_like_hub = re.fullmatch(HUB_NAME, self.path) is not None
+        if self.trust_remote_code and looks_like_hub and not re.fullmatch(COMMIT, self.revision or ""):
+            text = (
+                "trust_remote_code runs whatever the hub holds on that day: name the commit that you have read, "
+                f"revision: <40 hexadecimal digits>; or, where {self.path} is a local folder, write path: ./{self.path}"
+            )
+            raise refusal(("revision",), self.revision, text)
+        return self
+
+
+class Seats(Section):
+    """On which nodes the processes of a role may sit. Without it: wherever there is room, close together."""
+
+    strategy: Literal["pack", "spread", "strict_pack", "strict_spread"] = Field(
+        "pack",
+        description="pack: few nodes; spread: many; strict_pack: one node or an error; strict_spread: a node each. Of "
+        "student ranks among each other, of a teacher's replicas among each other.",
+    )
+    accelerator_type: str | None = Field(None, min_length=1, description="Ray's name of a kind of GPU, such as H100.")
+    node_labels: dict[Annotated[str, Field(pattern=LABEL_NAME)], Annotated[str, Field(pattern=LABEL_VALUE)]] = Field(
+        {}, description="Labels that a node must have, as given to `ray start --labels`."
+    )
+    nodes: PositiveInt | None = Field(None, description="Exactly so many nodes; None: as many as it takes.")
+
+    @model_validator(mode="after")
+    def _strict_pack_is_one_node(self) -> Seats:
+        if self.strategy == "strict_pack" and self.nodes not in (None, 1):
+            text = "strategy: strict_pack means one node: write nodes: 1, or another strategy"
+            raise refusal(("nodes",), self.nodes, text)
+        return self
+
+    def check_members(self, members: int, noun: str) -> None:
+        """Raises the refusal of a number of nodes that `members` processes cannot fill."""
+        if self.nodes is None:
+            return
+        if self.nodes > members:
+            text = f"is more than the {members} {noun}, and every node needs one: write at most {members}"
+            raise refusal(("placement", "nodes"), self.nodes, text)
+        if self.strategy == "strict_spread" and self.nodes != members:
+            text = f"strategy: strict_spread gives each of the {members} {noun} a node: write nodes: {members}"
+            raise refusal(("placement", "nodes"), self.nodes, text)
 
 
 class LoRA(Section):
@@ -58,6 +110,12 @@ class Student(Section):
     activation_checkpointing: bool = False
     lora: LoRA | None = None
     loss_chunk_rows: PositiveInt = Field(512, description="Rows whose logits exist at once; bounds loss memory.")
+    placement: Seats = Seats()
+
+    @model_validator(mode="after")
+    def _every_node_has_a_rank(self) -> Student:
+        self.placement.check_members(self.ranks, "ranks")
+        return self
 
     @model_validator(mode="after")
     def _offload_needs_stage_three(self) -> Student:
@@ -74,6 +132,18 @@ class Replicas(Section):
     replicas: PositiveInt = 1
     tensor_parallel_size: PositiveInt = Field(1, description="Devices that hold one copy together.")
     dtype: DType = "auto"
+    placement: Seats = Seats()
+    may_span_nodes: bool = Field(
+        False, description="Let one copy be split over nodes where it is larger than each; the network then slows it."
+    )
+
+    @model_validator(mode="after")
+    def _every_node_has_a_replica(self) -> Replicas:
+        if self.may_span_nodes and self.placement.nodes is not None:
+            text = "counts whole replicas a node, and may_span_nodes: true splits them; remove one of the two"
+            raise refusal(("placement", "nodes"), self.placement.nodes, text)
+        self.placement.check_members(self.replicas, "replicas")
+        return self
 
     @model_validator(mode="after")
     def _hf_is_one_device(self) -> Replicas:
@@ -182,7 +252,12 @@ class Training(Section):
 class Faults(Section):
     """Deadlines and retry budgets. Every wait of a run has one of these."""
 
-    start_timeout_s: PositiveFloat = Field(600, description="Until every role must be ready.")
+    start_timeout_s: PositiveFloat | None = Field(
+        None, description="Until a role must be ready; None: 600 s and a second for each 100 MB of its model."
+    )
+    room_timeout_s: PositiveFloat = Field(
+        600, description="How long a role whose node is gone waits for room on another one."
+    )
     score_timeout_s: PositiveFloat = Field(300, description="One unit, from being sent to its labels.")
     step_timeout_s: PositiveFloat = Field(1800, description="One optimizer step, evaluation or checkpoint.")
     ping_interval_s: PositiveFloat = 10.0

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cluster import runtime
+from cluster import nodes, runtime
 from cluster.hardware import Hardware
 from cluster.health import Failure, FailurePolicy, RestartGroup
 from cluster.in_process import InProcessSession
@@ -29,7 +29,7 @@ from launch.record import Record
 from launch.watch import Watch
 from trainer.checkpoint import Checkpoints
 from trainer.distil import Controller
-from trainer.errors import StillhouseError
+from trainer.errors import ConfigError, StillhouseError
 from trainer.job import Inputs, Job, make_job, read_inputs
 from trainer.label_check import teacher_truth
 from trainer.metrics import MetricsLog, TensorBoardSink, Timeline
@@ -39,15 +39,18 @@ from trainer.run_folder import RunFolder, write_text
 from trainer.types import Unit
 
 
-def train(path: Path, overrides: list[str], *, skip_self_test: bool = False) -> int:
-    """Run a configuration to its end, resuming what its folder holds. Returns the exit code; raises StillhouseError."""
+def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wait_for_nodes: int | None = None) -> int:
+    """Run a configuration to its end, resuming what its folder holds. Returns the exit code; raises StillhouseError.
+
+    `wait_for_nodes`: begin only when so many nodes of the cluster at RAY_ADDRESS are alive.
+    """
     run = load_run(path, overrides).run
     warnings = raise_problems(run)
     folder = RunFolder.create(run_folder(run))
     with folder.lock():
         record = Record(folder)
         try:
-            _train(run, folder, record, warnings, skip_self_test=skip_self_test)
+            _train(run, folder, record, warnings, skip_self_test=skip_self_test, wait_for_nodes=wait_for_nodes)
         except StillhouseError as error:
             record.ended(error.exit_code, str(error))
             raise
@@ -73,13 +76,21 @@ def closing_words(folder: RunFolder) -> str:
     )
 
 
-def _train(run: Run, folder: RunFolder, record: Record, warnings: list[str], *, skip_self_test: bool) -> None:
+def _train(
+    run: Run,
+    folder: RunFolder,
+    record: Record,
+    warnings: list[str],
+    *,
+    skip_self_test: bool,
+    wait_for_nodes: int | None,
+) -> None:
     started = time.time()
     inputs = read_inputs(run)
     hashed = config_hash(run)
     write_text(folder.config, dump_run(run))
     with contextlib.ExitStack() as stack:
-        resolved, cluster = _hardware(run, inputs, stack)
+        resolved, cluster = _hardware(run, inputs, stack, wait_for_nodes=wait_for_nodes)
         job = make_job(
             run,
             inputs,
@@ -106,14 +117,26 @@ def _train(run: Run, folder: RunFolder, record: Record, warnings: list[str], *, 
         record.finish(controller, watch)
 
 
-def _hardware(run: Run, inputs: Inputs, stack: contextlib.ExitStack) -> tuple[Resolved, runtime.RayCluster | None]:
+def _hardware(
+    run: Run, inputs: Inputs, stack: contextlib.ExitStack, *, wait_for_nodes: int | None
+) -> tuple[Resolved, runtime.RayCluster | None]:
     """What the run is resolved on; with `runtime: ray`, Ray is up afterwards and ends with the stack."""
-
+    if wait_for_nodes is not None and (run.runtime == "in_process" or not os.environ.get("RAY_ADDRESS")):
+        raise ConfigError(
+            f"--wait-for-nodes {wait_for_nodes} waits for nodes of a Ray cluster, and none is named: set RAY_ADDRESS "
+            "to the address of its head, and keep runtime: ray"
+        )
     if run.runtime == "in_process":
         return resolve_run(run, inputs, Hardware.local()), None
     if os.environ.get("RAY_ADDRESS"):
         cluster = runtime.start_ray(num_cpus=0)
         stack.callback(runtime.stop_ray, cluster)
+        if wait_for_nodes is not None:
+            nodes.wait_for_nodes(
+                wait_for_nodes,
+                timeout_s=run.faults.start_timeout_s or nodes.JOIN_TIMEOUT_S,
+                note=lambda text: print(text, flush=True),
+            )
         return resolve_run(run, inputs, Hardware.of_ray()), cluster
     resolved = resolve_run(run, inputs, Hardware.local())
     store = run.training.max_label_bytes // 2 + 256 * 2**20

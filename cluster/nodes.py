@@ -1,0 +1,47 @@
+"""What the nodes of a Ray cluster do while a run uses them: they arrive, and they are taken away with notice.
+
+A file here because both questions go to Ray's book of nodes, part of it through a private door, and nobody else should
+know that door.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import ray
+
+from trainer.errors import InfrastructureError
+
+JOIN_TIMEOUT_S = 600.0
+"""Until the nodes of an allocation have joined, where the configuration says nothing."""
+
+POLL_S = 1.0
+SAY_EVERY_S = 15.0
+
+
+def alive_nodes() -> dict[str, str]:
+    """Name of every node that is alive, by node id: its host name and address."""
+    alive = (node for node in ray.nodes() if node["Alive"])
+    return {node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" for node in alive}
+
+
+def wait_for_nodes(wanted: int, *, timeout_s: float, note: Callable[[str], None]) -> None:
+    """Until at least `wanted` nodes have joined. `note` gets a line now and then.
+
+    Raises `InfrastructureError` at the deadline, with how many are wanted and which have come.
+    """
+    started = said = time.monotonic()
+    known: dict[str, str] = {}
+    while len(alive := alive_nodes()) < wanted:
+        now = time.monotonic()
+        if alive != known or now - said > SAY_EVERY_S:
+            note(f"waiting for nodes: {len(alive)} of {wanted} have joined after {now - started:.0f} s")
+            known, said = alive, now
+        if now - started > timeout_s:
+            raise InfrastructureError(
+                f"{len(alive)} of {wanted} nodes had joined the Ray cluster after {timeout_s:.0f} s: "
+                f"{', '.join(sorted(alive.values()))}. See what `ray start` says on the others, or ask for fewer"
+            )
+        time.sleep(POLL_S)
+    note(f"{len(alive)} nodes have joined: {', '.join(sorted(alive.values()))}")
