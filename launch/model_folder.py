@@ -16,11 +16,11 @@ import torch
 from huggingface_hub import constants as hub
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import cached_file
 
 from configs.schema import LoRA, ModelSource
 from trainer.errors import ConfigError
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -44,11 +44,6 @@ def find_model(source: ModelSource, *, path_name: str, needs_weights: bool) -> s
         raise ConfigError(f"{path_name}: {folder} is a file; name the folder that holds config.json and the weights")
     if not _may_be_hub_name(source.path):
         raise ConfigError(f"{path_name}: there is no folder {folder}{_nearest(folder)}")
-    if source.trust_remote_code and not COMMIT.fullmatch(source.revision or ""):
-        raise ConfigError(
-            f"{path_name}: trust_remote_code runs whatever the hub holds on that day; name the commit that you have "
-            f"read, revision: <40 hexadecimal digits>, here it is {source.revision!r}"
-        )
     if hub.HF_HUB_OFFLINE and not _cached(source, ("config.json",)):
         raise ConfigError(
             f"{path_name}: there is no folder {folder} here{_nearest(folder)}, and as a hub name {source.path} is not "
@@ -61,8 +56,30 @@ def find_model(source: ModelSource, *, path_name: str, needs_weights: bool) -> s
     return "hub"
 
 
+def refuse_code_of_others(source: ModelSource, *, path_name: str) -> None:
+    """Raises `ConfigError` where a model that may run code names code of another repository, which `revision` does not
+    pin."""
+    if not source.trust_remote_code:
+        return
+    file = cached_file(
+        source.path, "config.json", revision=source.revision, _raise_exceptions_for_missing_entries=False
+    )
+    try:
+        classes = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8")).get("auto_map", {})
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{path_name}: config.json of {source.path} is no JSON object") from None
+    names = [n for name in classes.values() for n in (name if isinstance(name, list) else [name]) if n is not None]
+    foreign = next((name for name in names if "--" in name), None)
+    if foreign is not None:
+        raise ConfigError(
+            f"{path_name}: the code of {source.path} lies in another repository ({foreign}), which revision does not "
+            "pin. Download both, copy the code into the model's folder, and name that folder"
+        )
+
+
 def read_facts(source: ModelSource, *, path_name: str, lora: LoRA | None = None) -> ModelFacts:
     """Architecture and size. Raises `ConfigError` for what transformers cannot build."""
+    refuse_code_of_others(source, path_name=path_name)
     config = _read_config(source, path_name=path_name)
     try:
         with torch.device("meta"):
@@ -104,9 +121,22 @@ def _check_folder(source: ModelSource, folder: Path, *, path_name: str, needs_we
                 f"{path_name}: {folder} lacks {len(missing)} weight files of its index, first {missing[0]}"
             )
         return
+    raise ConfigError(f"{path_name}: {folder} has no model.safetensors{_conversion(folder)}")
+
+
+def _conversion(folder: Path) -> str:
+    """What to do with weights of another format, where the folder has any."""
     other = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".gguf"))
-    hint = f"; {other[0]} has to be converted to safetensors first" if other else ""
-    raise ConfigError(f"{path_name}: {folder} has no model.safetensors{hint}")
+    if not other:
+        return ""
+    if other[0].endswith(".gguf"):
+        return f"; {other[0]} has to be converted to safetensors first (transformers reads it with gguf_file=)"
+    load = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto', use_safetensors=False)"
+    return (
+        f"; {other[0]} is a pickle, which runs code when it is read, so it has to be converted to safetensors. Where "
+        f'you trust whoever made it: python -c "from transformers import AutoModelForCausalLM; '
+        f'{load}.save_pretrained({str(folder)!r})"'
+    )
 
 
 def _shards(index: Path, *, path_name: str) -> list[str]:

@@ -4,7 +4,7 @@
     of every file, fsync, rename to step_000120, fsync of the parent  ->  only then older ones are removed
 
 The truth is the newest folder whose manifest verifies; there is no pointer file that could disagree with it. A ZeRO
-checkpoint is pickled code to whoever loads it, so only folders of the run itself are ever loaded.
+checkpoint is a pickle, so only files that lie in the run folder itself, and that its manifest lists, are ever loaded.
 """
 
 from __future__ import annotations
@@ -96,9 +96,10 @@ class Checkpoints:
     def latest(self, *, config_hash: str) -> Committed | None:
         """The newest checkpoint that verifies. Damaged ones are skipped with a note naming the file.
 
-        Raises ConfigError if the newest valid one was made by another configuration.
+        Raises ConfigError if the newest valid one was made by another configuration, or one leads out of the folder.
         """
         for step, folder in sorted(self._steps(), reverse=True):
+            refuse_foreign_files(folder)
             problem = verify(folder)
             if problem is not None:
                 self._note(f"checkpoint of step {step} is damaged and skipped: {problem}")
@@ -115,12 +116,38 @@ class Checkpoints:
     def _steps(self) -> list[tuple[int, Path]]:
         if not self._folder.is_dir():
             return []
-        found = ((_FOLDER.match(path.name), path) for path in self._folder.iterdir() if not path.is_symlink())
+        for path in (self._folder, *self._folder.iterdir()):
+            if path.is_symlink():
+                raise ConfigError(
+                    f"{path} is a link: checkpoints are loaded from the run folder alone; move there what it points "
+                    "to, or give the run another folder"
+                )
+        found = ((_FOLDER.match(path.name), path) for path in self._folder.iterdir())
         return [(int(match.group(1)), path) for match, path in found if match]
 
     def _retain(self) -> None:
         for _, folder in sorted(self._steps(), reverse=True)[self._keep :]:
             shutil.rmtree(folder)
+
+
+def refuse_foreign_files(folder: Path) -> None:
+    """Raises ConfigError where a checkpoint holds or names what no run writes: links, files that its manifest does not
+    list, paths that lead out of it. A manifest that cannot be read is for `verify` to report."""
+    try:
+        listed = {str(name) for name in json.loads((folder / MANIFEST).read_text())["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    advice = "it was not written by a run: remove the folder, or give the run another one"
+    for name in sorted(listed):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ConfigError(f"{folder / MANIFEST} names {name!r}, which lies outside of the checkpoint; {advice}")
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            raise ConfigError(f"{path} is a link to {os.readlink(path)}; {advice}")
+        # NFS keeps a removed file that is still open under such a name
+        if path.is_file() and name not in listed | {MANIFEST} and not path.name.startswith(".nfs"):
+            raise ConfigError(f"{path} is not listed in {MANIFEST}; {advice}")
 
 
 def verify(folder: Path) -> str | None:

@@ -115,7 +115,9 @@ def test_problems_with_models_leave_the_rest_to_be_checked(make: Make, tiny_teac
 def test_a_model_folder_without_what_a_model_needs_is_refused(make: Make, tmp_path: Path, tiny_student: Path) -> None:
     folder = copied(tiny_student, tmp_path / "student")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "pytorch_model.bin has to be converted to safetensors" in only_problem(make(student=folder)).text
+    refused = only_problem(make(student=folder)).text
+    assert "pytorch_model.bin is a pickle" in refused
+    assert "save_pretrained" in refused
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     assert "lacks 1 weight files of its index, first model-1.safetensors" in only_problem(make(student=folder)).text
@@ -130,9 +132,22 @@ def test_a_hub_name_that_is_not_cached_says_so_when_offline(make: Make) -> None:
 
 
 def test_code_from_the_hub_needs_the_commit_that_was_read(make: Make) -> None:
-    for revision in ("null", "main"):
-        overrides = ["student.model={path: some/model, trust_remote_code: true}", f"student.model.revision={revision}"]
-        assert "name the commit that you have read" in only_problem(make(), *overrides).text
+    overrides = ["student.model={path: some/model, trust_remote_code: true}"]
+    for revision in ("null", "main", "abc123"):
+        with pytest.raises(ConfigError, match=r"student.model.revision.*\n.*name the commit that you have read"):
+            loaded(make(), *overrides, f"student.model.revision={revision}")
+    assert loaded(make(), *overrides, f"student.model.revision={'ab12' * 10}").student.model.trust_remote_code
+    assert loaded(make(), "student.model={path: ./some/model, trust_remote_code: true}").student.model.revision is None
+
+
+def test_code_in_a_repository_that_no_revision_pins_is_refused(make: Make, tmp_path: Path, tiny_student: Path) -> None:
+    folder = copied(tiny_student, tmp_path / "student")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["auto_map"] = {"AutoModelForCausalLM": "somebody/else--modeling.Model"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    found = only_problem(make(student=folder), "student.model.trust_remote_code=true")
+    assert "another repository (somebody/else--modeling.Model), which revision does not pin" in found.text
+    assert problems(make(student=folder)) == []  # without trust it is never asked for
 
 
 def test_a_revision_of_a_local_folder_is_refused(make: Make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,37 @@ def test_another_configuration_is_refused_with_both_hashes(tmp_path: Path) -> No
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "missing", keep=1).latest(config_hash="a") is None
+
+
+@pytest.mark.parametrize("name", ["../../other/shard.pt", "/tmp/shard.pt", "rank0/../../step_000005/rank0/shard.pt"])
+def test_a_manifest_that_names_a_path_outside_of_its_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", keep=3)
+    save(checkpoints, 5)
+    newest = save(checkpoints, 10)
+    manifest = json.loads((newest / MANIFEST).read_text())
+    manifest["files"][name] = manifest["files"]["rank0/shard.pt"]
+    (newest / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=r"outside of the checkpoint; it was not written by a run"):
+        checkpoints.latest(config_hash="a")
+
+
+@pytest.mark.parametrize("what", ["shard", "folder", "checkpoint", "all"])
+def test_a_link_out_of_the_run_folder_is_refused(tmp_path: Path, what: str) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", keep=3)
+    newest = save(checkpoints, 10)
+    places = {"shard": newest / "rank0" / "shard.pt", "folder": newest / "rank0", "checkpoint": newest}
+    place = places.get(what, tmp_path / "c")
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="is a link"):
+        checkpoints.latest(config_hash="a")
+
+
+def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    newest = save(checkpoints, 10)
+    (newest / "rank0" / ".nfs0001").write_bytes(b"")
+    assert checkpoints.latest(config_hash="a") is not None
+    (newest / "rank0" / "more.pt").write_bytes(b"cos\nsystem\n")
+    with pytest.raises(ConfigError, match=r"more.pt is not listed in"):
+        checkpoints.latest(config_hash="a")
