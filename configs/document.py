@@ -58,12 +58,22 @@ class Document:
         return self.origins[path]
 
 
-def read_document(file: Path, overrides: Sequence[str], *, short_forms: Collection[KeyPath] = ()) -> Document:
-    """The file with the overrides applied in order. Raises `ConfigError` where there is no document to speak of;
-    everything else that is wrong is in `problems`.
+def read_document(
+    file: Path | None, overrides: Sequence[str], *, short_forms: Collection[KeyPath] = (), option: str = "--set"
+) -> Document:
+    """The file, or nothing, with the overrides applied in order. Raises `ConfigError` where there is no document to
+    speak of; everything else that is wrong is in `problems`.
 
     At the paths `short_forms` text such as `topk` is short for `{kind: topk}`, so that an override may add to it.
+    `option` is how an override is given.
     """
+    document = Document({}, {(): Origin(option, (0, 0))}) if file is None else _read_file(file)
+    for number, override in enumerate(overrides):
+        _apply(document, override, Origin(f"{option} {without_secrets(override)}", (1, number)), short_forms, option)
+    return document
+
+
+def _read_file(file: Path) -> Document:
     text = _read_text(file)
     try:
         node = YAML(typ="safe", pure=True).compose(text)
@@ -82,8 +92,6 @@ def read_document(file: Path, overrides: Sequence[str], *, short_forms: Collecti
     document = Document({}, {(): Origin(f"{file}:1", (0, 0))})
     reader = _Reader(document, lambda line: Origin(f"{file}:{line}", (0, line)))
     document.tree.update(reader.value(node, ()))
-    for number, override in enumerate(overrides):
-        _apply(document, override, Origin(f"--set {without_secrets(override)}", (1, number)), short_forms)
     return document
 
 
@@ -181,7 +189,7 @@ class _Reader:
         return self.origin_of_line(node.start_mark.line + 1)
 
 
-def _apply(document: Document, override: str, origin: Origin, short_forms: Collection[KeyPath]) -> None:
+def _apply(document: Document, override: str, origin: Origin, short_forms: Collection[KeyPath], option: str) -> None:
     """Set one path. What cannot be set is a problem of the document."""
     name, equals, text = override.partition("=")
     parts = name.strip().split(".")
@@ -192,7 +200,8 @@ def _apply(document: Document, override: str, origin: Origin, short_forms: Colle
         document.problems.append(Problem(origin, tuple(parts) if equals else (), None, reason))
 
     if not equals or not all(parts):
-        return refuse("write --set path.to.key=value, for example --set training.steps=100")
+        example = ", for example --set training.steps=100" if option == "--set" else ""
+        return refuse(f"write {option} path.to.key=value{example}")
     try:
         node = YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:

@@ -11,8 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
 from configs.document import KeyPath, Origin, read_document
@@ -41,6 +42,9 @@ MAY_CHANGE_ON_RESUME = (
 learning rate of every step depends on it."""
 
 
+S = TypeVar("S", bound=BaseModel)
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedRun:
     """A run and where each given value was written; what has no origin is a default."""
@@ -64,6 +68,18 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
     if document.problems:
         raise ConfigError(render(str(file), document.problems))
     return LoadedRun(run, document.origins)
+
+
+def load_section(model: type[S], file: Path | None, overrides: Sequence[str], *, title: str, option: str) -> S:
+    """Another section than a run, from a file, or none, and overrides given as `option`; errors as of `load_run`."""
+    document = read_document(file, overrides, option=option)
+    try:
+        section = model.model_validate_json(json.dumps(document.tree), strict=True)
+    except ValidationError as error:
+        raise ConfigError(render(title, find_problems(document, error, model))) from None
+    if document.problems:
+        raise ConfigError(render(title, document.problems))
+    return section
 
 
 def dump_run(run: Run) -> str:

@@ -73,7 +73,7 @@ class Family:
     def signature(self, kind: str) -> Signature:
         """Raises `ValueError` with a message for the user where the kind does not exist or its file is broken."""
         if "." in kind:
-            return read_signature(_find_module(kind), self.class_name)
+            return read_signature(find_module(kind), self.class_name)
         if kind not in self.kinds():
             raise ValueError(
                 f"unknown kind '{kind}'{did_you_mean(kind, self.kinds())} "
@@ -103,7 +103,7 @@ LABELS = Family("trainer.labels", "Encoding", "topk")
 ELICITATION = Family("trainer.elicitation", "Strategy", "feature")
 
 
-def _find_module(name: str) -> Path:
+def find_module(name: str) -> Path:
     """The file of `package.module`, found level by level because `find_spec` would import the packages above it."""
     if not DOTTED_NAME.fullmatch(name):
         raise ValueError(f"'{name}' is neither a kind nor a Python module such as my_package.my_module")

@@ -41,8 +41,9 @@ BOUNDS = {
 PATTERNS = {NAME: "1 to 80 letters, digits, dots, dashes and underscores, beginning with a letter or digit"}
 
 
-def find_problems(document: Document, error: ValidationError) -> list[Problem]:
-    """Everything wrong with the document; the alternatives that one place allows are one problem."""
+def find_problems(document: Document, error: ValidationError, model: type[BaseModel] = Run) -> list[Problem]:
+    """Everything wrong with the document as an instance of `model`; the alternatives that one place allows are one
+    problem."""
     expected: dict[KeyPath, list[str]] = {}
     found = list(document.problems)
     known = {problem.path for problem in found}
@@ -55,7 +56,7 @@ def find_problems(document: Document, error: ValidationError) -> list[Problem]:
         allowed = _expected(detail)
         if allowed is None:
             value = None if detail["type"] == "missing" else _value(document.tree, path, detail["input"])
-            found.append(Problem(document.origin(path), path, value, _sentence(document, path, detail)))
+            found.append(Problem(document.origin(path), path, value, _sentence(document, path, detail, model)))
         elif path in expected:
             expected[path].append(allowed)
         else:
@@ -63,7 +64,7 @@ def find_problems(document: Document, error: ValidationError) -> list[Problem]:
     for path, alternatives in expected.items():
         value = _look(document.tree, path)
         text = "must be " + " or ".join(dict.fromkeys(alternatives)) + _hint(value, alternatives)
-        if isinstance(value, str) and "path" in _fields(document.tree, path):
+        if isinstance(value, str) and "path" in _fields(document.tree, path, model):
             text += f", here {{path: {value}}}"
         found.append(Problem(document.origin(path), path, show(value), text))
     return found
@@ -137,14 +138,14 @@ def _hint(value: Any, alternatives: list[str]) -> str:
     return did_you_mean(value, words) if isinstance(value, str) else ""
 
 
-def _sentence(document: Document, path: KeyPath, detail: Any) -> str:
+def _sentence(document: Document, path: KeyPath, detail: Any, model: type[BaseModel]) -> str:
     kind = detail["type"]
     if kind == "extra_forbidden":
-        return _unknown_key(document, path)
+        return _unknown_key(document, path, model)
     if kind == "missing" and isinstance(path[-1], int):
         return f"item {path[-1]} of the list is missing"
     if kind == "missing":
-        field = _fields(document.tree, path[:-1]).get(str(path[-1]))
+        field = _fields(document.tree, path[:-1], model).get(str(path[-1]))
         meaning = f": {field.description}" if field is not None and field.description else ""
         return f"'{path[-1]}' is missing; it is required{meaning}"
     if kind == "value_error":
@@ -152,21 +153,21 @@ def _sentence(document: Document, path: KeyPath, detail: Any) -> str:
     return detail["msg"]
 
 
-def _unknown_key(document: Document, path: KeyPath) -> str:
+def _unknown_key(document: Document, path: KeyPath, model: type[BaseModel]) -> str:
     key = str(path[-1])
-    here = list(_fields(document.tree, path[:-1]))
+    here = list(_fields(document.tree, path[:-1], model))
     nearest = did_you_mean(key, here)
     if not nearest:
-        elsewhere = [dotted(place) for place, _ in all_paths() if place[-1] == key]
+        elsewhere = [dotted(place) for place, _ in all_paths(model) if place[-1] == key]
         nearest = (
             f"; it belongs in {' or '.join(elsewhere)}" if elsewhere else f" (known here: {', '.join(here) or 'none'})"
         )
     return f"unknown key '{key}'{nearest}"
 
 
-def _fields(tree: Any, path: KeyPath) -> dict[str, FieldInfo]:
+def _fields(tree: Any, path: KeyPath, model: type[BaseModel]) -> dict[str, FieldInfo]:
     """The fields that the schema knows at a path, those of a plug-in's parameters included."""
-    fields: dict[str, FieldInfo] = dict(Run.model_fields)
+    fields: dict[str, FieldInfo] = dict(model.model_fields)
     for depth, part in enumerate(path):
         if isinstance(part, int):
             continue

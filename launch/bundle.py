@@ -10,13 +10,25 @@ A job starts in that folder with PYTHONPATH=<folder>/code and needs neither pip 
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.schema import Run
+from configs.load import dump_run, load_run, run_folder
+from configs.schema import Dataset, ModelSource, Run
+from launch.wheel import CodeFile, own_code, plugin_code, write_code
+from trainer.build import build_hash
+from trainer.errors import ConfigError
 
 COMMAND = ("-m", "launch", "train", "run.yaml")
 """What a job executes with its Python, in the bundle's folder."""
+
+MAX_BYTES = 100 * 2**20
+"""Of an upload, unless the user allows more: Ray keeps uploads in the memory of the cluster's head."""
+
+SHOWN_FILES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +52,129 @@ class Bundle:
     def num_bytes(self) -> int:
         """The size of the whole upload."""
         return sum(file.num_bytes for file in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class _Local:
+    """A file or folder of this machine that travels."""
+
+    setting: str  # where the configuration names it
+    source: Path
+    path: str  # in the bundle
+
+
+def make_bundle(
+    config: Path,
+    overrides: list[str],
+    *,
+    folder: Path,
+    max_bytes: int = MAX_BYTES,
+    shared: Sequence[Path] = (),
+) -> Bundle:
+    """Make the bundle of a configuration in an empty or missing folder.
+
+    Rows and templates that are files here are copied, and run.yaml names the copies. Model folders and the run folder
+    become absolute paths, which must exist where the run will be; so do rows inside one of the `shared` folders, which
+    every node sees at the same path. Equal inputs give an equal run.yaml, byte for byte: the same command resumes.
+
+    Raises `ConfigError` for a wrong configuration, and for a bundle over `max_bytes`, naming its largest files; nothing
+    has been written then.
+    """
+    loaded = load_run(config, overrides).run
+    run, locals_ = _rewritten(loaded, [path.expanduser().resolve() for path in shared])
+    code = [*own_code(), *plugin_code(loaded)]
+    sources = [(f"{local.path}{name}", file) for local in locals_ for name, file in _files_of(local.source)]
+    _refuse_large(code, locals_, max_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.yaml").write_text(dump_run(run), encoding="utf-8")
+    write_code(code, folder)
+    for name, source in sources:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    files = sorted((file.relative_to(folder).as_posix(), file.stat().st_size) for file in folder.rglob("*"))
+    files = [(name, size) for name, size in files if (folder / name).is_file()]
+    return Bundle(folder, run, build_hash(), tuple(BundleFile(name, size) for name, size in files))
+
+
+def _rewritten(run: Run, shared: list[Path]) -> tuple[Run, list[_Local]]:
+    """The run with the paths of its new home, and what has to be there."""
+    locals_: list[_Local] = []
+
+    def sent(setting: str, path: str) -> str:
+        source = Path(path).expanduser()
+        if not source.exists():
+            return path  # a hub name, or a path of the nodes
+        if any(source.resolve().is_relative_to(place) for place in shared):
+            return str(source.absolute())
+        name = f"prompts/{_digest(source)}-{source.name}"
+        locals_.append(_Local(setting, source, name))
+        return name
+
+    def dataset(setting: str, value: Dataset | None) -> Dataset | None:
+        return value and value.model_copy(update={"path": sent(f"{setting}.path", value.path)})
+
+    def model(source: ModelSource) -> ModelSource:
+        place = Path(source.path).expanduser()
+        return source.model_copy(update={"path": str(place.absolute())}) if place.is_dir() else source
+
+    template = run.teacher.chat_template
+    teacher = {
+        "model": model(run.teacher.model),
+        "chat_template": template and sent("teacher.chat_template", template),
+    }
+    data = {
+        "train": dataset("data.train", run.data.train),
+        "evaluation": dataset("data.evaluation", run.data.evaluation),
+    }
+    changes = {
+        "folder": run_folder(run).expanduser().absolute(),
+        "student": run.student.model_copy(update={"model": model(run.student.model)}),
+        "teacher": run.teacher.model_copy(update=teacher),
+        "data": run.data.model_copy(update=data),
+    }
+    return run.model_copy(update=changes), locals_
+
+
+def _files_of(source: Path) -> list[tuple[str, Path]]:
+    """(name relative to the source, "" for a file itself; file), hidden files left out."""
+    if source.is_file():
+        return [("", source)]
+    found = [file for file in sorted(source.rglob("*")) if file.is_file()]
+    names = [file.relative_to(source) for file in found]
+    visible = [
+        (f"/{name.as_posix()}", file)
+        for name, file in zip(names, found, strict=True)
+        if not any(part.startswith(".") for part in name.parts)
+    ]
+    return visible
+
+
+def _digest(source: Path) -> str:
+    """8 hexadecimal digits over names and contents."""
+    digest = hashlib.sha256()
+    for name, file in _files_of(source):
+        with file.open("rb") as content:
+            digest.update(f"{name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\0".encode())
+    return digest.hexdigest()[:8]
+
+
+def _refuse_large(code: list[CodeFile], locals_: list[_Local], max_bytes: int) -> None:
+    sizes = [(len(file.content), f"code/{file.path}") for file in code]
+    for local in locals_:
+        sizes += [(file.stat().st_size, f"{file} ({local.setting})") for _, file in _files_of(local.source)]
+    total = sum(size for size, _ in sizes)
+    if total <= max_bytes:
+        return
+    largest = sorted(sizes, reverse=True)[:SHOWN_FILES]
+    lines = [f"  {size / 2**20:10.1f} MiB  {name}" for size, name in largest]
+    raise ConfigError(
+        "\n".join(
+            [
+                f"the upload has {total / 2**20:.1f} MiB, more than the {max_bytes / 2**20:g} MiB allowed; largest:",
+                *lines,
+                "Put large files where every node sees them and name that place with --shared FOLDER (their paths are "
+                "sent, not their bytes), use a hub dataset, or allow more with --max-upload MIB",
+            ]
+        )
+    )
