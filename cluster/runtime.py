@@ -325,14 +325,18 @@ def _signal_handlers_kept() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
+RAY_SETTINGS = {
+    "RAY_AUTH_MODE": "token",  # Ray listens on every interface: without a token any neighbour runs code
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # at Ray's 15 any other work on the machine starves the run until it looks hung
+}
+"""What the processes of every Ray cluster start with, those that launch scripts make included."""
+
+
 def ray_environment(*, memory_bytes: int) -> dict[str, str]:
     """What Ray's own processes start with: set in this process before Ray is started. Never overrides the user's."""
-    values = {
-        "RAY_AUTH_MODE": "token",  # Ray listens on every interface: without a token any neighbour runs code
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_worker_niceness": "0",  # at Ray's 15 any other work on the machine starves the run until it looks hung
-    }
+    values = dict(RAY_SETTINGS)
     if memory_bytes < SMALL_MACHINE_BYTES:
         values["RAY_memory_monitor_refresh_ms"] = "0"  # it kills actors at 95 % of the memory, page cache included
     values = {name: value for name, value in values.items() if name not in os.environ}
