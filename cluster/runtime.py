@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 import psutil
 
+from cluster import ray_token
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -278,6 +278,9 @@ def start_ray(
 def _join_ray(address: str) -> RayCluster:
     import ray
 
+    file = ray_token.named_token_file(os.environ)
+    if file is not None:
+        ray_token.refuse_open_token(file)
     reread_ray_environment()
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
@@ -295,7 +298,8 @@ def _join_ray(address: str) -> RayCluster:
             f"cannot join the Ray cluster at {address}: {error}. If it runs, its token may be missing here: set "
             "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as on its nodes"
         ) from None
-    return RayCluster(context.address_info["gcs_address"], False, (), None, ())
+    warnings = () if ray_token.uses_token(os.environ) else (ray_token.WITHOUT_TOKEN,)
+    return RayCluster(context.address_info["gcs_address"], False, (), None, warnings)
 
 
 def stop_ray(cluster: RayCluster) -> None:
@@ -335,14 +339,20 @@ RAY_SETTINGS = {
 
 
 def ray_environment(*, memory_bytes: int) -> dict[str, str]:
-    """What Ray's own processes start with: set in this process before Ray is started. Never overrides the user's."""
+    """What Ray's own processes start with: set in this process before Ray is started. Never overrides the user's.
+
+    Raises `ConfigError` for a token file that others may read.
+    """
     values = dict(RAY_SETTINGS)
     if memory_bytes < SMALL_MACHINE_BYTES:
         values["RAY_memory_monitor_refresh_ms"] = "0"  # it kills actors at 95 % of the memory, page cache included
     values = {name: value for name, value in values.items() if name not in os.environ}
     named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
     if {**values, **os.environ}["RAY_AUTH_MODE"] == "token" and not named:
-        values["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
+        values[ray_token.TOKEN_PATH] = str(ray_token.own_token_file(cache_folder()))
+    file = ray_token.named_token_file({**values, **os.environ})
+    if file is not None:
+        ray_token.refuse_open_token(file)
     return values
 
 
@@ -365,20 +375,3 @@ def shared_memory_warning(object_store_bytes: int | None, shared_memory: Path = 
         f"{shared_memory} has {free / 2**20:.0f} MiB free, the object store wants {object_store_bytes / 2**20:.0f}: "
         "labels travel through the disk, which is slow. In a container, start it with --shm-size"
     )
-
-
-def _token_file() -> Path:
-    """This user's token for clusters started here; made once, readable by nobody else."""
-    path = cache_folder() / "ray_token"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        handle, draft = tempfile.mkstemp(dir=path.parent)  # mode 0600
-        with os.fdopen(handle, "w") as file:
-            file.write(secrets.token_hex(32))
-        try:
-            os.link(draft, path)  # whoever is first wins, and nobody reads half a token
-        except FileExistsError:
-            pass
-        finally:
-            os.unlink(draft)
-    return path

@@ -132,6 +132,27 @@ def test_ray_is_started_with_a_token_nobody_else_can_read(tmp_path: Path, monkey
     assert "RAY_memory_monitor_refresh_ms" not in runtime.ray_environment(memory_bytes=2**40)
 
 
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o602])
+def test_a_token_that_others_may_read_is_refused_with_the_command_that_closes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("ab12" * 16)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    token.chmod(mode)
+    with pytest.raises(ConfigError, match=f"mode {mode:04o}.*chmod 600 {token}"):
+        runtime.ray_environment(memory_bytes=2**40)
+    with pytest.raises(ConfigError, match=f"chmod 600 {token}"):
+        runtime.start_ray(num_cpus=1, address="127.0.0.1:1")
+    token.chmod(0o600)
+    assert "RAY_AUTH_TOKEN_PATH" not in runtime.ray_environment(memory_bytes=2**40)
+    token.unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        runtime.ray_environment(memory_bytes=2**40)
+
+
 def test_the_users_own_ray_settings_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     table = runtime.ray_environment(memory_bytes=2**40)
