@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +19,11 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import groups
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import distributed
 from torch.distributed import distributed_c10d
 from transformers.integrations import HfDeepSpeedConfig
@@ -98,6 +103,18 @@ def num_elements(parameter: torch.nn.Parameter) -> int:
     return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
 
 
+class TensorsOnly(TorchCheckpointEngine):
+    """DeepSpeed's own files, read as tensors, plain values and the few classes that it writes into them; anything
+    else in a pickle is refused before it runs."""
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            try:
+                return torch.load(path, map_location=map_location, weights_only=True)
+            except pickle.UnpicklingError as error:
+                raise ConfigError(f"{path} holds more than tensors, so no run wrote it: {error}") from None
+
+
 class ZeroModel:
     """A module whose optimizer states (1), gradients (2) and parameters (3) are sharded over the ranks.
 
@@ -114,6 +131,7 @@ class ZeroModel:
             config=_mutable(config),
             dist_init_required=False,
         )
+        self._engine.checkpoint_engine = TensorsOnly(self._engine._config)
         if self._engine.device.type != device.type:
             raise ConfigError(f"DeepSpeed chose the device {self._engine.device}, the run is planned for {device}")
 
