@@ -29,6 +29,7 @@ MAX_BYTES = 100 * 2**20
 """Of an upload, unless the user allows more: Ray keeps uploads in the memory of the cluster's head."""
 
 SHOWN_FILES = 5
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".jinja")  # that no hub name has
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ def _rewritten(run: Run, shared: list[Path]) -> tuple[Run, list[_Local]]:
     def sent(setting: str, path: str) -> str:
         source = Path(path).expanduser()
         if not source.exists():
+            _refuse_missing(setting, path)
             return path  # a hub name, or a path of the nodes
         if any(source.resolve().is_relative_to(place) for place in shared):
             return str(source.absolute())
@@ -114,13 +116,16 @@ def _rewritten(run: Run, shared: list[Path]) -> tuple[Run, list[_Local]]:
     def dataset(setting: str, value: Dataset | None) -> Dataset | None:
         return value and value.model_copy(update={"path": sent(f"{setting}.path", value.path)})
 
-    def model(source: ModelSource) -> ModelSource:
+    def model(setting: str, source: ModelSource) -> ModelSource:
         place = Path(source.path).expanduser()
-        return source.model_copy(update={"path": str(place.absolute())}) if place.is_dir() else source
+        if not place.is_dir():
+            _refuse_missing(setting, source.path)
+            return source
+        return source.model_copy(update={"path": str(place.absolute())})
 
     template = run.teacher.chat_template
     teacher = {
-        "model": model(run.teacher.model),
+        "model": model("teacher.model.path", run.teacher.model),
         "chat_template": template and sent("teacher.chat_template", template),
     }
     data = {
@@ -129,11 +134,21 @@ def _rewritten(run: Run, shared: list[Path]) -> tuple[Run, list[_Local]]:
     }
     changes = {
         "folder": run_folder(run).expanduser().absolute(),
-        "student": run.student.model_copy(update={"model": model(run.student.model)}),
+        "student": run.student.model_copy(update={"model": model("student.model.path", run.student.model)}),
         "teacher": run.teacher.model_copy(update=teacher),
         "data": run.data.model_copy(update=data),
     }
     return run.model_copy(update=changes), locals_
+
+
+def _refuse_missing(setting: str, path: str) -> None:
+    """Raises `ConfigError` for a path that is relative to nothing: not here, and no name of a hub."""
+    looks_local = path.startswith((".", "~")) or path.count("/") > 1 or path.endswith(FILE_SUFFIXES)
+    if looks_local and not path.startswith("/"):
+        raise ConfigError(
+            f"{setting}: {path} does not exist (looked for {Path(path).expanduser().absolute()}); what lies on the "
+            "nodes needs an absolute path"
+        )
 
 
 def _files_of(source: Path) -> list[tuple[str, Path]]:

@@ -32,6 +32,21 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Set one value, as YAML; may be given several times."),
 ]
+Kind = Annotated[
+    str,
+    typer.Option(
+        "--to", metavar="KIND", help="Where it runs: local, ray, slurm, kuberay, skypilot (launch/targets/<kind>.py)."
+    ),
+]
+OptionalKind = Annotated[str | None, typer.Option("--to", metavar="KIND", help="Ask this scheduler for all its jobs.")]
+TargetOptions = Annotated[
+    list[str] | None,
+    typer.Option("--with", metavar="A=B", help="Set one option of the target, as YAML; may be given several times."),
+]
+TargetFile = Annotated[
+    Path | None, typer.Option("--target-file", metavar="FILE", help="YAML file with options of the target.")
+]
+JobRun = Annotated[str, typer.Argument(metavar="RUN", help="Name or run folder of a run submitted from this folder.")]
 RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, for example runs/demo.")]
 
 
@@ -77,15 +92,129 @@ def _root(version: Version = False) -> None:
 
 
 @app.command(epilog="Example: stillhouse train configs/demo.yaml --set training.steps=20 --set name=short")
-def train(config: Config, overrides: Overrides = None, skip_self_test: SkipSelfTest = False) -> None:
-    """Run a distillation.
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    skip_self_test: SkipSelfTest = False,
+    wait_for_nodes: Annotated[
+        int | None,
+        typer.Option("--wait-for-nodes", metavar="N", min=1, help="Begin when N nodes of the Ray cluster are alive."),
+    ] = None,
+) -> None:
+    """Run a distillation on this machine, or on the Ray cluster that RAY_ADDRESS names.
 
     The same command again resumes it from the last checkpoint in its run folder.
     """
-    _refuse_bad_configuration(config, overrides)
-    from launch.train import train as run_training
+    from configs.errors import StillhouseError
 
-    raise typer.Exit(run_training(config, overrides or [], skip_self_test=skip_self_test))
+    try:
+        _refuse_bad_configuration(config, overrides)
+        from launch.train import train as run_training
+
+        code = run_training(config, overrides or [], skip_self_test=skip_self_test, wait_for_nodes=wait_for_nodes)
+    except StillhouseError as error:
+        _tell_exit_code(error.exit_code)
+        raise
+    raise typer.Exit(code)
+
+
+@app.command(
+    epilog="Examples: stillhouse submit configs/demo.yaml --to local --follow · "
+    "stillhouse submit run.yaml --to ray --with address=http://head:8265 · "
+    "stillhouse submit run.yaml --to slurm --target-file site.yaml --dry-run"
+)
+def submit(
+    config: Config,
+    kind: Kind,
+    overrides: Overrides = None,
+    given: TargetOptions = None,
+    target_file: TargetFile = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print exactly what would be sent; contact nobody, start nothing.")
+    ] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Print its output until it ends, and return its exit code.")
+    ] = False,
+    shared: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--shared", metavar="FOLDER", help="Every node sees it at the same path: rows in it are not uploaded."
+        ),
+    ] = None,
+    max_upload: Annotated[
+        float, typer.Option("--max-upload", metavar="MIB", min=0, help="Refuse to send more than this.")
+    ] = 100,
+) -> None:
+    """Send a run to a cluster, a scheduler or the background, with the code and the rows that lie here.
+
+    Nothing needs to be installed there but the packages that Stillhouse uses. The same command again resumes the run.
+    """
+    from launch.submit import submit as send
+
+    raise typer.Exit(
+        send(
+            config,
+            overrides or [],
+            kind=kind,
+            given=given or [],
+            target_file=target_file,
+            dry_run=dry_run,
+            follow=follow,
+            max_bytes=int(max_upload * 2**20),
+            shared=shared or [],
+        )
+    )
+
+
+@app.command(epilog="Example: stillhouse status demo")
+def status(run: JobRun) -> None:
+    """Say how the last submitted job of a run is doing.
+
+    Exit code 0 while it waits or runs, then that of the run itself.
+    """
+    from launch.submit import status as show
+
+    raise typer.Exit(show(run))
+
+
+@app.command(epilog="Example: stillhouse logs -f demo")
+def logs(
+    run: JobRun,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends; return its code.")] = False,
+) -> None:
+    """Print the output of the last submitted job of a run."""
+    from launch.submit import logs as show
+
+    raise typer.Exit(show(run, follow=follow))
+
+
+@app.command(epilog="Example: stillhouse stop demo")
+def stop(run: JobRun) -> None:
+    """Have a job save a checkpoint and end, and wait until it has. Submitting the run again resumes it."""
+    from launch.submit import stop as ask
+
+    raise typer.Exit(ask(run))
+
+
+@app.command("list", epilog="Examples: stillhouse list · stillhouse list --to ray --with address=http://head:8265")
+def list_(kind: OptionalKind = None, given: TargetOptions = None, target_file: TargetFile = None) -> None:
+    """List the jobs submitted from this folder, or with --to all jobs of Stillhouse that a scheduler knows."""
+    from launch.submit import list_jobs
+
+    raise typer.Exit(list_jobs(kind, given or [], target_file))
+
+
+@app.command(epilog="Example: stillhouse fetch demo --into results/demo")
+def fetch(
+    run: JobRun,
+    into: Annotated[
+        Path | None, typer.Option("--into", metavar="FOLDER", help="Where to; default runs/<name of the run>.")
+    ] = None,
+) -> None:
+    """Bring report, metrics and student of a submitted run from where it ran to a folder here."""
+    from launch.submit import fetch as bring
+
+    raise typer.Exit(bring(run, into))
 
 
 @app.command(epilog="Example: stillhouse check configs/demo.yaml")
@@ -163,6 +292,16 @@ def prepare(
     from launch.prepare import prepare_command
 
     typer.echo(prepare_command(name, target))
+
+
+def _tell_exit_code(code: int) -> None:
+    """One last line for who reads the output from afar: not every scheduler keeps the code."""
+    import atexit
+
+    if sys.stderr.isatty():
+        return
+
+    atexit.register(lambda: print(f"stillhouse train: exit code {code}", file=sys.stderr, flush=True))
 
 
 def _refuse_bad_configuration(config: Path, overrides: list[str] | None) -> None:

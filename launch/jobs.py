@@ -1,0 +1,212 @@
+"""What is remembered of submitted jobs, and what can be told about one from its run folder or the end of its output.
+
+A record lies beside the run on the machine it was submitted from, `runs/<name>/submission.json`, so that later commands
+need the run's name and nothing else. It names no secret, and is readable by its owner alone all the same.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from configs.refusal import did_you_mean
+from launch.targets import JobRecord
+from trainer.errors import ConfigError, InfrastructureError
+from trainer.run_folder import read_json, write_json
+
+RUNS = Path("runs")
+RECORD = "submission.json"
+
+PAPERS = (
+    "report.html",
+    "metrics.jsonl",
+    "exit.json",
+    "manifest.json",
+    "config.yaml",
+    "timeline.jsonl",
+    "samples.json",
+    "generations.json",
+    "rejected.jsonl",
+)
+FETCHED = (*PAPERS, "student")
+"""What `fetch` brings from a run folder, where it is there: files, and one folder."""
+
+TAIL_LINES = 60
+_STEP = re.compile(r"^step (\d+)/(\d+) ", re.MULTILINE)
+_EXIT = re.compile(r"^stillhouse train: exit code (\d+)\b", re.MULTILINE)
+_ERROR = re.compile(r"^error: (.*?)(?=^stillhouse train: exit code|\Z)", re.MULTILINE | re.DOTALL)
+_MAX_MESSAGE = 1000
+
+
+def new_job(run_name: str) -> str:
+    """An id for one submission: lower-case letters, digits and dashes, at most 50, as every scheduler allows."""
+    stem = re.sub(r"[^a-z0-9]+", "-", run_name.lower()).strip("-")[:28].rstrip("-") or "run"
+    return f"{stem}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def record_folder(run_name: str) -> Path:
+    """Where the record of a run and what was fetched of it lie on this machine."""
+    return (RUNS / run_name).absolute()
+
+
+def write_record(record: JobRecord) -> Path:
+    """Keep a record, mode 0600, in place of an older one of the same run; returns its file."""
+    folder = record_folder(record.name)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_json(folder / RECORD, asdict(record))
+    return folder / RECORD
+
+
+def read_record(file: Path) -> JobRecord:
+    """Raises `ConfigError` for a file that is no record."""
+    try:
+        return JobRecord(**read_json(file))
+    except TypeError:
+        raise ConfigError(f"{file} is no record of a submitted job; submit the run again") from None
+
+
+def find_record(run: str) -> JobRecord:
+    """The last submission of a run, by its name or its run folder. Raises `ConfigError` where there is none."""
+    place = Path(run).expanduser()
+    for folder in (place, RUNS / run):
+        if (folder / RECORD).is_file():
+            return read_record(folder / RECORD)
+    records = all_records()
+    for record in records:
+        if record.folder == str(place.absolute()):
+            return record
+    names = [record.name for record in records]
+    known = f" (submitted from here: {', '.join(names)})" if names else ""
+    raise ConfigError(
+        f"no job was submitted from here for the run {run}: neither {place / RECORD} nor {RUNS / run / RECORD} exists"
+        f"{did_you_mean(run, names) or known}. Jobs of a cluster: stillhouse list --to KIND"
+    )
+
+
+def all_records() -> list[JobRecord]:
+    """Every submission remembered here, newest first."""
+    found = [read_record(file) for file in RUNS.glob(f"*/{RECORD}")]
+    return sorted(found, key=lambda record: record.submitted, reverse=True)
+
+
+# --- what the end of the driver's output tells ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """What the last lines of the driver's output say."""
+
+    step: int | None = None
+    steps: int | None = None
+    exit_code: int | None = None
+    error: str = ""
+
+    @classmethod
+    def of(cls, text: str) -> Tail:
+        step = next(iter(reversed(_STEP.findall(text))), None)
+        ended = next(iter(reversed(_EXIT.findall(text))), None)
+        error = next(iter(reversed(_ERROR.findall(text))), "").strip()
+        if step is None:
+            return cls(exit_code=None if ended is None else int(ended), error=error[:_MAX_MESSAGE])
+        return cls(int(step[0]), int(step[1]), None if ended is None else int(ended), error[:_MAX_MESSAGE])
+
+
+def last_lines(file: Path, *, max_bytes: int = 64 * 1024) -> str:
+    """The end of a text file, from a line's beginning; "" where there is no file."""
+    try:
+        with file.open("rb") as content:
+            size = content.seek(0, 2)
+            content.seek(max(0, size - max_bytes))
+            text = content.read().decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+    return text if size <= max_bytes else text.partition("\n")[2]
+
+
+# --- run folders ------------------------------------------------------------------------------------------------------
+
+
+def visible_folder(record: JobRecord) -> Path | None:
+    """The job's run folder, where this machine sees the same one: it holds something that the job wrote.
+
+    A folder of that path may also be this machine's own, so that existing is not enough.
+    """
+    folder = Path(record.folder)
+    for name, key in (("manifest.json", "started"), ("exit.json", "time")):
+        try:
+            written = read_json(folder / name).get(key)
+        except (OSError, ConfigError):
+            continue
+        if isinstance(written, int | float) and written > record.submitted:
+            return folder
+    return None
+
+
+def exit_code_in(folder: Path, *, since: float) -> int | None:
+    """The exit code in exit.json, where the run has ended after a time."""
+    try:
+        ended = read_json(folder / "exit.json")
+    except (OSError, ConfigError):
+        return None
+    return int(ended["code"]) if ended.get("time", 0) > since else None
+
+
+def copy_results(source: Path, destination: Path) -> None:
+    """Copy what `fetch` brings from a run folder that is visible here."""
+    if source.resolve() == destination.resolve():
+        return
+    refuse_run_folder(destination)
+    draft = new_draft(destination)
+    for name in FETCHED:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, draft / name)
+        elif (source / name).is_file():
+            shutil.copyfile(source / name, draft / name)
+    put_in_place(draft, destination)
+
+
+def refuse_run_folder(destination: Path) -> None:
+    """Raises `ConfigError` where the destination is the folder of a run that was made on this machine."""
+    if (destination / "checkpoints").exists():
+        raise ConfigError(
+            f"{destination} holds a run of this machine (it has checkpoints), which fetching would overwrite: name "
+            "another folder with --into FOLDER"
+        )
+
+
+def new_draft(destination: Path) -> Path:
+    """An empty folder beside the final files, so that a transfer that breaks off leaves them as they were."""
+    draft = destination / ".fetching"
+    if draft.exists():
+        shutil.rmtree(draft)
+    draft.mkdir(mode=0o700, parents=True)
+    return draft
+
+
+def put_in_place(draft: Path, destination: Path) -> None:
+    """Move everything in a draft to where it belongs, in place of what was there, and remove the draft."""
+    for item in sorted(draft.iterdir()):
+        target = destination / item.name
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        item.replace(target)
+    draft.rmdir()
+
+
+# --- waiting ----------------------------------------------------------------------------------------------------------
+
+
+def waited_too_long(what: str, seconds: float, *, instead: str) -> InfrastructureError:
+    """For a wait that passed its deadline."""
+    return InfrastructureError(f"{what} did not end within {seconds:g} s. {instead}")
+
+
+def is_fetched(name: str, known: Iterable[str] = FETCHED) -> bool:
+    """Whether a path relative to a run folder is among what `fetch` brings, and stays inside it."""
+    parts = Path(name).parts
+    return bool(parts) and parts[0] in known and ".." not in parts and not Path(name).is_absolute()

@@ -1,0 +1,211 @@
+"""`stillhouse submit` and what follows it: status, logs, stop, list, fetch.
+
+The commands know targets only by their protocol (`launch/targets/__init__.py`); what is particular to a scheduler lies
+in the target's own file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import typer
+
+from configs.load import load_section
+from launch.bundle import Bundle, make_bundle
+from launch.jobs import all_records, find_record, new_job, record_folder, write_record
+from launch.targets import JobRecord, JobStatus, Shipment, load_target
+from trainer.errors import InfrastructureError, StillhouseError
+
+INTERRUPTED = 130
+COLOURS = {
+    "pending": typer.colors.YELLOW,
+    "running": typer.colors.CYAN,
+    "succeeded": typer.colors.GREEN,
+    "failed": typer.colors.RED,
+    "stopped": typer.colors.YELLOW,
+    "preempted": typer.colors.YELLOW,
+}
+
+
+def submit(
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    kind: str,
+    given: Sequence[str] = (),
+    target_file: Path | None = None,
+    dry_run: bool = False,
+    follow: bool = False,
+    max_bytes: int,
+    shared: Sequence[Path] = (),
+) -> int:
+    """Send a run to a target. Returns 0, or with `follow` the exit code of the run itself."""
+    target = load_target(kind)
+    options = load_section(target.Options, target_file, given, title=f"options of --to {kind}", option="--with")
+    with tempfile.TemporaryDirectory(prefix="stillhouse-bundle-") as folder:
+        bundle = make_bundle(
+            config, list(overrides), folder=Path(folder) / "bundle", max_bytes=max_bytes, shared=shared
+        )
+        job = new_job(bundle.run.name)
+        shipment = target.prepare(bundle, options, job)
+        if dry_run:
+            typer.echo(describe(bundle, shipment, kind=kind, job=job))
+            return 0
+        record = target.submit(bundle, shipment, options, job)
+    write_record(record)
+    typer.echo(f"submitted {record.job} to {kind} ({bundle.num_bytes / 2**20:.1f} MiB sent)")
+    if follow:
+        return follow_job(record)
+    for command, purpose in (
+        ("logs -f", "watch it"),
+        ("status", "how far it is"),
+        ("stop", "save a checkpoint and end"),
+        ("fetch", "bring report and student here"),
+    ):
+        typer.echo(f"  stillhouse {command} {record.name:<20}  {purpose}")
+    return 0
+
+
+def status(run: str) -> int:
+    """Print how the last job of a run is doing. Returns its own exit code once it is over, else 0."""
+    record = find_record(run)
+    found = load_target(record.kind).status(record)
+    show_status(record, found)
+    return exit_code(found)
+
+
+def logs(run: str, *, follow: bool) -> int:
+    """Print the driver's output. With `follow` until the job is over, and its exit code is returned."""
+    record = find_record(run)
+    if follow:
+        return follow_job(record)
+    _print_all(load_target(record.kind).logs(record, follow=False))
+    return 0
+
+
+def stop(run: str) -> int:
+    """Ask the last job of a run to save and end, and wait until it has."""
+    record = find_record(run)
+    target = load_target(record.kind)
+    if not target.status(record).over:
+        typer.echo(f"asked {record.job} to save a checkpoint and end; waiting for it (Ctrl-C ends only the waiting)")
+        try:
+            target.stop(record)
+        except KeyboardInterrupt:
+            typer.echo(f"\n{record.job} is still ending: stillhouse status {record.name}", err=True)
+            return INTERRUPTED
+    show_status(record, target.status(record))
+    return 0
+
+
+def list_jobs(kind: str | None, given: Sequence[str], target_file: Path | None) -> int:
+    """Print one line a job: of a scheduler, or without `kind` of every run submitted from this folder."""
+    if kind is not None:
+        target = load_target(kind)
+        title = f"options of --to {kind}"
+        options = load_section(target.Options, target_file, given, title=title, option="--with")
+        found = [(kind, status) for status in target.list(options)]
+    else:
+        found = [(record.kind, _status_or_reason(record)) for record in all_records()]
+    if not found:
+        typer.echo("no jobs" if kind else "no jobs were submitted from here; jobs of a scheduler: --to KIND")
+    for of_kind, status in found:
+        typer.secho(f"{status.state:<10}", fg=COLOURS[status.state], nl=False)
+        steps = f"{status.step}/{status.steps}" if status.step is not None else ""
+        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.submitted)) if status.submitted else ""
+        code = "" if status.exit_code is None else f"exit {status.exit_code}"
+        note = "" if status.state == "running" else _first_line(status.message)
+        line = f"{of_kind:<9} {began:<17} {status.name:<20} {status.job:<32} {steps:<11} {code:<8} {note}"
+        typer.echo(f"  {line}".rstrip())
+    return 0
+
+
+def fetch(run: str, into: Path | None) -> int:
+    """Bring the results of a run to a folder here: `runs/<name>` unless another is named."""
+    record = find_record(run)
+    destination = (into or record_folder(record.name)).absolute()
+    load_target(record.kind).fetch(record, destination)
+    for name, purpose in (("report.html", "report"), ("student", "student"), ("metrics.jsonl", "metrics")):
+        if (destination / name).exists():
+            typer.echo(f"{purpose:<9} {destination / name}")
+    return 0
+
+
+def describe(bundle: Bundle, shipment: Shipment, *, kind: str, job: str) -> str:
+    """What would be sent, exactly: every text in full, every file by its place and size."""
+    lines = [f"--to {kind}, job {job}: nothing was started. {shipment.note}", ""]
+    if shipment.command:
+        lines += [f"command   {' '.join(shipment.command)}", ""]
+    for name, content in shipment.files.items():
+        if isinstance(content, str):
+            lines += [f"----- {name} -----", content.rstrip("\n"), ""]
+            continue
+        lines.append(f"----- {name}{'/' if content.is_dir() else ''} -----")
+        lines += [*_listing(content), ""]
+        if content.is_relative_to(bundle.folder) and (content / "run.yaml" if content.is_dir() else content).is_file():
+            text = content / "run.yaml" if content.is_dir() else content
+            lines += [f"----- {text.relative_to(bundle.folder)} -----", text.read_text().rstrip("\n"), ""]
+    lines.append(f"{bundle.num_bytes / 2**20:.1f} MiB in {len(bundle.files)} files; code {bundle.build}")
+    return "\n".join(lines)
+
+
+def _listing(path: Path) -> Iterator[str]:
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        name = file.name if path.is_file() else file.relative_to(path).as_posix()
+        yield f"{file.stat().st_size:>12,}  {name}"
+
+
+def follow_job(record: JobRecord) -> int:
+    """Print the output until the job is over; returns the run's own exit code. Ctrl-C stops only the printing."""
+    target = load_target(record.kind)
+    try:
+        _print_all(target.logs(record, follow=True))
+        found = target.status(record)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"\n{record.job} goes on unwatched: stillhouse logs -f {record.name}, stillhouse stop {record.name}",
+            err=True,
+        )
+        return INTERRUPTED
+    show_status(record, found)
+    return exit_code(found)
+
+
+def exit_code(found: JobStatus) -> int:
+    """The run's own exit code where it is known; of a job that never had one, that of `InfrastructureError`."""
+    if not found.over:
+        return 0
+    if found.exit_code is not None:
+        return found.exit_code
+    return {"succeeded": 0, "stopped": INTERRUPTED}.get(found.state, InfrastructureError.exit_code)
+
+
+def show_status(record: JobRecord, found: JobStatus) -> None:
+    typer.secho(found.state, fg=COLOURS[found.state], nl=False)
+    code = "" if found.exit_code is None else f", exit code {found.exit_code}"
+    steps = "" if found.step is None else f", step {found.step} of {found.steps}"
+    typer.echo(f"{code}{steps}: {found.job} ({record.kind}), run folder {record.folder}")
+    if found.message:
+        typer.echo(found.message)
+
+
+def _status_or_reason(record: JobRecord) -> JobStatus:
+    """One line of a list must not cost the others theirs."""
+    try:
+        return load_target(record.kind).status(record)
+    except StillhouseError as error:
+        text = f"cannot be asked: {error}"
+        return JobStatus(record.job, "pending", message=text, name=record.name, submitted=record.submitted)
+
+
+def _print_all(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        typer.echo(piece, nl=False)
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0][:120] if text else ""

@@ -1,0 +1,202 @@
+"""`--to local`: the run as a process of its own on this machine, which outlives the terminal.
+
+The process works on a copy of the code under `runs/<name>/jobs/<job>/`, so that editing a checkout while it runs
+changes nothing in it. A shell around it notes its exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+from pydantic import PositiveInt
+
+from configs.schema import Section
+from launch.bundle import COMMAND, Bundle
+from launch.jobs import (
+    Tail,
+    all_records,
+    copy_results,
+    exit_code_in,
+    last_lines,
+    record_folder,
+    waited_too_long,
+)
+from launch.targets import JobRecord, JobStatus, Shipment, State
+from trainer.errors import ConfigError, InfrastructureError, Preempted
+from trainer.run_folder import RunFolder
+
+OUTPUT, EXIT_CODE, STOP_ASKED = "output.log", "exit_code", "stop_asked"
+
+SHELL = f'trap : TERM INT HUP; "$@"; code=$?; echo $code > .{EXIT_CODE}; mv .{EXIT_CODE} {EXIT_CODE}'
+"""A caught signal is at its default again in the child, which alone decides what becomes of it."""
+
+POLL_S = 0.3
+LAST_GRACE_S = 60.0
+
+
+class Options(Section):
+    """What `--with` takes."""
+
+    stop_wait_s: PositiveInt = 3600
+
+
+class Target:
+    """See `launch.targets.Target`."""
+
+    Options = Options
+
+    def prepare(self, bundle: Bundle, options: Options, job: str) -> Shipment:
+        names = ["run.yaml", "code", *(["prompts"] if (bundle.folder / "prompts").is_dir() else [])]
+        folder = _job_folder(bundle.run.name, job)
+        return Shipment(
+            files={name: bundle.folder / name for name in names},
+            command=(sys.executable, *COMMAND),
+            note=f"Runs on this machine, in {folder} with PYTHONPATH={folder / 'code'}, and outlives this terminal. "
+            f"Its output goes to {folder / OUTPUT}, its results to {bundle.run.folder}.",
+        )
+
+    def submit(self, bundle: Bundle, shipment: Shipment, options: Options, job: str) -> JobRecord:
+        assert bundle.run.folder is not None
+        _refuse_used(bundle.run.folder)
+        folder = _job_folder(bundle.run.name, job)
+        folder.mkdir(mode=0o700, parents=True)
+        for name, source in shipment.files.items():
+            assert isinstance(source, Path)
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
+        path = os.pathsep.join([str(folder / "code"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        with (folder / OUTPUT).open("wb") as output:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", SHELL, "stillhouse", *shipment.command],
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        started = psutil.Process(process.pid).create_time()
+        return JobRecord(
+            job=job,
+            kind="local",
+            name=bundle.run.name,
+            folder=str(bundle.run.folder),
+            handle=f"{process.pid} {started}",
+            options=options.model_dump(mode="json"),
+        )
+
+    def status(self, record: JobRecord) -> JobStatus:
+        folder = _job_folder(record.name, record.job)
+        alive = _process(record) is not None  # before the exit code is read: it is written first
+        code = _exit_code(folder)
+        tail = Tail.of(last_lines(folder / OUTPUT))
+        state: State
+        message = tail.error
+        if code is None and alive:
+            state, message = "running", ""
+        elif code == 0:
+            state = "succeeded"
+        elif (folder / STOP_ASKED).exists():
+            state = "stopped"
+        elif code == Preempted.exit_code:
+            state = "preempted"
+        else:
+            state = "failed"
+            message = message or ("" if code else "its process is gone: killed, or this machine was started again")
+        if code is None and not alive:
+            code = exit_code_in(Path(record.folder), since=record.submitted)
+        return JobStatus(
+            job=record.job,
+            state=state,
+            exit_code=code,
+            step=tail.step,
+            steps=tail.steps,
+            message=message,
+            name=record.name,
+            submitted=record.submitted,
+        )
+
+    def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
+        file = _job_folder(record.name, record.job) / OUTPUT
+        if not file.exists():
+            raise ConfigError(f"the output of {record.job} is gone: there is no {file}")
+        with file.open(encoding="utf-8", errors="replace") as output:
+            while True:
+                over = not follow or self.status(record).over  # before reading, so that the end is read too
+                while piece := output.read(1 << 16):
+                    yield piece
+                if over:
+                    return
+                time.sleep(POLL_S)
+
+    def stop(self, record: JobRecord) -> None:
+        process = _process(record)
+        if process is None:
+            return
+        options = Options.model_validate(dict(record.options))
+        (_job_folder(record.name, record.job) / STOP_ASKED).touch()
+        _tell(process, signal.SIGTERM)
+        if self._ended(record, options.stop_wait_s):
+            return
+        _tell(process, signal.SIGTERM)  # the second one does not wait for a checkpoint
+        if not self._ended(record, LAST_GRACE_S):
+            instead = f"End its processes by hand: kill -9 -- -{process.pid}"
+            raise waited_too_long(record.job, options.stop_wait_s + LAST_GRACE_S, instead=instead)
+
+    def list(self, options: Options) -> list[JobStatus]:
+        return [self.status(record) for record in all_records() if record.kind == "local"]
+
+    def fetch(self, record: JobRecord, destination: Path) -> None:
+        if not Path(record.folder).is_dir():
+            raise InfrastructureError(f"the run folder {record.folder} does not exist (yet); nothing can be fetched")
+        copy_results(Path(record.folder), destination)
+
+    def _ended(self, record: JobRecord, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.status(record).over:
+                return True
+            time.sleep(POLL_S)
+        return False
+
+
+def _job_folder(run_name: str, job: str) -> Path:
+    return record_folder(run_name) / "jobs" / job
+
+
+def _refuse_used(folder: Path) -> None:
+    """Raises `ConfigError` where another process holds the run folder."""
+    if folder.is_dir():
+        with RunFolder(folder).lock():
+            pass
+
+
+def _process(record: JobRecord) -> psutil.Process | None:
+    """The shell around the job, where it still runs; a later process of the same number is another one."""
+    pid, _, started = record.handle.partition(" ")
+    try:
+        process = psutil.Process(int(pid))
+        same = abs(process.create_time() - float(started)) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return None
+    return process if same else None
+
+
+def _tell(shell: psutil.Process, number: signal.Signals) -> None:
+    """Signal the run itself: it ends what it started."""
+    for child in shell.children():
+        child.send_signal(number)
+
+
+def _exit_code(folder: Path) -> int | None:
+    try:
+        return int((folder / EXIT_CODE).read_text())
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,139 @@
+"""Results of a run from a Ray cluster whose file system is not visible here, through the dashboard and its token alone.
+
+here                                  the node that ran the driver
+submit ray_offer.py  -------------->  links to the files under Ray's log folder; names, sizes, hashes in its output
+GET /api/v0/logs/file, one by one <-  the bytes, in pieces
+check size and hash, move into place
+stop and forget the job  ---------->  the links are removed
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.jobs import FETCHED, is_fetched, new_draft, put_in_place, refuse_run_folder
+from launch.targets import ray_offer
+from launch.targets.ray_api import RayApi
+from trainer.errors import InfrastructureError
+
+START_TIMEOUT_S = 120.0
+OFFER_TIMEOUT_S = 900.0  # hashing a student of hundreds of GB
+POLL_S = 0.5
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """Files that can be read now: (path in the run folder, bytes, sha256)."""
+
+    node_id: str
+    box: str
+    files: tuple[tuple[str, int, str], ...]
+
+
+def fetch_results(api: RayApi, folder: str, destination: Path, *, python: str, node_id: str | None) -> int:
+    """Bring what `fetch` brings of a run folder of the cluster; returns the number of bytes.
+
+    `node_id`: the node that sees the folder, None for the head. Memory is bounded by one piece of a file; nothing at
+    the destination changes until every file has arrived with the hash that the node computed. Raises
+    `InfrastructureError` for a folder that is not there and a file that does not arrive whole.
+    """
+    refuse_run_folder(destination)
+    with _offered(api, folder, python=python, node_id=node_id) as offer:
+        if not offer.files:
+            raise InfrastructureError(f"the run folder {folder} holds no results yet")
+        draft = new_draft(destination)
+        for path, num_bytes, digest in offer.files:
+            _download(api, offer, path, num_bytes, digest, draft / path)
+        put_in_place(draft, destination)
+    return sum(num_bytes for _, num_bytes, _ in offer.files)
+
+
+@contextmanager
+def _offered(api: RayApi, folder: str, *, python: str, node_id: str | None) -> Iterator[_Offer]:
+    job = f"stillhouse-fetch-{secrets.token_hex(6)}"
+    arguments = [python, Path(ray_offer.__file__).name, folder, *FETCHED]
+    with tempfile.TemporaryDirectory(prefix="stillhouse-fetch-") as working_dir:
+        shutil.copyfile(ray_offer.__file__, Path(working_dir) / Path(ray_offer.__file__).name)
+        api.submit(
+            entrypoint=f"exec {shlex.join(arguments)}",
+            submission_id=job,
+            runtime_env={"working_dir": working_dir},
+            metadata={"stillhouse": "fetch"},
+            entrypoint_label_selector={"ray.io/node-id": node_id} if node_id else None,
+        )
+    try:
+        yield _await_offer(api, job)
+    finally:
+        _forget(api, job)
+
+
+def _await_offer(api: RayApi, job: str) -> _Offer:
+    began = time.monotonic()
+    while True:
+        known = api.job(job)
+        node_id = known.get("driver_node_id")
+        said = _said(api, job) if node_id else []
+        problem = next((line["error"] for line in said if "error" in line), None)
+        if problem:
+            raise InfrastructureError(problem)
+        ready = next((line for line in said if "box" in line), None)
+        if ready:
+            files = [(line["path"], line["bytes"], line["sha256"]) for line in said if "path" in line]
+            assert len(files) == ready["files"]
+            outside = next((path for path, _, _ in files if not is_fetched(path)), None)
+            if outside is not None:
+                raise InfrastructureError(f"the cluster offers a file that was not asked for: {outside!r}")
+            return _Offer(node_id, ready["box"], tuple(files))
+        if known["status"] in ENDED:
+            raise InfrastructureError(f"the job that offers the results ended: {(known.get('message') or '')[:500]}")
+        waited = time.monotonic() - began
+        if waited > (OFFER_TIMEOUT_S if node_id else START_TIMEOUT_S):
+            what = "hash the results" if node_id else "start the job that offers the results"
+            raise InfrastructureError(f"the cluster at {api.address} did not {what} within {waited:.0f} s")
+        time.sleep(POLL_S)
+
+
+def _said(api: RayApi, job: str) -> list[dict[str, Any]]:
+    """What the offering job has printed so far."""
+    lines = api.log_tail(job, -1).splitlines()
+    return [json.loads(line.removeprefix(ray_offer.MARK)) for line in lines if line.startswith(ray_offer.MARK + " {")]
+
+
+def _download(api: RayApi, offer: _Offer, path: str, num_bytes: int, digest: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    hashed, received = hashlib.sha256(), 0
+    with target.open("wb") as file:
+        pieces = api.log_file(node_id=offer.node_id, filename=f"{offer.box}/{path}") if num_bytes else iter(())
+        for piece in pieces:
+            file.write(piece)
+            hashed.update(piece)
+            received += len(piece)
+    if received != num_bytes:
+        raise InfrastructureError(f"{path}: {received} of {num_bytes} bytes arrived; fetch again")
+    if hashed.hexdigest() != digest:
+        raise InfrastructureError(
+            f"{path}: its hash is not the one on the node; it was replaced meanwhile, fetch again"
+        )
+
+
+def _forget(api: RayApi, job: str) -> None:
+    """End the offering job, so that the links are removed, and take it out of the cluster's list."""
+    api.stop(job)
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline:
+        if api.job(job)["status"] in ENDED:
+            api.delete(job)
+            return
+        time.sleep(POLL_S)
