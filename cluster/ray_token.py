@@ -18,7 +18,7 @@ from trainer.errors import ConfigError
 MODE = "RAY_AUTH_MODE"
 TOKEN = "RAY_AUTH_TOKEN"
 TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
-PRIVATE = 0o600
+OWN_FILE = "ray_token"  # below this user's cache folder
 
 WITHOUT_TOKEN = (
     "the Ray cluster asks for no token: whoever reaches its ports runs code as the user of its nodes. Stop it, set "
@@ -58,7 +58,7 @@ def refuse_open_token(path: Path) -> None:
 
 def own_token_file(folder: Path) -> Path:
     """This user's token for clusters started here, below their cache folder; made once, readable by nobody else."""
-    path = folder / "ray_token"
+    path = folder / OWN_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         handle, draft = tempfile.mkstemp(dir=path.parent)  # mode 0600

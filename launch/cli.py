@@ -304,6 +304,27 @@ def _tell_exit_code(code: int) -> None:
     atexit.register(lambda: print(f"stillhouse train: exit code {code}", file=sys.stderr, flush=True))
 
 
+@app.command(epilog="Example: stillhouse doctor configs/demo.yaml --address 10.0.0.5:6379")
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="Also check what this run needs.")] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", metavar="HOST:PORT", help="Ray cluster to check too; default RAY_ADDRESS."),
+    ] = None,
+) -> None:
+    """Look at this machine, and at every node of a cluster: one line a thing, and what to do.
+
+    Versions, GPUs, disk, shared memory, ports, token, names, models; between nodes versions, clocks, the shared run
+    folder, connections and an all-reduce. Exit code 0 without problems, 1 with, 2 for a configuration.
+    """
+    if config is not None:
+        _refuse_bad_configuration(config, overrides)
+    from launch.doctor import doctor as run_doctor
+
+    raise typer.Exit(run_doctor(config, overrides or [], address=address))
+
+
 def _refuse_bad_configuration(config: Path, overrides: list[str] | None) -> None:
     """Before torch is imported, which takes longer than reading the mistakes."""
     from configs.load import load_run
