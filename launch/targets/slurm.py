@@ -1,0 +1,373 @@
+"""`--to slurm`: a batch script that a person can read, in a folder that every node sees.
+
+    <run folder>/submissions/<job>/  job.sbatch   the script; its options are its #SBATCH lines
+                                     run.yaml, code/, prompts/             the bundle
+                                     job.log, ray-<node>.log, failures     written by the job
+                                     ray_token.<id>.<start>                while it runs, mode 0600
+
+Submit where sbatch works and where the run folder is the one the nodes see. Slurm is asked through its commands alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated
+
+import jinja2
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from cluster.runtime import RAY_SETTINGS
+from configs.refusal import refusal
+from configs.schema import Section
+from launch.bundle import COMMAND, Bundle
+from launch.jobs import Tail, copy_results, exit_code_in, last_lines, waited_too_long
+from launch.targets import OVER, JobRecord, JobStatus, Shipment, State
+from trainer.errors import ConfigError, InfrastructureError, Preempted
+
+TEMPLATE = Path(__file__).with_name("slurm.sbatch.jinja")
+SCRIPT, LOG, STOP_ASKED = "job.sbatch", "job.log", "stop_asked"
+MARK = "stillhouse:"  # before our job id in the comment of a Slurm job
+
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:@%+/=-]+$")]
+Line = Annotated[str, Field(pattern=r"^[^\r\n]*$")]
+
+TIME = r"^(\d+|\d+:\d+|\d+:\d+:\d+|\d+-\d+(:\d+){0,2})$"
+SAFE_FOLDER = r"/[A-Za-z0-9_.,@+=/-]*"
+
+STATES: dict[str, State] = {
+    "PENDING": "pending",
+    "CONFIGURING": "pending",
+    "REQUEUED": "pending",
+    "REQUEUE_HOLD": "pending",
+    "REQUEUE_FED": "pending",
+    "SPECIAL_EXIT": "pending",
+    "SUSPENDED": "pending",
+    "RUNNING": "running",
+    "COMPLETING": "running",
+    "RESIZING": "running",
+    "SIGNALING": "running",
+    "STAGE_OUT": "running",
+    "STOPPED": "running",
+    "COMPLETED": "succeeded",
+    "CANCELLED": "stopped",
+    "PREEMPTED": "preempted",
+}
+"""Slurm's words; what is not here has failed."""
+
+POLL_S = 2.0
+COMMAND_TIMEOUT_S = 60
+STOP_MARGIN_S = 120
+"""For the end of Ray on all nodes and Slurm's own pace, beside what a checkpoint may take."""
+
+
+class Options(Section):
+    """What the job asks Slurm for, and how its nodes are set up."""
+
+    nodes: PositiveInt = Field(description="Nodes of the job, for example nodes=4.")
+    time: Annotated[str, Field(pattern=TIME)] | PositiveInt | None = Field(
+        None, description="Time limit as sbatch takes it: minutes, or hours:minutes:seconds, or days-hours."
+    )
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    gpus_per_node: Annotated[str, Field(pattern=r"^([A-Za-z0-9_.-]+:)?[1-9]\d*$")] | PositiveInt | None = Field(
+        None, description="Number, or kind and number: h100:8."
+    )
+    cpus_per_node: PositiveInt | None = Field(None, description="None: whole nodes (--exclusive).")
+    memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | PositiveInt | None = Field(
+        None, description="Of each node, for example 64G; None: all of a whole node, else the site's default."
+    )
+    grace_s: PositiveInt = Field(
+        180, description="Before the time limit the run saves and ends; a checkpoint must fit."
+    )
+    requeue: bool = Field(False, description="Queue again after exit 75 (saved before the limit) and 4.")
+    max_failures: NonNegativeInt = Field(2, description="With requeue: exits with 4 that are queued again.")
+    python: Annotated[str, Field(pattern=r"^[^\s'\"]+$")] | None = Field(
+        None, description="Python on the nodes, with the packages of Stillhouse; None: the one that submits."
+    )
+    slots_per_node: PositiveInt | None = Field(
+        None, description="Roles without GPUs that one node holds; None: as many as it has CPUs."
+    )
+    object_store_bytes: PositiveInt | None = Field(None, description="Of Ray on each node; None: Ray's choice.")
+    start_timeout_s: PositiveInt = Field(600, description="Until Ray's head must answer.")
+    setup: tuple[Line, ...] = Field((), description="Shell lines before anything starts, such as module load cuda.")
+    extra: tuple[Annotated[str, Field(pattern=r"^--?[A-Za-z][^\r\n]*$")], ...] = Field(
+        (), description="More options of sbatch, such as --constraint=ib."
+    )
+
+    @model_validator(mode="after")
+    def _the_limit_leaves_time(self) -> Options:
+        limit = limit_s(self.time) if self.time is not None else None
+        if limit is not None and limit <= self.grace_s:
+            text = f"the time limit of {limit} s is over before the run is told to save: write less than {limit}"
+            raise refusal(("grace_s",), self.grace_s, text)
+        return self
+
+
+class Target:
+    """See `launch.targets.Target`."""
+
+    Options = Options
+
+    def prepare(self, bundle: Bundle, options: Options, job: str) -> Shipment:
+        folder = submission_folder(bundle, job)
+        script = render(bundle, options, job)
+        sent = {file.name: file for file in sorted(bundle.folder.iterdir()) if file.suffix != ".whl"}
+        note = f"copied to {folder}, which every node must see under this path; output in {folder / LOG}"
+        return Shipment({SCRIPT: script, **sent}, ("sbatch", "--parsable", str(folder / SCRIPT)), note)
+
+    def submit(self, bundle: Bundle, shipment: Shipment, options: Options, job: str) -> JobRecord:
+        if shutil.which("sbatch") is None:
+            raise ConfigError(
+                "--to slurm: there is no sbatch on this machine. Submit from a login node of the cluster; --dry-run "
+                "prints the script here"
+            )
+        folder = submission_folder(bundle, job)
+        _write(folder, shipment.files)
+        try:
+            answer = _slurm(*shipment.command).strip()
+        except (ConfigError, InfrastructureError):
+            shutil.rmtree(folder)
+            raise
+        handle = answer.partition(";")[0]  # on clusters of clusters the name follows
+        if not handle.isdecimal():
+            raise InfrastructureError(f"sbatch answered {answer!r} in place of a job id; see squeue --me")
+        return JobRecord(
+            job=job,
+            kind="slurm",
+            name=bundle.run.name,
+            folder=str(bundle.run.folder),
+            handle=handle,
+            options=options.model_dump(mode="json"),
+        )
+
+    def status(self, record: JobRecord) -> JobStatus:
+        folder = _folder_of(record)
+        tail = Tail.of(last_lines(folder / LOG))
+        facts = _job_facts(record.handle)
+        word = facts.get("JobState", "").split(",")[0]
+        state, code = STATES.get(word, "failed"), None
+        if word in ("COMPLETED", "FAILED"):
+            code = int(facts["ExitCode"].split(":")[0])
+        elif not facts:  # Slurm forgets a job some minutes after its end
+            code = exit_code_in(Path(record.folder), since=record.submitted)
+        if code is not None:
+            state = "succeeded" if code == 0 else "preempted" if code == Preempted.exit_code else "failed"
+        if state in ("preempted", "failed") and (folder / STOP_ASKED).exists():
+            state = "stopped"
+        return JobStatus(
+            job=record.job,
+            state=state,
+            exit_code=code,
+            step=tail.step,
+            steps=tail.steps,
+            message=_message(facts, word, tail.error if state == "failed" else ""),
+            name=record.name,
+            submitted=record.submitted,
+        )
+
+    def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
+        file, position = _folder_of(record) / LOG, 0
+        while True:
+            over = not follow or self.status(record).over  # before reading, so that the end is read too
+            if file.exists():  # a waiting job has none yet; opened anew each time, as shared file systems like it
+                with file.open("rb") as output:
+                    output.seek(position)
+                    piece = output.read()
+                position += len(piece)
+                yield piece.decode("utf-8", "replace")
+            if over:
+                return
+            time.sleep(POLL_S)
+
+    def stop(self, record: JobRecord) -> None:
+        """TERM to the batch script, which has the run save and end; after `grace_s` and two minutes, scancel."""
+        state = self.status(record).state
+        if state in OVER:
+            return
+        (_folder_of(record) / STOP_ASKED).touch()
+        if state == "running":
+            _slurm("scancel", "--batch", "--signal=TERM", record.handle)
+            if self._ended(record, int(record.options["grace_s"]) + STOP_MARGIN_S):
+                return
+        _slurm("scancel", record.handle)
+        if not self._ended(record, STOP_MARGIN_S):
+            instead = f"A node that does not answer keeps it: see scontrol show job {record.handle}"
+            raise waited_too_long(f"Slurm job {record.handle}, cancelled,", STOP_MARGIN_S, instead=instead)
+
+    def list(self, options: Options) -> list[JobStatus]:
+        answer = _slurm("squeue", f"--user={os.getuid()}", "--states=all", "--noheader", "--format=%i|%T|%j|%V|%k")
+        found = []
+        for line in answer.splitlines():
+            handle, word, name, submitted, comment = line.strip().split("|", 4)
+            if comment.startswith(MARK):
+                when = time.mktime(time.strptime(submitted, "%Y-%m-%dT%H:%M:%S"))
+                state, message = STATES.get(word, "failed"), f"Slurm job {handle}: {word}"
+                job = comment.removeprefix(MARK)
+                found.append(JobStatus(job, state, message=message, name=name, submitted=when))
+        return sorted(found, key=lambda status: -(status.submitted or 0))
+
+    def fetch(self, record: JobRecord, destination: Path) -> None:
+        if not Path(record.folder).is_dir():
+            raise InfrastructureError(
+                f"the run folder {record.folder} does not exist here (yet): it is on the file system of the cluster"
+            )
+        copy_results(Path(record.folder), destination)
+
+    def _ended(self, record: JobRecord, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.status(record).over:
+                return True
+            time.sleep(POLL_S)
+        return False
+
+
+# --- the script -------------------------------------------------------------------------------------------------------
+
+
+def submission_folder(bundle: Bundle, job: str) -> Path:
+    """Where the job is sent. Raises `ConfigError` for a path that #SBATCH lines cannot hold."""
+    assert bundle.run.folder is not None
+    folder = bundle.run.folder / "submissions" / job
+    if not re.fullmatch(SAFE_FOLDER, str(folder)):
+        raise ConfigError(
+            f"folder: {bundle.run.folder} has characters that the file names of sbatch cannot hold (only letters, "
+            "digits and _.,@+=/- may be in it): name another with --set folder=/shared/runs/NAME"
+        )
+    return folder
+
+
+def render(bundle: Bundle, options: Options, job: str) -> str:
+    """The batch script."""
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        comment_start_string="{##",  # bash writes ${#list[@]}
+        comment_end_string="##}",
+    )
+    environment.filters["sh"] = shlex.quote
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    ray_options = _ray_options(options)
+    return template.render(
+        run=bundle.run.name,
+        comment=MARK + job,
+        folder=str(submission_folder(bundle, job)),
+        resources=_resources(options),
+        ray_options=f" -- {shlex.join(ray_options)}" if ray_options else "",
+        ray_environment={name: value for name, value in RAY_SETTINGS.items() if name != "RAY_AUTH_MODE"},
+        train=shlex.join(COMMAND),
+        **options.model_dump(exclude={"python"}),
+        python=options.python or sys.executable,
+    )
+
+
+def _resources(options: Options) -> list[str]:
+    lines = {
+        "time": options.time,
+        "partition": options.partition,
+        "account": options.account,
+        "qos": options.qos,
+        "gpus-per-node": options.gpus_per_node,
+        "cpus-per-task": options.cpus_per_node,
+        "mem": options.memory,
+    }
+    found = [f"--{name}={value}" for name, value in lines.items() if value is not None]
+    if options.cpus_per_node is None:
+        found += ["--exclusive"] + ([] if options.memory is not None else ["--mem=0"])
+    return found
+
+
+def _ray_options(options: Options) -> list[str]:
+    """What Ray books on each node: what the job was given, and not what the machine has."""
+    gpus = options.gpus_per_node
+    found = {
+        "num-cpus": options.slots_per_node or options.cpus_per_node,
+        "num-gpus": None if gpus is None else str(gpus).rpartition(":")[2],
+        "object-store-memory": options.object_store_bytes,
+    }
+    return [f"--{name}={value}" for name, value in found.items() if value is not None]
+
+
+def limit_s(time_limit: str | int) -> int | None:
+    """Seconds of a time limit as sbatch reads it; 0 is none."""
+    days, _, rest = str(time_limit).rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or None
+
+
+# --- Slurm's commands -------------------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, files: Mapping[str, str | Path]) -> None:
+    """A new folder that only its owner reads, with what is sent."""
+    try:
+        folder.mkdir(mode=0o700, parents=True)
+        for name, source in files.items():
+            if isinstance(source, str):
+                (folder / name).write_text(source, encoding="utf-8")
+            else:
+                (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
+    except OSError as error:
+        raise ConfigError(
+            f"folder: cannot write {folder}: {error.strerror or error}. The run folder must be on a file system that "
+            "this machine and the nodes share: --set folder=/shared/runs/NAME"
+        ) from None
+
+
+def _slurm(*command: str) -> str:
+    """What a command of Slurm prints. Raises `ConfigError` with Slurm's own words where it refuses, and
+    `InfrastructureError` where its controller does not answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no {command[0]} on this machine: use a login node of the cluster") from None
+    except subprocess.TimeoutExpired:
+        raise InfrastructureError(f"{command[0]} did not answer within {COMMAND_TIMEOUT_S} s") from None
+    if done.returncode == 0:
+        return done.stdout
+    said = done.stderr.strip() or done.stdout.strip()
+    lost = re.search(r"contact slurm controller|Connection (refused|timed out)|Socket timed out", said)
+    text = f"{shlex.join(command)}: {said or f'exit code {done.returncode}'}"
+    raise InfrastructureError(text) if lost else ConfigError(text)
+
+
+def _job_facts(handle: str) -> dict[str, str]:
+    """`scontrol show job` as a mapping; empty for a job that Slurm has forgotten."""
+    try:
+        answer = _slurm("scontrol", "show", "job", handle)
+    except ConfigError as error:
+        if "Invalid job id" in str(error):
+            return {}
+        raise
+    return dict(re.findall(r"(\w+)=(\S*)", answer))
+
+
+def _folder_of(record: JobRecord) -> Path:
+    return Path(record.folder) / "submissions" / record.job
+
+
+def _message(facts: Mapping[str, str], word: str, error: str) -> str:
+    if not facts:
+        return error or "Slurm has forgotten the job"
+    reason = facts.get("Reason", "None")
+    parts = [f"Slurm job {facts['JobId']}: {word}" + ("" if reason == "None" else f" ({reason})")]
+    if facts.get("Restarts", "0") != "0":
+        parts.append(f"queued again {facts['Restarts']} times")
+    return "; ".join([*parts, *filter(None, [error])])
