@@ -55,6 +55,7 @@ class Process:
     """A process of a host, as this machine sees it."""
 
     pid: int
+    parent: int
     command: str
     zombie: bool
 
@@ -142,9 +143,11 @@ class Host:
         return subprocess.CompletedProcess(list(map(str, command)), process.returncode, output, "")
 
     def env(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
-        """What commands here start with: nothing of this session's environment but the interpreter's place."""
+        """What commands here start with: of this session's environment only where Python and its modules are."""
         path = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-        return {"HOME": HOME, "PATH": path, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", **(more or {})}
+        ours = {"HOME": HOME, "PATH": path, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+        modules = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+        return {**ours, **modules, **(more or {})}
 
     def send(self, process: subprocess.Popen, number: signal.Signals) -> None:
         """A signal to a command that `popen` started, not to what leads into the host."""
@@ -300,8 +303,8 @@ def pid_namespace(pid: int) -> int:
 
 def processes_in(namespace: int) -> list[Process]:
     """The processes of a process namespace. A zombie has left its namespace: it counts where its parent lives."""
-    found: dict[int, Process] = {}
-    zombies: list[tuple[int, Process]] = []
+    found: list[Process] = []
+    zombies: list[Process] = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -309,8 +312,9 @@ def processes_in(namespace: int) -> list[Process]:
             name, _, rest = (entry / "stat").read_text().rpartition(")")
             state, parent = rest.split()[:2]
             if state == "Z":
-                zombies.append((int(parent), Process(int(entry.name), name.partition("(")[2], True)))
+                zombies.append(Process(int(entry.name), int(parent), name.partition("(")[2], True))
             elif pid_namespace(int(entry.name)) == namespace:
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                found[int(entry.name)] = Process(int(entry.name), command, False)
-    return [*found.values(), *(zombie for parent, zombie in zombies if parent in found)]
+                found.append(Process(int(entry.name), int(parent), command, False))
+    inside = {process.pid for process in found}
+    return [*found, *(zombie for zombie in zombies if zombie.parent in inside)]
