@@ -67,6 +67,7 @@ class Target:
         assert bundle.run.folder is not None
         _refuse_used(bundle.run.folder)
         folder = _job_folder(bundle.run.name, job)
+        record_folder(bundle.run.name).mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, parents=True)
         for name, source in shipment.files.items():
             assert isinstance(source, Path)

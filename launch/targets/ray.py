@@ -10,6 +10,7 @@ machine travels: tokens for hubs belong into the environment of the nodes.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import re
 import shlex
@@ -136,13 +137,13 @@ class Target:
             known = api.job(record.handle)
         except NotFound:
             return _forgotten(record, api)
-        return _status(record, known, Tail.of(api.log_tail(record.handle, TAIL_LINES)))
+        return _status(record, known, Tail.of(api.output_tail(known, lines=TAIL_LINES)))
 
     def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
         api = _api(_options(record))
-        _known(api, record)
+        known = _known(api, record)
         if not follow:
-            yield from _text(api, record)
+            yield from codecs.iterdecode(api.output(known), "utf-8", "replace")
             return
         seen = 0
         while True:
@@ -273,17 +274,6 @@ def _status(record: JobRecord, known: dict[str, Any], tail: Tail) -> JobStatus:
 
 def _first_lines(text: str, limit: int = 500) -> str:
     return text.split("last available logs")[0].strip().rstrip(",")[:limit]
-
-
-def _text(api: RayApi, record: JobRecord) -> Iterator[str]:
-    """The whole output so far, decoded over the borders of pieces."""
-    import codecs
-
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    if not _known(api, record).get("driver_node_id"):
-        return
-    for piece in api.log_file(submission_id=record.handle):
-        yield decoder.decode(piece)
 
 
 def _followed(api: RayApi, job: str) -> Iterator[str]:

@@ -11,6 +11,7 @@ import http.client
 import importlib.metadata
 import ipaddress
 import json
+import logging
 import os
 import platform
 import urllib.error
@@ -104,6 +105,8 @@ class RayApi:
         """Ray's own client, for submitting and for following logs."""
         from ray.job_submission import JobSubmissionClient
 
+        for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+            logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
         return JobSubmissionClient(self.address, headers=self._headers())
 
     def submit(self, **request: Any) -> None:
@@ -141,20 +144,24 @@ class RayApi:
         nodes = self._json("/nodes?view=summary")["data"]["summary"]
         return {node["raylet"]["nodeId"] for node in nodes if node["raylet"].get("state") == "ALIVE"}
 
-    def log_tail(self, job: str, lines: int) -> str:
-        """The last lines of a driver's output; "" while there is none."""
+    def output(self, known: dict[str, Any], *, lines: int = -1) -> Iterator[bytes]:
+        """What the driver of a job, given as `job` returns it, has written so far: the last lines, -1 for all. Empty
+        before the driver has begun."""
+        node_id = known.get("driver_node_id")
+        if node_id:
+            yield from self.log_file(node_id, f"job-driver-{known['submission_id']}.log", lines=lines)
+
+    def output_tail(self, known: dict[str, Any], *, lines: int) -> str:
+        """The last lines of a driver's output; "" where there is none, or its node is gone."""
         try:
-            return b"".join(self.log_file(submission_id=job, lines=lines)).decode("utf-8", "replace")
+            return b"".join(self.output(known, lines=lines)).decode("utf-8", "replace")
         except InfrastructureError:
-            return ""  # before the driver has begun, and where its node is gone
+            return ""
 
-    def log_file(self, *, lines: int = -1, **selected: str) -> Iterator[bytes]:
-        """A file under Ray's log folder of one node, byte for byte, in pieces of at most 1 MiB.
-
-        `selected`: submission_id of a driver's output, or node_id and filename. `lines`: the last so many, -1 for all.
-        """
-        query = urllib.parse.urlencode({**selected, "lines": lines, "timeout": TRANSFER_TIMEOUT_S})
-        with self._open(f"/api/v0/logs/file?{query}") as response:
+    def log_file(self, node_id: str, name: str, *, lines: int = -1) -> Iterator[bytes]:
+        """A file under Ray's log folder of a node, byte for byte, in pieces of at most 1 MiB."""
+        query = {"node_id": node_id, "filename": name, "lines": lines, "timeout": TRANSFER_TIMEOUT_S}
+        with self._open(f"/api/v0/logs/file?{urllib.parse.urlencode(query)}") as response:
             while piece := _read(response, self.address):
                 yield piece
 

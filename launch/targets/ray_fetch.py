@@ -9,6 +9,7 @@ stop and forget the job  ---------->  the links are removed
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import secrets
@@ -29,6 +30,7 @@ from trainer.errors import InfrastructureError
 
 START_TIMEOUT_S = 120.0
 OFFER_TIMEOUT_S = 900.0  # hashing a student of hundreds of GB
+FORGET_TIMEOUT_S = 60.0
 POLL_S = 0.5
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -84,7 +86,7 @@ def _await_offer(api: RayApi, job: str) -> _Offer:
     while True:
         known = api.job(job)
         node_id = known.get("driver_node_id")
-        said = _said(api, job) if node_id else []
+        said = _said(api, known)
         problem = next((line["error"] for line in said if "error" in line), None)
         if problem:
             raise InfrastructureError(problem)
@@ -105,9 +107,9 @@ def _await_offer(api: RayApi, job: str) -> _Offer:
         time.sleep(POLL_S)
 
 
-def _said(api: RayApi, job: str) -> list[dict[str, Any]]:
-    """What the offering job has printed so far."""
-    lines = api.log_tail(job, -1).splitlines()
+def _said(api: RayApi, known: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the offering job has printed so far, whole lines only."""
+    lines = api.output_tail(known, lines=-1).rpartition("\n")[0].splitlines()
     return [json.loads(line.removeprefix(ray_offer.MARK)) for line in lines if line.startswith(ray_offer.MARK + " {")]
 
 
@@ -115,7 +117,7 @@ def _download(api: RayApi, offer: _Offer, path: str, num_bytes: int, digest: str
     target.parent.mkdir(parents=True, exist_ok=True)
     hashed, received = hashlib.sha256(), 0
     with target.open("wb") as file:
-        pieces = api.log_file(node_id=offer.node_id, filename=f"{offer.box}/{path}") if num_bytes else iter(())
+        pieces = api.log_file(offer.node_id, f"{offer.box}/{path}") if num_bytes else iter(())
         for piece in pieces:
             file.write(piece)
             hashed.update(piece)
@@ -130,10 +132,11 @@ def _download(api: RayApi, offer: _Offer, path: str, num_bytes: int, digest: str
 
 def _forget(api: RayApi, job: str) -> None:
     """End the offering job, so that the links are removed, and take it out of the cluster's list."""
-    api.stop(job)
-    deadline = time.monotonic() + 15
-    while time.monotonic() < deadline:
-        if api.job(job)["status"] in ENDED:
-            api.delete(job)
-            return
-        time.sleep(POLL_S)
+    with contextlib.suppress(InfrastructureError):  # what was fetched is here, and the offer ends by itself
+        api.stop(job)
+        deadline = time.monotonic() + FORGET_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if api.job(job)["status"] in ENDED:
+                api.delete(job)
+                return
+            time.sleep(POLL_S)
