@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.errors import ConfigError, InfrastructureError
@@ -35,10 +35,19 @@ class Node:
     cpu_has_amx_bf16: bool = False
     num_slots: int | None = None  # CPUs that a running Ray cluster hands out here; None: as many as the roles need
     num_free_gpus: int | None = None  # not used by anybody now; None: all
+    num_free_slots: int | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)  # of Ray, those it gives itself (ray.io/...) included
+    accelerator_types: tuple[str, ...] = ()  # further names under which Ray knows its accelerators
+    host: str = ""  # for people, where `name` is an id
 
     @property
     def free_gpus(self) -> int:
         return len(self.gpus) if self.num_free_gpus is None else self.num_free_gpus
+
+    @property
+    def free_slots(self) -> int:
+        """0 where nobody hands out slots."""
+        return (self.num_slots or 0) if self.num_free_slots is None else self.num_free_slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +104,21 @@ class Hardware:
         for node, host in zip(alive, facts, strict=True):
             resources = node["Resources"]
             num_gpus = int(resources.get("GPU", 0))
-            kind = next((key.removeprefix("accelerator_type:") for key in resources if _names_gpu(key)), "GPU")
+            kinds = [key.removeprefix("accelerator_type:") for key in resources if _names_gpu(key)]
+            available = free.get(node["NodeID"], {})
             nodes.append(
                 Node(
                     name=node["NodeID"],
                     num_cpus=host.num_cpus,
-                    gpus=(kind,) * num_gpus,
+                    gpus=((*kinds, "GPU")[0],) * num_gpus,
                     memory_bytes=host.memory_bytes,
                     cpu_has_amx_bf16=host.cpu_has_amx_bf16,
                     num_slots=int(resources.get("CPU", 0)),
-                    num_free_gpus=int(free.get(node["NodeID"], {}).get("GPU", 0)),
+                    num_free_gpus=int(available.get("GPU", 0)),
+                    num_free_slots=int(available.get("CPU", 0)),
+                    labels=dict(node.get("Labels", {})),
+                    accelerator_types=tuple(kinds),
+                    host=f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})",
                 )
             )
         return cls(tuple(nodes))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,15 @@ from trainer.errors import ConfigError
 
 MAX_BYTES = 64 * 2**20
 MARK = ".shared"
+START = "--- started"  # begins what one process writes
+
+MAX_READ_BYTES = 256 * 2**10
+MAX_ERROR_CHARACTERS = 600
+LAST_LINES = 12
+
+ERROR = re.compile(r"\b[\w.]*(?:Error|Exception|Refused|Killed)\b: .+|\b(?:Segmentation fault|Bus error|Killed)\b.*")
+BY_PROXY = re.compile(r"root cause|Engine core init|EngineDeadError|background process|CancelledError", re.IGNORECASE)
+"""Errors of vLLM that only say that another process had one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +75,34 @@ def redirect_output(folder: SharedFolder, role: str) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+    print(f"{START} {time.strftime('%Y-%m-%d %H:%M:%S')} {socket.gethostname()} pid {os.getpid()}", flush=True)
+
+
+def last_words(folder: SharedFolder, role: str) -> LastWords:
+    """What the newest process of a role left in its log; empty where it left none."""
+    log = folder.path / "logs" / f"{role}.log"
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - MAX_READ_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return LastWords("", (), log)
+    lines = [line.rstrip() for line in text.rpartition(START)[2].splitlines()[1:] if line.strip()]
+    errors = [match[0] for line in lines if (match := ERROR.search(line)) and not BY_PROXY.search(line)]
+    return LastWords(errors[0][:MAX_ERROR_CHARACTERS] if errors else "", tuple(lines[-LAST_LINES:]), log)
+
+
+@dataclass(frozen=True, slots=True)
+class LastWords:
+    """The end of a log."""
+
+    error: str  # the first error in it, which is the cause of the later ones; "" where none is seen
+    lines: tuple[str, ...]
+    log: Path
+
+    def after(self, reason: str) -> str:
+        """One message: the process's own error first, then `reason`, then its last lines and where the rest is."""
+        text = reason if not self.error or self.error in reason else f"{self.error}\n  ({reason})"
+        if not self.lines:
+            return text
+        return "\n    ".join([f"{text}\n  last lines of {self.log}:", *self.lines])

@@ -45,3 +45,18 @@ def wait_for_nodes(wanted: int, *, timeout_s: float, note: Callable[[str], None]
             )
         time.sleep(POLL_S)
     note(f"{len(alive)} nodes have joined: {', '.join(sorted(alive.values()))}")
+
+
+def draining_nodes() -> dict[str, float | None]:
+    """Node id -> seconds until it is taken away (None: nobody said), of every node that was given notice.
+
+    `ray.nodes()` says nothing of it, no actor is told, and Ray has no public call: this is the one place that asks its
+    private state.
+    """
+    from ray._private.state import state
+
+    now_ms = time.time() * 1000
+    return {
+        node: max(0.0, (deadline_ms - now_ms) / 1000) if deadline_ms else None
+        for node, deadline_ms in state.get_draining_nodes().items()
+    }

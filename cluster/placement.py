@@ -1,11 +1,16 @@
 """From a pure placement to Ray's placement groups: all requested together, all there before anything starts, all given
-back when one is missing at the deadline."""
+back when one is missing at the deadline.
+
+When a node of a group dies, Ray looks for another place for the bundles that lay there; `wait_for_room` is how long a
+role waits for that.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +18,13 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.nodes import alive_nodes
 from cluster.runtime import GPU, Role
 from cluster.topology import Group, Placement
-from trainer.errors import InfrastructureError
+from trainer.errors import NoRoom
 
 POLL_S = 0.1
+SAY_AFTER_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +42,21 @@ class PlacedGroups:
     groups: tuple[PlacedGroup, ...]
 
     def of_role(self, role: Role) -> tuple[PlacedGroup, ...]:
-        """The groups of a role, by index: one for the students, one a replica for a teacher."""
+        """The groups of a role, by index."""
         by_name = {placed.group.name: placed for placed in self.groups}
         return tuple(by_name[group.name] for group in Placement(tuple(p.group for p in self.groups)).of_role(role))
+
+    def seats_of_role(self, role: Role) -> tuple[tuple[PlacedGroup, int], ...]:
+        """Group and bundle of every actor of a role, by rank or replica."""
+        return tuple((placed, bundle) for placed in self.of_role(role) for bundle in placed.group.seats)
+
+    def nodes(self) -> dict[str, tuple[str, ...]]:
+        """Node id -> what sits there: names of groups."""
+        found: dict[str, list[str]] = {}
+        for placed in self.groups:
+            for node in _nodes_of(placed):
+                found.setdefault(node, []).append(placed.group.name)
+        return {node: tuple(names) for node, names in found.items()}
 
     def release(self) -> None:
         """Give everything back; actors that still run in the groups die."""
@@ -45,54 +64,93 @@ class PlacedGroups:
             remove_placement_group(placed.handle)
 
 
-def create_groups(placement: Placement, *, timeout_s: float) -> PlacedGroups:
-    """Reserve what the run needs. At the deadline raises `InfrastructureError`: what is needed, registered and free."""
-    deadline = time.monotonic() + timeout_s
+async def create_groups(
+    placement: Placement, *, timeout_s: float, run_id: str = "", note: Callable[[str], None] = lambda text: None
+) -> PlacedGroups:
+    """Reserve what the run needs. At the deadline raises `NoRoom`: what is needed, registered and free.
+
+    `run_id` begins the name of every group. `note` is told once where this takes longer than a moment.
+    """
     with contextlib.ExitStack() as undo:
         groups = []
         for group in placement.groups:
-            handle = placement_group([dict(bundle) for bundle in group.bundles], strategy=group.strategy)
+            handle = placement_group(
+                [dict(bundle) for bundle in group.bundles],
+                strategy=group.strategy,
+                name=f"{run_id}/{group.name}" if run_id else "",
+                bundle_label_selector=[dict(group.labels)] * len(group.bundles) if group.labels else None,
+            )
             undo.callback(remove_placement_group, handle)
             groups.append(PlacedGroup(group, handle))
-        while missing := [one for one in groups if not _is_reserved(one)]:
-            if time.monotonic() < deadline:
-                time.sleep(POLL_S)
-                continue
-            names = ", ".join(one.group.name for one in missing)
-            raise InfrastructureError(
-                f"no room for {names} after {timeout_s:.0f} s. The run needs {_amounts(_needed(placement))}; the Ray "
-                f"cluster has {_amounts(ray.cluster_resources())}, of which {_amounts(ray.available_resources())} are "
-                "free beside the run's other groups. Somebody else may use the rest: see `ray status`"
-            )
+        await _all_reserved(groups, _needed(placement), timeout_s=timeout_s, note=note)
         undo.pop_all()
     return PlacedGroups(tuple(groups))
 
 
-def actor_options(placed: PlacedGroup, *, environment: Mapping[str, str], bundle: int = 0) -> dict[str, Any]:
+async def wait_for_room(placed: PlacedGroup, *, timeout_s: float, note: Callable[[str], None]) -> None:
+    """Until every bundle of a group lies on a node that is alive: at once, unless a node died.
+
+    Raises `NoRoom` at the deadline.
+    """
+    bundles = placed.group.bundles
+    needed = {key: sum(bundle.get(key, 0) for bundle in bundles) for key in ("CPU", GPU.upper())}
+    await _all_reserved([placed], needed, timeout_s=timeout_s, note=note)
+
+
+async def _all_reserved(
+    groups: Sequence[PlacedGroup], needed: Mapping[str, float], *, timeout_s: float, note: Callable[[str], None]
+) -> None:
+    started, said = time.monotonic(), False
+    while missing := [one for one in groups if not await asyncio.to_thread(_is_reserved, one)]:
+        waited = time.monotonic() - started
+        names = ", ".join(one.group.name for one in missing)
+        amounts = (
+            f"The run needs {_amounts(needed)}; the Ray cluster has {_amounts(ray.cluster_resources())}, of which "
+            f"{_amounts(ray.available_resources())} are free beside the run's other groups"
+        )
+        if waited > timeout_s:
+            raise NoRoom(
+                f"no room for {names} after {timeout_s:.0f} s. {amounts}. Somebody else may use the rest: see "
+                "`ray status`"
+            )
+        if waited > SAY_AFTER_S and not said:
+            note(f"waiting for room for {names}. {amounts}")
+            said = True
+        await asyncio.sleep(POLL_S)
+
+
+def actor_options(
+    placed: PlacedGroup, *, environment: Mapping[str, str], bundle: int = 0, name: str | None = None
+) -> dict[str, Any]:
     """For `ActorClass.options(**...)`: where an actor of a group runs, what it may use, and what it starts with.
 
-    `bundle` is the index of the rank; a replica has one bundle. Actors are never restarted by Ray, nor their calls
-    repeated: `cluster/health.py` decides both.
+    `name` must be new on the cluster. Actors are never restarted by Ray, nor their calls repeated:
+    `cluster/health.py` decides both.
     """
     group = placed.group
-    resources = group.bundles[bundle]
     # The ray executor starts its own workers in the group: the engine's process leaves the GPUs to them.
     outside = group.executor == "ray"
     return {
-        "num_cpus": resources["CPU"],
-        "num_gpus": 0 if outside else resources.get(GPU.upper(), 0),
+        "num_cpus": group.member["CPU"],
+        "num_gpus": group.member.get(GPU.upper(), 0),
         "max_restarts": 0,
         "max_task_retries": 0,
         "runtime_env": {"env_vars": dict(environment)},
         "scheduling_strategy": PlacementGroupSchedulingStrategy(
             placed.handle, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=outside
         ),
-    }
+    } | ({} if name is None else {"name": name})
 
 
 def _is_reserved(placed: PlacedGroup) -> bool:
     # PlacementGroup.wait counts whole seconds and ready() starts a task: the table is exact and free.
-    return placement_group_table(placed.handle)["state"] == "CREATED"
+    if placement_group_table(placed.handle)["state"] != "CREATED":
+        return False
+    return set(_nodes_of(placed)) <= alive_nodes().keys()  # the table learns of a dead node a moment later
+
+
+def _nodes_of(placed: PlacedGroup) -> list[str]:
+    return list(dict.fromkeys(placement_group_table(placed.handle)["bundles_to_node_id"].values()))
 
 
 def _needed(placement: Placement) -> dict[str, float]:

@@ -30,12 +30,18 @@ from cluster.runtime import (
 )
 from cluster.topology import Placement, RoleRequest, place
 from configs.plugins import Plugin
-from configs.schema import Replicas, Run
+from configs.schema import ModelSource, Replicas, Run
 from trainer.attention import choose_attention
 from trainer.errors import ConfigError
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.types import EncodingSpec, StudentPlan
 from trainer.zero_config import deepspeed_config
+
+START_BASE_S = 600.0
+"""Until a role must be ready, beside what its model's size asks for: processes, imports, compiling, a busy machine."""
+
+LOAD_BYTES_PER_S = 100e6
+"""The slowest reading of weights that is still taken for progress: a network disk that several nodes share."""
 
 MAX_THREADS = 8
 """More threads of one process gain little; more ranks or replicas use the cores."""
@@ -67,6 +73,9 @@ def resolve(
     weights_version: str | None = None,
     stop_token_ids: tuple[int, ...] = (),
     student_config: Any | None = None,
+    teacher_config: Any | None = None,
+    teacher_bytes: int | None = None,
+    student_bytes: int | None = None,
     offline: bool = False,
     bytecode_folder: str | None = None,
 ) -> Resolved:
@@ -74,9 +83,12 @@ def resolve(
 
     `vocabulary_size` is the true one, without padding. `weights_version` names the teacher's weights in label headers;
     None: its revision. `stop_token_ids` end an answer of the writer. `student_config`, a transformers config, decides
-    attention "auto" and sizes ZeRO-3's buffers; without it attention stays as written. `offline`: both models are
-    folders. `bytecode_folder`: of `runtime.bytecode_folder()`.
+    attention "auto" and sizes ZeRO-3's buffers; without it attention stays as written. `teacher_config` decides whether
+    the teacher can be split as asked. `teacher_bytes`, `student_bytes`: of their weights, where known, for the
+    deadlines. `offline`: both models are folders. `bytecode_folder`: of `runtime.bytecode_folder()`.
     """
+    if teacher_config is not None:
+        check_split(run, teacher_config)
     accelerator = _accelerator(run, hardware)
     placement = Placement() if run.runtime == "in_process" else place(roles_of(run, accelerator), hardware)
     dtypes = _Dtypes(hardware, accelerator)
@@ -89,9 +101,12 @@ def resolve(
             "vocabulary_size": vocabulary_size,
             "tokenizer_fingerprint": tokenizer_fingerprint,
             "weights_version": weights_version or run.teacher.model.revision or "unversioned",
+            "start_timeout_s": start_timeout_s(run, run.teacher.model, teacher_bytes),
+            "local_copy": None if run.teacher.model.local_copy is None else str(run.teacher.model.local_copy),
         },
     )
-    student = _student_plan(run, accelerator, dtypes.choose("student", run.student.dtype), student_config)
+    student_dtype = dtypes.choose("student", run.student.dtype)
+    student = _student_plan(run, accelerator, student_dtype, student_config, num_bytes=student_bytes)
     scorer = engines.plan(SCORER, run.teacher.scorer, dtypes, tables, sampling=None)
     writer = None
     if run.teacher.writer is not None:
@@ -114,11 +129,48 @@ def resolve(
 
 def roles_of(run: Run, accelerator: Accelerator) -> tuple[RoleRequest, ...]:
     """The actors of a run."""
-    roles = [RoleRequest(STUDENT, run.student.ranks, accelerator)]
+    roles = [RoleRequest(STUDENT, run.student.ranks, accelerator, seats=run.student.placement)]
     for role, replicas in ((SCORER, run.teacher.scorer), (WRITER, run.teacher.writer)):
         if replicas is not None:
-            roles.append(RoleRequest(role, replicas.replicas, accelerator, replicas.tensor_parallel_size))
+            request = RoleRequest(
+                role,
+                replicas.replicas,
+                accelerator,
+                shards=replicas.tensor_parallel_size,
+                seats=replicas.placement,
+                may_span_nodes=replicas.may_span_nodes,
+            )
+            roles.append(request)
     return tuple(roles)
+
+
+def start_timeout_s(run: Run, model: ModelSource, num_bytes: int | None) -> float:
+    """Until a role with this model must be ready: as configured, else longer for larger weights, twice where they are
+    copied to the node first. Where the size is not known, weights of the hub that are not here yet, the base alone."""
+    if run.faults.start_timeout_s is not None:
+        return run.faults.start_timeout_s
+    reads = 1 if model.local_copy is None else 2
+    return START_BASE_S + round(reads * (num_bytes or 0) / LOAD_BYTES_PER_S)
+
+
+def check_split(run: Run, teacher_config: Any) -> None:
+    """vLLM splits a model by attention heads. Raises `ConfigError` where tensor_parallel_size does not divide them."""
+    text = teacher_config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    shared = getattr(text, "num_key_value_heads", None) or heads
+    for role, replicas in run.teacher.roles().items():
+        shards = replicas.tensor_parallel_size
+        if not heads or shards == 1:
+            continue
+        place = f"teacher.{role}.tensor_parallel_size: {shards}"
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (shared % n == 0 or n % shared == 0)]
+        if heads % shards:
+            raise ConfigError(f"{place} does not divide the teacher's {heads} attention heads; write one of {fitting}")
+        if shards not in fitting:
+            raise ConfigError(
+                f"{place} neither divides the teacher's {shared} key-value heads nor is a multiple of them; write one "
+                f"of {fitting}"
+            )
 
 
 def to_json(resolved: Resolved) -> str:
@@ -258,7 +310,9 @@ def _load_engine(plugin: Plugin) -> Any:
     return importlib.import_module(module).Engine(**plugin.parameters)
 
 
-def _student_plan(run: Run, accelerator: Accelerator, dtype: str, student_config: Any | None) -> StudentPlan:
+def _student_plan(
+    run: Run, accelerator: Accelerator, dtype: str, student_config: Any | None, *, num_bytes: int | None
+) -> StudentPlan:
     device_type = device_type_of(accelerator)
     attention, hidden_size = run.student.attention, None
     if student_config is not None:
@@ -277,6 +331,7 @@ def _student_plan(run: Run, accelerator: Accelerator, dtype: str, student_config
             hidden_size=hidden_size,
         ),
         collective_timeout_s=run.faults.step_timeout_s,
+        start_timeout_s=start_timeout_s(run, run.student.model, num_bytes),
     )
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal
 import psutil
 
 from cluster import ray_token
+from cluster.joining import check_cluster
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -147,25 +148,58 @@ def student_environment(place: RankPlace, *, world: int, address: str, port: int
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
     }
-    if place.local_size < world and "GLOO_SOCKET_IFNAME" not in os.environ:
-        # gloo asks what the host name resolves to, often a loopback address: the group then hangs for 75 s and fails.
-        interface = _interface_towards(address, port)
-        if interface is not None:
-            values["GLOO_SOCKET_IFNAME"] = interface
+    if place.local_size < world:
+        values |= network_environment(STUDENT, towards=address)
     return values
 
 
-def _interface_towards(address: str, port: int) -> str | None:
-    """The network interface whose address this host uses to reach `address`; None where it cannot be told."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+# --- addresses of a node ----------------------------------------------------------------------------------------------
+
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+"""gloo asks what the host name resolves to, often a loopback address: the group then hangs for 75 s and fails."""
+
+NCCL_INTERFACE = "NCCL_SOCKET_IFNAME"
+"""NCCL takes the first interface that is up, which may lead nowhere."""
+
+OWN_ADDRESS = "VLLM_HOST_IP"
+"""vLLM takes the address of the route to the internet, and a cluster's nodes may have none."""
+
+LOOPBACK = "lo"
+
+
+def network_environment(role: Role, *, towards: str) -> dict[str, str]:
+    """By which address and interface this process is reached: those of the route to `towards`, the address of the head
+    or of rank 0. Called in the process itself, before its libraries are imported; what the user has set stays."""
+    route = _route(towards)
+    if route is None:
+        return {}
+    address, interface = route
+    values = {OWN_ADDRESS: address} if role in ENGINES else {}
+    if interface != LOOPBACK or role == STUDENT:
+        values |= {GLOO_INTERFACE: interface, NCCL_INTERFACE: f"={interface}"}  # "=": no prefix of other names
+    return {name: value for name, value in values.items() if name not in os.environ}
+
+
+def set_network(role: Role) -> None:
+    """Set `network_environment` in this process, an actor, by the route to the head of its cluster."""
+    import ray
+
+    head = ray.get_runtime_context().gcs_address.rpartition(":")[0]
+    os.environ.update(network_environment(role, towards=head.strip("[]")))
+
+
+def _route(towards: str) -> tuple[str, str] | None:
+    """This host's own address on the way to `towards`, and its interface; None where that cannot be told."""
+    family = socket.AF_INET6 if ":" in towards else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((address, port))  # a datagram socket: nothing is sent
+            probe.connect((towards, 9))  # a datagram socket: nothing is sent
         except OSError:
             return None
         own = probe.getsockname()[0]
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.family == socket.AF_INET and entry.address == own for entry in addresses):
-            return name
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.family == family and entry.address.partition("%")[0] == own for entry in entries):
+            return own, name
     return None
 
 
@@ -282,22 +316,12 @@ def _join_ray(address: str) -> RayCluster:
     if file is not None:
         ray_token.refuse_open_token(file)
     reread_ray_environment()
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            raise ConfigError(
-                f"no Ray cluster answers at {address} ({error.strerror or error}). Check RAY_ADDRESS"
-            ) from None
+    check_cluster(address)
     try:
         with _signal_handlers_kept():
             context = ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-        raise ConfigError(
-            f"cannot join the Ray cluster at {address}: {error}. If it runs, its token may be missing here: set "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as on its nodes"
-        ) from None
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise ConfigError(f"cannot join the Ray cluster at {address}: {error}") from None
     warnings = () if ray_token.uses_token(os.environ) else (ray_token.WITHOUT_TOKEN,)
     return RayCluster(context.address_info["gcs_address"], False, (), None, warnings)
 

@@ -1,51 +1,109 @@
 """`runtime: ray`: every role of a run as Ray actors in their own placement groups, owned by this process.
 
-Nothing is detached: when the controller dies, Ray ends all of it.
+Nothing is detached: when the controller dies, Ray ends all of it. Every group and every actor is named after the run
+and a few random letters, so that runs that share a cluster do not meet and its lists can be read.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from cluster import runtime
+from cluster.health import Drain, drain_effect
 from cluster.logs import SharedFolder
-from cluster.placement import PlacedGroup, PlacedGroups, actor_options, create_groups
+from cluster.node_checks import Question, check_nodes
+from cluster.nodes import alive_nodes, draining_nodes
+from cluster.placement import PlacedGroup, PlacedGroups, actor_options, create_groups, wait_for_room
 from cluster.resolve import Resolved
 from cluster.students import RankActor, StudentGroup, StudentJob
 from cluster.teachers import ReplicaPool, TeacherActor
+from trainer.build import VARIABLE, build_hash
+from trainer.errors import InfrastructureError
 from trainer.loops import Observer
 from trainer.run_folder import RunFolder
 from trainer.types import BlockRef, SoftLabelBlock
 
 RANK_THREADS = 3  # a step, the staging of the next, and a question from outside
+DRAIN_POLL_S = 2.0
 
 
 class RaySession:
     """Implements `trainer.protocols.Session`. Ray is up; `reserve` comes first, `close` last."""
 
-    def __init__(self, job: StudentJob, resolved: Resolved, *, folder: RunFolder, observer: Observer) -> None:
+    def __init__(
+        self, job: StudentJob, resolved: Resolved, *, folder: RunFolder, observer: Observer, shared: bool = False
+    ) -> None:
+        """`shared`: the cluster was there before the run, so its processes must prove that they run the same code."""
+        self.run_id = f"{job.run.name}-{secrets.token_hex(3)}"
         self._job = job
         self._resolved = resolved
+        self._observer = observer
+        self._shared = shared
         self._folder = SharedFolder.of(folder.path)
         self._groups: PlacedGroups | None = None
-        self.students = StudentGroup(job, spawn=self._spawn_rank, observer=observer)
+        self._starts: Counter[str] = Counter()
+        self.students = StudentGroup(
+            job, spawn=self._spawn_rank, room=self._room_for_students, folder=self._folder, observer=observer
+        )
         self.scorers = self._pool(resolved.scorer, job.run.teacher.scorer.replicas, observer)
         writer = job.run.teacher.writer
         self.writers = self._pool(resolved.writer, writer.replicas, observer) if writer else None
 
     async def reserve(self) -> None:
         """All placement groups at once, or an error that says what is missing."""
-        timeout_s = self._job.run.faults.start_timeout_s or 600.0
-        self._groups = await asyncio.to_thread(create_groups, self._resolved.placement, timeout_s=timeout_s)
+        self._groups = await create_groups(
+            self._resolved.placement,
+            timeout_s=self._job.run.faults.room_timeout_s,
+            run_id=self.run_id,
+            note=self._note,
+        )
+
+    async def check_nodes(self) -> None:
+        """Every node of the placement has the software, the models and the run folder of this process, or an error."""
+        assert self._groups is not None, "reserve() comes first"
+        run = self._job.run
+        models = ((model.path, model.revision) for model in (run.teacher.model, run.student.model))
+        question = Question(
+            models=tuple(models),
+            needs_plugin=any(role.engine.kind == "vllm" for role in run.teacher.roles().values()),
+            folder=self._folder,
+        )
+        environment = self._environment(runtime.environment(runtime.CONTROLLER, self._resolved.accelerator))
+        await check_nodes(self._groups.nodes(), question, environment=environment)
 
     async def start_teachers(self) -> None:
         await asyncio.gather(*(pool.start() for pool in (self.scorers, self.writers) if pool is not None))
 
     def read_block(self, ref: BlockRef) -> SoftLabelBlock:
-        return ray.get(ref, timeout=self._job.run.faults.score_timeout_s)
+        try:
+            return ray.get(ref, timeout=self._job.run.faults.score_timeout_s)
+        except RayError as error:
+            raise InfrastructureError(f"labels could not be fetched from the node that made them: {error}") from None
+
+    async def watch_for_drain(self, stop: Callable[[str], None]) -> None:
+        """Until cancelled: where a node of the students or of this process is to be taken away, `stop(why)`; where one
+        of teachers, a note."""
+        known: set[str] = set()
+        own = ray.get_runtime_context().get_node_id()
+        while True:
+            draining = await asyncio.to_thread(draining_nodes)
+            for node in draining.keys() - known:
+                known.add(node)
+                here = [process.role for process in self._processes() if process.node == node]
+                name = (await asyncio.to_thread(alive_nodes)).get(node, node)
+                effect = drain_effect(Drain(name, draining[node], here, holds_controller=node == own))
+                if effect is not None and effect.stop:
+                    stop(effect.text)
+                elif effect is not None:
+                    self._note(effect.text)
+            await asyncio.sleep(DRAIN_POLL_S)
 
     async def close(self) -> None:
         """Stop every role and give the reservations back; bounded."""
@@ -56,17 +114,54 @@ class RaySession:
 
     def _pool(self, plan: Any, num_replicas: int, observer: Observer) -> ReplicaPool:
         def spawn(index: int, name: str) -> Any:
-            options = actor_options(self._placed(plan.role)[index], environment=plan.environment)
+            placed, bundle = self._seats(plan.role)[index]
+            options = actor_options(
+                placed, environment=self._environment(plan.environment), bundle=bundle, name=self._new_name(name)
+            )
             return ray.remote(TeacherActor).options(**options).remote(plan, name, self._folder)
 
-        return ReplicaPool(plan, num_replicas=num_replicas, spawn=spawn, faults=self._job.run.faults, observer=observer)
+        async def room(index: int) -> None:
+            await self._room(self._seats(plan.role)[index][0])
+
+        return ReplicaPool(
+            plan,
+            num_replicas=num_replicas,
+            spawn=spawn,
+            room=room,
+            faults=self._job.run.faults,
+            folder=self._folder,
+            observer=observer,
+        )
 
     def _spawn_rank(self, index: int, name: str) -> Any:
-        (placed,) = self._placed(runtime.STUDENT)
-        options = actor_options(placed, environment=self._resolved.student_environment, bundle=index)
+        placed, bundle = self._seats(runtime.STUDENT)[index]
+        environment = self._environment(self._resolved.student_environment)
+        options = actor_options(placed, environment=environment, bundle=bundle, name=self._new_name(name))
         actor = ray.remote(RankActor).options(**options, max_concurrency=RANK_THREADS)
         return actor.remote(name, self._folder)
 
-    def _placed(self, role: runtime.Role) -> tuple[PlacedGroup, ...]:
+    async def _room_for_students(self) -> None:
+        await self._room(self._seats(runtime.STUDENT)[0][0])
+
+    async def _room(self, placed: PlacedGroup) -> None:
+        await wait_for_room(placed, timeout_s=self._job.run.faults.room_timeout_s, note=self._note)
+
+    def _seats(self, role: runtime.Role) -> tuple[tuple[PlacedGroup, int], ...]:
         assert self._groups is not None, "reserve() comes first"
-        return self._groups.of_role(role)
+        return self._groups.seats_of_role(role)
+
+    def _environment(self, table: Any) -> dict[str, str]:
+        return {**table, VARIABLE: build_hash()} if self._shared else dict(table)
+
+    def _new_name(self, name: str) -> str:
+        """Of an actor: a process that is still dying keeps its name, so the next start of a role takes another."""
+        self._starts[name] += 1
+        again = f".{self._starts[name]}" if self._starts[name] > 1 else ""
+        return f"{self.run_id}/{name}{again}"
+
+    def _processes(self) -> list[Any]:
+        pools = [pool for pool in (self.scorers, self.writers) if pool is not None]
+        return [*self.students.seated(), *(one for pool in pools for one in pool.seated())]
+
+    def _note(self, text: str) -> None:
+        self._observer.event("note", text=text)

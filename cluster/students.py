@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,14 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from cluster import runtime
-from cluster.logs import SharedFolder, redirect_output
+from cluster.health import Seated
+from cluster.logs import SharedFolder, last_words, redirect_output
+from cluster.model_files import local_copy
 from cluster.processes import ProcessIdentity, kill_actor, this_process, wait_killed
 from cluster.teachers import answer, brief, unwrap
 from cluster.topology import RankPlace, number_ranks
 from configs.schema import Run
+from trainer.build import check_build
 from trainer.errors import DeadlineExceeded, InfrastructureError, LabelsLost, StillhouseError, StudentsLost
 from trainer.loops import Observer
 from trainer.types import BlockRef, Evaluation, RankBatch, SoftLabelBlock, StepMetrics, StudentPlan, Unit
@@ -54,6 +57,7 @@ class RankActor:
 
     def where(self) -> tuple[ProcessIdentity, tuple[str, ...], str]:
         """This process, the GPU ids that Ray handed to it, and its address."""
+        check_build()
         self._folder.check()
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         return this_process(), tuple(str(gpu) for gpu in gpus), ray.util.get_node_ip_address()
@@ -69,7 +73,7 @@ class RankActor:
         self._device = runtime.device_of(job.plan.device_type, place.local_rank)
         runtime.enter_device(self._device)
         self._rank = StudentRank(
-            job.run,
+            _on_local_copy(job.run, timeout_s=job.plan.start_timeout_s),
             job.plan,
             rank=place.rank,
             world=world,
@@ -92,11 +96,31 @@ class RankActor:
         self.call("stage_evaluation", units, blocks)
 
 
+def _on_local_copy(run: Run, *, timeout_s: float) -> Run:
+    """The run as the ranks of this node see it: the student's own weights from the node's copy."""
+    model = run.student.model
+    if model.local_copy is None:
+        return run
+    copy = model.model_copy(update={"path": str(local_copy(model.path, model.local_copy, timeout_s=timeout_s))})
+    return run.model_copy(update={"student": run.student.model_copy(update={"model": copy})})
+
+
 class StudentGroup:
     """All ranks of the student. Implements `trainer.protocols.Students`."""
 
-    def __init__(self, job: StudentJob, *, spawn: Callable[[int, str], Any], observer: Observer) -> None:
-        """`spawn(index, name)` makes a fresh `RankActor` handle in bundle `index` of the group's placement."""
+    def __init__(
+        self,
+        job: StudentJob,
+        *,
+        spawn: Callable[[int, str], Any],
+        room: Callable[[], Awaitable[None]],
+        folder: SharedFolder,
+        observer: Observer,
+    ) -> None:
+        """`spawn(index, name)` makes a fresh `RankActor` handle in seat `index` of the group's placement, `room()`
+        waits until that lies on living nodes, or raises `NoRoom`. `folder` holds the logs."""
+        self._room = room
+        self._folder = folder
         self._job = job
         self._spawn = spawn
         self._observer = observer
@@ -106,8 +130,20 @@ class StudentGroup:
         self.world = job.run.student.ranks
 
     async def start(self, checkpoint: Path | None) -> Any:
-        """Place, number, build, and load a committed checkpoint if one is given. Returns rank 0's `StudentInfo`."""
-        timeout_s, started = self._faults.start_timeout_s or 600.0, time.time()
+        """Place, number, build, and load a committed checkpoint if one is given. Returns rank 0's `StudentInfo`.
+
+        Raises `NoRoom` where the group's node is gone and no other takes its ranks.
+        """
+        try:
+            return await self._start(checkpoint)
+        except StudentsLost as lost:
+            logs = [last_words(self._folder, f"student-{index}") for index in range(self.world)]
+            told = next((words for words in logs if words.error), logs[0])
+            raise StudentsLost(told.after(str(lost))) from None
+
+    async def _start(self, checkpoint: Path | None) -> Any:
+        await self._room()
+        timeout_s, started = self._job.plan.start_timeout_s, time.time()
         actors = [self._spawn(index, f"student-{index}") for index in range(self.world)]
         self._ranks, self.processes = actors, []
         where = await self._gather([actor.where.remote() for actor in actors], timeout_s, "student processes to start")
@@ -166,6 +202,10 @@ class StudentGroup:
 
     async def self_test(self) -> tuple[Any, ...]:
         return (await self._all("self_test", what="the self-test of the student"))[0]
+
+    def seated(self) -> list[Seated]:
+        """Where the ranks are."""
+        return [Seated(f"student-{rank}", process.node) for rank, process in enumerate(self.processes)]
 
     async def close(self) -> None:
         """Leave the process group in order, then end the processes; bounded."""

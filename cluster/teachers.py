@@ -16,19 +16,40 @@ import contextlib
 import importlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from cluster import runtime
 from cluster.engines.plan import EnginePlan
-from cluster.health import Failure, FailureKind, FailurePolicy, ReplicaLoad, RestartReplica, RetryUnit, choose_replica
-from cluster.logs import SharedFolder, redirect_output
+from cluster.health import (
+    Failure,
+    FailureKind,
+    FailurePolicy,
+    ReplicaLoad,
+    RestartReplica,
+    RetryUnit,
+    Seated,
+    choose_replica,
+)
+from cluster.logs import SharedFolder, last_words, redirect_output
+from cluster.model_files import local_copy
 from cluster.processes import ProcessIdentity, kill_actor, this_process, wait_killed
 from configs.schema import Faults
-from trainer.errors import DeadlineExceeded, InfrastructureError, StillhouseError, TeachersLost, UnitRejected
+from trainer.build import check_build
+from trainer.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    InfrastructureError,
+    NoRoom,
+    StillhouseError,
+    TeachersLost,
+    UnitRejected,
+)
 from trainer.loops import Observer
 from trainer.protocols import ScoringEngine, WritingEngine
 from trainer.types import BlockRef, EncodingSpec, Prompt, SoftLabelBlock, Unit, UnitReport
@@ -39,7 +60,10 @@ ANSWER_GRACE_S = 5.0  # the engine aborts at the deadline; its answer may take t
 
 
 def start_engine(plan: EnginePlan, name: str) -> ScoringEngine | WritingEngine:
-    """The engine a plan names, started in this process."""
+    """The engine a plan names, started in this process, on the node's own copy of the model where one is asked for."""
+    if plan.local_copy is not None:
+        copy = local_copy(plan.model, Path(plan.local_copy), timeout_s=plan.start_timeout_s)
+        plan = replace(plan, model=str(copy))
     module = plan.kind if "." in plan.kind else f"cluster.engines.{plan.kind}"
     engine = importlib.import_module(module).Engine(**plan.parameters)
     return engine.start_scorer(plan, name) if plan.role == "scorer" else engine.start_writer(plan, name)
@@ -50,12 +74,14 @@ class TeacherActor:
 
     def __init__(self, plan: EnginePlan, name: str, folder: SharedFolder) -> None:
         redirect_output(folder, name)
+        runtime.set_network(plan.role)
         self._folder = folder
         self._plan = plan
         self._name = name
         self._engine: Any = None
 
     async def identify(self) -> ProcessIdentity:
+        check_build()
         self._folder.check()
         return this_process()
 
@@ -75,6 +101,10 @@ class TeacherActor:
     async def close(self) -> None:
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close)
+
+
+async def placed_for_good(index: int) -> None:
+    """Where nobody takes nodes away there is always room."""
 
 
 @dataclass(slots=True, eq=False)
@@ -105,9 +135,14 @@ class ReplicaPool:
         spawn: Callable[[int, str], Any],
         faults: Faults,
         observer: Observer,
+        folder: SharedFolder,
+        room: Callable[[int], Awaitable[None]] = placed_for_good,
     ) -> None:
-        """`spawn(index, name)` makes a fresh `TeacherActor` handle in the placement of replica `index`."""
+        """`spawn(index, name)` makes a fresh `TeacherActor` handle in the placement of replica `index`; `room(index)`
+        waits until that placement lies on living nodes, or raises `NoRoom`. `folder` holds the logs."""
         self._plan = plan
+        self._folder = folder
+        self._room = room
         self._spawn = spawn
         self._faults = faults
         self._observer = observer
@@ -250,10 +285,7 @@ class ReplicaPool:
             decision = self._policy.decide(failure)
             await asyncio.to_thread(wait_killed, kill_actor(replica.actor, replica.process))
             if not isinstance(decision, RestartReplica):
-                self._observer.event("teacher_lost", replica=replica.name, reason=reason, restarts=replica.restarts)
-                async with self._changed:
-                    replica.lost = True
-                    self._changed.notify_all()
+                await self._lose(replica, reason)
                 return
             replica.failures, replica.progress = decision.count, False
             replica.restarts += 1
@@ -262,27 +294,43 @@ class ReplicaPool:
             try:
                 await self._start(index)
                 return
+            except NoRoom as error:
+                self._last_error = str(error)
+                await self._lose(replica, str(error))
+                return
             except (RayError, StillhouseError) as error:
                 kind, reason = "teacher_died", brief(unwrap(error))
 
+    async def _lose(self, replica: Replica, reason: str) -> None:
+        self._observer.event("teacher_lost", replica=replica.name, reason=reason, restarts=replica.restarts)
+        async with self._changed:
+            replica.lost = True
+            self._changed.notify_all()
+
     async def _start(self, index: int) -> None:
         replica = self._replicas[index]
+        await self._room(index)
         started = time.time()
         replica.actor, replica.process = self._spawn(index, replica.name), None
         try:
-            process = await answer(replica.actor.identify.remote(), self._faults.start_timeout_s or 600.0)
+            process = await answer(replica.actor.identify.remote(), self._plan.start_timeout_s)
             replica.process = process
             self._observer.event("process", role=replica.name, pid=process.pid, node=process.node)
-            await answer(replica.actor.start.remote(), self._faults.start_timeout_s or 600.0)
+            await answer(replica.actor.start.remote(), self._plan.start_timeout_s)
         except (RayError, DeadlineExceeded) as error:
             cause = unwrap(error)
-            if isinstance(cause, StillhouseError) and not isinstance(cause, DeadlineExceeded):
+            if isinstance(cause, ConfigError):
                 raise cause from None
+            words = last_words(self._folder, replica.name).after(brief(cause))
             raise InfrastructureError(
-                f"{replica.name} of teacher {self._plan.teacher} did not start: {brief(cause)}"
+                f"{replica.name} of teacher {self._plan.teacher} did not start: {words}"
             ) from None
         self._observer.span(replica.name, "start", started, time.time())
         await self._set_healthy(replica)
+
+    def seated(self) -> list[Seated]:
+        """Where the replicas are."""
+        return [Seated(one.name, one.process.node) for one in self._replicas if one.process and not one.lost]
 
     async def close(self) -> None:
         """Stop the engines, then the processes; bounded, and silent about replicas that are already gone."""

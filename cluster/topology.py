@@ -2,7 +2,9 @@
 
     student   one group, one bundle a rank
     teachers  one group a replica: a single bundle with its `tp` GPUs, so that it never spans nodes;
-              only a replica larger than every node gets one-GPU bundles, and vLLM's `ray` executor
+              with a strategy among the replicas one group for all of them, one bundle a replica;
+              where it may span nodes and is larger than each, one-GPU bundles, and vLLM's `ray` executor
+    nodes: n  one bundle a node, which the ranks or replicas of that node share, each node another
 
 On hosts without GPUs a role is a logical slot: one CPU of Ray's books for a rank, one per shard for a teacher.
 """
@@ -10,14 +12,18 @@ On hosts without GPUs a role is a logical slot: one CPU of Ray's books for a ran
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from cluster.fitting import KIND_PREFIX, fit, named_kind
 from cluster.hardware import Hardware, Node
+from cluster.placement_words import advice, all_asked, conditions, count_of, registered, shape, supply
 from cluster.runtime import GPU, STUDENT, Accelerator, Role
+from configs.schema import Seats
 from trainer.errors import ConfigError
 
 Executor = Literal["mp", "ray"]
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
 KIND_SHARE = 0.001
 """How much of the resource `accelerator_type:<name>` a bundle takes: enough to be bound to nodes that have it."""
@@ -31,18 +37,23 @@ class RoleRequest:
     count: int
     accelerator: Accelerator
     shards: int = 1  # GPUs (or CPU slots) of one actor
+    seats: Seats = field(default_factory=Seats)
+    may_span_nodes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """One placement group."""
 
-    name: str  # "student", "scorer-0"
+    name: str  # "student", "scorer-0", or "scorer" for all replicas together
     role: Role
     accelerator: Accelerator
     bundles: tuple[Mapping[str, float], ...]
-    strategy: Literal["PACK", "STRICT_PACK"]
+    strategy: Strategy
     executor: Executor = "mp"
+    member: Mapping[str, float] = field(default_factory=dict)  # what one actor takes
+    seats: tuple[int, ...] = (0,)  # the bundle of each actor, in the order of ranks or replicas
+    labels: Mapping[str, str] = field(default_factory=dict)  # that a node must have
 
     @property
     def num_gpus(self) -> int:
@@ -72,6 +83,10 @@ class Placement:
         """The groups of a role, by index."""
         return tuple(sorted((g for g in self.groups if g.role == role), key=lambda group: _natural(group.name)))
 
+    def seats_of_role(self, role: Role) -> tuple[tuple[Group, int], ...]:
+        """Group and bundle of every actor of a role, by rank or replica."""
+        return tuple((group, bundle) for group in self.of_role(role) for bundle in group.seats)
+
 
 @dataclass(frozen=True, slots=True)
 class RankPlace:
@@ -87,11 +102,13 @@ class RankPlace:
 
 def place(roles: Sequence[RoleRequest], hardware: Hardware) -> Placement:
     """Groups for all roles. Raises `ConfigError` with what is needed, registered and free where they can never fit."""
-    largest_node = max((len(node.gpus) for node in hardware.nodes), default=0)
-    groups = [group for request in roles for group in _groups(request, largest_node)]
+    for request in roles:
+        _check_seats(request, hardware)
+    groups = [group for request in roles for group in _groups(request, hardware)]
     _check_totals(roles, groups, hardware)
-    # The largest bundles first: Ray serves requests in order, and a late large one finds only fragments.
-    groups.sort(key=lambda group: (-max(bundle.get("GPU", 0) for bundle in group.bundles), group.role == STUDENT))
+    # The largest bundles first: Ray serves requests in order, and a late large one finds only fragments. Among equal
+    # ones those that may not sit everywhere.
+    groups.sort(key=lambda group: (-_size(group), not _is_choosy(group), group.role == STUDENT))
     return Placement(tuple(_fit(groups, hardware)))
 
 
@@ -114,25 +131,78 @@ def number_ranks(placed: Sequence[tuple[int, str, Sequence[str]]]) -> list[RankP
     return places
 
 
-def _groups(request: RoleRequest, largest_node: int) -> list[Group]:
-    bundle = {"CPU": 1.0}
-    if request.accelerator == GPU:
-        bundle["GPU"] = 1.0
+def _groups(request: RoleRequest, hardware: Hardware) -> list[Group]:
+    seats, count = request.seats, request.count
+    member = {"CPU": float(request.shards)} | ({"GPU": float(request.shards)} if request.accelerator == GPU else {})
+    kind = {} if seats.accelerator_type is None else {KIND_PREFIX + seats.accelerator_type: KIND_SHARE}
+    strategy: Strategy = seats.strategy.upper()
+
+    def group(name: str, shares: Sequence[int], strategy: Strategy) -> Group:
+        """One bundle for each number of actors that share a node."""
+        return Group(
+            name,
+            request.role,
+            request.accelerator,
+            bundles=tuple({key: value * share for key, value in member.items()} | kind for share in shares),
+            strategy=strategy,
+            member=member,
+            seats=tuple(bundle for bundle, share in enumerate(shares) for _ in range(share)),
+            labels=dict(seats.node_labels),
+        )
+
+    if seats.nodes is not None:
+        each, rest = divmod(count, seats.nodes)
+        shares = [each + (node < rest) for node in range(seats.nodes)]
+        return [group(request.role, shares, "STRICT_SPREAD" if seats.nodes > 1 else "STRICT_PACK")]
     if request.role == STUDENT:
-        return [Group(STUDENT, STUDENT, request.accelerator, (bundle,) * request.count, "PACK")]
-    names = [f"{request.role}-{index}" for index in range(request.count)]
-    if request.accelerator == GPU and request.shards > largest_node > 0:
-        bundles = (bundle,) * request.shards
-        return [Group(name, request.role, request.accelerator, bundles, "PACK", "ray") for name in names]
-    whole = dict.fromkeys(bundle, float(request.shards))
-    return [Group(name, request.role, request.accelerator, (whole,), "STRICT_PACK") for name in names]
+        return [group(STUDENT, [1] * count, strategy)]
+    if strategy != "PACK" and count > 1:
+        return [group(request.role, [1] * count, strategy)]
+    alone = [group(f"{request.role}-{index}", [1], "STRICT_PACK") for index in range(count)]
+    if not _must_span(request, hardware):
+        return alone
+    single = {"CPU": 1.0, "GPU": 1.0}
+    parts = (single | kind,) * request.shards
+    return [replace(one, bundles=parts, strategy="PACK", executor="ray", member={"CPU": 1.0}) for one in alone]
+
+
+def _must_span(request: RoleRequest, hardware: Hardware) -> bool:
+    """Whether a replica is larger than every node it may sit on, and may be split."""
+    if not request.may_span_nodes or request.accelerator != GPU:
+        return False
+    return request.shards > max((len(node.gpus) for node in _eligible(request.seats, hardware)), default=0)
+
+
+def _eligible(seats: Seats, hardware: Hardware) -> list[Node]:
+    """The nodes that have the labels and the kind of GPU."""
+    return [
+        node
+        for node in hardware.nodes
+        if seats.node_labels.items() <= node.labels.items()
+        and seats.accelerator_type in (None, *node.gpus, *node.accelerator_types)
+    ]
+
+
+def _check_seats(request: RoleRequest, hardware: Hardware) -> None:
+    """Nodes that can never do, before anything is added up."""
+    seats = request.seats
+    found = _eligible(seats, hardware)
+    wanted = seats.nodes or (request.count if seats.strategy == "strict_spread" else 1)
+    if len(found) < wanted:
+        raise ConfigError(
+            f"{request.role} needs {count_of(wanted, 'node')}{conditions(seats)}, and {len(found)} of "
+            f"{len(hardware.nodes)} registered can be used: {registered(hardware)}. Change placement of the role, add "
+            "nodes, or start them with `ray start --labels`"
+        )
+    if request.role != STUDENT and request.accelerator != GPU and request.may_span_nodes:
+        raise ConfigError(f"{request.role}: may_span_nodes: true needs GPUs; on hosts a copy stays on one node")
 
 
 def _check_totals(roles: Sequence[RoleRequest], groups: Sequence[Group], hardware: Hardware) -> None:
     needed = sum(group.num_gpus for group in groups)
     if needed > hardware.num_gpus:
         raise ConfigError(
-            f"the run needs {_count(needed, 'GPU')} ({_ask(roles)}), {_supply(hardware)}. Lower student.ranks, "
+            f"the run needs {count_of(needed, 'GPU')} ({all_asked(roles)}), {supply(hardware)}. Lower student.ranks, "
             "replicas or tensor_parallel_size, add nodes, or write accelerator: cpu"
         )
     slots = sum(group.num_slots for group in groups)
@@ -151,54 +221,35 @@ def _fit(groups: Sequence[Group], hardware: Hardware) -> list[Group]:
     """
     kinds = hardware.gpu_kinds
     student = next((group for group in groups if group.role == STUDENT and group.num_gpus), None)
-    if not any(group.num_gpus for group in groups) or (len(kinds) == 1 and _pack(groups, hardware, None) is not None):
-        return list(groups)
-    for kind in [*kinds, None] if student and len(kinds) > 1 else [None]:
-        found = _pack(groups, hardware, kind)
+    mixed = len(kinds) > 1 and any(group.num_gpus for group in groups)
+    choices = [*kinds, None] if mixed and student is not None and named_kind(student) is None else [None]
+    for kind in choices:
+        found = fit(groups, hardware, kind)
         if found is not None:
-            return [_bound(group, found[group.name]) for group in groups] if len(kinds) > 1 else list(groups)
-    largest = max(groups, key=lambda group: max(bundle.get("GPU", 0) for bundle in group.bundles))
-    size = int(max(bundle.get("GPU", 0) for bundle in largest.bundles))
+            return [_bound(group, found[group.name]) for group in groups] if mixed else list(groups)
+    alone = [group for group in groups if fit([group], hardware) is None]
+    culprit = max(alone or groups, key=_size)
+    beside = "" if alone else " beside the other roles"
     raise ConfigError(
-        f"{largest.name} needs {_count(size, 'GPU')} on one node, and beside the other roles no node has them: "
-        f"{_supply(hardware)}. Choose sizes that divide the nodes, or add a node"
+        f"{culprit.name} needs {shape(culprit)}, and that cannot be found{beside}: {registered(hardware)}; "
+        f"{supply(hardware)}. {advice(culprit)}"
     )
 
 
-def _pack(groups: Sequence[Group], hardware: Hardware, student_kind: str | None) -> dict[str, str | None] | None:
-    """Best fit, in the order of the groups: the kind of GPU each got (None: several), or None."""
-    free = {node.name: len(node.gpus) for node in hardware.nodes}
-    kinds: dict[str, str | None] = {}
-    # The ranks take single GPUs, so they never block each other; placing them last leaves whole nodes to teachers.
-    for group in sorted(groups, key=lambda group: group.role == STUDENT):
-        wanted = student_kind if group.role == STUDENT else None
-        used: set[str] = set()
-        for bundle in group.bundles:
-            size = int(bundle.get("GPU", 0))
-            if not size:
-                continue
-            node = _best(hardware.nodes, free, size, wanted, avoid=student_kind if group.role != STUDENT else None)
-            if node is None:
-                return None
-            free[node.name] -= size
-            used.add(node.gpus[0])
-        kinds[group.name] = used.pop() if len(used) == 1 else None
-    return kinds
-
-
-def _best(
-    nodes: Sequence[Node], free: Mapping[str, int], size: int, kind: str | None, avoid: str | None
-) -> Node | None:
-    """The node that keeps the fewest GPUs after giving `size`; one of another kind than `avoid` if there is any."""
-    fitting = [node for node in nodes if free[node.name] >= size and (kind is None or node.gpus[0] == kind)]
-    return min(fitting, key=lambda node: (node.gpus[0] == avoid, free[node.name]), default=None)
-
-
 def _bound(group: Group, kind: str | None) -> Group:
-    if kind is None or not group.num_gpus:
+    if kind is None or not group.num_gpus or named_kind(group) is not None:
         return group
-    bundles = tuple({**bundle, f"accelerator_type:{kind}": KIND_SHARE} for bundle in group.bundles)
-    return Group(group.name, group.role, group.accelerator, bundles, group.strategy, group.executor)
+    return replace(group, bundles=tuple({**bundle, KIND_PREFIX + kind: KIND_SHARE} for bundle in group.bundles))
+
+
+def _size(group: Group) -> float:
+    """Of the largest bundle: its GPUs, else its slots."""
+    return max(bundle.get("GPU", 0) or bundle["CPU"] for bundle in group.bundles)
+
+
+def _is_choosy(group: Group) -> bool:
+    several = len(group.bundles) > 1
+    return bool(group.labels) or named_kind(group) is not None or (several and group.strategy.startswith("STRICT"))
 
 
 def _check_gpus(placed: Sequence[tuple[int, str, Sequence[str]]]) -> None:
@@ -222,24 +273,3 @@ def _gpu_key(gpus: Sequence[str]) -> tuple[int, str]:
 def _natural(name: str) -> tuple[str, int]:
     head, _, index = name.rpartition("-")
     return (head, int(index)) if index.isdigit() else (name, 0)
-
-
-def _ask(roles: Sequence[RoleRequest]) -> str:
-    texts = []
-    for request in roles:
-        if request.accelerator == GPU:
-            each = f" of {request.shards}" if request.shards > 1 else ""
-            noun = "rank" if request.role == STUDENT else "replica"
-            texts.append(f"{request.role}: {_count(request.count, noun)}{each}")
-    return ", ".join(texts)
-
-
-def _supply(hardware: Hardware) -> str:
-    free = sum(node.free_gpus for node in hardware.nodes)
-    per_node = ", ".join(str(len(node.gpus)) for node in hardware.nodes)
-    where = f" (per node: {per_node})" if len(hardware.nodes) > 1 else ""
-    return f"{_count(hardware.num_gpus, 'GPU')} registered{where}, {free} free"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -16,6 +16,7 @@ from typing import Literal
 
 import typer
 
+from cluster.resolve import check_split
 from configs.load import load_run, run_folder
 from configs.plugins import ELICITATION, ENGINES, LABELS, Family, Plugin
 from configs.schema import Dataset, ModelSource, Run
@@ -23,6 +24,7 @@ from launch.disk import DiskNeed, check_writable, free_bytes, size_text
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
 from trainer.errors import ConfigError, DataError, StillhouseError
 from trainer.job import Inputs, label_bytes_per_row, read_inputs
+from trainer.models import load_config
 from trainer.prompts import RowReport, check_rows
 
 ROW_BUDGET = 2000
@@ -92,6 +94,7 @@ def examine(run: Run) -> Iterator[Finding]:
     if inputs:
         yield from _label_bytes(run, inputs[0])
     yield from _rows(run, inputs[0] if inputs else None)
+    yield from _placement(run, known=set(facts))
     yield from _licences(run)
     yield from _folder(run, facts.get("student"))
 
@@ -225,6 +228,22 @@ def _bad_rows(place: str, report: RowReport) -> str:
     if len(report.problems) > SHOWN_ROWS:
         lines.append(f"    and {len(report.problems) - SHOWN_ROWS} more")
     return "\n".join(lines)
+
+
+def _placement(run: Run, *, known: set[str]) -> Iterator[Finding]:
+    """What of the placement follows from the models alone; the rest needs the machines."""
+    sizes = {role: replicas.tensor_parallel_size for role, replicas in run.teacher.roles().items()}
+    if "teacher" in known and max(sizes.values()) > 1:
+
+        def look() -> None:
+            check_split(run, load_config(run.teacher.model, role="teacher.model"))
+
+        text = ", ".join(f"{role} in {size} parts" for role, size in sizes.items())
+        yield _attempt("teacher split", look, lambda: text)
+    for role, source, _ in _models(run):
+        if source.local_copy is not None and not Path(source.path).expanduser().is_dir():
+            text = f"{role}.model.local_copy copies a folder, and {source.path} is none here; the hub has its own cache"
+            yield Finding(f"{role} copy", "problem", text, ConfigError.exit_code)
 
 
 def _licences(run: Run) -> Iterator[Finding]:

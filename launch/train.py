@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,15 @@ from cluster import nodes, runtime
 from cluster.hardware import Hardware
 from cluster.health import Failure, FailurePolicy, RestartGroup
 from cluster.in_process import InProcessSession
+from cluster.model_files import ModelFiles, find_folder
 from cluster.resolve import Resolved, resolve
 from cluster.session import RaySession
 from cluster.students import StudentJob
 from configs.load import config_hash, dump_run, load_run, run_folder
-from configs.schema import Run
+from configs.schema import ModelSource, Run
 from launch.check import raise_problems
 from launch.record import Record
+from launch.stopping import StopRequest, preemptible
 from launch.watch import Watch
 from trainer.checkpoint import Checkpoints
 from trainer.distil import Controller
@@ -50,7 +51,8 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
     with folder.lock():
         record = Record(folder)
         try:
-            _train(run, folder, record, warnings, skip_self_test=skip_self_test, wait_for_nodes=wait_for_nodes)
+            with preemptible():
+                _train(run, folder, record, warnings, skip_self_test=skip_self_test, wait_for_nodes=wait_for_nodes)
         except StillhouseError as error:
             record.ended(error.exit_code, str(error))
             raise
@@ -112,7 +114,8 @@ def _train(
         for text in (*warnings, *resolved.reasons, *resolved.warnings, *(cluster.warnings if cluster else ())):
             watch.event("note", text=text)
         record.begin(job, resolved, started=started)
-        controller = asyncio.run(_drive(job, resolved, watch, record, progress))
+        shared = cluster is not None and not cluster.owned
+        controller = asyncio.run(_drive(job, resolved, watch, record, progress, shared=shared))
         progress.close()
         record.finish(controller, watch)
 
@@ -154,9 +157,18 @@ def resolve_run(run: Run, inputs: Inputs, hardware: Hardware) -> Resolved:
         tokenizer_fingerprint=inputs.vocabulary.fingerprint,
         stop_token_ids=inputs.template.end_of_turn_ids,
         student_config=load_config(run.student.model, role="student.model"),
+        teacher_config=load_config(run.teacher.model, role="teacher.model"),
+        teacher_bytes=_weight_bytes(run.teacher.model),
+        student_bytes=_weight_bytes(run.student.model),
         offline=all(Path(model.path).is_dir() for model in (run.teacher.model, run.student.model)),
         bytecode_folder=runtime.bytecode_folder(),
     )
+
+
+def _weight_bytes(source: ModelSource) -> int | None:
+    """None where the weights are not on this machine yet."""
+    folder = find_folder(source.path, source.revision)
+    return None if folder is None else ModelFiles.of(folder).weight_bytes
 
 
 def _finished(job: Job, record: Record) -> bool:
@@ -164,14 +176,17 @@ def _finished(job: Job, record: Record) -> bool:
     return committed is not None and committed.state.step >= job.loop.total_steps and record.was_finished()
 
 
-async def _drive(job: Job, resolved: Resolved, watch: Watch, record: Record, progress: Progress) -> Controller:
-    """Open the session, run the controller, and close the session whatever happened."""
+async def _drive(
+    job: Job, resolved: Resolved, watch: Watch, record: Record, progress: Progress, *, shared: bool
+) -> Controller:
+    """Open the session, run the controller, and close the session whatever happened. `shared`: the cluster was there
+    before the run, so its nodes are checked first and watched for notices that they will be taken away."""
 
     def phase(text: str) -> None:
         record.phase(text)
         progress.phase(text)
 
-    stop_requested = asyncio.Event()
+    stop = StopRequest(watch)
     student = StudentJob(
         run=job.run,
         plan=resolved.student,
@@ -182,14 +197,12 @@ async def _drive(job: Job, resolved: Resolved, watch: Watch, record: Record, pro
     if job.run.runtime == "in_process":
         session = InProcessSession(student, resolved, observer=watch)
     else:
-        session = RaySession(student, resolved, folder=job.folder, observer=watch)
-        phase("reserving slots for the roles")
-        await session.reserve()
+        session = RaySession(student, resolved, folder=job.folder, observer=watch, shared=shared)
     controller = Controller(
         job,
         session,
         watch,
-        stop_requested=stop_requested,
+        stop_requested=stop.requested,
         read_block=session.read_block,
         restart_after=_restart_after(job.run),
         teacher_truth=_truth(job, resolved),
@@ -198,10 +211,21 @@ async def _drive(job: Job, resolved: Resolved, watch: Watch, record: Record, pro
         on_generation=record.generation,
         on_phase=phase,
     )
-    with _stop_signals(stop_requested, watch):
+    with stop.on_signals(can_wait=lambda: controller.in_loops):
         try:
+            if isinstance(session, RaySession):
+                phase("reserving slots for the roles")
+                await session.reserve()
+            if shared:
+                phase("checking the nodes")
+                await session.check_nodes()
+                stop.watch(session.watch_for_drain(stop.ask))
             await controller.run()
+        except asyncio.CancelledError:
+            stop.explain()
+            raise
         finally:
+            stop.leave()
             phase("stopping the roles")
             await session.close()
     return controller
@@ -223,27 +247,3 @@ def _restart_after(run: Run) -> Callable[[int, bool], float | None]:
         return decision.delay_s if isinstance(decision, RestartGroup) else None
 
     return restart_after
-
-
-@contextlib.contextmanager
-def _stop_signals(stop_requested: asyncio.Event, watch: Watch) -> Iterator[None]:
-    """The first SIGTERM, SIGUSR1 or Ctrl-C saves a checkpoint and ends with 75; a second one ends at once."""
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
-    assert task is not None
-
-    def stop(name: str) -> None:
-        if stop_requested.is_set():
-            task.cancel()
-            return
-        stop_requested.set()
-        watch.event("note", text=f"{name}: stopping after this step, with a checkpoint; once more to stop at once")
-
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    for number in signals:
-        loop.add_signal_handler(number, stop, number.name)
-    try:
-        yield
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from trainer.checkpoint import Checkpoints, TrainingState
-from trainer.errors import InfrastructureError, LabelsLost, SelfTestError, StudentsLost
+from trainer.errors import InfrastructureError, LabelsLost, Preempted, SelfTestError, StudentsLost
 from trainer.heads import Head
 from trainer.job import Job
 from trainer.label_check import LabelCheck, check_labels
@@ -71,6 +71,7 @@ class Controller:
         self._evaluation_units: list[list[Unit]] = []
         self._evaluation_blocks: dict[str, BlockRef] = {}
         self._failed_saves = 0
+        self.in_loops = False  # while it is, a requested stop saves a checkpoint; otherwise there is nothing to save
         self.student_restarts = 0
         self.non_finite_steps = 0
         self.self_tests: tuple[Any, ...] = ()
@@ -216,20 +217,41 @@ class Controller:
                 non_finite_steps=self.non_finite_steps,
             )
             try:
+                self.in_loops = True
                 await loops.run(step)
                 self.final_evaluation = loops.last_evaluation
                 return
-            except StudentsLost as lost:
-                progress = loops.last_step > step
-                failures = 1 if progress else failures + 1
-                self._observer.event("students_lost", reason=str(lost), at_step=loops.last_step + 1)
-                delay_s = self._restart_after(failures, progress)
-                if delay_s is None:
-                    raise
-                await asyncio.sleep(delay_s)
-                step = await self._restart_students(start)
+            except StudentsLost as error:
+                lost = error
             finally:
+                self.in_loops = False
                 self.non_finite_steps = loops.non_finite_steps
+            progress = loops.last_step > step
+            failures = 1 if progress else failures + 1
+            step, failures = await self._recover(lost, failures, progress, at_step=loops.last_step + 1, start=start)
+
+    async def _recover(
+        self, lost: StudentsLost, failures: int, progress: bool, *, at_step: int, start: Cursor
+    ) -> tuple[int, int]:
+        """Restart the group until it stands, as often as the policy allows: the next node may die as well.
+
+        Returns the step it continues after, and the failures so far.
+        """
+        while True:
+            self._observer.event("students_lost", reason=str(lost), at_step=at_step)
+            if self._stop_requested.is_set():
+                raise Preempted(
+                    f"the student group was lost in step {at_step} while the run was stopping; run the same command "
+                    "again to go on from the last checkpoint"
+                )
+            delay_s = self._restart_after(failures, progress)
+            if delay_s is None:
+                raise lost
+            await asyncio.sleep(delay_s)
+            try:
+                return await self._restart_students(start), failures
+            except StudentsLost as again:
+                lost, failures, progress = again, failures + 1, False
 
     async def _restart_students(self, start: Cursor) -> int:
         """Kill what is left of the group and build a new one; returns the step it continues after."""

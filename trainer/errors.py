@@ -49,6 +49,10 @@ class EngineDead(InfrastructureError):
     """The engine of one replica broke; every later call to it fails too. Restart its process."""
 
 
+class NoRoom(InfrastructureError):
+    """No node has room for what has to be placed, and the time to wait for one is over."""
+
+
 class TeachersLost(InfrastructureError):
     """No teacher replica is left, or units failed too often."""
 

@@ -253,3 +253,4 @@ class StudentPlan:
     attention: str  # a name of trainer/attention.py
     deepspeed: Mapping[str, Any]  # the complete DeepSpeed configuration
     collective_timeout_s: float
+    start_timeout_s: float = 600.0  # until the group must be ready

@@ -42,3 +42,5 @@ class EnginePlan:
     vocabulary_size: int  # V
     encodings: tuple[EncodingSpec, ...] = ()  # all that will be asked of a scorer
     sampling: Sampling | None = field(default=None)  # writers only
+    start_timeout_s: float = 600.0  # until it must be ready, the copy included
+    local_copy: str | None = None  # folder of the node where a copy of the model is read from

@@ -28,6 +28,7 @@ from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 from vllm.pooling_params import PoolingParams
 from vllm.v1.pool.metadata import PoolingMetadata
 
+from trainer.build import check_build
 from trainer.labels.encoding import Encoding, TeacherShape, load_encoding, pack_rows
 from trainer.types import EncodingSpec
 
@@ -42,10 +43,14 @@ CHUNK_ROWS = 512
 
 
 def register() -> None:
-    """Put the twin of the teacher's architecture into vLLM's registry; does nothing twice or without the variable."""
+    """Put the twin of the teacher's architecture into vLLM's registry; does nothing twice or without the variable.
+
+    Raises `ConfigError` in a process whose code is not the controller's: its labels would be others.
+    """
     architecture = os.environ.get(ARCHITECTURE_VARIABLE)
     if architecture is None:
         return
+    check_build()
     for name in registered_names(architecture):
         base = ModelRegistry.models[name].load_model_cls()
         if not issubclass(base, LabelTwin):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import signal
@@ -82,7 +83,7 @@ def test_a_helper_sees_no_gpu_and_would_see_all_without_our_table(one_node: None
 def test_host_roles_on_a_gpu_node_see_no_gpu(one_node: None) -> None:
     import ray
 
-    groups = create_groups(place([RoleRequest(STUDENT, 2, CPU)], Hardware.parse("2cpu")), timeout_s=60)
+    groups = asyncio.run(create_groups(place([RoleRequest(STUDENT, 2, CPU)], Hardware.parse("2cpu")), timeout_s=60))
     (student,) = groups.of_role(STUDENT)
     options = actor_options(student, environment=environment(STUDENT, CPU), bundle=1)
     rank = ray.remote(Witness).options(**options).remote()
@@ -95,12 +96,14 @@ def test_host_roles_on_a_gpu_node_see_no_gpu(one_node: None) -> None:
 def test_what_does_not_fit_is_given_back_with_the_numbers(one_node: None) -> None:
     import ray
 
-    hog = create_groups(place([RoleRequest(SCORER, 1, GPU, 6)], Hardware.parse("8xH100")), timeout_s=60)
+    hog = asyncio.run(create_groups(place([RoleRequest(SCORER, 1, GPU, 6)], Hardware.parse("8xH100")), timeout_s=60))
     wanted = place([RoleRequest(STUDENT, 2, GPU), RoleRequest(SCORER, 1, GPU, 4)], Hardware.parse("8xH100"))
     with pytest.raises(InfrastructureError, match=r"no room for scorer-0 after 2 s.*needs 6 GPUs.*has 8 GPUs.*0 GPUs"):
-        create_groups(wanted, timeout_s=2)
+        asyncio.run(create_groups(wanted, timeout_s=2))
     hog.release()
-    create_groups(place([RoleRequest(SCORER, 1, GPU, 8)], Hardware.parse("8xH100")), timeout_s=30).release()
+    asyncio.run(
+        create_groups(place([RoleRequest(SCORER, 1, GPU, 8)], Hardware.parse("8xH100")), timeout_s=30)
+    ).release()
     assert ray.cluster_resources()["GPU"] == 8
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.logs import MARK, SharedFolder
+from cluster.logs import MARK, START, SharedFolder
 from trainer.errors import ConfigError
 
 
@@ -35,10 +35,12 @@ def test_another_folder_at_the_same_path_is_refused(tmp_path: Path) -> None:
 def test_output_of_the_process_and_of_its_children_is_appended_to_the_log(tmp_path: Path) -> None:
     folder = SharedFolder.of(tmp_path)
     code = (
-        "import os, sys; from pathlib import Path; from cluster.logs import SharedFolder, redirect_output;"
+        "import os, sys; from pathlib import Path; from cluster.logs import START, SharedFolder, redirect_output;"
         f"redirect_output(SharedFolder(Path({str(tmp_path)!r}), {folder.mark!r}), 'scorer-0');"
         "print('from python', flush=True); os.system('echo from a child 1>&2')"
     )
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code], check=True)
-    assert (tmp_path / "logs" / "scorer-0.log").read_text().split("\n")[:-1] == ["from python", "from a child"] * 2
+    lines = (tmp_path / "logs" / "scorer-0.log").read_text().splitlines()
+    assert [line for line in lines if not line.startswith(START)] == ["from python", "from a child"] * 2
+    assert len(lines) == 6

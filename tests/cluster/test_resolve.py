@@ -159,7 +159,7 @@ def test_the_offloaded_optimizer_gets_the_cores_of_its_gpu() -> None:
 
 
 def test_a_replica_larger_than_a_node_takes_the_ray_executor_and_no_other_does() -> None:
-    large = make_run(teacher__scorer={"tensor_parallel_size": 16})
+    large = make_run(teacher__scorer={"tensor_parallel_size": 16, "may_span_nodes": True})
     result = resolved(large, "8xH100,8xH100,8xH100")
     assert result.scorer.arguments["distributed_executor_backend"] == "ray"
     assert {group.executor for group in result.placement.of_role("scorer")} == {"ray"}

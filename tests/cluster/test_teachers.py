@@ -90,7 +90,7 @@ def pool(folder: Path, events: Events, *, replicas: int, faults: Faults = FAULTS
         options = {"num_cpus": 1, "max_restarts": 0, "runtime_env": {"env_vars": dict(made.environment)}}
         return ray.remote(TeacherActor).options(**options).remote(made, name, shared)
 
-    return ReplicaPool(made, num_replicas=replicas, spawn=spawn, faults=faults, observer=events)
+    return ReplicaPool(made, num_replicas=replicas, spawn=spawn, faults=faults, folder=shared, observer=events)
 
 
 def unit(index: int, length: int = 8) -> Unit:

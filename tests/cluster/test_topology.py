@@ -34,8 +34,10 @@ def test_large_replicas_are_requested_before_small_ones_and_ranks_last() -> None
     assert names == ["scorer-0", "writer-0", "writer-1", "student"]
 
 
-def test_only_a_replica_larger_than_every_node_spans_nodes() -> None:
-    roles = [RoleRequest(SCORER, 1, GPU, 16)]
+def test_only_a_replica_larger_than_every_node_spans_nodes_and_only_if_it_may() -> None:
+    with pytest.raises(ConfigError, match=r"16 GPUs on one node.*8xH100.*may_span_nodes: true"):
+        place([RoleRequest(SCORER, 1, GPU, 16)], Hardware.parse("8xH100,8xH100"))
+    roles = [RoleRequest(SCORER, 1, GPU, 16, may_span_nodes=True)]
     (group,) = place(roles, Hardware.parse("8xH100,8xH100")).groups
     assert (group.executor, group.strategy, len(group.bundles)) == ("ray", "PACK", 16)
     (group,) = place(roles, Hardware.parse("8xH100,16xH100")).groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -82,7 +83,7 @@ def run_roles(
     """Rank places, environments of ranks in rank order, places and environments of teachers."""
     import ray
 
-    groups = create_groups(placement, timeout_s=60)
+    groups = asyncio.run(create_groups(placement, timeout_s=60))
     try:
         ranks, teachers = spawn(groups)
         where = ray.get([rank.where.remote() for rank in ranks], timeout=120)
