@@ -19,12 +19,12 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 
 from configs.refusal import refusal
 from configs.schema import Section
 from launch.bundle import COMMAND, Bundle
-from launch.jobs import TAIL_LINES, Tail, copy_results, exit_code_in, visible_folder, waited_too_long
+from launch.jobs import TAIL_LINES, Tail, copy_results, exit_code_in, refuse_run_folder, visible_folder, waited_too_long
 from launch.targets import JobRecord, JobStatus, Shipment, State
 from launch.targets.ray_api import NotFound, RayApi
 from launch.targets.ray_fetch import fetch_results
@@ -57,18 +57,19 @@ class Options(Section):
         {}, description="Variables of every process; they stand in Ray's job list, so no secrets."
     )
 
-    @model_validator(mode="after")
-    def _no_secret_in_the_job_list(self) -> Options:
-        for name in self.environment:
+    @field_validator("environment")
+    @classmethod
+    def _no_secret_in_the_job_list(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name, value in environment.items():
             if SECRET_NAME.search(name):
                 text = (
                     "looks like a secret, and everybody who can see the cluster's jobs can read it: set it in the "
                     "environment of the nodes, before ray start"
                 )
-                raise refusal(("environment", name), "...", text)
+                raise refusal((name,), "...", text)
             if name == "PYTHONPATH" or name.startswith("RAY_JOB_"):
-                raise refusal(("environment", name), self.environment[name], "is set by submit itself; remove it")
-        return self
+                raise refusal((name,), value, "is set by submit itself; remove it")
+        return environment
 
 
 class Target:
@@ -189,6 +190,7 @@ class Target:
         if folder is not None:
             copy_results(folder, destination)
             return
+        refuse_run_folder(destination)
         options = _options(record)
         api = _api(options)
         try:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.jobs import FETCHED, is_fetched, new_draft, put_in_place, refuse_run_folder
+from launch.jobs import FETCHED, is_fetched, new_draft, put_in_place
 from launch.targets import ray_offer
 from launch.targets.ray_api import RayApi
 from trainer.errors import InfrastructureError
@@ -51,7 +51,6 @@ def fetch_results(api: RayApi, folder: str, destination: Path, *, python: str, n
     the destination changes until every file has arrived with the hash that the node computed. Raises
     `InfrastructureError` for a folder that is not there and a file that does not arrive whole.
     """
-    refuse_run_folder(destination)
     with _offered(api, folder, python=python, node_id=node_id) as offer:
         if not offer.files:
             raise InfrastructureError(f"the run folder {folder} holds no results yet")

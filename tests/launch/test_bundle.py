@@ -1,0 +1,226 @@
+"""The bundle: the code that travels is the code that is here, rows go along, and equal inputs give equal bytes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from configs.load import config_hash, load_run
+from launch.bundle import Bundle, make_bundle
+from trainer.build import build_hash
+from trainer.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("configs", "trainer", "cluster", "launch")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as a user works in it: rows, a template and two model folders, named by relative paths."""
+    folder = tmp_path / "project"
+    for name in ("models/teacher", "models/student", "data"):
+        (folder / name).mkdir(parents=True)
+    (folder / "data/train.jsonl").write_text('{"text": "a"}\n')
+    (folder / "data/eval.jsonl").write_text('{"text": "b"}\n')
+    (folder / "chat.jinja").write_text("{{ messages }}")
+    config = {
+        "name": "small",
+        "student": {"model": {"path": "models/student"}},
+        "teacher": {"model": {"path": "models/teacher"}, "chat_template": "chat.jinja"},
+        "data": {"train": {"path": "data/train.jsonl"}, "evaluation": {"path": "data/eval.jsonl"}},
+        "training": {"steps": 3},
+    }
+    with (folder / "run.yaml").open("w") as file:
+        YAML(typ="safe").dump(config, file)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def bundled(project: Path, tmp_path: Path) -> Callable[..., Bundle]:
+    def make(*overrides: str, name: str = "bundle", **options: Any) -> Bundle:
+        return make_bundle(Path("run.yaml"), list(overrides), folder=tmp_path / name, **options)
+
+    return make
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_rows_and_template_travel_and_everything_else_is_named_absolutely(
+    bundled: Callable[..., Bundle], project: Path
+) -> None:
+    bundle = bundled()
+    run = load_run(bundle.folder / "run.yaml").run
+    assert run == bundle.run
+    for path, source in (
+        (run.data.train.path, "data/train.jsonl"),
+        (run.data.evaluation.path, "data/eval.jsonl"),
+        (run.teacher.chat_template, "chat.jinja"),
+    ):
+        assert path.startswith("prompts/")
+        assert path.endswith(f"-{Path(source).name}")
+        assert (bundle.folder / path).read_bytes() == (project / source).read_bytes()
+    assert run.student.model.path == str(project / "models/student")
+    assert run.teacher.model.path == str(project / "models/teacher")
+    assert run.folder == project / "runs/small"
+
+
+def test_equal_inputs_give_equal_bytes_and_changed_rows_another_run(
+    bundled: Callable[..., Bundle], project: Path
+) -> None:
+    first, again = bundled(name="one"), bundled(name="two")
+    assert contents(first.folder) == contents(again.folder)
+    (project / "data/train.jsonl").write_text('{"text": "c"}\n')
+    changed = bundled(name="three")
+    assert config_hash(changed.run) != config_hash(first.run)
+
+
+def test_a_folder_of_rows_travels_whole(bundled: Callable[..., Bundle], project: Path) -> None:
+    (project / "data/.notes").write_text("hidden")
+    run = bundled("data.train.path=data").run
+    place = project.parent / "bundle" / run.data.train.path
+    assert contents(place) == {"eval.jsonl": b'{"text": "b"}\n', "train.jsonl": b'{"text": "a"}\n'}
+
+
+def test_names_of_a_hub_and_absolute_paths_of_the_nodes_stay(bundled: Callable[..., Bundle]) -> None:
+    run = bundled("data.train.path=owner/rows", "student.model.path=/models/a", "teacher.model.path=owner/model").run
+    assert run.data.train.path == "owner/rows"
+    assert run.student.model.path == "/models/a"
+    assert run.teacher.model.path == "owner/model"
+
+
+def test_rows_in_a_shared_folder_are_named_and_not_sent(bundled: Callable[..., Bundle], project: Path) -> None:
+    bundle = bundled(shared=[project / "data"])
+    assert bundle.run.data.train.path == str(project / "data/train.jsonl")
+    assert [file.path for file in bundle.files if file.path.startswith("prompts/")] == [
+        bundle.run.teacher.chat_template
+    ]
+
+
+@pytest.mark.parametrize("path", ["./rows", "data/more/rows", "rows.jsonl"])
+def test_a_path_that_leads_nowhere_is_refused_before_anything_is_sent(
+    bundled: Callable[..., Bundle], path: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.train\.path: {path} does not exist .*needs an absolute path"):
+        bundled(f"data.train.path={path}")
+
+
+def test_a_large_upload_is_refused_with_its_largest_files_named(bundled: Callable[..., Bundle], project: Path) -> None:
+    (project / "data/train.jsonl").write_bytes(b"x" * (5 * 2**20))
+    with pytest.raises(ConfigError) as caught:
+        bundled(max_bytes=4 * 2**20)
+    lines = str(caught.value).splitlines()
+    assert "MiB, more than the 4 MiB allowed" in lines[0]
+    assert lines[1].split() == ["5.0", "MiB", "data/train.jsonl", "(data.train.path)"]
+    assert "--shared" in lines[-1]
+    assert not (project.parent / "bundle").exists()
+    assert bundled(max_bytes=8 * 2**20, name="larger").num_bytes > 5 * 2**20
+
+
+def test_the_code_that_travels_has_the_hash_and_the_entry_point_of_the_code_here(
+    bundled: Callable[..., Bundle],
+) -> None:
+    bundle = bundled()
+    code = (
+        "import importlib.metadata as m, trainer.build as b;"
+        "print(b.__file__, b.build_hash(), [e.value for e in m.entry_points(group='vllm.general_plugins')"
+        " if e.name == 'stillhouse_labels'])"
+    )
+    done = run_with(bundle.folder / "code", "-c", code)
+    file, found, points = done.split(" ", 2)
+    assert file == str(bundle.folder / "code/trainer/build.py")
+    assert found == bundle.build == build_hash()
+    assert points.strip() == "['cluster.engines.vllm_labels:register']"
+
+
+def test_a_bundle_is_the_same_from_a_checkout_an_installation_and_a_bundle(
+    bundled: Callable[..., Bundle], project: Path, tmp_path: Path
+) -> None:
+    first = bundled()
+    (wheel,) = first.folder.glob("*.whl")
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    make = "from launch.bundle import make_bundle; from pathlib import Path; import sys;"
+    make += "print(make_bundle(Path('run.yaml'), [], folder=Path(sys.argv[1])).build)"
+    for name, code in (("from-wheel", installed), ("from-bundle", first.folder / "code")):
+        assert run_with(code, "-c", make, str(tmp_path / name)).strip() == first.build
+        assert contents(tmp_path / name) == contents(first.folder)
+
+
+def test_pip_takes_the_wheel_and_finds_the_files_of_its_own_build(
+    bundled: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    (wheel,) = bundled().folder.glob("*.whl")
+    target = tmp_path / "target"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel]
+    subprocess.run(pip, check=True, timeout=120)
+    ours = {name for name in contents(target) if name.split("/")[0] in PACKAGES and "__pycache__" not in name}
+    listed = {str(file) for file in importlib.metadata.Distribution.at(next(target.glob("*.dist-info"))).files}
+    assert ours <= listed
+    copy = tmp_path / "source"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "tests", "*.egg-info"))
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, copy]
+    subprocess.run(build, check=True, timeout=120)
+    (built,) = tmp_path.glob("stillhouse-*.whl")
+    theirs = {name for name in zipfile.ZipFile(built).namelist() if name.split("/")[0] in PACKAGES}
+    assert ours == theirs
+
+
+def test_somebodys_own_plug_in_travels_too(bundled: Callable[..., Bundle], project: Path, tmp_path: Path) -> None:
+    (project / "mine").mkdir()
+    (project / "mine/encodings.py").write_text(
+        "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Encoding:\n    k: int = 4\n"
+    )
+    (project / "mine/helper.py").write_text("x = 1\n")
+    make = "from launch.bundle import make_bundle; from pathlib import Path; import sys;"
+    make += "make_bundle(Path('run.yaml'), ['labels={kind: mine.encodings}'], folder=Path(sys.argv[1]))"
+    run_with(project, "-c", make, str(tmp_path / "bundle"))
+    names = contents(tmp_path / "bundle" / "code")
+    assert {"mine/encodings.py", "mine/helper.py"} <= names.keys()
+    (wheel,) = (tmp_path / "bundle").glob("*.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("mine/")]
+
+
+def test_code_without_metadata_says_how_to_install_it(project: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, bare / package, ignore=shutil.ignore_patterns("__pycache__"))
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if "stillhouse" not in entry.name:
+            (packages / entry.name).symlink_to(entry)
+    code = f"import sys; sys.path[:0] = [{str(bare)!r}, {str(packages)!r}]\n"
+    code += "from launch.wheel import own_code\nfrom trainer.errors import ConfigError\n"
+    code += "try: own_code()\nexcept ConfigError as error: print(error)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=60)
+    assert f"pip install --no-deps -e {bare}" in done.stdout, done.stderr
+
+
+def run_with(code: Path, *arguments: str) -> str:
+    """Python with `code` first on its path; returns what it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(code), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_list_of_files_is_what_lies_there(bundled: Callable[..., Bundle]) -> None:
+    bundle = bundled()
+    assert {file.path: file.num_bytes for file in bundle.files} == {
+        name: len(content) for name, content in contents(bundle.folder).items()
+    }
+    assert bundle.num_bytes == sum(file.num_bytes for file in bundle.files)

@@ -1,0 +1,387 @@
+"""The commands around a submission, as a person types them: what is printed, refused, remembered, and returned."""
+
+from __future__ import annotations
+
+import io
+import json
+import stat
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import psutil
+import pytest
+from fakes.ray_dashboard import FakeDashboard, fake_dashboard
+from ray_head import free_port
+from ruamel.yaml import YAML
+
+from configs.load import load_run
+from launch.bundle import Bundle
+from launch.cli import main
+from launch.jobs import write_record
+from launch.targets import local
+from trainer.run_folder import RunFolder
+
+SECRET = "hf_" + "plantedsecret" * 3
+JOB = {
+    "submission_id": "small-1",
+    "status": "RUNNING",
+    "driver_node_id": "ab12",
+    "driver_exit_code": None,
+    "start_time": 1_700_000_000_000,
+    "message": "Job is currently running.",
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "project"
+    for name in ("models/teacher", "models/student"):
+        (folder / name).mkdir(parents=True)
+    (folder / "rows.jsonl").write_text('{"text": "a"}\n')
+    config = {
+        "name": "small",
+        "student": {"model": {"path": "models/student"}},
+        "teacher": {"model": {"path": "models/teacher"}},
+        "data": {"train": {"path": "rows.jsonl"}},
+        "training": {"steps": 3},
+    }
+    with (folder / "run.yaml").open("w") as file:
+        YAML(typ="safe").dump(config, file)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def dashboard() -> FakeDashboard:
+    with fake_dashboard() as fake:
+        yield fake
+
+
+def stillhouse(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command as its entry point runs it, in this process: a new one would take most of a test's time."""
+    output, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        patch.setattr(sys, "argv", ["stillhouse", *arguments])
+        for name, value in {"HF_TOKEN": SECRET, **environment}.items():
+            patch.setenv(name, value)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return subprocess.CompletedProcess(arguments, ended.value.code or 0, output.getvalue(), errors.getvalue())
+
+
+def remember(project: Path, address: str, **fields: object) -> None:
+    """As if the run had been submitted to this cluster."""
+    record = {"job": "small-1", "kind": "ray", "name": "small", "folder": "/cluster/runs/small", "handle": "small-1"}
+    record |= {"options": {"address": address}, "submitted": time.time(), **fields}
+    (project / "runs/small").mkdir(parents=True)
+    (project / "runs/small/submission.json").write_text(json.dumps(record))
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *parts: str, code: int = 2) -> None:
+    assert result.returncode == code, result.stdout + result.stderr
+    assert result.stderr.count("error:") == 1, result.stderr
+    for part in parts:
+        assert part in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# --- before anything is sent ------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_the_whole_request_and_contacts_nobody(project: Path, dashboard: FakeDashboard) -> None:
+    given = ["--with", f"address={dashboard.address}", "--with", "driver_resources={head: 1}"]
+    result = stillhouse("submit", "run.yaml", "--to", "ray", "--dry-run", "--set", "seed=7", *given)
+    assert result.returncode == 0, result.stderr
+    text = result.stdout
+    request = json.loads(text.split("----- job.json -----\n")[1].split("\n\n")[0])
+    assert request["entrypoint"] == "exec python -m launch train run.yaml"
+    assert request["runtime_env"]["env_vars"]["PYTHONPATH"] == "code"
+    assert request["entrypoint_resources"] == {"head": 1}
+    assert "seed: 7" in text.split("----- run.yaml -----\n")[1]
+    assert "code/cluster/engines/vllm_labels.py" in text
+    assert "prompts/" in text
+    assert SECRET not in text
+    assert not (project / "runs").exists()
+    assert dashboard.changes == []
+
+
+def test_a_dry_run_of_the_local_target_leaves_nothing_behind(project: Path) -> None:
+    result = stillhouse("submit", "run.yaml", "--to", "local", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert f"command   {sys.executable} -m launch train run.yaml" in result.stdout
+    assert not (project / "runs").exists()
+
+
+def test_two_dry_runs_differ_only_in_the_name_of_the_job(project: Path) -> None:
+    first, second = (stillhouse("submit", "run.yaml", "--to", "ray", "--dry-run").stdout for _ in range(2))
+    job = [text.split("job ")[1].split(":")[0] for text in (first, second)]
+    assert job[0] != job[1]
+    assert first.replace(job[0], "J") == second.replace(job[1], "J")
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [("rai", "did you mean 'ray'?"), ("__init__", "unknown kind"), ("cloud", "there are")]
+)
+def test_an_unknown_target_is_answered_with_the_nearest(project: Path, kind: str, part: str) -> None:
+    assert_refused(stillhouse("submit", "run.yaml", "--to", kind), f"--to {kind}", part)
+
+
+def test_wrong_options_are_told_all_at_once_with_their_places(project: Path) -> None:
+    (project / "site.yaml").write_text("adress: http://x:1\nstop_wait_s: soon\n")
+    given = ["--with", "driver_cpus=-1", "--with", "environment={MY_API_KEY: abcdefgh}"]
+    result = stillhouse("submit", "run.yaml", "--to", "ray", "--target-file", "site.yaml", *given)
+    assert_refused(
+        result,
+        "options of --to ray: 4 problems",
+        "site.yaml:1: adress",
+        "did you mean 'address'?",
+        "site.yaml:2: stop_wait_s = 'soon'",
+        "--with driver_cpus=-1: driver_cpus = -1",
+        "environment.MY_API_KEY",
+        "looks like a secret",
+    )
+
+
+def test_a_wrong_configuration_and_a_large_upload_are_refused_before_the_cluster_is_asked(
+    project: Path, dashboard: FakeDashboard
+) -> None:
+    to_ray = ["--to", "ray", "--with", f"address={dashboard.address}"]
+    assert_refused(stillhouse("submit", "run.yaml", *to_ray, "--set", "training.step=1"), "unknown key 'step'")
+    (project / "rows.jsonl").write_bytes(b"x" * (3 * 2**20))
+    result = stillhouse("submit", "run.yaml", *to_ray, "--max-upload", "2")
+    assert_refused(result, "more than the 2 MiB allowed", "rows.jsonl (data.train.path)")
+    assert dashboard.changes == []
+    assert not (project / "runs").exists()
+
+
+# --- what the cluster says --------------------------------------------------------------------------------------------
+
+
+def test_an_address_that_does_not_answer_is_named(project: Path) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    result = stillhouse("submit", "run.yaml", "--to", "ray", "--with", f"address={address}")
+    assert_refused(result, f"no Ray dashboard answers at {address} (Connection refused)", "--with address=")
+
+
+@pytest.mark.parametrize("address", ["head:8265", "ray://head:10001", "http://head:8265/jobs"])
+def test_what_is_no_address_of_a_dashboard_is_refused_as_such(project: Path, address: str) -> None:
+    result = stillhouse("submit", "run.yaml", "--to", "ray", "--with", f"address={address}")
+    assert_refused(result, f"address: {address} is not the address of a Ray dashboard")
+
+
+def test_a_missing_token_a_wrong_one_and_an_unreadable_one_are_three_messages(
+    project: Path, dashboard: FakeDashboard
+) -> None:
+    dashboard.token = "right"
+    command = ["submit", "run.yaml", "--to", "ray", "--with", f"address={dashboard.address}"]
+    assert_refused(stillhouse(*command), "wants a token and got none (HTTP 401)", "RAY_AUTH_TOKEN_PATH")
+    (project / "token").write_text("wrong\n")
+    (project / "token").chmod(0o600)
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(project / "token")}
+    named = f"refuses the token from RAY_AUTH_TOKEN_PATH={project / 'token'}"
+    assert_refused(stillhouse(*command, **wrong), named, "HTTP 403")
+    dashboard.wrong_token_status = 401
+    assert_refused(stillhouse(*command, **wrong), named, "HTTP 401")
+    missing = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(project / "nothing")}
+    assert_refused(stillhouse(*command, **missing), "RAY_AUTH_TOKEN_PATH: the token file", "cannot be read")
+    assert_refused(stillhouse(*command, RAY_AUTH_MODE="token"), "there is no token", "auth_token")
+    assert dashboard.changes == []
+
+
+def test_another_version_of_ray_or_python_is_refused_and_both_are_named(
+    project: Path, dashboard: FakeDashboard
+) -> None:
+    import ray
+
+    command = ["submit", "run.yaml", "--to", "ray", "--with", f"address={dashboard.address}"]
+    dashboard.ray = "2.59.1"
+    assert_refused(stillhouse(*command), "runs Ray 2.59.1", f"this machine has Ray {ray.__version__}")
+    dashboard.ray, dashboard.python = ray.__version__, "3.10.4"
+    assert_refused(stillhouse(*command), "runs Python 3.10.4", f"{sys.version_info.major}.{sys.version_info.minor}")
+    assert dashboard.changes == []
+
+
+def test_a_second_job_of_a_run_that_is_not_over_is_refused(project: Path, dashboard: FakeDashboard) -> None:
+    folder = str(project / "runs/small")
+    dashboard.jobs = [{**JOB, "metadata": {"stillhouse": "train", "name": "small", "folder": folder}}]
+    result = stillhouse("submit", "run.yaml", "--to", "ray", "--with", f"address={dashboard.address}")
+    assert_refused(result, "the job small-1 of the same run folder", "is running", "stillhouse logs -f small")
+    assert dashboard.changes == []
+
+
+def test_a_web_server_that_is_no_dashboard_is_named_as_such(project: Path, dashboard: FakeDashboard) -> None:
+    dashboard.answer = lambda path, authorization: (200, b"<html>hello</html>")
+    result = stillhouse("submit", "run.yaml", "--to", "ray", "--with", f"address={dashboard.address}")
+    assert_refused(result, "not as the dashboard of a Ray cluster")
+
+
+# --- what becomes of a job --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "log", "code", "state"),
+    [
+        ({"status": "RUNNING"}, "step 3/8  12 tokens/s\n", 0, "running, step 3 of 8"),
+        ({"status": "PENDING", "driver_node_id": None}, "", 0, "pending"),
+        ({"status": "SUCCEEDED", "driver_exit_code": 0}, "step 8/8  x\n", 0, "succeeded, exit code 0, step 8 of 8"),
+        ({"status": "FAILED", "driver_exit_code": 3}, "error: row 7\n  is bad\n", 3, "failed, exit code 3"),
+        ({"status": "FAILED", "driver_exit_code": 75}, "", 75, "preempted, exit code 75"),
+        ({"status": "STOPPED"}, "error: saved\nstillhouse train: exit code 75\n", 75, "stopped, exit code 75"),
+        ({"status": "STOPPED"}, "killed\n", 130, "stopped"),
+        ({"status": "FAILED", "driver_node_id": None, "message": "no such environment"}, "", 4, "failed"),
+    ],
+)
+def test_status_returns_the_runs_own_exit_code(
+    project: Path, dashboard: FakeDashboard, fields: dict[str, object], log: str, code: int, state: str
+) -> None:
+    remember(project, dashboard.address)
+    dashboard.jobs = [{**JOB, **fields}]
+    dashboard.logs["job-driver-small-1.log"] = log.encode()
+    result = stillhouse("status", "small")
+    assert result.returncode == code, result.stderr
+    assert result.stdout.startswith(f"{state}: small-1 (ray), run folder /cluster/runs/small")
+    if "error: row" in log:
+        assert "row 7\n  is bad" in result.stdout
+    if "such environment" in str(fields.get("message")):
+        assert "no such environment" in result.stdout
+
+
+def test_a_cluster_that_was_started_anew_no_longer_knows_the_job(project: Path, dashboard: FakeDashboard) -> None:
+    remember(project, dashboard.address)
+    result = stillhouse("status", "small")
+    assert result.returncode == 4
+    assert "does not know the job small-1: was it started anew since?" in result.stdout
+    assert_refused(stillhouse("logs", "small"), "does not know the job", code=4)
+
+
+def test_logs_come_whole_and_list_names_only_our_jobs(project: Path, dashboard: FakeDashboard) -> None:
+    remember(project, dashboard.address)
+    metadata = {"stillhouse": "train", "name": "small", "folder": "/cluster/runs/small"}
+    dashboard.jobs = [
+        {**JOB, "metadata": metadata},
+        {**JOB, "submission_id": "other", "metadata": {}},
+        {**JOB, "submission_id": "older", "metadata": metadata, "status": "FAILED", "driver_exit_code": 5}
+        | {"start_time": 1_600_000_000_000},
+    ]
+    dashboard.logs["job-driver-small-1.log"] = "grün\n".encode() * 1000
+    assert stillhouse("logs", "small").stdout == "grün\n" * 1000
+    lines = stillhouse("list", "--to", "ray", "--with", f"address={dashboard.address}").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["running", "failed"]
+    assert "exit 5" in lines[1]
+    assert "small-1" in stillhouse("list").stdout
+
+
+def test_a_run_that_was_not_submitted_from_here_is_answered_with_the_nearest(
+    project: Path, dashboard: FakeDashboard
+) -> None:
+    assert_refused(stillhouse("status", "small"), "no job was submitted from here for the run small")
+    remember(project, dashboard.address)
+    assert_refused(stillhouse("stop", "smal"), "did you mean 'small'?")
+    dashboard.jobs = [JOB]
+    for name in ("runs/small", "/cluster/runs/small", str(project / "runs/small")):
+        assert stillhouse("status", name).returncode == 0
+
+
+def test_fetching_into_the_folder_of_a_local_run_is_refused(project: Path, dashboard: FakeDashboard) -> None:
+    remember(project, dashboard.address)
+    dashboard.jobs = [JOB]
+    (project / "runs/small/checkpoints").mkdir()
+    assert_refused(stillhouse("fetch", "small"), "holds a run of this machine", "--into FOLDER")
+    assert dashboard.changes == []
+    assert (project / "runs/small/checkpoints").exists()
+
+
+# --- on this machine --------------------------------------------------------------------------------------------------
+
+
+STAND_IN = """\
+import signal, sys, time
+def saved(*_):
+    print("error: saved, run again\\nstillhouse train: exit code 75", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, saved)
+print("step 1/9  x", flush=True)
+while True:
+    time.sleep(0.1)
+"""
+
+
+def start_stand_in(project: Path, program: str) -> None:
+    """Submit a program of the test in place of our code, which would need models and minutes."""
+    folder = project / "bundle"
+    (folder / "code/launch").mkdir(parents=True)
+    (folder / "code/launch/__init__.py").touch()
+    (folder / "code/launch/__main__.py").write_text(program)
+    (folder / "run.yaml").touch()
+    run = load_run("run.yaml").run.model_copy(update={"folder": (project / "runs/small").absolute()})
+    bundle, target, options = Bundle(folder, run, "hash", ()), local.Target(), local.Options()
+    write_record(target.submit(bundle, target.prepare(bundle, options, "small-1"), options, "small-1"))
+
+
+def shows(text: str, timeout_s: float = 30) -> str:
+    """What status prints, once it holds the text."""
+    deadline = time.monotonic() + timeout_s
+    while text not in (shown := stillhouse("status", "small").stdout):
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.1)
+    return shown
+
+
+def test_a_job_outlives_its_submission_and_saves_when_it_is_stopped(project: Path) -> None:
+    start_stand_in(project, STAND_IN)
+    assert shows("step 1 of 9").startswith("running, step 1 of 9: small-1 (local)")
+    assert stillhouse("logs", "small").stdout == "step 1/9  x\n"
+    stopped = stillhouse("stop", "small")
+    assert "asked small-1 to save a checkpoint and end" in stopped.stdout
+    assert "stopped, exit code 75" in stopped.stdout
+    assert stillhouse("status", "small").returncode == 75
+    assert stillhouse("stop", "small").returncode == 0
+    assert stat.S_IMODE((project / "runs/small/submission.json").stat().st_mode) == 0o600
+    assert stat.S_IMODE((project / "runs/small").stat().st_mode) == 0o700
+    kept = [file for file in project.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()]
+    assert kept == []
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "shown"),
+    [
+        ("raise SystemExit(0)", 0, "succeeded, exit code 0"),
+        ("print('error: row 7 is bad'); raise SystemExit(3)", 3, "failed, exit code 3"),
+        ("raise SystemExit(75)", 75, "preempted, exit code 75"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 137, "failed, exit code 137"),
+    ],
+)
+def test_a_local_job_has_the_exit_code_of_its_process(project: Path, program: str, code: int, shown: str) -> None:
+    start_stand_in(project, program)
+    followed = stillhouse("logs", "-f", "small")
+    assert followed.returncode == code, followed.stdout
+    assert shown in followed.stdout
+    assert stillhouse("status", "small").returncode == code
+    assert shown.split(",")[0] in stillhouse("list").stdout
+
+
+def test_a_local_job_whose_shell_was_killed_is_no_longer_running(project: Path) -> None:
+    start_stand_in(project, STAND_IN)
+    shows("step 1 of 9")
+    shell = json.loads((project / "runs/small/submission.json").read_text())["handle"].split()[0]
+    family = [psutil.Process(int(shell)), *psutil.Process(int(shell)).children()]
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family, timeout=10)
+    result = stillhouse("status", "small")
+    assert result.returncode == 4
+    assert "its process is gone" in result.stdout
+
+
+def test_a_run_folder_that_is_in_use_is_refused(project: Path) -> None:
+    (project / "runs/small").mkdir(parents=True)
+    with RunFolder(project / "runs/small").lock():
+        assert_refused(stillhouse("submit", "run.yaml", "--to", "local"), "is in use by pid")
+    assert not (project / "runs/small/jobs").exists()
