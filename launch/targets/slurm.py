@@ -30,6 +30,7 @@ from configs.schema import Section
 from launch.bundle import COMMAND, Bundle
 from launch.jobs import Tail, copy_results, exit_code_in, last_lines, waited_too_long
 from launch.targets import OVER, JobRecord, JobStatus, Shipment, State
+from launch.targets.run_checks import refuse_in_process
 from trainer.errors import ConfigError, InfrastructureError, Preempted
 
 TEMPLATE = Path(__file__).with_name("slurm.sbatch.jinja")
@@ -71,7 +72,7 @@ STOP_MARGIN_S = 120
 class Options(Section):
     """What the job asks Slurm for, and how its nodes are set up."""
 
-    nodes: PositiveInt = Field(description="Nodes of the job, for example nodes=4.")
+    nodes: PositiveInt | None = Field(None, description="Nodes of the job; needed to submit.")
     time: Annotated[str, Field(pattern=TIME)] | PositiveInt | None = Field(
         None, description="Time limit as sbatch takes it: minutes, or hours:minutes:seconds, or days-hours."
     )
@@ -118,6 +119,9 @@ class Target:
     Options = Options
 
     def prepare(self, bundle: Bundle, options: Options, job: str) -> Shipment:
+        if options.nodes is None:
+            raise ConfigError("--to slurm needs the number of nodes, for example --with nodes=2")
+        refuse_in_process(bundle.run, "slurm")
         folder = submission_folder(bundle, job)
         script = render(bundle, options, job)
         sent = {file.name: file for file in sorted(bundle.folder.iterdir()) if file.suffix != ".whl"}

@@ -121,7 +121,6 @@ def test_a_shipment_is_made_without_a_trace(bundle: Bundle) -> None:
         ({"nodes": 2, "setup": ["a\nb"]}, "setup"),
         ({"nodes": 2, "extra": ["nice"]}, "extra"),
         ({"nodes": 2, "gpus_per_node": 0}, "gpus_per_node"),
-        ({}, "nodes"),
     ],
 )
 def test_an_option_that_sbatch_could_not_mean_is_refused(given: dict, said: str) -> None:
@@ -135,6 +134,11 @@ def test_an_option_that_sbatch_could_not_mean_is_refused(given: dict, said: str)
 )
 def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: int | None) -> None:
     assert limit_s(text) == seconds
+
+
+def test_a_number_of_nodes_is_needed_to_submit_and_not_to_list(bundle: Bundle) -> None:
+    with pytest.raises(ConfigError, match="--with nodes=2"):
+        load_target("slurm").prepare(bundle, options(nodes=None), JOB)
 
 
 def test_a_run_folder_that_sbatch_cannot_name_is_refused(bundle: Bundle) -> None:

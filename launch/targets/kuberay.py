@@ -1,0 +1,316 @@
+"""`--to kuberay`: a RayJob on Kubernetes, with a group of pods for the teachers and one for the students.
+
+    bundle -> ConfigMap        run.yaml, prompts/, code/ and run.sh as one zip, unpacked in every pod
+           -> RayJob           head (the run's own process), teachers, students; its pods go when the run is over
+           -> NetworkPolicy    these pods talk among themselves; nobody else reaches more than the job API
+
+Needs KubeRay 1.5.1 or newer, and a volume that all pods can write, for the run folder and the models. No secret stands
+in what is sent: KubeRay makes the token, others are named: `--with secrets.HF_TOKEN=my-secret/token`. Kubernetes is
+asked through kubectl alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from configs.refusal import refusal
+from configs.schema import Section
+from launch.bundle import Bundle
+from launch.jobs import copy_results, visible_folder, waited_too_long
+from launch.targets import OVER, JobRecord, JobStatus, Shipment, State
+from launch.targets.kuberay_manifests import (
+    ARCHIVE,
+    DASHBOARD_PORT,
+    JOB_LABEL,
+    MANAGED_BY,
+    RUN_NOTE,
+    SCRIPT,
+    archive,
+    check_room,
+    config_map,
+    manifests,
+    object_name,
+    script,
+)
+from launch.targets.ray import SECRET_NAME
+from launch.targets.run_checks import paths_outside, refuse_in_process
+from trainer.errors import ConfigError, InfrastructureError, Preempted
+
+POLL_S = 2.0
+COMMAND_TIMEOUT_S = 60
+STOP_MARGIN_S = 120
+KINDS = "rayjobs.ray.io,configmaps,networkpolicies"
+
+STATES: dict[str, State] = {
+    "": "pending",
+    "Initializing": "pending",
+    "Waiting": "pending",
+    "Retrying": "pending",
+    "Suspending": "pending",
+    "Suspended": "pending",
+    "Running": "running",
+    "Complete": "succeeded",
+    "Failed": "failed",
+}
+"""KubeRay's jobDeploymentStatus."""
+
+Quantity = Annotated[str, Field(pattern=r"^[1-9]\d*(\.\d+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+class Toleration(Section):
+    """As in a pod: of a taint that nodes of the group have."""
+
+    key: str | None = None
+    operator: Literal["Exists", "Equal"] = "Exists"
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+
+
+class Pod(Section):
+    """What one pod gets, and on which machines it may run."""
+
+    cpus: PositiveInt = 4
+    memory: Quantity = Field("16Gi", description="What lies in /dev/shm counts.")
+    gpus: NonNegativeInt = 0
+    shm: Quantity = Field("4Gi", description="/dev/shm, where Ray keeps labels.")
+    node_selector: dict[str, str] = Field({}, description="Labels of the machines.")
+    tolerations: tuple[Toleration, ...] = ()
+
+
+class Group(Pod):
+    """Pods of one sort."""
+
+    replicas: PositiveInt = 1
+
+
+class Options(Section):
+    """What `--with` takes; `image` and `claim` are needed."""
+
+    image: str | None = Field(None, min_length=1, description="With the packages of Stillhouse, as docker/Dockerfile.")
+    claim: Name | None = Field(None, description="PersistentVolumeClaim (ReadWriteMany): run folder and models.")
+    mount: Annotated[str, Field(pattern=r"^/[A-Za-z0-9_./-]+$")] = Field("/shared", description="Where pods have it.")
+    namespace: Name | None = Field(None, description="None: that of kubectl's context.")
+    context: str | None = Field(None, min_length=1, description="Of kubectl.")
+    head: Pod = Pod(cpus=4, memory="16Gi", shm="2Gi")
+    teachers: Group = Group()
+    students: Group = Group()
+    gpu_resource: str = Field("nvidia.com/gpu", min_length=1)
+    code: Literal["configmap", "image"] = Field("configmap", description="image: Stillhouse is installed in it.")
+    python: Annotated[str, Field(pattern=r"^[^\s'\"]+$")] = "python"
+    grace_s: PositiveInt = Field(180, description="A pod that is taken away leaves the run so long to save.")
+    max_retries: NonNegativeInt = Field(2, description="New clusters after a failure; each resumes.")
+    deadline_s: PositiveInt | None = Field(None, description="Of the whole RayJob.")
+    network_policy: bool = True
+    user_id: PositiveInt = 1000
+    group_id: PositiveInt = 1000
+    service_account: Name | None = None
+    image_pull_secrets: tuple[Name, ...] = ()
+    environment: dict[Variable, str] = Field({}, description="Variables of every process; no secrets.")
+    secrets: dict[Variable, Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")]] = Field(
+        {}, description="Variables from Secrets: NAME: secret/key."
+    )
+
+    @model_validator(mode="after")
+    def _no_secret_in_the_yaml(self) -> Options:
+        for name in self.environment:
+            if SECRET_NAME.search(name):
+                text = f"looks like a secret: make it a Secret of the cluster and write secrets.{name}=its-name/its-key"
+                raise refusal(("environment", name), "...", text)
+        return self
+
+
+class Target:
+    """See `launch.targets.Target`."""
+
+    Options = Options
+
+    def prepare(self, bundle: Bundle, options: Options, job: str) -> Shipment:
+        _require(options)
+        run, name = bundle.run, object_name(job)
+        refuse_in_process(run, "kuberay")
+        check_room(run, options)
+        outside = paths_outside(run, options.mount)
+        texts = {SCRIPT: script(run, options, job)}
+        content = archive(bundle, texts, with_code=options.code == "configmap")
+        parts = [*(["code"] if options.code == "configmap" else []), "prompts", "run.yaml"]
+        sent = {part: bundle.folder / part for part in parts if (bundle.folder / part).exists()}
+        note = (
+            f"run.yaml, run.sh, prompts and code travel as {ARCHIVE} ({len(content) / 2**10:.0f} KiB) in the ConfigMap "
+            f"{name}. Not tried against a cluster by the tests of this project."
+        )
+        if outside:
+            note += f" Not on the volume, so the image must hold it: {', '.join(outside)}."
+        command = (*_kubectl(options), "create", "--filename", "-")
+        return Shipment({"rayjob.yaml": manifests(run, options, job), **texts, **sent}, command, note)
+
+    def submit(self, bundle: Bundle, shipment: Shipment, options: Options, job: str) -> JobRecord:
+        texts = {SCRIPT: str(shipment.files[SCRIPT])}
+        content = archive(bundle, texts, with_code=options.code == "configmap")
+        sent = f"{json.dumps(config_map(job, content))}\n---\n{shipment.files['rayjob.yaml']}"
+        try:
+            _run(*shipment.command, given=sent)
+        except (ConfigError, InfrastructureError):
+            with contextlib.suppress(ConfigError, InfrastructureError):  # of which the first one is the news
+                _delete(options, job)
+            raise
+        return JobRecord(
+            job=job,
+            kind="kuberay",
+            name=bundle.run.name,
+            folder=str(bundle.run.folder),
+            handle=object_name(job),
+            options=options.model_dump(mode="json"),
+        )
+
+    def status(self, record: JobRecord) -> JobStatus:
+        try:
+            text = _run(*_kubectl(_options(record)), "get", "rayjobs.ray.io", record.handle, "--output=json")
+        except ConfigError as error:
+            if "not found" in str(error).lower():
+                return JobStatus(
+                    record.job,
+                    "stopped",
+                    message="the RayJob was deleted",
+                    name=record.name,
+                    submitted=record.submitted,
+                )
+            raise
+        return _status(json.loads(text))
+
+    def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
+        """Of the pod that handed the job to Ray: it prints the run's output."""
+        options = _options(record)
+        while follow and self.status(record).state == "pending":
+            time.sleep(POLL_S)
+        command = [*_kubectl(options), "logs", *(["--follow"] if follow else []), f"job/{record.handle}"]
+        with _stream(command) as output:
+            assert output.stdout is not None
+            yield from output.stdout
+        if output.returncode:
+            raise InfrastructureError(f"{shlex.join(command)} ended with exit code {output.returncode}: see above")
+
+    def stop(self, record: JobRecord) -> None:
+        """`ray job stop` in the head's pod, which has the run save and end; then everything of the job is deleted."""
+        options = _options(record)
+        if self.status(record).state == "running":
+            chosen = f"--selector=ray.io/node-type=head,{JOB_LABEL}={record.job}"
+            pod = _run(*_kubectl(options), "get", "pods", chosen, "--output=name").split()
+            if pod:
+                ask = ["ray", "job", "stop", "--no-wait", f"--address=http://127.0.0.1:{DASHBOARD_PORT}", record.job]
+                _run(*_kubectl(options), "exec", pod[0], "--container=ray-head", "--", *ask)
+            deadline = time.monotonic() + options.grace_s + STOP_MARGIN_S
+            while self.status(record).state not in OVER:
+                if time.monotonic() > deadline:
+                    instead = f"Delete it without a checkpoint: {shlex.join(_delete_command(options, record.job))}"
+                    raise waited_too_long(record.job, options.grace_s + STOP_MARGIN_S, instead=instead)
+                time.sleep(POLL_S)
+        _delete(options, record.job)
+
+    def list(self, options: Options) -> list[JobStatus]:
+        chosen = ",".join(f"{key}={value}" for key, value in MANAGED_BY.items())
+        found = json.loads(_run(*_kubectl(options), "get", "rayjobs.ray.io", f"--selector={chosen}", "--output=json"))
+        return sorted((_status(item) for item in found["items"]), key=lambda status: -(status.submitted or 0))
+
+    def fetch(self, record: JobRecord, destination: Path) -> None:
+        folder = visible_folder(record)
+        if folder is None:
+            options = _options(record)
+            command = shlex.join([*_kubectl(options), "cp", f"POD:{record.folder}", str(destination)])
+            raise ConfigError(
+                f"--to kuberay fetches nothing: {record.folder} is on the volume {options.claim}. From a pod that "
+                f"mounts it: {command}"
+            )
+        copy_results(folder, destination)
+
+
+def _require(options: Options) -> None:
+    missing = [name for name in ("image", "claim") if getattr(options, name) is None]
+    if missing:
+        lines = [f"  --with {name}=...: {Options.model_fields[name].description}" for name in missing]
+        raise ConfigError("\n".join(["--to kuberay needs", *lines]))
+
+
+def _status(item: Mapping[str, Any]) -> JobStatus:
+    """Of a RayJob as Kubernetes gives it."""
+    metadata, status = item["metadata"], item.get("status", {})
+    notes = metadata.get("annotations", {})
+    state = STATES.get(status.get("jobDeploymentStatus", ""), "pending")
+    said = status.get("message", "")
+    known = re.search(r"exit code (\d+)", said)
+    code = 0 if state == "succeeded" else int(known[1]) if known and state in OVER else None
+    if status.get("jobStatus") == "STOPPED" and state in OVER:
+        state, code = "stopped", None
+    elif state == "failed" and code == Preempted.exit_code:
+        state = "preempted"
+    failed = status.get("failed") or 0
+    parts = [said, f"{failed} failed so far" if failed and state not in OVER else ""]
+    return JobStatus(
+        job=metadata["labels"][JOB_LABEL],
+        state=state,
+        exit_code=code,
+        message="; ".join(filter(None, parts)),
+        name=notes.get(RUN_NOTE, ""),
+        submitted=datetime.fromisoformat(metadata["creationTimestamp"]).timestamp(),
+    )
+
+
+# --- kubectl ----------------------------------------------------------------------------------------------------------
+
+
+def _options(record: JobRecord) -> Options:
+    return Options.model_validate(dict(record.options))
+
+
+def _kubectl(options: Options) -> tuple[str, ...]:
+    place = {"context": options.context, "namespace": options.namespace}
+    return ("kubectl", *(f"--{name}={value}" for name, value in place.items() if value is not None))
+
+
+def _delete_command(options: Options, job: str) -> tuple[str, ...]:
+    return (*_kubectl(options), "delete", KINDS, f"--selector={JOB_LABEL}={job}", "--ignore-not-found", "--wait=false")
+
+
+def _delete(options: Options, job: str) -> None:
+    _run(*_delete_command(options, job))
+
+
+def _run(*command: str, given: str | None = None) -> str:
+    """What kubectl prints. Raises `ConfigError` with its words where it refuses, `InfrastructureError` where the
+    cluster does not answer."""
+    try:
+        done = subprocess.run(
+            command, input=given, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
+        )
+    except FileNotFoundError:
+        raise ConfigError(
+            "--to kuberay: there is no kubectl on this machine. --dry-run prints the YAML without it"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise InfrastructureError(f"kubectl did not answer within {COMMAND_TIMEOUT_S} s") from None
+    if done.returncode == 0:
+        return done.stdout
+    said = done.stderr.strip() or f"exit code {done.returncode}"
+    if "no matches for kind" in said or "the server doesn't have a resource type" in said:
+        said += "\nIs KubeRay installed in this cluster?"
+    lost = re.search(r"connection to the server|Unable to connect|refused|timed? ?out|no such host", said)
+    raise (InfrastructureError if lost else ConfigError)(f"{shlex.join(command)}: {said}")
+
+
+def _stream(command: list[str]) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except FileNotFoundError:
+        raise ConfigError("--to kuberay: there is no kubectl on this machine") from None
