@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import socket
 import sysconfig
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import psutil
 
 from cluster import ray_token
+from cluster.guard import Guard
 from cluster.joining import check_cluster
 from trainer.errors import ConfigError
 
@@ -259,6 +259,7 @@ class RayCluster:
     processes: tuple[int, ...]  # pids of what was started, their children not counted
     temp_dir: Path | None  # made here, and to be removed
     warnings: tuple[str, ...]
+    guard: Guard | None = None  # cleans up temp_dir and what runs there, whatever becomes of this process
 
 
 def start_ray(
@@ -283,6 +284,8 @@ def start_ray(
     folder = temp_dir or Path(tempfile.mkdtemp(prefix="stillhouse-"))
     made = None if temp_dir else folder
     if len(str(folder)) > MAX_TEMP_DIR:
+        if made is not None:
+            made.rmdir()
         raise ConfigError(
             f"Ray's folder {folder} has {len(str(folder))} characters, its sockets allow {MAX_TEMP_DIR}: set "
             "TMPDIR to a shorter path"
@@ -292,8 +295,9 @@ def start_ray(
     if warning:
         os.environ["RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"] = "1"
     reread_ray_environment()
+    guard = Guard.of(str(made)) if made is not None else None
     before = {child.pid for child in psutil.Process().children()}
-    with _signal_handlers_kept():
+    with _released_on_error(guard), _signal_handlers_kept():
         context = ray.init(
             address="local",
             num_cpus=max(num_cpus, len(os.sched_getaffinity(0))),
@@ -306,7 +310,7 @@ def start_ray(
         )
     started = tuple(child.pid for child in psutil.Process().children() if child.pid not in before)
     warnings = (warning,) if warning else ()
-    return RayCluster(context.address_info["gcs_address"], True, started, made, warnings)
+    return RayCluster(context.address_info["gcs_address"], True, started, made, warnings, guard)
 
 
 def _join_ray(address: str) -> RayCluster:
@@ -340,8 +344,18 @@ def stop_ray(cluster: RayCluster) -> None:
     for process in left:
         process.kill()
     psutil.wait_procs(left, timeout=5)
-    if cluster.temp_dir is not None:
-        shutil.rmtree(cluster.temp_dir, ignore_errors=True)
+    if cluster.guard is not None:
+        cluster.guard.release()
+
+
+@contextlib.contextmanager
+def _released_on_error(guard: Guard | None) -> Iterator[None]:
+    """Where Ray does not start, what it left is cleaned up at once and not when this process ends."""
+    with contextlib.ExitStack() as undo:
+        if guard is not None:
+            undo.callback(guard.release)
+        yield
+        undo.pop_all()
 
 
 @contextlib.contextmanager

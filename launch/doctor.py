@@ -56,7 +56,7 @@ def doctor(path: Path | None, overrides: Sequence[str], *, address: str | None) 
         disk_bytes=needs.disk_bytes,
         object_store_bytes=None if address else needs.object_store_bytes,
         in_cluster=address is not None,
-        several_nodes=False,
+        several_nodes=address is not None,
     )
     for finding in examine(machine.looks(circumstances, os.environ)):
         sheet.add(here, finding)

@@ -70,13 +70,20 @@ def examine_members(asked: Asked, *, dashboard_url: str | None, warnings: tuple[
             yield names[node], finding
     others = [node for node in with_our_code if node != own]
     for node, answer in _ask(examine_node, others, asked, several_nodes=len(names) > 1).items():
-        found = [problem("node", answer, "look at its raylet's log")] if isinstance(answer, str) else answer
+        found = [problem("node", answer, "look at its raylet's log")] if isinstance(answer, str) else brief(answer)
         yield from ((names[node], finding) for finding in found)
     together = {node: names[node] for node in with_our_code}
     yield from ((CLUSTER, finding) for finding in examine_network(together, accelerator=runtime.CPU))
     gpus = {node: name for node, name in together.items() if free_gpus(node)}
     if len(gpus) > 1:
         yield from ((CLUSTER, finding) for finding in examine_network(gpus, accelerator=runtime.GPU))
+
+
+def brief(findings: list[Finding]) -> list[Finding]:
+    """Of one node among many: what it is, what is wrong with it, and how much is not."""
+    shown = [f for f in findings if f.status != "ok" or f.subject in ("processor", "accelerators")]
+    well = len(findings) - len(shown)
+    return [*shown, *([ok("other", f"{well} more things are as they should be")] if well else [])]
 
 
 def examine_node(asked: Asked, object_store_bytes: int | None, several_nodes: bool) -> list[Finding]:
@@ -108,7 +115,7 @@ def access(dashboard_url: str | None, environment: Mapping[str, str], *, joined_
         return warning("access", f"{where} does not answer", "stillhouse submit --to ray needs it; see dashboard.log")
     if open_to_all:
         return warning("access", f"{where}: reachable from outside this machine, with the token", advice)
-    return ok("access", f"{where}; a token is asked for")
+    return ok("access", f"{where}; " + ("a token is asked for" if asks else "joined with a token"))
 
 
 def asks_for_token(url: str) -> bool | None:

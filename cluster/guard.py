@@ -1,0 +1,101 @@
+"""A process that cleans up after a Ray started here when its owner is gone: after SIGKILL there is nobody else.
+
+    owner (holds the write end of a pipe)  ->  the kernel closes it when the owner ends  ->  guard reads the end
+    guard: waits for Ray's processes to end by themselves, kills the others, removes the session's folder, ends
+
+This file is also the guard's whole program: it runs without site packages, so it starts in 20 ms and takes 10 MB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+SESSION = "STILLHOUSE_SESSION"
+"""In the environment of every process that belongs to the session: its folder."""
+
+GRACE_S = 10.0  # for Ray's processes to notice that their driver is gone
+KILL_S = 10.0
+POLL_S = 0.1
+RELEASE_TIMEOUT_S = 25.0  # longer than GRACE_S and KILL_S together
+
+
+class Guard:
+    """The owner's end. Starting one marks the environment of this process, and so of all that it starts from now on."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    @classmethod
+    def of(cls, folder: str, *, grace_s: float = GRACE_S) -> Guard:
+        """Watch over the session in `folder` from now on."""
+        # Ray and vLLM write titles over their environment, by which their processes could not be found again.
+        os.environ.update({SESSION: folder, "SPT_NOENV": "1"})
+        command = [sys.executable, "-I", "-S", __file__, folder, str(os.getpid()), str(grace_s)]
+        # A session of its own: Ctrl-C and whatever else ends the owner's group does not end the guard.
+        return cls(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True))
+
+    def release(self) -> None:
+        """Clean up now; bounded."""
+        os.environ.pop(SESSION, None)
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(RELEASE_TIMEOUT_S)
+
+
+def main(folder: str, owner: int, grace_s: float) -> None:
+    """The guard's program."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    os.read(0, 1)
+    spared = {owner, os.getpid()}
+    grace = time.monotonic() + grace_s
+    while members(folder, spared) and time.monotonic() < grace:
+        time.sleep(POLL_S)
+    patience = time.monotonic() + KILL_S
+    while (left := members(folder, spared)) and time.monotonic() < patience:
+        for pid in left:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(POLL_S)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def members(folder: str, spared: set[int]) -> list[int]:
+    """Processes of the session: its mark in their environment, or one of its files open."""
+    mark = f"{SESSION}={folder}".encode()
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdecimal() and int(name) not in spared:
+            with contextlib.suppress(OSError):
+                if _is_alive(name) and (mark in _environment(name) or _holds(name, folder)):
+                    found.append(int(name))
+    return found
+
+
+def _is_alive(pid: str) -> bool:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[0] != b"Z"
+
+
+def _environment(pid: str) -> list[bytes]:
+    with open(f"/proc/{pid}/environ", "rb") as file:
+        return file.read().split(b"\0")
+
+
+def _holds(pid: str, folder: str) -> bool:
+    for descriptor in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/fd/{descriptor}").startswith(folder + "/"):
+                return True
+    return False
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))

@@ -1,0 +1,115 @@
+"""Every way in which a run is ended: what it saves, what it returns, and that nothing of it is left on the machine.
+
+What a run learns after it was stopped and started again is in `test_runs.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from leftovers import leftovers
+from runs_under_fault import events, finish, losses, start, when
+from tiny_runs import tiny_run
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
+
+GONE_WITHIN_S = 30.0
+BRIEF = {"student": {"ranks": 2}, "training": {"steps": 400, "save_every": 0}, "optimizer": {"schedule": "constant"}}
+VLLM = {"teacher": {"scorer": {"engine": {"kind": "vllm", "kv_cache_bytes": 32 * 2**20}}}, "student": {"ranks": 1}}
+
+
+def checkpoints(run: Path) -> list[str]:
+    folder = run / "checkpoints"
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def control_c(process: subprocess.Popen[str]) -> None:
+    """As a terminal sends it: to every process of the foreground group."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize("way", ["Ctrl-C", "SIGTERM", "SIGUSR1"])
+def test_asked_once_it_saves_exits_75_and_leaves_nothing(way: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with leftovers() as left:
+        process = start(tiny_run(tmp_path, BRIEF))
+        when(run, lambda: 2 in losses(run), process)
+        assert len(left.processes()) > 4, "the search finds the run while it is there"
+        if way == "Ctrl-C":
+            control_c(process)
+        else:
+            process.send_signal(signal.Signals[way])
+        code, output = finish(process)
+        assert left.after(GONE_WITHIN_S) == []
+    assert code == 75, output
+    last = max(losses(run))
+    assert checkpoints(run) == [f"step_{last:06d}"]
+    assert "Traceback" not in output
+
+
+def test_asked_twice_it_ends_at_once_with_130_and_leaves_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # a step that lasts longer than anybody waits, so that the second signal finds the first unanswered
+    slow = {"training": {"sequences_per_step": 40, "steps": 400, "save_every": 0}}
+    with leftovers() as left:
+        process = start(tiny_run(tmp_path, {**BRIEF, **slow}))
+        when(run, lambda: 1 in losses(run), process)
+        rank = next(event["pid"] for event in events(run, "process") if event["role"] == "student-0")
+        os.kill(rank, signal.SIGSTOP)
+        control_c(process)
+        time.sleep(2)
+        assert process.poll() is None, "it waits for the step"
+        control_c(process)
+        asked = time.monotonic()
+        code, output = finish(process)
+        took = time.monotonic() - asked
+        assert left.after(GONE_WITHIN_S) == []
+    assert code == 130, output
+    assert took < 90, f"{took:.0f} s"
+    assert "Traceback" not in output
+
+
+def test_a_killed_controller_takes_everything_with_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with leftovers() as left:
+        process = start(tiny_run(tmp_path, BRIEF))
+        when(run, lambda: 2 in losses(run), process)
+        process.kill()  # the controller alone: its children must notice by themselves
+        process.communicate(timeout=60)
+        assert left.after(GONE_WITHIN_S) == []
+
+
+def test_an_error_in_the_middle_ends_with_its_text_and_leaves_nothing(tmp_path: Path) -> None:
+    run, trigger = tmp_path / "run", tmp_path / "now"
+    labels = {"labels": {"kind": "fakes.failing_labels", "trigger": str(trigger)}}
+    with leftovers() as left:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support"), prepend=os.pathsep)
+            process = start(tiny_run(tmp_path, {**BRIEF, **labels}))
+        when(run, lambda: 2 in losses(run), process)
+        trigger.touch()
+        code, output = finish(process)
+        assert left.after(GONE_WITHIN_S) == []
+    assert code == 4, output
+    assert "a bug in the middle of the run" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("way", ["Ctrl-C", "SIGKILL"])
+def test_a_run_with_a_vllm_teacher_leaves_nothing_either(way: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with leftovers() as left:
+        process = start(tiny_run(tmp_path, {**BRIEF, **VLLM}))
+        when(run, lambda: 2 in losses(run), process)
+        if way == "Ctrl-C":
+            control_c(process)
+        else:
+            process.kill()
+        code, output = finish(process)
+        assert left.after(GONE_WITHIN_S) == []
+    assert code == (75 if way == "Ctrl-C" else -signal.SIGKILL), output

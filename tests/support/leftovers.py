@@ -1,0 +1,80 @@
+"""What a run leaves on a machine when it ends, however it ends: processes, temporary folders, shared memory.
+
+Everything that a run starts inherits a mark in its environment, by which it is found even when its parent is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+MARK = "STILLHOUSE_TEST_MARK"
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class Leftovers:
+    """Looks for what carries this mark."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.mark = uuid.uuid4().hex
+        self._shared_before = set(SHARED_MEMORY.iterdir())
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For whatever is started. Ray's workers write their title over their environment unless told not to."""
+        return {MARK: self.mark, "SPT_NOENV": "1", "TMPDIR": str(self.folder)}
+
+    def processes(self) -> list[str]:
+        """Those that carry the mark and are alive: pid and command line."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                marked = self.mark.encode() in Path(f"/proc/{process.pid}/environ").read_bytes()
+                if marked and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(f"{process.pid} {' '.join(process.cmdline())[:120]}")
+        return found
+
+    def folders(self) -> list[str]:
+        """What lies in the folder that the marked processes take for /tmp."""
+        return sorted(path.name for path in self.folder.iterdir())
+
+    def shared_memory(self) -> list[str]:
+        """New files in shared memory that no process has open or mapped: whoever made them is gone."""
+        new = {path for path in SHARED_MEMORY.iterdir() if path not in self._shared_before}
+        return sorted(path.name for path in new - _in_use() if path.exists()) if new else []
+
+    def after(self, timeout_s: float) -> list[str]:
+        """What is left after at most `timeout_s`; nothing, as soon as there is nothing."""
+        deadline = time.monotonic() + timeout_s
+        while (left := [*self.processes(), *self.folders(), *self.shared_memory()]) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return left
+
+
+def _in_use() -> set[Path]:
+    used = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            links = [os.readlink(link) for link in (process / "fd").iterdir()]
+            maps = [line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines()]
+            used |= {Path(name) for name in (*links, *maps) if name.startswith(f"{SHARED_MEMORY}/")}
+    return used
+
+
+@contextlib.contextmanager
+def leftovers() -> Iterator[Leftovers]:
+    """With this process's environment marked, and a short folder of its own for temporary files."""
+    with tempfile.TemporaryDirectory(prefix="st-") as name, pytest.MonkeyPatch.context() as patch:
+        found = Leftovers(Path(name))
+        for key, value in found.environment.items():
+            patch.setenv(key, value)
+        yield found
