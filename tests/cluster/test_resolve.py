@@ -276,3 +276,67 @@ def test_the_plan_of_a_role_survives_a_trip_between_processes() -> None:
     result = resolved(*SCENARIOS["laptop"])
     assert pickle.loads(pickle.dumps(result)) == result
     assert dataclasses.is_dataclass(result)
+
+
+def test_deadlines_grow_with_the_weights_unless_they_are_given() -> None:
+    run = make_run()
+    small = resolved(run, "2xH100", teacher_bytes=2 * 10**9, student_bytes=10**8)
+    assert (small.scorer.start_timeout_s, small.student.start_timeout_s) == (620, 601)
+    large = resolved(run, "2xH100", teacher_bytes=140 * 10**9)
+    assert (large.scorer.start_timeout_s, large.student.start_timeout_s) == (2000, 600)
+    copied = make_run(teacher__model={"path": "/models/teacher", "local_copy": "/scratch"})
+    plan = resolved(copied, "2xH100", teacher_bytes=140 * 10**9).scorer
+    assert (plan.start_timeout_s, plan.local_copy) == (3400, "/scratch")
+    given = make_run(faults={"start_timeout_s": 45})
+    assert resolved(given, "2xH100", teacher_bytes=140 * 10**9).scorer.start_timeout_s == 45
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared", "shards", "said"),
+    [
+        (32, 8, 8, None),
+        (32, 8, 16, None),  # each key-value head on two shards
+        (9, 3, 3, None),
+        (9, 3, 2, r"tensor_parallel_size: 2 does not divide the teacher's 9 attention heads; write one of \[1, 3, 9\]"),
+        (12, 4, 6, r"tensor_parallel_size: 6 neither divides the teacher's 4 key-value heads nor is a multiple"),
+        (32, 8, 64, "does not divide"),
+    ],
+)
+def test_a_split_that_does_not_divide_the_heads_is_refused(
+    heads: int, shared: int, shards: int, said: str | None
+) -> None:
+    run = make_run(teacher__scorer={"tensor_parallel_size": shards})
+    config = LlamaConfig(hidden_size=heads * 8, num_attention_heads=heads, num_key_value_heads=shared)
+    if said is None:
+        assert resolved(run, "64xH100,8xH100", teacher_config=config).scorer.tensor_parallel_size == shards
+        return
+    with pytest.raises(ConfigError, match=said):
+        resolved(run, "64xH100,8xH100", teacher_config=config)
+
+
+def test_the_line_between_splits_is_that_of_vllm() -> None:
+    """Against the two assertions of its attention layers, for every split of a few shapes."""
+    from cluster.resolve import check_split
+
+    for heads, shared in ((32, 8), (12, 4), (9, 3), (16, 16), (24, 2)):
+        config = LlamaConfig(hidden_size=heads * 8, num_attention_heads=heads, num_key_value_heads=shared)
+        for shards in range(2, heads + 1):
+            allowed = heads % shards == 0 and (shared % shards == 0 if shared >= shards else shards % shared == 0)
+            run = make_run(teacher__scorer={"tensor_parallel_size": shards})
+            if allowed:
+                check_split(run, config)
+            else:
+                with pytest.raises(ConfigError):
+                    check_split(run, config)
+
+
+def test_a_placement_of_the_configuration_reaches_every_role() -> None:
+    run = make_run(
+        student={"model": {"path": "/models/student"}, "ranks": 4, "placement": {"nodes": 2}},
+        teacher__scorer={"replicas": 2, "placement": {"strategy": "spread", "accelerator_type": "H100"}},
+    )
+    placement = resolved(run, "8xH100,8xH100").placement
+    student, scorer = placement.of_role("student")[0], placement.of_role("scorer")[0]
+    assert (student.strategy, student.seats) == ("STRICT_SPREAD", (0, 0, 1, 1))
+    assert (scorer.strategy, scorer.seats) == ("SPREAD", (0, 1))
+    assert "accelerator_type:H100" in scorer.bundles[0]

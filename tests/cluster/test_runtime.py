@@ -8,6 +8,7 @@ import socket
 import stat
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster import runtime
@@ -93,9 +94,30 @@ def test_a_rank_reads_its_place() -> None:
 def test_ranks_on_several_nodes_name_the_interface_that_reaches_rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     table = runtime.student_environment(place(), world=4, address="127.0.0.1", port=2345)
-    assert table["GLOO_SOCKET_IFNAME"] == "lo"
+    assert (table["GLOO_SOCKET_IFNAME"], table["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine0")
     assert "GLOO_SOCKET_IFNAME" not in runtime.student_environment(place(), world=4, address="127.0.0.1", port=2345)
+
+
+def test_an_engine_names_its_own_address_on_the_way_to_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    assert runtime.network_environment(SCORER, towards="127.0.0.1") == {"VLLM_HOST_IP": "127.0.0.1"}
+    own = [
+        (entry.address, name)
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family == socket.AF_INET and name != "lo"
+    ]
+    for address, interface in own:  # the way to an own address leaves from that very address
+        assert runtime.network_environment(SCORER, towards=address) == {
+            "VLLM_HOST_IP": address,
+            "GLOO_SOCKET_IFNAME": interface,
+            "NCCL_SOCKET_IFNAME": f"={interface}",
+        }
+    monkeypatch.setenv("VLLM_HOST_IP", "10.0.0.9")
+    assert "VLLM_HOST_IP" not in runtime.network_environment(SCORER, towards="127.0.0.1")
+    assert runtime.network_environment(SCORER, towards="no address") == {}
 
 
 def test_a_port_in_use_is_named() -> None:
