@@ -22,6 +22,7 @@ from configs.plugins import ELICITATION, ENGINES, LABELS, Family, Plugin
 from configs.schema import Dataset, ModelSource, Run
 from launch.disk import DiskNeed, check_writable, free_bytes, size_text
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
+from launch.quiet import quiet_libraries
 from trainer.errors import ConfigError, DataError, StillhouseError
 from trainer.job import Inputs, label_bytes_per_row, read_inputs
 from trainer.models import load_config
@@ -50,7 +51,7 @@ class Finding:
 
 def check(path: Path, overrides: Sequence[str]) -> int:
     """Print one line for each thing looked at. 0: a run may start; 2, 3: exit code of `ConfigError`, `DataError`."""
-    _silence_libraries()
+    quiet_libraries()
     run = load_run(path, overrides).run
     findings = [Finding("configuration", "ok", f"{path}, run {run.name}")]
     _print(findings[0])
@@ -288,12 +289,3 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.1f} {unit}"
     return str(number)
-
-
-def _silence_libraries() -> None:
-    """Progress bars and notices of the libraries would hide the few lines that matter."""
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()

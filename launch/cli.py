@@ -60,6 +60,7 @@ def run_app(commands: typer.Typer) -> NoReturn:
     """Run what the command line names. An error meant for a person is its text on stderr and its exit code;
     STILLHOUSE_TRACEBACK=1 shows where it was raised."""
     from configs.errors import StillhouseError
+    from configs.secrets import without_secrets
 
     try:
         commands(prog_name="stillhouse")
@@ -67,7 +68,7 @@ def run_app(commands: typer.Typer) -> NoReturn:
         if os.environ.get("STILLHOUSE_TRACEBACK") == "1":
             raise
         typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
-        typer.echo(str(error), err=True)
+        typer.echo(without_secrets(str(error), environment=os.environ), err=True)
         sys.exit(error.exit_code)
     sys.exit(0)
 

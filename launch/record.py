@@ -6,6 +6,7 @@ Written as things become known, so that a run that is killed leaves what it had.
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +16,7 @@ import psutil
 
 from cluster.resolve import Resolved
 from configs.schema import Run
+from configs.secrets import without_secrets
 from launch.export import card_of
 from launch.watch import Watch
 from trainer.distil import Controller
@@ -104,7 +106,8 @@ class Record:
 
     def ended(self, code: int, reason: str) -> None:
         """How the run ended, and the report of what it did until then; one that never began leaves only the former."""
-        write_json(self._folder.exit, {"code": code, "reason": reason, "time": time.time()})
+        said = without_secrets(reason, environment=os.environ)
+        write_json(self._folder.exit, {"code": code, "reason": said, "time": time.time()})
         if self._folder.metrics.exists():
             write_report(self._folder)
 

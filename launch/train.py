@@ -25,6 +25,7 @@ from cluster.students import StudentJob
 from configs.load import config_hash, dump_run, load_run, run_folder
 from configs.schema import ModelSource, Run
 from launch.check import raise_problems
+from launch.quiet import quiet_libraries
 from launch.record import Record
 from launch.stopping import StopRequest, preemptible
 from launch.watch import Watch
@@ -46,6 +47,7 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
     `wait_for_nodes`: begin only when so many nodes of the cluster at RAY_ADDRESS are alive.
     """
     run = load_run(path, overrides).run
+    quiet_libraries()
     warnings = raise_problems(run)
     folder = RunFolder.create(run_folder(run))
     with folder.lock():

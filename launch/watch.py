@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any
 
+from configs.secrets import without_secrets
 from trainer.metrics import MetricsLog, SpanKind, Timeline
 from trainer.observer import RunObserver
 from trainer.progress import Progress
@@ -51,6 +53,8 @@ class Watch:
 
     def event(self, name: str, **fields: Any) -> None:
         self.counters[name] += 1
+        # texts of libraries, which may hold an address with a password, or worse
+        fields = {k: without_secrets(v, environment=os.environ) if isinstance(v, str) else v for k, v in fields.items()}
         if name in ("resumed", "students_restarted"):
             self._metrics.resume(fields["from_step"])
         self._metrics.event(name, **fields)

@@ -18,7 +18,17 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXED = {"trainer", "launch", "cluster", "configs", "tests", "setup.py", "README.md"}
-BESIDE = {"docs", "docker", "requirements", "Makefile", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml"}
+BESIDE = {
+    "docs",
+    "docker",
+    "requirements",
+    "Makefile",
+    "LICENSE",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "pyproject.toml",
+}
 PACKAGES = ("configs", "trainer", "cluster", "launch")
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}  # requirements/overrides.txt says why
 GUIDES = ["README.md", "CONTRIBUTING.md", "docs/first-run.md"]

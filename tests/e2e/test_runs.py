@@ -24,6 +24,7 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny_run(tmp_path_factory.mktemp("golden"))
     result = stillhouse("train", str(config))
     assert result.returncode == 0, result.stdout + result.stderr
+    (config.parent / "said.txt").write_text(result.stdout + result.stderr)
     return config.parent / "run"
 
 
@@ -35,6 +36,13 @@ def test_a_run_leaves_a_student_that_learned_a_report_and_no_process(golden: Pat
     assert (golden / "student" / "config.json").exists()
     assert (golden / "student" / "tokenizer.json").exists()
     assert left_running(golden) == []
+
+
+def test_nothing_but_the_run_itself_speaks_on_its_terminal(golden: Path) -> None:
+    said = (golden.parent / "said.txt").read_text()
+    assert "step 8/8" in said
+    for noise in ("Loading weights", "Writing model shards", "it/s", "Setting accelerator", "WARNING", "Warning"):
+        assert noise not in said, said
 
 
 def test_the_same_command_again_says_finished_and_trains_nothing(golden: Path) -> None:

@@ -100,6 +100,22 @@ def test_an_error_meant_for_a_person_gives_its_text_and_exit_code(
     assert capsys.readouterr().err == "error: the teacher left\n"
 
 
+def test_an_error_that_repeats_a_secret_of_the_environment_is_shown_without_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = typer.Typer()
+
+    @failing.command()
+    def fail() -> None:
+        raise ConfigError("GET https://me:hunter2@example.org refused 'Bearer planted-token-01'")
+
+    monkeypatch.setattr(sys, "argv", ["stillhouse"])
+    monkeypatch.setenv("SERVICE_TOKEN", "planted-token-01")
+    with pytest.raises(SystemExit):
+        cli.run_app(failing)
+    assert capsys.readouterr().err == "error: GET https://***@example.org refused 'Bearer ***'\n"
+
+
 def test_control_c_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
     pipe = tmp_path / "never.yaml"
     os.mkfifo(pipe)

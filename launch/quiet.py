@@ -1,0 +1,18 @@
+"""What libraries print while a command runs: their bars and notices would hide the few lines that matter, and what they
+have to say about a role is in its log."""
+
+from __future__ import annotations
+
+import logging
+
+
+def quiet_libraries() -> None:
+    """Call before models are read: errors stay."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # DeepSpeed sets its logger's level and handler when transformers imports it: a filter survives that.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
