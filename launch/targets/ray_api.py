@@ -134,11 +134,6 @@ class RayApi:
         with self._open(f"/api/jobs/{urllib.parse.quote(job)}/stop", method="POST"):
             pass
 
-    def delete(self, job: str) -> None:
-        """Make the cluster forget a job that is over."""
-        with self._open(f"/api/jobs/{urllib.parse.quote(job)}", method="DELETE"):
-            pass
-
     def living_nodes(self) -> set[str]:
         """Ids of the nodes that are alive."""
         nodes = self._json("/nodes?view=summary")["data"]["summary"]

@@ -4,7 +4,7 @@ here                                  the node that ran the driver
 submit ray_offer.py  -------------->  links to the files under Ray's log folder; names, sizes, hashes in its output
 GET /api/v0/logs/file, one by one <-  the bytes, in pieces
 check size and hash, move into place
-stop and forget the job  ---------->  the links are removed
+stop the job  --------------------->  the links are removed
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trainer.errors import InfrastructureError
 
 START_TIMEOUT_S = 120.0
 OFFER_TIMEOUT_S = 900.0  # hashing a student of hundreds of GB
-FORGET_TIMEOUT_S = 60.0
+WITHDRAW_TIMEOUT_S = 60.0
 POLL_S = 0.5
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -77,7 +77,7 @@ def _offered(api: RayApi, folder: str, *, python: str, node_id: str | None) -> I
     try:
         yield _await_offer(api, job)
     finally:
-        _forget(api, job)
+        _withdraw(api, job)
 
 
 def _await_offer(api: RayApi, job: str) -> _Offer:
@@ -129,13 +129,10 @@ def _download(api: RayApi, offer: _Offer, path: str, num_bytes: int, digest: str
         )
 
 
-def _forget(api: RayApi, job: str) -> None:
-    """End the offering job, so that the links are removed, and take it out of the cluster's list."""
+def _withdraw(api: RayApi, job: str) -> None:
+    """End the offering job, so that its links are removed."""
     with contextlib.suppress(InfrastructureError):  # what was fetched is here, and the offer ends by itself
         api.stop(job)
-        deadline = time.monotonic() + FORGET_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if api.job(job)["status"] in ENDED:
-                api.delete(job)
-                return
+        deadline = time.monotonic() + WITHDRAW_TIMEOUT_S
+        while api.job(job)["status"] not in ENDED and time.monotonic() < deadline:
             time.sleep(POLL_S)

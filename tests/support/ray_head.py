@@ -11,11 +11,15 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from launch.targets.ray_api import RayApi
+from trainer.errors import StillhouseError
 
 START_TIMEOUT_S = 120
 
@@ -33,6 +37,9 @@ class RayHead:
     def environment(self) -> dict[str, str]:
         """What a client needs to be let in."""
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_path)}
+
+    def api(self) -> RayApi:
+        return RayApi(self.address, token_path=str(self.token_path))
 
 
 def environment_without_stillhouse(folder: Path) -> Path:
@@ -95,11 +102,6 @@ def ray_head(folder: Path, *, num_cpus: int = 4) -> Iterator[RayHead]:
 
 def _wait_for_job_api(port: int, head: psutil.Popen, log: Path, token_path: Path) -> None:
     """The dashboard answers before its parts do: wait until jobs can be listed."""
-    import time
-
-    from launch.targets.ray_api import RayApi
-    from trainer.errors import StillhouseError
-
     api = RayApi(f"http://127.0.0.1:{port}", token_path=str(token_path))
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:

@@ -1,0 +1,137 @@
+"""Real submissions: to a Ray head whose environment lacks Stillhouse, from a process that is no member, and to this
+machine. A run ends well, fails with its own code, is stopped, is submitted again, and is fetched."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray_head import RayHead, ray_head
+from runs_under_fault import events, left_running
+from tiny_runs import records, stillhouse, tiny_run, write_rows
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
+
+SECRET = "hf_" + "plantedsecret" * 3
+VLLM = {"teacher": {"scorer": {"engine": {"kind": "vllm", "kv_cache_bytes": 32 * 2**20}}}}
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
+    with ray_head(tmp_path_factory.mktemp("head")) as running:
+        yield running
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the person who submits; run folders lie elsewhere."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    return tmp_path / "here"
+
+
+def to(head: RayHead, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command, with the cluster's token in its environment."""
+    return stillhouse(*arguments, timeout_s=600, **head.environment)
+
+
+def submit(head: RayHead, config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return to(head, "submit", str(config), "--to", "ray", "--with", f"address={head.address}", *arguments)
+
+
+def holders_of_the_secret(*places: Path) -> list[str]:
+    """Files with the planted token in them, in plain or inside an archive's name."""
+    return subprocess.run(["grep", "-rlaF", SECRET, *places], capture_output=True, text=True).stdout.splitlines()
+
+
+def forget_that_the_folder_is_visible(name: str) -> None:
+    """As on another machine: nothing in the run folder counts as written by the job."""
+    record = Path("runs") / name / "submission.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "submitted": time.time() + 3600}))
+
+
+def test_a_cluster_without_stillhouse_runs_what_was_submitted_and_gives_it_back(
+    head: RayHead, here: Path, tmp_path: Path
+) -> None:
+    changes = {**VLLM, "name": "sent", "training": {"steps": 4, "save_every": 2}}
+    config, run = tiny_run(tmp_path / "tiny", changes), tmp_path / "tiny" / "run"
+    result = submit(head, config, "--follow")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [record["step"] for record in records(run, "step")] == [1, 2, 3, 4]
+    assert (run / "student" / "model.safetensors").exists()
+    assert "succeeded, exit code 0" in to(head, "status", "sent").stdout
+    assert "sent" in to(head, "list", "--to", "ray", "--with", f"address={head.address}").stdout
+    assert "step 4/4" in to(head, "logs", "sent").stdout
+    assert left_running(run) == []
+
+    again = submit(head, config, "--follow")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "is finished: 4 steps" in again.stdout
+
+    forget_that_the_folder_is_visible("sent")
+    fetched = to(head, "fetch", "sent", "--into", "got")
+    assert fetched.returncode == 0, fetched.stdout + fetched.stderr
+    for name in ("report.html", "metrics.jsonl", "exit.json", "manifest.json", "student/model.safetensors"):
+        assert (here / "got" / name).read_bytes() == (run / name).read_bytes(), name
+    assert not list(head.temp_dir.glob("session_*/logs/stillhouse-offer*"))
+
+    assert holders_of_the_secret(tmp_path, head.temp_dir) == []
+    shown = json.dumps(head.api().jobs()) + result.stdout + to(head, "logs", "sent").stdout
+    assert SECRET not in shown
+    assert head.token_path.read_text() not in shown
+    assert {job["status"] for job in head.api().jobs()} == {"SUCCEEDED", "STOPPED"}
+
+
+def test_a_run_that_fails_on_the_cluster_returns_its_own_code(head: RayHead, here: Path, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path / "tiny", {"name": "bad"})
+    write_rows(tmp_path / "tiny" / "train.jsonl", [{"prompt": 7, "completion": None}])
+    result = submit(head, config, "--follow")
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert "failed, exit code 3" in result.stdout
+    status = to(head, "status", "bad")
+    assert status.returncode == 3
+    assert "rows cannot be used" in status.stdout
+
+
+def test_a_stopped_run_has_saved_and_goes_on_when_it_is_submitted_again(
+    head: RayHead, here: Path, tmp_path: Path
+) -> None:
+    changes = {"name": "halted", "training": {"steps": 150, "save_every": 0}}
+    config, run = tiny_run(tmp_path / "tiny", changes), tmp_path / "tiny" / "run"
+    assert submit(head, config).returncode == 0
+    second = submit(head, config)
+    assert second.returncode == 2
+    assert "of the same run folder" in second.stderr
+    deadline = time.monotonic() + 300
+    while not records(run, "step") if (run / "metrics.jsonl").exists() else True:
+        assert time.monotonic() < deadline, to(head, "logs", "halted").stdout
+        time.sleep(0.2)
+    stopped = to(head, "stop", "halted")
+    assert "stopped, exit code 75" in stopped.stdout, stopped.stdout + stopped.stderr
+    assert to(head, "status", "halted").returncode == 75
+    assert json.loads((run / "exit.json").read_text())["code"] == 75
+    done = len(records(run, "step"))
+    assert 0 < done < 150
+    assert left_running(run) == []
+
+    result = submit(head, config, "--follow")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads((run / "manifest.json").read_text())["resumed_from"] == done
+    assert [record["step"] for record in records(run, "step")] == list(range(1, 151))
+
+
+def test_a_run_on_this_machine_is_its_own_process_and_its_code_a_copy(here: Path, tmp_path: Path) -> None:
+    config, run = tiny_run(tmp_path / "tiny", {"name": "near"}), tmp_path / "tiny" / "run"
+    result = stillhouse("submit", str(config), "--to", "local", "--follow", timeout_s=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(records(run, "step")) == 8
+    assert events(run, "process")
+    assert left_running(run) == []
+    assert stillhouse("fetch", "near").returncode == 0
+    assert (here / "runs/near/report.html").read_bytes() == (run / "report.html").read_bytes()
+    assert holders_of_the_secret(tmp_path) == []
