@@ -62,16 +62,16 @@ def examine_members(asked: Asked, *, dashboard_url: str | None, warnings: tuple[
             warning("nodes", f"{names.get(node, node)} is taken away{when}", "runs there save and end with 75"),
         )
     yield CLUSTER, access(dashboard_url, os.environ, joined_without_token=WITHOUT_TOKEN in warnings)
-    with_our_code = []
     with _shared(asked.run_folder) as shared:
-        for node, finding in _compare(names, asked, shared):
-            if finding.status == "ok":
-                with_our_code.append(node)
-            yield names[node], finding
+        software_of = list(_compare(names, asked, shared))
+    with_our_code = [node for node, finding in software_of if finding.status == "ok"]
     others = [node for node in with_our_code if node != own]
-    for node, answer in _ask(examine_node, others, asked, several_nodes=len(names) > 1).items():
+    machine_of = _ask(examine_node, others, asked, several_nodes=len(names) > 1)
+    for node, name in names.items():
+        answer = machine_of.get(node, [])
         found = [problem("node", answer, "look at its raylet's log")] if isinstance(answer, str) else brief(answer)
-        yield from ((names[node], finding) for finding in found)
+        of_node = [finding for asked_node, finding in software_of if asked_node == node]
+        yield from ((name, finding) for finding in (*of_node, *found))
     together = {node: names[node] for node in with_our_code}
     yield from ((CLUSTER, finding) for finding in examine_network(together, accelerator=runtime.CPU))
     gpus = {node: name for node, name in together.items() if free_gpus(node)}

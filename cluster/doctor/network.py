@@ -160,7 +160,7 @@ def _group(nodes: Mapping[str, str], measured: Mapping[str, Any], backend: str) 
     if failed:
         advice = (
             "see that each host name resolves to the address of its node (not 127.*), or name the network in "
-            f"{backend.upper()}_SOCKET_IFNAME on every node before ray start"
+            f"{backend.upper()}_SOCKET_IFNAME on every node before ray start; unset it where it is wrong"
         )
         return problem(backend, "no all-reduce. " + "; ".join(failed), advice)
     interfaces = ", ".join(f"{nodes[node]} by {one.interface}" for node, one in measured.items())

@@ -86,7 +86,10 @@ def test_a_killed_controller_takes_everything_with_it(tmp_path: Path) -> None:
 
 def test_an_error_in_the_middle_ends_with_its_text_and_leaves_nothing(tmp_path: Path) -> None:
     run, trigger = tmp_path / "run", tmp_path / "now"
-    labels = {"labels": {"kind": "fakes.failing_labels", "trigger": str(trigger)}}
+    labels = {
+        "labels": {"kind": "fakes.failing_labels", "trigger": str(trigger)},
+        "faults": {"max_student_restarts": 0},
+    }
     with leftovers() as left:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support"), prepend=os.pathsep)
