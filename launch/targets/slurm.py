@@ -15,33 +15,28 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
-import jinja2
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from cluster.runtime import RAY_SETTINGS
 from configs.refusal import refusal
 from configs.schema import Section
-from launch.bundle import COMMAND, Bundle
+from launch.bundle import Bundle
 from launch.jobs import Tail, copy_results, exit_code_in, last_lines, waited_too_long
 from launch.targets import OVER, JobRecord, JobStatus, Shipment, State
 from launch.targets.run_checks import refuse_in_process
+from launch.targets.slurm_script import MARK, limit_s, render, submission_folder
 from trainer.errors import ConfigError, InfrastructureError, Preempted
 
-TEMPLATE = Path(__file__).with_name("slurm.sbatch.jinja")
 SCRIPT, LOG, STOP_ASKED = "job.sbatch", "job.log", "stop_asked"
-MARK = "stillhouse:"  # before our job id in the comment of a Slurm job
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:@%+/=-]+$")]
 Line = Annotated[str, Field(pattern=r"^[^\r\n]*$")]
 
 TIME = r"^(\d+|\d+:\d+|\d+:\d+:\d+|\d+-\d+(:\d+){0,2})$"
-SAFE_FOLDER = r"/[A-Za-z0-9_.,@+=/-]*"
 
 STATES: dict[str, State] = {
     "PENDING": "pending",
@@ -233,87 +228,6 @@ class Target:
                 return True
             time.sleep(POLL_S)
         return False
-
-
-# --- the script -------------------------------------------------------------------------------------------------------
-
-
-def submission_folder(bundle: Bundle, job: str) -> Path:
-    """Where the job is sent. Raises `ConfigError` for a path that #SBATCH lines cannot hold."""
-    assert bundle.run.folder is not None
-    folder = bundle.run.folder / "submissions" / job
-    if not re.fullmatch(SAFE_FOLDER, str(folder)):
-        raise ConfigError(
-            f"folder: {bundle.run.folder} has characters that the file names of sbatch cannot hold (only letters, "
-            "digits and _.,@+=/- may be in it): name another with --set folder=/shared/runs/NAME"
-        )
-    return folder
-
-
-def render(bundle: Bundle, options: Options, job: str) -> str:
-    """The batch script."""
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        comment_start_string="{##",  # bash writes ${#list[@]}
-        comment_end_string="##}",
-    )
-    environment.filters["sh"] = shlex.quote
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    ray_options = _ray_options(options)
-    return template.render(
-        run=bundle.run.name,
-        comment=MARK + job,
-        folder=str(submission_folder(bundle, job)),
-        resources=_resources(options),
-        ray_options=f" -- {shlex.join(ray_options)}" if ray_options else "",
-        ray_environment={name: value for name, value in RAY_SETTINGS.items() if name != "RAY_AUTH_MODE"},
-        train=shlex.join(COMMAND),
-        **options.model_dump(exclude={"python"}),
-        python=options.python or sys.executable,
-    )
-
-
-def _resources(options: Options) -> list[str]:
-    lines = {
-        "time": options.time,
-        "partition": options.partition,
-        "account": options.account,
-        "qos": options.qos,
-        "gpus-per-node": options.gpus_per_node,
-        "cpus-per-task": options.cpus_per_node,
-        "mem": options.memory,
-    }
-    found = [f"--{name}={value}" for name, value in lines.items() if value is not None]
-    if options.cpus_per_node is None:
-        found += ["--exclusive"] + ([] if options.memory is not None else ["--mem=0"])
-    return found
-
-
-def _ray_options(options: Options) -> list[str]:
-    """What Ray books on each node: what the job was given, and not what the machine has."""
-    gpus = options.gpus_per_node
-    found = {
-        "num-cpus": options.slots_per_node or options.cpus_per_node,
-        "num-gpus": None if gpus is None else str(gpus).rpartition(":")[2],
-        "object-store-memory": options.object_store_bytes,
-    }
-    return [f"--{name}={value}" for name, value in found.items() if value is not None]
-
-
-def limit_s(time_limit: str | int) -> int | None:
-    """Seconds of a time limit as sbatch reads it; 0 is none."""
-    days, _, rest = str(time_limit).rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if days:
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-    elif len(parts) == 3:
-        hours, minutes, seconds = parts
-    else:
-        hours, (minutes, seconds) = 0, [*parts, 0][:2]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or None
 
 
 # --- Slurm's commands -------------------------------------------------------------------------------------------------
