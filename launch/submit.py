@@ -27,6 +27,7 @@ COLOURS = {
     "failed": typer.colors.RED,
     "stopped": typer.colors.YELLOW,
     "preempted": typer.colors.YELLOW,
+    "unknown": typer.colors.MAGENTA,
 }
 
 
@@ -51,6 +52,8 @@ def submit(
         )
         job = new_job(bundle.run.name)
         shipment = target.prepare(bundle, options, job)
+        for warning in shipment.warnings:
+            typer.secho(f"warning: {warning}", fg=typer.colors.YELLOW, err=True)
         if dry_run:
             typer.echo(describe(bundle, shipment, kind=kind, job=job))
             return 0
@@ -199,7 +202,7 @@ def _status_or_reason(record: JobRecord) -> JobStatus:
         return load_target(record.kind).status(record)
     except StillhouseError as error:
         text = f"cannot be asked: {error}"
-        return JobStatus(record.job, "pending", message=text, name=record.name, submitted=record.submitted)
+        return JobStatus(record.job, "unknown", message=text, name=record.name, submitted=record.submitted)
 
 
 def _print_all(pieces: Iterator[str]) -> None:

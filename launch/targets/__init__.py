@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TARGETS = Family("launch.targets", "Target", "local")
 
-State = Literal["pending", "running", "succeeded", "failed", "stopped", "preempted"]
+State = Literal["pending", "running", "succeeded", "failed", "stopped", "preempted", "unknown"]
 OVER: frozenset[State] = frozenset({"succeeded", "failed", "stopped", "preempted"})
 
 
@@ -36,6 +36,7 @@ class Shipment:
     files: Mapping[str, str | Path]  # name -> text, or a file or folder on this machine
     command: tuple[str, ...]  # what is executed where the run will be, or ()
     note: str  # for the person: where it goes, what to type
+    warnings: tuple[str, ...] = ()  # what is unsafe about it; told before it is sent
 
 
 @dataclass(frozen=True, slots=True)

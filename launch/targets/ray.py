@@ -15,6 +15,7 @@ import json
 import re
 import shlex
 import time
+import urllib.parse
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ from configs.schema import Section
 from launch.bundle import COMMAND, Bundle
 from launch.jobs import TAIL_LINES, Tail, copy_results, exit_code_in, refuse_run_folder, visible_folder, waited_too_long
 from launch.targets import JobRecord, JobStatus, Shipment, State
-from launch.targets.ray_api import NotFound, RayApi
+from launch.targets.ray_api import NotFound, RayApi, is_loopback
 from launch.targets.ray_fetch import fetch_results
 from trainer.errors import ConfigError, InfrastructureError, Preempted
 
@@ -42,6 +43,7 @@ PACKAGE_LIMIT = 500 * 2**20
 
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 POLL_S = 1.0
+MAX_VAIN_FOLLOWS = 20
 
 
 class Options(Section):
@@ -49,6 +51,7 @@ class Options(Section):
 
     address: str = Field("http://127.0.0.1:8265", description="Of the cluster's dashboard.")
     token_path: str | None = Field(None, description="File with its token; None: RAY_AUTH_TOKEN_PATH, as Ray reads it.")
+    insecure: bool = Field(False, description="Submit over a network to a cluster that asks for no token.")
     python: str = Field("python", min_length=1, description="Python of the nodes.")
     driver_cpus: NonNegativeFloat = Field(0, description="With these or driver_resources it runs where they are free.")
     driver_resources: dict[str, PositiveFloat] = Field({}, description="Ray resources the driver holds; none: head.")
@@ -105,6 +108,7 @@ class Target:
             note=f"A job for the Ray cluster at {options.address}; working_dir is uploaded, the rest of the request is "
             f"job.json. The driver runs {_where(options)}; models and the run folder {bundle.run.folder} must be "
             "visible under these paths on the nodes.",
+            warnings=_warnings(options),
         )
 
     def submit(self, bundle: Bundle, shipment: Shipment, options: Options, job: str) -> JobRecord:
@@ -115,6 +119,12 @@ class Target:
             )
         api = _api(options)
         api.check()
+        if api.is_open and not options.insecure:
+            raise ConfigError(
+                f"the cluster at {options.address} asks for no token: whoever reaches it runs code on it. Start "
+                "it with RAY_AUTH_MODE=token, or keep its dashboard on 127.0.0.1 and reach it through ssh -L; where something "
+                "else protects it, write --with insecure=true"
+            )
         _refuse_second(api, str(bundle.run.folder))
         request = json.loads(str(shipment.files["job.json"]))
         request["runtime_env"]["working_dir"] = str(shipment.files["working_dir"])
@@ -127,10 +137,6 @@ class Target:
             handle=job,
             options=options.model_dump(mode="json"),
         )
-
-    def warnings(self, options: Options) -> list[str]:
-        """What is unsafe about the way the cluster is reached."""
-        return _api(options).warnings()
 
     def status(self, record: JobRecord) -> JobStatus:
         api = _api(_options(record))
@@ -146,9 +152,9 @@ class Target:
         if not follow:
             yield from codecs.iterdecode(api.output(known), "utf-8", "replace")
             return
-        seen = 0
-        while True:
-            position = 0
+        seen, in_vain = 0, 0
+        while in_vain < MAX_VAIN_FOLLOWS:
+            position, before = 0, seen
             for piece in _followed(api, record.handle):
                 position += len(piece)
                 if position > seen:
@@ -156,7 +162,12 @@ class Target:
                     seen = position
             if self.status(record).over:
                 return
+            in_vain = in_vain + 1 if seen == before else 0
             time.sleep(POLL_S)  # the connection broke, the job did not
+        raise InfrastructureError(
+            f"the output of {record.job} cannot be followed at {api.address} (does a proxy refuse web sockets?); "
+            f"stillhouse logs {record.name} prints what there is"
+        )
 
     def stop(self, record: JobRecord) -> None:
         options = _options(record)
@@ -200,6 +211,16 @@ class Target:
         if node_id is not None and node_id not in api.living_nodes():
             node_id = None  # the folder may be shared with the head
         fetch_results(api, record.folder, destination, python=options.python, node_id=node_id)
+
+
+def _warnings(options: Options) -> tuple[str, ...]:
+    parts = urllib.parse.urlsplit(options.address)
+    if parts.scheme != "http" or not parts.hostname or is_loopback(parts.hostname):
+        return ()
+    return (
+        f"token and code go to {parts.hostname} unencrypted: use a private network, or "
+        f"ssh -L 8265:127.0.0.1:{parts.port or 80} {parts.hostname} and --with address=http://127.0.0.1:8265",
+    )
 
 
 def _where(options: Options) -> str:
@@ -280,17 +301,15 @@ def _first_lines(text: str, limit: int = 500) -> str:
 
 def _followed(api: RayApi, job: str) -> Iterator[str]:
     """Ray's asynchronous log stream from its beginning, as a plain iterator; ends with the job, or earlier."""
+    import aiohttp
 
-    async def following(stream: AsyncIterator[str]) -> str | None:
+    async def next_of(stream: AsyncIterator[str]) -> str | None:
         return await anext(stream, None)
 
-    loop = asyncio.new_event_loop()
     stream = api.client().tail_job_logs(job)
-    try:
-        while (piece := loop.run_until_complete(following(stream))) is not None:
-            yield piece
-    except (RuntimeError, OSError):
-        return  # the caller asks how the job is, and comes again
-    finally:
-        loop.run_until_complete(stream.aclose())
-        loop.close()
+    with asyncio.Runner() as runner:  # it ends the connection on Ctrl-C, too
+        try:
+            while (piece := runner.run(next_of(stream))) is not None:
+                yield piece
+        except (RuntimeError, OSError, aiohttp.ClientError):
+            return  # the caller asks how the job is, and comes again

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 TIMEOUT_S = 30.0
 TRANSFER_TIMEOUT_S = 3600
 PIECE_BYTES = 1 << 20
+ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 
 HOW_TO_SET_TOKEN = (
     "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token, or give its path with "
@@ -85,21 +86,10 @@ class RayApi:
             )
         return ray
 
-    def warnings(self) -> list[str]:
-        """What is unsafe about the way this cluster is reached."""
-        if _is_loopback(self._host):
-            return []
-        if not self._token:
-            return [
-                f"{self.address} needs no token: whoever reaches it can run code on the cluster. Start it with "
-                "RAY_AUTH_MODE=token, or keep its dashboard on 127.0.0.1 and reach it through ssh -L"
-            ]
-        if self._scheme == "http":
-            return [
-                f"the token goes to {self._host} unencrypted: use a private network, or ssh -L 8265:127.0.0.1:8265 "
-                f"{self._host} and --with address=http://127.0.0.1:8265"
-            ]
-        return []
+    @property
+    def is_open(self) -> bool:
+        """Whether others than this machine's users can reach a cluster that, as far as we know, asks for no token."""
+        return self._token is None and not is_loopback(self._host)
 
     def client(self) -> JobSubmissionClient:
         """Ray's own client, for submitting and for following logs."""
@@ -107,7 +97,15 @@ class RayApi:
 
         for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
             logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
-        return JobSubmissionClient(self.address, headers=self._headers())
+        # Ray lets RAY_ADDRESS and RAY_API_SERVER_ADDRESS overrule what it is given: another cluster than was checked.
+        before = os.environ.get(ADDRESS_VARIABLE)
+        os.environ[ADDRESS_VARIABLE] = self.address
+        try:
+            return JobSubmissionClient(self.address, headers=self._headers())
+        finally:
+            del os.environ[ADDRESS_VARIABLE]
+            if before is not None:
+                os.environ[ADDRESS_VARIABLE] = before
 
     def submit(self, **request: Any) -> None:
         """Upload the working directory, where the cluster does not have it yet, and start a job: the arguments of
@@ -269,7 +267,7 @@ def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -8,8 +8,11 @@ import stat
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -206,6 +209,27 @@ def test_another_version_of_ray_or_python_is_refused_and_both_are_named(
     dashboard.ray, dashboard.python = ray.__version__, "3.10.4"
     assert_refused(stillhouse(*command), "runs Python 3.10.4", f"{sys.version_info.major}.{sys.version_info.minor}")
     assert dashboard.changes == []
+
+
+def test_a_cluster_on_the_network_without_a_token_is_refused_unless_asked(
+    project: Path, dashboard: FakeDashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(urllib.request, "urlopen", _as_if_on_this_machine(dashboard, urllib.request.urlopen))
+    command = ["submit", "run.yaml", "--to", "ray", "--with", "address=http://head.cluster:8265"]
+    result = stillhouse(*command)
+    assert_refused(result, "asks for no token", "insecure=true")
+    assert "warning: token and code go to head.cluster unencrypted" in result.stderr
+    assert dashboard.changes == []
+
+
+def _as_if_on_this_machine(dashboard: FakeDashboard, urlopen: Callable[..., Any]) -> Callable[..., Any]:
+    """A name service for one name."""
+
+    def resolved(request: urllib.request.Request, **options: Any) -> Any:
+        request.full_url = request.full_url.replace("http://head.cluster:8265", dashboard.address)
+        return urlopen(request, **options)
+
+    return resolved
 
 
 def test_a_second_job_of_a_run_that_is_not_over_is_refused(project: Path, dashboard: FakeDashboard) -> None:

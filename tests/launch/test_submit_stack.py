@@ -4,7 +4,10 @@ machine. A run ends well, fails with its own code, is stopped, is submitted agai
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,8 @@ from tiny_runs import records, stillhouse, tiny_run, write_rows
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 SECRET = "hf_" + "plantedsecret" * 3
-VLLM = {"teacher": {"scorer": {"engine": {"kind": "vllm", "kv_cache_bytes": 32 * 2**20}}}}
+VLLM = {"engine": {"kind": "vllm", "kv_cache_bytes": 32 * 2**20}, "tensor_parallel_size": 2}
+"""Two worker processes: the code has to be found in those, too."""
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +40,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def to(head: RayHead, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command, with the cluster's token in its environment."""
-    return stillhouse(*arguments, timeout_s=600, **head.environment)
+    """The command, with the cluster's token in its environment, and the address of a cluster that is not meant."""
+    return stillhouse(*arguments, timeout_s=600, RAY_ADDRESS="127.0.0.1:1", **head.environment)
 
 
 def submit(head: RayHead, config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -58,7 +62,7 @@ def forget_that_the_folder_is_visible(name: str) -> None:
 def test_a_cluster_without_stillhouse_runs_what_was_submitted_and_gives_it_back(
     head: RayHead, here: Path, tmp_path: Path
 ) -> None:
-    changes = {**VLLM, "name": "sent", "training": {"steps": 4, "save_every": 2}}
+    changes = {"teacher": {"scorer": VLLM}, "name": "sent", "training": {"steps": 4, "save_every": 2}}
     config, run = tiny_run(tmp_path / "tiny", changes), tmp_path / "tiny" / "run"
     result = submit(head, config, "--follow")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -111,6 +115,17 @@ def test_a_stopped_run_has_saved_and_goes_on_when_it_is_submitted_again(
     while not records(run, "step") if (run / "metrics.jsonl").exists() else True:
         assert time.monotonic() < deadline, to(head, "logs", "halted").stdout
         time.sleep(0.2)
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "launch", "logs", "-f", "halted"],
+        env={**os.environ, **head.environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "Runtime env is setting up" in watching.stdout.readline()
+    watching.send_signal(signal.SIGINT)
+    assert "halted-" in watching.communicate(timeout=60)[1]
+    assert watching.returncode == 130
     stopped = to(head, "stop", "halted")
     assert "stopped, exit code 75" in stopped.stdout, stopped.stdout + stopped.stderr
     assert to(head, "status", "halted").returncode == 75
