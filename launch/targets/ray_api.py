@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.ray_token import refuse_open_token
 from trainer.errors import ConfigError, InfrastructureError
 
 if TYPE_CHECKING:
@@ -249,6 +250,7 @@ def _read_token(file: Path, named_by: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise ConfigError(f"{named_by}: the token file {file} cannot be read: {reason}") from None
+    refuse_open_token(file)
     if not token or len(token.split()) != 1:
         raise ConfigError(f"{named_by}: the token file {file} {'is empty' if not token else 'holds more than a token'}")
     return token

@@ -192,6 +192,8 @@ def test_a_missing_token_a_wrong_one_and_an_unreadable_one_are_three_messages(
     assert_refused(stillhouse(*command, **wrong), named, "HTTP 403")
     dashboard.wrong_token_status = 401
     assert_refused(stillhouse(*command, **wrong), named, "HTTP 401")
+    (project / "token").chmod(0o644)
+    assert_refused(stillhouse(*command, **wrong), f"chmod 600 {project / 'token'}")
     missing = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(project / "nothing")}
     assert_refused(stillhouse(*command, **missing), "RAY_AUTH_TOKEN_PATH: the token file", "cannot be read")
     assert_refused(stillhouse(*command, RAY_AUTH_MODE="token"), "there is no token", "auth_token")
