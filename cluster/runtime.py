@@ -402,6 +402,11 @@ def reread_ray_environment() -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
+def object_store_bytes(max_label_bytes: int) -> int:
+    """Of a Ray started for one run on this machine: labels are taken out of it as they are staged."""
+    return min(max_label_bytes // 2 + 256 * 2**20, 2**30)
+
+
 def shared_memory_warning(object_store_bytes: int | None, shared_memory: Path = Path("/dev/shm")) -> str | None:
     """Where the labels would travel through a disk instead of shared memory."""
     if object_store_bytes is None or not shared_memory.is_dir():

@@ -144,8 +144,8 @@ def _hardware(
             )
         return resolve_run(run, inputs, Hardware.of_ray()), cluster
     resolved = resolve_run(run, inputs, Hardware.local())
-    store = run.training.max_label_bytes // 2 + 256 * 2**20
-    cluster = runtime.start_ray(num_cpus=resolved.placement.num_slots, object_store_bytes=min(store, 2**30))
+    store = runtime.object_store_bytes(run.training.max_label_bytes)
+    cluster = runtime.start_ray(num_cpus=resolved.placement.num_slots, object_store_bytes=store)
     stack.callback(runtime.stop_ray, cluster)
     return resolved, cluster
 
