@@ -161,8 +161,8 @@ def test_held_out_rows_are_answered_and_never_in_training() -> None:
     train, held_out = demo_rows("train"), demo_rows("eval")
     assert all(row["completion"] for row in held_out)
     prompts = [json.dumps(row["prompt"]) for row in train + held_out]
-    assert len(set(prompts)) == len(prompts) == 320
-    assert 30 <= sum(row["completion"] is None for row in train) <= 45
+    assert len(set(prompts)) == len(prompts) == 740
+    assert 80 <= sum(row["completion"] is None for row in train) <= 95
 
 
 def demo_rows(split: str) -> list[dict]:

