@@ -16,7 +16,6 @@ from packaging.version import Version
 
 from cluster.doctor.finding import Finding, Look, ok, problem, warning
 from cluster.runtime import CPU, GPU
-from cluster.runtime import CPU, GPU
 
 DISTRIBUTION = "stillhouse"
 PLUGIN_GROUP = "vllm.general_plugins"
