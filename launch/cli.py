@@ -116,6 +116,7 @@ def train(
     except StillhouseError as error:
         _tell_exit_code(error.exit_code)
         raise
+    _tell_exit_code(code)
     raise typer.Exit(code)
 
 

@@ -122,8 +122,8 @@ class Target:
         if api.is_open and not options.insecure:
             raise ConfigError(
                 f"the cluster at {options.address} asks for no token: whoever reaches it runs code on it. Start "
-                "it with RAY_AUTH_MODE=token, or keep its dashboard on 127.0.0.1 and reach it through ssh -L; where something "
-                "else protects it, write --with insecure=true"
+                "it with RAY_AUTH_MODE=token, or keep its dashboard on 127.0.0.1 and reach it through ssh -L; where "
+                "something else protects it, write --with insecure=true"
             )
         _refuse_second(api, str(bundle.run.folder))
         request = json.loads(str(shipment.files["job.json"]))
@@ -277,6 +277,7 @@ def _status(record: JobRecord, known: dict[str, Any], tail: Tail) -> JobStatus:
     code = known.get("driver_exit_code")
     if state == "stopped" and code is None:
         code = tail.exit_code  # Ray keeps none of a job it stopped
+        state = "succeeded" if code == 0 else state  # it was at its end
     if state == "failed" and code == Preempted.exit_code:
         state = "preempted"
     running = state in ("pending", "running")

@@ -261,6 +261,7 @@ def test_a_web_server_that_is_no_dashboard_is_named_as_such(project: Path, dashb
         ({"status": "FAILED", "driver_exit_code": 75}, "", 75, "preempted, exit code 75"),
         ({"status": "STOPPED"}, "error: saved\nstillhouse train: exit code 75\n", 75, "stopped, exit code 75"),
         ({"status": "STOPPED"}, "killed\n", 130, "stopped"),
+        ({"status": "STOPPED"}, "stillhouse train: exit code 0\n", 0, "succeeded, exit code 0"),
         ({"status": "FAILED", "driver_node_id": None, "message": "no such environment"}, "", 4, "failed"),
     ],
 )
