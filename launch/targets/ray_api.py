@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.ray_token import refuse_open_token
+from cluster import ray_token
 from trainer.errors import ConfigError, InfrastructureError
 
 if TYPE_CHECKING:
@@ -222,38 +223,38 @@ class RayApi:
 
 
 def find_token(token_path: str | None, environment: Mapping[str, str] = os.environ) -> tuple[str | None, str]:
-    """(token, where it was found), by Ray's own rules; `token_path` goes before them. None: the cluster needs none.
+    """(token, where it was found): `token_path`, else what Ray would take. None: the cluster is thought to need none.
 
-    Raises `ConfigError` where a token is asked for and cannot be read.
+    Raises `ConfigError` where a token is asked for and cannot be read, or others may read its file.
     """
-    mode = environment.get("RAY_AUTH_MODE")
     if token_path is not None:
-        return _read_token(Path(token_path).expanduser(), "token_path"), token_path
+        return _read_token(Path(token_path).expanduser()), token_path
+    mode = environment.get(ray_token.MODE, "").lower()
     if mode == "disabled":
         return None, ""
-    if environment.get("RAY_AUTH_TOKEN"):
-        return environment["RAY_AUTH_TOKEN"].strip(), "RAY_AUTH_TOKEN"
-    named = environment.get("RAY_AUTH_TOKEN_PATH")
-    if named:
-        return _read_token(Path(named).expanduser(), "RAY_AUTH_TOKEN_PATH"), f"RAY_AUTH_TOKEN_PATH={named}"
-    default = Path.home() / ".ray" / "auth_token"
-    if default.is_file():
-        return _read_token(default, "Ray's default token file"), str(default)
-    if mode == "token":
+    if environment.get(ray_token.TOKEN):
+        return environment[ray_token.TOKEN].strip(), ray_token.TOKEN
+    named = environment.get(ray_token.TOKEN_PATH)
+    if named:  # used without RAY_AUTH_MODE, too: whoever names a token means it
+        return _read_token(Path(named).expanduser()), f"{ray_token.TOKEN_PATH}={named}"
+    default = ray_token.named_token_file(environment)
+    if default is None:
+        return None, ""
+    if not default.exists():
         raise ConfigError(f"RAY_AUTH_MODE=token, but there is no token: {default} does not exist. {HOW_TO_SET_TOKEN}")
-    return None, ""
+    return _read_token(default), str(default)
 
 
-def _read_token(file: Path, named_by: str) -> str:
+def _read_token(file: Path) -> str:
+    ray_token.refuse_open_token(file)
     try:
-        token = file.read_text(encoding="utf-8").strip()
+        words = file.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise ConfigError(f"{named_by}: the token file {file} cannot be read: {reason}") from None
-    refuse_open_token(file)
-    if not token or len(token.split()) != 1:
-        raise ConfigError(f"{named_by}: the token file {file} {'is empty' if not token else 'holds more than a token'}")
-    return token
+        raise ConfigError(f"Ray's token file {file} cannot be read: {reason}") from None
+    if len(words) != 1:
+        raise ConfigError(f"Ray's token file {file} {'holds more than a token' if words else 'is empty'}")
+    return words[0]
 
 
 def _read(response: http.client.HTTPResponse, address: str) -> bytes:

@@ -195,8 +195,13 @@ def test_a_missing_token_a_wrong_one_and_an_unreadable_one_are_three_messages(
     (project / "token").chmod(0o644)
     assert_refused(stillhouse(*command, **wrong), f"chmod 600 {project / 'token'}")
     missing = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(project / "nothing")}
-    assert_refused(stillhouse(*command, **missing), "RAY_AUTH_TOKEN_PATH: the token file", "cannot be read")
+    assert_refused(stillhouse(*command, **missing), f"token file {project / 'nothing'} cannot be read")
     assert_refused(stillhouse(*command, RAY_AUTH_MODE="token"), "there is no token", "auth_token")
+    (project / "token").chmod(0o644)
+    assert_refused(stillhouse(*command, **wrong), "has mode 0644, so others may read it")
+    (project / "token").chmod(0o600)
+    (project / "token").write_text("\n")
+    assert_refused(stillhouse(*command, "--with", f"token_path={project / 'token'}"), "is empty")
     assert dashboard.changes == []
 
 
