@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.ray_token import refuse_open_token
 from cluster import ray_token
 from trainer.errors import ConfigError, InfrastructureError
 
