@@ -27,19 +27,34 @@ SUBMIT = "submit the run from here, `stillhouse submit CONFIG --to ray`"
 
 def check_cluster(address: str) -> None:
     """Raises `ConfigError` for a cluster at `address` (HOST:PORT) that this process cannot join. Reads Ray's variables
-    of this process; other forms of address are left to Ray."""
+    of this process; `auto` is the cluster of this machine, as Ray announces it here."""
     if "://" in address:
         raise ConfigError(
             f"RAY_ADDRESS is {address}: a run needs the address of the cluster itself, HOST:PORT as `ray start` prints "
             f"it, on a machine that is a node of it; or {SUBMIT}"
         )
+    if address == "auto":
+        address = _announced()
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        return
+        raise ConfigError(f"RAY_ADDRESS is {address}: write HOST:PORT, as `ray start` prints it, or auto")
     _connect(address, host, int(port))
     client = _client(address)
     _check_versions(address, client)
     _check_member(address, client)
+
+
+def _announced() -> str:
+    """The address of the cluster that runs on this machine."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        found = canonicalize_bootstrap_address("auto")
+    except ConnectionError:
+        found = None
+    if found is None:
+        raise ConfigError("RAY_ADDRESS is auto, and no Ray cluster runs on this machine: start one, or unset it")
+    return found
 
 
 def _connect(address: str, host: str, port: int) -> None:

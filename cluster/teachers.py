@@ -294,7 +294,7 @@ class ReplicaPool:
             try:
                 await self._start(index)
                 return
-            except NoRoom as error:
+            except (NoRoom, ConfigError) as error:  # neither gets better by trying again
                 self._last_error = str(error)
                 await self._lose(replica, str(error))
                 return
