@@ -1,20 +1,25 @@
 """A process that cleans up after a Ray started here when its owner is gone: after SIGKILL there is nobody else.
 
     owner (holds the write end of a pipe)  ->  the kernel closes it when the owner ends  ->  guard reads the end
-    guard: waits for Ray's processes to end by themselves, kills the others, removes the session's folder, ends
+    guard: waits for Ray's processes to end by themselves, kills the others, removes their shared memory and the
+           session's folder, ends
 
-This file is also the guard's whole program: it runs without site packages, so it starts in 20 ms and takes 10 MB.
+The guard's program needs nothing but Python's own library, so it starts in 20 ms and takes 10 MB.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+from cluster import shared_memory
 
 SESSION = "STILLHOUSE_SESSION"
 """In the environment of every process that belongs to the session: its folder."""
@@ -22,6 +27,7 @@ SESSION = "STILLHOUSE_SESSION"
 GRACE_S = 10.0  # for Ray's processes to notice that their driver is gone
 KILL_S = 10.0
 POLL_S = 0.1
+LOOK_EVERY_S = 30.0  # at what shared memory the session has, since the dead cannot be asked
 RELEASE_TIMEOUT_S = 25.0  # longer than GRACE_S and KILL_S together
 
 
@@ -36,7 +42,9 @@ class Guard:
         """Watch over the session in `folder` from now on."""
         # Ray and vLLM write titles over their environment, by which their processes could not be found again.
         os.environ.update({SESSION: folder, "SPT_NOENV": "1"})
-        command = [sys.executable, "-I", "-S", __file__, folder, str(os.getpid()), str(grace_s)]
+        program = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); from cluster import guard; "
+        arguments = (folder, os.getpid(), grace_s)
+        command = [sys.executable, "-I", "-S", "-c", f"{program}guard.main(*{arguments!r})"]
         # A session of its own: Ctrl-C and whatever else ends the owner's group does not end the guard.
         return cls(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True))
 
@@ -53,8 +61,13 @@ def main(folder: str, owner: int, grace_s: float) -> None:
     """The guard's program."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    os.read(0, 1)
     spared = {owner, os.getpid()}
+    segments: set[str] = set()
+    gone = False
+    while not gone:
+        gone = bool(select.select([sys.stdin], [], [], LOOK_EVERY_S)[0])  # its end: nothing is ever written
+        for pid in members(folder, spared):
+            segments |= shared_memory.used_by(pid)
     grace = time.monotonic() + grace_s
     while members(folder, spared) and time.monotonic() < grace:
         time.sleep(POLL_S)
@@ -64,6 +77,7 @@ def main(folder: str, owner: int, grace_s: float) -> None:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(POLL_S)
+    shared_memory.remove_unused(segments)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -95,7 +109,3 @@ def _holds(pid: str, folder: str) -> bool:
             if os.readlink(f"/proc/{pid}/fd/{descriptor}").startswith(folder + "/"):
                 return True
     return False
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))

@@ -7,7 +7,9 @@ memory from its successor. So an actor says who it is when it starts, and who gi
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +19,10 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster import shared_memory
+
 KILL_TIMEOUT_S = 20.0
+DYING_S = 5.0  # until the children of a killed process are gone, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,7 @@ class ProcessIdentity:
     node: str
     pid: int
     created: float
+    shared_memory: tuple[str, ...] = ()  # names that it and its children leave behind when they are killed
 
 
 def this_process() -> ProcessIdentity:
@@ -35,8 +41,15 @@ def this_process() -> ProcessIdentity:
     return ProcessIdentity(ray.get_runtime_context().get_node_id(), pid, psutil.Process(pid).create_time())
 
 
+def own_shared_memory() -> tuple[str, ...]:
+    """The named segments that this process and its children use now."""
+    family = [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
+    return tuple(sorted(set().union(*map(shared_memory.used_by, family))))
+
+
 def kill_local(identity: ProcessIdentity) -> bool:
-    """SIGKILL the process and its children if it still runs here; returns whether it did."""
+    """SIGKILL the process and its children if it still runs, and remove what they shared. Returns whether it ran."""
+    ran = False
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(identity.pid)
         if process.create_time() == identity.created:
@@ -44,8 +57,13 @@ def kill_local(identity: ProcessIdentity) -> bool:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     child.kill()
             process.kill()
-            return True
-    return False
+            ran = True
+    deadline = time.monotonic() + DYING_S
+    while (left := shared_memory.remove_unused(identity.shared_memory)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if left:
+        logging.getLogger(__name__).warning("still in use, and so not removed: %s", ", ".join(sorted(left)))
+    return ran
 
 
 def kill_actor(actor: Any, identity: ProcessIdentity | None) -> list[Any]:

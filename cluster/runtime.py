@@ -297,7 +297,7 @@ def start_ray(
     reread_ray_environment()
     guard = Guard.of(str(made)) if made is not None else None
     before = {child.pid for child in psutil.Process().children()}
-    with _released_on_error(guard), _signal_handlers_kept():
+    with _released_on_error(guard), _signal_handlers_kept(), _temporary_files_in(made):
         context = ray.init(
             address="local",
             num_cpus=max(num_cpus, len(os.sched_getaffinity(0))),
@@ -356,6 +356,24 @@ def _released_on_error(guard: Guard | None) -> Iterator[None]:
             undo.callback(guard.release)
         yield
         undo.pop_all()
+
+
+@contextlib.contextmanager
+def _temporary_files_in(session: Path | None) -> Iterator[None]:
+    """What is started inside, and what that starts, keeps its temporary files in the session's folder: they go with it,
+    however it ends. Compiled kernels, which would lie there too, are worth keeping."""
+    if session is None:
+        yield
+        return
+    (session / "tmp").mkdir()
+    kernels = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(cache_folder() / "inductor")
+    before = os.environ.get("TMPDIR")
+    os.environ.update({"TMPDIR": str(session / "tmp"), "TORCHINDUCTOR_CACHE_DIR": kernels})
+    try:
+        yield
+    finally:
+        os.environ.pop("TMPDIR")
+        os.environ |= {} if before is None else {"TMPDIR": before}
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ from cluster.health import (
 )
 from cluster.logs import SharedFolder, last_words, redirect_output
 from cluster.model_files import local_copy
-from cluster.processes import ProcessIdentity, kill_actor, this_process, wait_killed
+from cluster.processes import ProcessIdentity, kill_actor, own_shared_memory, this_process, wait_killed
 from configs.schema import Faults
 from trainer.build import check_build
 from trainer.errors import (
@@ -85,9 +85,10 @@ class TeacherActor:
         self._folder.check()
         return this_process()
 
-    async def start(self) -> None:
-        """Load the model."""
+    async def start(self) -> tuple[str, ...]:
+        """Load the model. Returns the shared memory that the engine has, which outlives it where it is killed."""
         self._engine = await asyncio.to_thread(start_engine, self._plan, self._name)
+        return own_shared_memory()
 
     async def ping(self) -> None:
         """Answers while the engine works: it has a thread of its own."""
@@ -316,7 +317,8 @@ class ReplicaPool:
             process = await answer(replica.actor.identify.remote(), self._plan.start_timeout_s)
             replica.process = process
             self._observer.event("process", role=replica.name, pid=process.pid, node=process.node)
-            await answer(replica.actor.start.remote(), self._plan.start_timeout_s)
+            segments = await answer(replica.actor.start.remote(), self._plan.start_timeout_s)
+            replica.process = replace(process, shared_memory=segments)
         except (RayError, DeadlineExceeded) as error:
             cause = unwrap(error)
             if isinstance(cause, ConfigError):

@@ -74,7 +74,42 @@ def test_the_guard_of_an_owner_that_is_killed_with_its_group_does_the_same(sessi
     owner.wait(timeout=20)
     assert gone(child)
     deadline = time.monotonic() + 20
-    while session.exists() and time.monotonic() < deadline:
+    while (session.exists() or members(str(session), {os.getpid()})) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not session.exists()
-    assert members(str(session), {os.getpid()}) == []
+    assert members(str(session), {os.getpid()}) == [], "the guard itself is gone, too"
+
+
+SEGMENTS = """
+import subprocess, sys, time
+from multiprocessing import resource_tracker, shared_memory
+segments = [shared_memory.SharedMemory(name, create=True, size=4096) for name in sys.argv[1:]]
+for segment in segments:
+    resource_tracker.unregister(segment._name, "shared_memory")
+print("there", flush=True)
+time.sleep(300)
+"""
+
+
+def test_shared_memory_of_killed_processes_goes_and_that_of_others_stays(session: Path) -> None:
+    names = [f"sh-test-{os.getpid()}-{kind}" for kind in ("mine", "also", "other")]
+    paths = [Path("/dev/shm") / name for name in names]
+    other = subprocess.Popen([sys.executable, "-c", SEGMENTS, names[2]], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    guard = Guard.of(str(session), grace_s=0.2)
+    mine = subprocess.Popen([sys.executable, "-c", SEGMENTS, *names[:2]], stdout=subprocess.PIPE)
+    mine.stdout.readline()
+    held = paths[1].open("rb")  # used by somebody who is no member
+    assert all(path.exists() for path in paths)
+    os.environ.pop(SESSION)
+    holder = subprocess.Popen(SLEEP, stdin=held)
+    held.close()
+    guard.release()
+    mine.wait(timeout=20)
+    there = [path.exists() for path in paths]
+    for process in (holder, other):
+        process.kill()
+        process.wait()
+    for path in paths:
+        path.unlink(missing_ok=True)
+    assert there == [False, True, True]

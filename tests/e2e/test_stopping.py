@@ -20,7 +20,11 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
 
 GONE_WITHIN_S = 30.0
 BRIEF = {"student": {"ranks": 2}, "training": {"steps": 400, "save_every": 0}, "optimizer": {"schedule": "constant"}}
-VLLM = {"teacher": {"scorer": {"engine": {"kind": "vllm", "kv_cache_bytes": 32 * 2**20}}}, "student": {"ranks": 1}}
+VLLM = {
+    "teacher": {"scorer": {"engine": {"kind": "vllm", "kv_cache_bytes": 32 * 2**20}, "tensor_parallel_size": 2}},
+    "student": {"ranks": 1},
+}
+"""Two shards: an engine with processes and shared memory of its own."""
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -79,6 +83,7 @@ def test_a_killed_controller_takes_everything_with_it(tmp_path: Path) -> None:
     with leftovers() as left:
         process = start(tiny_run(tmp_path, BRIEF))
         when(run, lambda: 2 in losses(run), process)
+        assert len(left.processes()) > 4
         process.kill()  # the controller alone: its children must notice by themselves
         process.communicate(timeout=60)
         assert left.after(GONE_WITHIN_S) == []
@@ -109,6 +114,7 @@ def test_a_run_with_a_vllm_teacher_leaves_nothing_either(way: str, tmp_path: Pat
     with leftovers() as left:
         process = start(tiny_run(tmp_path, {**BRIEF, **VLLM}))
         when(run, lambda: 2 in losses(run), process)
+        assert len(left.processes()) > 4
         if way == "Ctrl-C":
             control_c(process)
         else:

@@ -26,7 +26,7 @@ class Leftovers:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.mark = uuid.uuid4().hex
-        self._shared_before = set(SHARED_MEMORY.iterdir())
+        self._shared: set[Path] = set()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -34,13 +34,14 @@ class Leftovers:
         return {MARK: self.mark, "SPT_NOENV": "1", "TMPDIR": str(self.folder)}
 
     def processes(self) -> list[str]:
-        """Those that carry the mark and are alive: pid and command line."""
+        """Those that carry the mark and are alive: pid and command line. Remembers the shared memory that they have."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 marked = self.mark.encode() in Path(f"/proc/{process.pid}/environ").read_bytes()
                 if marked and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(f"{process.pid} {' '.join(process.cmdline())[:120]}")
+                    self._shared |= _shared_memory_of(process.pid)
         return found
 
     def folders(self) -> list[str]:
@@ -48,9 +49,8 @@ class Leftovers:
         return sorted(path.name for path in self.folder.iterdir())
 
     def shared_memory(self) -> list[str]:
-        """New files in shared memory that no process has open or mapped: whoever made them is gone."""
-        new = {path for path in SHARED_MEMORY.iterdir() if path not in self._shared_before}
-        return sorted(path.name for path in new - _in_use() if path.exists()) if new else []
+        """Of what `processes` saw in use, the files that are still there."""
+        return sorted(path.name for path in self._shared if path.exists())
 
     def after(self, timeout_s: float) -> list[str]:
         """What is left after at most `timeout_s`; nothing, as soon as there is nothing."""
@@ -60,14 +60,12 @@ class Leftovers:
         return left
 
 
-def _in_use() -> set[Path]:
-    used = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            links = [os.readlink(link) for link in (process / "fd").iterdir()]
-            maps = [line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines()]
-            used |= {Path(name) for name in (*links, *maps) if name.startswith(f"{SHARED_MEMORY}/")}
-    return used
+def _shared_memory_of(pid: int) -> set[Path]:
+    """Files in shared memory that a process has open or mapped."""
+    process = Path(f"/proc/{pid}")
+    links = [os.readlink(link) for link in (process / "fd").iterdir()]
+    maps = [line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines()]
+    return {Path(name) for name in (*links, *maps) if name.startswith(f"{SHARED_MEMORY}/")}
 
 
 @contextlib.contextmanager
