@@ -15,7 +15,7 @@ import numpy as np
 from cluster import runtime
 from cluster.engines.plan import EnginePlan
 from cluster.resolve import Resolved
-from cluster.students import StudentJob
+from cluster.students import StudentJob, on_local_copy
 from cluster.teachers import check_report, start_engine
 from cluster.topology import RankPlace
 from trainer.loops import Observer
@@ -66,7 +66,7 @@ class InProcessStudents:
         device = runtime.device_of(self._job.plan.device_type)
         runtime.enter_device(device)
         self._rank = StudentRank(
-            self._job.run,
+            on_local_copy(self._job.run, timeout_s=self._job.plan.start_timeout_s),
             self._job.plan,
             rank=0,
             world=1,

@@ -71,7 +71,7 @@ async def check_nodes(
             found += [f"{where}: {difference}" for difference in differences(here, facts)]
     lines = "\n  ".join([*found, *silent])
     if found:
-        raise ConfigError(f"the nodes of the run are not what the controller is, so nothing was started:\n  {lines}")
+        raise ConfigError(f"nodes of the run differ from its controller, so nothing starts on them:\n  {lines}")
     if silent:
         raise InfrastructureError(f"nodes of the run could not be asked what they have:\n  {lines}")
 

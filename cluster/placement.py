@@ -54,7 +54,7 @@ class PlacedGroups:
         """Node id -> what sits there: names of groups."""
         found: dict[str, list[str]] = {}
         for placed in self.groups:
-            for node in _nodes_of(placed):
+            for node in nodes_of(placed):
                 found.setdefault(node, []).append(placed.group.name)
         return {node: tuple(names) for node, names in found.items()}
 
@@ -146,10 +146,11 @@ def _is_reserved(placed: PlacedGroup) -> bool:
     # PlacementGroup.wait counts whole seconds and ready() starts a task: the table is exact and free.
     if placement_group_table(placed.handle)["state"] != "CREATED":
         return False
-    return set(_nodes_of(placed)) <= alive_nodes().keys()  # the table learns of a dead node a moment later
+    return set(nodes_of(placed)) <= alive_nodes().keys()  # the table learns of a dead node a moment later
 
 
-def _nodes_of(placed: PlacedGroup) -> list[str]:
+def nodes_of(placed: PlacedGroup) -> list[str]:
+    """Ids of the nodes on which a group lies."""
     return list(dict.fromkeys(placement_group_table(placed.handle)["bundles_to_node_id"].values()))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -20,7 +20,7 @@ from cluster.health import Drain, drain_effect
 from cluster.logs import SharedFolder
 from cluster.node_checks import Question, check_nodes
 from cluster.nodes import alive_nodes, draining_nodes
-from cluster.placement import PlacedGroup, PlacedGroups, actor_options, create_groups, wait_for_room
+from cluster.placement import PlacedGroup, PlacedGroups, actor_options, create_groups, nodes_of, wait_for_room
 from cluster.resolve import Resolved
 from cluster.students import RankActor, StudentGroup, StudentJob
 from cluster.teachers import ReplicaPool, TeacherActor
@@ -49,6 +49,7 @@ class RaySession:
         self._folder = SharedFolder.of(folder.path)
         self._groups: PlacedGroups | None = None
         self._starts: Counter[str] = Counter()
+        self._checked: set[str] = set()  # ids of nodes
         self.students = StudentGroup(
             job, spawn=self._spawn_rank, room=self._room_for_students, folder=self._folder, observer=observer
         )
@@ -68,6 +69,13 @@ class RaySession:
     async def check_nodes(self) -> None:
         """Every node of the placement has the software, the models and the run folder of this process, or an error."""
         assert self._groups is not None, "reserve() comes first"
+        await self._check(self._groups.nodes())
+
+    async def _check(self, nodes: Mapping[str, Sequence[str]]) -> None:
+        """`nodes`: id -> what is to run there. Each is asked once."""
+        new = {node: roles for node, roles in nodes.items() if node not in self._checked}
+        if not new:
+            return
         run = self._job.run
         models = ((model.path, model.revision) for model in (run.teacher.model, run.student.model))
         question = Question(
@@ -76,7 +84,8 @@ class RaySession:
             folder=self._folder,
         )
         environment = self._environment(runtime.environment(runtime.CONTROLLER, self._resolved.accelerator))
-        await check_nodes(self._groups.nodes(), question, environment=environment)
+        await check_nodes(new, question, environment=environment)
+        self._checked |= new.keys()
 
     async def start_teachers(self) -> None:
         await asyncio.gather(*(pool.start() for pool in (self.scorers, self.writers) if pool is not None))
@@ -145,6 +154,9 @@ class RaySession:
 
     async def _room(self, placed: PlacedGroup) -> None:
         await wait_for_room(placed, timeout_s=self._job.run.faults.room_timeout_s, note=self._note)
+        if self._shared:  # a node that takes the place of a lost one is as new as the first ones were
+            found = await asyncio.to_thread(nodes_of, placed)
+            await self._check(dict.fromkeys(found, (placed.group.name,)))
 
     def _seats(self, role: runtime.Role) -> tuple[tuple[PlacedGroup, int], ...]:
         assert self._groups is not None, "reserve() comes first"

@@ -73,7 +73,7 @@ class RankActor:
         self._device = runtime.device_of(job.plan.device_type, place.local_rank)
         runtime.enter_device(self._device)
         self._rank = StudentRank(
-            _on_local_copy(job.run, timeout_s=job.plan.start_timeout_s),
+            on_local_copy(job.run, timeout_s=job.plan.start_timeout_s),
             job.plan,
             rank=place.rank,
             world=world,
@@ -96,8 +96,11 @@ class RankActor:
         self.call("stage_evaluation", units, blocks)
 
 
-def _on_local_copy(run: Run, *, timeout_s: float) -> Run:
-    """The run as the ranks of this node see it: the student's own weights from the node's copy."""
+def on_local_copy(run: Run, *, timeout_s: float) -> Run:
+    """The run as the ranks of this node see it: the student's weights from the node's own copy where one is asked for.
+
+    What they need of the teacher, its head, is little, and is read where the configuration says.
+    """
     model = run.student.model
     if model.local_copy is None:
         return run

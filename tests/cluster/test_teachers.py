@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import ray
 from cluster import runtime
 from cluster.engines.plan import EnginePlan
 from cluster.logs import SharedFolder
-from cluster.teachers import CREDITS, ReplicaPool, TeacherActor
+from cluster.teachers import CREDITS, ReplicaPool, TeacherActor, placed_for_good
 from configs.schema import Faults
-from trainer.errors import InfrastructureError, TeachersLost, UnitRejected
+from trainer.errors import InfrastructureError, NoRoom, TeachersLost, UnitRejected
 from trainer.types import EncodingSpec, Sequence, Unit
 
 pytestmark = pytest.mark.stack
@@ -61,7 +62,7 @@ class Events:
             self.lanes[lane] += 1
 
 
-def plan(**parameters: Any) -> EnginePlan:
+def plan(start_timeout_s: float = 60.0, **parameters: Any) -> EnginePlan:
     return EnginePlan(
         role="scorer",
         kind="fakes.engines",
@@ -79,10 +80,19 @@ def plan(**parameters: Any) -> EnginePlan:
         weights_version="1",
         tokenizer_fingerprint="fake",
         vocabulary_size=100,
+        start_timeout_s=start_timeout_s,
     )
 
 
-def pool(folder: Path, events: Events, *, replicas: int, faults: Faults = FAULTS, **parameters: Any) -> ReplicaPool:
+def pool(
+    folder: Path,
+    events: Events,
+    *,
+    replicas: int,
+    faults: Faults = FAULTS,
+    room: Callable[[int], Awaitable[None]] = placed_for_good,
+    **parameters: Any,
+) -> ReplicaPool:
     made = plan(**parameters)
     shared = SharedFolder.of(folder)
 
@@ -90,7 +100,9 @@ def pool(folder: Path, events: Events, *, replicas: int, faults: Faults = FAULTS
         options = {"num_cpus": 1, "max_restarts": 0, "runtime_env": {"env_vars": dict(made.environment)}}
         return ray.remote(TeacherActor).options(**options).remote(made, name, shared)
 
-    return ReplicaPool(made, num_replicas=replicas, spawn=spawn, faults=faults, folder=shared, observer=events)
+    return ReplicaPool(
+        made, num_replicas=replicas, spawn=spawn, faults=faults, folder=shared, room=room, observer=events
+    )
 
 
 def unit(index: int, length: int = 8) -> Unit:
@@ -171,6 +183,47 @@ def test_an_engine_that_cannot_start_is_the_error_of_the_run(cluster: Any, tmp_p
 
     with pytest.raises(InfrastructureError, match="weights of layer 3 are missing"):
         run(scenario())
+
+
+def test_an_engine_that_never_becomes_ready_ends_the_run_with_what_it_last_said(cluster: Any, tmp_path: Path) -> None:
+    said = "loading shard 3\nERROR torch.OutOfMemoryError: tried to allocate 20 GiB\nretrying"
+
+    async def scenario() -> None:
+        scorers = pool(tmp_path, Events(), replicas=1, start_timeout_s=4.0, stuck=said)
+        try:
+            await scorers.start()
+        finally:
+            await scorers.close()
+
+    with pytest.raises(InfrastructureError) as caught:
+        run(scenario())
+    first, *others = str(caught.value).splitlines()
+    assert first == "scorer-0 of teacher fake did not start: torch.OutOfMemoryError: tried to allocate 20 GiB"
+    assert "no answer after 4 s" in others[0]
+    assert [line.strip() for line in others[-3:]] == said.splitlines()
+
+
+def test_a_replica_without_room_is_given_up_and_the_others_go_on(cluster: Any, tmp_path: Path) -> None:
+    async def room(index: int) -> None:
+        if started and index == 0:
+            raise NoRoom("no room for scorer-0 after 60 s")
+
+    started: list[bool] = []
+
+    async def scenario() -> Events:
+        events = Events()
+        scorers = pool(tmp_path, events, replicas=2, room=room, delay_s=0.1)
+        await scorers.start()
+        started.append(True)
+        os.kill(scorers._replicas[0].process.pid, signal.SIGKILL)
+        await score_all(scorers, 8)
+        while not scorers._replicas[0].lost:
+            await asyncio.sleep(0.1)
+        await score_all(scorers, 4)
+        await scorers.close()
+        return events
+
+    assert run(scenario()).names["teacher_lost"] == 1
 
 
 def test_a_refused_unit_is_no_reason_to_restart_a_teacher(cluster: Any, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from raylets import Raylets, raylets
 from runs_under_fault import assert_same_result, events, finish, left_running, losses, start, when
-from tiny_runs import tiny_run
+from tiny_runs import merged, tiny_run
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
@@ -58,8 +58,10 @@ def golden(twins: tuple[Path, Path, list[str]]) -> Path:
 
 
 def on_nodes(folder: Path, *, steps: int = 40) -> Path:
-    changes = {**ON_NODES, "training": {"steps": steps, "save_every": 4 if steps == 40 else 0}}
-    return tiny_run(folder, changes)
+    """The tiny run with a node for each process, every node reading its own copies of the models."""
+    changes = merged(ON_NODES, {"training": {"steps": steps, "save_every": 4 if steps == 40 else 0}})
+    copied = {"model": {"local_copy": str(folder / "disk")}}
+    return tiny_run(folder, merged(changes, {"student": copied, "teacher": copied}))
 
 
 def num_starts(run: Path, role: str) -> int:
@@ -74,6 +76,9 @@ def node_of(run: Path, role: str) -> str:
 def test_two_runs_of_one_name_share_a_cluster_and_do_not_meet(twins: tuple[Path, Path, list[str]]) -> None:
     first, second, names = twins
     assert_same_result(first, second)
+    for run in (first, second):
+        copies = [path.name for path in (run.parent / "disk").iterdir() if path.is_dir()]
+        assert sorted(name.partition("-")[0] for name in copies) == ["student", "teacher"]
     runs = Counter(re.fullmatch(r"(tiny-[0-9a-f]{6})/(?:scorer|student)-\d", name)[1] for name in names)
     assert len(runs) == 2, "each run has a name of its own"
     assert set(runs.values()) == {3}, names
