@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster import shared_memory
 from cluster.guard import SESSION, Guard, members
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(300)"]
@@ -89,6 +90,27 @@ for segment in segments:
 print("there", flush=True)
 time.sleep(300)
 """
+
+
+SEMAPHORE = """
+import multiprocessing, time
+lock = multiprocessing.get_context("spawn").Lock()
+print(lock._semlock.name, flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_semaphore_is_found_by_who_made_it(session: Path) -> None:
+    maker = subprocess.Popen([sys.executable, "-c", SEMAPHORE], stdout=subprocess.PIPE, text=True)
+    path = f"/dev/shm/sem.{maker.stdout.readline().strip().lstrip('/')}"
+    assert shared_memory.used_by(maker.pid) == {path}
+    assert shared_memory.remove_unused([path]) == {path}
+    maker.kill()
+    maker.wait()
+    assert shared_memory.remove_unused([path, "/dev/shm/gone", "/etc/passwd"]) == set()
+    assert not Path(path).exists()
+    assert Path("/etc/passwd").exists()
+    assert shared_memory.used_by(maker.pid) == set()
 
 
 def test_shared_memory_of_killed_processes_goes_and_that_of_others_stays(session: Path) -> None:

@@ -61,11 +61,13 @@ class Leftovers:
 
 
 def _shared_memory_of(pid: int) -> set[Path]:
-    """Files in shared memory that a process has open or mapped."""
+    """Files in shared memory that a process has open or mapped, under whatever name."""
+    by_inode = {path.stat().st_ino: path for path in SHARED_MEMORY.iterdir()}
     process = Path(f"/proc/{pid}")
-    links = [os.readlink(link) for link in (process / "fd").iterdir()]
-    maps = [line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines()]
-    return {Path(name) for name in (*links, *maps) if name.startswith(f"{SHARED_MEMORY}/")}
+    inodes = {link.stat().st_ino for link in (process / "fd").iterdir() if os.readlink(link).startswith("/dev/shm/")}
+    lines = [line.split() for line in (process / "maps").read_text().splitlines()]
+    inodes |= {int(line[4]) for line in lines if len(line) > 5 and line[5].startswith("/dev/shm/")}
+    return {by_inode[inode] for inode in inodes if inode in by_inode}
 
 
 @contextlib.contextmanager
