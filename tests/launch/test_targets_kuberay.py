@@ -80,9 +80,10 @@ def validate(resource: dict) -> None:
 @pytest.mark.parametrize("given", [(), FULL], ids=["least", "full"])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_the_yaml_of_every_shipped_configuration_is_what_kubernetes_and_kuberay_take(
-    config: Path, given: tuple[str, ...], tmp_path: Path
+    config: Path, given: tuple[str, ...], tmp_path: Path, tiny_teacher: Path, tiny_student: Path
 ) -> None:
-    made = make_bundle(config, ["folder=/shared/runs/x"], folder=tmp_path / "bundle")
+    models = [f"teacher.model.path={tiny_teacher}", f"student.model.path={tiny_student}"]
+    made = make_bundle(config, ["folder=/shared/runs/x", *models], folder=tmp_path / "bundle")
     ray_job, policy = documents(load_target("kuberay").prepare(made, options(*given), JOB))
     jsonschema.validate(ray_job, RAY_JOB)
     for resource in (*pods(ray_job), policy, config_map(JOB, b"x")):

@@ -58,9 +58,10 @@ def task_of(shipment: Any) -> dict:
 @pytest.mark.parametrize("given", [(), FULL], ids=["least", "full"])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_the_task_of_every_shipped_configuration_is_what_skypilot_takes(
-    config: Path, given: tuple[str, ...], tmp_path: Path
+    config: Path, given: tuple[str, ...], tmp_path: Path, tiny_teacher: Path, tiny_student: Path
 ) -> None:
-    made = make_bundle(config, ["folder=/shared/runs/x"], folder=tmp_path / "bundle")
+    models = [f"teacher.model.path={tiny_teacher}", f"student.model.path={tiny_student}"]
+    made = make_bundle(config, ["folder=/shared/runs/x", *models], folder=tmp_path / "bundle")
     shipment = load_target("skypilot").prepare(made, options(*given), JOB)
     task = task_of(shipment)
     jsonschema.validate(task, SKYPILOT_TASK)

@@ -68,8 +68,11 @@ def shellcheck(script: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_the_script_of_every_shipped_configuration_is_clean_shell(config: Path, tmp_path: Path) -> None:
-    made = make_bundle(config, ["folder=/shared/runs/x"], folder=tmp_path / "bundle")
+def test_the_script_of_every_shipped_configuration_is_clean_shell(
+    config: Path, tmp_path: Path, tiny_teacher: Path, tiny_student: Path
+) -> None:
+    models = [f"teacher.model.path={tiny_teacher}", f"student.model.path={tiny_student}"]
+    made = make_bundle(config, ["folder=/shared/runs/x", *models], folder=tmp_path / "bundle")
     full = options(
         **{"time": "1-12", "partition": "gpu", "account": "a", "qos": "q", "gpus_per_node": "h100:8", "memory": "64G"},
         **{"cpus_per_node": 32, "requeue": True, "setup": ["module load cuda"], "extra": ["--constraint=ib"]},

@@ -43,7 +43,7 @@ echo "scancel $*" >> "$STATE/calls"
 case "$*" in
     --batch*) kill -TERM "$(cat "$STATE/batch")" ;;
     --signal=TERM*) cat "$STATE"/step-* | xargs -r kill -TERM ;;
-    *) echo CANCELLED > "$STATE/word"; kill -KILL "$(cat "$STATE/batch")"; cat "$STATE"/step-* | xargs -r kill -KILL ;;
+    *) echo CANCELLED > "$STATE/word"; cat "$STATE"/{batch,run,step-*} 2> /dev/null | xargs -r kill -KILL ;;
 esac
 exit 0
 """,
@@ -91,6 +91,7 @@ elif verb == "launch.ray_node head":
 elif verb == "launch.ray_node join":
     time.sleep(1000)
 elif verb == "launch train":
+    (state / "run").write_text(str(os.getpid()) + " ")
     token = pathlib.Path(os.environ["RAY_AUTH_TOKEN_PATH"])
     facts = [*sys.argv[4:], os.environ["RAY_ADDRESS"], os.environ["RAY_AUTH_MODE"], oct(token.stat().st_mode)[-3:]]
     word, _, code = os.environ["DRIVER"].partition(" ")
