@@ -50,6 +50,21 @@ CASES: dict[str, tuple[Mapping[str, Any], int, list[str]]] = {
         ["different tokenizers"],
     ),
     "more GPU ranks than GPUs": ({"accelerator": "gpu", "student": {"ranks": 9}}, 2, ["no GPU"]),
+    "split that does not divide the heads": (
+        {"teacher": {"scorer": {"engine": {"kind": "vllm"}, "tensor_parallel_size": 3}}},
+        2,
+        ["teacher.scorer.tensor_parallel_size: 3 does not divide", "attention heads"],
+    ),
+    "more nodes than there are": (
+        {"student": {"placement": {"nodes": 2}}},
+        2,
+        ["student needs 2 nodes, and 1 of 1 registered can be used"],
+    ),
+    "label that no node has": (
+        {"teacher": {"scorer": {"placement": {"node_labels": {"pool": "a"}}}}},
+        2,
+        ["scorer needs 1 node with labels pool=a, and 0 of 1 registered can be used"],
+    ),
     "folder that cannot be made": ({"folder": "{place}/empty.jsonl/run"}, 2, ["empty.jsonl"]),
 }
 
