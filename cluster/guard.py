@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from cluster import shared_memory
@@ -24,10 +24,12 @@ from cluster import shared_memory
 SESSION = "STILLHOUSE_SESSION"
 """In the environment of every process that belongs to the session: its folder."""
 
+SEGMENTS = "shared-memory-"
+"""Files in that folder: names in shared memory, a file for each process that has any."""
+
 GRACE_S = 10.0  # for Ray's processes to notice that their driver is gone
 KILL_S = 10.0
 POLL_S = 0.1
-LOOK_EVERY_S = 30.0  # at what shared memory the session has, since the dead cannot be asked
 RELEASE_TIMEOUT_S = 25.0  # longer than GRACE_S and KILL_S together
 
 
@@ -57,17 +59,25 @@ class Guard:
             self._process.wait(RELEASE_TIMEOUT_S)
 
 
+def remember(segments: Iterable[str]) -> None:
+    """Called by a process of a session about the shared memory it has: when it is dead, nobody can ask it."""
+    folder = os.environ.get(SESSION)
+    if folder is not None and segments:
+        Path(folder, f"{SEGMENTS}{os.getpid()}").write_text("\n".join(segments))
+
+
+def remembered(folder: str) -> set[str]:
+    """What the processes of the session in `folder` said."""
+    return {line for file in Path(folder).glob(f"{SEGMENTS}*") for line in file.read_text().splitlines()}
+
+
 def main(folder: str, owner: int, grace_s: float) -> None:
     """The guard's program."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     spared = {owner, os.getpid()}
-    segments: set[str] = set()
-    gone = False
-    while not gone:
-        gone = bool(select.select([sys.stdin], [], [], LOOK_EVERY_S)[0])  # its end: nothing is ever written
-        for pid in members(folder, spared):
-            segments |= shared_memory.used_by(pid)
+    os.read(0, 1)  # its end: nothing is ever written
+    segments = remembered(folder).union(*map(shared_memory.used_by, members(folder, spared)))
     grace = time.monotonic() + grace_s
     while members(folder, spared) and time.monotonic() < grace:
         time.sleep(POLL_S)

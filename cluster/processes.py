@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster import shared_memory
+from cluster import guard, shared_memory
 
 KILL_TIMEOUT_S = 20.0
 DYING_S = 5.0  # until the children of a killed process are gone, too
@@ -42,9 +42,11 @@ def this_process() -> ProcessIdentity:
 
 
 def own_shared_memory() -> tuple[str, ...]:
-    """The named segments that this process and its children use now."""
+    """The named segments that this process and its children use now; the session's guard is told."""
     family = [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
-    return tuple(sorted(set().union(*map(shared_memory.used_by, family))))
+    segments = tuple(sorted(set().union(*map(shared_memory.used_by, family))))
+    guard.remember(segments)
+    return segments
 
 
 def kill_local(identity: ProcessIdentity) -> bool:

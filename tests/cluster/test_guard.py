@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from cluster import shared_memory
-from cluster.guard import SESSION, Guard, members
+from cluster.guard import SESSION, Guard, members, remember
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(300)"]
 
@@ -119,6 +119,9 @@ def test_shared_memory_of_killed_processes_goes_and_that_of_others_stays(session
     other = subprocess.Popen([sys.executable, "-c", SEGMENTS, names[2]], stdout=subprocess.PIPE)
     other.stdout.readline()
     guard = Guard.of(str(session), grace_s=0.2)
+    dead = f"/dev/shm/sh-test-{os.getpid()}-dead"
+    Path(dead).touch()
+    remember([dead])
     mine = subprocess.Popen([sys.executable, "-c", SEGMENTS, *names[:2]], stdout=subprocess.PIPE)
     mine.stdout.readline()
     held = paths[1].open("rb")  # used by somebody who is no member
@@ -135,3 +138,4 @@ def test_shared_memory_of_killed_processes_goes_and_that_of_others_stays(session
     for path in paths:
         path.unlink(missing_ok=True)
     assert there == [False, True, True]
+    assert not Path(dead).exists(), "of a process that nobody could ask any more"

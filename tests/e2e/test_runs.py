@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from leftovers import leftovers
 from runs_under_fault import assert_same_result, events, finish, left_running, losses, start, when
 from tiny_runs import records, stillhouse, tiny_run
 
@@ -86,12 +87,14 @@ def test_a_killed_job_goes_on_with_the_same_command(golden: Path, tmp_path: Path
 def test_a_termination_signal_saves_and_exits_75_and_the_run_can_go_on(golden: Path, tmp_path: Path) -> None:
     config = tiny_run(tmp_path)
     run = tmp_path / "run"
-    process = start(config)
-    when(run, lambda: 2 in losses(run), process)
-    os.kill(process.pid, signal.SIGTERM)
-    code, output = finish(process)
+    with leftovers() as left:
+        process = start(config)
+        when(run, lambda: 2 in losses(run), process)
+        assert len(left.processes()) > 4
+        os.kill(process.pid, signal.SIGTERM)
+        code, output = finish(process)
+        assert left.after(30) == []
     assert code == 75, output
-    assert left_running(run) == []
     result = stillhouse("train", str(config))
     assert result.returncode == 0, result.stdout + result.stderr
     assert_same_result(run, golden)
