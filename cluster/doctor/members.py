@@ -49,7 +49,7 @@ Said = tuple[str, Finding]
 
 def examine_members(asked: Asked, *, dashboard_url: str | None, warnings: tuple[str, ...]) -> Iterator[Said]:
     """All findings about the cluster. `dashboard_url` as Ray gives it, `warnings` of joining."""
-    names = alive_nodes()
+    names = dict(sorted(alive_nodes().items(), key=lambda item: item[1]))
     own = ray.get_runtime_context().get_node_id()
     dead = [node["NodeManagerHostname"] for node in ray.nodes() if not node["Alive"]]
     yield CLUSTER, ok("nodes", f"{len(names)} alive: {', '.join(names.values())}")

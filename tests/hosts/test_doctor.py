@@ -51,7 +51,7 @@ def test_a_name_that_is_loopback_and_a_folder_that_is_not_shared_are_found(hosts
     said = result.stdout
     assert result.returncode == 1, said
     assert "2 alive: host1 (10.77.0.11), host2 (10.77.0.12)" in said
-    second = said.partition("\nhost2 (")[2].partition("\nhost1 (")[0]
+    second = said.partition("\nhost2 (")[2].partition("\nthe cluster")[0]
     assert "cannot read the run folder" in second
     assert said.count("cannot read the run folder") == 1, "the first host sees its own"
 
