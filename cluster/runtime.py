@@ -281,14 +281,12 @@ def start_ray(
         return _join_ray(address)
     import ray
 
-    folder = temp_dir or Path(tempfile.mkdtemp(prefix="stillhouse-"))
+    folder = temp_dir or _session_folder()
     made = None if temp_dir else folder
     if len(str(folder)) > MAX_TEMP_DIR:
-        if made is not None:
-            made.rmdir()
         raise ConfigError(
-            f"Ray's folder {folder} has {len(str(folder))} characters, its sockets allow {MAX_TEMP_DIR}: set "
-            "TMPDIR to a shorter path"
+            f"Ray's folder {folder} has {len(str(folder))} characters, its sockets allow {MAX_TEMP_DIR}: name a "
+            "shorter path"
         )
     warning = shared_memory_warning(object_store_bytes)
     os.environ.update(ray_environment(memory_bytes=psutil.virtual_memory().total))
@@ -311,6 +309,16 @@ def start_ray(
     started = tuple(child.pid for child in psutil.Process().children() if child.pid not in before)
     warnings = (warning,) if warning else ()
     return RayCluster(context.address_info["gcs_address"], True, started, made, warnings, guard)
+
+
+def _session_folder() -> Path:
+    """A new folder below TMPDIR, or below /tmp where TMPDIR is too long for Ray's sockets, as that of a batch job often
+    is; readable by this user alone."""
+    name = "stillhouse-"
+    below = tempfile.gettempdir()
+    if len(f"{below}/{name}") + 8 > MAX_TEMP_DIR:  # mkdtemp adds 8 characters
+        below = "/tmp"
+    return Path(tempfile.mkdtemp(prefix=name, dir=below))
 
 
 def _join_ray(address: str) -> RayCluster:

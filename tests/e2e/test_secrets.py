@@ -28,7 +28,7 @@ PLANTED = {
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
     """For Ray's sockets, whose paths are short."""
-    with tempfile.TemporaryDirectory(prefix="st-") as name:
+    with tempfile.TemporaryDirectory(prefix="st-", dir="/tmp") as name:
         yield Path(name)
 
 

@@ -73,7 +73,7 @@ def _shared_memory_of(pid: int) -> set[Path]:
 @contextlib.contextmanager
 def leftovers() -> Iterator[Leftovers]:
     """With this process's environment marked, and a short folder of its own for temporary files."""
-    with tempfile.TemporaryDirectory(prefix="st-") as name, pytest.MonkeyPatch.context() as patch:
+    with tempfile.TemporaryDirectory(prefix="st-", dir="/tmp") as name, pytest.MonkeyPatch.context() as patch:
         found = Leftovers(Path(name))
         for key, value in found.environment.items():
             patch.setenv(key, value)
