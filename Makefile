@@ -70,7 +70,7 @@ test-fast: setup  ## the fast tier alone: no Ray, no engine
 	@$(BIN)/python -m pytest -q -m "not stack and not gpu"
 
 test-stack: models  ## the real-stack tier alone
-	@$(BIN)/python -m pytest -q -m "stack and not gpu"
+	@$(BIN)/python -m pytest -q -m "stack and not gpu" --durations=40 --durations-min=10
 
 lint: setup  ## ruff, as pre-commit runs it
 	@$(BIN)/ruff check .

@@ -1,8 +1,9 @@
 """`python -m launch.ray_node`: one node of a Ray cluster that lives as long as the job it belongs to.
 
 A launch script starts it once on every host, in the foreground of whatever ends the job (a Slurm step, a container).
-It finds the host's own address, waits for the head, keeps `ray start --block` as its child and removes Ray's folder
-afterwards. A file of its own because shell is a poor place for routes, ports and deadlines; it imports no Ray.
+It finds the host's own address, waits for the head, keeps `ray start --block` as its child and ends what Ray leaves
+behind, its folder too. A file of its own because shell is a poor place for routes, ports and deadlines; it imports no
+Ray.
 
     ports JOB                 two free ports, the same search for the same job: one for Ray, one for its client server
     head ADDRESS PORT CLIENT  the node whose address ADDRESS is
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cluster.guard import Guard
 from cluster.runtime import MAX_TEMP_DIR
 from trainer.errors import ConfigError, InfrastructureError, StillhouseError
 
@@ -33,6 +34,9 @@ FIRST_PORT, LAST_PORT = 20_000, 30_000
 take a port between the choice and its use."""
 
 POLL_S = 0.5
+
+GRACE_S = 3.0
+"""For what outlives `ray start`: Ray's agents may take a minute to find that their raylet and the head are gone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,6 +138,7 @@ def run_ray(command: Sequence[str]) -> int:
             f"Ray's folder {folder} is longer than {MAX_TEMP_DIR} characters: set TMPDIR to a shorter path"
         )
     asked: list[int] = []
+    guard = Guard.of(str(folder), grace_s=GRACE_S)
     child = subprocess.Popen([*command, f"--temp-dir={folder}"], env=node_environment(os.environ))
 
     def forward(number: int, frame: object) -> None:
@@ -145,7 +150,7 @@ def run_ray(command: Sequence[str]) -> int:
     try:
         code = child.wait()
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        guard.release()
     return 0 if asked else code if code >= 0 else 128 - code
 
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -82,6 +83,16 @@ def short_folder() -> Iterator[str]:
         yield folder
 
 
+@contextmanager
+def ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+    """Told to end at the latest when the test is over, also where it failed."""
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
 def family(process: subprocess.Popen) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
@@ -99,13 +110,17 @@ def test_two_nodes_meet_and_leave_neither_processes_nor_folders(
 ) -> None:
     first, port = head
     command = [sys.executable, "-m", "launch.ray_node", "join", "127.0.0.1", str(port), "--", *SMALL]
-    with (tmp_path / "join.log").open("w") as log, subprocess.Popen(command, env=environment, stdout=log) as second:
+    with (
+        (tmp_path / "join.log").open("w") as log,
+        ended(subprocess.Popen(command, env=environment, stdout=log)) as second,
+    ):
         drive(WAIT_FOR_TWO, environment, port)
         started = family(first) + family(second)
-        ray_start = psutil.Process(second.pid).children()[0].cmdline()
-        (folder,) = [Path(word.removeprefix("--temp-dir=")) for word in ray_start if word.startswith("--temp-dir=")]
+        (ray_start,) = [process for process in psutil.Process(second.pid).children() if "--block" in process.cmdline()]
+        (folder,) = [Path(word.removeprefix("--temp-dir=")) for word in ray_start.cmdline() if "--temp-dir=" in word]
         assert folder.is_dir()
-        assert all("SLURM_PROCID" not in process.environ() for process in family(second))
+        rays = [ray_start, *ray_start.children(recursive=True)]
+        assert all("SLURM_PROCID" not in process.environ() for process in rays)
         for node in (second, first):
             node.send_signal(signal.SIGTERM)
         assert second.wait(timeout=60) == 0
