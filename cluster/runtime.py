@@ -24,7 +24,7 @@ import psutil
 from cluster import ray_token
 from cluster.guard import Guard
 from cluster.joining import check_cluster
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, InfrastructureError
 
 if TYPE_CHECKING:
     import torch
@@ -295,7 +295,7 @@ def start_ray(
     reread_ray_environment()
     guard = Guard.of(str(made)) if made is not None else None
     before = {child.pid for child in psutil.Process().children()}
-    with _released_on_error(guard), _signal_handlers_kept(), _temporary_files_in(made):
+    with _released_on_error(guard), _start_failure_named(), _signal_handlers_kept(), _temporary_files_in(made):
         context = ray.init(
             address="local",
             num_cpus=max(num_cpus, len(os.sched_getaffinity(0))),
@@ -364,6 +364,20 @@ def _released_on_error(guard: Guard | None) -> Iterator[None]:
             undo.callback(guard.release)
         yield
         undo.pop_all()
+
+
+@contextlib.contextmanager
+def _start_failure_named() -> Iterator[None]:
+    """Ray raises bare exceptions of many types, most of all where the machine is too busy for its fixed 30 s."""
+    try:
+        yield
+    except Exception as error:
+        load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+        free = psutil.virtual_memory().available / 2**30
+        raise InfrastructureError(
+            f"Ray did not start on this machine (load {load:.1f} on {cores} cores, {free:.1f} GiB of memory free): "
+            f"{error}"
+        ) from error
 
 
 @contextlib.contextmanager

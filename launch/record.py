@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -18,10 +19,10 @@ from cluster.resolve import Resolved
 from configs.schema import Run
 from configs.secrets import without_secrets
 from launch.export import card_of
-from launch.watch import Watch
 from trainer.distil import Controller
 from trainer.environment import manifest_environment
 from trainer.job import Job
+from trainer.metrics import Records, read_metrics
 from trainer.report import sample_records, write_report
 from trainer.run_folder import RunFolder, read_json, write_json, write_text
 from trainer.types import Evaluation
@@ -87,7 +88,7 @@ class Record:
         shown = {"prompts": [decode(p) for p in prompts], when: [decode(t, skip_special_tokens=True) for t in texts]}
         self._merge(self._folder.generations, shown)
 
-    def finish(self, controller: Controller, watch: Watch) -> None:
+    def finish(self, controller: Controller) -> None:
         """The run came to its end: complete the student's folder and the manifest."""
         assert self._job is not None
         job = self._job
@@ -95,7 +96,7 @@ class Record:
         job.inputs.tokenizer.save_pretrained(self._folder.student)
         self._manifest |= {
             "finished": time.time(),
-            "counters": dict(watch.counters) | asdict(job.stream.counters),
+            "counters": counted(read_metrics(self._folder)) | asdict(job.stream.counters),
             "self_tests": [{"name": r.name, "passed": r.passed, "numbers": r.numbers} for r in controller.self_tests],
             "resumed_from": controller.resumed_from,
             "student": asdict(controller.student_info),
@@ -118,6 +119,19 @@ class Record:
     def _merge(path: Any, fields: dict[str, Any]) -> None:
         known = json.loads(path.read_text()) if path.exists() else {}
         write_json(path, known | fields)
+
+
+def counted(records: Records) -> dict[str, int]:
+    """Steps and what was in them, each once, and events by name, over all attempts of a run."""
+    sums = {
+        "trained_sequences": "step/sequences",
+        "trained_tokens": "train/tokens",
+        "trained_loss_tokens": "train/loss_tokens",
+        "label_bytes": "labels/bytes",
+    }
+    totals = {name: sum(int(step.values[of]) for step in records.steps) for name, of in sums.items()}
+    events = Counter(event.name for event in records.events)
+    return {**events, "trained_steps": len(records.steps), **totals}
 
 
 def roles_of(run: Run, resolved: Resolved) -> dict[str, Any]:

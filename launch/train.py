@@ -119,7 +119,7 @@ def _train(
         shared = cluster is not None and not cluster.owned
         controller = asyncio.run(_drive(job, resolved, watch, record, progress, shared=shared))
         progress.close()
-        record.finish(controller, watch)
+        record.finish(controller)
 
 
 def _hardware(

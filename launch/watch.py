@@ -1,9 +1,8 @@
-"""Everybody who watches a run, behind one observer: what a person hears of, and the counters of the manifest."""
+"""Everybody who watches a run, behind one observer: what a person hears of."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
 from typing import Any
 
 from configs.secrets import without_secrets
@@ -35,24 +34,14 @@ class Watch:
         self._metrics = metrics
         self._progress = progress
         self._observer = RunObserver(log=metrics, timeline=timeline, progress=progress)
-        self.counters: Counter[str] = Counter()
 
     def step(self, metrics: StepMetrics) -> None:
-        counted = {
-            "trained_steps": 1,
-            "trained_sequences": metrics.values["step/sequences"],
-            "trained_tokens": metrics.values["train/tokens"],
-            "trained_loss_tokens": metrics.values["train/loss_tokens"],
-            "label_bytes": metrics.values["labels/bytes"],
-        }
-        self.counters.update({name: int(value) for name, value in counted.items()})
         self._observer.step(metrics)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         self._observer.evaluation(evaluation)
 
     def event(self, name: str, **fields: Any) -> None:
-        self.counters[name] += 1
         # texts of libraries, which may hold an address with a password, or worse
         fields = {k: without_secrets(v, environment=os.environ) if isinstance(v, str) else v for k, v in fields.items()}
         if name in ("resumed", "students_restarted"):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.types import Cursor
+from trainer.types import Cursor, StreamCounters
 
 MANIFEST = "MANIFEST.json"
 _FOLDER = re.compile(r"^step_(\d{6,})$")
@@ -169,7 +169,9 @@ def verify(folder: Path) -> str | None:
 
 def read_state(folder: Path) -> TrainingState:
     state = json.loads((folder / MANIFEST).read_text())["state"]
-    return TrainingState(**{**state, "cursor": Cursor(**state["cursor"])})
+    cursor = state["cursor"]
+    counters = StreamCounters(**cursor.get("counters", {}))
+    return TrainingState(**{**state, "cursor": Cursor(**{**cursor, "counters": counters})})
 
 
 def _hash(path: Path) -> str:

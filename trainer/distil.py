@@ -267,7 +267,6 @@ class Controller:
 
     async def _save(self, step: int, cursor: Cursor) -> None:
         """A failed save is noted and training goes on; three in a row end the run."""
-        temporary = self._checkpoints.begin(step)
         state = TrainingState(
             step=step,
             cursor=cursor,
@@ -275,7 +274,9 @@ class Controller:
             world=self._session.students.world,
             non_finite_steps=self.non_finite_steps,
         )
+        temporary = None
         try:
+            temporary = self._checkpoints.begin(step)
             await self._session.students.save(step, temporary)
             await asyncio.to_thread(self._checkpoints.commit, temporary, state)
             self._failed_saves = 0
@@ -283,7 +284,8 @@ class Controller:
         except (OSError, InfrastructureError) as error:
             if isinstance(error, StudentsLost):
                 raise
-            self._checkpoints.discard(temporary)
+            if temporary is not None:
+                self._checkpoints.discard(temporary)
             self._failed_saves += 1
             self._observer.event("save_failed", at_step=step, error=str(error), in_a_row=self._failed_saves)
             last = step == self._job.loop.total_steps

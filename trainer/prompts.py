@@ -21,28 +21,8 @@ from trainer.chat import Template
 from trainer.errors import ConfigError, DataError
 from trainer.prompt_reader import PromptReader, TooLong
 from trainer.row_files import BadRow
-from trainer.types import Cursor, Prompt
+from trainer.types import Cursor, Prompt, StreamCounters
 from trainer.vocab import SharedVocabulary
-
-
-@dataclass(frozen=True, slots=True)
-class StreamCounters:
-    """Positions since the stream was opened; read = good + rejected + dropped_too_long."""
-
-    read: int = 0
-    good: int = 0
-    rejected: int = 0
-    dropped_too_long: int = 0
-    truncated: int = 0  # among the good ones
-
-    def plus(self, change: StreamCounters) -> StreamCounters:
-        return StreamCounters(
-            read=self.read + change.read,
-            good=self.good + change.good,
-            rejected=self.rejected + change.rejected,
-            dropped_too_long=self.dropped_too_long + change.dropped_too_long,
-            truncated=self.truncated + change.truncated,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +73,6 @@ class PromptStream:
     def __init__(self, reader: PromptReader, *, seed: int, quarantine: Path | None) -> None:
         self._reader = reader
         self._cursor = Cursor(epoch=0, position=0, seed=seed)
-        self._counters = StreamCounters()
         self._order: tuple[int, np.ndarray] | None = None  # (epoch, its permutation)
         self._unusable_in_a_row = 0
         self._first_problem = ""
@@ -139,7 +118,7 @@ class PromptStream:
 
     @property
     def counters(self) -> StreamCounters:
-        return self._counters
+        return self._cursor.counters
 
     @property
     def cursor(self) -> Cursor:
@@ -182,8 +161,8 @@ class PromptStream:
             self._unusable_in_a_row = 0
         row = int(self._permutation(epoch)[position])
         prompt, change = self._read(row, f"{epoch}:{row}")
-        self._cursor = replace(self._cursor, epoch=epoch, position=position + 1)
-        self._counters = self._counters.plus(change)
+        counters = self._cursor.counters.plus(change)
+        self._cursor = replace(self._cursor, epoch=epoch, position=position + 1, counters=counters)
         return prompt
 
     def _read(self, row: int, prompt_id: str) -> tuple[Prompt | None, StreamCounters]:

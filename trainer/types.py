@@ -29,12 +29,33 @@ BlockRef = Any
 
 
 @dataclass(frozen=True, slots=True)
+class StreamCounters:
+    """Positions since the run began; read = good + rejected + dropped_too_long."""
+
+    read: int = 0
+    good: int = 0
+    rejected: int = 0
+    dropped_too_long: int = 0
+    truncated: int = 0  # among the good ones
+
+    def plus(self, change: StreamCounters) -> StreamCounters:
+        return StreamCounters(
+            read=self.read + change.read,
+            good=self.good + change.good,
+            rejected=self.rejected + change.rejected,
+            dropped_too_long=self.dropped_too_long + change.dropped_too_long,
+            truncated=self.truncated + change.truncated,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Cursor:
     """How far the prompt stream has been *trained*: `position` prompts of epoch `epoch`, in the order of `seed`."""
 
     epoch: int
     position: int
     seed: int
+    counters: StreamCounters = StreamCounters()  # what was met on the way there, over all attempts
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -30,10 +31,18 @@ def events(run: Path, name: str) -> list[dict]:
 
 def assert_same_result(run: Path, golden: Path) -> None:
     assert losses(run) == losses(golden)
+    assert counted(run) == counted(golden)
     ours, theirs = weights(run), weights(golden)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+def counted(run: Path) -> dict[str, int]:
+    """What the manifest says was read and trained, events aside."""
+    counters = json.loads((run / "manifest.json").read_text())["counters"]
+    read = ("read", "good", "rejected", "dropped_too_long", "truncated", "label_bytes")
+    return {name: count for name, count in counters.items() if name.startswith("trained_") or name in read}
 
 
 def start(config: Path) -> subprocess.Popen[str]:

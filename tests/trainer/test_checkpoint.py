@@ -9,13 +9,13 @@ import pytest
 
 from trainer.checkpoint import MANIFEST, Checkpoints, TrainingState
 from trainer.errors import ConfigError
-from trainer.types import Cursor
+from trainer.types import Cursor, StreamCounters
 
 
 def state(step: int, config_hash: str = "a") -> TrainingState:
     return TrainingState(
         step=step,
-        cursor=Cursor(epoch=1, position=step * 4, seed=3),
+        cursor=Cursor(epoch=1, position=step * 4, seed=3, counters=StreamCounters(read=step * 4, rejected=1)),
         config_hash=config_hash,
         world=2,
         non_finite_steps=0,

@@ -12,8 +12,8 @@ from tiny_models import tiny_tokenizer
 from configs.schema import Data, Dataset
 from trainer.chat import Template
 from trainer.errors import ConfigError, DataError
-from trainer.prompts import PromptStream, StreamCounters, check_rows
-from trainer.types import Cursor, Prompt
+from trainer.prompts import PromptStream, check_rows
+from trainer.types import Cursor, Prompt, StreamCounters
 from trainer.vocab import SharedVocabulary, fingerprint
 
 TOKENIZER = tiny_tokenizer()
@@ -108,6 +108,7 @@ def test_a_stream_continued_at_any_cursor_gives_what_was_left(tmp_path: Path) ->
             resumed.seek(cursor)
             for expected in steps[cut:]:
                 assert same(resumed.take(size), expected)
+            assert resumed.counters == whole.counters, "what was read twice is counted once"
 
 
 def test_steps_are_fixed_sets_of_positions_whatever_is_left_out(tmp_path: Path) -> None:
