@@ -22,7 +22,7 @@ import typer
 
 from cluster.doctor import machine, software
 from cluster.doctor.finding import Finding, Look, examine, ok, problem, warning
-from cluster.runtime import object_store_bytes
+from cluster.ray_session import object_store_bytes
 from configs.load import load_run, run_folder
 from configs.schema import ModelSource, Run
 from launch.identity import HOME

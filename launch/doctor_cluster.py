@@ -25,7 +25,7 @@ def main() -> None:
         findings.write(json.dumps({"where": where, **asdict(finding)}) + "\n")
 
     from cluster.doctor.members import CLUSTER, Asked, examine_members
-    from cluster.runtime import start_ray, stop_ray
+    from cluster.ray_session import start_ray, stop_ray
 
     try:
         cluster = start_ray(num_cpus=0, address=question["address"])

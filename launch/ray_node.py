@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cluster.guard import Guard
-from cluster.runtime import MAX_TEMP_DIR
+from cluster.ray_session import MAX_TEMP_DIR
 from trainer.errors import ConfigError, InfrastructureError, StillhouseError
 
 FIRST_PORT, LAST_PORT = 20_000, 30_000

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster import nodes, runtime
+from cluster import nodes, ray_session, runtime
 from cluster.hardware import Hardware
 from cluster.health import Failure, FailurePolicy, RestartGroup
 from cluster.in_process import InProcessSession
@@ -124,7 +124,7 @@ def _train(
 
 def _hardware(
     run: Run, inputs: Inputs, stack: contextlib.ExitStack, *, wait_for_nodes: int | None
-) -> tuple[Resolved, runtime.RayCluster | None]:
+) -> tuple[Resolved, ray_session.RayCluster | None]:
     """What the run is resolved on; with `runtime: ray`, Ray is up afterwards and ends with the stack."""
     if wait_for_nodes is not None and (run.runtime == "in_process" or not os.environ.get("RAY_ADDRESS")):
         raise ConfigError(
@@ -134,8 +134,8 @@ def _hardware(
     if run.runtime == "in_process":
         return resolve_run(run, inputs, Hardware.local()), None
     if os.environ.get("RAY_ADDRESS"):
-        cluster = runtime.start_ray(num_cpus=0)
-        stack.callback(runtime.stop_ray, cluster)
+        cluster = ray_session.start_ray(num_cpus=0)
+        stack.callback(ray_session.stop_ray, cluster)
         if wait_for_nodes is not None:
             nodes.wait_for_nodes(
                 wait_for_nodes,
@@ -144,9 +144,9 @@ def _hardware(
             )
         return resolve_run(run, inputs, Hardware.of_ray()), cluster
     resolved = resolve_run(run, inputs, Hardware.local())
-    store = runtime.object_store_bytes(run.training.max_label_bytes)
-    cluster = runtime.start_ray(num_cpus=resolved.placement.num_slots, object_store_bytes=store)
-    stack.callback(runtime.stop_ray, cluster)
+    store = ray_session.object_store_bytes(run.training.max_label_bytes)
+    cluster = ray_session.start_ray(num_cpus=resolved.placement.num_slots, object_store_bytes=store)
+    stack.callback(ray_session.stop_ray, cluster)
     return resolved, cluster
 
 

@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import runtime
+from cluster import ray_session
 from configs.schema import ModelSource
 from launch.bench.distil_result import DistilResult
 from launch.bench.pipeline import Daemons, Pipeline, Segment
@@ -61,11 +61,11 @@ def distil(plan: DistilPlan, work: Path, *, note: Callable[[str], None]) -> Dist
     ]
     slots = sum(pipeline.resolved.placement.num_slots for pipeline in pipelines)
     note("starting Ray")
-    cluster = runtime.start_ray(num_cpus=slots, address="local", object_store_bytes=OBJECT_STORE_BYTES)
+    cluster = ray_session.start_ray(num_cpus=slots, address="local", object_store_bytes=OBJECT_STORE_BYTES)
     try:
         return asyncio.run(_measure(plan, pipelines, Daemons(cluster, pipelines), work, note))
     finally:
-        runtime.stop_ray(cluster)
+        ray_session.stop_ray(cluster)
 
 
 async def _measure(

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster import runtime
+from cluster import ray_session
 from cluster.hardware import Hardware
 from cluster.resolve import Resolved
 from cluster.session import RaySession
@@ -172,7 +172,7 @@ class Pipeline:
 class Daemons:
     """Ray's own processes: all that it started but the roles of these pipelines."""
 
-    def __init__(self, cluster: runtime.RayCluster, pipelines: list[Pipeline]) -> None:
+    def __init__(self, cluster: ray_session.RayCluster, pipelines: list[Pipeline]) -> None:
         self._cluster = cluster
         self._pipelines = pipelines
 

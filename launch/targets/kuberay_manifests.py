@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from cluster.runtime import RAY_SETTINGS
+from cluster.ray_session import RAY_SETTINGS
 from configs.schema import Run
 from launch.bundle import COMMAND, Bundle
 from launch.commented_yaml import Note, dump

@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from cluster.runtime import RAY_SETTINGS
+from cluster.ray_session import RAY_SETTINGS
 from configs.refusal import refusal
 from configs.schema import Run, Section
 from launch.bundle import COMMAND, Bundle

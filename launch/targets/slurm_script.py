@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
-from cluster.runtime import RAY_SETTINGS
+from cluster.ray_session import RAY_SETTINGS
 from launch.bundle import COMMAND, Bundle
 from trainer.errors import ConfigError
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from fake_gpus import Witness, ray_folder, run_roles
 
-from cluster import runtime
+from cluster import ray_session
 from cluster.hardware import Hardware
 from cluster.placement import actor_options, create_groups
 from cluster.runtime import CONTROLLER, CPU, GPU, SCORER, STUDENT, environment
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 def one_node() -> Iterator[None]:
     """Ray as a run starts it, and nothing left of it afterwards."""
     with ray_folder(), own_handler() as handler:
-        ray_cluster = runtime.start_ray(num_cpus=24, num_gpus=8, object_store_bytes=80 * 2**20)
+        ray_cluster = ray_session.start_ray(num_cpus=24, num_gpus=8, object_store_bytes=80 * 2**20)
         assert signal.getsignal(signal.SIGTERM) is handler, "Ray would end the run without a checkpoint"
         assert ray_cluster.owned
         assert ray_cluster.temp_dir.is_dir()
@@ -35,7 +35,7 @@ def one_node() -> Iterator[None]:
         yield
         family = [psutil.Process(pid) for pid in ray_cluster.processes]
         family += [child for process in family for child in process.children(recursive=True)]
-        runtime.stop_ray(ray_cluster)
+        ray_session.stop_ray(ray_cluster)
         assert not [process for process in family if process.is_running()], "Ray left processes behind"
         assert not ray_cluster.temp_dir.exists()
 

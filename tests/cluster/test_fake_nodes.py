@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from fake_gpus import ray_folder, run_roles
 
-from cluster import runtime
+from cluster import ray_session
 from cluster.hardware import Hardware
 from cluster.runtime import GPU, SCORER, STUDENT
 from cluster.topology import RoleRequest, place
@@ -28,10 +28,10 @@ def two_nodes() -> Iterator[None]:
         nodes = Cluster(initialize_head=True, head_node_args=head)
         nodes.add_node(**small, resources={"accelerator_type:A100": 1})
         patch.setenv("RAY_ADDRESS", nodes.address)
-        joined = runtime.start_ray(num_cpus=1)
+        joined = ray_session.start_ray(num_cpus=1)
         assert not joined.owned
         yield
-        runtime.stop_ray(joined)
+        ray_session.stop_ray(joined)
         assert not ray.is_initialized()
         nodes.shutdown()
 

@@ -89,9 +89,9 @@ def cluster() -> Iterator[Raylets]:
 def join(address: str, **environment: str) -> tuple[str, float]:
     """What a process with this environment is told, and after how long."""
     code = (
-        "import os, time\nos.environ.update(CHANGES)\nfrom cluster import runtime\n"
+        "import os, time\nos.environ.update(CHANGES)\nfrom cluster import ray_session\n"
         "from trainer.errors import ConfigError\nstarted = time.monotonic()\n"
-        "try:\n    runtime.start_ray(num_cpus=0)\n    said = 'joined'\n"
+        "try:\n    ray_session.start_ray(num_cpus=0)\n    said = 'joined'\n"
         "except ConfigError as error:\n    said = str(error)\n"
         "print('took', time.monotonic() - started, said)"
     ).replace("CHANGES", repr({"RAY_ADDRESS": address, **environment}))

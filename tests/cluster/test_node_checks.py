@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from raylets import Raylets, raylets
 
-from cluster import node_checks, runtime
+from cluster import node_checks, ray_session, runtime
 from cluster.hardware import Hardware
 from cluster.logs import SharedFolder
 from cluster.node_checks import Question, check_nodes, differences, facts_of, plain
@@ -108,9 +108,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Raylets]:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("PYTHONPATH", str(path), prepend=":")
                 made.add(name, kind=name)
-        joined = runtime.start_ray(num_cpus=0)
+        joined = ray_session.start_ray(num_cpus=0)
         yield made
-        runtime.stop_ray(joined)
+        ray_session.stop_ray(joined)
 
 
 def check(cluster: Raylets, question: Question, *names: str, **environment: str) -> None:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import ray
 
-from cluster import runtime
+from cluster import ray_session
 from cluster.engines.plan import EnginePlan
 from cluster.logs import SharedFolder
 from cluster.teachers import CREDITS, ReplicaPool, TeacherActor, placed_for_good
@@ -38,9 +38,9 @@ FAULTS = Faults(
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    started = runtime.start_ray(num_cpus=6, address="local", object_store_bytes=100 * 2**20)
+    started = ray_session.start_ray(num_cpus=6, address="local", object_store_bytes=100 * 2**20)
     yield started
-    runtime.stop_ray(started)
+    ray_session.stop_ray(started)
 
 
 class Events:

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.runtime import RAY_SETTINGS
+from cluster.ray_session import RAY_SETTINGS
 from launch.ray_node import free_ports
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]

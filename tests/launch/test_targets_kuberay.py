@@ -15,7 +15,7 @@ import pytest
 from launch_schemas import RAY_JOB
 from ruamel.yaml import YAML
 
-from cluster.runtime import ray_environment
+from cluster.ray_session import ray_environment
 from configs.load import load_run, load_section
 from configs.plugins import ROOT
 from launch.bundle import Bundle, BundleFile, make_bundle

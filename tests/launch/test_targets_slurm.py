@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from slurm_stand_in import SlurmStandIn
 
-from cluster.runtime import ray_environment
+from cluster.ray_session import ray_environment
 from configs.load import load_run
 from configs.plugins import ROOT
 from launch.bundle import Bundle, make_bundle

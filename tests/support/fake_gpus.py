@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import runtime
+from cluster import ray_session, runtime
 from cluster.placement import PlacedGroups, actor_options, create_groups
 from cluster.runtime import GPU, SCORER, STUDENT, environment
 from cluster.topology import Placement, RankPlace, number_ranks
@@ -53,11 +53,11 @@ def ray_folder() -> Iterator[tuple[Path, pytest.MonkeyPatch]]:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setenv("RAY_TMPDIR", str(folder))  # where a cluster announces itself, too
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # actors import this file
-        for name, value in runtime.ray_environment(memory_bytes=0).items():
+        for name, value in ray_session.ray_environment(memory_bytes=0).items():
             patch.setenv(name, value)
-        runtime.reread_ray_environment()
+        ray_session.reread_ray_environment()
         yield folder, patch
-    runtime.reread_ray_environment()
+    ray_session.reread_ray_environment()
     shutil.rmtree(folder, ignore_errors=True)
 
 

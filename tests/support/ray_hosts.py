@@ -14,7 +14,7 @@ from typing import Any
 
 from hosts import Host, Process
 
-from cluster import runtime
+from cluster import ray_session
 
 GCS_PORT = 6379
 JOBS_PORT = 8265
@@ -57,7 +57,7 @@ class RayOnHosts:
     def env(self) -> dict[str, str]:
         """What a command on a member starts with, driver or daemon."""
         return {
-            **runtime.RAY_SETTINGS,
+            **ray_session.RAY_SETTINGS,
             "RAY_memory_monitor_refresh_ms": "0",  # every host sees the memory of the whole machine
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             # a dead node is noticed after a few seconds, not after a minute

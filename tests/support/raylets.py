@@ -9,7 +9,7 @@ from typing import Any
 
 from fake_gpus import ray_folder
 
-from cluster import runtime
+from cluster import ray_session
 
 OBJECT_STORE_BYTES = 80 * 2**20
 
@@ -54,11 +54,11 @@ class Raylets:
         """Of every actor that lives on the cluster and has a name."""
         import ray
 
-        joined = runtime.start_ray(num_cpus=0, address=self.address)
+        joined = ray_session.start_ray(num_cpus=0, address=self.address)
         try:
             return [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
         finally:
-            runtime.stop_ray(joined)
+            ray_session.stop_ray(joined)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,238 @@
+"""Ray as a run needs it: what its processes are told, and how a cluster is started, joined and left.
+
+no address   ->  a Ray of this machine alone, in a folder of its own, ended to the last process
+an address   ->  a cluster that was there before, checked first (`cluster.joining`), left as it was
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from cluster import ray_token
+from cluster.guard import Guard
+from cluster.joining import check_cluster
+from cluster.runtime import cache_folder
+from trainer.errors import ConfigError, InfrastructureError
+
+SMALL_MACHINE_BYTES = 32 * 2**30
+MAX_TEMP_DIR = 43  # a unix socket's path has 107 characters, of which Ray's session folder takes 64
+
+
+@dataclass(frozen=True, slots=True)
+class RayCluster:
+    """The cluster this process is connected to."""
+
+    address: str
+    owned: bool  # started here, and to be ended here
+    processes: tuple[int, ...]  # pids of what was started, their children not counted
+    temp_dir: Path | None  # made here, and to be removed
+    warnings: tuple[str, ...]
+    guard: Guard | None = None  # cleans up temp_dir and what runs there, whatever becomes of this process
+
+
+def start_ray(
+    *,
+    num_cpus: int,
+    address: str | None = None,
+    num_gpus: int | None = None,
+    object_store_bytes: int | None = None,
+    temp_dir: Path | None = None,
+) -> RayCluster:
+    """Join the cluster at `address` (or RAY_ADDRESS), or start one of this machine where neither is given.
+
+    `num_cpus` is the number of slots that the roles need: a role is a logical slot, so a cluster started here has at
+    least that many, cores or no cores. `num_gpus` None: Ray counts them. `temp_dir`: for Ray's sessions and logs, at
+    most 43 characters; None makes one that `stop_ray` removes. "local" as address never joins anything.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address != "local":
+        return _join_ray(address)
+    import ray
+
+    folder = temp_dir or _session_folder()
+    made = None if temp_dir else folder
+    if len(str(folder)) > MAX_TEMP_DIR:
+        raise ConfigError(
+            f"Ray's folder {folder} has {len(str(folder))} characters, its sockets allow {MAX_TEMP_DIR}: name a "
+            "shorter path"
+        )
+    warning = shared_memory_warning(object_store_bytes)
+    os.environ.update(ray_environment(memory_bytes=psutil.virtual_memory().total))
+    if warning:
+        os.environ["RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"] = "1"
+    reread_ray_environment()
+    guard = Guard.of(str(made)) if made is not None else None
+    before = {child.pid for child in psutil.Process().children()}
+    with _released_on_error(guard), _start_failure_named(), _signal_handlers_kept(), _temporary_files_in(made):
+        context = ray.init(
+            address="local",
+            num_cpus=max(num_cpus, len(os.sched_getaffinity(0))),
+            num_gpus=num_gpus,
+            object_store_memory=object_store_bytes,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _temp_dir=str(folder),
+        )
+    started = tuple(child.pid for child in psutil.Process().children() if child.pid not in before)
+    warnings = (warning,) if warning else ()
+    return RayCluster(context.address_info["gcs_address"], True, started, made, warnings, guard)
+
+
+def _session_folder() -> Path:
+    """A new folder below TMPDIR, or below /tmp where TMPDIR is too long for Ray's sockets, as that of a batch job often
+    is; readable by this user alone."""
+    name = "stillhouse-"
+    below = tempfile.gettempdir()
+    if len(f"{below}/{name}") + 8 > MAX_TEMP_DIR:  # mkdtemp adds 8 characters
+        below = "/tmp"
+    return Path(tempfile.mkdtemp(prefix=name, dir=below))
+
+
+def _join_ray(address: str) -> RayCluster:
+    import ray
+
+    file = ray_token.named_token_file(os.environ)
+    if file is not None:
+        ray_token.refuse_open_token(file)
+    reread_ray_environment()
+    check_cluster(address)
+    try:
+        with _signal_handlers_kept():
+            context = ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise ConfigError(f"cannot join the Ray cluster at {address}: {error}") from None
+    warnings = () if ray_token.uses_token(os.environ) else (ray_token.WITHOUT_TOKEN,)
+    return RayCluster(context.address_info["gcs_address"], False, (), None, warnings)
+
+
+def stop_ray(cluster: RayCluster) -> None:
+    """Disconnect; end and clean up what `start_ray` started, to the last process."""
+    import ray
+
+    family: list[psutil.Process] = []
+    for pid in cluster.processes:
+        if psutil.pid_exists(pid):
+            process = psutil.Process(pid)
+            family += [process, *process.children(recursive=True)]
+    ray.shutdown()
+    _, left = psutil.wait_procs(family, timeout=10)
+    for process in left:
+        process.kill()
+    psutil.wait_procs(left, timeout=5)
+    if cluster.guard is not None:
+        cluster.guard.release()
+
+
+@contextlib.contextmanager
+def _released_on_error(guard: Guard | None) -> Iterator[None]:
+    """Where Ray does not start, what it left is cleaned up at once and not when this process ends."""
+    with contextlib.ExitStack() as undo:
+        if guard is not None:
+            undo.callback(guard.release)
+        yield
+        undo.pop_all()
+
+
+@contextlib.contextmanager
+def _start_failure_named() -> Iterator[None]:
+    """Ray raises bare exceptions of many types, most of all where the machine is too busy for its fixed 30 s."""
+    try:
+        yield
+    except Exception as error:
+        load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+        free = psutil.virtual_memory().available / 2**30
+        raise InfrastructureError(
+            f"Ray did not start on this machine (load {load:.1f} on {cores} cores, {free:.1f} GiB of memory free): "
+            f"{error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _temporary_files_in(session: Path | None) -> Iterator[None]:
+    """What is started inside, and what that starts, keeps its temporary files in the session's folder: they go with it,
+    however it ends. Compiled kernels, which would lie there too, are worth keeping."""
+    if session is None:
+        yield
+        return
+    (session / "tmp").mkdir()
+    kernels = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(cache_folder() / "inductor")
+    before = os.environ.get("TMPDIR")
+    os.environ.update({"TMPDIR": str(session / "tmp"), "TORCHINDUCTOR_CACHE_DIR": kernels})
+    try:
+        yield
+    finally:
+        os.environ.pop("TMPDIR")
+        os.environ |= {} if before is None else {"TMPDIR": before}
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """`ray.init` replaces the handler of SIGTERM: the run's own, which saves a checkpoint first, is put back."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+RAY_SETTINGS = {
+    "RAY_AUTH_MODE": "token",  # Ray listens on every interface: without a token any neighbour runs code
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # at Ray's 15 any other work on the machine starves the run until it looks hung
+}
+"""What the processes of every Ray cluster start with, those that launch scripts make included."""
+
+
+def ray_environment(*, memory_bytes: int) -> dict[str, str]:
+    """What Ray's own processes start with: set in this process before Ray is started. Never overrides the user's.
+
+    Raises `ConfigError` for a token file that others may read.
+    """
+    values = dict(RAY_SETTINGS)
+    if memory_bytes < SMALL_MACHINE_BYTES:
+        values["RAY_memory_monitor_refresh_ms"] = "0"  # it kills actors at 95 % of the memory, page cache included
+    values = {name: value for name, value in values.items() if name not in os.environ}
+    named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)
+    if {**values, **os.environ}["RAY_AUTH_MODE"] == "token" and not named:
+        values[ray_token.TOKEN_PATH] = str(ray_token.own_token_file(cache_folder()))
+    file = ray_token.named_token_file({**values, **os.environ})
+    if file is not None:
+        ray_token.refuse_open_token(file)
+    return values
+
+
+def reread_ray_environment() -> None:
+    """Ray reads its variables once, when it is imported, which may long be past when they are set."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def object_store_bytes(max_label_bytes: int) -> int:
+    """Of a Ray started for one run on this machine: labels are taken out of it as they are staged."""
+    return min(max_label_bytes // 2 + 256 * 2**20, 2**30)
+
+
+def shared_memory_warning(object_store_bytes: int | None, shared_memory: Path = Path("/dev/shm")) -> str | None:
+    """Where the labels would travel through a disk instead of shared memory."""
+    if object_store_bytes is None or not shared_memory.is_dir():
+        return None
+    free = psutil.disk_usage(str(shared_memory)).free
+    if free >= object_store_bytes:
+        return None
+    return (
+        f"{shared_memory} has {free / 2**20:.0f} MiB free, the object store wants {object_store_bytes / 2**20:.0f}: "
+        "labels travel through the disk, which is slow. In a container, start it with --shm-size"
+    )
