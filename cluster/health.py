@@ -33,7 +33,7 @@ class Failure:
 
     kind: FailureKind
     count: int  # failures of it so far, this one included
-    progress_since_last: bool = False  # a step was trained, or a unit scored, since the one before
+    progress_since_last: bool = False  # a new step or checkpoint, or a unit scored, since the one before
     committed_step: int | None = None  # of the newest checkpoint; None: there is none
 
 
@@ -97,7 +97,7 @@ class FailurePolicy:
         match failure.kind:
             case "rank_died" | "rank_hung":
                 if count > self.max_restarts:
-                    return GiveUp(f"the student group failed {count} times without training a step in between")
+                    return GiveUp(f"the student group failed {count} times without a new step or checkpoint in between")
                 return RestartGroup(failure.committed_step, _group_delay_s(count), count)
             case "preempted":
                 return RestartGroup(failure.committed_step, 0.0, count)

@@ -263,8 +263,10 @@ class Faults(Section):
     ping_interval_s: PositiveFloat = 10.0
     ping_timeout_s: PositiveFloat = 60.0
     max_unit_attempts: PositiveInt = 5
-    max_teacher_restarts: NonNegativeInt = Field(10, description="Per replica.")
-    max_student_restarts: NonNegativeInt = 3
+    max_teacher_restarts: NonNegativeInt = Field(10, description="Per replica, without a unit scored in between.")
+    max_student_restarts: NonNegativeInt = Field(
+        3, description="Of the group, without a new step or checkpoint in between."
+    )
 
 
 class Report(Section):

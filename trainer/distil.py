@@ -31,6 +31,25 @@ CHECK_TOKENS = 512  # tokens of real text in the label self-test
 MAX_FAILED_SAVES = 3
 
 
+class Setbacks:
+    """Losses of the student group in a row with nothing gained in between.
+
+    A gain is a step that was never trained before, or a newer checkpoint. Steps trained again after a restart are none:
+    a failure that always comes at the same step would be tried again for ever.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.count = 0
+        self._furthest = step
+
+    def add(self, *, from_step: int, last_step: int, last_saved: int | None) -> bool:
+        """One more, of loops that began after `from_step`; returns whether they had gained something."""
+        gained = last_step > self._furthest or (last_saved or 0) > from_step
+        self._furthest = max(self._furthest, last_step)
+        self.count = 1 if gained else self.count + 1
+        return gained
+
+
 class Controller:
     """Drives one session through one job."""
 
@@ -202,7 +221,7 @@ class Controller:
     async def _train(self, step: int) -> None:
         """The loops, started again from the last committed checkpoint whenever the whole student group is lost."""
         start = self._job.stream.cursor
-        failures = 0  # without a trained step in between
+        setbacks = Setbacks(step)
         while True:
             loops = Loops(
                 stream=self._job.stream,
@@ -226,16 +245,15 @@ class Controller:
             finally:
                 self.in_loops = False
                 self.non_finite_steps = loops.non_finite_steps
-            progress = loops.last_step > step
-            failures = 1 if progress else failures + 1
-            step, failures = await self._recover(lost, failures, progress, at_step=loops.last_step + 1, start=start)
+            gained = setbacks.add(from_step=step, last_step=loops.last_step, last_saved=loops.last_saved)
+            step = await self._recover(lost, setbacks, gained, at_step=loops.last_step + 1, start=start)
 
     async def _recover(
-        self, lost: StudentsLost, failures: int, progress: bool, *, at_step: int, start: Cursor
-    ) -> tuple[int, int]:
+        self, lost: StudentsLost, setbacks: Setbacks, gained: bool, *, at_step: int, start: Cursor
+    ) -> int:
         """Restart the group until it stands, as often as the policy allows: the next node may die as well.
 
-        Returns the step it continues after, and the failures so far.
+        Returns the step it continues after.
         """
         while True:
             self._observer.event("students_lost", reason=str(lost), at_step=at_step)
@@ -244,14 +262,15 @@ class Controller:
                     f"the student group was lost in step {at_step} while the run was stopping; run the same command "
                     "again to go on from the last checkpoint"
                 )
-            delay_s = self._restart_after(failures, progress)
+            delay_s = self._restart_after(setbacks.count, gained)
             if delay_s is None:
                 raise lost
             await asyncio.sleep(delay_s)
             try:
-                return await self._restart_students(start), failures
+                return await self._restart_students(start)
             except StudentsLost as again:
-                lost, failures, progress = again, failures + 1, False
+                lost, gained = again, False
+                setbacks.count += 1
 
     async def _restart_students(self, start: Cursor) -> int:
         """Kill what is left of the group and build a new one; returns the step it continues after."""
