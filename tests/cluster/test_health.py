@@ -49,7 +49,7 @@ def test_a_failure_within_its_budget_is_mended(failure: Failure, expected: objec
 @pytest.mark.parametrize(
     ("failure", "kind", "words"),
     [
-        (Failure("rank_died", 4), GiveUp, "4 times without training a step"),
+        (Failure("rank_died", 4), GiveUp, "4 times without a new step or checkpoint"),
         (Failure("rank_hung", 4, committed_step=40), GiveUp, "4 times"),
         (Failure("teacher_died", 4), GiveUp, "without scoring a unit"),
         (Failure("unit_failed", 5), GiveUp, "5 attempts"),
