@@ -23,16 +23,6 @@ from trainer.errors import InfrastructureError
 pytestmark = pytest.mark.stack
 
 
-@pytest.fixture(scope="module")
-def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run on Ray with two ranks."""
-    config = tiny_run(tmp_path_factory.mktemp("golden"))
-    result = stillhouse("train", str(config))
-    assert result.returncode == 0, result.stdout + result.stderr
-    (config.parent / "said.txt").write_text(result.stdout + result.stderr)
-    return config.parent / "run"
-
-
 def test_a_run_leaves_a_student_that_learned_a_report_and_no_process(golden: Path) -> None:
     evaluations = records(golden, "evaluation")
     assert [record["step"] for record in evaluations] == [0, 8]

@@ -1,6 +1,7 @@
 """Every way in which a run is ended: what it saves, what it returns, and that nothing of it is left on the machine.
 
-SIGTERM, and what a run learns after it was stopped and started again, are in `test_runs.py`.
+SIGTERM, and what a run learns after it was stopped and started again, are in `test_runs.py`; the death of the run's own
+process in `test_vllm_runs.py`; SIGUSR1, as Slurm sends it, in `hosts/test_slurm.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from leftovers import leftovers
 from runs_under_fault import events, finish, losses, start, when
-from tiny_runs import tiny_run
+from tiny_runs import SHARDED, tiny_run
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
 
@@ -25,10 +26,6 @@ BRIEF = {
     "optimizer": {"schedule": "constant"},
     "report": {"generate": 0, "viewer_sequences": 0},
 }
-VLLM = {
-    "teacher": {"scorer": {"engine": {"kind": "vllm", "kv_cache_bytes": 32 * 2**20}, "tensor_parallel_size": 2}},
-}
-"""Two shards: an engine with processes and shared memory of its own."""
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -41,17 +38,13 @@ def control_c(process: subprocess.Popen[str]) -> None:
     os.killpg(process.pid, signal.SIGINT)
 
 
-@pytest.mark.parametrize("way", ["Ctrl-C", "SIGUSR1"])
-def test_asked_once_it_saves_exits_75_and_leaves_nothing(way: str, tmp_path: Path) -> None:
+def test_asked_once_it_saves_exits_75_and_leaves_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with leftovers() as left:
-        process = start(tiny_run(tmp_path, BRIEF))
+        process = start(tiny_run(tmp_path, {**BRIEF, **SHARDED}))
         when(run, lambda: 2 in losses(run), process)
         assert len(left.processes()) > 4, "the search finds the run while it is there"
-        if way == "Ctrl-C":
-            control_c(process)
-        else:
-            process.send_signal(signal.Signals[way])
+        control_c(process)
         code, output = finish(process)
         assert left.after(GONE_WITHIN_S) == []
     assert code == 75, output
@@ -82,17 +75,6 @@ def test_asked_twice_it_ends_at_once_with_130_and_leaves_nothing(tmp_path: Path)
     assert "Traceback" not in output
 
 
-def test_a_killed_controller_takes_everything_with_it(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    with leftovers() as left:
-        process = start(tiny_run(tmp_path, BRIEF))
-        when(run, lambda: 2 in losses(run), process)
-        assert len(left.processes()) > 4
-        process.kill()  # the controller alone: its children must notice by themselves
-        process.communicate(timeout=60)
-        assert left.after(GONE_WITHIN_S) == []
-
-
 def test_an_error_in_the_middle_ends_with_its_text_and_leaves_nothing(tmp_path: Path) -> None:
     run, trigger = tmp_path / "run", tmp_path / "now"
     labels = {
@@ -110,19 +92,3 @@ def test_an_error_in_the_middle_ends_with_its_text_and_leaves_nothing(tmp_path: 
     assert code == 4, output
     assert "a bug in the middle of the run" in output
     assert "Traceback" not in output
-
-
-@pytest.mark.parametrize("way", ["Ctrl-C", "SIGKILL"])
-def test_a_run_with_a_vllm_teacher_leaves_nothing_either(way: str, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    with leftovers() as left:
-        process = start(tiny_run(tmp_path, {**BRIEF, **VLLM}))
-        when(run, lambda: 2 in losses(run), process)
-        assert len(left.processes()) > 4
-        if way == "Ctrl-C":
-            control_c(process)
-        else:
-            process.kill()
-        code, output = finish(process)
-        assert left.after(GONE_WITHIN_S) == []
-    assert code == (75 if way == "Ctrl-C" else -signal.SIGKILL), output

@@ -23,7 +23,7 @@ from launch.ray_node import free_ports
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 
 SMALL = ("--num-cpus=1", "--object-store-memory=100000000")
-DRAIN_S = 20
+DRAIN_S = 12
 
 WAIT_FOR_TWO = """
 import time, ray

@@ -21,6 +21,12 @@ WORDS = (
 # fmt: on
 
 
+SHARDED = {
+    "teacher": {"scorer": {"engine": {"kind": "vllm", "kv_cache_bytes": 32 * 2**20}, "tensor_parallel_size": 2}},
+}
+"""A vLLM teacher in two shards: an engine with processes and shared memory of its own."""
+
+
 def chat_row(index: int, *, answered: bool = True) -> dict[str, Any]:
     """Deterministic small talk; lengths differ from row to row."""
     pick = lambda offset, count: " ".join(WORDS[(index * 7 + offset + i) % len(WORDS)] for i in range(count))  # noqa: E731

@@ -1,0 +1,18 @@
+"""What whole runs are compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_runs import stillhouse, tiny_run
+
+
+@pytest.fixture(scope="package")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run on Ray with two ranks."""
+    config = tiny_run(tmp_path_factory.mktemp("golden"))
+    result = stillhouse("train", str(config))
+    assert result.returncode == 0, result.stdout + result.stderr
+    (config.parent / "said.txt").write_text(result.stdout + result.stderr)
+    return config.parent / "run"
