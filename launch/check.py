@@ -66,28 +66,32 @@ def check(path: Path, overrides: Sequence[str]) -> int:
     return 0
 
 
-def collect_problems(run: Run) -> list[Finding]:
+def collect_problems(run: Run, inputs: list[Inputs] | None = None) -> list[Finding]:
     """All findings that are not ok, warnings among them (`fatal` tells them apart). Starts and writes nothing."""
-    return [finding for finding in examine(run) if finding.status in ("warning", "problem")]
+    return [finding for finding in examine(run, inputs) if finding.status in ("warning", "problem")]
 
 
-def raise_problems(run: Run) -> list[str]:
-    """The warnings of a run. Raises one `ConfigError`, or `DataError` where only rows are wrong, with all problems."""
-    found = collect_problems(run)
+def raise_problems(run: Run) -> tuple[list[str], Inputs]:
+    """The warnings of a run, and what was read for it.
+
+    Raises one `ConfigError`, or `DataError` where only rows are wrong, with all problems.
+    """
+    inputs: list[Inputs] = []
+    found = collect_problems(run, inputs)
     problems = [finding for finding in found if finding.fatal]
     if problems:
         text = "\n".join(["the run cannot start:", *(f"  {problem.text}" for problem in problems)])
         raise (ConfigError if any(p.exit_code == ConfigError.exit_code for p in problems) else DataError)(text)
-    return [finding.text for finding in found]
+    return [finding.text for finding in found], inputs[0]
 
 
-def examine(run: Run) -> Iterator[Finding]:
-    """Every finding, in the order of the pipeline."""
+def examine(run: Run, inputs: list[Inputs] | None = None) -> Iterator[Finding]:
+    """Every finding, in the order of the pipeline. What is read of the pair on the way is added to `inputs`."""
+    inputs = [] if inputs is None else inputs
     yield from _plugins(run)
     facts: dict[str, ModelFacts] = {}
     for role, source, needs_weights in _models(run):
         yield from _model(run, role, source, facts, needs_weights=needs_weights)
-    inputs: list[Inputs] = []
     if len(facts) == 2:
         yield from _tokenizers(run, inputs)
     else:

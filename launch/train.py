@@ -32,7 +32,7 @@ from launch.watch import Watch
 from trainer.checkpoint import Checkpoints
 from trainer.distil import Controller
 from trainer.errors import ConfigError, StillhouseError
-from trainer.job import Inputs, Job, make_job, read_inputs
+from trainer.job import Inputs, Job, make_job
 from trainer.label_check import teacher_truth
 from trainer.metrics import MetricsLog, TensorBoardSink, Timeline
 from trainer.models import load_config
@@ -48,13 +48,15 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
     """
     run = load_run(path, overrides).run
     quiet_libraries()
-    warnings = raise_problems(run)
+    warnings, inputs = raise_problems(run)
     folder = RunFolder.create(run_folder(run))
     with folder.lock():
         record = Record(folder)
         try:
             with preemptible():
-                _train(run, folder, record, warnings, skip_self_test=skip_self_test, wait_for_nodes=wait_for_nodes)
+                _train(
+                    run, inputs, folder, record, warnings, skip_self_test=skip_self_test, wait_for_nodes=wait_for_nodes
+                )
         except StillhouseError as error:
             record.ended(error.exit_code, str(error))
             raise
@@ -82,6 +84,7 @@ def closing_words(folder: RunFolder) -> str:
 
 def _train(
     run: Run,
+    inputs: Inputs,
     folder: RunFolder,
     record: Record,
     warnings: list[str],
@@ -90,7 +93,6 @@ def _train(
     wait_for_nodes: int | None,
 ) -> None:
     started = time.time()
-    inputs = read_inputs(run)
     hashed = config_hash(run)
     write_text(folder.config, dump_run(run))
     with contextlib.ExitStack() as stack:

@@ -60,8 +60,8 @@ class Job:
 
 def read_inputs(run: Run) -> Inputs:
     """Tokenizers, template and elicitation. Raises ConfigError where the pair does not fit."""
-    vocabulary = check_pair(run.teacher.model, run.student.model)
     tokenizer = load_tokenizer(run.teacher.model)
+    vocabulary = check_pair(run.teacher.model, run.student.model, tokenizer=tokenizer)
     kind = run.elicitation.kind
     module = importlib.import_module(kind if "." in kind else f"trainer.elicitation.{kind}")
     return Inputs(

@@ -36,12 +36,15 @@ class SharedVocabulary:
     student_rows: int
 
 
-def check_pair(teacher: ModelSource, student: ModelSource) -> SharedVocabulary:
+def check_pair(
+    teacher: ModelSource, student: ModelSource, *, tokenizer: PreTrainedTokenizerBase | None = None
+) -> SharedVocabulary:
     """Loads both tokenizers and configurations, and accepts only one tokenizer, however the models' rows are padded.
 
-    Raises `ConfigError` saying what differs, both sizes, or which file is missing.
+    `tokenizer` is the teacher's, where it is loaded already. Raises `ConfigError` saying what differs, both sizes, or
+    which file is missing.
     """
-    first, second = load_tokenizer(teacher), load_tokenizer(student)
+    first, second = tokenizer or load_tokenizer(teacher), load_tokenizer(student)
     difference = tokenizer_difference(first, second)
     if difference is not None:
         raise ConfigError(
