@@ -15,6 +15,9 @@ MODELS := .cache/models
 TEACHER := $(MODELS)/smollm2-135m-instruct
 STUDENT := $(MODELS)/smollm2-135m-20-layers
 STUDENT_LAYERS := 0-9,20-29
+# Test files at once: most of a test is processes that start. Each worker takes up to 10 GB of memory.
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile
 
 # Caches stay in the checkout; nothing phones home; bytecode is cached, or every worker process compiles the stack again.
 export XDG_CACHE_HOME ?= $(CURDIR)/.cache
@@ -67,10 +70,10 @@ demo: models  ## distil a real teacher into a smaller student on this machine, a
 test: test-fast test-stack  ## all tests: the fast tier, then the tier on real Ray, vLLM and DeepSpeed
 
 test-fast: setup  ## the fast tier alone: no Ray, no engine
-	@$(BIN)/python -m pytest -q -m "not stack and not gpu"
+	@$(BIN)/python -m pytest -q $(PARALLEL) -m "not stack and not gpu"
 
 test-stack: models  ## the real-stack tier alone
-	@$(BIN)/python -m pytest -q -m "stack and not gpu" --durations=40 --durations-min=10
+	@$(BIN)/python -m pytest -q $(PARALLEL) -m "stack and not gpu" --durations=40 --durations-min=10
 
 lint: setup  ## ruff, as pre-commit runs it
 	@$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from tiny_runs import records, stillhouse, tiny_run
 
 from trainer.errors import InfrastructureError
 
-pytestmark = pytest.mark.stack
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
 
 def test_a_run_leaves_a_student_that_learned_a_report_and_no_process(golden: Path) -> None:

@@ -16,7 +16,7 @@ from tiny_runs import SHARDED, records, stillhouse, tiny_run
 from launch.prepare import prepare
 from launch.prune import prune
 
-pytestmark = pytest.mark.stack
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
 CHECKOUT = Path(__file__).parents[2]
 TEACHER = CHECKOUT / ".cache/models/smollm2-135m-instruct"
