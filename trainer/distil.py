@@ -1,8 +1,8 @@
 """One run from started roles to an exported student: the program of the controller, free of Ray.
 
 start roles -> self-tests -> held-out labels, evaluation, generations before -> loops -> generations after, export
-                                                                                ^   |
-                                a lost student group: whole restart from the  --+---+
+                                                                                ^                            |
+                                a lost student group: whole restart from the  --+----------------------------+
                                 last committed checkpoint, decided by a policy
 """
 
@@ -119,9 +119,6 @@ class Controller:
             await self._look("before", 0)
         self._on_phase("training")
         await self._train(step)
-        self._on_phase("generating after training, exporting the student")
-        await self._look("after", self._job.loop.total_steps)
-        await self._session.students.export(self._job.folder.student)
 
     async def _start(self, checkpoint: Path | None) -> None:
         """Teachers and students load at the same time: start-up is mostly imports and weights."""
@@ -219,7 +216,8 @@ class Controller:
             self._on_generation(when, prompts, texts)
 
     async def _train(self, step: int) -> None:
-        """The loops, started again from the last committed checkpoint whenever the whole student group is lost."""
+        """The loops and what follows them, from the last committed checkpoint again whenever the student group is lost.
+        After the last step that is the one of this step: then only what follows is done again."""
         start = self._job.stream.cursor
         setbacks = Setbacks(step)
         while True:
@@ -238,15 +236,23 @@ class Controller:
             try:
                 self.in_loops = True
                 await loops.run(step)
-                self.final_evaluation = loops.last_evaluation
+                self.in_loops = False
+                self.final_evaluation = loops.last_evaluation or self.final_evaluation
+                await self._conclude()
                 return
             except StudentsLost as error:
                 lost = error
             finally:
                 self.in_loops = False
                 self.non_finite_steps = loops.non_finite_steps
+            at_step = min(loops.last_step + 1, self._job.loop.total_steps)
             gained = setbacks.add(from_step=step, last_step=loops.last_step, last_saved=loops.last_saved)
-            step = await self._recover(lost, setbacks, gained, at_step=loops.last_step + 1, start=start)
+            step = await self._recover(lost, setbacks, gained, at_step=at_step, start=start)
+
+    async def _conclude(self) -> None:
+        self._on_phase("generating after training, exporting the student")
+        await self._look("after", self._job.loop.total_steps)
+        await self._session.students.export(self._job.folder.student)
 
     async def _recover(
         self, lost: StudentsLost, setbacks: Setbacks, gained: bool, *, at_step: int, start: Cursor

@@ -19,6 +19,7 @@ from runs_under_fault import assert_same_result, events, finish, left_running, l
 from tiny_runs import records, stillhouse, tiny_run
 
 from trainer.errors import InfrastructureError
+from trainer.run_folder import read_json
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
@@ -48,15 +49,21 @@ def test_the_same_command_again_says_finished_and_trains_nothing(golden: Path) -
     assert (golden / "metrics.jsonl").read_text() == before
 
 
-def test_a_student_rank_killed_in_the_middle_changes_nothing(golden: Path, tmp_path: Path) -> None:
-    config = tiny_run(tmp_path, {"training": {"save_every": 2}})
+def test_a_student_rank_killed_in_the_middle_and_one_killed_after_the_last_step_change_nothing(
+    golden: Path, tmp_path: Path
+) -> None:
+    after_training = "generating after training, exporting the student"
+    config = tiny_run(tmp_path, {"training": {"save_every": 2}, "report": {"generate_tokens": 400}})
     run = tmp_path / "run"
     process = start(config)
     when(run, lambda: 4 in losses(run), process)
-    os.kill(next(e["pid"] for e in events(run, "process") if e["role"] == "student-1"), signal.SIGKILL)
+    os.kill([e["pid"] for e in events(run, "process") if e["role"] == "student-1"][-1], signal.SIGKILL)
+    when(run, lambda: after_training in read_json(run / "manifest.json")["phases_began_s"], process)
+    os.kill([e["pid"] for e in events(run, "process") if e["role"] == "student-1"][-1], signal.SIGKILL)
     code, output = finish(process)
     assert code == 0, output
-    assert len(events(run, "students_lost")) == 1
+    assert len(events(run, "students_lost")) == 2
+    assert "the student group goes on after step 8" in output
     assert_same_result(run, golden)
     assert left_running(run) == []
 
