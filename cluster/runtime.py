@@ -62,7 +62,7 @@ SETTINGS: tuple[Setting, ...] = (
     # glibc gives each large tensor back to the kernel: 30-45 % of a plain run went into page faults
     Setting("MALLOC_MMAP_MAX_", "0", ENGINES, (CPU,), "large tensors stay in the heap"),
     # A student's heap would be torn to pieces by logits and gradients of ever other sizes: twice the memory. Those go
-    # back to the kernel, and come in huge pages, so that their page faults cost next to nothing.
+    # back to the kernel, and come in huge pages. Clearing them is 10-20 % of a student's CPU time (docs/benchmarks.md).
     Setting("MALLOC_MMAP_THRESHOLD_", "16777216", (STUDENT,), (CPU,), "tensors below 16 MiB stay in the heap"),
     Setting("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1", (STUDENT,), (CPU,), "huge pages where the kernel offers them"),
     Setting("MALLOC_ARENA_MAX", "1", WORKERS, (CPU,), "calls run in threads: their own arenas map what is over 64 MB"),
