@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,7 @@ def test_a_killed_controller_takes_everything_with_it_and_the_run_goes_on(golden
     with leftovers() as left:
         process = start(config)
         when(run, lambda: bool(events(run, "checkpoint")), process)
+        process.send_signal(signal.SIGSTOP)  # no further step while we look
         assert len(left.processes()) > 4, "the search finds the run while it is there"
         process.kill()  # the controller alone: what it started must notice by itself
         finish(process)

@@ -22,6 +22,7 @@ OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED",
 START_TIMEOUT_S = 60.0
 PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
+# Slurm's spool folder holds sockets, so its path must be short: below each host's own /tmp.
 CONFIGURATION = """\
 ClusterName=hosts
 SlurmctldHost={controller}({controller_address})
@@ -31,7 +32,7 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
+SlurmdSpoolDir=/tmp/slurmd-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -94,8 +95,7 @@ class SlurmOnHosts:
         self.workers = list(workers)
         self.folder = folder
         folder.mkdir(parents=True)
-        for name in ("state", *(f"spool-{host.name}" for host in self.workers)):
-            (folder / name).mkdir()
+        (folder / "state").mkdir()
         nodes = [f"NodeName={host.name} NodeAddr={host.address} CPUs=2 RealMemory=4000" for host in self.workers]
         text = CONFIGURATION.format(
             controller=controller.name,
