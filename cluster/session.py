@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -32,6 +32,7 @@ from trainer.types import BlockRef, SoftLabelBlock
 
 RANK_THREADS = 3  # a step, the staging of the next, and a question from outside
 DRAIN_POLL_S = 2.0
+CLOSE_TIMEOUT_S = 90.0  # more than the bounds of every role's own close together
 
 
 class RaySession:
@@ -115,11 +116,13 @@ class RaySession:
             await asyncio.sleep(DRAIN_POLL_S)
 
     async def close(self) -> None:
-        """Stop every role and give the reservations back; bounded."""
-        pools = [pool.close() for pool in (self.scorers, self.writers) if pool is not None]
-        await asyncio.gather(self.students.close(), *pools)
-        if self._groups is not None:
-            self._groups.release()
+        """Stop every role and give the reservations back, which ends whatever did not stop; bounded."""
+        roles = {"students": self.students, "scorers": self.scorers, "writers": self.writers}
+        try:
+            await close_all({name: role.close() for name, role in roles.items() if role is not None}, note=self._note)
+        finally:
+            if self._groups is not None:
+                self._groups.release()
 
     def _pool(self, plan: Any, num_replicas: int, observer: Observer) -> ReplicaPool:
         def spawn(index: int, name: str) -> Any:
@@ -177,3 +180,22 @@ class RaySession:
 
     def _note(self, text: str) -> None:
         self._observer.event("note", text=text)
+
+
+async def close_all(
+    closing: Mapping[str, Coroutine[Any, Any, None]],
+    *,
+    note: Callable[[str], None],
+    timeout_s: float = CLOSE_TIMEOUT_S,
+) -> None:
+    """Run what closes each role at the same time, given by name. One that is not done at the deadline is noted and
+    given up; an error of one is raised when all are done."""
+    tasks = {asyncio.create_task(close): name for name, close in closing.items()}
+    done, late = await asyncio.wait(tasks, timeout=timeout_s)
+    for task in late:
+        task.cancel()
+    if late:
+        names = ", ".join(sorted(tasks[task] for task in late))
+        note(f"{names} did not stop within {timeout_s:.0f} s and are ended with their reservations")
+    for task in done:
+        task.result()

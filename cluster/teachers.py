@@ -259,7 +259,8 @@ class ReplicaPool:
         replica = self._replicas[index]
         while not replica.lost:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(replica.suspected.wait(), self._faults.ping_interval_s)
+                async with asyncio.timeout(self._faults.ping_interval_s):
+                    await replica.suspected.wait()
             replica.suspected.clear()
             try:
                 await answer(replica.actor.ping.remote(), self._faults.ping_timeout_s)
@@ -358,8 +359,12 @@ def load(replica: Replica) -> ReplicaLoad:
 async def answer(ref: Any, timeout_s: float) -> Any:
     """The value of an object reference, or DeadlineExceeded. A cancelled wait cancels the call."""
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout_s)
+        # Not asyncio.wait_for: in Python 3.11 it swallows a cancellation that meets the answer, and the task goes on.
+        async with asyncio.timeout(timeout_s) as limit:
+            return await asyncio.wrap_future(ref.future())
     except TimeoutError:
+        if not limit.expired():  # the call itself raised it
+            raise
         ray.cancel(ref)
         raise DeadlineExceeded(f"no answer after {timeout_s:.0f} s") from None
     except asyncio.CancelledError:
