@@ -13,14 +13,11 @@ from typing import Literal
 from configs.schema import Faults
 
 FailureKind = Literal[
-    "rank_died",
-    "rank_hung",
+    "students_lost",  # a rank died, or all of them hang
     "teacher_died",
     "teacher_hung",
     "unit_failed",  # the infrastructure's fault: the replica died, or the deadline passed
     "unit_refused",  # the data's fault: a replica cannot score this unit, or its labels are not finite
-    "diverged",
-    "preempted",  # a node was taken away with notice, a checkpoint was saved
 ]
 
 BACKOFF_FIRST_S = 1.0
@@ -33,29 +30,27 @@ class Failure:
 
     kind: FailureKind
     count: int  # failures of it so far, this one included
-    progress_since_last: bool = False  # a new step or checkpoint, or a unit scored, since the one before
-    committed_step: int | None = None  # of the newest checkpoint; None: there is none
+    progress_since_last: bool = False  # something was gained since the one before, so the count begins again
 
 
 @dataclass(frozen=True, slots=True)
 class RestartGroup:
-    """Kill every student rank and start new ones."""
+    """Kill every student rank and start new ones, from the last committed checkpoint."""
 
-    from_checkpoint: int | None  # step to load; None: from the beginning
     delay_s: float
-    count: int  # what the caller remembers as its count
 
 
 @dataclass(frozen=True, slots=True)
 class RestartReplica:
     delay_s: float
-    count: int
+    count: int  # what the caller remembers as its count
 
 
 @dataclass(frozen=True, slots=True)
 class RetryUnit:
+    """On a replica that has not refused it."""
+
     delay_s: float
-    elsewhere: bool  # on a replica that has not refused it
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +90,10 @@ class FailurePolicy:
         count = 1 if failure.progress_since_last else failure.count
         assert count >= 1, failure
         match failure.kind:
-            case "rank_died" | "rank_hung":
+            case "students_lost":
                 if count > self.max_restarts:
                     return GiveUp(f"the student group failed {count} times without a new step or checkpoint in between")
-                return RestartGroup(failure.committed_step, _group_delay_s(count), count)
-            case "preempted":
-                return RestartGroup(failure.committed_step, 0.0, count)
+                return RestartGroup(_group_delay_s(count))
             case "teacher_died" | "teacher_hung":
                 if count > self.max_restarts:
                     return GiveUp(f"the replica failed {count} times without scoring a unit in between")
@@ -108,13 +101,11 @@ class FailurePolicy:
             case "unit_failed":
                 if count >= self.max_attempts:
                     return GiveUp(f"the unit failed on {count} attempts")
-                return RetryUnit(backoff_s(count), elsewhere=False)
+                return RetryUnit(backoff_s(count))
             case "unit_refused":
                 if count >= self.max_refusals:
                     return RejectUnit(f"{count} attempts were refused")
-                return RetryUnit(0.0, elsewhere=True)
-            case "diverged":
-                return GiveUp("too many steps had a non-finite loss or gradient; a restart would repeat them")
+                return RetryUnit(0.0)
 
 
 def backoff_s(count: int) -> float:

@@ -243,11 +243,11 @@ def _truth(job: Job, resolved: Resolved) -> Callable[[Unit], Any]:
     return truth
 
 
-def _restart_after(run: Run) -> Callable[[int, bool], float | None]:
+def _restart_after(run: Run) -> Callable[[int], float | None]:
     policy = FailurePolicy.of_students(run.faults)
 
-    def restart_after(failures: int, progress: bool) -> float | None:
-        decision = policy.decide(Failure(kind="rank_died", count=failures, progress_since_last=progress))
+    def restart_after(failures: int) -> float | None:
+        decision = policy.decide(Failure(kind="students_lost", count=failures))
         return decision.delay_s if isinstance(decision, RestartGroup) else None
 
     return restart_after

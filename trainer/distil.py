@@ -42,12 +42,11 @@ class Setbacks:
         self.count = 0
         self._furthest = step
 
-    def add(self, *, from_step: int, last_step: int, last_saved: int | None) -> bool:
-        """One more, of loops that began after `from_step`; returns whether they had gained something."""
+    def add(self, *, from_step: int, last_step: int, last_saved: int | None) -> None:
+        """One more, of loops that began after `from_step`."""
         gained = last_step > self._furthest or (last_saved or 0) > from_step
         self._furthest = max(self._furthest, last_step)
         self.count = 1 if gained else self.count + 1
-        return gained
 
 
 class Controller:
@@ -61,15 +60,15 @@ class Controller:
         *,
         stop_requested: asyncio.Event,
         read_block: Callable[[BlockRef], SoftLabelBlock],
-        restart_after: Callable[[int, bool], float | None],
+        restart_after: Callable[[int], float | None],
         teacher_truth: Callable[[Unit], tuple[Head, torch.Tensor | None]],
         teacher_dtype: str,
         on_evaluation: Callable[[str, Evaluation], None],
         on_generation: Callable[[str, list[np.ndarray], list[np.ndarray]], None],
         on_phase: Callable[[str], None],
     ) -> None:
-        """`restart_after(failures, progress)` is the failure policy of the student group: seconds to wait, or None to
-        give up. For the label self-test, `read_block` brings a block into this process and `teacher_truth(unit)` gives
+        """`restart_after(setbacks)` is the failure policy of the student group: seconds to wait, or None to give up.
+        For the label self-test, `read_block` brings a block into this process and `teacher_truth(unit)` gives
         `(Head, reference logits or None)`."""
         self._job = job
         self._session = session
@@ -246,17 +245,15 @@ class Controller:
                 self.in_loops = False
                 self.non_finite_steps = loops.non_finite_steps
             at_step = min(loops.last_step + 1, self._job.loop.total_steps)
-            gained = setbacks.add(from_step=step, last_step=loops.last_step, last_saved=loops.last_saved)
-            step = await self._recover(lost, setbacks, gained, at_step=at_step, start=start)
+            setbacks.add(from_step=step, last_step=loops.last_step, last_saved=loops.last_saved)
+            step = await self._recover(lost, setbacks, at_step=at_step, start=start)
 
     async def _conclude(self) -> None:
         self._on_phase("generating after training, exporting the student")
         await self._look("after", self._job.loop.total_steps)
         await self._session.students.export(self._job.folder.student)
 
-    async def _recover(
-        self, lost: StudentsLost, setbacks: Setbacks, gained: bool, *, at_step: int, start: Cursor
-    ) -> int:
+    async def _recover(self, lost: StudentsLost, setbacks: Setbacks, *, at_step: int, start: Cursor) -> int:
         """Restart the group until it stands, as often as the policy allows: the next node may die as well.
 
         Returns the step it continues after.
@@ -268,14 +265,14 @@ class Controller:
                     f"the student group was lost in step {at_step} while the run was stopping; run the same command "
                     "again to go on from the last checkpoint"
                 )
-            delay_s = self._restart_after(setbacks.count, gained)
+            delay_s = self._restart_after(setbacks.count)
             if delay_s is None:
                 raise lost
             await asyncio.sleep(delay_s)
             try:
                 return await self._restart_students(start)
             except StudentsLost as again:
-                lost, gained = again, False
+                lost = again
                 setbacks.count += 1
 
     async def _restart_students(self, start: Cursor) -> int:
