@@ -17,18 +17,19 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from cluster import runtime
 from cluster.health import Seated
 from cluster.logs import SharedFolder, last_words, redirect_output
 from cluster.model_files import local_copy
 from cluster.processes import ProcessIdentity, kill_actor, this_process, wait_killed
-from cluster.teachers import answer, brief, unwrap
+from cluster.rank_errors import group_error
+from cluster.teachers import answer, unwrap
 from cluster.topology import RankPlace, number_ranks
 from configs.schema import Run
 from trainer.build import check_build
-from trainer.errors import DeadlineExceeded, InfrastructureError, LabelsLost, StillhouseError, StudentsLost
+from trainer.errors import Defect, LabelsLost, StudentsLost
 from trainer.loops import Observer
 from trainer.types import BlockRef, Evaluation, RankBatch, SoftLabelBlock, StepMetrics, StudentPlan, Unit
 from trainer.vocab import SharedVocabulary
@@ -139,10 +140,10 @@ class StudentGroup:
         """
         try:
             return await self._start(checkpoint)
-        except StudentsLost as lost:
+        except (StudentsLost, Defect) as lost:
             logs = [last_words(self._folder, f"student-{index}") for index in range(self.world)]
             told = next((words for words in logs if words.error), logs[0])
-            raise StudentsLost(told.after(str(lost))) from None
+            raise type(lost)(told.after(str(lost))) from None
 
     async def _start(self, checkpoint: Path | None) -> Any:
         await self._room()
@@ -262,27 +263,3 @@ class StudentGroup:
             raise group_error(failed, "staging of labels")
         if lost:
             raise LabelsLost(lost)
-
-
-def group_error(failed: dict[int, BaseException], what: str) -> BaseException:
-    """What a failure of some ranks means: a plain error of ours as it is, anything else a lost group.
-
-    A rank that died names the cause better than its peers, whose collectives merely broke.
-    """
-    for error in failed.values():
-        cause = unwrap(error)
-        if isinstance(error, RayTaskError) and isinstance(cause, StillhouseError):
-            return cause
-        if isinstance(error, asyncio.CancelledError):
-            return error
-    order = sorted(failed, key=lambda rank: (not isinstance(failed[rank], RayActorError), rank))
-    texts = [f"rank {rank}: {brief(unwrap(failed[rank]))}" for rank in order]
-    hung = [rank for rank, error in failed.items() if isinstance(error, DeadlineExceeded)]
-    if hung and len(hung) == len(failed):
-        return StudentsLost(
-            f"{what}: rank(s) {hung} gave no answer in time; the processes hang or the deadline is short"
-        )
-    unknown = [error for error in failed.values() if not isinstance(error, RayError | DeadlineExceeded)]
-    if unknown:
-        return InfrastructureError(f"{what} failed: {brief(unknown[0])}")
-    return StudentsLost(f"{what} failed: " + "; ".join(texts))

@@ -63,6 +63,9 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
         except (KeyboardInterrupt, asyncio.CancelledError):
             record.ended(130, "interrupted")
             raise KeyboardInterrupt from None
+        except Exception as error:
+            record.ended(1, f"{type(error).__name__}: {error}")
+            raise
         record.ended(0, "finished")
     print(closing_words(folder), flush=True)
     return 0

@@ -9,6 +9,12 @@ from configs.errors import ConfigError as ConfigError
 from configs.errors import StillhouseError as StillhouseError
 
 
+class Defect(StillhouseError):
+    """Code of ours or of a plug-in is wrong; the message holds the traceback of the process that it broke."""
+
+    exit_code = 1
+
+
 class DataError(StillhouseError):
     """A dataset row is wrong, or too many rows were rejected."""
 
