@@ -16,7 +16,8 @@ from cluster import runtime
 from cluster.engines.plan import EnginePlan
 from cluster.resolve import Resolved
 from cluster.students import StudentJob, on_local_copy
-from cluster.teachers import check_report, start_engine
+from cluster.teacher_actor import start_engine
+from cluster.teachers import check_report
 from cluster.topology import RankPlace
 from trainer.loops import Observer
 from trainer.types import EncodingSpec, Evaluation, Prompt, RankBatch, SoftLabelBlock, StepMetrics, Unit, UnitReport

@@ -20,10 +20,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.calls import answer
 from cluster.logs import SharedFolder
 from cluster.model_files import ModelFiles
 from cluster.nodes import alive_nodes
-from cluster.teachers import answer
 from trainer.errors import ConfigError, DeadlineExceeded, InfrastructureError
 
 CHECK_TIMEOUT_S = 120.0

@@ -23,7 +23,8 @@ from cluster.nodes import alive_nodes, draining_nodes
 from cluster.placement import PlacedGroup, PlacedGroups, actor_options, create_groups, nodes_of, wait_for_room
 from cluster.resolve import Resolved
 from cluster.students import RankActor, StudentGroup, StudentJob
-from cluster.teachers import ReplicaPool, TeacherActor
+from cluster.teacher_actor import TeacherActor
+from cluster.teachers import ReplicaPool
 from trainer.build import VARIABLE, build_hash
 from trainer.errors import InfrastructureError
 from trainer.loops import Observer

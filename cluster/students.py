@@ -20,12 +20,12 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from cluster import runtime
+from cluster.calls import answer, unwrap
 from cluster.health import Seated
 from cluster.logs import SharedFolder, last_words, redirect_output
 from cluster.model_files import local_copy
 from cluster.processes import ProcessIdentity, kill_actor, this_process, wait_killed
 from cluster.rank_errors import group_error
-from cluster.teachers import answer, unwrap
 from cluster.topology import RankPlace, number_ranks
 from configs.schema import Run
 from trainer.build import check_build

@@ -1,4 +1,4 @@
-"""Teacher replicas as Ray actors, and the pool that keeps them busy, watched and restarted.
+"""The replicas of a teacher: kept busy, watched and restarted.
 
     Loops.score(unit) -> ReplicaPool: lease (fewest tokens in flight, `CREDITS` units each) -> TeacherActor.score
                                  ^                                                             |
@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
-from cluster import runtime
+from cluster.calls import answer, brief, unwrap
 from cluster.engines.plan import EnginePlan
 from cluster.health import (
     Failure,
@@ -36,14 +33,13 @@ from cluster.health import (
     Seated,
     choose_replica,
 )
-from cluster.logs import SharedFolder, last_words, redirect_output
-from cluster.model_files import local_copy
-from cluster.processes import ProcessIdentity, kill_actor, own_shared_memory, this_process, wait_killed
+from cluster.logs import SharedFolder, last_words
+from cluster.processes import ProcessIdentity, kill_actor, wait_killed
 from configs.schema import Faults
-from trainer.build import check_build
 from trainer.errors import (
     ConfigError,
     DeadlineExceeded,
+    EngineDead,
     InfrastructureError,
     NoRoom,
     StillhouseError,
@@ -51,57 +47,12 @@ from trainer.errors import (
     UnitRejected,
 )
 from trainer.loops import Observer
-from trainer.protocols import ScoringEngine, WritingEngine
-from trainer.types import BlockRef, EncodingSpec, Prompt, SoftLabelBlock, Unit, UnitReport
+from trainer.types import BlockRef, EncodingSpec, Prompt, Unit, UnitReport
 
+MAX_MISSES = 3  # deadlines in a row without an answer: more than `CREDITS`, so that it is not one heavy unit
 CREDITS = 2  # units in flight per replica: with 1 the engine idles between units, with more a lost replica costs more
 CLOSE_TIMEOUT_S = 20.0
 ANSWER_GRACE_S = 5.0  # the engine aborts at the deadline; its answer may take this much longer to arrive
-
-
-def start_engine(plan: EnginePlan, name: str) -> ScoringEngine | WritingEngine:
-    """The engine a plan names, started in this process, on the node's own copy of the model where one is asked for."""
-    if plan.local_copy is not None:
-        copy = local_copy(plan.model, Path(plan.local_copy), timeout_s=plan.start_timeout_s)
-        plan = replace(plan, model=str(copy))
-    module = plan.kind if "." in plan.kind else f"cluster.engines.{plan.kind}"
-    engine = importlib.import_module(module).Engine(**plan.parameters)
-    return engine.start_scorer(plan, name) if plan.role == "scorer" else engine.start_writer(plan, name)
-
-
-class TeacherActor:
-    """One replica: builds its engine, forwards calls. Its process environment was set by the placement."""
-
-    def __init__(self, plan: EnginePlan, name: str, folder: SharedFolder) -> None:
-        redirect_output(folder, name)
-        runtime.set_network(plan.role)
-        self._folder = folder
-        self._plan = plan
-        self._name = name
-        self._engine: Any = None
-
-    async def identify(self) -> ProcessIdentity:
-        check_build()
-        self._folder.check()
-        return this_process()
-
-    async def start(self) -> tuple[str, ...]:
-        """Load the model. Returns the shared memory that the engine has, which outlives it where it is killed."""
-        self._engine = await asyncio.to_thread(start_engine, self._plan, self._name)
-        return own_shared_memory()
-
-    async def ping(self) -> None:
-        """Answers while the engine works: it has a thread of its own."""
-
-    async def score(self, unit: Unit, encoding: EncodingSpec, deadline_s: float) -> tuple[UnitReport, SoftLabelBlock]:
-        return await self._engine.score(unit, encoding, deadline_s=deadline_s)
-
-    async def write(self, prompts: Sequence[Prompt], deadline_s: float) -> list[np.ndarray]:
-        return await self._engine.write(prompts, deadline_s=deadline_s)
-
-    async def close(self) -> None:
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.close)
 
 
 async def placed_for_good(index: int) -> None:
@@ -122,6 +73,8 @@ class Replica:
     restarts: int = 0  # in all
     units_in_flight: int = 0
     tokens_in_flight: int = 0
+    misses: int = 0  # deadlines since its last answer
+    broken: tuple[FailureKind, str] | None = None  # what is known already: no ping is asked for it
     suspected: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -200,12 +153,14 @@ class ReplicaPool:
     async def _lease(self, what: str, tokens: int, send: Callable[[Any], Awaitable[Any]]) -> Any:
         """Run `send` on one replica after another until it answers or the policy gives up."""
         refused_by: set[str] = set()
+        failed_on: set[str] = set()
         attempt = 0
         while True:
-            replica = await self._acquire(tokens, refused_by)
+            replica = await self._acquire(tokens, refused_by, failed_on)
+            actor = replica.actor
             try:
-                result = await send(replica.actor)
-                replica.progress = True
+                result = await send(actor)
+                replica.progress, replica.misses = True, 0
                 return result
             except (RayError, StillhouseError) as error:
                 attempt += 1
@@ -214,7 +169,8 @@ class ReplicaPool:
                 if refused:
                     refused_by.add(replica.name)
                 else:
-                    await self._suspect(replica)
+                    failed_on.add(replica.name)
+                    await self._suspect(replica, actor, cause)
                 kind: FailureKind = "unit_refused" if refused else "unit_failed"
                 decision = self._policy.decide(Failure(kind=kind, count=attempt))
                 self._observer.event("redispatch", what=what, replica=replica.name, attempt=attempt, error=brief(cause))
@@ -225,7 +181,9 @@ class ReplicaPool:
                 await self._release(replica, tokens)
             await asyncio.sleep(delay_s)
 
-    async def _acquire(self, tokens: int, refused_by: set[str]) -> Replica:
+    async def _acquire(self, tokens: int, refused_by: set[str], failed_on: set[str]) -> Replica:
+        """Wait for a credit of the best replica: not one of `refused_by` while another lives, not one of `failed_on`
+        while another is healthy."""
         async with self._changed:
             while True:
                 alive = [replica for replica in self._replicas if not replica.lost]
@@ -233,8 +191,11 @@ class ReplicaPool:
                     raise TeachersLost(
                         f"no {self._plan.role} of teacher {self._plan.teacher} is left: {self._last_error}"
                     )
-                others = refused_by if any(replica.name not in refused_by for replica in alive) else set()
-                name = choose_replica([load(replica) for replica in alive], credits=CREDITS, exclude=others)
+                exclude = refused_by if any(replica.name not in refused_by for replica in alive) else set()
+                others = exclude | failed_on
+                if any(replica.healthy and replica.name not in others for replica in alive):
+                    exclude = others
+                name = choose_replica([load(replica) for replica in alive], credits=CREDITS, exclude=exclude)
                 if name is not None:
                     replica = next(replica for replica in alive if replica.name == name)
                     replica.units_in_flight += 1
@@ -248,33 +209,45 @@ class ReplicaPool:
             replica.tokens_in_flight -= tokens
             self._changed.notify_all()
 
-    async def _suspect(self, replica: Replica) -> None:
-        """Send it nothing until a ping has answered; the watcher decides whether it is restarted."""
+    async def _suspect(self, replica: Replica, actor: Any, cause: BaseException) -> None:
+        """Send it nothing until its watcher has had a look. A broken engine, and one that hangs, sit in an actor that
+        answers pings: these the watcher restarts without asking."""
         async with self._changed:
+            if replica.actor is not actor:  # it was started anew meanwhile
+                return
             replica.healthy = False
+            if isinstance(cause, EngineDead):
+                replica.broken = ("teacher_died", brief(cause))
+            elif isinstance(cause, DeadlineExceeded):
+                replica.misses += 1
+                if replica.misses >= MAX_MISSES:
+                    replica.broken = ("teacher_hung", f"{replica.misses} deadlines missed in a row: {brief(cause)}")
             replica.suspected.set()
 
     async def _watch(self, index: int) -> None:
         """One replica's health, independent of its requests: a hung process answers no ping, and nothing else tells."""
         replica = self._replicas[index]
-        while not replica.lost:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._faults.ping_interval_s):
-                    await replica.suspected.wait()
-            replica.suspected.clear()
-            try:
-                await answer(replica.actor.ping.remote(), self._faults.ping_timeout_s)
-            except (RayError, DeadlineExceeded) as error:
-                hung = isinstance(error, DeadlineExceeded)
-                await self._restart(index, "teacher_hung" if hung else "teacher_died", brief(unwrap(error)))
-            else:
-                await self._set_healthy(replica)
+        try:
+            while not replica.lost:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._faults.ping_interval_s):
+                        await replica.suspected.wait()
+                replica.suspected.clear()
+                failure = replica.broken or await self._ping(replica)
+                if failure is None:
+                    await self._set_healthy(replica)
+                else:
+                    await self._restart(index, *failure)
+        except Exception as error:  # noqa: BLE001 - units must not wait for a replica that nobody looks after
+            await self._lose(replica, f"its watcher failed: {brief(error)}")
 
-    async def _set_healthy(self, replica: Replica) -> None:
-        async with self._changed:
-            if not replica.healthy:
-                replica.healthy = True
-                self._changed.notify_all()
+    async def _ping(self, replica: Replica) -> tuple[FailureKind, str] | None:
+        try:
+            await answer(replica.actor.ping.remote(), self._faults.ping_timeout_s)
+        except (RayError, DeadlineExceeded) as error:
+            kind: FailureKind = "teacher_hung" if isinstance(error, DeadlineExceeded) else "teacher_died"
+            return kind, brief(unwrap(error))
+        return None
 
     async def _restart(self, index: int, kind: FailureKind, reason: str) -> None:
         """Kill and start again until it is ready or the policy gives up on it."""
@@ -282,13 +255,12 @@ class ReplicaPool:
         async with self._changed:
             replica.healthy = False
         while True:
-            self._last_error = reason
             failure = Failure(kind=kind, count=replica.failures + 1, progress_since_last=replica.progress)
             decision = self._policy.decide(failure)
-            await asyncio.to_thread(wait_killed, kill_actor(replica.actor, replica.process))
             if not isinstance(decision, RestartReplica):
                 await self._lose(replica, reason)
                 return
+            await self._kill(replica)
             replica.failures, replica.progress = decision.count, False
             replica.restarts += 1
             self._observer.event("teacher_restart", replica=replica.name, reason=reason, restarts=replica.restarts)
@@ -297,23 +269,37 @@ class ReplicaPool:
                 await self._start(index)
                 return
             except (NoRoom, ConfigError) as error:  # neither gets better by trying again
-                self._last_error = str(error)
                 await self._lose(replica, str(error))
                 return
             except (RayError, StillhouseError) as error:
                 kind, reason = "teacher_died", brief(unwrap(error))
 
+    async def _kill(self, replica: Replica) -> None:
+        actor, process = replica.actor, replica.process
+        replica.actor = replica.process = None
+        if actor is not None:
+            await asyncio.to_thread(wait_killed, kill_actor(actor, process))
+
     async def _lose(self, replica: Replica, reason: str) -> None:
-        self._observer.event("teacher_lost", replica=replica.name, reason=reason, restarts=replica.restarts)
         async with self._changed:
-            replica.lost = True
+            replica.healthy, replica.lost = False, True
+            self._last_error = reason
             self._changed.notify_all()
+        await self._kill(replica)
+        self._observer.event("teacher_lost", replica=replica.name, reason=reason, restarts=replica.restarts)
+
+    async def _set_healthy(self, replica: Replica) -> None:
+        async with self._changed:
+            if not replica.healthy and replica.broken is None:
+                replica.healthy = True
+                self._changed.notify_all()
 
     async def _start(self, index: int) -> None:
         replica = self._replicas[index]
         await self._room(index)
         started = time.time()
         replica.actor, replica.process = self._spawn(index, replica.name), None
+        replica.misses, replica.broken = 0, None
         try:
             process = await answer(replica.actor.identify.remote(), self._plan.start_timeout_s)
             replica.process = process
@@ -340,11 +326,10 @@ class ReplicaPool:
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
-        alive = [replica for replica in self._replicas if replica.actor is not None and not replica.lost]
+        alive = [replica for replica in self._replicas if replica.actor is not None]
         closing = [answer(replica.actor.close.remote(), CLOSE_TIMEOUT_S) for replica in alive]
         await asyncio.gather(*closing, return_exceptions=True)
-        refs = [ref for replica in alive for ref in kill_actor(replica.actor, replica.process)]
-        await asyncio.to_thread(wait_killed, refs)
+        await asyncio.gather(*(self._kill(replica) for replica in alive))
 
 
 def load(replica: Replica) -> ReplicaLoad:
@@ -354,33 +339,6 @@ def load(replica: Replica) -> ReplicaLoad:
         units_in_flight=replica.units_in_flight,
         healthy=replica.healthy,
     )
-
-
-async def answer(ref: Any, timeout_s: float) -> Any:
-    """The value of an object reference, or DeadlineExceeded. A cancelled wait cancels the call."""
-    try:
-        # Not asyncio.wait_for: in Python 3.11 it swallows a cancellation that meets the answer, and the task goes on.
-        async with asyncio.timeout(timeout_s) as limit:
-            return await asyncio.wrap_future(ref.future())
-    except TimeoutError:
-        if not limit.expired():  # the call itself raised it
-            raise
-        ray.cancel(ref)
-        raise DeadlineExceeded(f"no answer after {timeout_s:.0f} s") from None
-    except asyncio.CancelledError:
-        ray.cancel(ref)
-        raise
-
-
-def unwrap(error: BaseException) -> BaseException:
-    """The application's own error behind what Ray raises for a failed call."""
-    return error.cause if isinstance(error, RayTaskError) else error
-
-
-def brief(error: BaseException) -> str:
-    """One line of an error for events and messages."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:400]}"
 
 
 def check_report(report: UnitReport, unit: Unit) -> None:

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import ray
 
+from cluster.calls import answer
 from cluster.session import close_all
-from cluster.teachers import answer
 
 
 @pytest.mark.parametrize("turns", range(5))

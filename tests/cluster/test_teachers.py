@@ -18,7 +18,8 @@ import ray
 from cluster import ray_session
 from cluster.engines.plan import EnginePlan
 from cluster.logs import SharedFolder
-from cluster.teachers import CREDITS, ReplicaPool, TeacherActor, placed_for_good
+from cluster.teacher_actor import TeacherActor
+from cluster.teachers import CREDITS, ReplicaPool, placed_for_good
 from configs.schema import Faults
 from trainer.errors import InfrastructureError, NoRoom, TeachersLost, UnitRejected
 from trainer.types import EncodingSpec, Sequence, Unit
@@ -171,6 +172,65 @@ def test_a_killed_or_hanging_teacher_is_replaced_and_every_unit_is_answered_once
     assert events.names["redispatch"] >= 1
     assert sum(events.lanes.values()) == 16
     assert not psutil.pid_exists(victim)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_teacher_whose_engine_died_in_a_living_process_is_replaced(
+    cluster: Any, tmp_path: Path, replicas: int
+) -> None:
+    """It answers pings, and is always the least busy one."""
+
+    async def scenario() -> Events:
+        events = Events()
+        once = str(tmp_path / "once")
+        scorers = pool(tmp_path, events, replicas=replicas, delay_s=0.1, breaks="dies", once=once)
+        await scorers.start()
+        await score_all(scorers, 8)
+        while not all(replica.healthy for replica in scorers._replicas):
+            await asyncio.sleep(0.1)
+        await scorers.close()
+        return events
+
+    events = run(scenario())
+    assert events.names["teacher_restart"] == 1
+    assert events.names["teacher_lost"] == 0
+    assert sum(events.lanes.values()) == 8
+
+
+def test_a_teacher_whose_engine_hangs_in_a_living_process_is_replaced(cluster: Any, tmp_path: Path) -> None:
+    async def scenario() -> Events:
+        events = Events()
+        faults = FAULTS.model_copy(update={"score_timeout_s": 1.0})
+        once = str(tmp_path / "once")
+        scorers = pool(tmp_path, events, replicas=1, faults=faults, breaks="hangs", once=once)
+        await scorers.start()
+        await score_all(scorers, 4)
+        await scorers.close()
+        return events
+
+    events = run(scenario())
+    assert events.names["teacher_restart"] == 1
+    assert sum(events.lanes.values()) == 4
+
+
+def test_a_replica_whose_watcher_breaks_is_given_up_and_nobody_waits_for_it(cluster: Any, tmp_path: Path) -> None:
+    class Full(Events):
+        def event(self, name: str, **fields: Any) -> None:
+            super().event(name, **fields)
+            if name == "teacher_restart":
+                raise OSError(28, "No space left on device")
+
+    async def scenario() -> None:
+        scorers = pool(tmp_path, Full(), replicas=1)
+        await scorers.start()
+        os.kill(scorers._replicas[0].process.pid, signal.SIGKILL)
+        try:
+            await score_all(scorers, 1)
+        finally:
+            await scorers.close()
+
+    with pytest.raises(TeachersLost, match="No space left"):
+        run(scenario())
 
 
 def test_an_engine_that_cannot_start_is_the_error_of_the_run(cluster: Any, tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ Implements `trainer.protocols.ScoringEngine`; used where the pool around an engi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trainer.errors import DeadlineExceeded, InfrastructureError, UnitRejected
+from trainer.errors import DeadlineExceeded, EngineDead, InfrastructureError, UnitRejected
 from trainer.types import EncodingSpec, LabelHeader, SoftLabelBlock, Unit, UnitReport
 
 
@@ -23,6 +25,8 @@ class Engine:
     refuse_id: int = -1  # units that hold this token are refused
     garbage: bool = False  # answers about other tokens
     stuck: str = ""  # start prints this and never returns
+    breaks: str = ""  # "dies" or "hangs" while its process lives, in the first process that makes the file `once`
+    once: str = ""
 
     def start_scorer(self, plan: Any, name: str) -> Scorer:
         if self.broken:
@@ -36,6 +40,11 @@ class Engine:
 class Scorer:
     def __init__(self, engine: Engine, plan: Any, name: str) -> None:
         self._engine, self._plan, self._name = engine, plan, name
+        self._breaks = ""
+        if engine.breaks:
+            with contextlib.suppress(FileExistsError):
+                Path(engine.once).touch(exist_ok=False)
+                self._breaks = engine.breaks
 
     async def score(
         self, unit: Unit, encoding: EncodingSpec, *, deadline_s: float
@@ -43,7 +52,9 @@ class Scorer:
         started = time.time()
         if any(self._engine.refuse_id in sequence.token_ids for sequence in unit.sequences):
             raise UnitRejected(f"unit {unit.id} holds token {self._engine.refuse_id}")
-        if self._engine.delay_s > deadline_s:
+        if self._breaks == "dies":
+            raise EngineDead(f"the engine {self._name} died: RuntimeError: CUDA error: an illegal memory access")
+        if self._breaks == "hangs" or self._engine.delay_s > deadline_s:
             await asyncio.sleep(deadline_s)
             raise DeadlineExceeded("too slow")
         await asyncio.sleep(self._engine.delay_s)
