@@ -13,7 +13,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -22,7 +22,7 @@ from cluster import ray_token
 from cluster.guard import Guard
 from cluster.joining import check_cluster
 from cluster.runtime import cache_folder
-from trainer.errors import ConfigError, InfrastructureError
+from trainer.errors import ConfigError, InfrastructureError, StillhouseError
 
 SMALL_MACHINE_BYTES = 32 * 2**30
 MAX_TEMP_DIR = 43  # a unix socket's path has 107 characters, of which Ray's session folder takes 64
@@ -57,6 +57,17 @@ def start_ray(
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address != "local":
         return _join_ray(address)
+    try:
+        return _start_here(num_cpus, num_gpus, object_store_bytes, temp_dir)
+    except InfrastructureError as error:
+        # Its processes get 30 s from Ray, whatever the machine is doing at that moment.
+        cluster = _start_here(num_cpus, num_gpus, object_store_bytes, temp_dir)
+        return replace(cluster, warnings=(*cluster.warnings, f"Ray started at the second attempt only: {error}"))
+
+
+def _start_here(
+    num_cpus: int, num_gpus: int | None, object_store_bytes: int | None, temp_dir: Path | None
+) -> RayCluster:
     import ray
 
     folder = temp_dir or _session_folder()
@@ -149,6 +160,8 @@ def _start_failure_named() -> Iterator[None]:
     """Ray raises bare exceptions of many types, most of all where the machine is too busy for its fixed 30 s."""
     try:
         yield
+    except StillhouseError:  # the run was asked to stop meanwhile
+        raise
     except Exception as error:
         load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
         free = psutil.virtual_memory().available / 2**30
@@ -180,8 +193,16 @@ def _temporary_files_in(session: Path | None) -> Iterator[None]:
 def _signal_handlers_kept() -> Iterator[None]:
     """`ray.init` replaces the handler of SIGTERM: the run's own, which saves a checkpoint first, is put back."""
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(handler) and threading.current_thread() is threading.main_thread():
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        yield
+    except SystemExit as ended:
+        if ended.code == signal.SIGTERM:  # it came while Ray's own handler was in place, which says no more than this
+            handler(signal.SIGTERM, None)
+        raise
+    finally:
         signal.signal(signal.SIGTERM, handler)
 
 

@@ -101,19 +101,28 @@ class RaySession:
     async def watch_for_drain(self, stop: Callable[[str], None]) -> None:
         """Until cancelled: where a node of the students or of this process is to be taken away, `stop(why)`; where one
         of teachers, a note."""
-        known: set[str] = set()
+        told: set[str] = set()
         own = ray.get_runtime_context().get_node_id()
+        failed = False
         while True:
-            draining = await asyncio.to_thread(draining_nodes)
-            for node in draining.keys() - known:
-                known.add(node)
-                here = [process.role for process in self._processes() if process.node == node]
-                name = (await asyncio.to_thread(alive_nodes)).get(node, node)
-                effect = drain_effect(Drain(name, draining[node], here, holds_controller=node == own))
-                if effect is not None and effect.stop:
-                    stop(effect.text)
-                elif effect is not None:
-                    self._note(effect.text)
+            try:
+                for node, seconds in (await asyncio.to_thread(draining_nodes)).items():
+                    if node in told:
+                        continue
+                    here = [process.role for process in self._processes() if process.node == node]
+                    name = (await asyncio.to_thread(alive_nodes)).get(node, node)
+                    effect = drain_effect(Drain(name, seconds, here, holds_controller=node == own))
+                    if effect is None:  # nothing of the run is there yet: roles may still be starting
+                        continue
+                    told.add(node)
+                    if effect.stop:
+                        stop(effect.text)
+                    else:
+                        self._note(effect.text)
+            except Exception as error:  # noqa: BLE001 - Ray's state calls raise many types; the next one may answer
+                if not failed:
+                    self._note(f"notices of nodes that will be taken away cannot be read just now: {error}")
+                failed = True
             await asyncio.sleep(DRAIN_POLL_S)
 
     async def close(self) -> None:

@@ -157,7 +157,7 @@ class StudentGroup:
         for place, process in zip(places, self.processes, strict=True):
             self._observer.event("process", role=f"student-{place.rank}", pid=process.pid, node=process.node)
         address = where[places[0].actor][2]
-        port = await answer(self._ranks[0].free_port.remote(), timeout_s)
+        (port,) = await self._gather([self._ranks[0].free_port.remote()], timeout_s, "finding a port for the group")
         builds = [
             rank.build.remote(self._job, place, self.world, address, port)
             for rank, place in zip(self._ranks, places, strict=True)

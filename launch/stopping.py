@@ -81,8 +81,8 @@ class StopRequest:
             self._note(f"{why}: stopping after this step, with a checkpoint; once more to stop at once")
             return
         self._ended_by = why
-        self._note(f"{why}: stopping; no step is being trained, so there is nothing to save")
         self._task.cancel()
+        self._note(f"{why}: stopping; no step is being trained, so there is nothing to save")
 
     def watch(self, notices: Coroutine[Any, Any, None]) -> None:
         """Run something that will call `ask` beside the run; `leave` ends it."""

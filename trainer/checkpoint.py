@@ -9,6 +9,7 @@ checkpoint is a pickle, so only files that lie in the run folder itself, and tha
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -55,9 +56,18 @@ class Checkpoints:
         self._note = note
 
     def begin(self, step: int) -> Path:
-        """An empty temporary folder for the shards of a step. Leftovers of killed attempts are removed first."""
+        """An empty temporary folder for the shards of a step. Leftovers of killed attempts are removed first.
+
+        Raises OSError where the disk has no room for as much as the newest checkpoint: a rank that finds that out while
+        it writes costs the whole group.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
         self.sweep()
+        needed, free = self._newest_bytes(), shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC, f"the last checkpoint has {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
+            )
         temporary = self._folder / f".step_{step:06d}.tmp-{uuid.uuid4().hex[:8]}"
         temporary.mkdir()
         return temporary
@@ -125,9 +135,16 @@ class Checkpoints:
         found = ((_FOLDER.match(path.name), path) for path in self._folder.iterdir())
         return [(int(match.group(1)), path) for match, path in found if match]
 
+    def _newest_bytes(self) -> int:
+        newest = max(self._steps(), default=None)
+        return sum(path.stat().st_size for path in newest[1].rglob("*") if path.is_file()) if newest else 0
+
     def _retain(self) -> None:
-        for _, folder in sorted(self._steps(), reverse=True)[self._keep :]:
-            shutil.rmtree(folder)
+        for step, folder in sorted(self._steps(), reverse=True)[self._keep :]:
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                self._note(f"the old checkpoint of step {step} could not be removed: {error}")
 
 
 def refuse_foreign_files(folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.checkpoint import Checkpoints, TrainingState
+from trainer.checkpoint import Checkpoints, Committed, TrainingState
 from trainer.errors import InfrastructureError, LabelsLost, Preempted, SelfTestError, StudentsLost
 from trainer.heads import Head
 from trainer.job import Job
@@ -100,7 +100,7 @@ class Controller:
     async def run(self) -> None:
         """Everything from starting the roles to the exported student. The caller closes the session."""
         self._checkpoints.sweep()
-        committed = self._checkpoints.latest(config_hash=self._job.config_hash)
+        committed = await self._latest()
         self._on_phase("starting teachers and students")
         await self._start(committed.folder if committed else None)
         self._on_phase("self-tests")
@@ -161,8 +161,8 @@ class Controller:
         head, logits = await asyncio.to_thread(self._teacher_truth, unit)
         return check_labels(
             unit,
-            hidden=self._read_block(hidden),
-            labels=self._read_block(labels),
+            hidden=await asyncio.to_thread(self._read_block, hidden),
+            labels=await asyncio.to_thread(self._read_block, labels),
             teacher_head=head,
             dtype=self._teacher_dtype,
             reference_logits=logits,
@@ -243,7 +243,6 @@ class Controller:
                 lost = error
             finally:
                 self.in_loops = False
-                self.non_finite_steps = loops.non_finite_steps
             at_step = min(loops.last_step + 1, self._job.loop.total_steps)
             setbacks.add(from_step=step, last_step=loops.last_step, last_saved=loops.last_saved)
             step = await self._recover(lost, setbacks, at_step=at_step, start=start)
@@ -279,22 +278,28 @@ class Controller:
         """Kill what is left of the group and build a new one; returns the step it continues after."""
         self.student_restarts += 1
         await self._session.students.kill()
-        committed = self._checkpoints.latest(config_hash=self._job.config_hash)
+        self._checkpoints.sweep()  # they may have died of a full disk, while they wrote
+        committed = await self._latest()
         await self._session.students.start(committed.folder if committed else None)
         await self._stage_evaluation()
         step = committed.state.step if committed else 0
+        self.non_finite_steps = committed.state.non_finite_steps if committed else 0
         self._job.stream.seek(committed.state.cursor if committed else start)
         self._observer.event("students_restarted", from_step=step, restarts=self.student_restarts)
         return step
 
-    async def _save(self, step: int, cursor: Cursor) -> None:
-        """A failed save is noted and training goes on; three in a row end the run."""
+    async def _latest(self) -> Committed | None:
+        return await asyncio.to_thread(self._checkpoints.latest, config_hash=self._job.config_hash)
+
+    async def _save(self, step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+        """Returns whether the checkpoint exists now. One that cannot be made is noted and training goes on; three in a
+        row end the run. A rank that fails while it writes loses the group: its peers wait for it in a collective."""
         state = TrainingState(
             step=step,
             cursor=cursor,
             config_hash=self._job.config_hash,
             world=self._session.students.world,
-            non_finite_steps=self.non_finite_steps,
+            non_finite_steps=non_finite_steps,
         )
         temporary = None
         try:
@@ -303,6 +308,7 @@ class Controller:
             await asyncio.to_thread(self._checkpoints.commit, temporary, state)
             self._failed_saves = 0
             self._observer.event("checkpoint", at_step=step)
+            return True
         except (OSError, InfrastructureError) as error:
             if isinstance(error, StudentsLost):
                 raise
@@ -313,6 +319,7 @@ class Controller:
             last = step == self._job.loop.total_steps
             if last or self._failed_saves >= MAX_FAILED_SAVES:
                 raise InfrastructureError(f"the checkpoint of step {step} could not be written: {error}") from None
+            return False
 
 
 def _held_out(unit: Unit) -> Unit:

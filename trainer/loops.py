@@ -9,6 +9,8 @@
 
 A permit is taken before `collect` and returned after the optimizer step. With depth d, d further steps may be under way
 while one is trained; depth 0 is strictly synchronous. Nothing else synchronises the loops.
+
+An error of supply waits in the queue until its step is due: the steps before it are trained and saved.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from trainer.errors import Diverged, InfrastructureError, LabelsLost, Preempted
+from trainer.errors import Diverged, InfrastructureError, LabelsLost, Preempted, StillhouseError, StudentsLost
 from trainer.protocols import Elicitation, Scorers, Students
 from trainer.step_plan import cut_units, plan_step
 from trainer.types import (
@@ -39,7 +41,8 @@ if TYPE_CHECKING:
 
 
 class Observer(Protocol):
-    """Who watches a run: metrics, progress, timeline. Must not raise and must not block for long."""
+    """Who watches a run: metrics, progress, timeline. Must not raise and must not block for long. What a resumed run
+    reports a second time (an evaluation) is the same as the first time."""
 
     def step(self, metrics: StepMetrics) -> None: ...
 
@@ -124,10 +127,11 @@ class Loops:
         encoding: EncodingSpec,
         settings: LoopSettings,
         observer: Observer,
-        save: Callable[[int, Cursor], Awaitable[None]],
+        save: Callable[[int, Cursor, int], Awaitable[bool]],
         stop_requested: asyncio.Event,
         non_finite_steps: int = 0,
     ) -> None:
+        """`save(step, cursor, non_finite_steps)` writes a checkpoint and returns whether there is one now."""
         self._stream = stream
         self._elicitation = elicitation
         self._scorers = scorers
@@ -138,7 +142,8 @@ class Loops:
         self._save = save
         self._stop_requested = stop_requested
         self._permits = Permits(depth=settings.depth, max_bytes=settings.max_label_bytes)
-        self._ready: asyncio.Queue[asyncio.Task[ReadyStep]] = asyncio.Queue()
+        self._ready: asyncio.Queue[asyncio.Future[ReadyStep]] = asyncio.Queue()
+        self._supplying: list[asyncio.Task[Any]] = []  # the loop itself, then its steps that are not trained yet
         self.non_finite_steps = non_finite_steps
         self.last_step = 0
         self.last_saved: int | None = None
@@ -146,21 +151,43 @@ class Loops:
         self._cursor: Cursor | None = None  # after the last step trained here
 
     async def run(self, start_step: int) -> None:
-        """Train to the last step. Raises the first error of any station; the stations are then all cancelled."""
-        self.last_step = start_step
-        try:
-            async with asyncio.TaskGroup() as stations:
-                supply = stations.create_task(self._supply(stations, start_step), name="supply")
-                stations.create_task(self._train(start_step, supply), name="train")
-        except BaseExceptionGroup as group:
-            raise first_error(group) from None
+        """Train to the last step. Raises the first error of the steps in their order; supply is then cancelled.
 
-    async def _supply(self, stations: asyncio.TaskGroup, start_step: int) -> None:
+        `Preempted` after a requested stop; that, and an error of supply, comes after a checkpoint of what was trained.
+        """
+        self.last_step = start_step
+        self._supplying.append(asyncio.create_task(self._supply(start_step), name="supply"))
+        try:
+            if 0 < start_step < self._settings.total_steps and self._to_be_evaluated(start_step):
+                await self._evaluate(start_step)  # a run that is killed after a checkpoint may not have come to it
+            await self._train(start_step)
+        finally:
+            await self._end_supply()
+
+    async def _supply(self, start_step: int) -> None:
         for step in range(start_step + 1, self._settings.total_steps + 1):
             await self._permits.admit(step)
-            prompts = self._stream.take(self._settings.sequences_per_step)
-            work = self._make_ready(step, prompts, self._stream.cursor)
-            self._ready.put_nowait(stations.create_task(work, name=f"step-{step}"))
+            try:
+                prompts = self._stream.take(self._settings.sequences_per_step)
+            except StillhouseError as error:
+                refused: asyncio.Future[ReadyStep] = asyncio.get_running_loop().create_future()
+                refused.set_exception(error)
+                self._ready.put_nowait(refused)
+                return
+            task = asyncio.create_task(self._make_ready(step, prompts, self._stream.cursor), name=f"step-{step}")
+            self._supplying.append(task)
+            self._ready.put_nowait(task)
+
+    async def _end_supply(self) -> None:
+        """Cancel what is not trained yet; its errors are nobody's any more."""
+        for task in self._supplying:
+            task.cancel()
+        await asyncio.gather(*self._supplying, return_exceptions=True)
+        self._supplying.clear()
+        while not self._ready.empty():
+            left = self._ready.get_nowait()
+            if left.done() and not left.cancelled():
+                left.exception()
 
     async def _make_ready(self, step: int, prompts: list[Prompt], cursor: Cursor) -> ReadyStep:
         sequences = await self._elicitation.collect(prompts)
@@ -208,12 +235,18 @@ class Loops:
             raise first_error(errors) from None
         return {unit_id: task.result() for unit_id, task in tasks.items()}
 
-    async def _train(self, start_step: int, supply: asyncio.Task[None]) -> None:
+    async def _train(self, start_step: int) -> None:
         for step in range(start_step + 1, self._settings.total_steps + 1):
             waited_from = time.time()
-            ready = await self._next_ready()
+            try:
+                ready = await self._next_ready()
+            except StudentsLost:
+                raise
+            except StillhouseError:
+                await self._save_what_was_trained()
+                raise
             if ready is None:
-                supply.cancel()
+                await self._end_supply()
                 await self._stop_early()
             trained_from = time.time()
             self._observer.span("student", "wait", waited_from, trained_from, f"step {step}")
@@ -236,12 +269,25 @@ class Loops:
             ready.cancel()
 
     async def _take_ready(self) -> ReadyStep:
-        return await asyncio.shield(await self._ready.get())
+        task = await self._ready.get()
+        ready = await asyncio.shield(task)
+        self._supplying = [other for other in self._supplying if other is not task]
+        return ready
 
     async def _stop_early(self) -> NoReturn:
-        if self._cursor is not None and self.last_saved != self.last_step:
-            await self._checkpoint(self.last_step)
+        if not await self._save_what_was_trained():
+            raise InfrastructureError(
+                f"asked to stop after step {self.last_step}, whose checkpoint could not be written: run the same "
+                "command again to go on from the one before it"
+            )
         raise Preempted(f"stopped after step {self.last_step}; run the same command again to go on")
+
+    async def _save_what_was_trained(self) -> bool:
+        """Whether there is nothing left to save."""
+        if self._cursor is None or self.last_saved == self.last_step:
+            return True
+        await self._checkpoint(self.last_step)
+        return self.last_saved == self.last_step
 
     def _observe(self, metrics: StepMetrics, ready: ReadyStep, waited_from: float, trained_from: float) -> None:
         now = time.time()
@@ -276,13 +322,17 @@ class Loops:
         last = step == self._settings.total_steps
         if last or _due(step, self._settings.save_every):
             await self._checkpoint(step)
-        if self._settings.has_held_out_rows and (last or _due(step, self._settings.evaluate_every)):
+        if self._to_be_evaluated(step):
             await self._evaluate(step)
+
+    def _to_be_evaluated(self, step: int) -> bool:
+        last = step == self._settings.total_steps
+        return self._settings.has_held_out_rows and (last or _due(step, self._settings.evaluate_every))
 
     async def _checkpoint(self, step: int) -> None:
         started = time.time()
-        await self._save(step, self._cursor)
-        self.last_saved = step
+        if await self._save(step, self._cursor, self.non_finite_steps):
+            self.last_saved = step
         self._observer.span("student", "save", started, time.time(), f"step {step}")
 
     async def _evaluate(self, step: int) -> None:

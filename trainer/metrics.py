@@ -59,6 +59,7 @@ class MetricsLog:
         self._clock = clock
         self._step = 0
         self._has_begun = False
+        self._evaluated: set[int] = set()  # steps whose evaluation is in the log
         self.first_evaluation: Evaluation | None = None
         """Of the whole run, not of this attempt: what later ones are compared with."""
         self._file = append_lines(self._path)
@@ -76,6 +77,7 @@ class MetricsLog:
         self._has_begun = True
         evaluations = _records(kept).evaluations
         self.first_evaluation = evaluations[0] if evaluations else None
+        self._evaluated = {evaluation.step for evaluation in evaluations}
         for sink in self._sinks:
             sink.resume(step)
 
@@ -85,8 +87,12 @@ class MetricsLog:
         self._scalars("step", metrics.step, metrics.values, metrics.values)
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        """Its numbers; the samples go to samples.json (`trainer.report.sample_records`)."""
+        """Its numbers; the samples go to samples.json (`trainer.report.sample_records`). One that was made again after
+        a resume is in the log already."""
         self._begin(evaluation.step)
+        if evaluation.step in self._evaluated:
+            return
+        self._evaluated.add(evaluation.step)
         self.first_evaluation = self.first_evaluation or evaluation
         values = {name: getattr(evaluation, name) for name in EVALUATION_FIELDS}
         self._scalars("evaluation", evaluation.step, values, {f"evaluation/{k}": v for k, v in values.items()})

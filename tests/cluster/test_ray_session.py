@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cluster import ray_session, runtime
-from trainer.errors import ConfigError, InfrastructureError
+from launch.stopping import preemptible
+from trainer.errors import ConfigError, InfrastructureError, Preempted
 
 
 def test_ray_is_started_with_a_token_nobody_else_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +66,10 @@ def test_a_small_shared_memory_is_a_warning(tmp_path: Path) -> None:
     assert ray_session.shared_memory_warning(None) is None
 
 
-def test_a_cluster_that_does_not_answer_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_does_not_answer_is_a_configuration_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where a token of the user's may lie
     port = runtime.free_port()
     with pytest.raises(ConfigError, match="no Ray cluster answers"):
         ray_session.start_ray(num_cpus=1, address=f"127.0.0.1:{port}")
@@ -77,17 +86,69 @@ def test_a_folder_too_long_for_sockets_is_refused_before_ray_starts(
         ray_session.start_ray(num_cpus=1, temp_dir=tmp_path / ("x" * 60))
 
 
-def test_a_ray_that_does_not_start_is_named_and_its_folder_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def short_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """For temporary files: short enough for sockets, unlike tmp_path."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield folder
+
+
+def test_a_ray_that_does_not_start_is_tried_twice_and_named_and_its_folders_go(
+    monkeypatch: pytest.MonkeyPatch, short_folder: str
+) -> None:
+    import ray
+
+    folders = []
+
+    def init(**options: object) -> None:
+        folders.append(Path(str(options["_temp_dir"])))
+        assert folders[-1].is_dir()
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(InfrastructureError, match=r"load [\d.]+ on \d+ cores.*timed out during startup"):
+        ray_session.start_ray(num_cpus=1)
+    assert len(set(folders)) == 2
+    assert os.listdir(short_folder) == []
+
+
+def test_a_ray_that_starts_at_the_second_attempt_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, short_folder: str
+) -> None:
+    import ray
+
+    attempts = []
+
+    def init(**options: object) -> SimpleNamespace:
+        attempts.append(options)
+        if len(attempts) == 1:
+            raise Exception("The current node timed out during startup.")
+        return SimpleNamespace(address_info={"gcs_address": "127.0.0.1:6379"})
+
+    monkeypatch.setattr(ray, "init", init)
+    cluster = ray_session.start_ray(num_cpus=1)
+    ray_session.stop_ray(cluster)
+    assert "second attempt" in cluster.warnings[-1]
+    assert os.listdir(short_folder) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_that_stops_the_run_while_ray_starts_is_not_taken_for_a_failure(
+    monkeypatch: pytest.MonkeyPatch, short_folder: str, number: signal.Signals
+) -> None:
     import ray
 
     def init(**options: object) -> None:
-        assert Path(str(options["_temp_dir"])).is_dir()
-        raise Exception("The current node timed out during startup.")
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does, first of all
+        os.kill(os.getpid(), number)
+        time.sleep(5)
 
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "init", init)
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # short enough for sockets, unlike tmp_path
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        with pytest.raises(InfrastructureError, match=r"load [\d.]+ on \d+ cores.*timed out during startup"):
+    with preemptible():
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(Preempted, match=number.name):
             ray_session.start_ray(num_cpus=1)
-        assert os.listdir(folder) == []
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert os.listdir(short_folder) == []

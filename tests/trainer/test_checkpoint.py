@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -118,3 +121,32 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> No
     (newest / "rank0" / "more.pt").write_bytes(b"cos\nsystem\n")
     with pytest.raises(ConfigError, match=r"more.pt is not listed in"):
         checkpoints.latest(config_hash="a")
+
+
+def test_a_disk_without_room_for_another_checkpoint_is_found_before_anybody_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=400))
+    save(checkpoints, 5)  # nothing is known of its size yet
+    with pytest.raises(OSError, match="are free"):
+        checkpoints.begin(10)
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["step_000005"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    checkpoints = Checkpoints(tmp_path / "c", keep=1, note=notes.append)
+    save(checkpoints, 5)
+
+    def not_empty(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", not_empty)
+    save(checkpoints, 10)
+    found = checkpoints.latest(config_hash="a")
+    assert found is not None
+    assert found.state.step == 10
+    assert "step 5 could not be removed" in notes[0]

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.errors import Diverged, InfrastructureError, LabelsLost, Preempted, UnitRejected
+from trainer.errors import (
+    DataError,
+    Diverged,
+    InfrastructureError,
+    LabelsLost,
+    Preempted,
+    StudentsLost,
+    UnitRejected,
+)
 from trainer.loops import Loops, LoopSettings
 from trainer.types import Cursor, EncodingSpec, Evaluation, Prompt, RankBatch, Sequence, StepMetrics, Unit, UnitReport
 
@@ -126,8 +134,9 @@ def make(settings: LoopSettings = SETTINGS, **delays: float) -> tuple[Loops, Tra
     scorers = Scorers(trace, delay_s=delays.get("score", 0.0))
     students = Students(trace, delay_s=delays.get("train", 0.0))
 
-    async def save(step: int, cursor: Cursor) -> None:
+    async def save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
         saved.append((step, cursor.position))
+        return True
 
     loops = Loops(
         stream=Stream(),
@@ -187,12 +196,60 @@ def test_lost_labels_are_scored_again_and_only_those() -> None:
     assert len(students.trained) == 8
 
 
-def test_an_error_of_a_scorer_ends_the_run_as_itself() -> None:
-    loops, _, scorers, students, _ = make()
+def test_an_error_of_a_scorer_ends_the_run_as_itself_when_its_step_is_due_and_what_was_trained_is_saved() -> None:
+    loops, _, scorers, students, saved = make(train=0.01)
     scorers.fail = lambda unit: UnitRejected("bad unit") if unit.id.startswith("4/") else None
     with pytest.raises(UnitRejected, match="bad unit"):
         asyncio.run(asyncio.wait_for(loops.run(0), 5))
-    assert len(students.trained) <= 3
+    assert len(students.trained) == 3
+    assert saved == [(3, 12)]
+
+
+def test_a_bad_row_ends_the_run_when_its_step_is_due_and_what_was_trained_is_saved() -> None:
+    loops, _, _, students, saved = make(train=0.01)
+    take = loops._stream.take
+
+    def take_until_the_bad_row(num: int) -> list[Prompt]:
+        if loops._stream.cursor.position == 12:
+            raise DataError("train.jsonl:13: no answer")
+        return take(num)
+
+    loops._stream.take = take_until_the_bad_row
+    with pytest.raises(DataError, match="no answer"):
+        asyncio.run(asyncio.wait_for(loops.run(0), 5))
+    assert len(students.trained) == 3
+    assert saved == [(3, 12)]
+
+
+def test_an_error_of_a_later_step_does_not_end_a_checkpoint_that_is_being_written() -> None:
+    loops, _, scorers, _, _ = make(replace(SETTINGS, save_every=2))
+    written: list[int] = []
+
+    async def slow_save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+        await asyncio.sleep(0.05)
+        written.append(step)
+        return True
+
+    loops._save = slow_save
+    scorers.fail = lambda unit: UnitRejected("bad unit") if unit.id.startswith("4/") else None
+    with pytest.raises(UnitRejected):
+        asyncio.run(asyncio.wait_for(loops.run(0), 5))
+    assert written == [2, 3]
+
+
+def test_a_lost_group_is_not_asked_for_a_checkpoint() -> None:
+    loops, _, _, students, saved = make()
+    stage = students.stage
+
+    async def lost_at_three(batches: tuple[RankBatch, ...], blocks: list) -> None:
+        if batches[0].step == 3:
+            raise StudentsLost("rank 1 died")
+        await stage(batches, blocks)
+
+    students.stage = lost_at_three  # type: ignore[method-assign]
+    with pytest.raises(StudentsLost):
+        asyncio.run(asyncio.wait_for(loops.run(0), 5))
+    assert saved == []
 
 
 def test_skipped_steps_are_counted_and_end_the_run_past_the_budget_without_saving() -> None:
@@ -218,6 +275,69 @@ def test_a_stop_saves_the_last_trained_step_and_its_cursor() -> None:
     with pytest.raises(Preempted, match="after step 3"):
         asyncio.run(loops.run(0))
     assert saved == [(3, 12)]
+
+
+def test_a_stop_is_not_overtaken_by_the_error_of_a_step_that_is_not_trained_any_more() -> None:
+    async def scenario() -> list:
+        loops, _, scorers, _, saved = make(train=0.01, score=0.002)
+        save = loops._save
+
+        async def slow_save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+            await asyncio.sleep(0.05)
+            return await save(step, cursor, non_finite_steps)
+
+        loops._save = slow_save
+        scorers.fail = lambda unit: UnitRejected("bad unit") if unit.id.startswith("4/") else None
+        original = loops._students.step
+
+        async def step_then_stop(step: int) -> StepMetrics:
+            if step == 2:
+                loops._stop_requested.set()
+            return await original(step)
+
+        loops._students.step = step_then_stop
+        with pytest.raises(Preempted, match="after step 2"):
+            await asyncio.wait_for(loops.run(0), 5)
+        return saved
+
+    assert asyncio.run(scenario()) == [(2, 8)]
+
+
+def test_a_stop_whose_checkpoint_cannot_be_written_does_not_claim_that_it_was() -> None:
+    loops, _, _, students, _ = make(replace(SETTINGS, save_every=3))
+    tried: list[int] = []
+
+    async def full_disk(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+        tried.append(step)
+        if step == 3:
+            loops._stop_requested.set()
+        return False
+
+    loops._save = full_disk
+    with pytest.raises(InfrastructureError, match="could not be written"):
+        asyncio.run(loops.run(0))
+    assert tried == [3, 3]
+    assert len(students.trained) == 3
+
+
+def test_a_checkpoint_holds_the_skipped_steps_counted_until_then() -> None:
+    loops, _, _, students, _ = make(replace(SETTINGS, save_every=2, max_non_finite_steps=5))
+    students.skipped = {1, 4, 7}
+    counts: dict[int, int] = {}
+
+    async def save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+        counts[step] = non_finite_steps
+        return True
+
+    loops._save = save
+    asyncio.run(loops.run(0))
+    assert counts == {2: 1, 4: 2, 6: 2, 8: 3}
+
+
+def test_an_evaluation_that_a_killed_run_did_not_come_to_is_made_when_it_goes_on() -> None:
+    loops, trace, _, _, _ = make(replace(SETTINGS, evaluate_every=3))
+    asyncio.run(loops.run(3))
+    assert [e[1] for e in trace.events if e[0] == "evaluation"] == [3, 6, 8]
 
 
 def test_a_stop_while_the_teacher_is_silent_ends_at_once() -> None:

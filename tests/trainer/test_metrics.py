@@ -140,3 +140,18 @@ def test_the_timeline_refuses_a_kind_nobody_would_draw(folder: RunFolder) -> Non
     assert list(read_lines(folder.timeline)) == [
         {"lane": "student", "kind": "train", "start_s": 1.0, "stop_s": 2.0, "label": "step 1"}
     ]
+
+
+def test_an_evaluation_made_again_after_a_resume_is_in_the_log_once(folder: RunFolder) -> None:
+    log = MetricsLog(folder)
+    for number in (1, 2, 3):
+        log.step(step(number))
+    log.evaluation(evaluation(3, kl=2.0))
+    log.close()
+    sink = ListSink()
+    log = MetricsLog(folder, [sink])
+    log.resume(3)
+    log.evaluation(evaluation(3, kl=2.0))
+    log.evaluation(evaluation(6, kl=1.0))
+    assert [record["step"] for record in read_lines(folder.metrics) if record["kind"] == "evaluation"] == [3, 6]
+    assert [call[0] for call in sink.calls] == ["resume", 6]
