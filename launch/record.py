@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -106,11 +107,19 @@ class Record:
         write_text(self._folder.student / "README.md", card)
 
     def ended(self, code: int, reason: str) -> None:
-        """How the run ended, and the report of what it did until then; one that never began leaves only the former."""
+        """How the run ended, and the report of what it did until then; one that never began leaves only the former.
+
+        Raises OSError after a success alone: what ended a run badly is more important than that it cannot be noted.
+        """
         said = without_secrets(reason, environment=os.environ)
-        write_json(self._folder.exit, {"code": code, "reason": said, "time": time.time()})
-        if self._folder.metrics.exists():
-            write_report(self._folder)
+        try:
+            write_json(self._folder.exit, {"code": code, "reason": said, "time": time.time()})
+            if self._folder.metrics.exists():
+                write_report(self._folder)
+        except OSError as error:
+            if code == 0:
+                raise
+            print(f"exit.json and the report could not be written: {error}", file=sys.stderr)
 
     def _write_manifest(self) -> None:
         write_json(self._folder.manifest, self._manifest)

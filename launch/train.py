@@ -31,7 +31,7 @@ from launch.stopping import StopRequest, preemptible
 from launch.watch import Watch
 from trainer.checkpoint import Checkpoints
 from trainer.distil import Controller
-from trainer.errors import ConfigError, StillhouseError
+from trainer.errors import ConfigError, InfrastructureError, StillhouseError
 from trainer.job import Inputs, Job, make_job
 from trainer.label_check import teacher_truth
 from trainer.metrics import MetricsLog, TensorBoardSink, Timeline
@@ -60,6 +60,10 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
         except StillhouseError as error:
             record.ended(error.exit_code, str(error))
             raise
+        except OSError as error:  # of a file of the run: nothing else lets one out
+            text = f"the run folder {folder.path} cannot be written: {error}"
+            record.ended(InfrastructureError.exit_code, text)
+            raise InfrastructureError(text) from error
         except (KeyboardInterrupt, asyncio.CancelledError):
             record.ended(130, "interrupted")
             raise KeyboardInterrupt from None
@@ -112,12 +116,9 @@ def _train(
         if _finished(job, record):
             progress.note(f"{folder.path} is finished: {job.loop.total_steps} steps, report in {folder.report}")
             return
-        metrics = stack.enter_context(
-            contextlib.closing(MetricsLog(folder, [TensorBoardSink(folder)] if run.report.tensorboard else []))
-        )
-        watch = Watch(
-            metrics=metrics, timeline=stack.enter_context(contextlib.closing(Timeline(folder))), progress=progress
-        )
+        sinks = [TensorBoardSink(folder)] if run.report.tensorboard else []
+        watch = Watch(metrics=MetricsLog(folder, sinks), timeline=Timeline(folder), progress=progress)
+        stack.callback(watch.close)
         for text in (*warnings, *resolved.reasons, *resolved.warnings, *(cluster.warnings if cluster else ())):
             watch.event("note", text=text)
         record.begin(job, resolved, started=started)
@@ -233,7 +234,8 @@ async def _drive(
             raise
         finally:
             stop.leave()
-            phase("stopping the roles")
+            with contextlib.suppress(OSError):  # a record that cannot be written must not hide why the run ends
+                phase("stopping the roles")
             await session.close()
     return controller
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from configs.secrets import without_secrets
@@ -28,25 +30,33 @@ SPOKEN = {
 
 
 class Watch:
-    """Implements `trainer.loops.Observer`."""
+    """Implements `trainer.loops.Observer`. A disk that is full, or a file server that is away for a moment, is
+    told once and ends nothing; as much as files buffer is written when there is room again."""
 
     def __init__(self, *, metrics: MetricsLog, timeline: Timeline, progress: Progress) -> None:
         self._metrics = metrics
+        self._timeline = timeline
         self._progress = progress
+        self._fails = False
         self._observer = RunObserver(log=metrics, timeline=timeline, progress=progress)
 
     def step(self, metrics: StepMetrics) -> None:
-        self._observer.step(metrics)
+        with self._told_once():
+            self._observer.step(metrics)
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        self._observer.evaluation(evaluation)
+        with self._told_once():
+            self._observer.evaluation(evaluation)
 
     def event(self, name: str, **fields: Any) -> None:
+        """Raises OSError for `resumed` and `students_restarted` alone: what cannot be removed from the log would stand
+        in it twice."""
         # texts of libraries, which may hold an address with a password, or worse
         fields = {k: without_secrets(v, environment=os.environ) if isinstance(v, str) else v for k, v in fields.items()}
         if name in ("resumed", "students_restarted"):
             self._metrics.resume(fields["from_step"])
-        self._metrics.event(name, **fields)
+        with self._told_once():
+            self._metrics.event(name, **fields)
         if name == "self_test":
             verdict = "passed" if fields["passed"] else "FAILED"
             self._progress.note(f"self-test {verdict}: {fields['test']}: {fields['numbers']}")
@@ -54,4 +64,22 @@ class Watch:
             self._progress.note(SPOKEN[name].format(**fields))
 
     def span(self, lane: str, kind: SpanKind, start_s: float, stop_s: float, label: str = "") -> None:
-        self._observer.span(lane, kind, start_s, stop_s, label)
+        with self._told_once():
+            self._observer.span(lane, kind, start_s, stop_s, label)
+
+    def close(self) -> None:
+        """Of the files; the progress belongs to whoever made it."""
+        for file in (self._metrics, self._timeline):
+            with self._told_once():
+                file.close()
+
+    @contextlib.contextmanager
+    def _told_once(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._fails:
+                self._progress.note(f"the run's records cannot be written, and will have a gap: {error}")
+            self._fails = True
+        else:
+            self._fails = False

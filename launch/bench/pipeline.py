@@ -10,7 +10,7 @@ import asyncio
 import io
 import time
 from collections.abc import Mapping
-from contextlib import AsyncExitStack, closing
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,11 +98,9 @@ class Pipeline:
             teacher_dtype=self.resolved.scorer.dtype,
             skip_self_test=True,
         )
-        watch = Watch(
-            metrics=self._closing.enter_context(closing(MetricsLog(folder))),
-            timeline=self._closing.enter_context(closing(Timeline(folder))),
-            progress=self._closing.enter_context(Progress(0, console=Console(file=io.StringIO()), plain=True)),
-        )
+        progress = self._closing.enter_context(Progress(0, console=Console(file=io.StringIO()), plain=True))
+        watch = Watch(metrics=MetricsLog(folder), timeline=Timeline(folder), progress=progress)
+        self._closing.callback(watch.close)
         self._ledger = Ledger(watch)
         student = StudentJob(
             run=self.run,
