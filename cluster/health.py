@@ -127,39 +127,6 @@ class Seated:
 
 
 @dataclass(frozen=True, slots=True)
-class Drain:
-    """Notice that a node will be taken away."""
-
-    node: str  # as people know it
-    seconds_left: float | None
-    roles: Sequence[str]  # of the run, that sit there
-    holds_controller: bool
-
-
-@dataclass(frozen=True, slots=True)
-class DrainEffect:
-    stop: bool  # save a checkpoint and end, now
-    text: str
-
-
-def drain_effect(drain: Drain) -> DrainEffect | None:
-    """What a notice means for the run: nothing (None), a teacher less for a while, or the end of it.
-
-    Teachers are replaced wherever there is room. A student group restarts whole and from its last checkpoint, so it is
-    better to save one while the node is still there; and the controller cannot move.
-    """
-    students = any(role.startswith("student") for role in drain.roles)
-    if not drain.roles and not drain.holds_controller:
-        return None
-    when = "soon" if drain.seconds_left is None else f"in {drain.seconds_left:.0f} s"
-    holders = [*drain.roles, *(["the run's own process"] if drain.holds_controller else [])]
-    text = f"node {drain.node} will be taken away {when}, with {', '.join(holders)}"
-    if students or drain.holds_controller:
-        return DrainEffect(True, text)
-    return DrainEffect(False, f"{text}: the teacher starts again elsewhere when it is gone, if there is room")
-
-
-@dataclass(frozen=True, slots=True)
 class ReplicaLoad:
     """How busy a replica is."""
 

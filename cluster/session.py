@@ -16,10 +16,9 @@ import ray
 from ray.exceptions import RayError
 
 from cluster import runtime
-from cluster.health import Drain, drain_effect
+from cluster.drain import watch_for_drain
 from cluster.logs import SharedFolder
 from cluster.node_checks import Question, check_nodes
-from cluster.nodes import alive_nodes, draining_nodes
 from cluster.placement import PlacedGroup, PlacedGroups, actor_options, create_groups, nodes_of, wait_for_room
 from cluster.resolve import Resolved
 from cluster.students import RankActor, StudentGroup, StudentJob
@@ -32,7 +31,6 @@ from trainer.run_folder import RunFolder
 from trainer.types import BlockRef, SoftLabelBlock
 
 RANK_THREADS = 3  # a step, the staging of the next, and a question from outside
-DRAIN_POLL_S = 2.0
 CLOSE_TIMEOUT_S = 90.0  # more than the bounds of every role's own close together
 
 
@@ -99,31 +97,12 @@ class RaySession:
             raise InfrastructureError(f"labels could not be fetched from the node that made them: {error}") from None
 
     async def watch_for_drain(self, stop: Callable[[str], None]) -> None:
-        """Until cancelled: where a node of the students or of this process is to be taken away, `stop(why)`; where one
-        of teachers, a note."""
-        told: set[str] = set()
-        own = ray.get_runtime_context().get_node_id()
-        failed = False
-        while True:
-            try:
-                for node, seconds in (await asyncio.to_thread(draining_nodes)).items():
-                    if node in told:
-                        continue
-                    here = [process.role for process in self._processes() if process.node == node]
-                    name = (await asyncio.to_thread(alive_nodes)).get(node, node)
-                    effect = drain_effect(Drain(name, seconds, here, holds_controller=node == own))
-                    if effect is None:  # nothing of the run is there yet: roles may still be starting
-                        continue
-                    told.add(node)
-                    if effect.stop:
-                        stop(effect.text)
-                    else:
-                        self._note(effect.text)
-            except Exception as error:  # noqa: BLE001 - Ray's state calls raise many types; the next one may answer
-                if not failed:
-                    self._note(f"notices of nodes that will be taken away cannot be read just now: {error}")
-                failed = True
-            await asyncio.sleep(DRAIN_POLL_S)
+        """Until cancelled; see `cluster.drain`."""
+
+        def roles_on(node: str) -> list[str]:
+            return [process.role for process in self._processes() if process.node == node]
+
+        await watch_for_drain(roles_on, ray.get_runtime_context().get_node_id(), stop=stop, note=self._note)
 
     async def close(self) -> None:
         """Stop every role and give the reservations back, which ends whatever did not stop; bounded."""

@@ -30,6 +30,8 @@ COLOURS = {
     "unknown": typer.colors.MAGENTA,
 }
 
+STATUS_ATTEMPTS, STATUS_WAIT_S = 4, 3.0
+
 
 def submit(
     config: Path,
@@ -167,7 +169,7 @@ def follow_job(record: JobRecord) -> int:
     target = load_target(record.kind)
     try:
         _print_all(target.logs(record, follow=True))
-        found = target.status(record)
+        found = _status_in_the_end(record)
     except KeyboardInterrupt:
         typer.echo(
             f"\n{record.job} goes on unwatched: stillhouse logs -f {record.name}, stillhouse stop {record.name}",
@@ -203,6 +205,16 @@ def _status_or_reason(record: JobRecord) -> JobStatus:
     except StillhouseError as error:
         text = f"cannot be asked: {error}"
         return JobStatus(record.job, "unknown", message=text, name=record.name, submitted=record.submitted)
+
+
+def _status_in_the_end(record: JobRecord) -> JobStatus:
+    """Of a job that was followed until now: one slow answer must not cost the exit code of a run of days."""
+    for _ in range(STATUS_ATTEMPTS - 1):
+        try:
+            return load_target(record.kind).status(record)
+        except StillhouseError:
+            time.sleep(STATUS_WAIT_S)
+    return load_target(record.kind).status(record)
 
 
 def _print_all(pieces: Iterator[str]) -> None:

@@ -59,6 +59,8 @@ class Peer:
         self._listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self._listener.bind(("", 0))
         self._listener.listen(256)
+        import torch.distributed  # noqa: F401 - a slow start is not a slow network
+
         return socket.gethostname(), ray.util.get_node_ip_address(), self._listener.getsockname()[1]
 
     def clock(self) -> float:
@@ -147,7 +149,9 @@ def _examine(nodes: Mapping[str, str], peers: Mapping[str, Any], accelerator: ru
         advice = "let the nodes reach each other on all ports above 1024 (firewall, security group, network policy)"
         return [*findings, *(problem("connections", text, advice) for text in cut)]
     findings.append(ok("connections", f"all reach {nodes[first]} on port {port}"))
-    port = ray.get(peers[first].free_port.remote(), timeout=CONNECT_TIMEOUT_S)
+    port = answers({first: peers[first].free_port.remote()}, START_TIMEOUT_S)[first]
+    if isinstance(port, str):
+        return [*findings, problem(backend, f"{nodes[first]} does not answer any more: {port}", "run doctor again")]
     refs = {
         node: peer.reduce.remote(_place(rank, node), len(nodes), address, port, accelerator)
         for rank, (node, peer) in enumerate(peers.items())

@@ -27,7 +27,7 @@ from configs.schema import Section
 from launch.bundle import COMMAND, Bundle
 from launch.jobs import TAIL_LINES, Tail, copy_results, exit_code_in, refuse_run_folder, visible_folder, waited_too_long
 from launch.targets import JobRecord, JobStatus, Shipment, State
-from launch.targets.ray_api import NotFound, RayApi, is_loopback
+from launch.targets.ray_api import NotFound, RayApi, Unreachable, is_loopback
 from launch.targets.ray_fetch import fetch_results
 from trainer.errors import ConfigError, InfrastructureError, Preempted
 
@@ -160,7 +160,7 @@ class Target:
                 if position > seen:
                     yield piece[-(position - seen) :]
                     seen = position
-            if self.status(record).over:
+            if self._is_over(record):
                 return
             in_vain = in_vain + 1 if seen == before else 0
             time.sleep(POLL_S)  # the connection broke, the job did not
@@ -169,6 +169,13 @@ class Target:
             f"stillhouse logs {record.name} prints what there is"
         )
 
+    def _is_over(self, record: JobRecord) -> bool:
+        """For callers that ask again: a head that does not answer just now is busy, and says nothing of the job."""
+        try:
+            return self.status(record).over
+        except (Unreachable, InfrastructureError):
+            return False
+
     def stop(self, record: JobRecord) -> None:
         options = _options(record)
         api = _api(options)
@@ -176,7 +183,7 @@ class Target:
             return
         api.stop(record.handle)
         deadline = time.monotonic() + options.stop_wait_s + 60
-        while not self.status(record).over:
+        while not self._is_over(record):
             if time.monotonic() > deadline:
                 raise waited_too_long(record.job, options.stop_wait_s + 60, instead="Is the cluster's head alive?")
             time.sleep(POLL_S)
@@ -307,9 +314,9 @@ def _followed(api: RayApi, job: str) -> Iterator[str]:
     async def next_of(stream: AsyncIterator[str]) -> str | None:
         return await anext(stream, None)
 
-    stream = api.client().tail_job_logs(job)
     with asyncio.Runner() as runner:  # it ends the connection on Ctrl-C, too
         try:
+            stream = api.client().tail_job_logs(job)
             while (piece := runner.run(next_of(stream))) is not None:
                 yield piece
         except (RuntimeError, OSError, aiohttp.ClientError):

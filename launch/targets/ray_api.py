@@ -40,6 +40,10 @@ HOW_TO_SET_TOKEN = (
 )
 
 
+class Unreachable(ConfigError):
+    """Nobody answers; of an address that did answer a moment ago, it may be busy."""
+
+
 class NotFound(InfrastructureError):
     """The cluster does not know what was asked for."""
 
@@ -209,10 +213,10 @@ class RayApi:
         reason = text.splitlines()[-1] if text else "no reason given"  # the head sends tracebacks
         return InfrastructureError(f"the cluster at {self.address} answers {status} to {path}: {reason[:500]}")
 
-    def _unreachable(self, error: Exception) -> ConfigError:
+    def _unreachable(self, error: Exception) -> Unreachable:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         reason = (cause.strerror or str(cause)) if isinstance(cause, OSError) else str(cause)
-        return ConfigError(
+        return Unreachable(
             f"no Ray dashboard answers at {self.address} ({reason or type(cause).__name__}). Is the cluster up, was it "
             "started with ray[default] installed, is its dashboard reachable from here? Name it with --with address=http://HOST:8265"
         )

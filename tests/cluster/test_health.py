@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from cluster.health import (
     BACKOFF_LONGEST_S,
-    Drain,
     Failure,
     FailurePolicy,
     GiveUp,
@@ -19,7 +18,6 @@ from cluster.health import (
     RetryUnit,
     backoff_s,
     choose_replica,
-    drain_effect,
 )
 from configs.schema import Faults
 
@@ -119,25 +117,3 @@ def test_a_tie_goes_to_the_first_replica() -> None:
     assert choose_replica([ReplicaLoad("a", 0, 0), ReplicaLoad("b", 0, 0)], credits=2) == "a"
     assert choose_replica([ReplicaLoad("a", 9, 1), ReplicaLoad("b", 3, 1)], credits=2) == "b"
     assert choose_replica([ReplicaLoad("a", 9, 1), ReplicaLoad("b", 3, 2)], credits=2) == "a"
-
-
-@pytest.mark.parametrize(
-    ("roles", "controller", "stops"),
-    [
-        ([], False, None),
-        (["scorer-0", "writer-1"], False, False),
-        (["scorer-0", "student-1"], False, True),
-        (["student-0"], False, True),
-        ([], True, True),
-        (["scorer-0"], True, True),
-    ],
-)
-def test_a_node_that_is_taken_away_stops_the_run_only_where_it_must(
-    roles: list[str], controller: bool, stops: bool | None
-) -> None:
-    effect = drain_effect(Drain("n3", 28.6, roles, holds_controller=controller))
-    assert (None if effect is None else effect.stop) == stops
-    if effect is not None:
-        assert "node n3 will be taken away in 29 s" in effect.text
-        assert all(role in effect.text for role in roles)
-    assert "soon" in drain_effect(Drain("n3", None, ["student-0"], holds_controller=False)).text

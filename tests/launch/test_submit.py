@@ -21,10 +21,11 @@ from ray_head import free_port
 from ruamel.yaml import YAML
 
 from configs.load import load_run
+from launch import submit
 from launch.bundle import Bundle
 from launch.cli import main
 from launch.jobs import write_record
-from launch.targets import local
+from launch.targets import local, ray
 from trainer.run_folder import RunFolder
 
 SECRET = "hf_" + "plantedsecret" * 3
@@ -417,3 +418,28 @@ def test_a_run_folder_that_is_in_use_is_refused(project: Path) -> None:
     with RunFolder(project / "runs/small").lock():
         assert_refused(stillhouse("submit", "run.yaml", "--to", "local"), "is in use by pid")
     assert not (project / "runs/small/jobs").exists()
+
+
+def test_a_head_that_is_busy_for_a_moment_does_not_cost_the_exit_code_of_a_followed_run(
+    project: Path, dashboard: FakeDashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "POLL_S", 0.01)
+    monkeypatch.setattr(submit, "STATUS_WAIT_S", 0.01)
+    dashboard.jobs = [{**JOB, "status": "FAILED", "driver_exit_code": 75}]
+    remember(project, dashboard.address)
+    dashboard.dropped = {3, 4, 5, 7, 8}  # the first answers say that the cluster and the job are known
+    result = stillhouse("logs", "-f", "small")
+    assert dashboard.requests > 8
+    assert result.returncode == 75, result.stderr
+
+
+def test_a_head_that_is_gone_for_good_ends_the_following_with_its_address(
+    project: Path, dashboard: FakeDashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "POLL_S", 0.01)
+    dashboard.jobs = [JOB]
+    remember(project, dashboard.address)
+    dashboard.dropped = set(range(3, 500))
+    result = stillhouse("logs", "-f", "small")
+    assert result.returncode == 4
+    assert dashboard.address in result.stderr

@@ -24,6 +24,8 @@ class FakeDashboard:
         self.logs: dict[str, bytes] = {}
         self.changes: list[str] = []
         self.address = ""
+        self.dropped: set[int] = set()  # requests, counted from 1, that get no answer
+        self.requests = 0
 
     def answer(self, path: str, authorization: str | None) -> tuple[int, bytes]:
         if self.token is not None and authorization is None:
@@ -64,6 +66,10 @@ def fake_dashboard() -> Iterator[FakeDashboard]:
 
         def _reply(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            fake.requests += 1
+            if fake.requests in fake.dropped:
+                self.close_connection = True
+                return
             status, content = fake.answer(self.path, self.headers.get("Authorization"))
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
