@@ -6,34 +6,28 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
-from fake_gpus import ray_folder, run_roles
+from fake_gpus import run_roles
+from raylets import OBJECT_STORE_BYTES, ray_cluster
 
 from cluster import ray_session
 from cluster.hardware import Hardware
 from cluster.runtime import GPU, SCORER, STUDENT
 from cluster.topology import RoleRequest, place
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[None]:
     """Joined as a run joins a cluster that runs already, and left running."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    with ray_folder() as (_, patch):
-        small = {"num_cpus": 16, "num_gpus": 8, "object_store_memory": 80 * 2**20}
-        head = {**small, "include_dashboard": False, "resources": {"accelerator_type:H100": 1}}
-        nodes = Cluster(initialize_head=True, head_node_args=head)
-        nodes.add_node(**small, resources={"accelerator_type:A100": 1})
+    small = {"num_cpus": 16, "num_gpus": 8}
+    with ray_cluster(**small, resources={"accelerator_type:H100": 1}) as (nodes, patch):
+        nodes.add_node(**small, object_store_memory=OBJECT_STORE_BYTES, resources={"accelerator_type:A100": 1})
         patch.setenv("RAY_ADDRESS", nodes.address)
         joined = ray_session.start_ray(num_cpus=1)
         assert not joined.owned
         yield
         ray_session.stop_ray(joined)
-        assert not ray.is_initialized()
-        nodes.shutdown()
 
 
 def test_two_nodes_keep_replicas_whole_and_number_ranks_by_node(two_nodes: None) -> None:

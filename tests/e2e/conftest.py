@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from runs_under_fault import end_started
 from tiny_runs import stillhouse, tiny_run
+
+
+def pytest_runtest_teardown() -> None:
+    """Not a fixture's end: runs are started by fixtures of larger scopes, too."""
+    end_started()
 
 
 @pytest.fixture(scope="package")

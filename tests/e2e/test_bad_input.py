@@ -12,7 +12,7 @@ import pytest
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_runs import chat_row, merged, stillhouse, tiny_run, write_rows
 
-pytestmark = pytest.mark.stack
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def placed(value: Any, place: Path) -> Any:
 def test_a_mistake_is_one_clear_message_before_anything_starts(place: Path, case: str) -> None:
     changes, code, said = CASES[case]
     config = tiny_run(place, merged({"folder": str(place / "run-of-mistake")}, placed(changes, place)))
-    result = stillhouse("train", str(config), timeout_s=120)
+    result = stillhouse("train", str(config), timeout_s=400)
     assert result.returncode == code, result.stdout + result.stderr
     assert "Traceback" not in result.stderr + result.stdout
     for words in said:
@@ -107,7 +107,7 @@ def test_an_engine_that_cannot_start_ends_the_run_with_its_own_error(tmp_path: P
     config = tiny_run(tmp_path)
     weights = tmp_path / "teacher" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
-    result = stillhouse("train", str(config), timeout_s=180)
+    result = stillhouse("train", str(config), timeout_s=600)
     assert result.returncode in (2, 4), result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     assert "safetensors" in result.stderr.lower() or "header" in result.stderr.lower(), result.stderr

@@ -7,16 +7,19 @@ The labels of the tiny teacher come from `engine: {kind: hf}`, so what comes out
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from raylets import Raylets, raylets
-from runs_under_fault import assert_same_result, events, finish, left_running, losses, start, when
+from runs_under_fault import assert_same_result, events, finish, left_running, losses, notes, start, stop, when
 from tiny_runs import merged, tiny_run
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(2400)]
 
 ON_NODES = {
     "student": {"placement": {"strategy": "strict_spread", "node_labels": {"pool": "students"}}},
@@ -40,13 +43,16 @@ def cluster() -> Iterator[Raylets]:
 def twins(cluster: Raylets, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
     """Two runs of one name on the cluster at once, undisturbed, and the names of their actors."""
     folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
-    processes = [start(on_nodes(folder)) for folder in folders]
+    configs = [on_nodes(folder) for folder in folders]
+    processes = [start(config) for config in configs]
     runs = [folder / "run" for folder in folders]
-    for run, process in zip(runs, processes, strict=True):
-        when(run, lambda run=run: num_starts(run, "student-1") == 1 and 1 in losses(run), process)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(stop_in_training, runs, processes))
     names = cluster.actor_names()
     for process in processes:
-        code, output = finish(process, timeout_s=400)
+        process.send_signal(signal.SIGCONT)
+    for process in processes:
+        code, output = finish(process)
         assert code == 0, output
     return runs[0], runs[1], names
 
@@ -62,6 +68,12 @@ def on_nodes(folder: Path, *, steps: int = 40) -> Path:
     changes = merged(ON_NODES, {"training": {"steps": steps, "save_every": 4 if steps == 40 else 0}})
     copied = {"model": {"local_copy": str(folder / "disk")}}
     return tiny_run(folder, merged(changes, {"student": copied, "teacher": copied}))
+
+
+def stop_in_training(run: Path, process: subprocess.Popen[str]) -> None:
+    """The run that trains first waits for the other one, so that both are there at once."""
+    when(run, lambda: num_starts(run, "student-1") == 1 and 1 in losses(run), process)
+    stop(process)
 
 
 def num_starts(run: Path, role: str) -> int:
@@ -101,7 +113,7 @@ def test_a_run_survives_the_loss_of_its_teachers_and_of_a_students_node(
     cluster.kill(before["scorer-0"])  # the only one: no step can be trained until it is back
     when(run, lambda: num_starts(run, "scorer-0") == 2, process)
     cluster.kill(before["student-1"])
-    code, output = finish(process, timeout_s=400)
+    code, output = finish(process)
     assert code == 0, output
     after = {role: cluster.name_of(node_of(run, role)) for role in before}
     assert not set(after.values()) & {before["scorer-0"], before["student-1"]}
@@ -129,7 +141,3 @@ def test_a_notice_for_a_teachers_node_is_noted_and_one_for_a_students_node_saves
     assert any("student-1: stopping after this step, with a checkpoint" in note for note in notes(run)), notes(run)
     assert events(run, "checkpoint")[-1]["at_step"] == max(losses(run)) >= step
     assert left_running(run) == []
-
-
-def notes(run: Path) -> list[str]:
-    return [event["text"] for event in events(run, "note")]

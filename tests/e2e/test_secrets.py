@@ -13,7 +13,7 @@ import pytest
 from runs_under_fault import finish, start
 from tiny_runs import tiny_run
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(1200)]
 
 PLANTED = {
     "HF_TOKEN": "hf_PlantedPlantedPlantedPlanted01",

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 from leftovers import leftovers
-from runs_under_fault import events, finish, losses, start, when
+from runs_under_fault import events, finish, losses, notes, start, when
 from tiny_runs import SHARDED, tiny_run
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
 
-GONE_WITHIN_S = 30.0
 BRIEF = {
     "student": {"ranks": 1},
     "training": {"steps": 400, "save_every": 0},
@@ -46,7 +45,7 @@ def test_asked_once_it_saves_exits_75_and_leaves_nothing(tmp_path: Path) -> None
         assert len(left.processes()) > 4, "the search finds the run while it is there"
         control_c(process)
         code, output = finish(process)
-        assert left.after(GONE_WITHIN_S) == []
+        assert left.after() == []
     assert code == 75, output
     last = max(losses(run))
     assert checkpoints(run) == [f"step_{last:06d}"]
@@ -63,15 +62,16 @@ def test_asked_twice_it_ends_at_once_with_130_and_leaves_nothing(tmp_path: Path)
         rank = next(event["pid"] for event in events(run, "process") if event["role"] == "student-0")
         os.kill(rank, signal.SIGSTOP)
         control_c(process)
-        time.sleep(2)
+        when(run, lambda: any("SIGINT: stopping after this step" in note for note in notes(run)), process)
+        time.sleep(1.5)
         assert process.poll() is None, "it waits for the step"
         control_c(process)
         asked = time.monotonic()
         code, output = finish(process)
         took = time.monotonic() - asked
-        assert left.after(GONE_WITHIN_S) == []
+        assert left.after() == []
     assert code == 130, output
-    assert took < 90, f"{took:.0f} s"
+    assert took < 200, f"{took:.0f} s"
     assert "Traceback" not in output
 
 
@@ -88,7 +88,7 @@ def test_an_error_in_the_middle_ends_with_its_text_and_leaves_nothing(tmp_path: 
         when(run, lambda: 2 in losses(run), process)
         trigger.touch()
         code, output = finish(process)
-        assert left.after(GONE_WITHIN_S) == []
+        assert left.after() == []
     assert code == 4, output
     assert "a bug in the middle of the run" in output
     assert "Traceback" not in output

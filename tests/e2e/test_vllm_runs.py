@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from leftovers import leftovers
-from runs_under_fault import counted, events, finish, left_running, losses, start, when
+from runs_under_fault import counted, events, finish, held, left_running, losses, start, when
 from tiny_runs import SHARDED, records, stillhouse, tiny_run
 
 from launch.prepare import prepare
 from launch.prune import prune
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
 
 CHECKOUT = Path(__file__).parents[2]
 TEACHER = CHECKOUT / ".cache/models/smollm2-135m-instruct"
 STUDENT = CHECKOUT / ".cache/models/smollm2-135m-20-layers"
 RESUME_TOLERANCE = 1e-4  # relative, of every loss: float32 sums of another engine, and of whatever is in flight beside
-GONE_WITHIN_S = 30.0
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +32,9 @@ def demo_models() -> None:
         prune(TEACHER, STUDENT, keep_layers=[*range(10), *range(20, 30)])
 
 
-def test_the_demo_learns_in_a_handful_of_steps_and_vllm_loads_its_student(demo_models: None, tmp_path: Path) -> None:
+def test_the_demo_learns_in_a_handful_of_steps_and_vllm_loads_its_student(
+    demo_models: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     settings = {
         "folder": str(run),
@@ -48,8 +48,8 @@ def test_the_demo_learns_in_a_handful_of_steps_and_vllm_loads_its_student(demo_m
         "report.generate_tokens": "8",
     }
     arguments = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    os.chdir(CHECKOUT)
-    result = stillhouse("train", "configs/demo.yaml", *arguments, timeout_s=600)
+    monkeypatch.chdir(CHECKOUT)
+    result = stillhouse("train", "configs/demo.yaml", *arguments, timeout_s=1200)
     assert result.returncode == 0, result.stdout + result.stderr
     before, after = records(run, "evaluation")
     assert after["forward_kl"] < 0.8 * before["forward_kl"]
@@ -67,7 +67,7 @@ def test_the_demo_learns_in_a_handful_of_steps_and_vllm_loads_its_student(demo_m
         " SamplingParams(max_tokens=4, temperature=0), use_tqdm=False)[0].outputs[0].token_ids))"
     )
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    loaded = subprocess.run([sys.executable, "-c", load], env=environment, capture_output=True, text=True, timeout=240)
+    loaded = subprocess.run([sys.executable, "-c", load], env=environment, capture_output=True, text=True, timeout=600)
     assert loaded.returncode == 0, loaded.stderr[-3000:]
     assert loaded.stdout.split()[-1] == "4"
 
@@ -78,11 +78,11 @@ def test_a_killed_controller_takes_everything_with_it_and_the_run_goes_on(golden
     with leftovers() as left:
         process = start(config)
         when(run, lambda: bool(events(run, "checkpoint")), process)
-        process.send_signal(signal.SIGSTOP)  # no further step while we look
-        assert len(left.processes()) > 4, "the search finds the run while it is there"
-        process.kill()  # the controller alone: what it started must notice by itself
+        with held(process):
+            assert len(left.processes()) > 4, "the search finds the run while it is there"
+            process.kill()  # the controller alone: what it started must notice by itself
         finish(process)
-        assert left.after(GONE_WITHIN_S) == []
+        assert left.after() == []
     assert max(losses(run)) < max(losses(golden)), "it was killed in the middle"
     result = stillhouse("train", str(config))
     assert result.returncode == 0, result.stdout + result.stderr

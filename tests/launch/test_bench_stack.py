@@ -9,7 +9,7 @@ import pytest
 from tiny_models import tiny_folder, tiny_tokenizer
 from tiny_runs import stillhouse
 
-pytestmark = pytest.mark.stack
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")

@@ -7,26 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_gpus import ray_folder
+from raylets import OBJECT_STORE_BYTES, ray_cluster
 from tiny_runs import stillhouse
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[str]:
-    from ray.cluster_utils import Cluster
-
-    with ray_folder():
-        small = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
-        nodes = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
-        nodes.add_node(**small)
+    with ray_cluster(num_cpus=2) as (nodes, _):
+        nodes.add_node(num_cpus=2, object_store_memory=OBJECT_STORE_BYTES)
         yield nodes.address
-        nodes.shutdown()
 
 
 def test_every_node_and_the_network_between_them_are_looked_at(two_nodes: str, tmp_path: Path) -> None:
-    result = stillhouse("doctor", "--address", two_nodes, timeout_s=300)
+    result = stillhouse("doctor", "--address", two_nodes, timeout_s=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "joined " + two_nodes in result.stdout
     assert "2 alive" in result.stdout
@@ -43,7 +38,7 @@ def test_a_wrong_token_is_named(two_nodes: str, tmp_path: Path) -> None:
     token.touch(mode=0o600)
     token.write_text("cd34" * 16)
     wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_AUTH_TOKEN": ""}
-    result = stillhouse("doctor", "--address", two_nodes, timeout_s=200, **wrong)
+    result = stillhouse("doctor", "--address", two_nodes, timeout_s=400, **wrong)
     assert result.returncode == 1, result.stdout
     assert "token" in result.stdout.partition("the cluster")[2]
     assert os.environ.get("RAY_AUTH_TOKEN_PATH", "-") not in result.stdout

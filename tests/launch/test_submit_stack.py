@@ -9,15 +9,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
+from hosts import wait_until
 from ray_head import RayHead, ray_head
 from runs_under_fault import events, left_running
 from tiny_runs import records, stillhouse, tiny_run, write_rows
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
+from trainer.run_folder import read_json
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(2400)]
 
 SECRET = "hf_" + "plantedsecret" * 3
 VLLM = {"engine": {"kind": "vllm", "kv_cache_bytes": 32 * 2**20}, "tensor_parallel_size": 2}
@@ -57,6 +62,21 @@ def forget_that_the_folder_is_visible(name: str) -> None:
     """As on another machine: nothing in the run folder counts as written by the job."""
     record = Path("runs") / name / "submission.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "submitted": time.time() + 3600}))
+
+
+def driver_of(run: Path, output: Callable[[], str]) -> psutil.Process:
+    """The run's own process, once it trains."""
+    try:
+        wait_until(lambda: records(run, "step"), 900)
+    except TimeoutError:
+        raise AssertionError(output()) from None
+    return psutil.Process(read_json(run / ".lock-owner.json")["pid"])
+
+
+def asked_to_end(pid: int) -> bool:
+    """Whether a SIGTERM waits for a process that is suspended."""
+    fields = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
+    return bool((int(fields["ShdPnd"], 16) | int(fields["SigPnd"], 16)) >> (signal.SIGTERM - 1) & 1)
 
 
 def test_a_cluster_without_stillhouse_runs_what_was_submitted_and_gives_it_back(
@@ -108,6 +128,8 @@ def test_a_stopped_run_has_saved_and_goes_on_when_it_is_submitted_again(
     changes = {"name": "halted", "training": {"steps": 60, "save_every": 0, "sequences_per_step": 16}}
     config, run = tiny_run(tmp_path / "tiny", changes), tmp_path / "tiny" / "run"
     assert submit(head, config).returncode == 0
+    driver = driver_of(run, lambda: to(head, "logs", "halted").stdout)
+    driver.suspend()  # in its first steps; nothing below depends on how long it takes
     second = submit(head, config)
     assert second.returncode == 2
     assert "of the same run folder" in second.stderr
@@ -120,13 +142,15 @@ def test_a_stopped_run_has_saved_and_goes_on_when_it_is_submitted_again(
     )
     assert "Runtime env is setting up" in watching.stdout.readline()
     watching.send_signal(signal.SIGINT)
-    assert "halted-" in watching.communicate(timeout=60)[1]
+    assert "halted-" in watching.communicate(timeout=300)[1]
     assert watching.returncode == 130
-    deadline = time.monotonic() + 300
-    while not records(run, "step") if (run / "metrics.jsonl").exists() else True:
-        assert time.monotonic() < deadline, to(head, "logs", "halted").stdout
-        time.sleep(0.2)
-    stopped = to(head, "stop", "halted")
+    with ThreadPoolExecutor() as pool:
+        stopping = pool.submit(to, head, "stop", "halted")
+        try:
+            wait_until(lambda: asked_to_end(driver.pid) or stopping.done(), 300)
+        finally:
+            driver.resume()
+    stopped = stopping.result()
     assert "stopped, exit code 75" in stopped.stdout, stopped.stdout + stopped.stderr
     assert to(head, "status", "halted").returncode == 75
     assert json.loads((run / "exit.json").read_text())["code"] == 75

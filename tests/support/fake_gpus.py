@@ -17,6 +17,7 @@ from cluster.placement import PlacedGroups, actor_options, create_groups
 from cluster.runtime import GPU, SCORER, STUDENT, environment
 from cluster.topology import Placement, RankPlace, number_ranks
 
+ANSWER_TIMEOUT_S = 280.0
 KEYS = (
     "CUDA_VISIBLE_DEVICES",
     "LOCAL_RANK",
@@ -48,17 +49,19 @@ class Witness:
 def ray_folder() -> Iterator[tuple[Path, pytest.MonkeyPatch]]:
     """A folder short enough for Ray's sockets, with Ray's variables set as a run sets them, and put back."""
     folder = Path(tempfile.mkdtemp(prefix="sh-"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        patch.setenv("RAY_TMPDIR", str(folder))  # where a cluster announces itself, too
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # actors import this file
-        for name, value in ray_session.ray_environment(memory_bytes=0).items():
-            patch.setenv(name, value)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("RAY_ADDRESS", raising=False)
+            patch.setenv("XDG_CACHE_HOME", str(folder))
+            patch.setenv("RAY_TMPDIR", str(folder))  # where a cluster announces itself, too
+            patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # actors import this file
+            for name, value in ray_session.ray_environment(memory_bytes=0).items():
+                patch.setenv(name, value)
+            ray_session.reread_ray_environment()
+            yield folder, patch
+    finally:
         ray_session.reread_ray_environment()
-        yield folder, patch
-    ray_session.reread_ray_environment()
-    shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def spawn(groups: PlacedGroups) -> tuple[list, list]:
@@ -86,12 +89,12 @@ def run_roles(
     groups = asyncio.run(create_groups(placement, timeout_s=60))
     try:
         ranks, teachers = spawn(groups)
-        where = ray.get([rank.where.remote() for rank in ranks], timeout=120)
+        where = ray.get([rank.where.remote() for rank in ranks], timeout=ANSWER_TIMEOUT_S)
         places = number_ranks([(index, node, gpus) for index, (node, gpus) in enumerate(where)])
-        ray.get([ranks[p.actor].take.remote(p, len(ranks)) for p in places], timeout=60)
-        rank_tables = ray.get([ranks[p.actor].environment.remote() for p in places], timeout=60)
-        teacher_places = ray.get([teacher.where.remote() for teacher in teachers], timeout=120)
-        teacher_tables = ray.get([teacher.environment.remote() for teacher in teachers], timeout=60)
+        ray.get([ranks[p.actor].take.remote(p, len(ranks)) for p in places], timeout=ANSWER_TIMEOUT_S)
+        rank_tables = ray.get([ranks[p.actor].environment.remote() for p in places], timeout=ANSWER_TIMEOUT_S)
+        teacher_places = ray.get([teacher.where.remote() for teacher in teachers], timeout=ANSWER_TIMEOUT_S)
+        teacher_tables = ray.get([teacher.environment.remote() for teacher in teachers], timeout=ANSWER_TIMEOUT_S)
         rank_gpus = {
             (where[p.actor][0], table["CUDA_VISIBLE_DEVICES"]) for p, table in zip(places, rank_tables, strict=True)
         }

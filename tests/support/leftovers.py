@@ -10,14 +10,27 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
 
 MARK = "STILLHOUSE_TEST_MARK"
 SHARED_MEMORY = Path("/dev/shm")
+GONE_WITHIN_S = 120.0
+"""For what has no parent any more and notices that by itself, on a machine that is busy."""
+
+Found = TypeVar("Found")
+
+
+def once_gone(look: Callable[[], list[Found]], timeout_s: float) -> list[Found]:
+    """What `look` still finds after at most `timeout_s`; nothing, as soon as it finds nothing."""
+    deadline = time.monotonic() + timeout_s
+    while (left := look()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
 
 
 class Leftovers:
@@ -52,12 +65,9 @@ class Leftovers:
         """Of what `processes` saw in use, the files that are still there."""
         return sorted(path.name for path in self._shared if path.exists())
 
-    def after(self, timeout_s: float) -> list[str]:
+    def after(self, timeout_s: float = GONE_WITHIN_S) -> list[str]:
         """What is left after at most `timeout_s`; nothing, as soon as there is nothing."""
-        deadline = time.monotonic() + timeout_s
-        while (left := [*self.processes(), *self.folders(), *self.shared_memory()]) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        return left
+        return once_gone(lambda: [*self.processes(), *self.folders(), *self.shared_memory()], timeout_s)
 
 
 def _shared_memory_of(pid: int) -> set[Path]:

@@ -81,7 +81,7 @@ def ray_head(folder: Path, *, num_cpus: int = 4) -> Iterator[RayHead]:
         f"--port={port}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard_port}", f"--num-cpus={num_cpus}", "--object-store-memory=300000000",
         f"--temp-dir={temp_dir}", f"--dashboard-agent-listen-port={free_port()}",
-        f"--ray-client-server-port={free_port()}",
+        f"--ray-client-server-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0",
     ]  # fmt: skip
     log = (folder / "ray-start.log").open("wb")
     with log:

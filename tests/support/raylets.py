@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import pytest
 from fake_gpus import ray_folder
 
 from cluster import ray_session
 
 OBJECT_STORE_BYTES = 80 * 2**20
+NODE_TIMEOUT_S = 180
 
 
 class Raylets:
@@ -23,10 +25,11 @@ class Raylets:
         self._nodes: dict[str, Any] = {}
 
     def add(self, name: str, *, slots: int = 1, **labels: str) -> None:
-        node = self._cluster.add_node(
-            num_cpus=slots, labels={"name": name, **labels}, object_store_memory=OBJECT_STORE_BYTES
+        labels = {"name": name, **labels}
+        self._nodes[name] = self._cluster.add_node(
+            wait=False, num_cpus=slots, labels=labels, object_store_memory=OBJECT_STORE_BYTES
         )
-        self._nodes[name] = node
+        self._cluster.wait_for_nodes(timeout=NODE_TIMEOUT_S)
 
     def node_id(self, name: str) -> str:
         return self._nodes[name].node_id
@@ -64,18 +67,27 @@ class Raylets:
 @contextlib.contextmanager
 def raylets(nodes: Mapping[str, Mapping[str, str]]) -> Iterator[Raylets]:
     """A head without slots and the named nodes with a slot each and their labels. RAY_ADDRESS leads there meanwhile."""
+    with ray_cluster(num_cpus=0) as (cluster, patch):
+        made = Raylets(cluster)
+        for name, labels in nodes.items():
+            made.add(name, **labels)
+        patch.setenv("RAY_ADDRESS", made.address)
+        yield made
+
+
+@contextlib.contextmanager
+def ray_cluster(**head: Any) -> Iterator[tuple[Any, pytest.MonkeyPatch]]:
+    """Ray's own `Cluster` with a head, shut down whatever happens, and what changes its environment meanwhile."""
     import ray
     from ray.cluster_utils import Cluster
 
     with ray_folder() as (_, patch):
-        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        small = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        cluster = Cluster(initialize_head=True, head_node_args={**small, **head})
         try:
-            made = Raylets(cluster)
-            for name, labels in nodes.items():
-                made.add(name, **labels)
-            patch.setenv("RAY_ADDRESS", made.address)
-            yield made
+            yield cluster, patch
         finally:
-            assert not ray.is_initialized()
+            connected = ray.is_initialized()
+            ray.shutdown()
             cluster.shutdown()
+            assert not connected, "a test stayed connected"

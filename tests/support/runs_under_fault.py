@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
+from leftovers import once_gone
 from safetensors.torch import load_file
 from tiny_runs import records
+
+_started: list[subprocess.Popen[str]] = []
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -27,6 +31,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def events(run: Path, name: str) -> list[dict]:
     return [record for record in records(run, "event") if record["name"] == name]
+
+
+def notes(run: Path) -> list[str]:
+    return [event["text"] for event in events(run, "note")]
 
 
 def assert_same_result(run: Path, golden: Path) -> None:
@@ -45,18 +53,30 @@ def counted(run: Path) -> dict[str, int]:
     return {name: count for name, count in counters.items() if name.startswith("trained_") or name in read}
 
 
-def start(config: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch", "train", str(config)],
+def start(config: Path, *, code: str | None = None) -> subprocess.Popen[str]:
+    """`stillhouse train`; with `code`, which has to call `launch.cli.main`, in its place."""
+    process = subprocess.Popen(
+        [sys.executable, *(["-m", "launch"] if code is None else ["-c", code]), "train", str(config)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
         env=dict(os.environ),
     )
+    _started.append(process)
+    return process
 
 
-def when(run: Path, ready: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 300) -> None:
+def end_started() -> None:
+    """End every run that a failed test has left; what it started notices by itself."""
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(timeout=30)
+
+
+def when(run: Path, ready: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 900) -> None:
     """Wait until the run's own records say that something happened."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -68,12 +88,40 @@ def when(run: Path, ready: Callable[[], bool], process: subprocess.Popen[str], t
     raise AssertionError(f"nothing happened within {timeout_s} s: {process.communicate()[0]}")
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 240) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=timeout_s)
+@contextmanager
+def held(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Stop a run's controller meanwhile: the run gets no further, and a signal sent to it arrives afterwards."""
+    stop(process)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Stop a run's controller; returns when it stands."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 600) -> tuple[int, str]:
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"not over after {timeout_s:.0f} s: {process.communicate()[0]}") from None
     return process.returncode, output
 
 
-def left_running(run: Path) -> list[str]:
-    """Processes of the run's roles that still exist."""
+def left_running(run: Path, timeout_s: float = 20) -> list[str]:
+    """Processes of the run's roles that still exist after at most `timeout_s`."""
     pids = [event["pid"] for event in events(run, "process")]
-    return [str(pid) for pid in pids if psutil.pid_exists(pid)]
+    return once_gone(lambda: [str(pid) for pid in pids if _lives(pid)], timeout_s)
+
+
+def _lives(pid: int) -> bool:
+    """Whether there is such a process that is more than an entry for its parent to read."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -13,6 +13,8 @@ from typing import Any
 from ruamel.yaml import YAML
 from tiny_models import tiny_folder
 
+from trainer.run_folder import read_lines
+
 # fmt: off
 WORDS = (
     "the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "while", "a",
@@ -93,7 +95,7 @@ def tiny_run(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
     return path
 
 
-def stillhouse(*arguments: str, timeout_s: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+def stillhouse(*arguments: str, timeout_s: float = 900, **environment: str) -> subprocess.CompletedProcess[str]:
     """The real command in a process of its own, as a user types it."""
     return subprocess.run(
         [sys.executable, "-m", "launch", *arguments],
@@ -107,5 +109,4 @@ def stillhouse(*arguments: str, timeout_s: float = 300, **environment: str) -> s
 
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
     """The records of one kind of a run's metrics.jsonl."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
+    return [line for line in read_lines(run / "metrics.jsonl") if line["kind"] == kind]

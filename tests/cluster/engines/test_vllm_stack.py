@@ -90,7 +90,7 @@ def test_the_event_loop_runs_while_a_unit_is_scored(behaviour: cases.Behaviour) 
 def test_a_unit_past_its_deadline_leaves_the_engine(behaviour: cases.Behaviour) -> None:
     assert "unit long" in behaviour.deadline_error
     assert behaviour.deadline_seen_after_s < 5.0
-    assert behaviour.steps_after_abort == 0
+    assert behaviour.steps_of_aborted < cases.LONG / 2
     assert behaviour.scores_after_abort
 
 
