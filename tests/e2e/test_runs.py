@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,6 @@ from leftovers import GONE_WITHIN_S, leftovers
 from runs_under_fault import assert_same_result, events, finish, held, left_running, losses, start, when
 from tiny_runs import records, stillhouse, tiny_run
 
-from trainer.errors import InfrastructureError
 from trainer.run_folder import read_json
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
@@ -147,28 +144,3 @@ def test_one_process_without_ray_learns_the_same(golden: Path, tmp_path: Path) -
     ours, theirs = losses(tmp_path / "run"), losses(golden)
     assert ours.keys() == theirs.keys()
     assert all(abs(ours[step] - theirs[step]) <= 1e-4 * abs(theirs[step]) for step in ours)
-
-
-NO_SPACE = """
-import errno, sys
-from launch.cli import main
-from trainer.checkpoint import Checkpoints
-
-def begin(self, step):
-    raise OSError(errno.ENOSPC, "No space left on device", "checkpoints")
-
-Checkpoints.begin = begin
-main()
-"""
-
-
-def test_checkpoints_that_cannot_be_written_are_reported_and_end_the_run_at_the_third(tmp_path: Path) -> None:
-    config = tiny_run(tmp_path, {"runtime": "in_process", "student": {"ranks": 1}, "training": {"save_every": 2}})
-    command = [sys.executable, "-c", NO_SPACE, "train", str(config)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert result.returncode == InfrastructureError.exit_code, result.stdout + result.stderr
-    run = tmp_path / "run"
-    assert [event["at_step"] for event in events(run, "save_failed")] == [2, 4, 6]
-    assert max(losses(run)) == 6
-    assert "checkpoint of step 6 could not be written: [Errno 28] No space left" in result.stderr
-    assert "Traceback" not in result.stderr
