@@ -21,6 +21,8 @@ from raylets import Raylets, raylets
 from cluster import joining, ray_token
 from trainer.errors import ConfigError
 
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.mark.parametrize(
     ("address", "said"),
@@ -104,7 +106,6 @@ def join(address: str, **environment: str) -> tuple[str, float]:
 
 
 @pytest.mark.stack
-@pytest.mark.timeout(900)
 def test_a_wrong_or_missing_token_is_named_as_such_at_once(cluster: Raylets, tmp_path: Path) -> None:
     assert join(cluster.address)[0] == "joined"
     wrong = tmp_path / "token"

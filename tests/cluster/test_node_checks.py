@@ -26,6 +26,8 @@ from configs.schema import Seats
 from trainer.build import VARIABLE
 from trainer.errors import ConfigError, InfrastructureError
 
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:

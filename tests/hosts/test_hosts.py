@@ -13,6 +13,7 @@ from pathlib import Path
 import hosts as harness
 import pytest
 from hosts import DEAD_ADDRESS, Hosts, pid_namespace, processes_in, wait_until, why_not
+from leftovers import once_gone
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -69,7 +70,7 @@ def test_hosts_find_each_other_by_name_and_bytes_are_counted_on_the_wire(two: Ho
     assert server.stdout.readline() == "listening\n"
     received, sent = one.received_and_sent()[0], other.received_and_sent()[1]
     assert other.run([sys.executable, "-c", SEND, one.name]).returncode == 0
-    assert server.communicate(timeout=10)[0] == f"{other.address} 1000000\n"
+    assert server.communicate(timeout=60)[0] == f"{other.address} 1000000\n"
     for bytes_moved in (one.received_and_sent()[0] - received, other.received_and_sent()[1] - sent):
         assert 1_000_000 <= bytes_moved < 1_100_000
 
@@ -83,7 +84,7 @@ def test_a_pulled_cable_loses_packets_and_a_plugged_one_works_again(two: Hosts) 
     assert "timed out" in failed.stdout
     one.link_up()
     wait_until(lambda: other.run([sys.executable, "-c", SEND, one.address]).returncode == 0, 20)
-    assert "1000000" in server.communicate(timeout=10)[0]
+    assert "1000000" in server.communicate(timeout=60)[0]
 
 
 def test_a_dead_interface_is_up_and_a_host_may_resolve_its_own_name_wrongly(two: Hosts) -> None:
@@ -99,18 +100,18 @@ def test_a_dead_interface_is_up_and_a_host_may_resolve_its_own_name_wrongly(two:
 
 def test_children_of_dead_processes_are_reaped(two: Hosts) -> None:
     one = two[0]
-    one.run(["bash", "-c", "for code in 0 1; do (sleep 0.5; exit $code) > /dev/null 2>&1 & done"])
+    one.run(["bash", "-c", "for code in 0 1; do (sleep 5; exit $code) > /dev/null 2>&1 & done"])
     assert len(one.processes()) >= 2
-    wait_until(lambda: not one.processes(), 5)
+    wait_until(lambda: not one.processes(), 30)
 
 
 def test_a_zombie_of_a_living_parent_is_seen(two: Hosts) -> None:
     one = two[0]
     parent = one.popen([sys.executable, "-c", "import os, time; os.fork() or os._exit(0); time.sleep(60)"])
-    wait_until(lambda: any(process.zombie for process in one.processes()), 10)
+    wait_until(lambda: any(process.zombie for process in one.processes()), 30)
     one.send(parent, signal.SIGTERM)
-    assert parent.wait(timeout=5) != 0
-    assert one.processes() == []
+    assert parent.wait(timeout=30) != 0
+    assert once_gone(one.processes, 20) == []
 
 
 def test_killing_a_host_ends_everything_in_it_and_nothing_beside_it(two: Hosts) -> None:
@@ -124,7 +125,7 @@ def test_killing_a_host_ends_everything_in_it_and_nothing_beside_it(two: Hosts) 
     one.kill()
     assert processes_in(namespace) == []
     assert not one.is_on
-    assert inside[0].wait(timeout=5) != 0
+    assert inside[0].wait(timeout=30) != 0
     assert inside[1].poll() is None
     assert len(other.processes()) == 1
     one.boot()
@@ -135,9 +136,9 @@ def test_killing_a_host_ends_everything_in_it_and_nothing_beside_it(two: Hosts) 
 
 def test_a_command_past_its_deadline_is_killed_with_its_output_kept(two: Hosts) -> None:
     with pytest.raises(subprocess.TimeoutExpired) as caught:
-        two[0].run(said("echo begun", "sleep 60"), timeout_s=1)
+        two[0].run(said("echo begun", "sleep 60"), timeout_s=3)
     assert caught.value.output == "begun\n"
-    wait_until(lambda: not two[0].processes(), 5)
+    wait_until(lambda: not two[0].processes(), 30)
 
 
 SESSION = """
@@ -161,7 +162,7 @@ def test_two_sessions_do_not_meet_and_a_killed_one_leaves_nothing(two: Hosts, tm
     assert len(processes_in(int(namespace))) == 2
     session.kill()
     session.wait()
-    wait_until(lambda: not processes_in(int(namespace)) and not Path(f"/proc/{switch}").exists(), 5)
+    wait_until(lambda: not processes_in(int(namespace)) and not Path(f"/proc/{switch}").exists(), 30)
     assert {name for _, name in socket.if_nameindex()}.isdisjoint({"bridge", "to-host1"}), "nothing is named outside"
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import stillhouse, tiny_run
 
+pytestmark = pytest.mark.timeout(1000)
+
 
 @pytest.fixture
 def quiet(tmp_path: Path) -> dict[str, str]:

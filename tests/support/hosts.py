@@ -30,7 +30,7 @@ INIT = Path(__file__).with_name("host_init.py")
 NAMESPACES = ("--net", "--mount", "--pid", "--uts", "--ipc")
 HOME = "/tmp/home"
 DEAD_ADDRESS = "172.31.99.1"
-BOOT_TIMEOUT_S = 20.0
+BOOT_TIMEOUT_S = 60.0
 
 OwnName = Literal["address", "loopback", "dead_interface"]
 
@@ -129,7 +129,7 @@ class Host:
         command: Sequence[str | Path],
         env: Mapping[str, str] | None = None,
         *,
-        timeout_s: float = 60,
+        timeout_s: float = 180,
         **options: Any,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command here to its end, output captured together; at the deadline it is killed, and TimeoutExpired."""

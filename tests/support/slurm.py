@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hosts import Host, wait_until
+from leftovers import once_gone
 
 TOOLS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "munged")
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL")
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # Slurm's spool folder holds sockets, so its path must be short: below each host's own /tmp.
@@ -180,8 +181,11 @@ class SlurmOnHosts:
         wait_until(lambda: set(self.node_states().values()) == {"idle"}, timeout_s, 0.5)
         return self.job(job_id)
 
-    def left_running(self) -> list[str]:
-        """What runs on the workers beside slurmd; expected: nothing."""
+    def left_running(self, timeout_s: float = 60) -> list[str]:
+        """What runs on the workers beside slurmd after at most `timeout_s`; expected: nothing."""
+        return once_gone(self._beside_daemons, timeout_s)
+
+    def _beside_daemons(self) -> list[str]:
         left = [(host, one) for host in self.workers if host.is_on for one in host.processes()]
         return [f"{host.name}: {one.command}" for host, one in left if not re.match(r"(\S*/)?slurmd ", one.command)]
 

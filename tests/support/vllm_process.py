@@ -109,7 +109,7 @@ class Behaviour:
     ticks_while_scoring: int
     deadline_error: str
     deadline_seen_after_s: float
-    steps_after_abort: int  # taken long after the abort, with nothing else asked: 0 if the requests are gone
+    steps_of_aborted: int  # of a unit of `LONG` steps past its deadline, counted when no more are taken
     scores_after_abort: bool
     deaths: tuple[BaseException, ...]  # of a unit beside the broken one, of the broken one, of a later one
     still_alive_s: float  # what `close` took after the death
@@ -142,17 +142,23 @@ async def joins(scorer: Any, seen: dict[str, Any]) -> None:
     before = scorer.statistics().num_steps
     alone = [(await scorer.score(unit, HIDDEN, deadline_s=DEADLINE_S))[1] for unit in (a, b)]
     between = scorer.statistics().num_steps
-    answers = await asyncio.gather(*(scorer.score(unit, HIDDEN, deadline_s=DEADLINE_S) for unit in (a, b)))
-    after = scorer.statistics()
+    together = []
+    while len(together) < 5 and 3 not in together:  # the first step may begin before the second unit has arrived
+        start = scorer.statistics().num_steps
+        answers = await asyncio.gather(*(scorer.score(unit, HIDDEN, deadline_s=DEADLINE_S) for unit in (a, b)))
+        together.append(scorer.statistics().num_steps - start)
     pairs = zip(alone, (block for _, block in answers), strict=True)
-    seen["steps_alone"], seen["steps_together"] = between - before, after.num_steps - between
-    seen["units_together"] = after.max_concurrent_units
+    seen["steps_alone"], seen["steps_together"] = between - before, min(together)
+    seen["units_together"] = scorer.statistics().max_concurrent_units
     seen["equal_together"] = all(np.allclose(x.columns["hidden"], y.columns["hidden"], atol=1e-4) for x, y in pairs)
 
 
+LONG = 600
+
+
 def long_unit() -> Unit:
-    """Hundreds of steps of 256 tokens."""
-    return random_unit("long", *[(250, [(0, 249)])] * 600)
+    """About as many steps of 256 tokens."""
+    return random_unit("long", *[(250, [(0, 249)])] * LONG)
 
 
 async def stays_responsive(scorer: Any, seen: dict[str, Any]) -> None:
@@ -168,16 +174,16 @@ async def stays_responsive(scorer: Any, seen: dict[str, Any]) -> None:
 
 
 async def aborts(scorer: Any, seen: dict[str, Any]) -> None:
-    started = time.monotonic()
+    before, started = scorer.statistics().num_steps, time.monotonic()
     try:
         await scorer.score(long_unit(), HIDDEN, deadline_s=0.2)
     except DeadlineExceeded as error:
         seen["deadline_error"] = str(error)
     seen["deadline_seen_after_s"] = time.monotonic() - started
-    await asyncio.sleep(1.0)  # the step that ran at the deadline ends, the abort takes effect
-    steps = scorer.statistics().num_steps
-    await asyncio.sleep(0.3)
-    seen["steps_after_abort"] = scorer.statistics().num_steps - steps
+    steps = None
+    while steps != (steps := scorer.statistics().num_steps):
+        await asyncio.sleep(0.5)
+    seen["steps_of_aborted"] = steps - before
     report, _ = await scorer.score(random_unit("next", (20, [(3, 9)])), HIDDEN, deadline_s=DEADLINE_S)
     seen["scores_after_abort"] = report.num_rows == 6
 

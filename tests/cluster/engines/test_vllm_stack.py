@@ -19,7 +19,7 @@ from cluster.engines.vllm import Engine
 from trainer.errors import ConfigError, EngineDead
 from trainer.types import EncodingSpec, Prompt
 
-pytestmark = pytest.mark.stack
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 UNIT = random_unit("0:0", (60, [(5, 20), (31, 59)]), (90, [(60, 80)]), (7, [(0, 3)]), (12, []), (33, [(0, 32)]))
 SPECS = (EncodingSpec("topk", {"k": 8}), EncodingSpec("dense"), EncodingSpec("hidden"))
