@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from cluster.groups import Group
 from cluster.hardware import Hardware, Node
 from cluster.runtime import STUDENT
-
-if TYPE_CHECKING:
-    from cluster.topology import Group
 
 MAX_TRIES = 20_000
 KIND_PREFIX = "accelerator_type:"

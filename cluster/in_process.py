@@ -15,10 +15,10 @@ import numpy as np
 from cluster import runtime
 from cluster.engines.plan import EnginePlan
 from cluster.resolve import Resolved
+from cluster.runtime import RankPlace
 from cluster.students import StudentJob, on_local_copy
 from cluster.teacher_actor import start_engine
 from cluster.teachers import check_report
-from cluster.topology import RankPlace
 from trainer.loops import Observer
 from trainer.types import EncodingSpec, Evaluation, Prompt, RankBatch, SoftLabelBlock, StepMetrics, Unit, UnitReport
 

@@ -18,9 +18,9 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.groups import Group, Placement
 from cluster.nodes import alive_nodes
 from cluster.runtime import GPU, Role
-from cluster.topology import Group, Placement
 from trainer.errors import NoRoom
 
 POLL_S = 0.1

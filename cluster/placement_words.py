@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from cluster.fitting import named_kind
+from cluster.groups import Group, RoleRequest
 from cluster.hardware import Hardware
 from cluster.runtime import GPU, STUDENT
 from configs.schema import Seats
-
-if TYPE_CHECKING:
-    from cluster.topology import Group, RoleRequest
 
 MAX_NAMED = 8  # nodes in a message
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.engines.plan import EnginePlan, Sampling
+from cluster.groups import Placement, RoleRequest
 from cluster.hardware import Hardware, gpu_has_bfloat16
 from cluster.runtime import (
     CPU,
@@ -28,7 +29,7 @@ from cluster.runtime import (
     device_type_of,
     environment,
 )
-from cluster.topology import Placement, RoleRequest, place
+from cluster.topology import place
 from configs.plugins import Plugin
 from configs.schema import ModelSource, Replicas, Run
 from trainer.attention import choose_attention

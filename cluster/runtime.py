@@ -20,8 +20,6 @@ from trainer.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from cluster.topology import RankPlace
-
 Role = Literal["student", "scorer", "writer", "controller"]
 Accelerator = Literal["cpu", "gpu"]
 
@@ -124,6 +122,18 @@ def bytecode_folder() -> str | None:
 
 
 # --- the student's process group --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """Which rank an actor is."""
+
+    actor: int  # index of the actor, as it was started
+    rank: int
+    local_rank: int  # what LOCAL_RANK must say: among the GPUs the process *sees*, so 0 where Ray masked it to one
+    local_size: int  # ranks on this node
+    node: str
+    local_index: int  # among the ranks of this node
 
 
 def student_environment(place: RankPlace, *, world: int, address: str, port: int) -> dict[str, str]:

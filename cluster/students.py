@@ -26,7 +26,8 @@ from cluster.logs import SharedFolder, last_words, redirect_output
 from cluster.model_files import local_copy
 from cluster.processes import ProcessIdentity, kill_actor, this_process, wait_killed
 from cluster.rank_errors import group_error
-from cluster.topology import RankPlace, number_ranks
+from cluster.runtime import RankPlace
+from cluster.topology import number_ranks
 from configs.schema import Run
 from trainer.build import check_build
 from trainer.errors import Defect, LabelsLost, StudentsLost

@@ -11,93 +11,19 @@ On hosts without GPUs a role is a logical slot: one CPU of Ray's books for a ran
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import replace
 
 from cluster.fitting import KIND_PREFIX, fit, named_kind
+from cluster.groups import Group, Placement, RoleRequest, Strategy
 from cluster.hardware import Hardware, Node
 from cluster.placement_words import advice, all_asked, conditions, count_of, registered, shape, supply
-from cluster.runtime import GPU, STUDENT, Accelerator, Role
+from cluster.runtime import GPU, STUDENT, RankPlace
 from configs.schema import Seats
 from trainer.errors import ConfigError
 
-Executor = Literal["mp", "ray"]
-Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
-
 KIND_SHARE = 0.001
 """How much of the resource `accelerator_type:<name>` a bundle takes: enough to be bound to nodes that have it."""
-
-
-@dataclass(frozen=True, slots=True)
-class RoleRequest:
-    """All actors of one role: student ranks, or replicas of a teacher."""
-
-    role: Role
-    count: int
-    accelerator: Accelerator
-    shards: int = 1  # GPUs (or CPU slots) of one actor
-    seats: Seats = field(default_factory=Seats)
-    may_span_nodes: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """One placement group."""
-
-    name: str  # "student", "scorer-0", or "scorer" for all replicas together
-    role: Role
-    accelerator: Accelerator
-    bundles: tuple[Mapping[str, float], ...]
-    strategy: Strategy
-    executor: Executor = "mp"
-    member: Mapping[str, float] = field(default_factory=dict)  # what one actor takes
-    seats: tuple[int, ...] = (0,)  # the bundle of each actor, in the order of ranks or replicas
-    labels: Mapping[str, str] = field(default_factory=dict)  # that a node must have
-
-    @property
-    def num_gpus(self) -> int:
-        return sum(int(bundle.get("GPU", 0)) for bundle in self.bundles)
-
-    @property
-    def num_slots(self) -> int:
-        return sum(int(bundle["CPU"]) for bundle in self.bundles)
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Every group of a run, the ones that are hardest to place first."""
-
-    groups: tuple[Group, ...] = ()
-
-    @property
-    def num_slots(self) -> int:
-        """CPUs of Ray's books that the roles need."""
-        return sum(group.num_slots for group in self.groups)
-
-    @property
-    def num_gpus(self) -> int:
-        return sum(group.num_gpus for group in self.groups)
-
-    def of_role(self, role: Role) -> tuple[Group, ...]:
-        """The groups of a role, by index."""
-        return tuple(sorted((g for g in self.groups if g.role == role), key=lambda group: _natural(group.name)))
-
-    def seats_of_role(self, role: Role) -> tuple[tuple[Group, int], ...]:
-        """Group and bundle of every actor of a role, by rank or replica."""
-        return tuple((group, bundle) for group in self.of_role(role) for bundle in group.seats)
-
-
-@dataclass(frozen=True, slots=True)
-class RankPlace:
-    """Which rank an actor is."""
-
-    actor: int  # index of the actor, as it was started
-    rank: int
-    local_rank: int  # what LOCAL_RANK must say: among the GPUs the process *sees*, so 0 where Ray masked it to one
-    local_size: int  # ranks on this node
-    node: str
-    local_index: int  # among the ranks of this node
 
 
 def place(roles: Sequence[RoleRequest], hardware: Hardware) -> Placement:
@@ -268,8 +194,3 @@ def _check_gpus(placed: Sequence[tuple[int, str, Sequence[str]]]) -> None:
 
 def _gpu_key(gpus: Sequence[str]) -> tuple[int, str]:
     return (int(gpus[0]), "") if gpus and gpus[0].isdigit() else (0, gpus[0] if gpus else "")
-
-
-def _natural(name: str) -> tuple[str, int]:
-    head, _, index = name.rpartition("-")
-    return (head, int(index)) if index.isdigit() else (name, 0)

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import runtime
 from cluster.doctor.finding import Finding, ok, problem, warning
-from cluster.topology import RankPlace
+from cluster.runtime import RankPlace
 
 START_TIMEOUT_S = 90.0
 CONNECT_TIMEOUT_S = 5.0

@@ -9,16 +9,14 @@ import shlex
 import zipfile
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.ray_session import RAY_SETTINGS
 from configs.schema import Run
 from launch.bundle import COMMAND, Bundle
 from launch.commented_yaml import Note, dump
+from launch.targets.kuberay_options import Group, Options
 from trainer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from launch.targets.kuberay import Group, Options
 
 HOME = "/stillhouse"  # in every pod: bundle/ (what was sent, unpacked) and home/
 ARRIVES_AT = "/stillhouse-sent"

@@ -18,25 +18,16 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
-
-from configs.refusal import refusal
-from configs.schema import Section
 from launch.bundle import Bundle
 from launch.jobs import Tail, copy_results, exit_code_in, last_lines, waited_too_long
 from launch.targets import OVER, JobRecord, JobStatus, Shipment, State
 from launch.targets.run_checks import refuse_in_process
-from launch.targets.slurm_script import MARK, limit_s, render, submission_folder
+from launch.targets.slurm_options import Options
+from launch.targets.slurm_script import MARK, render, submission_folder
 from trainer.errors import ConfigError, InfrastructureError, Preempted
 
 SCRIPT, LOG, STOP_ASKED = "job.sbatch", "job.log", "stop_asked"
-
-Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:@%+/=-]+$")]
-Line = Annotated[str, Field(pattern=r"^[^\r\n]*$")]
-
-TIME = r"^(\d+|\d+:\d+|\d+:\d+:\d+|\d+-\d+(:\d+){0,2})$"
 
 STATES: dict[str, State] = {
     "PENDING": "pending",
@@ -62,50 +53,6 @@ POLL_S = 2.0
 COMMAND_TIMEOUT_S = 60
 STOP_MARGIN_S = 120
 """For the end of Ray on all nodes and Slurm's own pace, beside what a checkpoint may take."""
-
-
-class Options(Section):
-    """What the job asks Slurm for, and how its nodes are set up."""
-
-    nodes: PositiveInt | None = Field(None, description="Nodes of the job; needed to submit.")
-    time: Annotated[str, Field(pattern=TIME)] | PositiveInt | None = Field(
-        None, description="Time limit as sbatch takes it: minutes, or hours:minutes:seconds, or days-hours."
-    )
-    partition: Word | None = None
-    account: Word | None = None
-    qos: Word | None = None
-    gpus_per_node: Annotated[str, Field(pattern=r"^([A-Za-z0-9_.-]+:)?[1-9]\d*$")] | PositiveInt | None = Field(
-        None, description="Number, or kind and number: h100:8."
-    )
-    cpus_per_node: PositiveInt | None = Field(None, description="None: whole nodes (--exclusive).")
-    memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | PositiveInt | None = Field(
-        None, description="Of each node, for example 64G; None: all of a whole node, else the site's default."
-    )
-    grace_s: PositiveInt = Field(
-        180, description="Before the time limit the run saves and ends; a checkpoint must fit."
-    )
-    requeue: bool = Field(False, description="Queue again after exit 75 (saved before the limit) and 4.")
-    max_failures: NonNegativeInt = Field(2, description="With requeue: exits with 4 that are queued again.")
-    python: Annotated[str, Field(pattern=r"^[^\s'\"]+$")] | None = Field(
-        None, description="Python on the nodes, with the packages of Stillhouse; None: the one that submits."
-    )
-    slots_per_node: PositiveInt | None = Field(
-        None, description="Roles without GPUs that one node holds; None: as many as it has CPUs."
-    )
-    object_store_bytes: PositiveInt | None = Field(None, description="Of Ray on each node; None: Ray's choice.")
-    start_timeout_s: PositiveInt = Field(600, description="Until Ray's head must answer.")
-    setup: tuple[Line, ...] = Field((), description="Shell lines before anything starts, such as module load cuda.")
-    extra: tuple[Annotated[str, Field(pattern=r"^--?[A-Za-z][^\r\n]*$")], ...] = Field(
-        (), description="More options of sbatch, such as --constraint=ib."
-    )
-
-    @model_validator(mode="after")
-    def _the_limit_leaves_time(self) -> Options:
-        limit = limit_s(self.time) if self.time is not None else None
-        if limit is not None and limit <= self.grace_s:
-            text = f"the time limit of {limit} s is over before the run is told to save: write less than {limit}"
-            raise refusal(("grace_s",), self.grace_s, text)
-        return self
 
 
 class Target:

@@ -6,16 +6,13 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jinja2
 
 from cluster.ray_session import RAY_SETTINGS
 from launch.bundle import COMMAND, Bundle
+from launch.targets.slurm_options import Options
 from trainer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from launch.targets.slurm import Options
 
 TEMPLATE = Path(__file__).with_name("slurm.sbatch.jinja")
 MARK = "stillhouse:"  # before our job id in the comment of a Slurm job
@@ -85,16 +82,3 @@ def _ray_options(options: Options) -> list[str]:
         "object-store-memory": options.object_store_bytes,
     }
     return [f"--{name}={value}" for name, value in found.items() if value is not None]
-
-
-def limit_s(time_limit: str | int) -> int | None:
-    """Seconds of a time limit as sbatch reads it; 0 is none."""
-    days, _, rest = str(time_limit).rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if days:
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-    elif len(parts) == 3:
-        hours, minutes, seconds = parts
-    else:
-        hours, (minutes, seconds) = 0, [*parts, 0][:2]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or None

@@ -14,10 +14,11 @@ import pytest
 from fake_gpus import Witness, ray_folder, run_roles
 
 from cluster import ray_session
+from cluster.groups import RoleRequest
 from cluster.hardware import Hardware
 from cluster.placement import actor_options, create_groups
 from cluster.runtime import CONTROLLER, CPU, GPU, SCORER, STUDENT, environment
-from cluster.topology import RoleRequest, place
+from cluster.topology import place
 from trainer.errors import ConfigError, InfrastructureError
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]

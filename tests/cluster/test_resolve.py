@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
+from cluster.groups import Group
 from cluster.hardware import Hardware
 from cluster.resolve import Resolved, resolve, roles_of, to_json
-from cluster.topology import Group
 from configs.schema import Run
 from trainer.errors import ConfigError
 

@@ -9,8 +9,7 @@ import psutil
 import pytest
 
 from cluster import runtime
-from cluster.runtime import ALL_ROLES, BOTH, CPU, ENGINES, GPU, SCORER, SETTINGS, STUDENT, environment
-from cluster.topology import RankPlace
+from cluster.runtime import ALL_ROLES, BOTH, CPU, ENGINES, GPU, SCORER, SETTINGS, STUDENT, RankPlace, environment
 from trainer.errors import ConfigError
 
 HOST_ONLY = {

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.fitting import fit
+from cluster.groups import Group, RoleRequest
 from cluster.hardware import Hardware, Node
 from cluster.runtime import CPU, GPU, SCORER, STUDENT
-from cluster.topology import Group, RoleRequest, place
+from cluster.topology import place
 from configs.schema import Seats
 from trainer.errors import ConfigError
 

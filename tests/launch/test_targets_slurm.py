@@ -16,7 +16,7 @@ from configs.load import load_run
 from configs.plugins import ROOT
 from launch.bundle import Bundle, make_bundle
 from launch.targets import JobRecord, load_target
-from launch.targets.slurm_script import limit_s
+from launch.targets.slurm_options import limit_s
 from trainer.errors import ConfigError, InfrastructureError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

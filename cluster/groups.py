@@ -1,0 +1,77 @@
+"""What is to be placed, and what placing makes of it: values between a configuration and Ray's placement groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.runtime import Accelerator, Role
+from configs.schema import Seats
+
+Executor = Literal["mp", "ray"]
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+
+
+@dataclass(frozen=True, slots=True)
+class RoleRequest:
+    """All actors of one role: student ranks, or replicas of a teacher."""
+
+    role: Role
+    count: int
+    accelerator: Accelerator
+    shards: int = 1  # GPUs (or CPU slots) of one actor
+    seats: Seats = field(default_factory=Seats)
+    may_span_nodes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One placement group."""
+
+    name: str  # "student", "scorer-0", or "scorer" for all replicas together
+    role: Role
+    accelerator: Accelerator
+    bundles: tuple[Mapping[str, float], ...]
+    strategy: Strategy
+    executor: Executor = "mp"
+    member: Mapping[str, float] = field(default_factory=dict)  # what one actor takes
+    seats: tuple[int, ...] = (0,)  # the bundle of each actor, in the order of ranks or replicas
+    labels: Mapping[str, str] = field(default_factory=dict)  # that a node must have
+
+    @property
+    def num_gpus(self) -> int:
+        return sum(int(bundle.get("GPU", 0)) for bundle in self.bundles)
+
+    @property
+    def num_slots(self) -> int:
+        return sum(int(bundle["CPU"]) for bundle in self.bundles)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Every group of a run, the ones that are hardest to place first."""
+
+    groups: tuple[Group, ...] = ()
+
+    @property
+    def num_slots(self) -> int:
+        """CPUs of Ray's books that the roles need."""
+        return sum(group.num_slots for group in self.groups)
+
+    @property
+    def num_gpus(self) -> int:
+        return sum(group.num_gpus for group in self.groups)
+
+    def of_role(self, role: Role) -> tuple[Group, ...]:
+        """The groups of a role, by index."""
+        return tuple(sorted((g for g in self.groups if g.role == role), key=lambda group: natural(group.name)))
+
+    def seats_of_role(self, role: Role) -> tuple[tuple[Group, int], ...]:
+        """Group and bundle of every actor of a role, by rank or replica."""
+        return tuple((group, bundle) for group in self.of_role(role) for bundle in group.seats)
+
+
+def natural(name: str) -> tuple[str, int]:
+    head, _, index = name.rpartition("-")
+    return (head, int(index)) if index.isdigit() else (name, 0)
