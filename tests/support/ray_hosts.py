@@ -6,20 +6,20 @@ from __future__ import annotations
 
 import json
 import secrets
-import subprocess
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hosts import Host, Process
+from leftovers import once_gone
 
 from cluster import ray_session
 
 GCS_PORT = 6379
 JOBS_PORT = 8265
 OBJECT_STORE_BYTES = 120 * 2**20
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 180.0
+ANSWER = "the answer: "
 DASHBOARD = "/ray/dashboard/dashboard.py"  # its children are daemons, too
 DAEMONS = (
     "/gcs_server",
@@ -65,54 +65,62 @@ class RayOnHosts:
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "2000",
             "RAY_health_check_failure_threshold": "4",
+            "RAY_gcs_server_port_wait_time_s": "120",
             "HF_HUB_OFFLINE": "1",
             "RAY_ADDRESS": self.address,
         }
 
     def start(self) -> None:
-        """The head, then all others at the same time."""
+        """The head, then all others."""
         head = ["--head", "--port", GCS_PORT, "--dashboard-host", self.head.address, "--dashboard-port", JOBS_PORT]
-        self._await(self.head, self._start(self.head, head))
+        self._start(self.head, head)
         self.join(self.members[1:])
 
     def join(self, hosts: Iterable[Host]) -> None:
-        """Start Ray on hosts that were off, or never on."""
-        starting = {host: self._start(host, ["--address", self.address]) for host in hosts}
-        for host, process in starting.items():
-            self._await(host, process)
+        """Start Ray on hosts that were off, or never on; one by one, for Ray gives a node 30 s to start."""
+        for host in hosts:
+            self._start(host, ["--address", self.address])
 
-    def python(self, host: Host, code: str, *arguments: str, timeout_s: float = 60) -> Any:
-        """What a piece of Python that is connected to the cluster prints last, as JSON."""
-        lines = f"import json, logging, ray, sys\nray.init(log_to_driver=False, logging_level=logging.ERROR)\n{code}"
-        result = host.run(["python", "-c", lines, *arguments], self.env, timeout_s=timeout_s)
+    def evaluate(self, expression: str, timeout_s: float = 180) -> Any:
+        """What an expression is, as JSON, in a Python on the head that is connected to the cluster."""
+        lines = (
+            "import json, logging, ray",
+            "ray.init(log_to_driver=False, logging_level=logging.ERROR)",
+            f"print({ANSWER!r} + json.dumps({expression}))",
+        )
+        result = self.head.run(["python", "-c", "\n".join(lines)], self.env, timeout_s=timeout_s)
         assert result.returncode == 0, result.stdout
-        return json.loads(result.stdout.splitlines()[-1])
+        # Ray says things of its own in between and afterwards, of nodes that died, for one.
+        answers = [line for line in result.stdout.splitlines() if line.startswith(ANSWER)]
+        assert answers, result.stdout
+        return json.loads(answers[0].removeprefix(ANSWER))
 
     def nodes(self) -> dict[str, str]:
-        """Host name -> node id of the living members, by address."""
-        alive = self.python(
-            self.head,
-            "print(json.dumps({n['NodeManagerAddress']: n['NodeID'] for n in ray.nodes() if n['Alive']}))",
-        )
-        names = {host.address: host.name for host in self.members}
-        return {names[address]: node for address, node in alive.items()}
+        """Host name -> node id of the living members."""
+        return {name: node for node, name, alive in self._nodes() if alive}
 
-    def _start(self, host: Host, options: list[Any]) -> subprocess.Popen[str]:
+    def names(self) -> dict[str, str]:
+        """Node id -> host name, of members that have died, too."""
+        return {node: name for node, name, _ in self._nodes()}
+
+    def _nodes(self) -> list[tuple[str, str, bool]]:
+        """Id, host and life of every node that ever was."""
+        known = self.evaluate("[(n['NodeID'], n['NodeManagerAddress'], n['Alive']) for n in ray.nodes()]")
+        names = {host.address: host.name for host in self.members}
+        return [(node, names[address], alive) for node, address, alive in known]
+
+    def _start(self, host: Host, options: list[Any]) -> None:
         common = ["--node-ip-address", host.address, "--num-cpus", self._slots, "--num-gpus", 0]
         common += ["--object-store-memory", OBJECT_STORE_BYTES, "--disable-usage-stats"]
         common += ["--labels", ",".join(f"{key}={value}" for key, value in self._labels[host.name].items())]
         environment = {name: value for name, value in self.env.items() if name != "RAY_ADDRESS"}
-        return host.popen(
-            ["ray", "start", *map(str, options), *map(str, common)],
-            environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
-    def _await(self, host: Host, process: subprocess.Popen[str]) -> None:
-        output, _ = process.communicate(timeout=START_TIMEOUT_S)
-        if process.returncode != 0:
-            raise RuntimeError(f"Ray does not start on {host.name}: {output}")
+        command = ["ray", "start", *map(str, options), *map(str, common)]
+        result = host.run(command, environment, timeout_s=START_TIMEOUT_S)
+        if result.returncode != 0 and "timed out during startup" in result.stdout:  # 30 s, which nothing can change
+            host.run(["ray", "stop", "--force"], environment)
+            result = host.run(command, environment, timeout_s=START_TIMEOUT_S)
+        if result.returncode != 0:
+            raise RuntimeError(f"Ray does not start on {host.name}: {result.stdout}")
 
 
 def beside_daemons(host: Host) -> list[Process]:
@@ -123,11 +131,7 @@ def beside_daemons(host: Host) -> list[Process]:
     return [one for one in processes if one.pid not in theirs]
 
 
-def settled(hosts: Iterable[Host], timeout_s: float = 20) -> list[str]:
+def settled(hosts: Iterable[Host], timeout_s: float = 90) -> list[str]:
     """What is still left on any host after Ray has had a moment to take its workers away; expected: nothing."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        left = [f"{host.name}: {one.command}" for host in hosts if host.is_on for one in beside_daemons(host)]
-        if not left or time.monotonic() > deadline:
-            return left
-        time.sleep(0.2)
+    on = [host for host in hosts if host.is_on]
+    return once_gone(lambda: [f"{host.name}: {one.command}" for host in on for one in beside_daemons(host)], timeout_s)
