@@ -32,7 +32,7 @@ from cluster.runtime import (
 from cluster.topology import place
 from configs.plugins import Plugin
 from configs.schema import ModelSource, Replicas, Run
-from trainer.attention import choose_attention
+from trainer.attention import choose_attention, refuse_length_dependent_rope
 from trainer.errors import ConfigError
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.types import EncodingSpec, StudentPlan
@@ -319,6 +319,7 @@ def _student_plan(
     if student_config is not None:
         hidden_size = student_config.get_text_config().hidden_size
         attention = choose_attention(attention, device_type=device_type, dtype=dtype, config=student_config)
+        refuse_length_dependent_rope(student_config, max_length=run.data.max_length)
     return StudentPlan(
         dtype=dtype,
         device_type=device_type,

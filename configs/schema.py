@@ -12,7 +12,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from configs.plugins import ELICITATION, ENGINES, LABELS, Plugin
 from configs.refusal import refusal
@@ -39,6 +48,11 @@ class ModelSource(Section):
     local_copy: Path | None = Field(
         None, description="Folder on a disk of each node: the model is copied there once, and read from there."
     )
+
+    @field_validator("path")
+    @classmethod
+    def _home_is_a_folder(cls, path: str) -> str:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
 
     @model_validator(mode="after")
     def _foreign_code_is_pinned(self) -> ModelSource:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ from launch.disk import DiskNeed, check_writable, free_bytes, size_text
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
 from launch.quiet import quiet_libraries
 from trainer.errors import ConfigError, DataError, StillhouseError
-from trainer.job import Inputs, label_bytes_per_row, read_inputs
+from trainer.job import Inputs, label_bytes_per_row, read_inputs, total_steps
 from trainer.models import load_config
 from trainer.prompts import RowReport, check_rows
 
@@ -216,6 +217,9 @@ def _dataset(run: Run, name: str, dataset: Dataset, inputs: Inputs) -> Iterator[
     yield _attempt(subject, read, say)
     if reports and reports[0].num_ok:
         report = reports[0]
+        if training and run.training.epochs is not None:
+            steps = partial(total_steps, run, rows_per_epoch=report.num_rows)
+            yield _attempt("steps", steps, lambda: f"{run.training.epochs} epochs are {steps()}")
         if report.problems and run.data.on_bad_row == "skip":
             yield Finding(subject, "warning", _bad_rows(f"data.{name}", report))
         if report.num_dropped or report.num_truncated:

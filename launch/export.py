@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence as AbstractSequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs.load import load_run
 from configs.schema import Run
 from launch.model_folder import licence_of
+from trainer.chat import Template
 from trainer.errors import ConfigError
 from trainer.metrics import read_metrics
 from trainer.model_card import model_card
-from trainer.run_folder import RunFolder, read_json, write_text
+from trainer.run_folder import RunFolder, read_json, write_json, write_text
+from trainer.student_export import consistent
 
 ADAPTER = "adapter_config.json"
 
@@ -65,6 +68,19 @@ def card_of(folder: RunFolder, run: Run, *, adapter: bool) -> str:
         adapter=adapter,
         licences={"student": licence_of(run.student.model), "teacher": licence_of(run.teacher.model)},
     )
+
+
+def complete_student(folder: Path, run: Run, *, stop_ids: AbstractSequence[int]) -> None:
+    """What ranks cannot know: which tokens end an answer now, and where everybody finds the base of an adapter."""
+    generation, adapter = folder / "generation_config.json", folder / "adapter_config.json"
+    if generation.exists():
+        settings = read_json(generation)
+        known = settings.get("eos_token_id")
+        known = known if isinstance(known, list) else [] if known is None else [known]
+        ids = list(dict.fromkeys([*stop_ids, *known]))
+        write_json(generation, settings | {"eos_token_id": ids[0] if len(ids) == 1 else ids})
+    if adapter.exists():  # the rank may have read a copy on its own node
+        write_json(adapter, read_json(adapter) | {"base_model_name_or_path": run.student.model.path})
 
 
 def verify(model_folder: Path, run: Run, *, adapter: bool) -> None:
@@ -111,7 +127,11 @@ def _check(folder: RunFolder, target: Path, *, merge_adapter: bool) -> bool:
 def _merge(student: Path, working: Path, run: Run) -> None:
     """Base weights + adapter as one model; everything that is no adapter file is copied."""
     adapted = peft.PeftModel.from_pretrained(_base(student, run), student)
-    adapted.merge_and_unload().save_pretrained(working)
+    merged = adapted.merge_and_unload()
+    merged.generation_config = consistent(merged.generation_config)
+    merged.save_pretrained(working)
+    tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=run.student.model.trust_remote_code)
+    complete_student(working, run, stop_ids=Template.of(tokenizer).stop_ids)
     skipped = {ADAPTER, "README.md"}
     for file in student.iterdir():
         of_adapter = file.name in skipped or file.name.startswith("adapter_model")

@@ -19,7 +19,7 @@ import psutil
 from cluster.resolve import Resolved
 from configs.schema import Run
 from configs.secrets import without_secrets
-from launch.export import card_of
+from launch.export import card_of, complete_student
 from trainer.distil import Controller
 from trainer.environment import manifest_environment
 from trainer.job import Job
@@ -95,6 +95,7 @@ class Record:
         job = self._job
         job.inputs.tokenizer.chat_template = job.inputs.template.text
         job.inputs.tokenizer.save_pretrained(self._folder.student)
+        complete_student(self._folder.student, job.run, stop_ids=job.inputs.template.stop_ids)
         self._manifest |= {
             "finished": time.time(),
             "counters": counted(read_metrics(self._folder)) | asdict(job.stream.counters),

@@ -34,6 +34,9 @@ IMPLEMENTATIONS = {
 DECODING = IMPLEMENTATIONS["sdpa"]
 """The implementation that `trainer/generate.py` switches to: it masks a left-padded batch with a KV cache."""
 
+UNSAID = -1
+"""For `sliding_window`, where None says that there is none."""
+
 _HALF = {"float16", "bfloat16"}
 _VARLEN_MAX_HEAD = 256
 
@@ -83,6 +86,26 @@ def _refuse_unknown_attention(config: Any) -> None:
         )
 
 
+def refuse_length_dependent_rope(config: Any, *, max_length: int) -> None:
+    """Rotations that change for the whole row once one position passes the original length (LongRoPE, dynamic NTK)
+    would depend on what a sequence is packed with. Raises `ConfigError` where `max_length` lets that happen."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if one.get("rope_type") not in ("longrope", "dynamic"):
+            continue
+        original = (
+            one.get("original_max_position_embeddings")
+            or getattr(text, "original_max_position_embeddings", None)
+            or text.max_position_embeddings
+        )
+        if max_length > original:
+            raise ConfigError(
+                f"data.max_length: {max_length} is over the {original} positions after which the student's rotary "
+                f"embedding ({one['rope_type']}) changes for all of a packed row; write at most {original}"
+            )
+
+
 def _varlen_obstacle(device_type: str, dtype: str, config: Any) -> str | None:
     if _is_host(device_type) or dtype not in _HALF:
         return f"it runs on accelerators in 16 bits, not on {device_type} in {dtype}"
@@ -119,7 +142,7 @@ def packed_sdpa(
     *,
     scaling: float,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
+    sliding_window: int | None = UNSAID,
     softcap: float | None = None,
     sequence_offsets: Sequence[int] | None = None,
     left_padding: torch.Tensor | None = None,
@@ -133,6 +156,7 @@ def packed_sdpa(
     a KV cache where K > Q; of its `row_length` tokens so far the first `left_padding` int64 [B] are padding.
     """
     _refuse_extras(others, attention_mask)
+    sliding_window = _window(module, sliding_window)
     options = {"scaling": scaling, "dropout": dropout, "softcap": softcap}
     if sequence_offsets is None:
         mask = _row_mask(query, key, sliding_window, left_padding, row_length)
@@ -155,7 +179,7 @@ def packed_varlen(
     *,
     scaling: float,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
+    sliding_window: int | None = UNSAID,
     softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
@@ -182,6 +206,7 @@ def packed_varlen(
     _refuse_extras(others, attention_mask)
     assert softcap is None, "choose_attention lets no such model through"
     assert not dropout, "choose_attention lets no such model through"
+    sliding_window = _window(module, sliding_window)
     # The kernel's window counts tokens to the left; transformers' counts the token itself too.
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     # [1, heads, T, D] -> [T, heads, D]
@@ -201,6 +226,17 @@ def packed_varlen(
     return out[None], None
 
 
+def _window(module: torch.nn.Module, given: int | None) -> int | None:
+    """The window a layer asks for; of an architecture that says it in its mask alone, that of its configuration."""
+    if given != UNSAID:
+        return given
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and layer is not None and kinds[layer] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
 def _refuse_extras(others: dict[str, Any], attention_mask: torch.Tensor | None) -> None:
     """Arguments that change the mathematics and are unknown here must not be dropped."""
     known_harmless = {
@@ -208,6 +244,7 @@ def _refuse_extras(others: dict[str, Any], attention_mask: torch.Tensor | None) 
         "use_cache",
         "is_causal",
         "output_attentions",
+        "output_router_logits",
         "cache_position",
         "position_embeddings",
     }

@@ -69,6 +69,13 @@ class Template:
             return (self.turn_end.token_id,)
         return () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids after which nothing more is written: those that end a turn, and the tokenizer's eos, which ends plain
+        text."""
+        eos = self.tokenizer.eos_token_id
+        return tuple(dict.fromkeys([*self.end_of_turn_ids, *([] if eos is None else [eos])]))
+
     @cached_property
     def turn_end(self) -> TurnEnd:
         """Found by rendering a probe. Raises `ConfigError` for a template from which no student could learn to stop."""

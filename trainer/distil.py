@@ -149,14 +149,14 @@ class Controller:
 
     async def _check_labels(self) -> tuple[LabelCheck, ...]:
         chosen: list[Sequence] = []
-        for sequence in self._job.samples:
+        for sequence in self._job.samples or self._job.evaluation:
             if sum(s.num_tokens for s in chosen) + sequence.num_tokens <= CHECK_TOKENS or not chosen:
                 chosen.append(sequence)
         if not chosen:
             return (LabelCheck("labels", True, "no row with an answer to check on"),)
         unit = Unit(id="self-test", sequences=tuple(chosen))
         (_, hidden), (_, labels) = await asyncio.gather(
-            self._session.scorers.score(unit, HIDDEN), self._session.scorers.score(unit, self._job.encoding)
+            self._session.scorers.score(unit, HIDDEN), self._session.scorers.score(unit, self._checked_encoding())
         )
         head, logits = await asyncio.to_thread(self._teacher_truth, unit)
         return check_labels(
@@ -167,6 +167,13 @@ class Controller:
             dtype=self._teacher_dtype,
             reference_logits=logits,
         )
+
+    def _checked_encoding(self) -> EncodingSpec:
+        """What is held against hidden states: the run's labels, or where those are hidden states some logits, so that
+        the teacher's head as it is known here is held against the engine's."""
+        if self._job.encoding.kind != HIDDEN.kind:
+            return self._job.encoding
+        return EncodingSpec("topk", {"k": min(64, self._job.inputs.vocabulary.size - 1)})
 
     async def _prepare_evaluation(self) -> None:
         """Score held-out rows once, with hidden labels: evaluation is exact whatever the training encoding."""
@@ -210,7 +217,7 @@ class Controller:
         prompts = [_prompt_of(row) for row in self._job.evaluation[: report.generate]]
         if prompts:
             texts = await self._session.students.generate(
-                prompts, max_new_tokens=report.generate_tokens, stop_ids=self._job.inputs.template.end_of_turn_ids
+                prompts, max_new_tokens=report.generate_tokens, stop_ids=self._job.inputs.template.stop_ids
             )
             self._on_generation(when, prompts, texts)
 

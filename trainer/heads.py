@@ -24,12 +24,14 @@ class HeadShape:
 
     @classmethod
     def of_config(cls, config: Any) -> HeadShape:
-        """From a transformers config. Fields: `final_logit_softcapping` (Gemma), `logits_scaling` (Granite, a divisor),
-        `logit_scale` (Cohere, a factor). An architecture that does something else is caught by the label self-test."""
+        """From a transformers config. Fields: `final_logit_softcapping` (Gemma), `logits_scaling` (Granite, a divisor;
+        HyperCLOVA X, a factor), `logit_scale` (Cohere, a factor), `lm_head_multiplier` (Falcon-H1, a factor). An
+        architecture that does something else is caught by the label self-test."""
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        divisor = getattr(text, "logits_scaling", None) or 1.0
-        factor = getattr(text, "logit_scale", None) or 1.0
-        return cls(scale=factor / divisor, soft_cap=getattr(text, "final_logit_softcapping", None))
+        scale = (getattr(text, "logit_scale", None) or 1.0) * (getattr(text, "lm_head_multiplier", None) or 1.0)
+        scaling = getattr(text, "logits_scaling", None) or 1.0
+        scale = scale * scaling if getattr(text, "model_type", "") == "hyperclovax" else scale / scaling
+        return cls(scale=scale, soft_cap=getattr(text, "final_logit_softcapping", None))
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Scale and soft-cap; returns `logits` itself where there is nothing to do."""

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from configs.schema import ModelSource, Run
 from trainer.chat import Template
 from trainer.errors import ConfigError, DataError
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.loops import LoopSettings
+from trainer.models import load_config
 from trainer.prompts import PromptStream
 from trainer.protocols import Elicitation
 from trainer.run_folder import RunFolder
@@ -90,7 +91,7 @@ def make_job(
         stream=stream,
         evaluation=held_out_rows(run, inputs),
         samples=sample_rows(run, inputs),
-        bind_elicitation=lambda writers: inputs.strategy.bind(writers, end_of_turn_ids=inputs.template.end_of_turn_ids),
+        bind_elicitation=lambda writers: inputs.strategy.bind(writers, end_of_turn_ids=inputs.template.stop_ids),
         encoding=encoding_of(run),
         loop=loop_settings(run, inputs, teacher_dtype, rows_per_epoch=stream.rows_per_epoch),
         skip_self_test=skip_self_test,
@@ -147,11 +148,25 @@ def as_sequence(prompt: Prompt) -> Sequence:
     return Sequence(prompt.id, prompt.token_ids, prompt.loss_mask, provenance="dataset")
 
 
+def total_steps(run: Run, *, rows_per_epoch: int) -> int:
+    """Raises `ConfigError` where that many epochs are over before the learning rate has risen."""
+    training = run.training
+    if training.steps is not None:
+        return training.steps
+    steps = math.ceil((training.epochs or 0) * rows_per_epoch / training.sequences_per_step)
+    if run.optimizer.warmup_steps >= steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps: {run.optimizer.warmup_steps} leaves no step after the warm-up: the run has "
+            f"{steps} ({training.epochs} epochs of {rows_per_epoch} rows, {training.sequences_per_step} a step); write "
+            f"at most {max(0, steps - 1)}"
+        )
+    return steps
+
+
 def loop_settings(run: Run, inputs: Inputs, teacher_dtype: str, *, rows_per_epoch: int) -> LoopSettings:
     training = run.training
-    epochs_in_steps = math.ceil((training.epochs or 0) * rows_per_epoch / training.sequences_per_step)
     return LoopSettings(
-        total_steps=training.steps or epochs_in_steps,
+        total_steps=total_steps(run, rows_per_epoch=rows_per_epoch),
         sequences_per_step=training.sequences_per_step,
         micro_batch_tokens=training.micro_batch_tokens,
         depth=training.depth,
@@ -181,7 +196,4 @@ def label_bytes_per_row(run: Run, inputs: Inputs, *, teacher_dtype: str) -> int:
 
 
 def hidden_size_of(source: ModelSource) -> int:
-    config = AutoConfig.from_pretrained(
-        source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
-    )
-    return config.get_text_config().hidden_size
+    return load_config(source, role="teacher.model").get_text_config().hidden_size

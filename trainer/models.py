@@ -250,7 +250,7 @@ def _names_in_index(source: ModelSource, index: Path) -> dict[str, Path]:
 
 
 def _read_rows(source: ModelSource, files: Mapping[str, Path], names: list[str], num_rows: int) -> torch.Tensor:
-    for name in names:
+    for name in [*names, *_with_another_prefix(files, names)]:
         if name not in files:
             continue
         with safetensors.safe_open(files[name], framework="pt") as tensors:
@@ -259,6 +259,14 @@ def _read_rows(source: ModelSource, files: Mapping[str, Path], names: list[str],
             raise ConfigError(f"teacher.model: {name} of {source.path} has {len(rows)} rows for {num_rows} tokens")
         return rows
     raise ConfigError(f"teacher.model: {source.path} has no tensor named {' or '.join(names)}")
+
+
+def _with_another_prefix(files: Mapping[str, Path], names: list[str]) -> list[str]:
+    """Checkpoints of models that also see or hear keep the text model under a prefix that transformers renames. A name
+    that ends as one of `names` does is taken where it is the only one."""
+    endings = dict.fromkeys(".".join(name.split(".")[-2:]) for name in names)
+    found = [[name for name in files if f".{name}".endswith(f".{ending}")] for ending in endings]
+    return [matches[0] for matches in found if len(matches) == 1]
 
 
 def weight_bytes(source: ModelSource) -> int:

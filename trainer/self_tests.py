@@ -57,10 +57,11 @@ class Subject:
 def run_self_tests(subject: Subject) -> tuple[SelfTestResult, ...]:
     """All tests; collective, the same answer on all ranks: of a failing test, the numbers of the first rank it failed
     on."""
-    state = torch.get_rng_state()
-    torch.manual_seed(11)
-    results = (_packing(subject), _logits(subject), _loss(subject), _all_reduce(subject))
-    torch.set_rng_state(state)
+    on_host = subject.device.type == torch.empty(0).device.type
+    devices, kind = ([], None) if on_host else ([subject.device], subject.device.type)
+    with torch.random.fork_rng(devices, **({} if kind is None else {"device_type": kind})):
+        torch.manual_seed(11)
+        results = (_packing(subject), _logits(subject), _loss(subject), _all_reduce(subject))
     ranks = gather_objects(results)
     return tuple(_first_failure(column) for column in zip(*ranks, strict=True))
 
@@ -104,7 +105,7 @@ def _logits(subject: Subject) -> SelfTestResult:
 
 def _loss(subject: Subject) -> SelfTestResult:
     """The chunked loss and its gradient against the plain formula in float32, inside the student's real head."""
-    size = min(subject.vocabulary_size, LOSS_VOCABULARY)
+    size = min(subject.vocabulary_size, max(LOSS_VOCABULARY, getattr(subject.encoding, "k", 0) + 1))
     next_ids = torch.randint(size, (ROWS,)).to(subject.device)
     found: list[float] = []
 

@@ -58,7 +58,7 @@ class Staging:
         self._device = device
         self._pin = device.type != torch.empty(0).device.type
         self._lock = threading.Lock()
-        self._headers: dict[str, LabelHeader] = {}
+        self._headers: dict[str, LabelHeader] = {}  # of the labels to train on, and of the held-out ones
         self._steps: dict[int, StagedStep] = {}
         self.labels = EncodingSpec(run.labels.kind, dict(run.labels.parameters))
         self.held_out: tuple[HeldOutBatch, ...] = ()
@@ -66,7 +66,7 @@ class Staging:
 
     def stage(self, batch: RankBatch, blocks: AbstractSequence[SoftLabelBlock]) -> None:
         """Keep a step; again replaces it. Raises `UnitRejected` naming the unit whose labels are not what was asked."""
-        layout = self._check(batch.units, blocks, self.labels)
+        layout = self._check("training", batch.units, blocks, self.labels)
         packed = tuple(
             pack(batch.units, members, blocks, layout=layout, pin=self._pin) for members in batch.micro_batches
         )
@@ -79,7 +79,7 @@ class Staging:
 
     def stage_held_out(self, units: AbstractSequence[Unit], blocks: AbstractSequence[SoftLabelBlock]) -> None:
         """Keep the rank's held-out units, packed by the training's token budget."""
-        layout = self._check(units, blocks, EVALUATION)
+        layout = self._check("evaluation", units, blocks, EVALUATION)
         places = [(u, s) for u, unit in enumerate(units) for s in range(len(unit.sequences))]
         lengths = [units[u].sequences[s].num_tokens for u, s in places]
         budget = max(self._run.training.micro_batch_tokens, *lengths, 1)
@@ -93,15 +93,15 @@ class Staging:
         )
 
     def _check(
-        self, units: AbstractSequence[Unit], blocks: AbstractSequence[SoftLabelBlock], spec: EncodingSpec
+        self, purpose: str, units: AbstractSequence[Unit], blocks: AbstractSequence[SoftLabelBlock], spec: EncodingSpec
     ) -> tuple[Column, ...]:
         """The layout of the blocks, after checking every one of them."""
         assert len(units) == len(blocks), (len(units), len(blocks))
         if not blocks:
             return ()
         encoding = load_encoding(spec)
-        # The first header of a kind is held against the run, all later ones against the first.
-        header = self._headers.setdefault(spec.kind, blocks[0].header)
+        # The first header of a purpose is held against the run, all later ones against the first.
+        header = self._headers.setdefault(purpose, blocks[0].header)
         meant = (header.teacher, header.vocabulary_size, header.tokenizer_fingerprint)
         wanted = (self._run.teacher.name, self._vocabulary.size, self._vocabulary.fingerprint)
         if load_encoding(header.encoding) != encoding or meant != wanted:

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import GenerationConfig
 
 from trainer.errors import ConfigError
 from trainer.models import StudentModule
 from trainer.zero import whole
+
+SAMPLING = ("temperature", "top_p", "min_p", "top_k", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def export_student(module: StudentModule, folder: Path, *, first_rank: bool, merge_adapter: bool = False) -> None:
@@ -42,6 +45,16 @@ Entry = tuple[str, list[torch.nn.Parameter], Callable[[], torch.Tensor]]
 def _parameters(model: torch.nn.Module) -> Iterator[Entry]:
     for name, parameter in model.named_parameters():
         yield name, [parameter], lambda parameter=parameter: parameter
+    yield from _buffers(model)
+
+
+def _buffers(model: torch.nn.Module) -> Iterator[Entry]:
+    """What belongs to a checkpoint and has no gradient, such as the balancing bias of a mixture of experts. Every rank
+    holds it whole."""
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            yield name, [], lambda buffer=buffer: buffer
 
 
 def _merged(causal: torch.nn.Module) -> Iterator[Entry]:
@@ -57,6 +70,8 @@ def _merged(causal: torch.nn.Module) -> Iterator[Entry]:
             yield name.replace(".base_layer.", "."), needed, lambda p=parameter, a=layer: _with_adapter(p, a)
         else:
             yield name.replace(".base_layer.", "."), [parameter], lambda parameter=parameter: parameter
+    for name, needed, value in _buffers(causal):
+        yield name.replace(".base_layer.", "."), needed, value
 
 
 def _with_adapter(weight: torch.Tensor, layer: BaseTunerLayer) -> torch.Tensor:
@@ -80,5 +95,13 @@ def _skeleton(causal: torch.nn.Module) -> torch.nn.Module:
     """The same architecture without adapters and without memory: it knows how transformers names and splits files."""
     with torch.device("meta"):
         skeleton = type(causal)._from_config(causal.config, dtype=causal.dtype)
-    skeleton.generation_config = causal.generation_config
+    skeleton.generation_config = consistent(causal.generation_config)
     return skeleton
+
+
+def consistent(settings: GenerationConfig) -> GenerationConfig:
+    """Without settings of sampling where sampling is off: they do nothing, and transformers refuses to write them."""
+    if not settings.do_sample:
+        for name in SAMPLING:
+            setattr(settings, name, None)
+    return settings

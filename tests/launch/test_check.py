@@ -95,6 +95,23 @@ def test_all_problems_are_reported_together(make: Make, tmp_path: Path, capsys: 
     assert "3 problems; nothing was started" in out
 
 
+def test_a_warm_up_as_long_as_the_epochs_is_refused(make: Make) -> None:
+    """How many steps epochs are is known when the rows are."""
+    overrides = ["training.steps=null", "training.epochs=2", "training.sequences_per_step=1"]
+    file = make()
+    assert check(file, [*overrides, "optimizer.warmup_steps=5"]) == 0
+    refused = only_problem(file, *overrides, "optimizer.warmup_steps=6").text
+    assert "optimizer.warmup_steps: 6 leaves no step after the warm-up: the run has 6 (2 epochs of 3 rows" in refused
+
+
+def test_a_model_below_the_home_folder_is_found(
+    make: Make, tmp_path: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied(tiny_student, tmp_path / "student")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert check(make(), ["student.model.path=~/student"]) == 0
+
+
 def test_the_exit_code_is_3_where_only_rows_are_wrong(make: Make) -> None:
     file = make({"messages": [{"role": "user", "content": "nobody answers"}]})
     assert check(file, ["data.evaluation=null"]) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from configs.load import dump_run
+from configs.load import dump_run, load_run
 from configs.schema import Run
-from launch.export import export
+from launch.export import complete_student, export
 from launch.report import report
 from trainer.errors import ConfigError
 from trainer.run_folder import RunFolder
@@ -140,3 +141,24 @@ def test_report_prints_where_the_page_is(whole: RunFolder, capsys: pytest.Captur
     report(whole.path)
     assert capsys.readouterr().out.strip() == str(whole.report)
     assert "<title>one" in whole.report.read_text()
+
+
+@pytest.mark.parametrize(("known", "expected"), [(5, [2, 5]), ([2, 5], [2, 5]), (2, 2), (None, 2)])
+def test_a_student_stops_where_its_teacher_does_and_where_it_did_itself(
+    tmp_path: Path, known: object, expected: object
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": known, "pad_token_id": 0}))
+    folder = write_run(tmp_path / "run", tmp_path)
+    complete_student(tmp_path, load_run(folder.config).run, stop_ids=(2,))
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {
+        "eos_token_id": expected,
+        "pad_token_id": 0,
+    }
+
+
+def test_an_adapter_names_the_base_that_was_configured_and_not_a_nodes_copy_of_it(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/scratch/copy", "r": 2}))
+    folder = write_run(tmp_path / "run", tmp_path / "base")
+    complete_student(tmp_path, load_run(folder.config).run, stop_ids=(2,))
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written == {"base_model_name_or_path": str(tmp_path / "base"), "r": 2}

@@ -51,6 +51,32 @@ FAMILIES = {
     },
 }
 
+EXPERTS = {
+    # a window that only its mask knows of
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "phimoe": {"model_type": "phimoe", "sliding_window": 16, "num_local_experts": 4},
+    # a bias that balances the experts: in the checkpoint, and no parameter
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "n_routed_experts": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+    },
+}
+"""Mixtures of experts, for what they do otherwise than the families above."""
+
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE with `<pad>`, `<|im_start|>` (1), `<|im_end|>` (2) and a ChatML template."""
@@ -75,7 +101,7 @@ def tiny_model(
     family: str = "llama", *, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
 ) -> torch.nn.Module:
     """A random causal LM of a family; weights wide enough that its distributions are far from uniform."""
-    settings = {**SMALL, **FAMILIES[family], "tie_word_embeddings": tied, **changes}
+    settings = {**SMALL, **(FAMILIES | EXPERTS)[family], "tie_word_embeddings": tied, **changes}
     config = AutoConfig.for_model(**settings)
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)

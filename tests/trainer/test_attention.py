@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
 
-from trainer.attention import IMPLEMENTATIONS, border_arguments, choose_attention
+from trainer.attention import IMPLEMENTATIONS, border_arguments, choose_attention, refuse_length_dependent_rope
 from trainer.errors import ConfigError
 
 LENGTHS = (70, 1, 9, 90)  # two of them longer than gemma2's sliding window of 64
@@ -37,7 +37,7 @@ def _weighted(logits: torch.Tensor) -> torch.Tensor:
     return (logits * weights).sum()
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "windowed_qwen2"])
+@pytest.mark.parametrize("family", [*FAMILIES, "windowed_qwen2", "qwen2_moe", "phimoe"])
 def test_packed_logits_and_gradients_equal_separate_eager_runs(family: str) -> None:
     if family == "windowed_qwen2":
         model = tiny_model("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1)
@@ -129,3 +129,21 @@ def test_attention_that_packing_does_not_cover_is_refused() -> None:
     model.config._attn_implementation = IMPLEMENTATIONS["sdpa"]
     with pytest.raises(ConfigError, match="s_aux"):
         model(input_ids=torch.ones(1, 4, dtype=torch.int64), s_aux=torch.zeros(4))
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "phimoe"])
+def test_without_the_window_of_its_configuration_a_layer_that_does_not_name_it_would_differ(family: str) -> None:
+    model, sequences = tiny_model(family), _sequences()
+    separate = _separate_logits(model, sequences)
+    model.config.sliding_window = None
+    assert (_packed_logits(model, sequences) - separate).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_rotation_that_depends_on_the_longest_position_of_a_packed_row_is_refused(kind: str) -> None:
+    config = tiny_model("llama").config
+    refuse_length_dependent_rope(config, max_length=10_000)
+    config.rope_parameters = {"rope_type": kind, "original_max_position_embeddings": 50}
+    refuse_length_dependent_rope(config, max_length=50)
+    with pytest.raises(ConfigError, match=f"data.max_length: 51.*50 positions.*{kind}"):
+        refuse_length_dependent_rope(config, max_length=51)

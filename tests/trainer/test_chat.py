@@ -255,3 +255,11 @@ def test_any_conversation_is_masked_as_its_turns_say(pairs: list[tuple[str, str]
 
 
 MADE = template()
+
+
+def test_writing_ends_with_a_turn_or_with_a_text() -> None:
+    """A base model's tokenizer may have a chat template whose end of turn is not its eos."""
+    made = Template.of(tiny_tokenizer())
+    assert made.stop_ids == made.end_of_turn_ids == (2,)
+    made.tokenizer.eos_token = "<pad>"
+    assert made.stop_ids == (2, 0)

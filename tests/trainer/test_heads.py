@@ -43,6 +43,8 @@ def test_the_soft_cap_is_what_makes_gemma_right():
         ("gemma2", {"final_logit_softcapping": 30.0}, HeadShape(soft_cap=30.0)),
         ("granite", {"logits_scaling": 8.0}, HeadShape(scale=0.125)),
         ("cohere", {"logit_scale": 0.0625}, HeadShape(scale=0.0625)),
+        ("hyperclovax", {"logits_scaling": 0.25}, HeadShape(scale=0.25)),
+        ("falcon_h1", {"lm_head_multiplier": 0.5}, HeadShape(scale=0.5)),
     ],
 )
 def test_the_shape_is_read_from_the_config_of_the_architecture(kind: str, changes: dict, expected: HeadShape):

@@ -74,6 +74,18 @@ def test_the_head_is_found_in_shards_and_without_the_prefix_of_the_base_model(tm
     assert torch.equal(_head(bare, dtype=torch.bfloat16).weight, weight.to(torch.bfloat16))
 
 
+def test_the_head_of_a_model_that_also_sees_is_found_under_its_own_prefix(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, tied=True)
+    weight = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    for names in (["language_model.model.embed_tokens.weight"], ["a.embed_tokens.weight", "b.embed_tokens.weight"]):
+        save_file({name: weight.clone() for name in names}, folder / "model.safetensors", {"format": "pt"})
+        if len(names) == 1:
+            assert torch.equal(_head(folder).weight, weight[:VOCABULARY])
+        else:  # which of the two?
+            with pytest.raises(ConfigError, match="no tensor named"):
+                _head(folder)
+
+
 def test_a_head_that_cannot_be_read_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"teacher.model: cannot read the configuration of .*nowhere"):
         _head(tmp_path / "nowhere")

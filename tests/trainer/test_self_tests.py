@@ -13,6 +13,7 @@ from tiny_models import tiny_model
 from torch import distributed
 
 from configs.schema import Term
+from trainer import self_tests
 from trainer.attention import IMPLEMENTATIONS
 from trainer.heads import HeadShape
 from trainer.labels.hidden import Encoding as Hidden
@@ -110,3 +111,9 @@ def test_self_tests_leave_the_random_state_alone() -> None:
     before = torch.get_rng_state()
     run_self_tests(subject)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_more_labels_than_the_loss_is_tested_with_by_default_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_tests, "LOSS_VOCABULARY", 64)
+    encoding = TopK(k=100)
+    assert _failed(_subject(encoding=encoding, objective=Objective.of(TERMS, encoding))) == []

@@ -99,3 +99,16 @@ def test_a_rank_without_units_is_staged_too(staging: Staging) -> None:
     assert [len(micro.loss_rows) for micro in step.micro_batches] == [0, 0]
     staging.stage_held_out([], [])
     assert staging.held_out == ()
+
+
+@pytest.mark.parametrize("parameters", [{}, {"dtype": "auto", "temperature": 1.0}, {"temperature": 2.0}])
+def test_hidden_labels_are_trained_on_beside_held_out_ones(world: Path, parameters: dict) -> None:
+    """The held-out labels are hidden states too, of another specification."""
+    staging = Staging(make_run(world, labels={"kind": "hidden", **parameters}), vocabulary=Vocabulary(), device=HOST)
+    batch, blocks = _batch(world, EVALUATION)
+    staging.stage_held_out(batch.units, blocks)
+    batch, blocks = _batch(world, staging.labels)
+    staging.stage(batch, blocks)
+    staging.stage_held_out(batch.units, [Teacher().label(unit, EVALUATION) for unit in batch.units])
+    assert staging.take(1).num_tokens
+    assert staging.teacher_head is not None
