@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster import guard, shared_memory
 
 KILL_TIMEOUT_S = 20.0
+LEAVING_S = 1.0
 DYING_S = 5.0  # until the children of a killed process are gone, too
 
 
@@ -50,16 +51,22 @@ def own_shared_memory() -> tuple[str, ...]:
 
 
 def kill_local(identity: ProcessIdentity) -> bool:
-    """SIGKILL the process and its children if it still runs, and remove what they shared. Returns whether it ran."""
+    """SIGKILL the process and its children if they still run after a moment, and remove what they shared. Returns
+    whether it ran.
+
+    The moment is for what `ray.kill` has asked for: of a process that it finds killed, Ray warns the user.
+    """
     ran = False
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(identity.pid)
         if process.create_time() == identity.created:
-            for child in process.children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
-            process.kill()
+            family = [process, *process.children(recursive=True)]
             ran = True
+            with contextlib.suppress(psutil.TimeoutExpired):
+                process.wait(LEAVING_S)
+            for member in reversed(family):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
     deadline = time.monotonic() + DYING_S
     while (left := shared_memory.remove_unused(identity.shared_memory)) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -95,14 +95,36 @@ def dump_run(run: Run) -> str:
 
 def config_hash(run: Run) -> str:
     """16 hexadecimal digits over everything that decides what the run learns. Equal hashes may resume each other."""
+    canonical = json.dumps(_decisive(run), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def differences(before: Run, now: Run) -> list[str]:
+    """What of the settings that decide what a run learns is not equal: `training.steps: 50, was 2`."""
+
+    def leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and value:
+            for key, item in value.items():
+                yield from leaves(item, f"{place}.{key}" if place else key)
+        else:
+            yield place, value
+
+    old, new = dict(leaves(_decisive(before), "")), dict(leaves(_decisive(now), ""))
+    return [
+        f"{place}: {json.dumps(new.get(place))}, was {json.dumps(old.get(place))}"
+        for place in dict.fromkeys([*old, *new])
+        if old.get(place) != new.get(place)
+    ]
+
+
+def _decisive(run: Run) -> dict[str, Any]:
     resolved = run.model_dump(mode="json")
     for place in MAY_CHANGE_ON_RESUME:
         holder = resolved
         for part in place[:-1]:
             holder = holder[part] or {}  # a section that may be absent
         holder.pop(place[-1], None)
-    canonical = json.dumps(resolved, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return resolved
 
 
 def run_folder(run: Run) -> Path:

@@ -297,7 +297,7 @@ class Run(Section):
 
     name: str = Field(pattern=NAME, description="Letters, digits, dot, dash, underscore.")
     folder: Path | None = Field(None, description="Run folder; default runs/<name>.")
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     runtime: Literal["ray", "in_process"] = Field(
         "ray", description="in_process: no Ray, one process, works under pdb."
     )

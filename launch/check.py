@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -63,7 +64,9 @@ def check(path: Path, overrides: Sequence[str]) -> int:
     if problems:
         typer.echo(f"{len(problems)} problem{'s' if len(problems) > 1 else ''}; nothing was started")
         return min(problem.exit_code for problem in problems)
-    typer.echo(f"ready: stillhouse train {path}")
+    typer.echo(
+        f"ready: {shlex.join(['stillhouse', 'train', str(path), *(p for o in overrides for p in ('--set', o))])}"
+    )
     return 0
 
 

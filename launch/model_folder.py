@@ -156,7 +156,8 @@ def _read_config(source: ModelSource, *, path_name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(place, revision=source.revision, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path_name}: cannot read the configuration of {source.path}: {error}") from None
+        missing = "" if place != source.path or Path(place).is_dir() else f"there is no folder {place} here; "
+        raise ConfigError(f"{path_name}: {missing}cannot read the configuration of {source.path}: {error}") from None
 
 
 def _adapter_parameters(model: torch.nn.Module, lora: LoRA, *, path_name: str) -> int:
@@ -171,7 +172,12 @@ def _adapter_parameters(model: torch.nn.Module, lora: LoRA, *, path_name: str) -
         and (targets == "all-linear" or any(name == t or name.endswith("." + t) for t in targets))
     ]
     if not adapted:
-        raise ConfigError(f"{path_name}: no linear layer is named {targets}; write target_modules: all-linear")
+        linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise ConfigError(
+            f"student.lora.target_modules: no linear layer of {path_name} is named {list(targets)}; write all-linear, "
+            f"or some of {known}"
+        )
     return sum(lora.rank * (module.in_features + module.out_features) for module in adapted)
 
 

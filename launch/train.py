@@ -22,14 +22,13 @@ from cluster.model_files import ModelFiles, find_folder
 from cluster.resolve import Resolved, resolve
 from cluster.session import RaySession
 from cluster.students import StudentJob
-from configs.load import config_hash, dump_run, load_run, run_folder
+from configs.load import config_hash, differences, dump_run, load_run, run_folder
 from configs.schema import ModelSource, Run
 from launch.check import raise_problems
 from launch.quiet import quiet_libraries
 from launch.record import Record
 from launch.stopping import StopRequest, preemptible
 from launch.watch import Watch
-from trainer.checkpoint import Checkpoints
 from trainer.distil import Controller
 from trainer.errors import ConfigError, InfrastructureError, StillhouseError
 from trainer.job import Inputs, Job, make_job
@@ -52,6 +51,10 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
     folder = RunFolder.create(run_folder(run))
     with folder.lock():
         record = Record(folder)
+        if _is_finished(run, folder, record):
+            print(f"{folder.path} is finished, report in {folder.report}", flush=True)
+            print(closing_words(folder), flush=True)
+            return 0
         try:
             with preemptible():
                 _train(
@@ -89,6 +92,25 @@ def closing_words(folder: RunFolder) -> str:
     )
 
 
+def _is_finished(run: Run, folder: RunFolder, record: Record) -> bool:
+    """Whether this very run has come to its end before. Raises `ConfigError` where the folder holds a checkpoint of
+    another one; nothing in it is touched then."""
+    if not folder.config.exists():
+        return False
+    try:
+        before = load_run(folder.config).run
+    except ConfigError:  # of an earlier version: its checkpoint, if any, says what it was made with
+        return False
+    changed = differences(before, run)
+    if changed and any(folder.checkpoints.glob("step_*")):
+        raise ConfigError(
+            f"{folder.path} holds a run with another configuration:\n  "
+            + "\n  ".join(changed)
+            + "\ngive this one another name or folder, or remove the folder to start afresh"
+        )
+    return not changed and record.was_finished()
+
+
 def _train(
     run: Run,
     inputs: Inputs,
@@ -100,7 +122,6 @@ def _train(
     wait_for_nodes: int | None,
 ) -> None:
     started = time.time()
-    hashed = config_hash(run)
     write_text(folder.config, dump_run(run))
     with contextlib.ExitStack() as stack:
         resolved, cluster = _hardware(run, inputs, stack, wait_for_nodes=wait_for_nodes)
@@ -108,14 +129,11 @@ def _train(
             run,
             inputs,
             folder,
-            config_hash=hashed,
+            config_hash=config_hash(run),
             teacher_dtype=resolved.scorer.dtype,
             skip_self_test=skip_self_test,
         )
         progress = stack.enter_context(Progress(job.loop.total_steps))
-        if _finished(job, record):
-            progress.note(f"{folder.path} is finished: {job.loop.total_steps} steps, report in {folder.report}")
-            return
         sinks = [TensorBoardSink(folder)] if run.report.tensorboard else []
         watch = Watch(metrics=MetricsLog(folder, sinks), timeline=Timeline(folder), progress=progress)
         stack.callback(watch.close)
@@ -177,11 +195,6 @@ def _weight_bytes(source: ModelSource) -> int | None:
     """None where the weights are not on this machine yet."""
     folder = find_folder(source.path, source.revision)
     return None if folder is None else ModelFiles.of(folder).weight_bytes
-
-
-def _finished(job: Job, record: Record) -> bool:
-    committed = Checkpoints(job.folder.checkpoints, keep=1).latest(config_hash=job.config_hash)
-    return committed is not None and committed.state.step >= job.loop.total_steps and record.was_finished()
 
 
 async def _drive(

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from trainer.errors import ConfigError, DataError
@@ -204,6 +204,10 @@ class Template:
                 add_generation_prompt=generation_prompt,
                 strftime_now=_DATE.strftime,
             )
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                f"the chat template is no jinja template: line {error.lineno}: {error.message}; {_HINT}"
+            ) from None
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise DataError(f"the chat template refuses the conversation: {type(error).__name__}: {error}") from error
 

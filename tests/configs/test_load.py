@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError
-from configs.load import LoadedRun, config_hash, dump_run, load_run, run_folder
+from configs.load import LoadedRun, config_hash, differences, dump_run, load_run, run_folder
 from configs.schema import Run
 
 GOOD = """\
@@ -284,3 +284,16 @@ def test_random_values_in_the_right_places_give_a_run_or_a_config_error(
     tmp_path: Path, values: dict[str, object]
 ) -> None:
     _only_config_error(tmp_path / "run.yaml", json.dumps(values).encode(), [])
+
+
+def test_what_makes_another_run_is_named_and_what_may_change_is_not(load: Load) -> None:
+    before = load(GOOD).run
+    now = load(GOOD, "training.steps=20", "labels={kind: hidden}", "training.save_every=5", "faults={}").run
+    assert differences(before, before) == []
+    assert differences(before, load(GOOD, "training.save_every=5").run) == []
+    assert differences(before, now) == [
+        'labels.kind: "hidden", was "topk"',
+        "labels.k: null, was 64",
+        "training.steps: 20, was 10",
+        'labels.dtype: "auto", was null',
+    ]

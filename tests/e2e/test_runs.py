@@ -45,6 +45,20 @@ def test_the_same_command_again_says_finished_and_trains_nothing(golden: Path) -
     assert (golden / "metrics.jsonl").read_text() == before
 
 
+def test_a_command_that_would_be_another_run_is_refused_and_leaves_the_finished_one_as_it_was(golden: Path) -> None:
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in golden.iterdir() if path.is_file() and path.name[0] != "."}
+
+    before = files()
+    overrides = ["--set", "training.steps=20", "--set", "optimizer.learning_rate=0.5"]
+    result = stillhouse("train", str(golden.parent / "run.yaml"), *overrides)
+    assert result.returncode == 2, result.stdout
+    assert "training.steps: 20, was 8\n" in result.stderr
+    assert "optimizer.learning_rate: 0.5, was 0.003\n" in result.stderr
+    assert len(result.stderr.splitlines()) == 5, result.stderr
+    assert files() == before
+
+
 WAITS_AFTER_TRAINING = """
 import asyncio
 from launch.cli import main

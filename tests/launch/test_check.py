@@ -76,7 +76,7 @@ def test_a_run_that_may_start_is_ready_and_leaves_no_trace(
     out = capsys.readouterr().out
     assert "ok           tokenizers: the same, 283 tokens (padded: teacher has 320 rows, student has 320 rows)" in out
     assert "3 rows, all checked, 3 good" in out
-    assert f"ready: stillhouse train {file}" in out
+    assert f"ready: stillhouse train {file}\n" in out
     assert "problem" not in out
     assert "warning" not in out
     assert sorted(tmp_path.rglob("*")) == before
@@ -104,12 +104,19 @@ def test_a_warm_up_as_long_as_the_epochs_is_refused(make: Make) -> None:
     assert "optimizer.warmup_steps: 6 leaves no step after the warm-up: the run has 6 (2 epochs of 3 rows" in refused
 
 
-def test_a_model_below_the_home_folder_is_found(
-    make: Make, tmp_path: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_model_below_the_home_folder_is_found_and_the_command_that_follows_is_the_whole_one(
+    make: Make, tmp_path: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copied(tiny_student, tmp_path / "student")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert check(make(), ["student.model.path=~/student"]) == 0
+    file = make()
+    capsys.readouterr()
+    assert check(file, ["student.model.path=~/student", "labels={kind: hidden}"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        command
+        == f"ready: stillhouse train {file} --set 'student.model.path=~/student' --set 'labels={{kind: hidden}}'"
+    )
 
 
 def test_the_exit_code_is_3_where_only_rows_are_wrong(make: Make) -> None:
@@ -277,5 +284,5 @@ def test_adapters_are_counted_as_peft_makes_them(tiny_student: Path) -> None:
         )
         facts = read_facts(ModelSource(path=str(tiny_student)), path_name="x", lora=lora)
         assert facts.num_adapter_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    with pytest.raises(ConfigError, match="no linear layer is named"):
+    with pytest.raises(ConfigError, match=r"student.lora.target_modules: no linear layer of .* q_proj"):
         read_facts(ModelSource(path=str(tiny_student)), path_name="x", lora=LoRA(target_modules=["qq"]))
