@@ -158,3 +158,20 @@ def test_one_process_without_ray_learns_the_same(golden: Path, tmp_path: Path) -
     ours, theirs = losses(tmp_path / "run"), losses(golden)
     assert ours.keys() == theirs.keys()
     assert all(abs(ours[step] - theirs[step]) <= 1e-4 * abs(theirs[step]) for step in ours)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "labels={kind: hidden}",
+        "labels={kind: hidden, dtype: bfloat16, temperature: 2.0}",
+        "objective.0.loss=reverse_kl",
+        "training.depth=0",
+    ],
+)
+def test_the_settings_that_the_first_page_suggests_train(tmp_path: Path, override: str) -> None:
+    config = tiny_run(tmp_path, {"runtime": "in_process", "student": {"ranks": 1}})
+    result = stillhouse("train", str(config), "--set", override)
+    assert result.returncode == 0, result.stdout + result.stderr
+    before, after = (record["forward_kl"] for record in records(tmp_path / "run", "evaluation"))
+    assert after < 0.9 * before
