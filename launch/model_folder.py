@@ -111,17 +111,38 @@ def _check_folder(source: ModelSource, folder: Path, *, path_name: str, needs_we
         )
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{path_name}: {folder} has no config.json, so it is no model in Hugging Face format")
-    if not needs_weights or (folder / SAFETENSORS[0]).is_file():
+    if not needs_weights:
         return
     index = folder / SAFETENSORS[1]
-    if index.is_file():
-        missing = [name for name in _shards(index, path_name=path_name) if not (folder / name).is_file()]
-        if missing:
-            raise ConfigError(
-                f"{path_name}: {folder} lacks {len(missing)} weight files of its index, first {missing[0]}"
-            )
-        return
-    raise ConfigError(f"{path_name}: {folder} has no model.safetensors{_conversion(folder)}")
+    if (folder / SAFETENSORS[0]).is_file():
+        names = [SAFETENSORS[0]]
+    elif index.is_file():
+        names = _shards(index, path_name=path_name)
+    else:
+        raise ConfigError(f"{path_name}: {folder} has no model.safetensors{_conversion(folder)}")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ConfigError(f"{path_name}: {folder} lacks {len(missing)} weight files of its index, first {missing[0]}")
+    for name in names:
+        problem = _damage(folder / name)
+        if problem:
+            raise ConfigError(f"{path_name}: {folder / name} {problem}; copy or download it again")
+
+
+def _damage(file: Path) -> str | None:
+    """What is wrong with a safetensors file, as far as its table of tensors says: 8 bytes of its length, the table, the
+    tensors."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            table = json.loads(stream.read(length)) if 8 + length <= size else {}
+        whole = (
+            8 + length + max((entry["data_offsets"][1] for name, entry in table.items() if name[0] != "_"), default=0)
+        )
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return "is no safetensors file"
+    return None if whole == size else f"has {size} bytes of {whole}"
 
 
 def _conversion(folder: Path) -> str:

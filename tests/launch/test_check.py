@@ -138,7 +138,18 @@ def test_problems_with_models_leave_the_rest_to_be_checked(make: Make, tiny_teac
 
 def test_a_model_folder_without_what_a_model_needs_is_refused(make: Make, tmp_path: Path, tiny_student: Path) -> None:
     folder = copied(tiny_student, tmp_path / "student")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for damaged, words in (
+        (whole[:-7], f"has {len(whole) - 7} bytes of {len(whole)}"),
+        (whole[:1000], "bytes of"),
+        (b"", "bytes of"),
+        (whole[:8] + b"x" * (len(whole) - 8), "is no safetensors file"),
+    ):
+        weights.write_bytes(damaged)
+        assert words in only_problem(make(student=folder)).text
+    weights.write_bytes(whole)
+    weights.rename(folder / "pytorch_model.bin")
     refused = only_problem(make(student=folder)).text
     assert "pytorch_model.bin is a pickle" in refused
     assert "save_pretrained" in refused
