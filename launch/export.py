@@ -22,10 +22,10 @@ from configs.schema import Run
 from launch.model_folder import licence_of
 from trainer.chat import Template
 from trainer.errors import ConfigError
+from trainer.generation_settings import consistent
 from trainer.metrics import read_metrics
 from trainer.model_card import model_card
 from trainer.run_folder import RunFolder, read_json, write_json, write_text
-from trainer.student_export import consistent
 
 ADAPTER = "adapter_config.json"
 

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import GenerationConfig
 
 from trainer.errors import ConfigError
+from trainer.generation_settings import consistent
 from trainer.models import StudentModule
 from trainer.zero import whole
-
-SAMPLING = ("temperature", "top_p", "min_p", "top_k", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def export_student(module: StudentModule, folder: Path, *, first_rank: bool, merge_adapter: bool = False) -> None:
@@ -97,11 +95,3 @@ def _skeleton(causal: torch.nn.Module) -> torch.nn.Module:
         skeleton = type(causal)._from_config(causal.config, dtype=causal.dtype)
     skeleton.generation_config = consistent(causal.generation_config)
     return skeleton
-
-
-def consistent(settings: GenerationConfig) -> GenerationConfig:
-    """Without settings of sampling where sampling is off: they do nothing, and transformers refuses to write them."""
-    if not settings.do_sample:
-        for name in SAMPLING:
-            setattr(settings, name, None)
-    return settings
