@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 from launch_schemas import SKYPILOT_TASK
 from ruamel.yaml import YAML
@@ -139,8 +142,23 @@ def test_the_first_node_ends_with_the_code_of_the_run_and_the_others_with_0(bund
         secret["STILLHOUSE_RAY_TOKEN"],
     ]
     second = subprocess.Popen(["bash", "-c", script], env={**environment, "SKYPILOT_NODE_RANK": "1"})
-    subprocess.run(["sh", "-c", f"until pkill -TERM -P {second.pid}; do sleep 0.1; done"], timeout=20, check=True)
-    assert second.wait(timeout=20) == 0
+    try:
+        node_of(second, played, timeout_s=60).terminate()  # as SkyPilot does where the first node has ended
+        assert second.wait(timeout=60) == 0
+    finally:
+        second.kill()
+
+
+def node_of(script: subprocess.Popen[bytes], played: SlurmStandIn, *, timeout_s: float) -> psutil.Process:
+    """The script's Ray node: its other children are short-lived."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        for child in psutil.Process(script.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if str(played.python) in child.cmdline():
+                    return child
+        time.sleep(0.05)
+    raise AssertionError("no Ray node was started")
 
 
 def test_submitting_hands_the_token_over_by_name(
