@@ -33,7 +33,7 @@ from trainer.distil import Controller
 from trainer.errors import ConfigError, InfrastructureError, StillhouseError
 from trainer.job import Inputs, Job, make_job
 from trainer.label_check import teacher_truth
-from trainer.metrics import MetricsLog, TensorBoardSink, Timeline
+from trainer.metrics import MetricsLog, TensorBoardSink, Timeline, read_metrics
 from trainer.models import load_config
 from trainer.progress import Progress
 from trainer.run_folder import RunFolder, write_text
@@ -52,7 +52,8 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
     with folder.lock():
         record = Record(folder)
         if _is_finished(run, folder, record):
-            print(f"{folder.path} is finished, report in {folder.report}", flush=True)
+            steps = len(read_metrics(folder).steps)
+            print(f"{folder.path} is finished: {steps} steps, report in {folder.report}", flush=True)
             print(closing_words(folder), flush=True)
             return 0
         try:
