@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup models demo test test-fast test-stack lint format lock clean
+.PHONY: help setup models demo test test-fast test-stack test-long lint format lock clean
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -70,10 +70,13 @@ demo: models  ## distil a real teacher into a smaller student on this machine, a
 test: test-fast test-stack  ## all tests: the fast tier, then the tier on real Ray, vLLM and DeepSpeed
 
 test-fast: setup  ## the fast tier alone: no Ray, no engine
-	@$(BIN)/python -m pytest -q $(PARALLEL) -m "not stack and not gpu"
+	@$(BIN)/python -m pytest -q $(PARALLEL) -m "not stack and not gpu and not long"
 
 test-stack: models  ## the real-stack tier alone
-	@$(BIN)/python -m pytest -q $(PARALLEL) -m "stack and not gpu" --durations=40 --durations-min=10
+	@$(BIN)/python -m pytest -q $(PARALLEL) -m "stack and not gpu and not long" --durations=40 --durations-min=10
+
+test-long: models  ## the long tests: a soak with kills, fuzzing (half an hour or more; one file at a time)
+	@$(BIN)/python -m pytest -q -m "long and not gpu" --durations=10
 
 lint: setup  ## ruff, as pre-commit runs it
 	@$(BIN)/ruff check .

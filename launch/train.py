@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -39,6 +40,9 @@ from trainer.progress import Progress
 from trainer.run_folder import RunFolder, write_text
 from trainer.types import Unit
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+"""Of a file of the run. Other errors of this type are timeouts and broken connections."""
+
 
 def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wait_for_nodes: int | None = None) -> int:
     """Run a configuration to its end, resuming what its folder holds. Returns the exit code; raises StillhouseError.
@@ -64,14 +68,14 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
         except StillhouseError as error:
             record.ended(error.exit_code, str(error))
             raise
-        except OSError as error:  # of a file of the run: nothing else lets one out
-            text = f"the run folder {folder.path} cannot be written: {error}"
-            record.ended(InfrastructureError.exit_code, text)
-            raise InfrastructureError(text) from error
         except (KeyboardInterrupt, asyncio.CancelledError):
             record.ended(130, "interrupted")
             raise KeyboardInterrupt from None
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                text = f"the run folder {folder.path} cannot be written: {error}"
+                record.ended(InfrastructureError.exit_code, text)
+                raise InfrastructureError(text) from error
             record.ended(1, f"{type(error).__name__}: {error}")
             raise
         record.ended(0, "finished")

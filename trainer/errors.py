@@ -7,6 +7,8 @@ from collections.abc import Sequence as AbstractSequence
 
 from configs.errors import ConfigError as ConfigError
 from configs.errors import StillhouseError as StillhouseError
+from configs.errors import foreign_errors as foreign_errors
+from configs.errors import reason_of as reason_of
 
 
 class Defect(StillhouseError):

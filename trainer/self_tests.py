@@ -58,8 +58,8 @@ def run_self_tests(subject: Subject) -> tuple[SelfTestResult, ...]:
     """All tests; collective, the same answer on all ranks: of a failing test, the numbers of the first rank it failed
     on."""
     on_host = subject.device.type == torch.empty(0).device.type
-    devices, kind = ([], None) if on_host else ([subject.device], subject.device.type)
-    with torch.random.fork_rng(devices, **({} if kind is None else {"device_type": kind})):
+    kept = {"devices": []} if on_host else {"devices": [subject.device], "device_type": subject.device.type}
+    with torch.random.fork_rng(**kept):
         torch.manual_seed(11)
         results = (_packing(subject), _logits(subject), _loss(subject), _all_reduce(subject))
     ranks = gather_objects(results)

@@ -1,0 +1,43 @@
+"""The border to other libraries: any of their exceptions becomes one message, and nothing of ours does."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from configs.errors import ConfigError, StillhouseError, foreign_errors
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it out of Rust code."""
+
+
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        (ValueError("the header is too large"), "cannot read it: the header is too large; write another"),
+        (KeyError("shape"), "cannot read it: KeyError: 'shape'; write another"),
+        (StopIteration(), "cannot read it: StopIteration; write another"),
+        (PanicException("index out of bounds"), "cannot read it: PanicException: index out of bounds; write another"),
+        (OSError("two\nlines of \x1b[31mred\x1b[0m"), "cannot read it: two lines of [31mred [0m; write another"),
+    ],
+)
+def test_whatever_a_library_raises_becomes_one_line(cause: BaseException, said: str) -> None:
+    with pytest.raises(ConfigError) as caught, foreign_errors("cannot read it", hint="write another"):
+        raise cause
+    assert str(caught.value) == said
+    assert caught.value.__cause__ is cause
+
+
+def test_a_long_reason_is_cut() -> None:
+    with pytest.raises(ConfigError) as caught, foreign_errors("cannot read it"):
+        raise ValueError("word " * 1000)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("passing", [StillhouseError("ours"), KeyboardInterrupt(), asyncio.CancelledError()])
+def test_ours_interrupts_and_cancellations_pass(passing: BaseException) -> None:
+    with pytest.raises(type(passing)) as caught, foreign_errors("cannot read it"):
+        raise passing
+    assert caught.value is passing
