@@ -6,6 +6,7 @@ as an unnamed generation error, a missing field as null), so jsonl is read here 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from array import array
@@ -14,10 +15,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from configs.schema import Dataset
+from trainer.content import files_below, folder_content
 from trainer.errors import ConfigError, DataError
 
 MAX_LINE_BYTES = 16 * 2**20
 """A row is one conversation; a longer line is a file in the wrong format, and would stall the run that reads it."""
+
+WHOLE_BYTES, PLACES = 256 * 2**20, 1024
+"""How much of row files is read to tell whether they are the same (`trainer/content.py`)."""
 
 _SAMPLED_ROWS = 100
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
@@ -162,7 +167,9 @@ def _open_file(path: Path, dataset: Dataset) -> RawRows:
         raise ConfigError(
             f"cannot tell the format of {dataset.path} from its name: use .jsonl, .json, .parquet or .arrow"
         )
-    return Table(dataset.path, _load(dataset, _BUILDERS[suffix], data_files=str(path)), dataset.max_rows)
+    cache = _cache_for({path.name: path})
+    table = _load(dataset, _BUILDERS[suffix], data_files=str(path), cache_dir=cache)
+    return Table(dataset.path, table, dataset.max_rows)
 
 
 def _is_array(path: Path) -> bool:
@@ -172,7 +179,7 @@ def _is_array(path: Path) -> bool:
 
 def _load_folder(path: Path, dataset: Dataset) -> Any:
     if not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
-        return _load(dataset, str(path))
+        return _load(dataset, str(path), cache_dir=_cache_for(files_below(path)))
     import datasets
 
     loaded = datasets.load_from_disk(str(path))
@@ -181,6 +188,17 @@ def _load_folder(path: Path, dataset: Dataset) -> Any:
     if dataset.split not in loaded:
         raise ConfigError(f"{dataset.path} has no split {dataset.split}: write one of {', '.join(loaded)}")
     return loaded[dataset.split]
+
+
+def _cache_for(files: Mapping[str, Path]) -> str:
+    """A folder of the cache of `datasets` for files as they are now. Its own key is the time of modification, which a
+    copy or an unpacked archive may leave as it was while the rows are others."""
+    import datasets
+
+    content = folder_content(files, whole_bytes=WHOLE_BYTES, places=PLACES)
+    changed = {name: path.stat().st_ctime_ns for name, path in files.items()}  # set by every write, not by its author
+    key = hashlib.sha256(json.dumps([content, changed], sort_keys=True).encode()).hexdigest()[:16]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "stillhouse" / key)
 
 
 def _load(dataset: Dataset, builder: str, **options: Any) -> Any:
