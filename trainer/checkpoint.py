@@ -10,38 +10,23 @@ checkpoint is a pickle, so only files that lie in the run folder itself, and tha
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.types import Cursor, StreamCounters
+from trainer.manifest import MANIFEST, Damaged, Manifest, TrainingState, check_files, read_manifest, write_manifest
 
-MANIFEST = "MANIFEST.json"
 _FOLDER = re.compile(r"^step_(\d{6,})$")
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingState:
-    """What a resumed run needs beside the shards."""
-
-    step: int
-    cursor: Cursor
-    config_hash: str
-    world: int
-    non_finite_steps: int
-
-
-@dataclass(frozen=True, slots=True)
 class Committed:
-    """A checkpoint whose manifest was read and whose files have the sizes (and hashes, if asked) it lists."""
+    """A checkpoint whose manifest is what was written and whose files have the sizes and hashes it lists."""
 
     folder: Path
     state: TrainingState
@@ -74,16 +59,7 @@ class Checkpoints:
 
     def commit(self, temporary: Path, state: TrainingState) -> Path:
         """Make the shards in `temporary` the checkpoint of `state.step`, then apply retention. Returns its folder."""
-        files = {
-            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "blake2b": _hash(path)}
-            for path in sorted(temporary.rglob("*"))
-            if path.is_file()
-        }
-        manifest = {"format": 1, "state": asdict(state), "files": files}
-        with open(temporary / MANIFEST, "w") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_manifest(temporary, state)
         for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
             _fsync_folder(folder)
         target = self._folder / f"step_{state.step:06d}"
@@ -109,12 +85,11 @@ class Checkpoints:
         Raises ConfigError if the newest valid one was made by another configuration, or one leads out of the folder.
         """
         for step, folder in sorted(self._steps(), reverse=True):
-            refuse_foreign_files(folder)
-            problem = verify(folder)
-            if problem is not None:
+            try:
+                committed = verified(folder, step=step)
+            except Damaged as problem:
                 self._note(f"checkpoint of step {step} is damaged and skipped: {problem}")
                 continue
-            committed = Committed(folder=folder, state=read_state(folder))
             if committed.state.config_hash != config_hash:
                 raise ConfigError(
                     f"{folder} was made with another configuration (hash {committed.state.config_hash}, this one is "
@@ -147,15 +122,22 @@ class Checkpoints:
                 self._note(f"the old checkpoint of step {step} could not be removed: {error}")
 
 
-def refuse_foreign_files(folder: Path) -> None:
+def verified(folder: Path, *, step: int) -> Committed:
+    """The checkpoint in a folder that is named after a step. Raises `Damaged` where anything is not as it was written;
+    ConfigError where it was not written by a run."""
+    manifest = read_manifest(folder)
+    if manifest.state.step != step:
+        raise Damaged(f"{folder} was written as the checkpoint of step {manifest.state.step}")
+    _refuse_foreign_files(folder, manifest)
+    check_files(folder, manifest)
+    return Committed(folder=folder, state=manifest.state)
+
+
+def _refuse_foreign_files(folder: Path, manifest: Manifest) -> None:
     """Raises ConfigError where a checkpoint holds or names what no run writes: links, files that its manifest does not
-    list, paths that lead out of it. A manifest that cannot be read is for `verify` to report."""
-    try:
-        listed = {str(name) for name in json.loads((folder / MANIFEST).read_text())["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return
+    list, paths that lead out of it."""
     advice = "it was not written by a run: remove the folder, or give the run another one"
-    for name in sorted(listed):
+    for name in sorted(manifest.files):
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ConfigError(f"{folder / MANIFEST} names {name!r}, which lies outside of the checkpoint; {advice}")
     for path in sorted(folder.rglob("*")):
@@ -163,37 +145,8 @@ def refuse_foreign_files(folder: Path) -> None:
         if path.is_symlink():
             raise ConfigError(f"{path} is a link to {os.readlink(path)}; {advice}")
         # NFS keeps a removed file that is still open under such a name
-        if path.is_file() and name not in listed | {MANIFEST} and not path.name.startswith(".nfs"):
+        if path.is_file() and name not in {*manifest.files, MANIFEST} and not path.name.startswith(".nfs"):
             raise ConfigError(f"{path} is not listed in {MANIFEST}; {advice}")
-
-
-def verify(folder: Path) -> str | None:
-    """None if every file of the manifest is there with its size and hash; else what is wrong."""
-    try:
-        files: Mapping[str, Mapping[str, Any]] = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{folder / MANIFEST}: {error}"
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{path} has {path.stat().st_size} bytes, {expected['bytes']} were written"
-        if _hash(path) != expected["blake2b"]:
-            return f"{path} has changed since it was written"
-    return None
-
-
-def read_state(folder: Path) -> TrainingState:
-    state = json.loads((folder / MANIFEST).read_text())["state"]
-    cursor = state["cursor"]
-    counters = StreamCounters(**cursor.get("counters", {}))
-    return TrainingState(**{**state, "cursor": Cursor(**{**cursor, "counters": counters})})
-
-
-def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.checkpoint import Checkpoints, Committed, TrainingState
+from trainer.checkpoint import Checkpoints, Committed
 from trainer.errors import InfrastructureError, LabelsLost, Preempted, SelfTestError, StudentsLost
 from trainer.heads import Head
 from trainer.job import Job
 from trainer.label_check import LabelCheck, check_labels
 from trainer.loops import Loops, Observer, first_error
+from trainer.manifest import TrainingState
 from trainer.protocols import Session
 from trainer.step_plan import cut_units, plan_step
 from trainer.types import BlockRef, Cursor, EncodingSpec, Evaluation, Sequence, SoftLabelBlock, Unit

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from trainer.checkpoint import MANIFEST, Checkpoints, TrainingState
+from trainer.checkpoint import Checkpoints
 from trainer.errors import ConfigError
+from trainer.manifest import MANIFEST, Damaged, TrainingState, digest_of, read_manifest
 from trainer.types import Cursor, StreamCounters
 
 
@@ -25,11 +28,32 @@ def state(step: int, config_hash: str = "a") -> TrainingState:
     )
 
 
-def save(checkpoints: Checkpoints, step: int, content: bytes = b"shard") -> Path:
+SHARD = "zero/zero_pp_rank_0_mp_rank_00_optim_states.pt"
+FILES = (  # what two ranks write at ZeRO-1 and 2
+    "rank_0.pt",
+    "rank_1.pt",
+    "zero/mp_rank_00_model_states.pt",
+    SHARD,
+    "zero/zero_pp_rank_1_mp_rank_00_optim_states.pt",
+)
+
+
+def write(folder: Path) -> None:
+    (folder / "zero").mkdir()
+    for name in FILES:
+        (folder / name).write_bytes(name.encode() * 100)
+
+
+def save(checkpoints: Checkpoints, step: int) -> Path:
     temporary = checkpoints.begin(step)
-    (temporary / "rank0").mkdir()
-    (temporary / "rank0" / "shard.pt").write_bytes(content * 100)
+    write(temporary)
     return checkpoints.commit(temporary, state(step))
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest whose digest is right, as somebody would who wants it to be believed."""
+    content = {key: value for key, value in manifest.items() if key != "blake2b"}
+    (folder / MANIFEST).write_text(json.dumps({**content, "blake2b": digest_of(content)}))
 
 
 def test_the_newest_commit_is_found_with_its_state(tmp_path: Path) -> None:
@@ -54,13 +78,13 @@ def test_an_uncommitted_folder_does_not_exist(tmp_path: Path) -> None:
     assert not temporary.exists()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest_cut", "manifest_gone"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest_cut", "manifest_gone", "renamed"])
 def test_a_damaged_checkpoint_is_skipped_by_name_and_the_older_one_used(tmp_path: Path, damage: str) -> None:
     notes: list[str] = []
     checkpoints = Checkpoints(tmp_path, keep=3, note=notes.append)
     save(checkpoints, 5)
     newest = save(checkpoints, 10)
-    shard = newest / "rank0" / "shard.pt"
+    shard = newest / SHARD
     if damage == "truncate":
         shard.write_bytes(shard.read_bytes()[:-1])
     elif damage == "flip":
@@ -69,13 +93,92 @@ def test_a_damaged_checkpoint_is_skipped_by_name_and_the_older_one_used(tmp_path
         shard.unlink()
     elif damage == "manifest_cut":
         (newest / MANIFEST).write_text((newest / MANIFEST).read_text()[:40])
+    elif damage == "renamed":
+        newest.rename(newest.with_name("step_000011"))
     else:
         (newest / MANIFEST).unlink()
     found = checkpoints.latest(config_hash="a")
     assert found is not None
     assert found.state.step == 5
     assert len(notes) == 1
-    assert "step 10" in notes[0]
+    assert "step 1" in notes[0]
+    assert str(tmp_path) in notes[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["state"].update(step=11),
+        lambda manifest: manifest["state"]["cursor"].update(position=41),
+        lambda manifest: manifest["state"]["cursor"].update(epoch=2),
+        lambda manifest: manifest["state"]["cursor"]["counters"].update(read=41),
+        lambda manifest: manifest["state"].update(world=1),
+        lambda manifest: manifest["state"].update(non_finite_steps=1),
+        lambda manifest: manifest.update(format=99),
+        lambda manifest: manifest.update(files={}),
+        lambda manifest: manifest.update(files=[]),
+        lambda manifest: manifest.update(state=None),
+        lambda manifest: manifest["files"].pop(SHARD),
+        lambda manifest: manifest.pop("blake2b"),
+        lambda manifest: manifest.update(blake2b=None),
+    ],
+)
+def test_a_manifest_that_was_changed_is_damage_and_the_older_checkpoint_is_used(tmp_path: Path, change: Any) -> None:
+    notes: list[str] = []
+    checkpoints = Checkpoints(tmp_path, keep=3, note=notes.append)
+    save(checkpoints, 5)
+    path = save(checkpoints, 10) / MANIFEST
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest, indent=2))
+    found = checkpoints.latest(config_hash="a")
+    assert found is not None
+    assert found.state.step == 10, "the same content in other spaces is the same"
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    found = checkpoints.latest(config_hash="a")
+    assert found is not None
+    assert found.state == state(5)
+    assert notes[0].startswith(f"checkpoint of step 10 is damaged and skipped: {path}"), notes
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "null", '"blake2b"', '{"blake2b": {}}', "[" * 100_000, "\ud800", "\0"])
+def test_a_manifest_of_any_other_shape_is_damage(tmp_path: Path, text: str) -> None:
+    notes: list[str] = []
+    checkpoints = Checkpoints(tmp_path, keep=3, note=notes.append)
+    path = save(checkpoints, 10) / MANIFEST
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    assert checkpoints.latest(config_hash="a") is None
+    assert len(notes) == 1
+    assert str(path) in notes[0]
+
+
+def test_no_single_character_of_a_manifest_can_change_what_is_resumed(tmp_path: Path) -> None:
+    folder = save(Checkpoints(tmp_path, keep=3), 10)
+    text = (folder / MANIFEST).read_text()
+    for place in range(len(text)):
+        for other in "07f ,}":
+            (folder / MANIFEST).write_text(text[:place] + other + text[place + 1 :])
+            with contextlib.suppress(Damaged):
+                assert read_manifest(folder).state == state(10), (place, other)
+
+
+def test_another_version_of_the_format_is_refused(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    folder = save(checkpoints, 10)
+    seal(folder, {**json.loads((folder / MANIFEST).read_text()), "format": 99})
+    with pytest.raises(ConfigError, match=r"has the format 99, this version of Stillhouse reads 2"):
+        checkpoints.latest(config_hash="a")
+
+
+@pytest.mark.parametrize("missing", FILES)
+def test_a_checkpoint_that_lacks_a_file_of_any_rank_is_not_committed(tmp_path: Path, missing: str) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    temporary = checkpoints.begin(10)
+    write(temporary)
+    (temporary / missing).unlink()
+    with pytest.raises(OSError, match="the ranks wrote no"):
+        checkpoints.commit(temporary, state(10))
+    assert checkpoints.latest(config_hash="a") is None
 
 
 def test_another_configuration_is_refused_with_both_hashes(tmp_path: Path) -> None:
@@ -89,14 +192,14 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "missing", keep=1).latest(config_hash="a") is None
 
 
-@pytest.mark.parametrize("name", ["../../other/shard.pt", "/tmp/shard.pt", "rank0/../../step_000005/rank0/shard.pt"])
+@pytest.mark.parametrize("name", ["../../other/shard.pt", "/tmp/shard.pt", "zero/../../step_000005/rank_0.pt"])
 def test_a_manifest_that_names_a_path_outside_of_its_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
     checkpoints = Checkpoints(tmp_path / "c", keep=3)
     save(checkpoints, 5)
     newest = save(checkpoints, 10)
     manifest = json.loads((newest / MANIFEST).read_text())
-    manifest["files"][name] = manifest["files"]["rank0/shard.pt"]
-    (newest / MANIFEST).write_text(json.dumps(manifest))
+    manifest["files"][name] = manifest["files"][SHARD]
+    seal(newest, manifest)
     with pytest.raises(ConfigError, match=r"outside of the checkpoint; it was not written by a run"):
         checkpoints.latest(config_hash="a")
 
@@ -105,7 +208,7 @@ def test_a_manifest_that_names_a_path_outside_of_its_checkpoint_is_refused(tmp_p
 def test_a_link_out_of_the_run_folder_is_refused(tmp_path: Path, what: str) -> None:
     checkpoints = Checkpoints(tmp_path / "c", keep=3)
     newest = save(checkpoints, 10)
-    places = {"shard": newest / "rank0" / "shard.pt", "folder": newest / "rank0", "checkpoint": newest}
+    places = {"shard": newest / SHARD, "folder": newest / "zero", "checkpoint": newest}
     place = places.get(what, tmp_path / "c")
     place.rename(tmp_path / "elsewhere")
     place.symlink_to(tmp_path / "elsewhere")
@@ -116,9 +219,9 @@ def test_a_link_out_of_the_run_folder_is_refused(tmp_path: Path, what: str) -> N
 def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=3)
     newest = save(checkpoints, 10)
-    (newest / "rank0" / ".nfs0001").write_bytes(b"")
+    (newest / "zero" / ".nfs0001").write_bytes(b"")
     assert checkpoints.latest(config_hash="a") is not None
-    (newest / "rank0" / "more.pt").write_bytes(b"cos\nsystem\n")
+    (newest / "zero" / "more.pt").write_bytes(b"cos\nsystem\n")
     with pytest.raises(ConfigError, match=r"more.pt is not listed in"):
         checkpoints.latest(config_hash="a")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 from student_world import VOCABULARY_SIZE, make_models, make_run, sequences_of, train_by_hand
 from transformers import AutoModelForCausalLM
 
-from trainer.types import Evaluation
+from trainer.manifest import TrainingState, read_manifest, write_manifest
+from trainer.types import Cursor, Evaluation
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]  # the first test waits for all cases of both groups
 
@@ -91,6 +93,18 @@ def test_four_steps_a_checkpoint_and_four_are_bit_equal_to_eight(pair: list[dict
     assert case["resumed"] == case["once"][4:]
     assert _same_weights(*case["exports"])
     assert case["once"][-1]["train/loss"] < case["once"][0]["train/loss"]
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3", "lora", "lora3"])
+def test_what_two_ranks_write_is_a_checkpoint_of_two_ranks_and_not_of_three(
+    pair: list[dict[str, Any]], name: str
+) -> None:
+    folder = pair[0]["resume"][name]["folder"]
+    state = TrainingState(4, Cursor(0, 16, 0), config_hash="", world=3, non_finite_steps=0)
+    with pytest.raises(OSError, match=r"the ranks wrote no rank_2\.pt"):
+        write_manifest(folder, state)
+    write_manifest(folder, replace(state, world=2))
+    assert read_manifest(folder).state == replace(state, world=2)
 
 
 def test_a_checkpoint_of_another_number_of_ranks_says_what_to_set(single: dict[str, Any]) -> None:
