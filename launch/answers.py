@@ -18,6 +18,7 @@ import typer
 
 from cluster.engines.plan import EnginePlan, Sampling
 from cluster.runtime import CPU, WRITER, environment
+from configs.schema import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,16 +48,19 @@ def fill_answers(
     """
     from transformers import AutoTokenizer
 
+    from trainer.generation_settings import end_ids
+
     rows = [json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines()]
     wanted = [i for i, row in enumerate(rows) if not row.get("completion") and not _is_left(i, leave_every)]
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed, stop_token_ids=(tokenizer.eos_token_id,))
+    ends = tuple(dict.fromkeys([tokenizer.eos_token_id, *end_ids(ModelSource(path=str(teacher)))]))
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, stop_token_ids=ends)
     engine = _start_writer(teacher, tokenizer, sampling)
     try:
         for start in range(0, len(wanted), BATCH):
             batch = wanted[start : start + BATCH]
             prompts = [_prompt(tokenizer, rows[i]["prompt"], i) for i in batch]
-            for i, text in zip(batch, _answers(engine, tokenizer, prompts), strict=True):
+            for i, text in zip(batch, _answers(engine, tokenizer, prompts, ends), strict=True):
                 rows[i] = {"prompt": rows[i]["prompt"], "completion": [{"role": "assistant", "content": text}]}
             typer.echo(f"{start + len(batch)} of {len(wanted)} answers")
     finally:
@@ -89,12 +93,14 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], row:
     return Prompt(id=f"0:{row}", token_ids=np.asarray(ids, dtype=np.int32), loss_mask=None, origin=f"row {row}")
 
 
-def _answers(engine: WritingEngine, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[str]:
+def _answers(
+    engine: WritingEngine, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], ends: tuple[int, ...]
+) -> list[str]:
     written = asyncio.run(engine.write(prompts, deadline_s=DEADLINE_S))
     texts = []
     for ids in written:
         text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        texts.append(text if ids[-1] == tokenizer.eos_token_id else whole_sentences(text))
+        texts.append(text if ids[-1] in ends else whole_sentences(text))
     return texts
 
 

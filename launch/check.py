@@ -26,6 +26,7 @@ from launch.disk import DiskNeed, check_writable, free_bytes, size_text
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
 from launch.quiet import quiet_libraries
 from trainer.errors import ConfigError, DataError, StillhouseError
+from trainer.generation_settings import unused_settings
 from trainer.job import Inputs, label_bytes_per_row, read_inputs, total_steps
 from trainer.models import load_config
 from trainer.prompts import RowReport, check_rows
@@ -103,6 +104,8 @@ def examine(run: Run, inputs: list[Inputs] | None = None) -> Iterator[Finding]:
     if inputs:
         yield from _label_bytes(run, inputs[0])
     yield from _rows(run, inputs[0] if inputs else None)
+    if "teacher" in facts and run.teacher.writer is not None:
+        yield from _generation(run)
     yield from _placement(run, known=set(facts))
     yield from _licences(run)
     yield from _folder(run, facts.get("student"))
@@ -176,6 +179,28 @@ def _label_bytes(run: Run, inputs: Inputs) -> Iterator[Finding]:
         num_bytes.append(label_bytes_per_row(run, inputs, teacher_dtype="float32"))
 
     yield _attempt("label size", look, lambda: f"{run.labels.kind}: at most {num_bytes[0]} bytes a loss token")
+
+
+def _generation(run: Run) -> Iterator[Finding]:
+    """Which of the teacher's own generation settings its writers do not apply."""
+    place = f"{run.teacher.model.path}/generation_config.json"
+    unused: dict[str, object] = {}
+
+    def look() -> None:
+        unused.update(unused_settings(run.teacher.model, temperature=run.elicitation.parameters.get("temperature", 1)))
+
+    found = _attempt("teacher generation", look, lambda: "as configured")
+    if found.fatal:
+        yield found
+    if not unused:
+        return
+    named = ", ".join(f"{name}: {str(value)[:60]}" for name, value in unused.items())
+    text = (
+        f"{place} sets {named}, which a writer does not apply: its answers follow elicitation's temperature and top_p, "
+        "and end at the ids of eos_token_id. Where it matters, let the answers be written elsewhere and give them as "
+        "rows"
+    )
+    yield Finding("teacher generation", "warning", text)
 
 
 def _rows(run: Run, inputs: Inputs | None) -> Iterator[Finding]:

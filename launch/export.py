@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence as AbstractSequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def export(run_folder: Path, target: Path, merge_adapter: bool) -> None:
     try:
         working.chmod(0o755)
         if is_adapter and merge_adapter:
-            _merge(folder.student, working, run)
+            _merge(folder, working, run)
         else:
             shutil.copytree(folder.student, working, dirs_exist_ok=True)
         write_text(working / "README.md", card_of(folder, run, adapter=is_adapter and not merge_adapter))
@@ -70,7 +70,7 @@ def card_of(folder: RunFolder, run: Run, *, adapter: bool) -> str:
     )
 
 
-def complete_student(folder: Path, run: Run, *, stop_ids: AbstractSequence[int]) -> None:
+def complete_student(folder: Path, run: Run, *, stop_ids: Iterable[int]) -> None:
     """What ranks cannot know: which tokens end an answer now, and where everybody finds the base of an adapter."""
     generation, adapter = folder / "generation_config.json", folder / "adapter_config.json"
     if generation.exists():
@@ -124,14 +124,17 @@ def _check(folder: RunFolder, target: Path, *, merge_adapter: bool) -> bool:
     return is_adapter
 
 
-def _merge(student: Path, working: Path, run: Run) -> None:
+def _merge(folder: RunFolder, working: Path, run: Run) -> None:
     """Base weights + adapter as one model; everything that is no adapter file is copied."""
+    student = folder.student
     adapted = peft.PeftModel.from_pretrained(_base(student, run), student)
     merged = adapted.merge_and_unload()
     merged.generation_config = consistent(merged.generation_config)
     merged.save_pretrained(working)
     tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=run.student.model.trust_remote_code)
-    complete_student(working, run, stop_ids=Template.of(tokenizer).stop_ids)
+    manifest = read_json(folder.manifest) if folder.manifest.exists() else {}
+    written = (manifest.get("data") or {}).get("stop_ids") or ()
+    complete_student(working, run, stop_ids=dict.fromkeys([*Template.of(tokenizer).stop_ids, *written]))
     skipped = {ADAPTER, "README.md"}
     for file in student.iterdir():
         of_adapter = file.name in skipped or file.name.startswith("adapter_model")

@@ -63,6 +63,7 @@ class Record:
                 "train_rows": job.stream.rows_per_epoch,
                 "evaluation_rows": len(job.evaluation),
                 "vocabulary_size": job.inputs.vocabulary.size,
+                "stop_ids": list(job.inputs.stop_ids),
             },
             "models": {"teacher": run.teacher.model.model_dump(), "student": run.student.model.model_dump()},
         }
@@ -95,7 +96,7 @@ class Record:
         job = self._job
         job.inputs.tokenizer.chat_template = job.inputs.template.text
         job.inputs.tokenizer.save_pretrained(self._folder.student)
-        complete_student(self._folder.student, job.run, stop_ids=job.inputs.template.stop_ids)
+        complete_student(self._folder.student, job.run, stop_ids=job.inputs.stop_ids)
         self._manifest |= {
             "finished": time.time(),
             "counters": counted(read_metrics(self._folder)) | asdict(job.stream.counters),

@@ -186,7 +186,7 @@ def resolve_run(run: Run, inputs: Inputs, hardware: Hardware) -> Resolved:
         hardware,
         vocabulary_size=inputs.vocabulary.size,
         tokenizer_fingerprint=inputs.vocabulary.fingerprint,
-        stop_token_ids=inputs.template.stop_ids,
+        stop_token_ids=inputs.stop_ids,
         student_config=load_config(run.student.model, role="student.model"),
         teacher_config=load_config(run.teacher.model, role="teacher.model"),
         teacher_bytes=_weight_bytes(run.teacher.model),

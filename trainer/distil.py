@@ -218,7 +218,7 @@ class Controller:
         prompts = [_prompt_of(row) for row in self._job.evaluation[: report.generate]]
         if prompts:
             texts = await self._session.students.generate(
-                prompts, max_new_tokens=report.generate_tokens, stop_ids=self._job.inputs.template.stop_ids
+                prompts, max_new_tokens=report.generate_tokens, stop_ids=self._job.inputs.stop_ids
             )
             self._on_generation(when, prompts, texts)
 

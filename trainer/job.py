@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from configs.schema import ModelSource, Run
 from trainer.chat import Template
 from trainer.errors import ConfigError, DataError
+from trainer.generation_settings import end_ids
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.loops import LoopSettings
 from trainer.models import load_config
@@ -40,6 +41,14 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     template: Template
     strategy: Any  # the elicitation plug-in's `Strategy`
+    teacher_end_ids: tuple[int, ...] = ()  # after which the teacher's own generation settings end a text
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids after which nothing more is written: those of the chat template and the tokenizer, and those of the
+        teacher's generation settings. Padding among the latter is left out: it is never written."""
+        known = (one for one in self.teacher_end_ids if one < self.vocabulary.size)
+        return tuple(dict.fromkeys([*self.template.stop_ids, *known]))
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ def read_inputs(run: Run) -> Inputs:
         tokenizer=tokenizer,
         template=Template.of(tokenizer, run.teacher.chat_template),
         strategy=module.Strategy(**run.elicitation.parameters),
+        teacher_end_ids=end_ids(run.teacher.model),
     )
 
 
@@ -91,7 +101,7 @@ def make_job(
         stream=stream,
         evaluation=held_out_rows(run, inputs),
         samples=sample_rows(run, inputs),
-        bind_elicitation=lambda writers: inputs.strategy.bind(writers, end_of_turn_ids=inputs.template.stop_ids),
+        bind_elicitation=lambda writers: inputs.strategy.bind(writers, end_of_turn_ids=inputs.stop_ids),
         encoding=encoding_of(run),
         loop=loop_settings(run, inputs, teacher_dtype, rows_per_epoch=stream.rows_per_epoch),
         skip_self_test=skip_self_test,

@@ -245,6 +245,27 @@ def test_a_licence_is_taken_from_the_model_card_or_missed(make: Make, tmp_path: 
     assert licence_of(source) == "apache-2.0"
 
 
+def test_generation_settings_that_a_writer_does_not_apply_are_told(
+    make: Make, tmp_path: Path, tiny_teacher: Path
+) -> None:
+    teacher = copied(tiny_teacher, tmp_path / "teacher")
+    (teacher / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [2, 40], "repetition_penalty": 1.05, "do_sample": True, "temperature": 0.6})
+    )
+    writing = ("teacher.writer={engine: hf}", "elicitation=labeling", "data.train.format=prompt")
+    rows = [{"prompt": "who is it?", "completion": "the quick fox"}] * 3
+    (warning,) = (
+        f for f in examine(loaded(make(*rows, teacher=teacher), *writing)) if f.subject.endswith("generation")
+    )
+    assert warning.status == "warning"
+    assert f"{teacher}/generation_config.json sets repetition_penalty: 1.05, which a writer does not" in warning.text
+    silent = examine(loaded(make(*rows, teacher=tiny_teacher), *writing))
+    assert not [f for f in silent if f.subject.endswith("generation")]
+    (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
+    broken = problems(make(*rows, teacher=teacher), *writing)
+    assert "eos_token_id" in broken[0].text
+
+
 def test_a_disk_that_is_too_small_is_refused_with_both_numbers(tmp_path: Path) -> None:
     need = DiskNeed(checkpoint_bytes=10**18, num_checkpoints=2, student_bytes=10**9)
     assert need.num_bytes == 3 * 10**18 + 10**9

@@ -17,7 +17,7 @@ from configs.schema import Run
 from launch.export import complete_student, export
 from launch.report import report
 from trainer.errors import ConfigError
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, write_json
 
 IDS = torch.tensor([[1, 40, 50, 60, 70]])
 
@@ -85,8 +85,10 @@ def test_an_adapter_is_exported_as_it_is_or_merged(
     adapted: tuple[RunFolder, torch.Tensor], tmp_path: Path, tiny_student: Path
 ) -> None:
     folder, expected = adapted
+    write_json(folder.manifest, {"data": {"stop_ids": [2, 40]}})
     export(folder.path, tmp_path / "adapter", merge_adapter=False)
     export(folder.path, tmp_path / "merged", merge_adapter=True)
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == [2, 40]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert not list((tmp_path / "merged").glob("adapter*"))
     alone = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
