@@ -47,6 +47,7 @@ TargetFile = Annotated[
     Path | None, typer.Option("--target-file", metavar="FILE", help="YAML file with options of the target.")
 ]
 JobRun = Annotated[str, typer.Argument(metavar="RUN", help="Name or run folder of a run submitted from this folder.")]
+AnyRun = Annotated[str, typer.Argument(metavar="RUN", help="Name or run folder of a run of this folder.")]
 RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, for example runs/demo.")]
 
 
@@ -57,17 +58,19 @@ def main() -> None:
 
 
 def run_app(commands: typer.Typer) -> NoReturn:
-    """Run what the command line names. An error meant for a person is its text on stderr and its exit code;
-    STILLHOUSE_TRACEBACK=1 shows where it was raised."""
+    """Run what the command line names. An error meant for a person is its text on stderr and its exit code, a stop that
+    was asked for its text alone; STILLHOUSE_TRACEBACK=1 shows where it was raised."""
     from configs.errors import StillhouseError
     from configs.secrets import without_secrets
+    from trainer.errors import Preempted
 
     try:
         commands(prog_name="stillhouse")
     except StillhouseError as error:
         if os.environ.get("STILLHOUSE_TRACEBACK") == "1":
             raise
-        typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
+        if not isinstance(error, Preempted):
+            typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
         typer.echo(without_secrets(str(error), environment=os.environ), err=True)
         sys.exit(error.exit_code)
     sys.exit(0)
@@ -169,8 +172,8 @@ def submit(
 
 
 @app.command(epilog="Example: stillhouse status demo")
-def status(run: JobRun) -> None:
-    """Say how the last submitted job of a run is doing.
+def status(run: AnyRun) -> None:
+    """Say how a run is doing: its last submitted job, or what `stillhouse train` makes here.
 
     Exit code 0 while it waits or runs, then that of the run itself.
     """
@@ -200,7 +203,7 @@ def stop(run: JobRun) -> None:
 
 @app.command("list", epilog="Examples: stillhouse list · stillhouse list --to ray --with address=http://head:8265")
 def list_(kind: OptionalKind = None, given: TargetOptions = None, target_file: TargetFile = None) -> None:
-    """List the jobs submitted from this folder, or with --to all jobs of Stillhouse that a scheduler knows."""
+    """List the runs of this folder, or with --to all jobs of Stillhouse that a scheduler knows."""
     from launch.submit import list_jobs
 
     raise typer.Exit(list_jobs(kind, given or [], target_file))

@@ -70,17 +70,28 @@ def read_record(file: Path) -> JobRecord:
         raise ConfigError(f"{file} is no record of a submitted job; submit the run again") from None
 
 
-def find_record(run: str) -> JobRecord:
-    """The last submission of a run, by its name or its run folder. Raises `ConfigError` where there is none."""
+def look_up(run: str) -> JobRecord | None:
+    """The last submission of a run, by its name or its run folder; None where none is remembered here."""
     place = Path(run).expanduser()
     for folder in (place, RUNS / run):
         if (folder / RECORD).is_file():
             return read_record(folder / RECORD)
-    records = all_records()
-    for record in records:
-        if record.folder == str(place.absolute()):
-            return record
-    names = [record.name for record in records]
+    return next((record for record in all_records() if record.folder == str(place.absolute())), None)
+
+
+def find_record(run: str) -> JobRecord:
+    """As `look_up`. Raises `ConfigError` where there is none."""
+    record = look_up(run)
+    if record is not None:
+        return record
+    place = Path(run).expanduser()
+    for folder in (place, RUNS / run):
+        if (folder / "config.yaml").is_file():
+            raise ConfigError(
+                f"{folder} was made by `stillhouse train`, so there is no job of it: stillhouse status {run} says how "
+                "it stands, Ctrl-C in its terminal saves and stops it, and its results lie there already"
+            )
+    names = [record.name for record in all_records()]
     known = f" (submitted from here: {', '.join(names)})" if names else ""
     raise ConfigError(
         f"no job was submitted from here for the run {run}: neither {place / RECORD} nor {RUNS / run / RECORD} exists"

@@ -51,6 +51,7 @@ class Record:
         self._manifest = {
             **manifest_environment(),
             "config_hash": job.config_hash,
+            "total_steps": job.loop.total_steps,
             "started": started,
             "phases_began_s": {
                 "imports and checks": 0.0,

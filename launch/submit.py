@@ -14,8 +14,9 @@ from pathlib import Path
 import typer
 
 from configs.load import load_section
+from launch import foreground
 from launch.bundle import Bundle, make_bundle
-from launch.jobs import all_records, find_record, new_job, record_folder, write_record
+from launch.jobs import all_records, find_record, look_up, new_job, record_folder, write_record
 from launch.targets import JobRecord, JobStatus, Shipment, load_target
 from trainer.errors import InfrastructureError, StillhouseError
 
@@ -75,11 +76,16 @@ def submit(
 
 
 def status(run: str) -> int:
-    """Print how the last job of a run is doing. Returns its own exit code once it is over, else 0."""
-    record = find_record(run)
+    """Print how a run is doing: its last job, or what was started in the foreground. Returns its own exit code once it
+    is over, else 0."""
+    record, here = look_up(run), foreground.find_run(run)
+    if record is None and here is not None:
+        return _tell(foreground.status_of(here), foreground.KIND, here.path)
+    record = record or find_record(run)
     found = load_target(record.kind).status(record)
-    show_status(record, found)
-    return exit_code(found)
+    if found.over and here is not None and (now := foreground.status_of(here)).state == "running":
+        return _tell(now, foreground.KIND, here.path)
+    return _tell(found, record.kind, record.folder)
 
 
 def logs(run: str, *, follow: bool) -> int:
@@ -102,12 +108,12 @@ def stop(run: str) -> int:
         except KeyboardInterrupt:
             typer.echo(f"\n{record.job} is still ending: stillhouse status {record.name}", err=True)
             return INTERRUPTED
-    show_status(record, target.status(record))
+    _tell(target.status(record), record.kind, record.folder)
     return 0
 
 
 def list_jobs(kind: str | None, given: Sequence[str], target_file: Path | None) -> int:
-    """Print one line a job: of a scheduler, or without `kind` of every run submitted from this folder."""
+    """Print one line a job: of a scheduler, or without `kind` of every run submitted from or made in this folder."""
     if kind is not None:
         target = load_target(kind)
         title = f"options of --to {kind}"
@@ -115,8 +121,10 @@ def list_jobs(kind: str | None, given: Sequence[str], target_file: Path | None) 
         found = [(kind, status) for status in target.list(options)]
     else:
         found = [(record.kind, _status_or_reason(record)) for record in all_records()]
+        found += [(foreground.KIND, foreground.status_of(folder)) for folder in foreground.runs_here()]
+        found.sort(key=lambda line: -(line[1].submitted or 0))
     if not found:
-        typer.echo("no jobs" if kind else "no jobs were submitted from here; jobs of a scheduler: --to KIND")
+        typer.echo("no jobs" if kind else "no runs in runs/, and none submitted from here; of a scheduler: --to KIND")
     for of_kind, status in found:
         typer.secho(f"{status.state:<10}", fg=COLOURS[status.state], nl=False)
         steps = f"{status.step}/{status.steps}" if status.step is not None else ""
@@ -176,8 +184,7 @@ def follow_job(record: JobRecord) -> int:
             err=True,
         )
         return INTERRUPTED
-    show_status(record, found)
-    return exit_code(found)
+    return _tell(found, record.kind, record.folder)
 
 
 def exit_code(found: JobStatus) -> int:
@@ -189,13 +196,15 @@ def exit_code(found: JobStatus) -> int:
     return {"succeeded": 0, "stopped": INTERRUPTED}.get(found.state, InfrastructureError.exit_code)
 
 
-def show_status(record: JobRecord, found: JobStatus) -> None:
+def _tell(found: JobStatus, kind: str, folder: Path | str) -> int:
+    """Print how a run stands, and return its exit code."""
     typer.secho(found.state, fg=COLOURS[found.state], nl=False)
     code = "" if found.exit_code is None else f", exit code {found.exit_code}"
     steps = "" if found.step is None else f", step {found.step} of {found.steps}"
-    typer.echo(f"{code}{steps}: {found.job} ({record.kind}), run folder {record.folder}")
+    typer.echo(f"{code}{steps}: {found.job} ({kind}), run folder {folder}")
     if found.message:
         typer.echo(found.message)
+    return exit_code(found)
 
 
 def _status_or_reason(record: JobRecord) -> JobStatus:

@@ -107,13 +107,18 @@ class RunFolder:
     def exit(self) -> Path:
         return self.path / "exit.json"
 
+    @property
+    def lock_owner(self) -> Path:
+        """Who holds the lock, while it is held."""
+        return self.path / ".lock-owner.json"
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for one run. The lock ends with the process, however it ends.
 
         Raises ConfigError when another process holds it, naming process, host and start.
         """
-        owner_file = self.path / ".lock-owner.json"
+        owner_file = self.lock_owner
         lock = FileLock(self.path / ".lock", timeout=0, thread_local=False)
         try:
             lock.acquire()
