@@ -81,8 +81,7 @@ class Record:
 
     def evaluation(self, when: str, evaluation: Evaluation) -> None:
         assert self._job is not None
-        decode = self._job.inputs.tokenizer.decode
-        records = sample_records(evaluation.samples, lambda token_id: decode([token_id]))
+        records = sample_records(evaluation.samples, self._job.inputs.tokenizer.decode)
         self._merge(self._folder.samples, {when: records})
 
     def generation(self, when: str, prompts: list[np.ndarray], texts: list[np.ndarray]) -> None:

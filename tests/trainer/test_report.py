@@ -15,7 +15,9 @@ import pytest
 from trainer.errors import ConfigError
 from trainer.metrics import TOKENS_PER_S, MetricsLog, Timeline
 from trainer.report import sample_records, write_report
-from trainer.report.plots import MAX_POINTS, Series, compact, line_chart, percent, thin, ticks
+from trainer.report.numbers import axis_texts, compact, percent
+from trainer.report.plots import MAX_POINTS, WIDTH, Series, line_chart, thin, ticks
+from trainer.report.viewer import token_texts
 from trainer.run_folder import RunFolder, write_json
 from trainer.types import Evaluation, SampleTokens, StepMetrics
 
@@ -64,7 +66,7 @@ def write_run(path: Path, *, text: str = "a plain text", steps: int = 8, finishe
         teacher_logprob=np.array([-0.5, -0.25], np.float32),
         kl=np.array([0.125, 2.0], np.float32),
     )
-    records = sample_records([sample], lambda token: f"<{token}>{text}")
+    records = sample_records([sample], lambda ids: "".join(f"<{token}>{text}" for token in ids))
     write_json(folder.samples, {"before": records} | ({"after": records} if finished else {}))
     answers = {"prompts": [text], "before": [text]} | ({"after": [text], "reference": [text]} if finished else {})
     write_json(folder.generations, answers)
@@ -109,7 +111,7 @@ def test_hostile_text_stays_text_wherever_it_comes_from(tmp_path: Path) -> None:
 
 def test_the_headline_says_what_was_reached(tmp_path: Path) -> None:
     text = " ".join(" ".join(Page(write_report(write_run(tmp_path / "run")).read_text()).text).split())
-    for expected in ("6.31 → 1.05", "6.0 times lower", "6 % → 56 %", "900 → 12", "finished, step 8 of 8"):
+    for expected in ("6.31 → 1.05", "6.0 times lower", "6.0 % → 56 %", "900 → 12", "finished, step 8 of 8"):
         assert expected in text
     assert "Student waited 10 %" in text
     assert "Teacher waited 50 %" in text
@@ -170,17 +172,67 @@ def test_a_loss_that_is_not_finite_is_marked_and_does_not_bend_the_axis() -> Non
     chart = line_chart("loss", [Series("loss", (1, 2, 3), (1.0, math.nan, 2.0))])
     assert "step 2: not finite" in chart
     assert "nan" not in chart.lower().replace("not finite", "")
-    assert line_chart("loss", [Series("loss", (1,), (math.inf,))]) == ""
+    assert "None of the 1 values is finite" in line_chart("loss", [Series("loss", (1,), (math.inf,))])
+    assert line_chart("loss", [Series("loss", (), ())]) == ""
 
 
-@pytest.mark.parametrize("values", [(0.0, 0.0), (5.0, 5.0), (-3.0, 2.0), (1e-9, 2e-9), (1e12, 5e12)])
+@pytest.mark.parametrize(
+    "values", [(0.0, 0.0), (5.0, 5.0), (-3.0, 2.0), (1e-9, 2e-9), (1e12, 5e12), (1e300, 2e300), (5e-324, 1e-323)]
+)
 @pytest.mark.parametrize("options", [{}, {"from_zero": True}, {"logarithmic": True}])
 def test_any_range_can_be_drawn(values: tuple[float, float], options: dict[str, Any]) -> None:
     assert "<polyline" in line_chart("x", [Series("x", (1, 2), values)], **options)
 
 
+def test_what_is_not_finite_stays_inside_the_axis_and_a_long_run_of_it_is_one_mark_a_pixel() -> None:
+    steps = tuple(range(1, 100_001))
+    chart = line_chart("loss", [Series("loss", steps, (math.nan,) * 99_999 + (1.0,))])
+    marks = [int(x) for x in re.findall(r'class="missing" d="M(-?\d+)', chart)]
+    assert 100 < len(marks) <= WIDTH
+    assert min(marks) > 0
+    assert max(marks) < WIDTH
+    assert "steps from 1: not finite" in chart
+
+
 def test_axis_numbers_are_round() -> None:
     assert ticks(0, 1, 4) == [0, 0.25, 0.5, 0.75, 1.0]
     assert ticks(-3, 12, 4) == [0, 5, 10]
+
+
+def test_numbers_are_short_and_true_whatever_they_are() -> None:
     assert [compact(v) for v in (0.0006, 2.414, 1234.0, 2.5e6, 0)] == ["0.0006", "2.41", "1,234", "2.5M", "0"]
-    assert [percent(v) for v in (0, 0.034, 0.5)] == ["0 %", "3.4 %", "50 %"]
+    assert [compact(v) for v in (-1.2e-9, 0.9531, 361, 549_123.4, 999.96)] == [
+        "-1.2e-09",
+        "0.953",
+        "361",
+        "549,123",
+        "1,000",
+    ]
+    assert [compact(v) for v in (999_999.6, 999_999_999, 123_456_789_012, 1e300)] == ["1M", "1B", "123B", "1.0e+300"]
+    assert [compact(v) for v in (math.nan, math.inf, -math.inf)] == ["not finite"] * 3
+    assert [percent(v) for v in (0, 0.034, 0.5, 1)] == ["0 %", "3.4 %", "50 %", "100 %"]
+    assert [percent(v) for v in (0.9996, 0.9999999, 1e-7, math.nan)] == [
+        "99.96 %",
+        "> 99.99 %",
+        "< 0.01 %",
+        "not finite",
+    ]
+    for value in np.concatenate([[0.0], *(sign * np.logspace(-307, 307, 2000) for sign in (1, -1))]):
+        text = compact(float(value))
+        assert len(text) <= 9
+        scale = {"M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1], 1)
+        assert float(text.rstrip("MBT").replace(",", "")) * scale == pytest.approx(value, rel=0.06)
+
+
+def test_axis_numbers_differ_where_values_do() -> None:
+    assert axis_texts([8.0001, 8.0002, 8.0003], compact) == ["8.0001", "8.0002", "8.0003"]
+    assert axis_texts([1_000_000, 1_000_100], compact) == ["1M", "1.0001M"]
+    assert axis_texts([0.5, 0.5005, 0.501], percent) == ["50.00 %", "50.05 %", "50.10 %"]
+
+
+def test_a_token_of_the_viewer_keeps_the_space_before_it() -> None:
+    """As sentencepiece does: the first word of what is decoded loses its space."""
+    pieces = [" Paris", " is", " nice", "\ufffd", "!"]
+    decode = lambda ids: "".join(pieces[i] for i in ids).removeprefix(" ")  # noqa: E731
+    assert token_texts([0, 1, 2, 1], decode) == ["Paris", " is", " nice", " is"]
+    assert token_texts([], decode) == []

@@ -23,7 +23,7 @@ from trainer.errors import ConfigError
 from trainer.metrics import TOKENS_PER_S, Records, read_metrics
 from trainer.progress import duration
 from trainer.report.charts import charts
-from trainer.report.plots import percent
+from trainer.report.numbers import Form, compact, percent
 from trainer.report.timeline import Span, TimeAxis, draw, kinds_present, mean_waiting, read_timeline, wait_shares
 from trainer.report.viewer import read_generations, read_viewer, sample_records
 from trainer.run_folder import RunFolder, read_json, write_text
@@ -35,10 +35,10 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One headline number."""
+    """One headline number, or two: before and after."""
 
     label: str
-    value: str
+    values: tuple[str, ...]
     note: str = ""
 
 
@@ -73,7 +73,7 @@ def render(folder: RunFolder) -> str:
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "nats": lambda value: "-" if value is None else f"{value:.2f}"}
+    environment.filters |= {"percent": percent, "nats": lambda value: "-" if value is None else compact(value)}
     return environment.get_template("page.jinja").render(
         title=config.get("name") or folder.path.name,
         subtitle=_subtitle(config),
@@ -127,36 +127,46 @@ def _tiles(records: Records, spans: Sequence[Span], manifest: Mapping[str, Any])
     tiles = []
     if records.evaluations:
         first, last = records.evaluations[0], records.evaluations[-1]
-        factor = (
-            f"{first.forward_kl / last.forward_kl:.1f} times lower" if 0 < last.forward_kl < first.forward_kl else ""
-        )
         tiles = [
-            Tile("KL to teacher, nats/token", _change(first.forward_kl, last.forward_kl, "{:.2f}"), factor),
-            Tile("Same first choice", _change(100 * first.agreement, 100 * last.agreement, "{:.0f} %")),
+            Tile(
+                "KL to teacher, nats/token",
+                _change(first.forward_kl, last.forward_kl, compact),
+                _factor(first.forward_kl, last.forward_kl),
+            ),
+            Tile("Same first choice", _change(first.agreement, last.agreement, percent)),
             Tile(
                 "Perplexity",
-                _change(float(f"{first.perplexity:.3g}"), float(f"{last.perplexity:.3g}"), "{:,g}"),
-                f"teacher {last.teacher_perplexity:,.3g}",
+                _change(first.perplexity, last.perplexity, compact),
+                f"teacher {compact(last.teacher_perplexity)}",
             ),
         ]
     speeds = [s.values[TOKENS_PER_S] for s in records.steps[len(records.steps) // 10 :] if TOKENS_PER_S in s.values]
     speeds = sorted(speed for speed in speeds if math.isfinite(speed))
     if speeds:
-        tiles.append(Tile("Speed, median", f"{speeds[len(speeds) // 2]:,.0f}", "tokens per second"))
+        tiles.append(Tile("Speed, median", (compact(speeds[len(speeds) // 2]),), "tokens per second"))
     seconds = _wall_seconds(spans, manifest)
     if seconds is not None:
-        tiles.append(Tile("Wall time", duration(seconds)))
+        tiles.append(Tile("Wall time", (duration(seconds),)))
     shares = wait_shares(spans)
     waits = (mean_waiting(shares, student=True), mean_waiting(shares, student=False))
     for who, waiting in zip(("Student", "Teacher"), waits, strict=True):
         if waiting is not None:
-            tiles.append(Tile(f"{who} waited", percent(waiting), "of the steady state"))
+            tiles.append(Tile(f"{who} waited", (percent(waiting),), "of the steady state"))
     return tiles
 
 
-def _change(before: float, after: float, form: str) -> str:
-    """`6.31 → 1.05`, or one number when nothing happened yet."""
-    return form.format(after) if before == after else f"{form.format(before)} → {form.format(after)}"
+def _change(before: float, after: float, form: Form) -> tuple[str, ...]:
+    """`6.31` and `1.05`, or one number when nothing happened yet."""
+    return (form(after, 3),) if before == after else (form(before, 3), form(after, 3))
+
+
+def _factor(before: float, after: float) -> str:
+    """How many times lower, or higher; nothing where that is no number."""
+    low, high = sorted((before, after))
+    if not 0 < low < high < math.inf:
+        return ""
+    factor = high / low
+    return f"{compact(factor) if factor >= 100 else f'{factor:.1f}'} times {'lower' if after < before else 'higher'}"
 
 
 def _wall_seconds(spans: Sequence[Span], manifest: Mapping[str, Any]) -> float | None:

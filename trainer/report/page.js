@@ -28,8 +28,8 @@
         cursor.append(node("circle", { class: "dot " + one.colour, cx: one.x[i], cy: one.y[i], r: 4 }));
         lines.push(series.length > 1 ? one.name + "  " + one.text[i] : one.text[i]);
       }
-      const boxWidth = Math.max(...lines.map((line) => line.length)) * 7.2 + 18;
-      const left = at + boxWidth + 14 > width ? at - boxWidth - 10 : at + 10;
+      const boxWidth = Math.max(...lines.map((line) => line.length)) * 8 + 18;
+      const left = Math.max(0, at + boxWidth + 14 > width ? at - boxWidth - 10 : at + 10);
       cursor.append(node("rect", { x: left, y: 10, width: boxWidth, height: lines.length * 17 + 9, rx: 5 }));
       lines.forEach((line, i) => cursor.append(node("text", { x: left + 9, y: 27 + i * 17 }, line)));
     };

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
 import numpy as np
 from markupsafe import Markup
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 560, 58, 14, 12, 34
+from trainer.report.numbers import Form, axis_texts, compact
+
+WIDTH, RIGHT, TOP, BOTTOM = 400, 14, 12, 36
+CHARACTER = 8.6
+"""Widest advance of a digit at the style sheet's size of chart text."""
 MAX_POINTS = 240
 
 
@@ -59,10 +63,11 @@ class Scale:
         return self.start + (at - low) / (high - low) * (self.stop - self.start)
 
     def ticks(self, count: int) -> list[float]:
-        """Round numbers inside the axis."""
+        """Round numbers inside the axis, not many more than `count`."""
         if not self.log:
             return ticks(self.low, self.high, count)
-        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        lowest, highest = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+        powers = range(lowest, highest + 1, max(1, math.ceil((highest - lowest) / (count + 1))))
         for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
             found = [f * 10.0**p for p in powers for f in factors if self.low <= f * 10.0**p <= self.high]
             if len(found) >= 3:
@@ -77,28 +82,28 @@ def line_chart(
     height: int = 230,
     from_zero: bool = False,
     logarithmic: bool = False,
-    form: Callable[[float], str] | None = None,
+    form: Form = compact,
     x_label: str = "step",
 ) -> Markup:
-    """One `<figure>`; empty where no series has a finite value. `form` writes y values for people.
+    """One `<figure>`; empty where no series has a value, and a sentence where no value is finite.
 
-    `logarithmic` holds where all values are positive and the largest is ten times the smallest or more.
+    `form` writes y values for people. `logarithmic` holds where all values are positive and the largest is ten times
+    the smallest or more.
     """
-    drawn = [(one, thin(one)) for one in series]
-    drawn = [(one, points) for one, points in drawn if len(points.x)]
+    thinned = [(one, thin(one)) for one in series]
+    drawn = [(one, points) for one, points in thinned if len(points.x)]
     if not drawn:
-        return Markup("")
-    form = form or compact
-    x_axis, y_axis = _scales(drawn, height=height, from_zero=from_zero, logarithmic=logarithmic)
+        return _nothing_finite(title, sum(len(one.y) for one in series))
+    x_axis, y_axis = _scales(thinned, height=height, from_zero=from_zero, logarithmic=logarithmic, form=form)
     parts = [_grid(x_axis, y_axis, form, x_label, height)]
-    parts += [_line(one, points, x_axis, y_axis, height) for one, points in drawn]
+    parts += [_line(one, points, x_axis, y_axis, height) for one, points in thinned]
     hover = [
         {
             "name": one.name,
             "x": [round(x_axis(float(v)), 1) for v in points.x],
             "y": [round(y_axis(float(v)), 1) for v in points.mean],
-            "step": [compact(round(float(v))) for v in points.x],
-            "text": [form(float(v)) for v in points.mean],
+            "step": [f"{v:,.0f}" for v in points.x],
+            "text": [form(float(v), 3) for v in points.mean],
             "colour": one.colour,
         }
         for one, points in drawn
@@ -109,6 +114,13 @@ def line_chart(
         f'data-hover="{escape(json.dumps(hover))}" data-bottom="{height - BOTTOM}" data-x-label="{escape(x_label)}">'
         f'{"".join(parts)}<g class="cursor"></g></svg></figure>'
     )
+
+
+def _nothing_finite(title: str, num_values: int) -> Markup:
+    if not num_values:
+        return Markup("")
+    text = f"None of the {num_values:,} values is finite."
+    return Markup(f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p class="hint">{text}</p></figure>')
 
 
 def thin(series: Series) -> Thinned:
@@ -139,58 +151,48 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-def compact(value: float) -> str:
-    """A number for people: `0.0006`, `2.41`, `1,234`, `1.2M`."""
-    size = abs(value)
-    if size >= 1e6:
-        return f"{value / 1e6:,.3g}M"
-    if size >= 1000 or value == int(value):
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if size >= 1e-4 else f"{value:.1e}"
-
-
-def percent(value: float) -> str:
-    digits = 0 if value == 0 or abs(value) >= 0.0995 else 1
-    return f"{100 * value:.{digits}f} %"
-
-
 def _scales(
-    drawn: list[tuple[Series, Thinned]], *, height: int, from_zero: bool, logarithmic: bool
+    drawn: list[tuple[Series, Thinned]], *, height: int, from_zero: bool, logarithmic: bool, form: Form
 ) -> tuple[Scale, Scale]:
-    x_low = min(points.x.min() for _, points in drawn)
-    x_high = max(points.x.max() for _, points in drawn)
-    low = min(points.low.min() for _, points in drawn)
-    high = max(points.high.max() for _, points in drawn)
-    if x_low == x_high:
-        x_low, x_high = x_low - 1, x_high + 1
-    x_axis = Scale(x_low, x_high, LEFT, WIDTH - RIGHT)
+    """The axis of steps begins where the numbers of the other one end, whatever they are."""
+    finite = [points for _, points in drawn if len(points.x)]
+    low, high = min(points.low.min() for points in finite), max(points.high.max() for points in finite)
     if logarithmic and low > 0 and high >= 10 * low:
-        return x_axis, Scale(low / 1.2, high * 1.2, height - BOTTOM, TOP, log=True)
-    if from_zero:
-        low, high = min(low, 0.0), max(high, 0.0)
-    margin = 0.06 * (high - low) or max(abs(high) * 0.1, 1e-9)
-    low, high = (low if from_zero and low == 0 else low - margin), high + margin
-    return x_axis, Scale(low, high, height - BOTTOM, TOP)
+        y_axis = Scale(low / 1.2, high * 1.2, height - BOTTOM, TOP, log=True)
+    else:
+        if from_zero:
+            low, high = min(low, 0.0), max(high, 0.0)
+        margin = max(0.06 * (high - low), 0.1 * abs(high) if high == low else 1e-6 * max(abs(low), abs(high)), 1e-12)
+        y_axis = Scale(low if from_zero and low == 0 else low - margin, high + margin, height - BOTTOM, TOP)
+    steps = np.concatenate([of for _, points in drawn for of in (points.x, points.missing)])
+    first, last = float(steps.min()), float(steps.max())
+    if first == last:
+        first, last = max(first - 1, 0.0), last + 1
+    longest = max((len(text) for text in axis_texts(y_axis.ticks(4), form)), default=0)
+    return Scale(first, last, max(44.0, 12 + CHARACTER * longest), WIDTH - RIGHT), y_axis
 
 
-def _grid(x_axis: Scale, y_axis: Scale, form: Callable[[float], str], x_label: str, height: int) -> str:
+def _grid(x_axis: Scale, y_axis: Scale, form: Form, x_label: str, height: int) -> str:
     parts = []
-    for value in y_axis.ticks(4):
+    left, right, base = x_axis.start, x_axis.stop, height - BOTTOM
+    values = y_axis.ticks(4)
+    for value, text in zip(values, axis_texts(values, form), strict=True):
         y = y_axis(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(form(value))}</text>')
-    base = height - BOTTOM
-    for value in x_axis.ticks(6):
-        if value == int(value):
-            parts.append(
-                f'<text x="{x_axis(value):.1f}" y="{base + 17}" text-anchor="middle">{escape(compact(value))}</text>'
-            )
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
-    parts.append(f'<text class="dim" x="{WIDTH - RIGHT}" y="{height - 3}" text-anchor="end">{escape(x_label)}</text>')
+        parts.append(f'<line class="grid" x1="{left:.1f}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>')
+    whole = [value for value in x_axis.ticks(4) if value == int(value)]
+    for value, text in zip(whole, axis_texts(whole, compact), strict=True):
+        half = CHARACTER * len(text) / 2
+        x = min(x_axis(value), WIDTH - half)
+        parts.append(f'<text x="{x:.1f}" y="{base + 17}" text-anchor="middle">{escape(text)}</text>')
+    parts.append(f'<line class="axis" x1="{left:.1f}" x2="{right}" y1="{base}" y2="{base}"/>')
+    parts.append(f'<text class="dim" x="{right}" y="{height - 3}" text-anchor="end">{escape(x_label)}</text>')
     return "".join(parts)
 
 
 def _line(series: Series, points: Thinned, x_axis: Scale, y_axis: Scale, height: int) -> str:
+    if not len(points.x):
+        return _missing(points.missing, x_axis, height - BOTTOM)
     xs = [f"{x_axis(float(v)):.1f}" for v in points.x]
     middle = [f"{y_axis(float(v)):.1f}" for v in points.mean]
     parts = []
@@ -205,13 +207,22 @@ def _line(series: Series, points: Thinned, x_axis: Scale, y_axis: Scale, height:
         parts += [
             f'<circle class="dot {series.colour}" cx="{x}" cy="{y}" r="3.5"/>' for x, y in zip(xs, middle, strict=True)
         ]
-    for value in points.missing:
-        x, y = x_axis(float(value)), height - BOTTOM
-        parts.append(
-            f'<path class="missing" d="M{x - 4:.1f},{y} L{x:.1f},{y - 8} L{x + 4:.1f},{y} z">'
-            f"<title>step {compact(float(value))}: not finite</title></path>"
+    return "".join(parts) + _missing(points.missing, x_axis, height - BOTTOM)
+
+
+def _missing(steps: np.ndarray, x_axis: Scale, y: int) -> str:
+    """A mark for each place where values are not finite; steps that fall on one pixel share it."""
+    places: dict[int, list[float]] = {}
+    for step in steps:
+        places.setdefault(round(x_axis(float(step))), []).append(float(step))
+    marks = []
+    for x, there in places.items():
+        which = f"step {there[0]:,.0f}" if len(there) == 1 else f"{len(there):,} steps from {there[0]:,.0f}"
+        marks.append(
+            f'<path class="missing" d="M{x - 4},{y} L{x},{y - 8} L{x + 4},{y} z">'
+            f"<title>{which}: not finite</title></path>"
         )
-    return "".join(parts)
+    return "".join(marks)
 
 
 def _legend(series: list[Series]) -> str:
@@ -221,11 +232,11 @@ def _legend(series: list[Series]) -> str:
     return f'<span class="legend">{"".join(keys)}</span>'
 
 
-def _describe(title: str, drawn: list[tuple[Series, Thinned]], form: Callable[[float], str]) -> str:
+def _describe(title: str, drawn: list[tuple[Series, Thinned]], form: Form) -> str:
     """What the picture says, for whoever cannot see it."""
     lines = (
-        f"{one.name}: {form(float(points.mean[0]))} at step {compact(float(points.x[0]))}, "
-        f"{form(float(points.mean[-1]))} at step {compact(float(points.x[-1]))}"
+        f"{one.name}: {form(float(points.mean[0]), 3)} at step {points.x[0]:,.0f}, "
+        f"{form(float(points.mean[-1]), 3)} at step {points.x[-1]:,.0f}"
         for one, points in drawn
     )
     return f"{title}. {'; '.join(lines)}."

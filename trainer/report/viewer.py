@@ -89,12 +89,12 @@ class Answers:
     reference: str | None
 
 
-def sample_records(samples: Sequence[SampleTokens], decode: Callable[[int], str]) -> list[dict[str, Any]]:
-    """The samples of an evaluation as samples.json wants them. `decode` writes one token id as text."""
+def sample_records(samples: Sequence[SampleTokens], decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
+    """The samples of an evaluation as samples.json wants them. `decode` writes token ids as text."""
     return [
         {
             "id": sample.id,
-            "tokens": [decode(int(token)) for token in sample.token_ids],
+            "tokens": token_texts(plain(sample.token_ids), decode),
             "rows": plain(sample.rows),
             "student_logprob": _rounded(sample.student_logprob),
             "teacher_logprob": _rounded(sample.teacher_logprob),
@@ -102,6 +102,20 @@ def sample_records(samples: Sequence[SampleTokens], decode: Callable[[int], str]
         }
         for sample in samples
     ]
+
+
+def token_texts(token_ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
+    """What each token adds to the text before it. Tokenizers of the sentencepiece kind take the leading space off a
+    token that is decoded alone, so each one is decoded behind its predecessor."""
+    texts = []
+    for before, token in zip([None, *token_ids], token_ids, strict=False):
+        alone = decode([token])
+        if before is None:
+            texts.append(alone)
+            continue
+        anchor, both = decode([before]), decode([before, token])
+        texts.append(both.removeprefix(anchor) if both.startswith(anchor) else alone)
+    return texts
 
 
 def read_viewer(folder: RunFolder) -> Viewer | None:

@@ -1,0 +1,60 @@
+"""Numbers for people: a few characters for any value, so that every one fits its tile, axis and table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+Form = Callable[[float, int], str]
+"""(value, significant digits) -> text."""
+
+NOT_FINITE = "not finite"
+_SIZES = ((1e12, "T"), (1e9, "B"), (1e6, "M"))
+
+
+def compact(value: float, digits: int = 3) -> str:
+    """`0.0006`, `2.41`, `1,234`, `549,123`, `1.2M`, `3.4e-09`: eight characters or fewer with three digits."""
+    if not math.isfinite(value):
+        return NOT_FINITE
+    size = abs(value)
+    if size >= 999_999.5:
+        rounded = float(f"{value:.{digits}g}")
+        if abs(rounded) >= 1e15:
+            return f"{value:.1e}" if digits <= 3 else f"{value:.{digits - 1}e}"
+        unit, letter = next((u, letter) for u, letter in _SIZES if abs(rounded) >= u)
+        return f"{_plain(rounded / unit, digits)}{letter}"
+    if size >= 1000 or value == int(value):
+        return f"{value:,.{max(0, digits - 6)}f}" if value != int(value) else f"{value:,.0f}"
+    if size >= 1e-2:
+        return _plain(value, digits)
+    return _plain(value, digits - 1) if size >= 1e-4 else f"{value:.{digits - 2}e}"
+
+
+def percent(value: float, digits: int = 3) -> str:
+    """`0 %`, `3.4 %`, `56 %`; never 0 or 100 for what is a little beside it."""
+    if not math.isfinite(value):
+        return NOT_FINITE
+    hundredths = 100 * value
+    if abs(hundredths) >= 1000:
+        return f"{compact(hundredths, digits)} %"
+    first = digits - 3 if value == 0 or abs(value) >= 0.0995 else digits - 2
+    for decimals in range(first, first + 3):
+        text = f"{hundredths:.{decimals}f}"
+        if float(text) not in (0, 100) or float(text) == hundredths:
+            return f"{text} %"
+    return "< 0.01 %" if abs(hundredths) < 1 else "> 99.99 %" if hundredths < 100 else "> 100 %"
+
+
+def axis_texts(values: Sequence[float], form: Form) -> list[str]:
+    """The numbers of an axis, with as many digits as tell them apart."""
+    for digits in range(3, 16):
+        texts = [form(value, digits) for value in values]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
+
+
+def _plain(value: float, digits: int) -> str:
+    """`g` without an exponent: 999.96 with three digits is 1,000 and not 1e+03."""
+    text = f"{value:.{digits}g}"
+    return f"{float(text):,.0f}" if "e" in text else text
