@@ -111,7 +111,7 @@ def _status(folder: RunFolder, config: Mapping[str, Any], manifest: Mapping[str,
     """exit.json is a run's very last file; a page made just before it goes by the manifest."""
     last = records.steps[-1].step if records.steps else 0
     total = (config.get("training") or {}).get("steps")
-    reached = f"step {last}" + (f" of {total}" if total else "")
+    reached = f"step {last:,}" + (f" of {total:,}" if total else "")
     if not folder.exit.exists() and manifest.get("finished"):
         return Status("finished", f"finished, {reached}")
     if not folder.exit.exists():

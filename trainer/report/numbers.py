@@ -20,14 +20,14 @@ def compact(value: float, digits: int = 3) -> str:
     if size >= 999_999.5:
         rounded = float(f"{value:.{digits}g}")
         if abs(rounded) >= 1e15:
-            return f"{value:.1e}" if digits <= 3 else f"{value:.{digits - 1}e}"
+            return _exponential(value, digits)
         unit, letter = next((u, letter) for u, letter in _SIZES if abs(rounded) >= u)
         return f"{_plain(rounded / unit, digits)}{letter}"
     if size >= 1000 or value == int(value):
         return f"{value:,.{max(0, digits - 6)}f}" if value != int(value) else f"{value:,.0f}"
     if size >= 1e-2:
         return _plain(value, digits)
-    return _plain(value, digits - 1) if size >= 1e-4 else f"{value:.{digits - 2}e}"
+    return _plain(value, digits - 1) if size >= 1e-4 else _exponential(value, digits)
 
 
 def percent(value: float, digits: int = 3) -> str:
@@ -52,6 +52,11 @@ def axis_texts(values: Sequence[float], form: Form) -> list[str]:
         if len(set(texts)) == len(texts):
             break
     return texts
+
+
+def _exponential(value: float, digits: int) -> str:
+    """`6e-05`, `1.2e-09`: one digit less than asked for, since the exponent takes room."""
+    return f"{value:.{digits - 2}e}".replace(".0e", "e") if digits <= 3 else f"{value:.{digits - 1}e}"
 
 
 def _plain(value: float, digits: int) -> str:

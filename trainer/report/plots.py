@@ -67,7 +67,10 @@ class Scale:
         if not self.log:
             return ticks(self.low, self.high, count)
         lowest, highest = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-        powers = range(lowest, highest + 1, max(1, math.ceil((highest - lowest) / (count + 1))))
+        stride = max(1, math.ceil((highest - lowest) / (count + 1)))
+        if stride > 1:
+            return [10.0**p for p in range(lowest, highest + 1, stride) if self.low <= 10.0**p <= self.high]
+        powers = range(lowest, highest + 1)
         for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
             found = [f * 10.0**p for p in powers for f in factors if self.low <= f * 10.0**p <= self.high]
             if len(found) >= 3:
