@@ -141,6 +141,9 @@ def counted(records: Records) -> dict[str, int]:
         "label_bytes": "labels/bytes",
     }
     totals = {name: sum(int(step.values[of]) for step in records.steps) for name, of in sums.items()}
+    for name in ("written", "empty", "cut_off", "dropped"):
+        counts = [step.values[f"answers/{name}"] for step in records.steps if f"answers/{name}" in step.values]
+        totals |= {f"answers_{name}": int(sum(counts))} if counts else {}
     events = Counter(event.name for event in records.events)
     return {**events, "trained_steps": len(records.steps), **totals}
 

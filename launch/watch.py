@@ -23,6 +23,7 @@ SPOKEN = {
     "labels_lost": "the labels of {units} were lost and are scored again",
     "save_failed": "the checkpoint of step {at_step} failed: {error}",
     "non_finite_step": "step {at_step} was skipped: its loss or gradient is not finite",
+    "empty_step": "step {at_step} taught nothing: none of its rows and answers could be used",
     "self_test_skipped": "self-tests skipped, as asked",
     "note": "{text}",
 }

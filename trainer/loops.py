@@ -16,15 +16,17 @@ An error of supply waits in the queue until its step is due: the steps before it
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from trainer.errors import Diverged, InfrastructureError, LabelsLost, Preempted, StillhouseError, StudentsLost
 from trainer.protocols import Elicitation, Scorers, Students
 from trainer.step_plan import cut_units, plan_step
 from trainer.types import (
+    AnswerCounters,
     BlockRef,
     Cursor,
     EncodingSpec,
@@ -80,6 +82,7 @@ class ReadyStep:
     reports: tuple[UnitReport, ...]
     prompt_ids: tuple[str, ...]
     num_sequences: int
+    answers: AnswerCounters  # written for it
 
 
 class Permits:
@@ -149,6 +152,7 @@ class Loops:
         self.last_saved: int | None = None
         self.last_evaluation: Evaluation | None = None
         self._cursor: Cursor | None = None  # after the last step trained here
+        self._answers = AnswerCounters()  # of the steps taken here
 
     async def run(self, start_step: int) -> None:
         """Train to the last step. Raises the first error of the steps in their order; supply is then cancelled.
@@ -190,7 +194,8 @@ class Loops:
                 left.exception()
 
     async def _make_ready(self, step: int, prompts: list[Prompt], cursor: Cursor) -> ReadyStep:
-        sequences = await self._elicitation.collect(prompts)
+        collected = await self._elicitation.collect(prompts)
+        sequences = collected.sequences
         plan = plan_step(
             [sequence.num_tokens for sequence in sequences],
             world=self._students.world,
@@ -206,6 +211,7 @@ class Loops:
             reports=reports,
             prompt_ids=tuple(sequence.id for sequence in sequences),
             num_sequences=len(sequences),
+            answers=collected.answers,
         )
 
     async def _score_and_stage(self, batches: tuple[RankBatch, ...]) -> tuple[UnitReport, ...]:
@@ -239,7 +245,7 @@ class Loops:
         for step in range(start_step + 1, self._settings.total_steps + 1):
             waited_from = time.time()
             try:
-                ready = await self._next_ready()
+                ready = self._with_answers(await self._next_ready())
             except StudentsLost:
                 raise
             except StillhouseError:
@@ -256,6 +262,25 @@ class Loops:
             self._observe(metrics, ready, waited_from, trained_from)
             self._count_non_finite(metrics, ready)
             await self._between_steps(step)
+
+    def _with_answers(self, ready: ReadyStep | None) -> ReadyStep | None:
+        """The step, its cursor with the answers of all steps up to it: they are counted as steps are trained, whatever
+        the order in which they were written. Raises `DataError` where too many of them are of no use."""
+        if ready is None:
+            return None
+        before = ready.cursor.answers.plus(self._answers)
+        self._answers = self._answers.plus(ready.answers)
+        answers = ready.cursor.answers.plus(self._answers)
+        if answers.cut_off and not before.cut_off:
+            text = f"step {ready.step} has answers that the teacher did not end (elicitation.max_new_tokens)"
+            self._observer.event("note", text=f"{text}; answers/cut_off in metrics.jsonl counts them")
+        if answers.empty and not before.empty:
+            text = f"step {ready.step} has prompts that the teacher answered with nothing"
+            self._observer.event("note", text=f"{text}; answers/empty in metrics.jsonl counts them")
+        self._elicitation.judge(answers, last=ready.step == self._settings.total_steps)
+        if not ready.num_sequences:
+            self._observer.event("empty_step", at_step=ready.step)
+        return replace(ready, cursor=replace(ready.cursor, answers=answers))
 
     async def _next_ready(self) -> ReadyStep | None:
         """The next step, or None as soon as a stop is requested while it is not being trained."""
@@ -301,9 +326,12 @@ class Loops:
             "step/sequences": ready.num_sequences,
             "labels/rows": rows,
             "labels/bytes": sum(report.num_bytes for report in ready.reports),
-            "labels/mass": sum(report.mean_mass * report.num_rows for report in ready.reports) / max(rows, 1),
+            "labels/mass": sum(r.mean_mass * r.num_rows for r in ready.reports) / rows if rows else math.nan,
             "scorer/score_s": sum(report.score_s for report in ready.reports),
         }
+        if ready.answers.written:
+            counters = asdict(ready.answers)
+            values |= {f"answers/{name}": float(count) for name, count in counters.items()}
         self._observer.step(StepMetrics(step=metrics.step, values=values))
 
     def _count_non_finite(self, metrics: StepMetrics, ready: ReadyStep) -> None:

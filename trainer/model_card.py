@@ -127,6 +127,7 @@ def _settings(run: Run, manifest: Mapping[str, Any], records: Records) -> list[t
         ("objective", " + ".join(_term(term) for term in run.objective)),
         ("soft labels", _plugin(run.labels.kind, run.labels.parameters)),
         ("answers written by", _plugin(run.elicitation.kind, run.elicitation.parameters)),
+        ("answers of the teacher", _answers(counters)),
         ("optimizer steps", f"{records.steps[-1].step:,}" if records.steps else ""),
         ("sequences per step", f"{training.sequences_per_step:,}"),
         ("tokens trained", _count(counters, "trained_tokens")),
@@ -160,6 +161,13 @@ def _term(term: Term) -> str:
 def _plugin(kind: str, parameters: Mapping[str, Any]) -> str:
     chosen = ", ".join(f"{name}: {value}" for name, value in parameters.items())
     return f"{kind} ({chosen})" if chosen else kind
+
+
+def _answers(counters: Mapping[str, Any]) -> str:
+    if "answers_written" not in counters:
+        return ""
+    names = ("written", "empty", "cut_off", "dropped")
+    return ", ".join(f"{counters[f'answers_{name}']:,} {name.replace('_', ' ')}" for name in names)
 
 
 def _count(counters: Mapping[str, Any], name: str) -> str:

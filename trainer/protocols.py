@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from trainer.types import (
+    AnswerCounters,
     BlockRef,
+    Collected,
     EncodingSpec,
     Evaluation,
     Prompt,
     RankBatch,
-    Sequence,
     SoftLabelBlock,
     StepMetrics,
     Unit,
@@ -51,8 +52,12 @@ class Writers(Protocol):
 class Elicitation(Protocol):
     """Who writes the tokens that the teacher judges."""
 
-    async def collect(self, prompts: AbstractSequence[Prompt]) -> list[Sequence]:
-        """The sequences of one step, in the order of the prompts."""
+    async def collect(self, prompts: AbstractSequence[Prompt]) -> Collected:
+        """The sequences of one step, and counts of the answers written for them."""
+        ...
+
+    def judge(self, answers: AnswerCounters, *, last: bool) -> None:
+        """Raises `DataError` where too many answers of the run so far could not be trained on. `last`: none follow."""
         ...
 
 

@@ -13,6 +13,7 @@ on all ranks.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
@@ -153,11 +154,11 @@ class StudentRank:
         own = [staged.num_tokens, computed - started, time.perf_counter() - computed]
         ranks = gather_numbers(torch.cat([sums, torch.tensor(own, dtype=sums.dtype, device=self._device)]))
         totals, slowest = ranks.sum(0), ranks.amax(0)
-        per_token = totals[1:-3] / max(1, staged.num_loss_tokens)
+        per_token = totals[1:-3] / staged.num_loss_tokens  # NaN where there is none: a mean of nothing is no zero
         return StepMetrics(
             step=step,
             values={
-                "train/loss": float(totals[0]) / self._world,
+                "train/loss": float(totals[0]) / self._world if staged.num_loss_tokens else math.nan,
                 **{f"train/{name}": float(v) for name, v in zip(self._objective.names, per_token, strict=True)},
                 "train/grad_norm": outcome.grad_norm,
                 "train/learning_rate": rate,

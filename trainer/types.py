@@ -49,6 +49,24 @@ class StreamCounters:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerCounters:
+    """Answers that a teacher wrote, and what was wrong with them."""
+
+    written: int = 0
+    empty: int = 0  # nothing but end tokens, or nothing at all
+    cut_off: int = 0  # as long as allowed, without an end token
+    dropped: int = 0  # not trained on: the empty ones, and those cut off where the elicitation leaves them out
+
+    def plus(self, more: AnswerCounters) -> AnswerCounters:
+        return AnswerCounters(
+            written=self.written + more.written,
+            empty=self.empty + more.empty,
+            cut_off=self.cut_off + more.cut_off,
+            dropped=self.dropped + more.dropped,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Cursor:
     """How far the prompt stream has been *trained*: `position` prompts of epoch `epoch`, in the order of `seed`."""
 
@@ -56,6 +74,7 @@ class Cursor:
     position: int
     seed: int
     counters: StreamCounters = StreamCounters()  # what was met on the way there, over all attempts
+    answers: AnswerCounters = AnswerCounters()  # likewise, of what was written for the prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +112,14 @@ class Sequence:
         """The loss rows as half-open spans, in order: the answers of a multi-turn text are no suffix."""
         edges = np.flatnonzero(np.diff(np.concatenate([[0], self.loss_mask.astype(np.int8), [0]])))
         return tuple((int(a), int(b)) for a, b in edges.reshape(-1, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What an elicitation made of the prompts of one step."""
+
+    sequences: tuple[Sequence, ...]  # in the order of the prompts; a prompt without a usable answer has none
+    answers: AnswerCounters = AnswerCounters()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import pytest
 from configs.plugins import ELICITATION
 from trainer.elicitation import feature, labeling
 from trainer.errors import DataError
-from trainer.types import Prompt
+from trainer.types import AnswerCounters, Prompt
 
 
 @dataclass
@@ -39,7 +39,7 @@ def test_feature_takes_the_answers_of_the_dataset() -> None:
     strategy = feature.Strategy()
     assert (strategy.needs_writer, strategy.needs_answer) == (False, True)
     bound = strategy.bind(None)
-    (sequence,) = asyncio.run(bound.collect([ANSWERED]))
+    (sequence,) = asyncio.run(bound.collect([ANSWERED])).sequences
     assert (sequence.id, sequence.provenance) == ("a", "dataset")
     assert sequence.token_ids is ANSWERED.token_ids
     assert sequence.spans() == ((1, 3),)
@@ -50,7 +50,7 @@ def test_feature_takes_the_answers_of_the_dataset() -> None:
 def test_labeling_writes_what_is_missing_in_the_order_of_the_prompts() -> None:
     writers = Echo({"b": [7, 8, 9], "c": [6]})
     bound = labeling.Strategy().bind(writers)
-    sequences = asyncio.run(bound.collect([prompt("b", [1, 2]), ANSWERED, prompt("c", [5])]))
+    sequences = asyncio.run(bound.collect([prompt("b", [1, 2]), ANSWERED, prompt("c", [5])])).sequences
     assert writers.asked == ["b", "c"]
     assert [(s.id, s.provenance) for s in sequences] == [("b", "teacher"), ("a", "dataset"), ("c", "teacher")]
     assert sequences[0].token_ids.tolist() == [1, 2, 7, 8, 9]
@@ -63,20 +63,46 @@ def test_the_first_written_token_is_predicted_by_the_last_row_of_the_prompt() ->
     assert sequence.token_ids[1:][sequence.loss_mask[:-1]].tolist() == [7, 8]
 
 
-def test_empty_answers_are_dropped_and_counted() -> None:
-    writers = Echo({"b": [], "c": [2], "d": [9, 2]})
-    prompts = [prompt(name, [1]) for name in "bcd"]
-    bound = labeling.Strategy().bind(writers, end_of_turn_ids=(2,))
-    assert [s.id for s in asyncio.run(bound.collect(prompts))] == ["d"]
-    assert bound.dropped == 2
-    plain = labeling.Strategy().bind(writers)
-    assert [s.id for s in asyncio.run(plain.collect(prompts))] == ["c", "d"]
-    assert plain.dropped == 1
+@pytest.mark.parametrize(("on_cut_off", "kept", "dropped"), [("keep", ["d", "e", "f"], 2), ("drop", ["d", "f"], 3)])
+def test_empty_answers_are_left_out_those_cut_off_as_configured_and_all_are_counted(
+    on_cut_off: str, kept: list[str], dropped: int
+) -> None:
+    writers = Echo({"b": [], "c": [2], "d": [9, 2], "e": [9, 8], "f": [7, 40]})
+    prompts = [ANSWERED, *(prompt(name, [1]) for name in "bcdef")]
+    bound = labeling.Strategy(on_cut_off=on_cut_off).bind(writers, end_of_turn_ids=(2, 40))
+    collected = asyncio.run(bound.collect(prompts))
+    assert [s.id for s in collected.sequences] == ["a", *kept]
+    assert collected.answers == AnswerCounters(written=5, empty=2, cut_off=1, dropped=dropped)
+
+
+def test_where_no_end_token_is_known_none_is_missing() -> None:
+    bound = labeling.Strategy(on_cut_off="drop").bind(Echo({"b": [], "c": [2]}))
+    collected = asyncio.run(bound.collect([prompt(name, [1]) for name in "bc"]))
+    assert [s.id for s in collected.sequences] == ["c"]
+    assert collected.answers == AnswerCounters(written=2, empty=1, cut_off=0, dropped=1)
+
+
+def test_too_many_answers_of_no_use_are_an_error_of_the_data() -> None:
+    bound = labeling.Strategy(max_dropped_fraction=0.25, on_cut_off="drop", max_new_tokens=64).bind(Echo({}))
+    bound.judge(AnswerCounters(written=40, empty=10, dropped=10), last=False)
+    bound.judge(AnswerCounters(), last=True)
+    with pytest.raises(
+        DataError, match=r"11 of the 40 answers .* \(9 empty, 2 cut off at max_new_tokens: 64\), more than"
+    ):
+        bound.judge(AnswerCounters(written=40, empty=9, cut_off=5, dropped=11), last=False)
+    few = AnswerCounters(
+        written=labeling.MIN_JUDGED - 1, empty=labeling.MIN_JUDGED - 1, dropped=labeling.MIN_JUDGED - 1
+    )
+    bound.judge(few, last=False)
+    with pytest.raises(DataError, match=r"elicitation\.max_dropped_fraction: 0\.25") as error:
+        bound.judge(few, last=True)
+    assert error.value.exit_code == 3
+    labeling.Strategy(max_dropped_fraction=1.0).bind(Echo({})).judge(few, last=True)
 
 
 def test_no_writer_is_asked_for_nothing() -> None:
     writers = Echo({})
-    assert len(asyncio.run(labeling.Strategy().bind(writers).collect([ANSWERED]))) == 1
+    assert asyncio.run(labeling.Strategy().bind(writers).collect([ANSWERED])).answers == AnswerCounters()
     assert writers.asked == []
 
 
@@ -90,6 +116,14 @@ def test_parameters_are_read_and_bounded_by_the_configuration() -> None:
     plugin = ELICITATION.validate({"kind": "labeling", "max_new_tokens": 64})
     assert labeling.Strategy(**plugin.parameters) == labeling.Strategy(max_new_tokens=64)
     assert feature.Strategy(**ELICITATION.validate("feature").parameters) == feature.Strategy()
-    for wrong in ({"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"rewrite": 3}):
+    for wrong in (
+        {"max_new_tokens": 0},
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"rewrite": 3},
+        {"on_cut_off": "cut"},
+        {"max_dropped_fraction": 2},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ELICITATION.validate({"kind": "labeling", **wrong})

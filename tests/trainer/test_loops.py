@@ -20,7 +20,19 @@ from trainer.errors import (
     UnitRejected,
 )
 from trainer.loops import Loops, LoopSettings
-from trainer.types import Cursor, EncodingSpec, Evaluation, Prompt, RankBatch, Sequence, StepMetrics, Unit, UnitReport
+from trainer.types import (
+    AnswerCounters,
+    Collected,
+    Cursor,
+    EncodingSpec,
+    Evaluation,
+    Prompt,
+    RankBatch,
+    Sequence,
+    StepMetrics,
+    Unit,
+    UnitReport,
+)
 
 SETTINGS = LoopSettings(
     total_steps=8,
@@ -42,10 +54,11 @@ class Stream:
 
     def __init__(self) -> None:
         self.position = 0
+        self.answers = AnswerCounters()
 
     @property
     def cursor(self) -> Cursor:
-        return Cursor(epoch=0, position=self.position, seed=0)
+        return Cursor(epoch=0, position=self.position, seed=0, answers=self.answers)
 
     def take(self, num: int) -> list[Prompt]:
         mask = np.arange(16) < 15
@@ -55,8 +68,11 @@ class Stream:
 
 
 class FromDataset:
-    async def collect(self, prompts: list[Prompt]) -> list[Sequence]:
-        return [Sequence(p.id, p.token_ids, p.loss_mask, "dataset") for p in prompts]
+    async def collect(self, prompts: list[Prompt]) -> Collected:
+        return Collected(tuple(Sequence(p.id, p.token_ids, p.loss_mask, "dataset") for p in prompts))
+
+    def judge(self, answers: AnswerCounters, *, last: bool) -> None:
+        pass
 
 
 @dataclass
@@ -368,3 +384,67 @@ def test_a_run_without_held_out_rows_is_never_evaluated() -> None:
     assert [event for event in trace.events if event[0] == "evaluation"] == []
     assert loops.last_evaluation is None
     assert len(students.trained) == saved[-1][0] == SETTINGS.total_steps
+
+
+class Written(FromDataset):
+    """A teacher that says nothing to `silent` prompts of every step; more than `allowed` of all end the run."""
+
+    def __init__(self, *, silent: int, allowed: float = 1.0) -> None:
+        self.silent, self.allowed = silent, allowed
+        self.judged: list[tuple[int, bool]] = []
+
+    async def collect(self, prompts: list[Prompt]) -> Collected:
+        sequences = (await super().collect(prompts)).sequences[self.silent :]
+        return Collected(sequences, AnswerCounters(written=len(prompts), empty=self.silent, dropped=self.silent))
+
+    def judge(self, answers: AnswerCounters, *, last: bool) -> None:
+        self.judged.append((answers.written, last))
+        if answers.dropped > self.allowed * answers.written or answers.written > 28:
+            raise DataError(f"{answers.dropped} of {answers.written}")
+
+
+def writing(elicitation: Written, **arguments: Any) -> tuple[Loops, Trace, Students, list[Cursor]]:
+    loops, trace, _, students, _ = make(**arguments)
+    saved: list[Cursor] = []
+
+    async def save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+        saved.append(cursor)
+        return True
+
+    loops._elicitation, loops._save = elicitation, save
+    return loops, trace, students, saved
+
+
+def test_answers_are_counted_as_their_steps_are_trained_and_saved_with_the_cursor() -> None:
+    elicitation = Written(silent=1)
+    loops, trace, _, saved = writing(elicitation, settings=replace(SETTINGS, total_steps=7, save_every=3, depth=3))
+    asyncio.run(loops.run(0))
+    assert [(cursor.position, cursor.answers.written, cursor.answers.empty) for cursor in saved] == [
+        (12, 12, 3),
+        (24, 24, 6),
+        (28, 28, 7),
+    ]
+    assert elicitation.judged == [(4 * step, step == 7) for step in range(1, 8)]
+    told = [e for e in trace.events if e[0] == "note"]
+    assert [e[1]["text"].split(";")[0] for e in told] == ["step 1 has prompts that the teacher answered with nothing"]
+
+    resumed, _, _, again = writing(Written(silent=1), settings=replace(SETTINGS, total_steps=7, save_every=3))
+    resumed._stream = stream = Stream()
+    stream.position, stream.answers = 12, saved[0].answers
+    asyncio.run(resumed.run(3))
+    assert again == saved[1:]
+
+
+def test_too_many_answers_of_no_use_end_the_run_after_what_was_trained_is_saved() -> None:
+    loops, _, students, saved = writing(Written(silent=1))
+    with pytest.raises(DataError, match="8 of 32"):  # the eighth step is one too many
+        asyncio.run(loops.run(0))
+    assert len(students.trained) == 7
+    assert [cursor.position for cursor in saved] == [28]
+
+
+def test_a_step_without_any_sequence_is_told() -> None:
+    loops, trace, students, _ = writing(Written(silent=4), settings=replace(SETTINGS, total_steps=2))
+    asyncio.run(loops.run(0))
+    assert students.trained == [[], []]
+    assert [e[1] for e in trace.events if e[0] == "empty_step"] == [{"at_step": 1}, {"at_step": 2}]

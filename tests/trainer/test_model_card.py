@@ -41,6 +41,13 @@ def front_matter(card: str) -> dict[str, Any]:
     return YAML(typ="safe").load(front)
 
 
+def test_the_card_says_what_became_of_written_answers() -> None:
+    counters = {"answers_written": 1200, "answers_empty": 3, "answers_cut_off": 40, "answers_dropped": 3}
+    card = model_card(run(), manifest={"counters": counters}, records=RECORDS)
+    assert "| answers of the teacher | 1,200 written, 3 empty, 40 cut off, 3 dropped |" in card
+    assert "answers of the teacher" not in model_card(run(), manifest=MANIFEST, records=RECORDS)
+
+
 def test_the_card_names_teacher_data_settings_and_quality() -> None:
     card = model_card(run(), manifest=MANIFEST, records=RECORDS)
     assert front_matter(card) == {

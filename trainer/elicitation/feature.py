@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from trainer.errors import DataError
 from trainer.protocols import Elicitation, Writers
-from trainer.types import Prompt, Sequence
+from trainer.types import AnswerCounters, Collected, Prompt, Sequence
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,12 @@ class Strategy:
 class DatasetAnswers:
     """Prompts that have answers, unchanged."""
 
-    dropped = 0
+    async def collect(self, prompts: AbstractSequence[Prompt]) -> Collected:
+        """One sequence per prompt. Raises `DataError` for a prompt without an answer."""
+        return Collected(tuple(answered_by_dataset(prompt) for prompt in prompts))
 
-    async def collect(self, prompts: AbstractSequence[Prompt]) -> list[Sequence]:
-        """One sequence per prompt, in order. Raises `DataError` for a prompt without an answer."""
-        return [answered_by_dataset(prompt) for prompt in prompts]
+    def judge(self, answers: AnswerCounters, *, last: bool) -> None:
+        """Nothing is written here."""
 
 
 def answered_by_dataset(prompt: Prompt) -> Sequence:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -16,17 +16,27 @@ from pydantic import Field
 from trainer.elicitation.feature import answered_by_dataset
 from trainer.errors import DataError
 from trainer.protocols import Elicitation, Writers
-from trainer.types import Prompt, Sequence
+from trainer.types import AnswerCounters, Collected, Prompt, Sequence
+
+MIN_JUDGED = 20
+"""Answers before their quality is judged."""
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """How the teacher writes; its writer replicas are started with these values. Rows that have answers keep them."""
+    """How the teacher writes; its writer replicas are started with these values. Rows that have answers keep them.
+
+    An answer that reaches `max_new_tokens` is cut off. With `on_cut_off: keep` it is learnt as far as it goes, without
+    an end token, so that the student is not taught to stop there; with `drop` it is left out, as an empty answer always
+    is. The run ends where more than `max_dropped_fraction` of the answers were left out.
+    """
 
     max_new_tokens: Annotated[int, Field(gt=0)] = 256
     temperature: Annotated[float, Field(ge=0)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     rewrite: bool = False
+    on_cut_off: Literal["keep", "drop"] = "keep"
+    max_dropped_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
 
     needs_writer: ClassVar[bool] = True
     needs_answer: ClassVar[bool] = False
@@ -39,34 +49,55 @@ class Strategy:
     def bind(self, writers: Writers | None, *, end_of_turn_ids: Collection[int] = ()) -> Elicitation:
         """An answer that holds nothing but `end_of_turn_ids` counts as empty."""
         assert writers is not None, "labeling needs writer replicas"
-        return WrittenAnswers(writers, rewrite=self.rewrite, end_of_turn_ids=end_of_turn_ids)
+        return WrittenAnswers(writers, self, end_of_turn_ids=end_of_turn_ids)
 
 
 class WrittenAnswers:
-    """Answers by the writers where the dataset has none. `dropped` counts prompts that were answered with nothing."""
+    """Answers by the writers where the dataset has none."""
 
-    def __init__(self, writers: Writers, *, rewrite: bool, end_of_turn_ids: Collection[int]) -> None:
+    def __init__(self, writers: Writers, strategy: Strategy, *, end_of_turn_ids: Collection[int]) -> None:
         self._writers = writers
-        self._rewrite = rewrite
+        self._strategy = strategy
         self._end_of_turn_ids = frozenset(end_of_turn_ids)
-        self.dropped = 0
 
-    async def collect(self, prompts: AbstractSequence[Prompt]) -> list[Sequence]:
-        """Sequences in the order of the prompts, without those whose answer is empty."""
-        if self._rewrite and any(prompt.loss_mask is not None for prompt in prompts):
+    async def collect(self, prompts: AbstractSequence[Prompt]) -> Collected:
+        """Sequences in the order of the prompts, without those whose answer is left out."""
+        if self._strategy.rewrite and any(prompt.loss_mask is not None for prompt in prompts):
             raise DataError("rows reached the writers with their old answers: open the prompt stream with rewrite")
         wanting = [prompt for prompt in prompts if prompt.loss_mask is None]
         answers = await self._writers.write(wanting) if wanting else []
         written = {prompt.id: answer for prompt, answer in zip(wanting, answers, strict=True)}
-        sequences = []
+        sequences, counters = [], AnswerCounters()
         for prompt in prompts:
             if prompt.loss_mask is not None:
                 sequences.append(answered_by_dataset(prompt))
-            elif self._end_of_turn_ids.issuperset(written[prompt.id].tolist()):
-                self.dropped += 1
-            else:
+                continue
+            count = self._count(written[prompt.id].tolist())
+            counters = counters.plus(count)
+            if not count.dropped:
                 sequences.append(answered_by_teacher(prompt, written[prompt.id]))
-        return sequences
+        return Collected(tuple(sequences), counters)
+
+    def _count(self, answer: list[int]) -> AnswerCounters:
+        """Of one answer. Where no end token is known, none is missing."""
+        if self._end_of_turn_ids.issuperset(answer):
+            return AnswerCounters(written=1, empty=1, dropped=1)
+        cut_off = int(bool(self._end_of_turn_ids) and answer[-1] not in self._end_of_turn_ids)
+        return AnswerCounters(written=1, cut_off=cut_off, dropped=cut_off * (self._strategy.on_cut_off == "drop"))
+
+    def judge(self, answers: AnswerCounters, *, last: bool) -> None:
+        """See the protocol; the first few answers say too little, unless there are no more."""
+        allowed = self._strategy.max_dropped_fraction
+        if (answers.written < MIN_JUDGED and not last) or answers.dropped <= allowed * answers.written:
+            return
+        cut_off = answers.dropped - answers.empty
+        also = f", {cut_off} cut off at max_new_tokens: {self._strategy.max_new_tokens}" if cut_off else ""
+        raise DataError(
+            f"{answers.dropped} of the {answers.written} answers that the teacher wrote could not be trained on "
+            f"({answers.empty} empty{also}), more than elicitation.max_dropped_fraction: {allowed} allows. A teacher "
+            "that says nothing was mostly asked with a chat template that is not its own (teacher.chat_template); "
+            "answers that are cut off need a larger elicitation.max_new_tokens, or on_cut_off: keep"
+        )
 
 
 def answered_by_teacher(prompt: Prompt, answer: np.ndarray) -> Sequence:
