@@ -1,10 +1,13 @@
 """Rows in the conventional formats, validated: what a row must hold, and one clear message for each way to be wrong.
 
 format             fields                                   in the loss
-messages           messages: [{role, content}, ...]         every assistant turn
+messages           messages: [{role, content}, ...]         every assistant turn that is not marked as context
 prompt_completion  prompt, completion: both text or chat    the completion (of a chat: its assistant turns)
 prompt             prompt: text or chat                     nothing yet: the answer is to be written
 text               text                                     every token but the first
+
+With `auto` every row is read by its own fields: the first of messages, prompt and text that it has (null is absent). A
+prompt is answered where the row has a completion. All rows must be alike in this; one that is not is a bad row.
 """
 
 from __future__ import annotations
@@ -19,25 +22,35 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from configs.schema import Dataset
 from trainer.errors import DataError
+from trainer.row_fields import (
+    LOSS_FLAGS,
+    RowProblem,
+    loss_flag,
+    other_format,
+    refuse_row_fields,
+    refuse_turn_fields,
+    refuse_unread_answer,
+)
 from trainer.row_files import BadRow, RawRows, open_raw_rows
 
 RowFormat = Literal["messages", "prompt_completion", "prompt", "text"]
 
-_FIELDS: Mapping[RowFormat, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "prompt": ("prompt",),
-    "text": ("text",),
-}
-"""In the order in which `auto` looks for them: a dataset with messages and prompt columns is read by its messages."""
+_AUTO: Mapping[str, RowFormat] = {"messages": "messages", "prompt": "prompt_completion", "text": "text"}
+"""The field that tells a row's format, in the order in which `auto` looks: a row with messages and a prompt is read by
+its messages."""
+
+_SEARCHED_ROWS = 10_000
+_SHOWN_FIELDS = 12
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRow:
-    """A conversation. Assistant turns from index `loss_from` on are answers; the ones before are given context."""
+    """A conversation. Assistant turns from index `loss_from` on are answers, except those whose index is in `context`;
+    the ones before are given context."""
 
     messages: tuple[Mapping[str, Any], ...]
     loss_from: int
+    context: frozenset[int] = frozenset()
 
     @property
     def answered(self) -> bool:
@@ -69,12 +82,15 @@ class Rows:
 
     raw: RawRows
     format: RowFormat
+    told_by_fields: bool = False  # not named by the configuration: every row must show this format itself
 
     @classmethod
     def open(cls, dataset: Dataset) -> Rows:
-        """Raises as `open_raw_rows` does, and `DataError` where the columns fit no format."""
+        """Raises as `open_raw_rows` does, and `DataError` where no row fits a format."""
         raw = open_raw_rows(dataset)
-        return cls(raw=raw, format=_choose_format(raw, dataset.format))
+        if dataset.format != "auto":
+            return cls(raw=raw, format=dataset.format)
+        return cls(raw=raw, format=_first_format(raw), told_by_fields=True)
 
     def __len__(self) -> int:
         return len(self.raw)
@@ -83,16 +99,16 @@ class Rows:
         """Raises `BadRow` naming place and field. Without `needs_answer` a missing answer is no mistake."""
         value = self.raw.raw(row)
         try:
+            if self.told_by_fields:
+                _check_own_format(value, self.format)
             return parse_row(value, row_format=self.format, needs_answer=needs_answer)
         except RowProblem as problem:
             raise BadRow(self.raw.origin(row), str(problem), preview(value)) from problem
+        except RecursionError:
+            raise BadRow(self.raw.origin(row), "not a row: nested too deeply") from None
 
 
 _FOLLOWERS = {"start": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
-
-
-class RowProblem(ValueError):
-    """What is wrong with a row, field first; the place is added by who knows it."""
 
 
 class Message(BaseModel):
@@ -136,15 +152,21 @@ class _TextFields(_Fields):
 
 def parse_row(value: Mapping[str, Any], *, row_format: RowFormat, needs_answer: bool) -> Row:
     """A validated row. Raises `RowProblem`."""
-    if value.get("tools"):
-        raise RowProblem("tools: tool calls are not supported; remove the field")
+    refuse_row_fields(value, chat=row_format != "text")
+    for field in ("messages", "prompt", "completion", "text"):
+        _refuse_surrogates(field, value.get(field))
     if row_format == "text":
         return CorpusRow(_text("text", _validate(_TextFields, value).text))
     if row_format == "messages":
         return _chat("messages", _validate(_MessagesFields, value).messages, needs_answer=needs_answer)
     completion = value.get("completion") if row_format == "prompt_completion" else None
+    if completion is None and row_format == "prompt_completion":
+        refuse_unread_answer(value)
     if completion is None and needs_answer:
-        raise RowProblem(f"completion: is {'null' if 'completion' in value else 'missing'}")
+        raise RowProblem(
+            f"completion: is {'null' if 'completion' in value else 'missing'}, and answers are needed here (with "
+            "elicitation: labeling and teacher.writer: {} the teacher writes those of data.train)"
+        )
     return (_parse_chat_pair if isinstance(value.get("prompt"), list) else _parse_text_pair)(value, completion)
 
 
@@ -168,19 +190,26 @@ def _parse_chat_pair(value: Mapping[str, Any], completion: Any) -> ChatRow:
     if prompt[-1].role != "user":
         raise RowProblem(f"prompt[{len(prompt) - 1}].role: a prompt must end with a user turn, not {prompt[-1].role!r}")
     if completion is None:
-        return _chat("prompt", prompt, needs_answer=False)
+        return _chat("prompt", prompt, needs_answer=False, learnable=False)
     if isinstance(completion, str):
         raise RowProblem("completion: is text but prompt is a list of messages; both must be the same")
     answer = _validate(_ChatCompletion, value).completion
-    _chat("prompt", prompt, needs_answer=False)
+    _chat("prompt", prompt, needs_answer=False, learnable=False)
     return _chat("completion", answer, needs_answer=True, before=prompt)
 
 
 def _chat(
-    field: str, turns: AbstractSequence[Message], *, needs_answer: bool, before: AbstractSequence[Message] = ()
+    field: str,
+    turns: AbstractSequence[Message],
+    *,
+    needs_answer: bool,
+    before: AbstractSequence[Message] = (),
+    learnable: bool = True,
 ) -> ChatRow:
-    """Checks the order: an optional system turn, then user and assistant by turns, beginning with user."""
+    """Checks the order: an optional system turn, then user and assistant by turns, beginning with user. `learnable`:
+    whether assistant turns of this field are answers."""
     role = "start" if not before else before[-1].role
+    answers, context = 0, set()
     for index, turn in enumerate(turns):
         place = f"{field}[{index}]"
         expected = _FOLLOWERS[role]
@@ -188,27 +217,59 @@ def _chat(
             after = "the first turn" if role == "start" else f"the turn after {role!r}"
             raise RowProblem(f"{place}.role: {after} must be {' or '.join(expected)}, not {turn.role!r}")
         _text(f"{place}.content", turn.content, may_be_empty=turn.role == "system")
-        if (turn.model_extra or {}).get("tool_calls"):
-            raise RowProblem(f"{place}.tool_calls: tool calls are not supported")
+        is_answer = learnable and turn.role == "assistant"
+        answers += turn.role == "assistant"
+        if not _is_learnt(turn, place, is_answer=is_answer) and is_answer:
+            context.add(len(before) + index)
         role = turn.role
-    if needs_answer and not any(turn.role == "assistant" for turn in turns):
+    if needs_answer and not answers:
         raise RowProblem(f"{field}: no assistant turn, so nothing to learn from")
+    if needs_answer and answers == len(context):
+        raise RowProblem(f"{field}: every assistant turn is marked as not to be learnt; leave such rows out")
     if role == "system":
         raise RowProblem(f"{field}: only a system turn; a user turn must follow")
-    # Tables fill fields that only other messages have with null: null is as good as absent.
-    messages = tuple({k: v for k, v in turn.model_dump().items() if v is not None} for turn in (*before, *turns))
-    return ChatRow(messages, loss_from=len(before))
+    messages = tuple(_template_input(turn) for turn in (*before, *turns))
+    return ChatRow(messages, loss_from=len(before), context=frozenset(context))
+
+
+def _is_learnt(turn: Message, place: str, *, is_answer: bool) -> bool:
+    extra = turn.model_extra or {}
+    refuse_turn_fields(extra, place=place)
+    marked = loss_flag(extra, place=place)
+    if marked and not is_answer:
+        raise RowProblem(
+            f"{place}: is marked as learnt, and only answers are: the assistant turns of messages or completion; remove "
+            "the mark"
+        )
+    return is_answer if marked is None else marked
+
+
+def _template_input(turn: Message) -> Mapping[str, Any]:
+    """What the chat template is given. Tables fill fields that only other messages have with null: as good as absent."""
+    return {k: v for k, v in turn.model_dump().items() if v is not None and k not in LOSS_FLAGS}
 
 
 def _text(field: str, text: str, *, may_be_empty: bool = False) -> str:
     if not may_be_empty and not text.strip():
         raise RowProblem(f"{field}: is empty")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = f"\\u{ord(text[error.start]):04x}"
-        raise RowProblem(f"{field}: is not text: lone surrogate {code} at character {error.start}") from error
     return text
+
+
+def _refuse_surrogates(field: str, value: Any) -> None:
+    """JSON can hold halves of characters, which are no text and which neither tokenizers nor terminals take."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            code = f"\\u{ord(value[error.start]):04x}"
+            raise RowProblem(f"{field}: is not text: lone surrogate {code} at character {error.start}") from error
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_surrogates(f"{field}[{index}]", item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_surrogates(f"the name of a field of {field}", key)
+            _refuse_surrogates(f"{field}.{key}", item)
 
 
 def _validate(model: type[_Fields], value: Mapping[str, Any]) -> Any:
@@ -224,7 +285,9 @@ def _explain(error: Mapping[str, Any]) -> str:
     kind = "null" if found is None else f"a {_NAMES.get(type(found), type(found).__name__)}"
     match error["type"]:
         case "missing":
-            return f"{field}: is missing"
+            names = found.keys() if isinstance(found, dict) else ()
+            hint = " (from and value are ShareGPT's names: write role and content)" if "from" in names else ""
+            return f"{field}: is missing{hint}"
         case "string_type":
             return f"{field}: must be text, not {kind}"
         case "list_type":
@@ -232,7 +295,7 @@ def _explain(error: Mapping[str, Any]) -> str:
         case "too_short":
             return f"{field}: is empty"
         case "literal_error":
-            return f"{field}: unknown role {found!r}; write system, user or assistant"
+            return f"{field}: unknown role {ascii(found)[:40]}; write system, user or assistant"
         case "model_type" | "model_attributes_type":
             return f"{field}: must be an object with role and content, not {kind}"
         case _:
@@ -242,17 +305,47 @@ def _explain(error: Mapping[str, Any]) -> str:
 _NAMES = {str: "string", int: "number", float: "number", bool: "boolean", list: "list", dict: "object"}
 
 
-def _choose_format(raw: RawRows, wanted: str) -> RowFormat:
-    found = ", ".join(raw.columns) or "none"
-    for row_format, fields in _FIELDS.items():
-        if wanted in ("auto", row_format) and all(field in raw.columns for field in fields):
-            return row_format
-    if wanted != "auto":
-        need = " and ".join(_FIELDS[wanted])
-        raise DataError(f"{raw.name}: no row has the field(s) {need} of format {wanted}; fields found: {found}")
-    if not raw.columns:
-        raw.raw(0)  # no row could be decoded: the first one says why
-    raise DataError(
-        f"{raw.name}: the fields fit no format; found: {found}; "
-        "needed: messages, or prompt and completion, or prompt, or text"
+def _first_format(raw: RawRows) -> RowFormat:
+    """The format of the first row that has one. Raises `DataError`, or `BadRow` where no row can be decoded."""
+    decoded, undecoded = None, None
+    for row in range(min(len(raw), _SEARCHED_ROWS)):
+        try:
+            value = raw.raw(row)
+        except BadRow as problem:
+            undecoded = undecoded or problem
+            continue
+        found = _own_format(value)
+        if found is not None:
+            return found
+        decoded = decoded or (row, value)
+    if decoded is None:
+        assert undecoded is not None
+        raise undecoded
+    row, value = decoded
+    more = "" if len(raw) <= _SEARCHED_ROWS else f", nor does any of the first {_SEARCHED_ROWS} rows"
+    raise DataError(f"{raw.origin(row)}: {_no_format(value)}{more}")
+
+
+def _own_format(value: Mapping[str, Any]) -> RowFormat | None:
+    return next((row_format for field, row_format in _AUTO.items() if value.get(field) is not None), None)
+
+
+def _no_format(value: Mapping[str, Any]) -> str:
+    shown = ", ".join(ascii(field)[1:-1] for field in list(value)[:_SHOWN_FIELDS]) or "none"
+    return (
+        f"the fields fit no format; found: {shown}; needed: messages, or prompt and completion, or prompt, or text"
+        f"{other_format(value)}"
+    )
+
+
+def _check_own_format(value: Mapping[str, Any], expected: RowFormat) -> None:
+    """Raises `RowProblem` for a row of another format than the dataset's: read by that one it would be learnt as
+    something else."""
+    found = _own_format(value)
+    if found is None or found == expected:
+        return
+    fields = {row_format: field for field, row_format in _AUTO.items()}
+    raise RowProblem(
+        f"{fields[found]}: the row is of another format than the first one, which is read by its {fields[expected]}; "
+        "give each format a dataset of its own, or name the one to read with format"
     )

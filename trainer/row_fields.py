@@ -1,0 +1,115 @@
+"""Fields of other trainers' files that change what a row means: honoured where they have one meaning, refused where
+they would otherwise be lost.
+
+A file because a field that nobody reads is a row that is learnt as something else: the bad answer of `weight: 0`, an
+answer without the tools it speaks of. Fields not named here (id, source, scores ...) are metadata and stay allowed.
+Formats looked at: OpenAI fine-tuning, TRL, axolotl, LLaMA-Factory, ms-swift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class RowProblem(ValueError):
+    """What is wrong with a row, field first; the place is added by who knows it."""
+
+
+LOSS_FLAGS = ("weight", "loss_weight", "loss", "loss_scale", "train", "training")
+"""Of a message: whether it is learnt. OpenAI: weight 0 or 1; axolotl: train or training; ms-swift: loss, loss_scale."""
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Of a message: text that only some chat templates render."""
+
+_TOOLS = "tool calls are not supported; remove the field, or leave such rows out"
+_MEDIA = "only text is supported; remove the field, or leave such rows out"
+_ALWAYS = dict.fromkeys(("tools", "functions", "function_call", "tool_calls", "tool_call_id"), _TOOLS) | dict.fromkeys(
+    ("image", "images", "video", "videos", "audio", "audios"), _MEDIA
+)
+_IN_ROWS = _ALWAYS | {
+    "chat_template_kwargs": "options of single rows are not handed to the chat template; write them into a template of "
+    "your own and name it with teacher.chat_template",
+    "rejected": "pairs of a better and a worse answer are not supported; write the answer to learn as completion and "
+    "remove the other",
+}
+_IN_CHATS = {
+    "system": "is not read here; write it as the first message, with role: system",
+    "history": "is not read here; write the earlier turns into messages",
+}
+_IN_TURNS = _ALWAYS | {
+    "train_detail": "parts of a message cannot be left out of the loss; split the message or remove the field",
+    "training_detail": "parts of a message cannot be left out of the loss; split the message or remove the field",
+    "refusal": "is not read; write its text as content",
+    "prefix": "an answer that begins with given text is not supported; leave such rows out",
+    "partial": "an answer that begins with given text is not supported; leave such rows out",
+}
+_ROW_WEIGHTS = ("weight", "loss_weight", "loss_scale", "sample_weight")
+_ANSWERS = ("chosen", "response", "answer", "output")
+_OTHER_FORMATS = (
+    (("conversations",), "ShareGPT's format: rename conversations to messages, from to role (human to user, gpt to "
+     "assistant) and value to content"),
+    (("instruction", "output"), "Alpaca's format: write instruction and input together as prompt, output as "
+     "completion"),
+    (("query", "response"), "ms-swift's format: rename query to prompt and response to completion"),
+    (("question", "answer"), "rename question to prompt and answer to completion"),
+    (("chosen", "rejected"), "pairs of a better and a worse answer: write the one to learn as messages"),
+    (("segments",), "axolotl's segments: write prompt and completion"),
+    (("input_ids",), "tokens: give the text, which is tokenised here"),
+)  # fmt: skip
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a field says nothing: tables fill what only other rows have with null or emptiness."""
+    return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
+
+
+def refuse_row_fields(value: Mapping[str, Any], *, chat: bool) -> None:
+    """Raises `RowProblem` for a field of a row that changes its meaning and is not honoured."""
+    _refuse(value, _IN_ROWS | (_IN_CHATS if chat else {}), place="")
+    for field in _ROW_WEIGHTS:
+        if value.get(field) is not None and value[field] != 1:
+            raise RowProblem(f"{field}: rows cannot be weighted, here it is {value[field]!r}; remove the field or the row")
+    if value.get("label") is False and "completion" in value:
+        raise RowProblem("label: false marks an answer that must not be learnt; leave such rows out")
+
+
+def refuse_unread_answer(value: Mapping[str, Any]) -> None:
+    """Raises `RowProblem` for a prompt beside which an answer seems to stand under a name that is not read."""
+    for field in _ANSWERS:
+        if not is_absent(value.get(field)):
+            raise RowProblem(
+                f"{field}: looks like the answer, and only completion is read; rename it to completion, or write "
+                "format: prompt for this dataset where it is none"
+            )
+
+
+def refuse_turn_fields(extra: Mapping[str, Any], *, place: str) -> None:
+    """The same for the fields of one message beside role and content."""
+    _refuse(extra, _IN_TURNS, place=f"{place}.")
+
+
+def loss_flag(extra: Mapping[str, Any], *, place: str) -> bool | None:
+    """Whether a message is marked as learnt; None where it does not say. Raises `RowProblem` for a fraction, for what
+    is no number, and for marks that contradict each other."""
+    given = {field: extra[field] for field in LOSS_FLAGS if extra.get(field) is not None}
+    for field, value in given.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise RowProblem(
+                f"{place}.{field}: {value!r} is not supported: a message is learnt (1, true) or is context (0, false)"
+            )
+    if len({bool(value) for value in given.values()}) > 1:
+        raise RowProblem(f"{place}: {' and '.join(given)} contradict each other; keep one of them")
+    return bool(next(iter(given.values()))) if given else None
+
+
+def other_format(fields: Iterable[str]) -> str:
+    """What a row of these fields seems to be, and how it is converted; empty where it is nothing known."""
+    found = set(fields)
+    return next((f"; {text}" for needed, text in _OTHER_FORMATS if found.issuperset(needed)), "")
+
+
+def _refuse(value: Mapping[str, Any], refused: Mapping[str, str], *, place: str) -> None:
+    for field, text in refused.items():
+        if not is_absent(value.get(field)):
+            raise RowProblem(f"{place}{field}: {text}")
