@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from configs.paths import expand_home
 from configs.plugins import ELICITATION, ENGINES, LABELS, Plugin
 from configs.refusal import refusal
 
@@ -36,6 +37,12 @@ DType = Literal["auto", "bfloat16", "float32"]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def _known_home(path: str) -> str:
+    """The path as it is: whoever reads it replaces `~`, and can."""
+    expand_home(path)
+    return path
 
 
 class ModelSource(Section):
@@ -52,7 +59,12 @@ class ModelSource(Section):
     @field_validator("path")
     @classmethod
     def _home_is_a_folder(cls, path: str) -> str:
-        return str(Path(path).expanduser()) if path.startswith("~") else path
+        return str(expand_home(path)) if path.startswith("~") else path
+
+    @field_validator("local_copy")
+    @classmethod
+    def _copy_has_a_home(cls, folder: Path | None) -> Path | None:
+        return folder if folder is None else Path(_known_home(str(folder)))
 
     @model_validator(mode="after")
     def _foreign_code_is_pinned(self) -> ModelSource:
@@ -176,6 +188,11 @@ class Teacher(Section):
     scorer: Replicas = Field(default_factory=Replicas)
     writer: Replicas | None = Field(None, description="Needed by elicitations that let the teacher write.")
 
+    @field_validator("chat_template")
+    @classmethod
+    def _template_has_a_home(cls, path: str | None) -> str | None:
+        return path if path is None else _known_home(path)
+
     def roles(self) -> dict[str, Replicas]:
         """The replicas by role, `scorer` first."""
         return {"scorer": self.scorer} | ({} if self.writer is None else {"writer": self.writer})
@@ -188,9 +205,15 @@ class Dataset(Section):
     revision: str | None = None
     split: str = "train"
     format: Literal["auto", "messages", "prompt_completion", "prompt", "text"] = Field(
-        "auto", description="auto: decided by the column names, the same for all rows."
+        "auto",
+        description="auto: told by each row's own fields, and the same for all rows. prompt: answers are not read.",
     )
     max_rows: PositiveInt | None = Field(None, description="Read only the first rows.")
+
+    @field_validator("path")
+    @classmethod
+    def _path_has_a_home(cls, path: str) -> str:
+        return _known_home(path)
 
 
 class Data(Section):
@@ -313,6 +336,11 @@ class Run(Section):
     faults: Faults = Faults()
     report: Report = Report()
 
+    @field_validator("folder")
+    @classmethod
+    def _home_is_a_folder(cls, folder: Path | None) -> Path | None:
+        return folder if folder is None else expand_home(folder)
+
     @model_validator(mode="after")
     def _no_term_twice(self) -> Run:
         seen = [(term.loss, term.beta) for term in self.objective]
@@ -351,7 +379,10 @@ class Run(Section):
             text = f"elicitation: {kind} lets nobody write: remove writer, or write elicitation: labeling"
             raise refusal(("teacher", "writer"), None, text)
         if needs_answer and data.format == "prompt":
-            text = f"elicitation: {kind} needs rows with answers: write elicitation: labeling, or name another format"
+            text = (
+                f"elicitation: {kind} needs rows with answers: name another format, or write elicitation: labeling and "
+                "teacher.writer: {}"
+            )
             raise refusal(("data", "train", "format"), data.format, text)
         if writes and data.format == "text":
             text = f"elicitation: {kind} answers prompts, and format: text has none; write elicitation: feature"

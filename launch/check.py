@@ -20,6 +20,7 @@ import typer
 
 from cluster.resolve import check_split
 from configs.load import load_run, run_folder
+from configs.paths import refuse_pattern
 from configs.plugins import ELICITATION, ENGINES, LABELS, Family, Plugin
 from configs.schema import Dataset, ModelSource, Run
 from launch.disk import DiskNeed, check_writable, free_bytes, size_text
@@ -142,6 +143,8 @@ def _model(
     def look() -> None:
         nonlocal where
         where = find_model(source, path_name=place, needs_weights=needs_weights)
+        if where == "folder" and role == "teacher":
+            refuse_pattern(place, Path(source.path).expanduser(), reader="vLLM")
         lora = run.student.lora if role == "student" else None
         facts[role] = read_facts(source, path_name=place, lora=lora)
         longest = facts[role].max_length
@@ -295,7 +298,12 @@ def _licences(run: Run) -> Iterator[Finding]:
 
 def _folder(run: Run, student: ModelFacts | None) -> Iterator[Finding]:
     folder = run_folder(run).absolute()
-    yield _attempt("run folder", lambda: check_writable(folder), lambda: str(folder))
+
+    def look() -> None:
+        refuse_pattern("folder", folder, reader="DeepSpeed")
+        check_writable(folder)
+
+    yield _attempt("run folder", look, lambda: str(folder))
     if student is None:
         yield Finding("disk", "not checked", "its need follows from the student's size")
         return

@@ -13,7 +13,7 @@ text; where an answer begins they must also be those that a writer would have re
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,18 +103,20 @@ class Template:
         """int32 [L]: what a writer reads to answer, generation header included."""
         return self._array(self._ids(self._render(messages, generation_prompt=True)))
 
-    def render(self, messages: Messages, *, loss_from: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def render(
+        self, messages: Messages, *, loss_from: int = 0, context: Collection[int] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
         """ids int32 [L] and loss mask bool [L] (shifted, `trainer/types.py`) of a whole conversation.
 
         The mask holds the predictions of the tokens of the assistant turns from index `loss_from` on, each to its
-        end-of-turn token. Raises `ConfigError` for a template that is not prefix-stable, `DataError` for a conversation
-        that it refuses or whose answer merges with its header.
+        end-of-turn token, without those in `context`. Raises `ConfigError` for a template that is not prefix-stable,
+        `DataError` for a conversation that it refuses or whose answer merges with its header.
         """
         whole = self._render(messages)
         spans = [
             self._answer(messages, index, whole)
             for index in range(loss_from, len(messages))
-            if messages[index]["role"] == "assistant"
+            if messages[index]["role"] == "assistant" and index not in context
         ]
         return self._encode(whole, spans)
 

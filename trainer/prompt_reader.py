@@ -48,14 +48,6 @@ class PromptReader:
     ) -> PromptReader:
         """Raises `ConfigError` or `DataError` where the dataset as a whole cannot give what is asked."""
         rows = Rows.open(dataset)
-        if needs_answer and rows.format == "prompt":
-            raise ConfigError(
-                f"the dataset {dataset.path} holds prompts without answers, and here answers are needed: let the "
-                "teacher write them with elicitation: {kind: labeling}, or give rows with messages, or with prompt "
-                "and completion"
-            )
-        if rewrite and rows.format == "text":
-            raise ConfigError(f"the dataset {dataset.path} is plain text: there is no answer to rewrite")
         if room_for_answer >= data.max_length:
             raise ConfigError(
                 f"an answer of up to {room_for_answer} tokens leaves no room for a prompt in data.max_length "
@@ -82,6 +74,8 @@ class PromptReader:
 
     def _tokenise(self, row: Row) -> tuple[np.ndarray, np.ndarray | None]:
         match row:
+            case CorpusRow() if self.rewrite:
+                raise DataError("is plain text, in which there is no answer to rewrite")
             case CorpusRow():
                 return self.template.render_corpus(row.text)
             case ChatRow():
@@ -90,7 +84,7 @@ class PromptReader:
                 if self.rewrite:
                     kept = row.messages[: row.loss_from or -1]
                     return self.template.render_prompt(kept), None
-                return self.template.render(row.messages, loss_from=row.loss_from)
+                return self.template.render(row.messages, loss_from=row.loss_from, context=row.context)
         return self.template.render_text(row.prompt, None if self.rewrite else row.completion)
 
     def _id_problem(self, ids: np.ndarray, mask: np.ndarray | None) -> str | None:

@@ -69,7 +69,9 @@ def refuse_row_fields(value: Mapping[str, Any], *, chat: bool) -> None:
     _refuse(value, _IN_ROWS | (_IN_CHATS if chat else {}), place="")
     for field in _ROW_WEIGHTS:
         if value.get(field) is not None and value[field] != 1:
-            raise RowProblem(f"{field}: rows cannot be weighted, here it is {value[field]!r}; remove the field or the row")
+            raise RowProblem(
+                f"{field}: rows cannot be weighted, here it is {value[field]!r}; remove the field or the row"
+            )
     if value.get("label") is False and "completion" in value:
         raise RowProblem("label: false marks an answer that must not be learnt; leave such rows out")
 

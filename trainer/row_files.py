@@ -6,25 +6,29 @@ as an unnamed generation error, a missing field as null), so jsonl is read here 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import re
 from array import array
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from configs.schema import Dataset
+from configs.paths import expand_home, refuse_pattern
+from configs.schema import HUB_NAME, Dataset
 from trainer.content import files_below, folder_content
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, foreign_errors, reason_of
 
 MAX_LINE_BYTES = 16 * 2**20
-"""A row is one conversation; a longer line is a file in the wrong format, and would stall the run that reads it."""
+"""A row is one conversation; a longer line is a file in the wrong format, and would stall the run that reads it. Of a
+row of a table so many characters."""
 
 WHOLE_BYTES, PLACES = 256 * 2**20, 1024
 """How much of row files is read to tell whether they are the same (`trainer/content.py`)."""
 
-_SAMPLED_ROWS = 100
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _BOM = b"\xef\xbb\xbf"
@@ -47,7 +51,6 @@ class RawRows(Protocol):
     """Rows by number, not yet validated."""
 
     name: str
-    columns: tuple[str, ...]  # of all rows (table), or of the first hundred readable ones (jsonl)
 
     def __len__(self) -> int: ...
 
@@ -64,11 +67,15 @@ def open_raw_rows(dataset: Dataset) -> RawRows:
     Raises `ConfigError` for a path, split or hub name that does not exist, `DataError` for a file that cannot be read
     or has no rows.
     """
-    path = Path(dataset.path).expanduser()
-    if path.is_file():
+    with foreign_errors(f"cannot look at the dataset {dataset.path!r}"):
+        path = expand_home(dataset.path)
+        is_file, is_folder, exists = path.is_file(), path.is_dir(), path.exists()
+    if is_file:
         rows = _open_file(path, dataset)
-    elif path.is_dir():
+    elif is_folder:
         rows = Table(dataset.path, _load_folder(path, dataset), dataset.max_rows)
+    elif exists:
+        raise ConfigError(f"the dataset {dataset.path} is neither a file nor a folder")
     elif _looks_local(dataset.path):
         raise ConfigError(f"the dataset {dataset.path} does not exist (looked for {path.absolute()})")
     else:
@@ -86,12 +93,13 @@ class JsonLines:
 
     def __init__(self, path: Path, max_rows: int | None = None) -> None:
         self.name = str(path)
-        self._file = path.open("rb")
-        if self._file.read(2) in _UTF16:
-            raise DataError(f"{path} is UTF-16 text: save it as UTF-8")
         self._starts, self._lengths, self._numbers = array("q"), array("I"), array("I")
-        self._index(max_rows)
-        self.columns = self._sample_columns()
+        with foreign_errors(f"cannot read the dataset {path}", error=DataError):
+            self._file = path.open("rb")
+            start = self._file.read(2)
+            self._index(max_rows)
+        if start in _UTF16:
+            raise DataError(f"{path} is UTF-16 text: save it as UTF-8")
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -124,22 +132,12 @@ class JsonLines:
                 self._lengths.append(min(length, 2**32 - 1))
                 self._numbers.append(number)
 
-    def _sample_columns(self) -> tuple[str, ...]:
-        columns: dict[str, None] = {}
-        for row in range(min(len(self), _SAMPLED_ROWS)):
-            try:
-                columns.update(dict.fromkeys(self.raw(row)))
-            except BadRow:
-                continue  # reported when the row is read for use
-        return tuple(columns)
-
 
 class Table:
     """A dataset that `datasets` loaded (memory-mapped arrow)."""
 
     def __init__(self, name: str, table: Any, max_rows: int | None = None) -> None:
         self.name = name
-        self.columns = tuple(table.column_names)
         self._table = table if max_rows is None or max_rows >= len(table) else table.select(range(max_rows))
 
     def __len__(self) -> int:
@@ -149,7 +147,30 @@ class Table:
         return f"{self.name}[row {row}]"
 
     def raw(self, row: int) -> Mapping[str, Any]:
-        return self._table[row]
+        origin = self.origin(row)
+        with foreign_errors("cannot be read", error=partial(BadRow, origin)):
+            value = self._table[row]
+        num_characters = _num_characters(value)
+        if num_characters > MAX_LINE_BYTES:
+            millions = num_characters / 2**20
+            raise BadRow(
+                origin, f"the row has {millions:.0f} M characters, the limit is {MAX_LINE_BYTES // 2**20} M: split it"
+            )
+        return value
+
+
+def _num_characters(value: Any) -> int:
+    """Of all texts in a row."""
+    found, waiting = 0, [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, (str, bytes)):
+            found += len(item)
+        elif isinstance(item, Mapping):
+            waiting.extend(item.values())
+        elif isinstance(item, list):
+            waiting.extend(item)
+    return found
 
 
 def _open_file(path: Path, dataset: Dataset) -> RawRows:
@@ -167,8 +188,14 @@ def _open_file(path: Path, dataset: Dataset) -> RawRows:
         raise ConfigError(
             f"cannot tell the format of {dataset.path} from its name: use .jsonl, .json, .parquet or .arrow"
         )
-    cache = _cache_for({path.name: path})
-    table = _load(dataset, _BUILDERS[suffix], data_files=str(path), cache_dir=cache)
+    if "::" in str(path.absolute()):
+        raise ConfigError(
+            f"the dataset {path.absolute()}: the library that reads it cannot read names with ::; rename it"
+        )
+    with foreign_errors(f"cannot read the dataset {dataset.path}", error=DataError):
+        cache = _cache_for({path.name: path})
+    literal = glob.escape(str(path.absolute()))  # `datasets` takes a file's name for a pattern of names
+    table = _load(dataset, _BUILDERS[suffix], data_files=literal, cache_dir=cache)
     return Table(dataset.path, table, dataset.max_rows)
 
 
@@ -179,10 +206,15 @@ def _is_array(path: Path) -> bool:
 
 def _load_folder(path: Path, dataset: Dataset) -> Any:
     if not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
-        return _load(dataset, str(path), cache_dir=_cache_for(files_below(path)))
+        refuse_pattern(f"the dataset folder {dataset.path}", path, reader="the library that reads it")
+        with foreign_errors(f"cannot read the dataset {dataset.path}", error=DataError):
+            cache = _cache_for(files_below(path))
+        return _load(dataset, str(path.absolute()), cache_dir=cache)
     import datasets
 
-    loaded = datasets.load_from_disk(str(path))
+    hint = "save it again with save_to_disk"
+    with foreign_errors(f"cannot read the dataset {dataset.path}", error=DataError, hint=hint):
+        loaded = datasets.load_from_disk(str(path))
     if isinstance(loaded, datasets.Dataset):
         return loaded
     if dataset.split not in loaded:
@@ -204,27 +236,29 @@ def _cache_for(files: Mapping[str, Path]) -> str:
 def _load(dataset: Dataset, builder: str, **options: Any) -> Any:
     import datasets
 
-    try:
-        return datasets.load_dataset(builder, split=dataset.split, **options)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise ConfigError(
-            f"cannot find the dataset {dataset.path}: it is no file or folder here, and the hub answers: {error}"
-        ) from error
-    except datasets.exceptions.DatasetsError as error:
-        raise DataError(f"cannot read the dataset {dataset.path}: {error.__cause__ or error}") from error
-    except StopIteration as error:
-        raise DataError(f"the dataset {dataset.path} has no rows") from error
-    except (OSError, ValueError, TypeError) as error:
-        if "corresponds to no data" in str(error):
+    with foreign_errors(f"cannot read the dataset {dataset.path} (split {dataset.split})", error=DataError):
+        try:
+            return datasets.load_dataset(builder, split=dataset.split, **options)
+        except (FileNotFoundError, ConnectionError) as error:
+            raise ConfigError(
+                f"cannot find the dataset {dataset.path}: it is no file or folder here, and the hub answers: {error}"
+            ) from error
+        except datasets.exceptions.DatasetsError as error:
+            reason = reason_of(error.__cause__ or error)
+            raise DataError(f"cannot read the dataset {dataset.path}: {reason}") from error
+        except StopIteration as error:
             raise DataError(f"the dataset {dataset.path} has no rows") from error
-        kind = ConfigError if "split" in str(error) or "Config name" in str(error) else DataError
-        raise kind(f"cannot read the dataset {dataset.path} (split {dataset.split}): {error}") from error
+        except (OSError, ValueError, TypeError) as error:
+            if "corresponds to no data" in str(error):
+                raise DataError(f"the dataset {dataset.path} has no rows") from error
+            kind = ConfigError if "split" in str(error) or "Config name" in str(error) else DataError
+            raise kind(f"cannot read the dataset {dataset.path} (split {dataset.split}): {reason_of(error)}") from error
 
 
 def _looks_local(path: str) -> bool:
     """Hub names are `name` or `owner/name`; everything else was meant as a path."""
     known_suffix = Path(path).suffix.lower() in (*_BUILDERS, ".ndjson")
-    return known_suffix or path.startswith((".", "/", "~")) or path.count("/") > 1
+    return known_suffix or not re.fullmatch(HUB_NAME, path)
 
 
 def _decode_line(line: bytes, origin: str) -> Mapping[str, Any]:

@@ -238,14 +238,14 @@ def _is_learnt(turn: Message, place: str, *, is_answer: bool) -> bool:
     marked = loss_flag(extra, place=place)
     if marked and not is_answer:
         raise RowProblem(
-            f"{place}: is marked as learnt, and only answers are: the assistant turns of messages or completion; remove "
+            f"{place}: is marked as learnt, and only answers are: assistant turns of messages or completion; remove "
             "the mark"
         )
     return is_answer if marked is None else marked
 
 
 def _template_input(turn: Message) -> Mapping[str, Any]:
-    """What the chat template is given. Tables fill fields that only other messages have with null: as good as absent."""
+    """What the chat template is given. Tables fill fields that only other messages have with null: that is absent."""
     return {k: v for k, v in turn.model_dump().items() if v is not None and k not in LOSS_FLAGS}
 
 

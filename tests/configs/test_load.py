@@ -28,6 +28,8 @@ training:
   steps: 10
 """
 
+HOMES = ("folder", "data.train.path", "teacher.chat_template", "teacher.model.path", "student.model.local_copy")
+
 Load = Callable[..., LoadedRun]
 Refused = Callable[..., str]
 
@@ -297,3 +299,10 @@ def test_what_makes_another_run_is_named_and_what_may_change_is_not(load: Load) 
         "training.steps: 20, was 10",
         'labels.dtype: "auto", was null',
     ]
+
+
+def test_a_path_may_begin_at_home_and_an_unknown_home_is_refused(load: Load, refused: Refused) -> None:
+    assert load(GOOD, "folder=~/x").run.folder == Path.home() / "x"
+    assert load(GOOD, "teacher.model.path=~/x").run.teacher.model.path == str(Path.home() / "x")
+    for key in HOMES:
+        assert "there is no user 'nosuchuser' here" in refused(GOOD, f"{key}=~nosuchuser/x")

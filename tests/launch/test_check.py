@@ -49,6 +49,30 @@ def make(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> Make:
     return write
 
 
+def test_folders_whose_names_are_patterns_elsewhere_are_refused(make: Make, tmp_path: Path, tiny_teacher: Path) -> None:
+    twin = tmp_path / "teacher[1]"
+    shutil.copytree(tiny_teacher, twin)
+    said = only_problem(make(teacher=twin)).text
+    assert "teacher.model.path" in said
+    assert "vLLM reads such a name as a pattern" in said
+    said = only_problem(make(), f"folder={tmp_path}/run*").text
+    assert "folder: " in said
+    assert "DeepSpeed reads such a name as a pattern" in said
+
+
+def test_answers_behind_a_hundred_prompts_are_seen(make: Make) -> None:
+    rows = [{"prompt": "the quick"}] * 100 + [{"prompt": "the quick", "completion": " fox"}] * 20
+    labeling = (
+        "elicitation={kind: labeling, max_new_tokens: 9}",
+        "teacher.writer={engine: hf}",
+        "data.evaluation=null",
+    )
+    assert not problems(make(*rows), *labeling)
+    said = only_problem(make(*rows), "data.evaluation=null").text
+    assert "100 of 120 rows cannot be used" in said
+    assert "rows.jsonl:1: completion: is missing" in said
+
+
 def loaded(file: Path, *overrides: str) -> Run:
     return load_run(file, overrides).run
 

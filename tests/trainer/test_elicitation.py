@@ -43,7 +43,7 @@ def test_feature_takes_the_answers_of_the_dataset() -> None:
     assert (sequence.id, sequence.provenance) == ("a", "dataset")
     assert sequence.token_ids is ANSWERED.token_ids
     assert sequence.spans() == ((1, 3),)
-    with pytest.raises(DataError, match=r"rows.jsonl:b: has no answer.*kind: labeling"):
+    with pytest.raises(DataError, match=r"rows.jsonl:b: has no answer.*labeling and teacher.writer: {}"):
         asyncio.run(bound.collect([prompt("b", [1])]))
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_models import tiny_tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 
 from configs.schema import Data, Dataset
 from trainer.chat import Template
@@ -80,6 +82,37 @@ def test_every_epoch_holds_every_row_once_in_its_own_seeded_order(tmp_path: Path
     assert orders[0] != orders[1] != orders[2]
     assert [p.id for p in open_stream(dataset, seed=6).take(7)] != epochs[0]
     assert [p.id for p in open_stream(dataset, shuffle=False).take(8)] == [f"0:{i}" for i in range(7)] + ["1:0"]
+
+
+def test_the_rows_of_the_first_page_are_read_as_they_stand(tmp_path: Path) -> None:
+    """By a tokenizer that, as the demo's, makes one token of a space and the word behind it."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.train_from_iterator(
+        ["plain text and how it goes on, all of it learnt"] * 30,
+        BpeTrainer(special_tokens=["<pad>", "<|im_start|>", "<|im_end|>"], initial_alphabet=ByteLevel.alphabet()),
+    )
+    assert "Ġand" in tokenizer.get_vocab()
+    page = (Path(__file__).parents[2] / "docs" / "first-run.md").read_text()
+    lines = page.split("```json\n")[1].split("```")[0].splitlines()
+    assert len(lines) == 4
+    rows = [json.loads(line) for line in lines]
+    split_inside_a_token = {"prompt": "plain text ", "completion": "and how it goes on"}
+    for number, row in enumerate([*rows, split_inside_a_token]):
+        (tmp_path / str(number)).mkdir()
+        dataset = write(tmp_path / str(number), [row])
+        stream = PromptStream.open(
+            dataset,
+            data=Data(train=dataset),
+            template=Template.of(tokenizer),
+            vocabulary=SharedVocabulary(size=len(tokenizer), fingerprint="", teacher_rows=999, student_rows=999),
+            seed=0,
+            needs_answer=True,
+        )
+        if row is split_inside_a_token:
+            with pytest.raises(DataError, match="merges into one token"):
+                stream.take(1)
+        else:
+            assert stream.take(1)[0].loss_mask.any()
 
 
 def test_a_prompt_holds_the_ids_the_mask_and_the_line(tmp_path: Path) -> None:
@@ -237,8 +270,8 @@ def test_rewriting_asks_again_for_the_last_answer(tmp_path: Path) -> None:
 
 def test_prompts_without_answers_need_a_writer(tmp_path: Path) -> None:
     dataset = write(tmp_path, [{"prompt": "the fox"}])
-    with pytest.raises(ConfigError, match=r"prompts without answers.*kind: labeling"):
-        open_stream(dataset)
+    with pytest.raises(DataError, match=r"rows.jsonl:1: completion: is missing.*labeling and teacher.writer: {}"):
+        open_stream(dataset).take(1)
     assert open_stream(dataset, needs_answer=False).take(1)[0].loss_mask is None
 
 

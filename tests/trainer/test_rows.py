@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -45,25 +46,201 @@ def problem(rows: Rows, row: int, *, needs_answer: bool = True) -> str:
         (GOOD, "messages", ChatRow((USER, ANSWER), 0)),
         ({"prompt": [USER], "completion": [ANSWER]}, "prompt_completion", ChatRow((USER, ANSWER), 1)),
         ({"prompt": "a", "completion": " b"}, "prompt_completion", TextRow("a", " b")),
-        ({"prompt": "a"}, "prompt", TextRow("a", None)),
-        ({"prompt": [SYSTEM, USER]}, "prompt", ChatRow((SYSTEM, USER), 0)),
+        ({"prompt": "a"}, "prompt_completion", TextRow("a", None)),
+        ({"prompt": [SYSTEM, USER]}, "prompt_completion", ChatRow((SYSTEM, USER), 0)),
         ({"text": "drip"}, "text", CorpusRow("drip")),
         ({"text": "x", "prompt": "y", **GOOD}, "messages", ChatRow((USER, ANSWER), 0)),
     ],
 )
-def test_the_format_is_told_by_the_columns(tmp_path: Path, row: dict, row_format: str, expected: object) -> None:
+def test_the_format_is_told_by_the_fields(tmp_path: Path, row: dict, row_format: str, expected: object) -> None:
     rows = open_rows(write_lines(tmp_path / "rows.jsonl", [row]))
     assert rows.format == row_format
-    assert rows.read(0, needs_answer=row_format not in ("prompt",)) == expected
+    assert rows.read(0, needs_answer=False) == expected
 
 
-def test_a_forced_format_wins_and_a_missing_column_is_one_error(tmp_path: Path) -> None:
+def test_a_forced_format_wins_and_a_row_without_its_field_is_named(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", [{"text": "x", **GOOD}])
-    assert open_rows(path, format="text").format == "text"
-    with pytest.raises(DataError, match=r"no row has the field\(s\) prompt and completion .* found: text, messages"):
-        open_rows(path, format="prompt_completion")
-    with pytest.raises(DataError, match=r"fit no format; found: conversations; needed: messages"):
-        open_rows(write_lines(tmp_path / "sharegpt.jsonl", [{"conversations": []}]))
+    assert open_rows(path, format="text").read(0, needs_answer=True) == CorpusRow("x")
+    assert "rows.jsonl:1: prompt: is missing" in problem(open_rows(path, format="prompt"), 0, needs_answer=False)
+    pair = write_lines(tmp_path / "pair.jsonl", [{"prompt": "a", "completion": "b"}])
+    assert open_rows(pair, format="prompt").read(0, needs_answer=False) == TextRow("a", None)
+
+
+FOREIGN = {
+    "conversations": ({"conversations": [{"from": "human", "value": "a"}]}, "ShareGPT's format: rename conversations"),
+    "alpaca": ({"instruction": "a", "input": "", "output": "b"}, "Alpaca's format: write instruction and input"),
+    "swift": ({"query": "a", "response": "b"}, "rename query to prompt and response to completion"),
+    "preferences": ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "a better and a worse answer"),
+    "tokens": ({"input_ids": [1, 2]}, "tokens: give the text"),
+    "nothing": ({"id": 3}, "the fields fit no format; found: id; needed: messages, or prompt and completion"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_format_of_another_trainer_is_named_with_how_to_convert_it(tmp_path: Path, name: str) -> None:
+    row, message = FOREIGN[name]
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the fields fit no format; found: ") as caught:
+        open_rows(write_lines(tmp_path / "rows.jsonl", [row]))
+    assert message in str(caught.value)
+
+
+def write_as(folder: Path, kind: str, rows: list[dict]) -> Path:
+    lines = write_lines(folder / "rows.jsonl", rows)
+    columns = dict.fromkeys(key for row in rows for key in row)
+    table = datasets.Dataset.from_list([dict.fromkeys(columns) | row for row in rows])
+    match kind:
+        case "jsonl":
+            return lines
+        case "jsonl.gz":
+            (folder / "rows.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
+        case "json":
+            (folder / "rows.json").write_text(json.dumps(rows))
+        case "parquet":
+            table.to_parquet(folder / "rows.parquet")
+        case "arrow":
+            table.save_to_disk(folder / "disk")
+            next((folder / "disk").glob("*.arrow")).rename(folder / "rows.arrow")
+    return folder / f"rows.{kind}"
+
+
+KINDS = ("jsonl", "jsonl.gz", "json", "parquet", "arrow")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_that_begin_late_in_a_file_are_read(tmp_path: Path, kind: str) -> None:
+    late = [{"prompt": f"q {i}", "completion": f" a {i}"} for i in range(100, 120)]
+    early = [{"prompt": f"q {i}"} for i in range(100)]
+    path = write_as(tmp_path, kind, [*early, *late])
+    for options in ({}, {"format": "prompt_completion"}):
+        rows = open_rows(path, **options)
+        assert rows.read(3, needs_answer=False) == TextRow("q 3", None)
+        assert rows.read(110, needs_answer=False) == TextRow("q 110", " a 110")
+        assert "completion: is " in problem(rows, 99)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_of_another_format_is_refused_at_its_place(tmp_path: Path, kind: str) -> None:
+    path = write_as(tmp_path, kind, [{"prompt": "a", "completion": " b"}] * 105 + [GOOD, {"text": "c"}])
+    rows = open_rows(path)
+    assert "messages: the row is of another format than the first one, which is read by its prompt" in problem(
+        rows, 105
+    )
+    assert "text: the row is of another format" in problem(rows, 106)
+    assert rows.read(104, needs_answer=True) == TextRow("a", " b")
+
+
+@pytest.mark.parametrize("flag", ["weight", "loss_weight", "loss", "train", "training"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_an_answer_marked_as_not_to_be_learnt_is_context(tmp_path: Path, flag: str, kind: str) -> None:
+    no, yes = (0, 1) if "weight" in flag else (False, True)
+    talk = [USER, {**ANSWER, flag: no}, USER, {**ANSWER, flag: yes}]
+    rows = open_rows(write_as(tmp_path, kind, [{"messages": talk}]))
+    assert rows.read(0, needs_answer=True) == ChatRow((USER, ANSWER, USER, ANSWER), 0, context=frozenset({1}))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [USER, {**ANSWER, "weight": 0}]}, "messages: every assistant turn is marked as not to be learnt"),
+        ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "messages[1].weight: 0.5 is not supported"),
+        ({"messages": [USER, {**ANSWER, "train": "no"}]}, "messages[1].train: 'no' is not supported"),
+        ({"messages": [USER, {**ANSWER, "weight": 1, "train": False}]}, "messages[1]: weight and train contradict"),
+        ({"messages": [{**USER, "train": True}, ANSWER]}, "messages[0]: is marked as learnt, and only answers are"),
+        ({"prompt": [USER, {**ANSWER, "weight": 1}, USER], "completion": [ANSWER]}, "prompt[1]: is marked as learnt"),
+        ({"messages": [USER, {**ANSWER, "function_call": {"name": "f"}}]}, "messages[1].function_call: tool calls are"),
+        ({"messages": [USER, {**ANSWER, "train_detail": [{}]}]}, "messages[1].train_detail: parts of a message"),
+        ({"messages": [USER, {**ANSWER, "refusal": "I cannot"}]}, "messages[1].refusal: is not read; write its text"),
+        ({"messages": [{**USER, "images": ["a.png"]}, ANSWER]}, "messages[0].images: only text is supported"),
+        ({**GOOD, "functions": [{}]}, "functions: tool calls are not supported"),
+        ({**GOOD, "images": ["a.png"]}, "images: only text is supported"),
+        ({**GOOD, "system": "Be rude."}, "system: is not read here; write it as the first message"),
+        ({**GOOD, "weight": 0.3}, "weight: rows cannot be weighted"),
+        ({**GOOD, "chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: options of single rows"),
+        ({"prompt": "a", "chosen": " b", "rejected": " c"}, "rejected: pairs of a better and a worse answer"),
+        ({"prompt": "a", "completion": " b", "label": False}, "label: false marks an answer that must not be learnt"),
+        ({"prompt": "a", "response": " b"}, "response: looks like the answer, and only completion is read; rename it"),
+        ({"messages": [{"from": "human", "value": "a"}]}, "messages[0].role: is missing (from and value are "),
+        ({"messages": [{**USER, "role": "a\ud800"}, ANSWER]}, "messages[0].role: is not text: lone surrogate \\ud800"),
+        ({"messages": [{**USER, "name": "\udfff"}, ANSWER]}, "messages[0].name: is not text: lone surrogate"),
+        ({"messages": [{**USER, "\ud800": 1}, ANSWER]}, "the name of a field of messages[0]: is not text"),
+    ],
+)  # fmt: skip
+def test_a_field_that_changes_the_meaning_is_refused(tmp_path: Path, row: dict, message: str) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [row])
+    said = problem(open_rows(path), 0)
+    assert said.startswith(f"{path}:1: {message}")
+    said.encode()
+
+
+def test_fields_that_say_nothing_and_metadata_change_nothing(tmp_path: Path) -> None:
+    empty = {"tools": None, "images": [], "weight": 1, "system": "", "id": 7, "source": "web", "label": 3}
+    turn = {**ANSWER, "tool_calls": None, "function_call": None, "weight": None}
+    rows = open_rows(write_lines(tmp_path / "rows.jsonl", [{"messages": [USER, turn], **empty}]))
+    assert rows.read(0, needs_answer=True) == ChatRow((USER, ANSWER), 0)
+
+
+ODD_NAMES = [
+    "rows[1].parquet",
+    "rows*.parquet",
+    "rows?.parquet",
+    "rows{1,2}.parquet",
+    "rows[!a].parquet",
+    "a b%20#.parquet",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_file_is_read_under_its_own_name_whatever_the_name(tmp_path: Path, name: str) -> None:
+    for neighbour in ("rows1.parquet", "rowsb.parquet"):
+        datasets.Dataset.from_list([{"text": "another file"}]).to_parquet(tmp_path / neighbour)
+    datasets.Dataset.from_list([{"text": "mine"}]).to_parquet(tmp_path / name)
+    assert open_rows(tmp_path / name).read(0, needs_answer=True) == CorpusRow("mine")
+
+
+def test_names_that_the_reading_library_cannot_take_are_refused(tmp_path: Path) -> None:
+    for folder, text in (("rows1", "another"), ("rows[1]", "mine")):
+        (tmp_path / folder).mkdir()
+        write_lines(tmp_path / folder / "train.jsonl", [{"text": text}])
+    with pytest.raises(ConfigError, match=r"rows\[1\] contains one of .* reads such a name as a pattern"):
+        open_rows(tmp_path / "rows[1]")
+    datasets.Dataset.from_list([{"text": "x"}]).to_parquet(tmp_path / "x.parquet")
+    chained = (tmp_path / "x.parquet").rename(tmp_path / "zip::x.parquet")
+    with pytest.raises(ConfigError, match="cannot read names with ::"):
+        open_rows(chained)
+    for path in ("zip::train", "hf://x", "s3://bucket/x"):
+        with pytest.raises(ConfigError, match="does not exist"):
+            Rows.open(Dataset(path=path))
+    with pytest.raises(ConfigError, match="neither a file nor a folder"):
+        Rows.open(Dataset(path="/dev/zero"))
+    with pytest.raises(ConfigError, match="cannot look at the dataset"):
+        Rows.open(Dataset(path="/" + "a" * 300))
+
+
+def test_damaged_files_of_every_kind_are_one_clear_error(tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "x.jsonl", [GOOD] * 50).read_bytes()
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines)[:-20])
+    (tmp_path / "no.jsonl.gz").write_bytes(b"no gzip at all")
+    datasets.Dataset.from_list([GOOD] * 50).to_parquet(tmp_path / "cut.parquet")
+    whole = (tmp_path / "cut.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "no.arrow").write_bytes(b"ARROW1" + bytes(40))
+    names = ["cut.jsonl.gz", "no.jsonl.gz", "cut.parquet", "no.arrow"]
+    for number, damage in enumerate(("{", "[]", '{"_data_files": [{"filename": "../x.arrow"}]}', "null")):
+        saved = tmp_path / f"saved{number}"
+        datasets.Dataset.from_list([GOOD]).save_to_disk(saved)
+        (saved / "state.json").write_text(damage)
+        names.append(saved.name)
+    for name in names:
+        with pytest.raises(DataError, match=f"cannot read the dataset .*{name}"):
+            open_rows(tmp_path / name)
+
+
+def test_a_giant_row_of_a_table_is_refused(tmp_path: Path) -> None:
+    rows = [{"text": "x" * (17 * 2**20)}, {"text": "small"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    opened = open_rows(tmp_path / "a.parquet", format="text")
+    assert "[row 0]: the row has 17 M characters, the limit is 16 M" in problem(opened, 0)
+    assert opened.read(1, needs_answer=True) == CorpusRow("small")
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.json", "folder", "saved", "lines.json", "a.jsonl.gz"])
@@ -87,8 +264,6 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> No
         case "lines.json":
             write_lines(path, values)
         case "a.jsonl.gz":
-            import gzip
-
             path.write_bytes(gzip.compress(write_lines(tmp_path / "x.jsonl", values).read_bytes()))
     rows = open_rows(path)
     assert [rows.read(i, needs_answer=True).messages[1]["content"] for i in range(len(rows))] == [
@@ -108,7 +283,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> No
         ({"messages": "hi"}, "messages: must be a list of {role, content} messages, not a string"),
         ({"messages": None}, "messages: must be a list of {role, content} messages, not null"),
         ({"messages": ["hi"]}, "messages[0]: must be an object with role and content, not a string"),
-        ({"prompt": "x"}, "messages: is missing"),
+        ({"prompt": "x"}, "prompt: the row is of another format than the first one, which is read by its messages"),
+        ({"id": 1}, "messages: is missing"),
         ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content: is missing"),
         ({"messages": [USER, {**ANSWER, "content": None}]}, "messages[1].content: must be text, not null"),
         ({"messages": [USER, {**ANSWER, "content": 3}]}, "messages[1].content: must be text, not a number"),

@@ -40,6 +40,6 @@ def answered_by_dataset(prompt: Prompt) -> Sequence:
     """The sequence of a prompt that came with its answer."""
     if prompt.loss_mask is None:
         raise DataError(
-            f"{prompt.origin}: has no answer; let the teacher write it with elicitation: {{kind: labeling}}"
+            f"{prompt.origin}: has no answer; elicitation: labeling and teacher.writer: {{}} let the teacher write it"
         )
     return Sequence(prompt.id, prompt.token_ids, prompt.loss_mask, provenance="dataset")
