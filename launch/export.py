@@ -25,6 +25,7 @@ from trainer.errors import ConfigError
 from trainer.generation_settings import consistent
 from trainer.metrics import read_metrics
 from trainer.model_card import model_card
+from trainer.papers import read_manifest
 from trainer.run_folder import RunFolder, read_json, write_json, write_text
 
 ADAPTER = "adapter_config.json"
@@ -63,7 +64,7 @@ def card_of(folder: RunFolder, run: Run, *, adapter: bool) -> str:
     """The model card of what a run folder holds."""
     return model_card(
         run,
-        manifest=read_json(folder.manifest) if folder.manifest.exists() else {},
+        manifest=read_manifest(folder),
         records=read_metrics(folder),
         adapter=adapter,
         licences={"student": licence_of(run.student.model), "teacher": licence_of(run.teacher.model)},
@@ -132,8 +133,7 @@ def _merge(folder: RunFolder, working: Path, run: Run) -> None:
     merged.generation_config = consistent(merged.generation_config)
     merged.save_pretrained(working)
     tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=run.student.model.trust_remote_code)
-    manifest = read_json(folder.manifest) if folder.manifest.exists() else {}
-    written = (manifest.get("data") or {}).get("stop_ids") or ()
+    written = read_manifest(folder).get("data", {}).get("stop_ids", ())
     complete_student(working, run, stop_ids=dict.fromkeys([*Template.of(tokenizer).stop_ids, *written]))
     skipped = {ADAPTER, "README.md"}
     for file in student.iterdir():

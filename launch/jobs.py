@@ -10,14 +10,19 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from configs.refusal import did_you_mean
 from launch.targets import JobRecord
 from trainer.errors import ConfigError, InfrastructureError
-from trainer.run_folder import read_json, write_json
+from trainer.papers import read_manifest
+from trainer.records import ignore, read_record
+from trainer.run_folder import RunFolder, write_json
+
+T = TypeVar("T")
 
 RUNS = Path("runs")
 RECORD = "submission.json"
@@ -62,12 +67,12 @@ def write_record(record: JobRecord) -> Path:
     return folder / RECORD
 
 
-def read_record(file: Path) -> JobRecord:
+def read_job(file: Path) -> JobRecord:
     """Raises `ConfigError` for a file that is no record."""
     try:
-        return JobRecord(**read_json(file))
-    except TypeError:
-        raise ConfigError(f"{file} is no record of a submitted job; submit the run again") from None
+        return read_record(file, JobRecord)
+    except (ConfigError, OSError) as error:
+        raise ConfigError(f"{error}. It is no record of a submitted job; submit the run again") from None
 
 
 def look_up(run: str) -> JobRecord | None:
@@ -75,7 +80,7 @@ def look_up(run: str) -> JobRecord | None:
     place = Path(run).expanduser()
     for folder in (place, RUNS / run):
         if (folder / RECORD).is_file():
-            return read_record(folder / RECORD)
+            return read_job(folder / RECORD)
     return next((record for record in all_records() if record.folder == str(place.absolute())), None)
 
 
@@ -99,9 +104,14 @@ def find_record(run: str) -> JobRecord:
     )
 
 
-def all_records() -> list[JobRecord]:
-    """Every submission remembered here, newest first."""
-    found = [read_record(file) for file in RUNS.glob(f"*/{RECORD}")]
+def all_records(*, tell: Callable[[str], None] = ignore) -> list[JobRecord]:
+    """Every submission remembered here, newest first; `tell` hears of files that are no record."""
+    found = []
+    for file in RUNS.glob(f"*/{RECORD}"):
+        try:
+            found.append(read_job(file))
+        except ConfigError as error:
+            tell(str(error))
     return sorted(found, key=lambda record: record.submitted, reverse=True)
 
 
@@ -147,24 +157,24 @@ def visible_folder(record: JobRecord) -> Path | None:
 
     A folder of that path may also be this machine's own, so that existing is not enough.
     """
-    folder = Path(record.folder)
-    for name, key in (("manifest.json", "started"), ("exit.json", "time")):
-        try:
-            written = read_json(folder / name).get(key)
-        except (OSError, ConfigError):
-            continue
-        if isinstance(written, int | float) and written > record.submitted:
-            return folder
-    return None
+    folder = RunFolder(Path(record.folder))
+    ending = known(folder.ending)
+    written = [read_manifest(folder).get("started") or 0.0, 0.0 if ending is None else ending.time]
+    return folder.path if max(written) > record.submitted else None
 
 
 def exit_code_in(folder: Path, *, since: float) -> int | None:
     """The exit code in exit.json, where the run has ended after a time."""
+    ending = known(RunFolder(folder).ending)
+    return ending.code if ending is not None and ending.time > since else None
+
+
+def known(read: Callable[[], T]) -> T | None:
+    """What a file of a run folder says; None where it cannot be read."""
     try:
-        ended = read_json(folder / "exit.json")
+        return read()
     except (OSError, ConfigError):
         return None
-    return int(ended["code"]) if ended.get("time", 0) > since else None
 
 
 def copy_results(source: Path, destination: Path) -> None:

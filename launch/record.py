@@ -5,12 +5,13 @@ Written as things become known, so that a run that is killed leaves what it had.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,12 @@ from configs.secrets import without_secrets
 from launch.export import card_of, complete_student
 from trainer.distil import Controller
 from trainer.environment import manifest_environment
+from trainer.errors import ConfigError
 from trainer.job import Job
 from trainer.metrics import Records, read_metrics
+from trainer.records import read_parts
 from trainer.report import sample_records, write_report
-from trainer.run_folder import RunFolder, read_json, write_json, write_text
+from trainer.run_folder import RunFolder, write_json, write_text
 from trainer.types import Evaluation
 
 
@@ -38,11 +41,14 @@ class Record:
         self._job: Job | None = None
 
     def was_finished(self) -> bool:
-        """Whether an earlier start of this run came to its end."""
+        """Whether an earlier start of this run came to its end. Of an exit.json that cannot be read nobody knows: the
+        run then goes on from its last checkpoint, and writes a new one."""
         try:
-            return read_json(self._folder.exit)["code"] == 0
-        except FileNotFoundError:
+            ending = self._folder.ending()
+        except ConfigError as error:
+            print(f"warning: {error}; the run goes on as if it had not ended", file=sys.stderr)
             return False
+        return ending is not None and ending.code == 0
 
     def begin(self, job: Job, resolved: Resolved, *, started: float) -> None:
         self._job = job
@@ -127,8 +133,8 @@ class Record:
         write_json(self._folder.manifest, self._manifest)
 
     @staticmethod
-    def _merge(path: Any, fields: dict[str, Any]) -> None:
-        known = json.loads(path.read_text()) if path.exists() else {}
+    def _merge(path: Path, fields: dict[str, Any]) -> None:
+        known = read_parts(path, dict[str, Any], tell=lambda text: print(f"warning: {text}", file=sys.stderr))
         write_json(path, known | fields)
 
 
@@ -140,12 +146,16 @@ def counted(records: Records) -> dict[str, int]:
         "trained_loss_tokens": "train/loss_tokens",
         "label_bytes": "labels/bytes",
     }
-    totals = {name: sum(int(step.values[of]) for step in records.steps) for name, of in sums.items()}
+    totals = {name: sum(_whole(step.values.get(of)) for step in records.steps) for name, of in sums.items()}
     for name in ("written", "empty", "cut_off", "dropped"):
         counts = [step.values[f"answers/{name}"] for step in records.steps if f"answers/{name}" in step.values]
-        totals |= {f"answers_{name}": int(sum(counts))} if counts else {}
+        totals |= {f"answers_{name}": sum(map(_whole, counts))} if counts else {}
     events = Counter(event.name for event in records.events)
     return {**events, "trained_steps": len(records.steps), **totals}
+
+
+def _whole(number: float | None) -> int:
+    return 0 if number is None or math.isnan(number) else int(number)
 
 
 def roles_of(run: Run, resolved: Resolved) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def submit(
         job = new_job(bundle.run.name)
         shipment = target.prepare(bundle, options, job)
         for warning in shipment.warnings:
-            typer.secho(f"warning: {warning}", fg=typer.colors.YELLOW, err=True)
+            _warn(warning)
         if dry_run:
             typer.echo(describe(bundle, shipment, kind=kind, job=job))
             return 0
@@ -120,7 +120,7 @@ def list_jobs(kind: str | None, given: Sequence[str], target_file: Path | None) 
         options = load_section(target.Options, target_file, given, title=title, option="--with")
         found = [(kind, status) for status in target.list(options)]
     else:
-        found = [(record.kind, _status_or_reason(record)) for record in all_records()]
+        found = [(record.kind, _status_or_reason(record)) for record in all_records(tell=_warn)]
         found += [(foreground.KIND, foreground.status_of(folder)) for folder in foreground.runs_here()]
         found.sort(key=lambda line: -(line[1].submitted or 0))
     if not found:
@@ -224,6 +224,10 @@ def _status_in_the_end(record: JobRecord) -> JobStatus:
         except StillhouseError:
             time.sleep(STATUS_WAIT_S)
     return load_target(record.kind).status(record)
+
+
+def _warn(text: str) -> None:
+    typer.secho(f"warning: {text}", fg=typer.colors.YELLOW, err=True)
 
 
 def _print_all(pieces: Iterator[str]) -> None:

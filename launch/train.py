@@ -140,9 +140,17 @@ def _train(
         )
         progress = stack.enter_context(Progress(job.loop.total_steps))
         sinks = [TensorBoardSink(folder)] if run.report.tensorboard else []
-        watch = Watch(metrics=MetricsLog(folder, sinks), timeline=Timeline(folder), progress=progress)
+        watch = Watch(
+            metrics=MetricsLog(folder, sinks, tell=progress.note), timeline=Timeline(folder), progress=progress
+        )
         stack.callback(watch.close)
-        for text in (*warnings, *resolved.reasons, *resolved.warnings, *(cluster.warnings if cluster else ())):
+        for text in (
+            *warnings,
+            *job.stream.notes,
+            *resolved.reasons,
+            *resolved.warnings,
+            *(cluster.warnings if cluster else ()),
+        ):
             watch.event("note", text=text)
         record.begin(job, resolved, started=started)
         shared = cluster is not None and not cluster.owned

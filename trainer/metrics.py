@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 from trainer.errors import ConfigError
-from trainer.run_folder import RunFolder, append_lines, plain, read_lines, write_text
+from trainer.records import MAX_INTEGER, append_lines, ignore, read_lines
+from trainer.run_folder import RunFolder, plain, write_text
 from trainer.types import Evaluation, StepMetrics
 
 SpanKind = Literal["score", "write", "train", "wait", "evaluate", "save", "start", "stage"]
@@ -30,6 +31,9 @@ GRAD_NORM = "train/grad_norm"
 TOKENS_PER_S = "throughput/tokens_per_s"
 STUDENT_WAIT = "wait/student_share"
 TEACHER_WAIT = "wait/teacher_share"
+
+_LARGEST = 1e100
+"""Of a number that is read back: charts calculate with sums, quotients and margins of them."""
 
 EVALUATION_FIELDS = ("num_rows", "forward_kl", "agreement", "perplexity", "teacher_perplexity")
 
@@ -52,8 +56,15 @@ class MetricsLog:
     """Writes metrics.jsonl, one flushed line per record, and feeds the sinks."""
 
     def __init__(
-        self, folder: RunFolder, sinks: Sequence[Sink] = (), *, clock: Callable[[], float] = time.time
+        self,
+        folder: RunFolder,
+        sinks: Sequence[Sink] = (),
+        *,
+        clock: Callable[[], float] = time.time,
+        tell: Callable[[str], None] = ignore,
     ) -> None:
+        """`tell` hears of lines of an earlier attempt that cannot be read."""
+        self._tell = tell
         self._path = folder.metrics
         self._sinks = tuple(sinks)
         self._clock = clock
@@ -65,17 +76,19 @@ class MetricsLog:
         self._file = append_lines(self._path)
 
     def resume(self, step: int) -> None:
-        """Go on after `step`: later steps and evaluations are removed, in one atomic replacement of the file.
+        """Go on after `step`: later steps and evaluations are removed, and lines that cannot be read, in one atomic
+        replacement of the file.
 
         Without it, the first step or evaluation that is logged removes what an earlier attempt wrote from there on.
         """
         self._file.close()
-        kept = [r for r in read_lines(self._path) if r["kind"] == "event" or r["step"] <= step]
-        write_text(self._path, "".join(_line(record) for record in kept))
+        found = read_lines(self._path, _logged, tell=self._tell)
+        kept = [logged for logged in found if isinstance(logged.item, Event) or logged.item.step <= step]
+        write_text(self._path, "".join(_line(logged.record) for logged in kept))
         self._file = append_lines(self._path)
         self._step = max(step, 0)
         self._has_begun = True
-        evaluations = _records(kept).evaluations
+        evaluations = _in_order(kept).evaluations
         self.first_evaluation = evaluations[0] if evaluations else None
         self._evaluated = {evaluation.step for evaluation in evaluations}
         for sink in self._sinks:
@@ -197,31 +210,63 @@ class Records:
     events: tuple[Event, ...]
 
 
-def read_metrics(folder: RunFolder) -> Records:
-    """Empty records where there is no file. Numbers that were not finite come back as NaN."""
-    return _records(read_lines(folder.metrics))
+def read_metrics(folder: RunFolder, *, tell: Callable[[str], None] = ignore) -> Records:
+    """Empty records where there is no file. Numbers that were not finite come back as NaN. `tell` hears of lines that
+    cannot be read. Raises OSError."""
+    return _in_order(read_lines(folder.metrics, _logged, tell=tell))
 
 
-def _records(lines: Iterable[Mapping[str, Any]]) -> Records:
-    steps: dict[int, StepMetrics] = {}
-    evaluations: dict[int, Evaluation] = {}
-    events = []
-    for line in lines:
-        kind, step = line["kind"], line["step"]
-        rest = {k: v for k, v in line.items() if k not in ("kind", "step", "time", "non_finite")}
-        if kind == "event":
-            events.append(Event(time_s=line["time"], step=step, name=rest.pop("name"), fields=rest))
-            continue
-        values = {name: math.nan if value is None else value for name, value in rest.items()}
-        if kind == "step":
-            steps[step] = StepMetrics(step=step, values=values)
-        else:
-            evaluations[step] = Evaluation(step=step, **values)
+@dataclass(frozen=True, slots=True)
+class _Logged:
+    """A line, as it stands in the file and as what it is."""
+
+    record: Mapping[str, Any]
+    item: StepMetrics | Evaluation | Event
+
+
+def _in_order(lines: Iterable[_Logged]) -> Records:
+    items = [logged.item for logged in lines]
+    steps = {item.step: item for item in items if isinstance(item, StepMetrics)}
+    evaluations = {item.step: item for item in items if isinstance(item, Evaluation)}
     return Records(
         steps=tuple(steps[s] for s in sorted(steps)),
         evaluations=tuple(evaluations[s] for s in sorted(evaluations)),
-        events=tuple(events),
+        events=tuple(item for item in items if isinstance(item, Event)),
     )
+
+
+def _logged(record: Mapping[str, Any]) -> _Logged:
+    """Raises ValueError for a line that this log does not write."""
+    kind, step = record.get("kind"), record.get("step")
+    if type(step) is not int or not 0 <= step < MAX_INTEGER:
+        raise ValueError(f"step: must be a whole number from 0 on, not {step!r:.40}")
+    rest = {k: v for k, v in record.items() if k not in ("kind", "step", "time", "non_finite")}
+    if kind == "event":
+        return _Logged(record, _event(record, step, rest))
+    values = {name: _number(name, value) for name, value in rest.items()}
+    if kind == "step":
+        return _Logged(record, StepMetrics(step=step, values=values))
+    if kind != "evaluation":
+        raise ValueError(f"kind: must be step, evaluation or event, not {kind!r:.40}")
+    try:
+        evaluation = Evaluation(step=step, **{k: v for k, v in values.items() if k in EVALUATION_FIELDS})
+    except TypeError as error:
+        raise ValueError(f"an evaluation of another shape: {error}") from None
+    return _Logged(record, evaluation)
+
+
+def _event(record: Mapping[str, Any], step: int, rest: dict[str, Any]) -> Event:
+    time_s, name = record.get("time"), rest.pop("name", None)
+    if not isinstance(name, str) or isinstance(time_s, bool) or not isinstance(time_s, int | float):
+        raise ValueError("an event has a name, which is text, and a time, which is a number")
+    return Event(time_s=time_s, step=step, name=name, fields=rest)
+
+
+def _number(name: str, value: Any) -> float:
+    """NaN for null, and for what no chart could show beside others."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"{name}: must be a number or null, not {value!r:.40}")
+    return value if value is not None and abs(value) <= _LARGEST else math.nan
 
 
 def _line(record: Mapping[str, Any]) -> str:

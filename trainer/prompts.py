@@ -10,9 +10,10 @@ Rows are tokenised each time they come by: that costs microseconds a token, a ca
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from configs.schema import Data, Dataset
 from trainer.chat import Template
 from trainer.errors import ConfigError, DataError
 from trainer.prompt_reader import PromptReader, TooLong
+from trainer.records import append_lines, read_lines
 from trainer.row_files import BadRow
 from trainer.types import Cursor, Prompt, StreamCounters
 from trainer.vocab import SharedVocabulary
@@ -45,14 +47,12 @@ class Quarantine:
     """The file that lists the rows left out, each once, also when the run that began it is resumed."""
 
     def __init__(self, path: Path) -> None:
+        self.notes: list[str] = []
+        """About lines that cannot be read; their rows may be listed again."""
         self._path = path
-        self._listed: set[str] = set()
         if path.exists():
-            text = path.read_bytes()
-            whole = text[: text.rfind(b"\n") + 1]
-            if whole != text:  # a crash while writing: the row of the last line will be listed again
-                os.truncate(path, len(whole))
-            self._listed.update(json.loads(line)["origin"] for line in whole.splitlines())
+            append_lines(path).close()
+        self._listed = set(read_lines(path, _origin, tell=self.notes.append))
 
     def list(self, problem: BadRow) -> None:
         if problem.origin in self._listed:
@@ -62,6 +62,13 @@ class Quarantine:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def _origin(record: Mapping[str, Any]) -> str:
+    origin = record.get("origin")
+    if not isinstance(origin, str):
+        raise ValueError("origin: must be text")
+    return origin
 
 
 class PromptStream:
@@ -110,6 +117,11 @@ class PromptStream:
             rewrite=rewrite,
         )
         return cls(reader, seed=seed, quarantine=quarantine)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know about the records of an earlier attempt."""
+        return () if self._quarantine is None else tuple(self._quarantine.notes)
 
     @property
     def rows_per_epoch(self) -> int:

@@ -21,11 +21,38 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
+from pydantic import Field
 
 from trainer.errors import ConfigError
+from trainer.records import Moment, read_record
+from trainer.records import append_lines as append_lines
+from trainer.records import read_json as read_json
+from trainer.records import read_lines as read_lines
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a run ended: what exit.json says."""
+
+    code: int
+    reason: str = ""
+    time: Moment = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who holds a run folder: what .lock-owner.json says."""
+
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
+    host: str
+    since: Moment
+
+    def text(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        return f"pid {self.pid} on host {self.host} since {since}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +139,27 @@ class RunFolder:
         """Who holds the lock, while it is held."""
         return self.path / ".lock-owner.json"
 
+    def ending(self) -> Ending | None:
+        """None where the run has not ended. Raises `ConfigError` where exit.json says nothing that can be read."""
+        try:
+            return read_record(self.exit, Ending)
+        except FileNotFoundError:
+            return None
+
+    def owner(self) -> Owner | None:
+        """Who holds the folder; None where nobody does. Raises `ConfigError` as `ending` does."""
+        try:
+            return read_record(self.lock_owner, Owner)
+        except FileNotFoundError:
+            return None
+
+    def _owner_text(self) -> str:
+        try:
+            owner = self.owner()
+        except ConfigError:
+            return f"another process ({self.lock_owner.name} does not say which)"
+        return "another process that just took it" if owner is None else owner.text()
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for one run. The lock ends with the process, however it ends.
@@ -124,7 +172,7 @@ class RunFolder:
             lock.acquire()
         except Timeout:
             raise ConfigError(
-                f"folder: the run folder {self.path} is in use by {_owner(owner_file)}. "
+                f"folder: the run folder {self.path} is in use by {self._owner_text()}. "
                 "Wait for that run, stop it, or give this one another folder"
             ) from None
         except OSError as error:
@@ -138,15 +186,6 @@ class RunFolder:
         finally:
             owner_file.unlink(missing_ok=True)
             lock.release()
-
-
-def _owner(owner_file: Path) -> str:
-    try:
-        owner = read_json(owner_file)
-    except FileNotFoundError:
-        return "another process that just took it"
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["since"]))
-    return f"pid {owner['pid']} on host {owner['host']} since {since}"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -187,42 +226,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value
-
-
-def read_json(path: Path) -> Any:
-    """Raises FileNotFoundError, or ConfigError for a file that is no JSON."""
-    text = path.read_text(encoding="utf-8")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: this is no JSON ({error.msg}); was it edited by hand?") from None
-
-
-def append_lines(path: Path) -> TextIO:
-    """Open a JSONL file for appending, after cutting off a last line that a killed process left unfinished."""
-    if path.exists():
-        with path.open("rb+") as file:
-            content = file.read()
-            if content and not content.endswith(b"\n"):
-                file.truncate(content.rfind(b"\n") + 1)
-    return path.open("a", encoding="utf-8")
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSONL file; none where there is no file. An unfinished last line is left out.
-
-    Raises ConfigError with file and line for any other line that is no JSON object.
-    """
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                return
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{path}:{number}: this line is no JSON ({error.msg})") from None
-            if not isinstance(record, dict):
-                raise ConfigError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
-            yield record

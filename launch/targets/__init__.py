@@ -14,11 +14,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+from pydantic import Field, ValidationError
 
 from configs.plugins import Family
-from configs.schema import Section
+from configs.schema import NAME, Section
 from trainer.errors import ConfigError
+from trainer.records import Moment
 
 if TYPE_CHECKING:
     from launch.bundle import Bundle
@@ -43,13 +46,13 @@ class Shipment:
 class JobRecord:
     """What is remembered of a submitted job: enough to find it again, and no secret."""
 
-    job: str  # our id: [a-z0-9-], at most 50 characters, starts with a letter or digit
+    job: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,49}$")]  # our id
     kind: str
-    name: str  # of the run
+    name: Annotated[str, Field(pattern=NAME)]  # of the run
     folder: str  # run folder as the job sees it
     handle: str = ""  # what the scheduler calls the job: a process id, a Slurm job id, a submission id
     options: Mapping[str, Any] = field(default_factory=dict)  # of the target, JSON types
-    submitted: float = field(default_factory=time.time)  # Unix seconds
+    submitted: Moment = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,13 @@ def load_target(kind: str) -> Target:
     return module.Target()
 
 
-def options_of(target: Target, record: JobRecord) -> Any:
-    """The options a job was submitted with."""
-    return target.Options.model_validate(dict(record.options))
+def options_of(target: Target | type[Target], record: JobRecord) -> Any:
+    """The options a job was submitted with. Raises `ConfigError` where its record holds others than the target has."""
+    try:
+        return target.Options.model_validate(dict(record.options))
+    except ValidationError as error:
+        wrong = ", ".join(sorted({str(detail["loc"][0]) for detail in error.errors() if detail["loc"]}))
+        raise ConfigError(
+            f"the record of {record.job} holds options of {record.kind} that this version does not take ({wrong}); "
+            "submit the run again"
+        ) from None

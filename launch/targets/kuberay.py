@@ -24,7 +24,7 @@ from typing import Any
 
 from launch.bundle import Bundle
 from launch.jobs import copy_results, visible_folder, waited_too_long
-from launch.targets import OVER, JobRecord, JobStatus, Shipment, State
+from launch.targets import OVER, JobRecord, JobStatus, Shipment, State, options_of
 from launch.targets.kuberay_manifests import (
     ARCHIVE,
     DASHBOARD_PORT,
@@ -201,7 +201,7 @@ def _status(item: Mapping[str, Any]) -> JobStatus:
 
 
 def _options(record: JobRecord) -> Options:
-    return Options.model_validate(dict(record.options))
+    return options_of(Target, record)
 
 
 def _kubectl(options: Options) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ changes nothing in it. A shell around it notes its exit code.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from launch.jobs import (
     record_folder,
     waited_too_long,
 )
-from launch.targets import JobRecord, JobStatus, Shipment, State
+from launch.targets import JobRecord, JobStatus, Shipment, State, options_of
 from trainer.errors import ConfigError, InfrastructureError, Preempted
 from trainer.run_folder import RunFolder
 
@@ -141,7 +142,7 @@ class Target:
         process = _process(record)
         if process is None:
             return
-        options = Options.model_validate(dict(record.options))
+        options = options_of(Target, record)
         (_job_folder(record.name, record.job) / STOP_ASKED).touch()
         _tell(process, signal.SIGTERM)
         if self._ended(record, options.stop_wait_s):
@@ -182,6 +183,8 @@ def _refuse_used(folder: Path) -> None:
 def _process(record: JobRecord) -> psutil.Process | None:
     """The shell around the job, where it still runs; a later process of the same number is another one."""
     pid, _, started = record.handle.partition(" ")
+    if not (pid.isdecimal() and len(pid) < 10 and re.fullmatch(r"\d+(\.\d+)?", started)):
+        raise ConfigError(f"the record of {record.job} names no process ({record.handle!r:.60}); submit the run again")
     try:
         process = psutil.Process(int(pid))
         same = abs(process.create_time() - float(started)) < 1 and process.status() != psutil.STATUS_ZOMBIE
@@ -198,6 +201,6 @@ def _tell(shell: psutil.Process, number: signal.Signals) -> None:
 
 def _exit_code(folder: Path) -> int | None:
     try:
-        return int((folder / EXIT_CODE).read_text())
-    except FileNotFoundError:
+        return int((folder / EXIT_CODE).read_text(encoding="ascii"))
+    except (FileNotFoundError, ValueError):
         return None

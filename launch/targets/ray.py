@@ -26,7 +26,7 @@ from configs.refusal import refusal
 from configs.schema import Section
 from launch.bundle import COMMAND, Bundle
 from launch.jobs import TAIL_LINES, Tail, copy_results, exit_code_in, refuse_run_folder, visible_folder, waited_too_long
-from launch.targets import JobRecord, JobStatus, Shipment, State
+from launch.targets import JobRecord, JobStatus, Shipment, State, options_of
 from launch.targets.ray_api import NotFound, RayApi, Unreachable, is_loopback
 from launch.targets.ray_fetch import fetch_results
 from trainer.errors import ConfigError, InfrastructureError, Preempted
@@ -238,7 +238,7 @@ def _where(options: Options) -> str:
 
 
 def _options(record: JobRecord) -> Options:
-    return Options.model_validate(dict(record.options))
+    return options_of(Target, record)
 
 
 def _api(options: Options) -> RayApi:

@@ -23,7 +23,7 @@ from configs.refusal import refusal
 from configs.schema import Run, Section
 from launch.bundle import COMMAND, Bundle
 from launch.commented_yaml import Note, dump
-from launch.targets import JobRecord, JobStatus, Shipment
+from launch.targets import JobRecord, JobStatus, Shipment, options_of
 from launch.targets.ray import SECRET_NAME
 from launch.targets.run_checks import paths_outside, refuse_in_process
 from trainer.errors import ConfigError, InfrastructureError, Preempted
@@ -152,7 +152,7 @@ class Target:
 
 
 def _instead(verb: str, managed: str, unmanaged: str, record: JobRecord) -> NoReturn:
-    command = managed if Options.model_validate(dict(record.options)).managed else unmanaged
+    command = managed if options_of(Target, record).managed else unmanaged
     raise ConfigError(f"stillhouse {verb} does not ask SkyPilot. Type: {command}")
 
 

@@ -17,16 +17,17 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from ruamel.yaml import YAML
 
+from configs.document import read_document
 from trainer.errors import ConfigError
 from trainer.metrics import TOKENS_PER_S, Records, read_metrics
+from trainer.papers import Tell, read_manifest
 from trainer.progress import duration
 from trainer.report.charts import charts
 from trainer.report.numbers import Form, compact, percent
 from trainer.report.timeline import Span, TimeAxis, draw, kinds_present, mean_waiting, read_timeline, wait_shares
 from trainer.report.viewer import read_generations, read_viewer, sample_records
-from trainer.run_folder import RunFolder, read_json, write_text
+from trainer.run_folder import RunFolder, write_text
 
 __all__ = ["sample_records", "write_report"]
 
@@ -53,7 +54,8 @@ class Status:
 def write_report(folder: RunFolder) -> Path:
     """Write `<run>/report.html` atomically and return its path. Safe while the run is going on.
 
-    Raises ConfigError where the folder holds neither a configuration nor metrics: that is no run folder.
+    Records that cannot be read are left out, and named among the warnings. Raises OSError where the page cannot be
+    written, and ConfigError where the folder holds neither a configuration nor metrics: that is no run folder.
     """
     if not folder.config.exists() and not folder.metrics.exists():
         raise ConfigError(f"{folder.path} is no run folder: it holds neither config.yaml nor metrics.jsonl")
@@ -63,11 +65,14 @@ def write_report(folder: RunFolder) -> Path:
 
 def render(folder: RunFolder) -> str:
     """The page as text."""
-    config_text = folder.config.read_text(encoding="utf-8") if folder.config.exists() else ""
-    config = YAML(typ="safe").load(config_text) or {}
-    manifest = read_json(folder.manifest) if folder.manifest.exists() else {}
-    records = read_metrics(folder)
-    spans = read_timeline(folder)
+    damage: list[str] = []
+    config_text, config = _config(folder, tell=damage.append)
+    manifest = read_manifest(folder, tell=damage.append)
+    records = read_metrics(folder, tell=damage.append)
+    spans = read_timeline(folder, tell=damage.append)
+    viewer = read_viewer(folder, tell=damage.append)
+    generations = read_generations(folder, tell=damage.append)
+    status = _status(folder, config, manifest, records, tell=damage.append)
     shares = wait_shares(spans)
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     environment = Environment(
@@ -77,15 +82,15 @@ def render(folder: RunFolder) -> str:
     return environment.get_template("page.jinja").render(
         title=config.get("name") or folder.path.name,
         subtitle=_subtitle(config),
-        status=_status(folder, config, manifest, records),
+        status=status,
         tiles=_tiles(records, spans, manifest),
         charts=charts(records),
         timeline=draw(spans),
         kinds=kinds_present(spans),
         shares=shares,
-        viewer=read_viewer(folder),
-        generations=read_generations(folder),
-        warnings=manifest.get("warnings") or [],
+        viewer=viewer,
+        generations=generations,
+        warnings=[*(manifest.get("warnings") or []), *damage],
         events=[event for event in records.events if event.name not in ("note", "self_test")],
         sections=_sections(manifest),
         config=config_text,
@@ -96,6 +101,18 @@ def render(folder: RunFolder) -> str:
     )
 
 
+def _config(folder: RunFolder, *, tell: Tell) -> tuple[str, Mapping[str, Any]]:
+    """config.yaml as text and as values; both empty where it cannot be read."""
+    if not folder.config.exists():
+        return "", {}
+    try:
+        document = read_document(folder.config, ())
+        return folder.config.read_text(encoding="utf-8"), document.tree
+    except (ConfigError, OSError) as error:
+        tell(f"{error}; the configuration is left out")
+        return "", {}
+
+
 def _subtitle(config: Mapping[str, Any]) -> str:
     student, teacher = (_model_name(config, role) for role in ("student", "teacher"))
     return f"{student} learns from {teacher}" if student and teacher else ""
@@ -103,24 +120,35 @@ def _subtitle(config: Mapping[str, Any]) -> str:
 
 def _model_name(config: Mapping[str, Any], role: str) -> str:
     """A hub name in full, of a folder only its own name."""
-    path = str(((config.get(role) or {}).get("model") or {}).get("path") or "")
+    path = str(_inside(config, role, "model", "path") or "")
     return path if path.count("/") == 1 and not path.startswith((".", "/", "~")) else Path(path).name
 
 
-def _status(folder: RunFolder, config: Mapping[str, Any], manifest: Mapping[str, Any], records: Records) -> Status:
+def _inside(config: Any, *keys: str) -> Any:
+    """What keys lead to, or None; a configuration of an old or edited folder need not be valid."""
+    for key in keys:
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
+
+
+def _status(
+    folder: RunFolder, config: Mapping[str, Any], manifest: Mapping[str, Any], records: Records, *, tell: Tell
+) -> Status:
     """exit.json is a run's very last file; a page made just before it goes by the manifest."""
     last = records.steps[-1].step if records.steps else 0
-    total = (config.get("training") or {}).get("steps")
-    reached = f"step {last:,}" + (f" of {total:,}" if total else "")
-    if not folder.exit.exists() and manifest.get("finished"):
-        return Status("finished", f"finished, {reached}")
-    if not folder.exit.exists():
+    total = _inside(config, "training", "steps")
+    reached = f"step {last:,}" + (f" of {total:,}" if isinstance(total, int) and total else "")
+    try:
+        ending = folder.ending()
+    except (ConfigError, OSError) as error:
+        tell(f"{error}; how the run ended is left out")
+        ending = None
+    if ending is None and not manifest.get("finished"):
         return Status("unfinished", f"unfinished, {reached}")
-    ending = read_json(folder.exit)
-    if ending.get("code") == 0:
+    if ending is None or ending.code == 0:
         return Status("finished", f"finished, {reached}")
-    reason = f": {ending['reason']}" if ending.get("reason") else ""
-    return Status("failed", f"ended with exit code {ending.get('code')} at {reached}{reason}")
+    reason = f": {ending.reason}" if ending.reason else ""
+    return Status("failed", f"ended with exit code {ending.code} at {reached}{reason}")
 
 
 def _tiles(records: Records, spans: Sequence[Span], manifest: Mapping[str, Any]) -> list[Tile]:
@@ -174,8 +202,7 @@ def _wall_seconds(spans: Sequence[Span], manifest: Mapping[str, Any]) -> float |
     if spans:
         return TimeAxis.of(spans).length_s
     started, finished = manifest.get("started"), manifest.get("finished")
-    both = isinstance(started, (int, float)) and isinstance(finished, (int, float))
-    return finished - started if both else None
+    return None if started is None or finished is None else finished - started
 
 
 def _sections(manifest: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -199,7 +226,7 @@ def _rows(prefix: str, value: Any) -> Sequence[tuple[str, str]]:
 def _text(name: str, value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    if name in ("started", "finished") and isinstance(value, (int, float)):
+    if name in ("started", "finished") and isinstance(value, (int, float)) and 0 <= value <= 1e11:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
     if name.endswith("bytes") and isinstance(value, (int, float)):
         return f"{value / 2**30:,.1f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"

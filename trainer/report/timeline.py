@@ -7,7 +7,7 @@ they do not say which side limits it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -17,7 +17,8 @@ from markupsafe import Markup
 
 from trainer.intervals import Interval, elapsed_inside, seconds_inside, subtract, union
 from trainer.progress import duration
-from trainer.run_folder import RunFolder, read_lines
+from trainer.records import Moment, checked, ignore, read_lines
+from trainer.run_folder import RunFolder
 
 WIDTH, LEFT, RIGHT, TOP, LANE, GAP, BOTTOM = 1160, 96, 10, 8, 34, 12, 30
 BINS = 260
@@ -36,8 +37,8 @@ class Span:
 
     lane: str
     kind: str
-    start_s: float
-    stop_s: float
+    start_s: Moment
+    stop_s: Moment
     label: str = ""
 
 
@@ -52,10 +53,11 @@ class LaneShare:
     kinds: Mapping[str, float]
 
 
-def read_timeline(folder: RunFolder) -> tuple[Span, ...]:
-    """In the order of their start; see `trainer.metrics.Timeline` for the format."""
-    spans = (Span(**record) for record in read_lines(folder.timeline))
-    return tuple(sorted(spans, key=lambda span: span.start_s))
+def read_timeline(folder: RunFolder, *, tell: Callable[[str], None] = ignore) -> tuple[Span, ...]:
+    """In the order of their start; see `trainer.metrics.Timeline` for the format. `tell` hears of lines that cannot be
+    read. Raises OSError."""
+    found = read_lines(folder.timeline, lambda record: checked(record, Span), tell=tell)
+    return tuple(sorted(found, key=lambda span: span.start_s))
 
 
 def steady_windows(spans: Sequence[Span]) -> list[Interval]:

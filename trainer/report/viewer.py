@@ -22,7 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from trainer.run_folder import RunFolder, plain, read_json
+from trainer import papers
+from trainer.papers import Tell
+from trainer.records import ignore
+from trainer.run_folder import RunFolder, plain
 from trainer.types import SampleTokens
 
 
@@ -118,11 +121,9 @@ def token_texts(token_ids: Sequence[int], decode: Callable[[list[int]], str]) ->
     return texts
 
 
-def read_viewer(folder: RunFolder) -> Viewer | None:
-    """None where samples.json does not exist or holds nothing."""
-    if not folder.samples.exists():
-        return None
-    content = read_json(folder.samples)
+def read_viewer(folder: RunFolder, *, tell: Tell = ignore) -> Viewer | None:
+    """None where samples.json does not exist or holds nothing. `tell` hears of what cannot be read."""
+    content = papers.read_samples(folder, tell=tell)
     before, after = _by_id(content.get("before")), _by_id(content.get("after"))
     order = list(dict.fromkeys([*before, *after]))
     if not order:
@@ -132,13 +133,13 @@ def read_viewer(folder: RunFolder) -> Viewer | None:
     return Viewer(sequences=tuple(_viewed(name, before.get(name), after.get(name)) for name in order), hottest=hottest)
 
 
-def read_generations(folder: RunFolder) -> tuple[Answers, ...]:
-    """Empty where generations.json does not exist."""
-    if not folder.generations.exists():
-        return ()
-    content = read_json(folder.generations)
+def read_generations(folder: RunFolder, *, tell: Tell = ignore) -> tuple[Answers, ...]:
+    """Empty where generations.json does not exist. `tell` hears of what cannot be read."""
+    content = papers.read_generations(folder, tell=tell)
     rows = zip_longest(
-        content["prompts"], *(content.get(name) or [] for name in ("before", "after", "reference")), fillvalue=None
+        content.get("prompts") or [],
+        *(content.get(name) or [] for name in ("before", "after", "reference")),
+        fillvalue=None,
     )
     return tuple(Answers(prompt or "", before, after, reference) for prompt, before, after, reference in rows)
 

@@ -1,0 +1,79 @@
+"""What is remembered of submitted jobs: a record that is damaged costs itself alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.jobs import all_records, exit_code_in, find_record, visible_folder, write_record
+from launch.submit import list_jobs
+from launch.targets import JobRecord, load_target
+from trainer.errors import ConfigError
+
+DAMAGED = {
+    "cut": '{"job": "a-1", "ki',
+    "a list": "[]",
+    "a field missing": '{"job": "a-1", "kind": "local"}',
+    "another type": '{"job": "a-1", "kind": "local", "name": "bad", "folder": 3}',
+    "a place elsewhere": '{"job": "a-1", "kind": "local", "name": "../../bad", "folder": "/x"}',
+    "no time": '{"job": "a-1", "kind": "local", "name": "bad", "folder": "/x", "submitted": 1e300}',
+}
+
+
+def good(folder: Path, **changes: object) -> JobRecord:
+    fields = {"job": "good-1", "kind": "local", "name": "good", "folder": str(folder), "handle": "4194999 1.5"}
+    return JobRecord(**(fields | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_record_is_told_and_the_others_are_listed(
+    text: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_record(good(here / "out"))
+    (here / "runs" / "bad").mkdir()
+    (here / "runs" / "bad" / "submission.json").write_text(text)
+    told: list[str] = []
+    assert [record.name for record in all_records(tell=told.append)] == ["good"]
+    assert len(told) == 1
+    assert told[0].startswith("runs/bad/submission.json")
+    assert list_jobs(None, (), None) == 0
+    shown = capsys.readouterr()
+    assert "good-1" in shown.out
+    assert shown.err.startswith("warning: runs/bad/submission.json")
+    with pytest.raises(ConfigError, match=r"bad/submission\.json.*submit the run again"):
+        find_record("bad")
+    assert find_record("good").job == "good-1"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"handle": "x"}, {"handle": ""}, {"handle": "9" * 40 + " 1"}, {"options": {"a": 1}}]
+)
+def test_a_record_that_names_no_process_or_foreign_options_is_one_message(here: Path, changes: dict) -> None:
+    record = good(here, **changes)
+    write_record(record)
+    target = load_target("local")
+    if "options" in changes:
+        assert target.status(record).state == "failed"
+    else:
+        with pytest.raises(ConfigError, match="the record of good-1 names no process"):
+            target.status(record)
+    assert list_jobs(None, (), None) == 0
+
+
+@pytest.mark.parametrize("text", ["[]", '{"code": "0", "time": 9e9}', '{"code": 0, "time": NaN}', "{", '{"time": 9e9}'])
+def test_an_exit_file_of_another_shape_is_no_exit_code(text: str, tmp_path: Path) -> None:
+    (tmp_path / "exit.json").write_text(text)
+    assert exit_code_in(tmp_path, since=0) is None
+    assert visible_folder(good(tmp_path, submitted=time.time() - 10)) is None
+    (tmp_path / "exit.json").write_text(json.dumps({"code": 5, "time": time.time()}))
+    assert exit_code_in(tmp_path, since=0) == 5
+    assert visible_folder(good(tmp_path, submitted=time.time() - 10)) == tmp_path
