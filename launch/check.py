@@ -250,12 +250,19 @@ def _dataset(run: Run, name: str, dataset: Dataset, inputs: Inputs) -> Iterator[
         report = reports[0]
         if training and run.training.epochs is not None:
             steps = partial(total_steps, run, rows_per_epoch=report.num_rows)
-            yield _attempt("steps", steps, lambda: f"{run.training.epochs} epochs are {steps()}")
+            yield _attempt("steps", steps, lambda: _epochs(run, steps(), rows=report.num_rows))
         if report.problems and run.data.on_bad_row == "skip":
             yield Finding(subject, "warning", _bad_rows(f"data.{name}", report))
         if report.num_dropped or report.num_truncated:
             text = f"{report.num_dropped} rows are too long and dropped, {report.num_truncated} truncated"
             yield Finding(subject, "warning", f"data.{name}: {text}")
+
+
+def _epochs(run: Run, steps: int, *, rows: int) -> str:
+    size = run.training.sequences_per_step
+    last = (run.training.epochs or 0) * rows - (steps - 1) * size
+    text = f"{run.training.epochs} epochs of {rows} rows are {steps} steps of {size}"
+    return text if last == size else f"{text}, the last of {last}"
 
 
 def _bad_rows(place: str, report: RowReport) -> str:

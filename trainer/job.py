@@ -119,6 +119,7 @@ def open_stream(run: Run, inputs: Inputs, *, quarantine: Path | None) -> PromptS
         room_for_answer=inputs.strategy.room_for_answer,
         rewrite=inputs.strategy.rewrite,
         quarantine=quarantine,
+        num_epochs=run.training.epochs,
     )
 
 
@@ -159,7 +160,11 @@ def as_sequence(prompt: Prompt) -> Sequence:
 
 
 def total_steps(run: Run, *, rows_per_epoch: int) -> int:
-    """Raises `ConfigError` where that many epochs are over before the learning rate has risen."""
+    """The optimizer steps of a run. Steps go over the borders of epochs, and the last one of the last epoch is as short
+    as what is left, so that every row is trained `epochs` times.
+
+    Raises `ConfigError` where that many epochs are over before the learning rate has risen.
+    """
     training = run.training
     if training.steps is not None:
         return training.steps

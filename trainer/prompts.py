@@ -77,8 +77,11 @@ class PromptStream:
     A rejected or dropped row leaves its position empty; nothing is refilled, so a step is a fixed set of positions.
     """
 
-    def __init__(self, reader: PromptReader, *, seed: int, quarantine: Path | None) -> None:
+    def __init__(
+        self, reader: PromptReader, *, seed: int, quarantine: Path | None, num_epochs: int | None = None
+    ) -> None:
         self._reader = reader
+        self._num_epochs = num_epochs
         self._cursor = Cursor(epoch=0, position=0, seed=seed)
         self._order: tuple[int, np.ndarray] | None = None  # (epoch, its permutation)
         self._unusable_in_a_row = 0
@@ -98,8 +101,9 @@ class PromptStream:
         room_for_answer: int = 0,
         rewrite: bool = False,
         quarantine: Path | None = None,
+        num_epochs: int | None = None,
     ) -> PromptStream:
-        """A stream at its beginning.
+        """A stream at its beginning, which ends after `num_epochs`, or never.
 
         Without `needs_answer`, rows that have no answer become prompts without a loss mask, short enough for
         `room_for_answer` further tokens; with `rewrite`, so do the rows that have one. `quarantine` is the file that
@@ -116,7 +120,7 @@ class PromptStream:
             room_for_answer=room_for_answer,
             rewrite=rewrite,
         )
-        return cls(reader, seed=seed, quarantine=quarantine)
+        return cls(reader, seed=seed, quarantine=quarantine, num_epochs=num_epochs)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -153,17 +157,27 @@ class PromptStream:
         self._unusable_in_a_row = 0
 
     def take(self, num: int) -> list[Prompt]:
-        """The prompts at the next `num` positions, in order, over epoch borders; shorter where rows are left out.
+        """The prompts at the next `num` positions, in order, over epoch borders; shorter where rows are left out, and
+        where the last epoch ends.
 
         Raises `DataError` at a row that the configuration does not allow to be left out, and where a whole epoch gave
         nothing.
         """
         prompts = []
         for _ in range(num):
+            if self._is_over():
+                break
             prompt = self._next()
             if prompt is not None:
                 prompts.append(prompt)
         return prompts
+
+    def _is_over(self) -> bool:
+        if self._num_epochs is None:
+            return False
+        return (
+            self._cursor.epoch * self.rows_per_epoch + self._cursor.position >= self._num_epochs * self.rows_per_epoch
+        )
 
     def _next(self) -> Prompt | None:
         epoch, position = self._cursor.epoch, self._cursor.position

@@ -128,6 +128,14 @@ def test_a_warm_up_as_long_as_the_epochs_is_refused(make: Make) -> None:
     assert "optimizer.warmup_steps: 6 leaves no step after the warm-up: the run has 6 (2 epochs of 3 rows" in refused
 
 
+def test_how_many_steps_epochs_are_is_told_with_the_length_of_a_short_last_one(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["training.steps=null", "training.epochs=2", "training.sequences_per_step=4"]
+    assert check(make(), overrides) == 0
+    assert "steps: 2 epochs of 3 rows are 2 steps of 4, the last of 2\n" in capsys.readouterr().out
+
+
 def test_a_model_below_the_home_folder_is_found_and_the_command_that_follows_is_the_whole_one(
     make: Make, tmp_path: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,7 +38,7 @@ def write(folder: Path, rows: list[object]) -> Dataset:
 
 
 def open_stream(dataset: Dataset, *, seed: int = 5, needs_answer: bool = True, **options: object) -> PromptStream:
-    given = {k: options.pop(k) for k in ("room_for_answer", "rewrite", "quarantine") if k in options}
+    given = {k: options.pop(k) for k in ("room_for_answer", "rewrite", "quarantine", "num_epochs") if k in options}
     return PromptStream.open(
         dataset,
         data=Data(train=dataset, **options),
@@ -113,6 +113,29 @@ def test_the_rows_of_the_first_page_are_read_as_they_stand(tmp_path: Path) -> No
                 stream.take(1)
         else:
             assert stream.take(1)[0].loss_mask.any()
+
+
+@pytest.mark.parametrize(("epochs", "lengths"), [(1, [4, 4, 2]), (2, [4, 4, 4, 4, 4]), (3, [4] * 7 + [2])])
+def test_a_stream_of_some_epochs_holds_every_row_so_many_times_and_ends(
+    tmp_path: Path, epochs: int, lengths: list[int]
+) -> None:
+    dataset = write(tmp_path, [talk(i) for i in range(10)])
+    stream = open_stream(dataset, num_epochs=epochs)
+    steps = [stream.take(4) for _ in lengths]
+    assert [len(step) for step in steps] == lengths
+    ids = [prompt.id for step in steps for prompt in step]
+    assert sorted(ids) == sorted(f"{epoch}:{row}" for epoch in range(epochs) for row in range(10))
+    assert (stream.counters.read, stream.take(4)) == (10 * epochs, [])
+    endless = open_stream(dataset)
+    assert [p.id for p in endless.take(10 * epochs)] == ids, "where it ends changes nothing before"
+    assert len(endless.take(4)) == 4
+
+
+def test_left_out_rows_do_not_make_an_epoch_longer(tmp_path: Path) -> None:
+    stream = open_stream(write(tmp_path, [talk(0), BAD, talk(2), BAD, talk(4)]), on_bad_row="skip", num_epochs=1)
+    lengths = [len(stream.take(2)) for _ in range(4)]
+    assert (sum(lengths), lengths[3]) == (3, 0)
+    assert stream.counters == StreamCounters(read=5, good=3, rejected=2)
 
 
 def test_a_prompt_holds_the_ids_the_mask_and_the_line(tmp_path: Path) -> None:
