@@ -41,7 +41,7 @@ from trainer.run_folder import RunFolder, write_text
 from trainer.types import Unit
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
-"""Of a file of the run. Other errors of this type are timeouts and broken connections."""
+"""Of a file anywhere. Other errors of this type are timeouts and broken connections."""
 
 
 def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wait_for_nodes: int | None = None) -> int:
@@ -72,8 +72,8 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
             record.ended(130, "interrupted")
             raise KeyboardInterrupt from None
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-                text = f"the run folder {folder.path} cannot be written: {error}"
+            text = disk_trouble(error, folder.path)
+            if text is not None:
                 record.ended(InfrastructureError.exit_code, text)
                 raise InfrastructureError(text) from error
             record.ended(1, f"{type(error).__name__}: {error}")
@@ -81,6 +81,18 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
         record.ended(0, "finished")
     print(closing_words(folder), flush=True)
     return 0
+
+
+def disk_trouble(error: Exception, folder: Path) -> str | None:
+    """What to say where a disk, and no mistake in the code, ended the run: any failure with a file of the run folder,
+    and with files elsewhere what only disks do."""
+    if not isinstance(error, OSError):
+        return None
+    if isinstance(error.filename, str) and Path(error.filename).is_relative_to(folder):
+        return f"the run folder {folder} cannot be used: {error}"
+    if error.errno in DISK_ERRORS:
+        return f"a disk fails, of the run folder {folder} or of its inputs: {error}"
+    return None
 
 
 def closing_words(folder: RunFolder) -> str:

@@ -25,6 +25,7 @@ from trainer.loops import Loops, Observer, first_error
 from trainer.manifest import TrainingState
 from trainer.protocols import Session
 from trainer.step_plan import cut_units, plan_step
+from trainer.threads import in_thread
 from trainer.types import BlockRef, Cursor, EncodingSpec, Evaluation, Sequence, SoftLabelBlock, Unit
 
 HIDDEN = EncodingSpec(kind="hidden")
@@ -100,7 +101,7 @@ class Controller:
 
     async def run(self) -> None:
         """Everything from starting the roles to the exported student. The caller closes the session."""
-        self._checkpoints.sweep()
+        await in_thread(self._checkpoints.sweep)
         committed = await self._latest()
         self._on_phase("starting teachers and students")
         await self._start(committed.folder if committed else None)
@@ -286,7 +287,7 @@ class Controller:
         """Kill what is left of the group and build a new one; returns the step it continues after."""
         self.student_restarts += 1
         await self._session.students.kill()
-        self._checkpoints.sweep()  # they may have died of a full disk, while they wrote
+        await in_thread(self._checkpoints.sweep)  # they may have died of a full disk, while they wrote
         committed = await self._latest()
         await self._session.students.start(committed.folder if committed else None)
         await self._stage_evaluation()
@@ -297,7 +298,7 @@ class Controller:
         return step
 
     async def _latest(self) -> Committed | None:
-        return await asyncio.to_thread(self._checkpoints.latest, config_hash=self._job.config_hash)
+        return await in_thread(self._checkpoints.latest, config_hash=self._job.config_hash)
 
     async def _save(self, step: int, cursor: Cursor, non_finite_steps: int) -> bool:
         """Returns whether the checkpoint exists now. One that cannot be made is noted and training goes on; three in a
@@ -311,9 +312,9 @@ class Controller:
         )
         temporary = None
         try:
-            temporary = self._checkpoints.begin(step)
+            temporary = await in_thread(self._checkpoints.begin, step)
             await self._session.students.save(step, temporary)
-            await asyncio.to_thread(self._checkpoints.commit, temporary, state)
+            await in_thread(self._checkpoints.commit, temporary, state)
             self._failed_saves = 0
             self._observer.event("checkpoint", at_step=step)
             return True
@@ -321,7 +322,7 @@ class Controller:
             if isinstance(error, StudentsLost):
                 raise
             if temporary is not None:
-                self._checkpoints.discard(temporary)
+                await in_thread(self._checkpoints.discard, temporary)
             self._failed_saves += 1
             self._observer.event("save_failed", at_step=step, error=str(error), in_a_row=self._failed_saves)
             last = step == self._job.loop.total_steps

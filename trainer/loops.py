@@ -22,9 +22,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from trainer.errors import Diverged, InfrastructureError, LabelsLost, Preempted, StillhouseError, StudentsLost
+from trainer.errors import Diverged, InfrastructureError, LabelsLost, Preempted, StudentsLost
 from trainer.protocols import Elicitation, Scorers, Students
 from trainer.step_plan import cut_units, plan_step
+from trainer.threads import in_thread
 from trainer.types import (
     AnswerCounters,
     BlockRef,
@@ -40,6 +41,9 @@ from trainer.types import (
 
 if TYPE_CHECKING:
     from trainer.prompts import PromptStream
+
+
+SETTLE_S = 5.0  # for rows that are being read when nobody needs them any more: a thread is better not left behind
 
 
 class Observer(Protocol):
@@ -145,8 +149,9 @@ class Loops:
         self._save = save
         self._stop_requested = stop_requested
         self._permits = Permits(depth=settings.depth, max_bytes=settings.max_label_bytes)
-        self._ready: asyncio.Queue[asyncio.Future[ReadyStep]] = asyncio.Queue()
+        self._ready: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
         self._supplying: list[asyncio.Task[Any]] = []  # the loop itself, then its steps that are not trained yet
+        self._taking: asyncio.Future[list[Prompt]] | None = None  # from the stream, in a thread: a disk may hang
         self.non_finite_steps = non_finite_steps
         self.last_step = 0
         self.last_saved: int | None = None
@@ -160,27 +165,34 @@ class Loops:
         `Preempted` after a requested stop; that, and an error of supply, comes after a checkpoint of what was trained.
         """
         self.last_step = start_step
-        self._supplying.append(asyncio.create_task(self._supply(start_step), name="supply"))
+        supply = asyncio.create_task(self._supply(start_step), name="supply")
+        supply.add_done_callback(self._supply_ended)
+        self._supplying.append(supply)
         try:
             if 0 < start_step < self._settings.total_steps and self._to_be_evaluated(start_step):
                 await self._evaluate(start_step)  # a run that is killed after a checkpoint may not have come to it
             await self._train(start_step)
+        except StudentsLost:
+            await self._end_supply()
+            if self._taking is not None:
+                await asyncio.wait([self._taking])  # the stream is moved next, and nobody may be reading it then
+            raise
         finally:
             await self._end_supply()
 
     async def _supply(self, start_step: int) -> None:
         for step in range(start_step + 1, self._settings.total_steps + 1):
             await self._permits.admit(step)
-            try:
-                prompts = self._stream.take(self._settings.sequences_per_step)
-            except StillhouseError as error:
-                refused: asyncio.Future[ReadyStep] = asyncio.get_running_loop().create_future()
-                refused.set_exception(error)
-                self._ready.put_nowait(refused)
-                return
+            self._taking = asyncio.ensure_future(in_thread(self._stream.take, self._settings.sequences_per_step))
+            prompts = await asyncio.shield(self._taking)
             task = asyncio.create_task(self._make_ready(step, prompts, self._stream.cursor), name=f"step-{step}")
             self._supplying.append(task)
             self._ready.put_nowait(task)
+
+    def _supply_ended(self, supply: asyncio.Task[None]) -> None:
+        """Whatever ends it badly waits behind the steps that it made: nobody would ever hear of it otherwise."""
+        if not supply.cancelled() and supply.exception() is not None:
+            self._ready.put_nowait(supply)
 
     async def _end_supply(self) -> None:
         """Cancel what is not trained yet; its errors are nobody's any more."""
@@ -188,6 +200,8 @@ class Loops:
             task.cancel()
         await asyncio.gather(*self._supplying, return_exceptions=True)
         self._supplying.clear()
+        if self._taking is not None:
+            await asyncio.wait([self._taking], timeout=SETTLE_S)
         while not self._ready.empty():
             left = self._ready.get_nowait()
             if left.done() and not left.cancelled():
@@ -248,8 +262,8 @@ class Loops:
                 ready = self._with_answers(await self._next_ready())
             except StudentsLost:
                 raise
-            except StillhouseError:
-                await self._save_what_was_trained()
+            except Exception as error:
+                await self._save_before(error)
                 raise
             if ready is None:
                 await self._end_supply()
@@ -306,6 +320,15 @@ class Loops:
                 "command again to go on from the one before it"
             )
         raise Preempted(f"stopped after step {self.last_step}; run the same command again to go on")
+
+    async def _save_before(self, error: Exception) -> None:
+        """Keep what was trained before the run ends with an error of supply, which is told, come what may."""
+        try:
+            await self._save_what_was_trained()
+        except StudentsLost:
+            raise
+        except InfrastructureError as failed:
+            self._observer.event("note", text=f"{failed}; what ends the run is another error: {type(error).__name__}")
 
     async def _save_what_was_trained(self) -> bool:
         """Whether there is nothing left to save."""

@@ -92,3 +92,22 @@ def test_an_error_in_the_middle_ends_with_its_text_and_leaves_nothing(tmp_path: 
     assert code == 4, output
     assert "a bug in the middle of the run" in output
     assert "Traceback" not in output
+
+
+def test_a_record_of_bad_rows_that_cannot_be_written_ends_the_run_and_what_was_trained_is_saved(tmp_path: Path) -> None:
+    changes = {
+        "runtime": "in_process",
+        "student": {"ranks": 1},
+        "data": {"on_bad_row": "skip", "shuffle": False},
+        "training": {"save_every": 0},
+    }
+    config, run = tiny_run(tmp_path, changes), tmp_path / "run"
+    rows = (tmp_path / "train.jsonl").read_text().splitlines()
+    rows[20] = '{"prompt": 3}'
+    (tmp_path / "train.jsonl").write_text("\n".join(rows) + "\n")
+    run.mkdir()
+    (run / "rejected.jsonl").symlink_to("/nowhere/rejected.jsonl")
+    code, output = finish(start(config), timeout_s=300)
+    assert code == 4, output
+    assert f"the run folder {run} cannot be used" in output
+    assert checkpoints(run) == ["step_000002"]

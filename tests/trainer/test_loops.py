@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -235,6 +237,97 @@ def test_a_bad_row_ends_the_run_when_its_step_is_due_and_what_was_trained_is_sav
         asyncio.run(asyncio.wait_for(loops.run(0), 5))
     assert len(students.trained) == 3
     assert saved == [(3, 12)]
+
+
+class Panic(BaseException):
+    """As Rust code raises it: no `Exception`."""
+
+
+UNFORESEEN = [OSError(5, "Input/output error"), TypeError("a template's"), StopIteration(), Panic("unwrap on None")]
+
+
+@pytest.mark.parametrize("where", ["take", "collect", "stage"])
+@pytest.mark.parametrize("error", UNFORESEEN, ids=lambda error: type(error).__name__)
+def test_an_error_of_supply_that_nobody_foresaw_ends_the_run_when_its_step_is_due_and_what_was_trained_is_saved(
+    where: str, error: BaseException
+) -> None:
+    loops, _, _, students, saved = make(train=0.01)
+    owner = {"take": loops._stream, "collect": loops._elicitation, "stage": students}[where]
+    work = getattr(owner, where)
+    calls = 0
+
+    def broken_at_the_fourth(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise error
+        return work(*arguments)
+
+    setattr(owner, where, broken_at_the_fourth)
+    with pytest.raises((type(error), RuntimeError)) as raised:
+        asyncio.run(asyncio.wait_for(loops.run(0), 5))
+    assert type(error).__name__ in repr(raised.value)
+    assert len(students.trained) == 3
+    assert saved == [(3, 12)] or (where != "take" and isinstance(error, Panic))
+
+
+def test_the_error_that_ends_a_run_is_told_although_saving_fails_as_well() -> None:
+    loops, trace, _, _, _ = make()
+
+    async def full_disk(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+        raise InfrastructureError("the checkpoint could not be written")
+
+    def broken(num: int) -> list[Prompt]:
+        if loops._stream.position == 8:
+            raise TypeError("a template's")
+        return take(num)
+
+    take, loops._stream.take, loops._save = loops._stream.take, broken, full_disk
+    with pytest.raises(TypeError, match="a template's"):
+        asyncio.run(asyncio.wait_for(loops.run(0), 5))
+    assert any("could not be written" in event[1].get("text", "") for event in trace.events if event[0] == "note")
+
+
+def test_rows_that_are_not_read_for_ever_do_not_hinder_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.loops.SETTLE_S", 0.1)
+
+    async def scenario() -> list:
+        loops, _, _, _, saved = make()
+        take = loops._stream.take
+        loops._stream.take = lambda num: take(num) if loops._stream.position < 8 else threading.Event().wait()
+        asyncio.get_running_loop().call_later(0.3, loops._stop_requested.set)
+        with pytest.raises(Preempted, match="after step 2"):
+            await asyncio.wait_for(loops.run(0), 5)
+        return saved
+
+    started = time.monotonic()
+    assert asyncio.run(scenario()) == [(2, 8)]
+    assert time.monotonic() - started < 4, "nor does the end of the loop wait for them"
+
+
+def test_nobody_reads_rows_any_more_when_the_stream_is_moved_after_a_loss() -> None:
+    reading: list[bool] = []
+
+    async def scenario() -> None:
+        loops, _, _, students, _ = make()
+        take = loops._stream.take
+
+        def slow(num: int) -> list[Prompt]:
+            reading.append(True)
+            time.sleep(0.2)
+            reading.pop()
+            return take(num)
+
+        async def lost(step: int) -> StepMetrics:
+            await asyncio.sleep(0.05)
+            raise StudentsLost("rank 1 died")
+
+        loops._stream.take, students.step = slow, lost
+        with pytest.raises(StudentsLost):
+            await loops.run(0)
+        assert reading == []
+
+    asyncio.run(scenario())
 
 
 def test_an_error_of_a_later_step_does_not_end_a_checkpoint_that_is_being_written() -> None:
