@@ -26,10 +26,12 @@ from trainer.environment import manifest_environment
 from trainer.errors import ConfigError
 from trainer.job import Job
 from trainer.metrics import Records, read_metrics
+from trainer.papers import read_generations
+from trainer.readable import answer_of, readable_prompts
 from trainer.records import read_parts
 from trainer.report import sample_records, write_report
 from trainer.run_folder import RunFolder, write_json, write_text
-from trainer.types import Evaluation
+from trainer.types import Evaluation, Sequence
 
 
 class Record:
@@ -90,10 +92,16 @@ class Record:
         records = sample_records(evaluation.samples, self._job.inputs.tokenizer.decode)
         self._merge(self._folder.samples, {when: records})
 
-    def generation(self, when: str, prompts: list[np.ndarray], texts: list[np.ndarray]) -> None:
+    def generation(self, who: str, rows: tuple[Sequence, ...], texts: list[np.ndarray]) -> None:
+        """What the student wrote `before` or `after` training, or the `teacher`, to the prompts of held-out rows."""
         assert self._job is not None
-        decode = self._job.inputs.tokenizer.decode
-        shown = {"prompts": [decode(p) for p in prompts], when: [decode(t, skip_special_tokens=True) for t in texts]}
+        inputs, dataset = self._job.inputs, self._job.run.data.evaluation
+        assert dataset is not None
+        read = lambda ids: inputs.tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+        shown: dict[str, Any] = {who: [read(text) for text in texts]}
+        if len(read_generations(self._folder).get("prompts", ())) != len(rows):
+            shown["prompts"] = readable_prompts(dataset, rows, inputs.template)
+            shown["reference"] = [read(answer_of(row)) for row in rows]
         self._merge(self._folder.generations, shown)
 
     def finish(self, controller: Controller) -> None:

@@ -12,8 +12,11 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cluster import nodes, ray_session, runtime
 from cluster.hardware import Hardware
@@ -38,6 +41,7 @@ from trainer.metrics import MetricsLog, TensorBoardSink, Timeline, read_metrics
 from trainer.models import load_config
 from trainer.progress import Progress
 from trainer.run_folder import RunFolder, write_text
+from trainer.teacher_answers import teacher_answers
 from trainer.types import Unit
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
@@ -252,6 +256,7 @@ async def _drive(
         read_block=session.read_block,
         restart_after=_restart_after(job.run),
         teacher_truth=_truth(job, resolved),
+        teacher_answers=_answers(job),
         teacher_dtype=resolved.scorer.dtype,
         on_evaluation=record.evaluation,
         on_generation=record.generation,
@@ -284,6 +289,11 @@ def _truth(job: Job, resolved: Resolved) -> Callable[[Unit], Any]:
         return teacher_truth(unit, model, vocabulary_size=size, dtype=resolved.scorer.dtype)
 
     return truth
+
+
+def _answers(job: Job) -> Callable[[list[np.ndarray]], list[np.ndarray] | None]:
+    source, most = job.run.teacher.model, job.run.report.generate_tokens
+    return partial(teacher_answers, source=source, max_new_tokens=most, stop_ids=job.inputs.stop_ids)
 
 
 def _restart_after(run: Run) -> Callable[[int], float | None]:

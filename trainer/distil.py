@@ -17,16 +17,17 @@ import numpy as np
 import torch
 
 from trainer.checkpoint import Checkpoints, Committed
-from trainer.errors import InfrastructureError, LabelsLost, Preempted, SelfTestError, StudentsLost
+from trainer.errors import InfrastructureError, LabelsLost, Preempted, SelfTestError, StillhouseError, StudentsLost
 from trainer.heads import Head
 from trainer.job import Job
 from trainer.label_check import LabelCheck, check_labels
 from trainer.loops import Loops, Observer, first_error
 from trainer.manifest import TrainingState
 from trainer.protocols import Session
+from trainer.readable import prompt_of
 from trainer.step_plan import cut_units, plan_step
 from trainer.threads import in_thread
-from trainer.types import BlockRef, Cursor, EncodingSpec, Evaluation, Sequence, SoftLabelBlock, Unit
+from trainer.types import BlockRef, Cursor, EncodingSpec, Evaluation, Prompt, Sequence, SoftLabelBlock, Unit
 
 HIDDEN = EncodingSpec(kind="hidden")
 CHECK_TOKENS = 512  # tokens of real text in the label self-test
@@ -64,14 +65,16 @@ class Controller:
         read_block: Callable[[BlockRef], SoftLabelBlock],
         restart_after: Callable[[int], float | None],
         teacher_truth: Callable[[Unit], tuple[Head, torch.Tensor | None]],
+        teacher_answers: Callable[[list[np.ndarray]], list[np.ndarray] | None],
         teacher_dtype: str,
         on_evaluation: Callable[[str, Evaluation], None],
-        on_generation: Callable[[str, list[np.ndarray], list[np.ndarray]], None],
+        on_generation: Callable[[str, tuple[Sequence, ...], list[np.ndarray]], None],
         on_phase: Callable[[str], None],
     ) -> None:
         """`restart_after(setbacks)` is the failure policy of the student group: seconds to wait, or None to give up.
         For the label self-test, `read_block` brings a block into this process and `teacher_truth(unit)` gives
-        `(Head, reference logits or None)`."""
+        `(Head, reference logits or None)`. `teacher_answers(prompts)` writes for the report where the session has no
+        writers, or gives None."""
         self._job = job
         self._session = session
         self._observer = observer
@@ -79,6 +82,7 @@ class Controller:
         self._read_block = read_block
         self._restart_after = restart_after
         self._teacher_truth = teacher_truth
+        self._teacher_answers = teacher_answers
         self._teacher_dtype = teacher_dtype
         self._on_phase = on_phase
         self._on_evaluation = on_evaluation
@@ -117,7 +121,12 @@ class Controller:
             self._observer.event("resumed", from_step=step)
         else:
             self._on_phase("evaluating the student before training")
-            await self._look("before", 0)
+            try:
+                async with asyncio.TaskGroup() as looks:
+                    looks.create_task(self._look("before", 0))
+                    looks.create_task(self._ask_teacher())
+            except BaseExceptionGroup as group:
+                raise first_error(group) from None
         self._on_phase("training")
         await self._train(step)
 
@@ -216,12 +225,32 @@ class Controller:
         elif self.final_evaluation is not None:
             self._on_evaluation(when, self.final_evaluation)
         report = self._job.run.report
-        prompts = [_prompt_of(row) for row in self._job.evaluation[: report.generate]]
-        if prompts:
+        rows = self._job.evaluation[: report.generate]
+        if rows:
             texts = await self._session.students.generate(
-                prompts, max_new_tokens=report.generate_tokens, stop_ids=self._job.inputs.stop_ids
+                [prompt_of(row) for row in rows],
+                max_new_tokens=report.generate_tokens,
+                stop_ids=self._job.inputs.stop_ids,
             )
-            self._on_generation(when, prompts, texts)
+            self._on_generation(when, rows, texts)
+
+    async def _ask_teacher(self) -> None:
+        """The teacher's own answers to the prompts of the report, by its writers where there are any. A run does not
+        depend on them: what stands in their way is noted."""
+        rows = self._job.evaluation[: self._job.run.report.generate]
+        if not rows:
+            return
+        try:
+            if self._session.writers is not None:
+                asked = [Prompt(f"report/{row.id}", prompt_of(row), None, "data.evaluation") for row in rows]
+                texts: list[np.ndarray] | None = await self._session.writers.write(asked)
+            else:
+                texts = await in_thread(self._teacher_answers, [prompt_of(row) for row in rows])
+        except StillhouseError as error:
+            self._observer.event("note", text=f"the report shows no answers of the teacher: {error}")
+            return
+        if texts is not None:
+            self._on_generation("teacher", rows, texts)
 
     async def _train(self, step: int) -> None:
         """The loops and what follows them, from the last committed checkpoint again whenever the student group is lost.
@@ -333,8 +362,3 @@ class Controller:
 
 def _held_out(unit: Unit) -> Unit:
     return Unit(id=f"held-out/{unit.id}", sequences=unit.sequences)
-
-
-def _prompt_of(sequence: Sequence) -> np.ndarray:
-    """The tokens up to the first answer: row i predicts token i + 1, so the first loss row is the last prompt token."""
-    return sequence.token_ids[: int(np.argmax(sequence.loss_mask)) + 1]

@@ -60,12 +60,20 @@ class Samples(TypedDict, total=False):
     after: list[Sample]
 
 
-class Generations(TypedDict, total=False):
-    """generations.json."""
+class Turn(TypedDict):
+    """Of a prompt; role "" where the row is no conversation."""
 
-    prompts: list[str | None]
+    role: str
+    content: str
+
+
+class Generations(TypedDict, total=False):
+    """generations.json. A prompt is its turns, of an earlier version one text."""
+
+    prompts: list[list[Turn] | str | None]
     before: list[str | None]
     after: list[str | None]
+    teacher: list[str | None]
     reference: list[str | None]
 
 

@@ -25,6 +25,9 @@ def test_a_run_leaves_a_student_that_learned_a_report_and_no_process(golden: Pat
     assert [record["step"] for record in evaluations] == [0, 8]
     assert evaluations[1]["forward_kl"] < 0.8 * evaluations[0]["forward_kl"]
     assert (golden / "report.html").stat().st_size > 10_000
+    answers = read_json(golden / "generations.json")
+    assert [turn["role"] for turn in answers["prompts"][0]] == ["user"]
+    assert {name for name, texts in answers.items() if len(texts) == 1} >= {"before", "after", "teacher", "reference"}
     assert (golden / "student" / "config.json").exists()
     assert (golden / "student" / "tokenizer.json").exists()
     assert left_running(golden) == []

@@ -118,6 +118,20 @@ def test_the_headline_says_what_was_reached(tmp_path: Path) -> None:
     assert "small learns from owner/Large" in text
 
 
+def test_a_prompt_is_shown_by_its_turns_and_the_answers_stand_beside_each_other(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "who?"}]
+    answers = {"prompts": [turns], "before": ["me"], "after": ["you"], "teacher": ["they"], "reference": ["we"]}
+    write_json(folder.generations, answers)
+    text = " ".join(" ".join(Page(write_report(folder).read_text()).text).split())
+    assert "system be brief user who? Student before me Student after you Teacher they Dataset we" in text
+    assert "where a run has a writer" not in text
+    write_json(folder.generations, {name: answers[name] for name in ("prompts", "before", "reference")})
+    text = " ".join(" ".join(Page(write_report(folder).read_text()).text).split())
+    assert "user who? Student before me Dataset we" in text
+    assert "The teacher's own answers are shown where a run has a writer or its teacher is small" in text
+
+
 def test_a_token_shows_the_row_that_predicted_it(tmp_path: Path) -> None:
     page = Page(write_report(write_run(tmp_path / "run")).read_text())
     judged = [a for a in page.named("b") if "data-i" in a]

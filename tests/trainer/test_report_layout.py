@@ -85,7 +85,9 @@ def write_run(
         kl=np.linspace(0, 9, 59, dtype=np.float32),
     )
     write_json(folder.samples, {"before": sample_records([sample], lambda ids: "".join(text[i : i + 1] for i in ids))})
-    write_json(folder.generations, {"prompts": [text], "before": [text], "after": [text], "reference": [text]})
+    turns = [{"role": role, "content": text} for role in ("system", "user", "assistant", "user")]
+    answers = {who: [text, text * 20] for who in ("before", "after", "teacher", "reference")}
+    write_json(folder.generations, {"prompts": [turns, text], **answers})
     write_json(
         folder.manifest, {"versions": {LONG: LONG}, "warnings": [text, LONG], "roles": {"student": {"ranks": 2}}}
     )

@@ -26,7 +26,7 @@ from trainer.progress import duration
 from trainer.report.charts import charts
 from trainer.report.numbers import Form, compact, percent
 from trainer.report.timeline import Span, TimeAxis, draw, kinds_present, mean_waiting, read_timeline, wait_shares
-from trainer.report.viewer import read_generations, read_viewer, sample_records
+from trainer.report.viewer import Answers, read_generations, read_viewer, sample_records
 from trainer.run_folder import RunFolder, write_text
 
 __all__ = ["sample_records", "write_report"]
@@ -90,6 +90,7 @@ def render(folder: RunFolder) -> str:
         shares=shares,
         viewer=viewer,
         generations=generations,
+        answers_note=_answers_note(config, generations),
         warnings=[*(manifest.get("warnings") or []), *damage],
         events=[event for event in records.events if event.name not in ("note", "self_test")],
         sections=_sections(manifest),
@@ -111,6 +112,15 @@ def _config(folder: RunFolder, *, tell: Tell) -> tuple[str, Mapping[str, Any]]:
     except (ConfigError, OSError) as error:
         tell(f"{error}; the configuration is left out")
         return "", {}
+
+
+def _answers_note(config: Mapping[str, Any], generations: Sequence[Answers]) -> str:
+    """How the answers of the page were made, and which are missing."""
+    most = (config.get("report") or {}).get("generate_tokens")
+    texts = [f"Held-out prompts. The student decodes greedily{f', at most {most} tokens' if most else ''}."]
+    if all(answers.teacher is None for answers in generations):
+        texts.append("The teacher's own answers are shown where a run has a writer or its teacher is small.")
+    return " ".join(texts)
 
 
 def _subtitle(config: Mapping[str, Any]) -> str:

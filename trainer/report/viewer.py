@@ -8,8 +8,9 @@ samples.json: `{"before": [sample, ...], "after": [sample, ...]}`, the same sequ
 Row r is about the prediction of token r + 1 (the shift of `trainer/types.py`), logprobs are of that realised token, in
 nats; `kl` is the forward KL over the whole vocabulary. Token 0 is never predicted. Missing numbers are null.
 
-generations.json: `{"prompts": [str], "before": [str], "after": [str], "reference": [str]}`, `reference` (what the
-teacher or the dataset answers) may be left out; so may `before` and `after` while they do not exist yet.
+generations.json: `{"prompts": [turns], "before": [str], "after": [str], "teacher": [str], "reference": [str]}`, where
+turns are `[{"role": str, "content": str}]` and `reference` is the dataset's answer. Every list but `prompts` may be
+left out, `before` and `after` while they do not exist yet.
 """
 
 from __future__ import annotations
@@ -86,9 +87,10 @@ class Viewer:
 class Answers:
     """A prompt and what was answered; None where that answer does not exist."""
 
-    prompt: str
+    prompt: tuple[papers.Turn, ...]
     before: str | None
     after: str | None
+    teacher: str | None
     reference: str | None
 
 
@@ -136,12 +138,14 @@ def read_viewer(folder: RunFolder, *, tell: Tell = ignore) -> Viewer | None:
 def read_generations(folder: RunFolder, *, tell: Tell = ignore) -> tuple[Answers, ...]:
     """Empty where generations.json does not exist. `tell` hears of what cannot be read."""
     content = papers.read_generations(folder, tell=tell)
-    rows = zip_longest(
-        content.get("prompts") or [],
-        *(content.get(name) or [] for name in ("before", "after", "reference")),
-        fillvalue=None,
-    )
-    return tuple(Answers(prompt or "", before, after, reference) for prompt, before, after, reference in rows)
+    answers = (content.get(name) or [] for name in ("before", "after", "teacher", "reference"))
+    rows = zip_longest(content.get("prompts") or [], *answers, fillvalue=None)
+    return tuple(Answers(_prompt(prompt), *texts) for prompt, *texts in rows)
+
+
+def _prompt(turns: Sequence[papers.Turn] | str | None) -> tuple[papers.Turn, ...]:
+    """Runs of an earlier version hold the prompt as one text."""
+    return ({"role": "", "content": turns},) if isinstance(turns, str) else tuple(turns or ())
 
 
 def _viewed(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> ViewedSequence:
