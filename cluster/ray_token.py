@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from configs.paths import named_path
 from trainer.errors import ConfigError
 
 MODE = "RAY_AUTH_MODE"
@@ -37,7 +38,7 @@ def named_token_file(environment: Mapping[str, str]) -> Path | None:
     if not uses_token(environment) or environment.get(TOKEN):
         return None
     named = environment.get(TOKEN_PATH)
-    return Path(named).expanduser() if named else _default_file()
+    return named_path(TOKEN_PATH, named) if named else _default_file()
 
 
 def refuse_open_token(path: Path) -> None:

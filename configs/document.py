@@ -6,6 +6,7 @@ rules: `1e-4` is a number, `no` is text, only plain values, no tags that constru
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ KeyPath = tuple[str | int, ...]
 
 MAX_DEPTH = 32
 MAX_VALUES = 20_000
+MAX_BYTES = 128 * 2**10
+"""Of a file: YAML is read in Python, some seconds for so much."""
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -69,14 +72,20 @@ def read_document(
     """
     document = Document({}, {(): Origin(option, (0, 0))}) if file is None else _read_file(file)
     for number, override in enumerate(overrides):
-        _apply(document, override, Origin(f"{option} {without_secrets(override)}", (1, number)), short_forms, option)
+        _apply(
+            document,
+            override,
+            Origin(f"{option} {_shown(without_secrets(override))}", (1, number)),
+            short_forms,
+            option,
+        )
     return document
 
 
 def _read_file(file: Path) -> Document:
     text = _read_text(file)
     try:
-        node = YAML(typ="safe", pure=True).compose(text)
+        node = _compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{file}:{mark.line + 1}" if mark else str(file)
@@ -95,9 +104,18 @@ def _read_file(file: Path) -> Document:
     return document
 
 
+def _compose(text: str) -> Node | None:
+    with warnings.catch_warnings(action="ignore"):  # a name of an anchor may be used again
+        return YAML(typ="safe", pure=True).compose(text)
+
+
 def _read_text(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        with file.open("rb") as content:  # a pipe too: `<(...)` of a shell is one
+            text = content.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise ConfigError(f"{file}: has more than {MAX_BYTES // 1024} KiB; a configuration is a page or two")
+        return text.decode("utf-8-sig")
     except FileNotFoundError:
         folder = file.parent
         siblings = [f.name for f in folder.glob("*.y*ml")] if folder.is_dir() else []
@@ -164,7 +182,10 @@ class _Reader:
             if kind == "bool":
                 return self.scalars.construct_yaml_bool(node)
             if kind == "int":
-                return self.scalars.construct_yaml_int(node)
+                number = self.scalars.construct_yaml_int(node)
+                if abs(number) >= 2**63:
+                    return self._refuse(node, path, node.value, "is too large: a whole number has at most 63 bits")
+                return number
             if kind == "float":
                 return float(self.scalars.construct_yaml_float(node))
         except (ValueError, KeyError):
@@ -203,7 +224,7 @@ def _apply(document: Document, override: str, origin: Origin, short_forms: Colle
         example = ", for example --set training.steps=100" if option == "--set" else ""
         return refuse(f"write {option} path.to.key=value{example}")
     try:
-        node = YAML(typ="safe", pure=True).compose(text)
+        node = _compose(text)
     except MarkedYAMLError as error:
         return refuse(f"the value is not YAML: {error.problem or error.context}")
     except (YAMLError, RecursionError):
@@ -251,6 +272,10 @@ def _no_place(path: KeyPath, holder: Any, part: str) -> str:
 def dotted(path: KeyPath) -> str:
     """`objective.0.weight`."""
     return ".".join(str(part) for part in path)
+
+
+def _shown(override: str) -> str:
+    return override if len(override) <= 200 else override[:197] + "..."
 
 
 def show(value: Any) -> str:

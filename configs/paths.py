@@ -8,14 +8,32 @@ from pathlib import Path
 from configs.errors import ConfigError
 
 PATTERN_CHARACTERS = "*?["
+LONGEST_NAME, LONGEST_PATH = 255, 4095
+"""Bytes: more, and no file system of Linux has it."""
 
 
 def expand_home(path: str | Path) -> Path:
-    """A path with `~` and `~user` replaced. Raises `ValueError` for a user whom the machine does not know."""
+    """A path with `~` and `~user` replaced. Raises `ValueError` for a user whom the machine does not know, and for a
+    name that no disk can hold."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~") and str(path).startswith("~") and not Path(expanded).exists():
         raise ValueError(f"{path}: there is no user {expanded.split('/')[0][1:]!r} here; write the path out")
+    name = max(os.fsencode(expanded).split(b"/"), key=len)
+    if len(name) > LONGEST_NAME or len(os.fsencode(expanded)) > LONGEST_PATH:
+        shown = f"{expanded[:40]}...{expanded[-10:]}"
+        raise ValueError(f"{shown}: too long; a name has at most {LONGEST_NAME} bytes and a path {LONGEST_PATH}")
+    if "\0" in expanded:
+        raise ValueError(f"{expanded!r}: a path holds no NUL character")
     return Path(expanded)
+
+
+def named_path(place: str, path: str | Path) -> Path:
+    """`expand_home` for a path that comes from a command line or an environment variable, `place`. Raises
+    `ConfigError`."""
+    try:
+        return expand_home(path)
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}") from None
 
 
 def refuse_pattern(place: str, path: Path, *, reader: str) -> None:

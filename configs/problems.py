@@ -115,7 +115,7 @@ def _expected(detail: Any) -> str | None:
         return context["expected"]
     if kind in BOUNDS:
         key, phrase = BOUNDS[kind]
-        return f"{phrase} {context[key]:g}"
+        return f"{phrase} {context[key]:.15g}"
     if kind == "string_pattern_mismatch":
         return PATTERNS.get(context["pattern"], f"text that matches {context['pattern']}")
     if kind in ("string_too_short", "too_short"):

@@ -16,9 +16,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     field_validator,
     model_validator,
 )
@@ -33,6 +31,14 @@ LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"
 HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?"
 COMMIT = r"[0-9a-f]{40}"
 DType = Literal["auto", "bfloat16", "float32"]
+
+MOST = 2**31 - 1
+MOST_SECONDS = 30 * 86400
+Positive = Annotated[int, Field(gt=0, le=MOST)]
+Natural = Annotated[int, Field(ge=0, le=MOST)]
+Bytes = Annotated[int, Field(gt=0, le=2**50)]
+Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
+"""A longer wait is none: timers of the system overflow, and whoever set it would never hear of a role that hangs."""
 
 
 class Section(BaseModel):
@@ -59,7 +65,7 @@ class ModelSource(Section):
     @field_validator("path")
     @classmethod
     def _home_is_a_folder(cls, path: str) -> str:
-        return str(expand_home(path)) if path.startswith("~") else path
+        return str(expand_home(path)) if path.startswith("~") else _known_home(path)
 
     @field_validator("local_copy")
     @classmethod
@@ -90,7 +96,7 @@ class Seats(Section):
     node_labels: dict[Annotated[str, Field(pattern=LABEL_NAME)], Annotated[str, Field(pattern=LABEL_VALUE)]] = Field(
         {}, description="Labels that a node must have, as given to `ray start --labels`."
     )
-    nodes: PositiveInt | None = Field(None, description="Exactly so many nodes; None: as many as it takes.")
+    nodes: Positive | None = Field(None, description="Exactly so many nodes; None: as many as it takes.")
 
     @model_validator(mode="after")
     def _strict_pack_is_one_node(self) -> Seats:
@@ -114,7 +120,7 @@ class Seats(Section):
 class LoRA(Section):
     """Low-rank adapters (arXiv 2106.09685) through peft."""
 
-    rank: PositiveInt = 16
+    rank: Positive = 16
     alpha: PositiveFloat = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
@@ -124,7 +130,7 @@ class Student(Section):
     """The model that learns, and how DeepSpeed shards it."""
 
     model: ModelSource
-    ranks: PositiveInt = Field(1, description="Training processes; one GPU each on GPU nodes, one core each on CPU.")
+    ranks: Positive = Field(1, description="Training processes; one GPU each on GPU nodes, one core each on CPU.")
     dtype: DType = Field("auto", description="auto: bfloat16 on GPUs and on CPUs with amx_bf16, else float32.")
     zero_stage: Literal[1, 2, 3] = 2
     offload: Literal["none", "optimizer", "optimizer_and_parameters"] = Field(
@@ -135,7 +141,7 @@ class Student(Section):
     )
     activation_checkpointing: bool = False
     lora: LoRA | None = None
-    loss_chunk_rows: PositiveInt = Field(512, description="Rows whose logits exist at once; bounds loss memory.")
+    loss_chunk_rows: Positive = Field(512, description="Rows whose logits exist at once; bounds loss memory.")
     placement: Seats = Seats()
 
     @model_validator(mode="after")
@@ -155,8 +161,8 @@ class Replicas(Section):
     """Engine processes of one kind that share the work."""
 
     engine: Annotated[Plugin, ENGINES] = Plugin(ENGINES.default_kind)
-    replicas: PositiveInt = 1
-    tensor_parallel_size: PositiveInt = Field(1, description="Devices that hold one copy together.")
+    replicas: Positive = 1
+    tensor_parallel_size: Positive = Field(1, description="Devices that hold one copy together.")
     dtype: DType = "auto"
     placement: Seats = Seats()
     may_span_nodes: bool = Field(
@@ -208,7 +214,7 @@ class Dataset(Section):
         "auto",
         description="auto: told by each row's own fields, and the same for all rows. prompt: answers are not read.",
     )
-    max_rows: PositiveInt | None = Field(None, description="Read only the first rows.")
+    max_rows: Positive | None = Field(None, description="Read only the first rows.")
 
     @field_validator("path")
     @classmethod
@@ -221,7 +227,7 @@ class Data(Section):
 
     train: Dataset
     evaluation: Dataset | None = Field(None, description="Held-out rows with answers; scored once, at start.")
-    max_length: PositiveInt = Field(2048, description="Tokens of prompt and answer together.")
+    max_length: Positive = Field(2048, description="Tokens of prompt and answer together.")
     on_too_long: Literal["error", "drop", "truncate"] = "error"
     on_bad_row: Literal["error", "skip"] = Field("error", description="skip: counted and listed in rejected.jsonl.")
     shuffle: bool = True
@@ -259,23 +265,23 @@ class Optimizer(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: Natural = 0
     final_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="Last learning rate over the peak.")
 
 
 class Training(Section):
     """Steps, batches, and what happens every so many of them."""
 
-    steps: PositiveInt | None = Field(None, description="Optimizer steps; give this or epochs.")
-    epochs: PositiveInt | None = None
-    sequences_per_step: PositiveInt = 32
-    micro_batch_tokens: PositiveInt = Field(4096, description="Token budget of one packed micro-batch of one rank.")
-    depth: NonNegativeInt = Field(2, description="Steps the teacher may run ahead of the student; 0: synchronous.")
-    max_label_bytes: PositiveInt = Field(2 * 2**30, description="Labels made and not yet trained, over all ranks.")
-    evaluate_every: NonNegativeInt = Field(0, description="Steps between evaluations; 0: only before and after.")
-    save_every: NonNegativeInt = Field(0, description="Steps between checkpoints; 0: only at the end.")
-    keep_checkpoints: PositiveInt = 2
-    max_non_finite_steps: NonNegativeInt = Field(3, description="Skipped steps before the run ends as diverged.")
+    steps: Positive | None = Field(None, description="Optimizer steps; give this or epochs.")
+    epochs: Positive | None = None
+    sequences_per_step: Positive = 32
+    micro_batch_tokens: Positive = Field(4096, description="Token budget of one packed micro-batch of one rank.")
+    depth: Natural = Field(2, description="Steps the teacher may run ahead of the student; 0: synchronous.")
+    max_label_bytes: Bytes = Field(2 * 2**30, description="Labels made and not yet trained, over all ranks.")
+    evaluate_every: Natural = Field(0, description="Steps between evaluations; 0: only before and after.")
+    save_every: Natural = Field(0, description="Steps between checkpoints; 0: only at the end.")
+    keep_checkpoints: Positive = 2
+    max_non_finite_steps: Natural = Field(3, description="Skipped steps before the run ends as diverged.")
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
@@ -289,30 +295,28 @@ class Training(Section):
 class Faults(Section):
     """Deadlines and retry budgets. Every wait of a run has one of these."""
 
-    start_timeout_s: PositiveFloat | None = Field(
+    start_timeout_s: Seconds | None = Field(
         None, description="Until a role must be ready; None: 600 s and a second for each 100 MB of its model."
     )
-    room_timeout_s: PositiveFloat = Field(
+    room_timeout_s: Seconds = Field(
         600, description="How long a role whose node is gone waits for room on another one."
     )
-    score_timeout_s: PositiveFloat = Field(300, description="One unit, from being sent to its labels.")
-    step_timeout_s: PositiveFloat = Field(1800, description="One optimizer step, evaluation or checkpoint.")
-    ping_interval_s: PositiveFloat = 10.0
-    ping_timeout_s: PositiveFloat = 60.0
-    max_unit_attempts: PositiveInt = 5
-    max_teacher_restarts: NonNegativeInt = Field(10, description="Per replica, without a unit scored in between.")
-    max_student_restarts: NonNegativeInt = Field(
-        3, description="Of the group, without a new step or checkpoint in between."
-    )
+    score_timeout_s: Seconds = Field(300, description="One unit, from being sent to its labels.")
+    step_timeout_s: Seconds = Field(1800, description="One optimizer step, evaluation or checkpoint.")
+    ping_interval_s: Seconds = 10.0
+    ping_timeout_s: Seconds = 60.0
+    max_unit_attempts: Positive = 5
+    max_teacher_restarts: Natural = Field(10, description="Per replica, without a unit scored in between.")
+    max_student_restarts: Natural = Field(3, description="Of the group, without a new step or checkpoint in between.")
 
 
 class Report(Section):
     """What is watched and shown."""
 
     tensorboard: bool = False
-    generate: NonNegativeInt = Field(3, description="Held-out prompts answered before and after, for the report.")
-    generate_tokens: PositiveInt = 64
-    viewer_sequences: NonNegativeInt = Field(4, description="Held-out sequences in the token viewer.")
+    generate: Natural = Field(3, description="Held-out prompts answered before and after, for the report.")
+    generate_tokens: Positive = 64
+    viewer_sequences: Natural = Field(4, description="Held-out sequences in the token viewer.")
 
 
 class Run(Section):
@@ -339,6 +343,8 @@ class Run(Section):
     @field_validator("folder")
     @classmethod
     def _home_is_a_folder(cls, folder: Path | None) -> Path | None:
+        if folder is not None and folder.is_absolute() and folder == folder.parent:
+            raise ValueError("the root of all files is no run folder; name one below it, for example runs/my-run")
         return folder if folder is None else expand_home(folder)
 
     @model_validator(mode="after")

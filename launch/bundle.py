@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.load import dump_run, load_run, run_folder
+from configs.paths import named_path
 from configs.schema import Dataset, ModelSource, Run
 from launch.wheel import CodeFile, own_code, plugin_code, write_code
 from trainer.build import build_hash
@@ -82,7 +83,7 @@ def make_bundle(
     has been written then.
     """
     loaded = load_run(config, overrides).run
-    run, locals_ = _rewritten(loaded, [path.expanduser().resolve() for path in shared])
+    run, locals_ = _rewritten(loaded, [named_path("--shared", path).resolve() for path in shared])
     code = [*own_code(), *plugin_code(loaded)]
     sources = [(f"{local.path}{name}", file) for local in locals_ for name, file in _files_of(local.source)]
     _refuse_large(code, locals_, max_bytes)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 
+from configs.paths import named_path
 from launch.jobs import RECORD, RUNS, known, last_lines
 from launch.targets import JobStatus, State
 from trainer.errors import Preempted
@@ -22,7 +22,7 @@ _ENDINGS: dict[int, State] = {0: "succeeded", 130: "stopped", Preempted.exit_cod
 
 def find_run(run: str) -> RunFolder | None:
     """The run folder that a name or a path means, where it holds a run."""
-    for folder in (Path(run).expanduser(), RUNS / run):
+    for folder in (named_path("RUN", run), RUNS / run):
         if (folder / "config.yaml").is_file():
             return RunFolder(folder)
     return None

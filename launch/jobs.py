@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from configs.paths import named_path
 from configs.refusal import did_you_mean
 from launch.targets import JobRecord
 from trainer.errors import ConfigError, InfrastructureError
@@ -77,7 +78,7 @@ def read_job(file: Path) -> JobRecord:
 
 def look_up(run: str) -> JobRecord | None:
     """The last submission of a run, by its name or its run folder; None where none is remembered here."""
-    place = Path(run).expanduser()
+    place = named_path("RUN", run)
     for folder in (place, RUNS / run):
         if (folder / RECORD).is_file():
             return read_job(folder / RECORD)
@@ -89,7 +90,7 @@ def find_record(run: str) -> JobRecord:
     record = look_up(run)
     if record is not None:
         return record
-    place = Path(run).expanduser()
+    place = named_path("RUN", run)
     for folder in (place, RUNS / run):
         if (folder / "config.yaml").is_file():
             raise ConfigError(

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster import ray_token
+from configs.paths import named_path
 from trainer.errors import ConfigError, InfrastructureError
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ def find_token(token_path: str | None, environment: Mapping[str, str] = os.envir
     Raises `ConfigError` where a token is asked for and cannot be read, or others may read its file.
     """
     if token_path is not None:
-        return _read_token(Path(token_path).expanduser()), token_path
+        return _read_token(named_path("token_path", token_path)), token_path
     mode = environment.get(ray_token.MODE, "").lower()
     if mode == "disabled":
         return None, ""
@@ -239,7 +240,7 @@ def find_token(token_path: str | None, environment: Mapping[str, str] = os.envir
         return environment[ray_token.TOKEN].strip(), ray_token.TOKEN
     named = environment.get(ray_token.TOKEN_PATH)
     if named:  # used without RAY_AUTH_MODE, too: whoever names a token means it
-        return _read_token(Path(named).expanduser()), f"{ray_token.TOKEN_PATH}={named}"
+        return _read_token(named_path(ray_token.TOKEN_PATH, named)), f"{ray_token.TOKEN_PATH}={named}"
     default = ray_token.named_token_file(environment)
     if default is None:
         return None, ""
