@@ -47,7 +47,7 @@ def evaluate_held_out(
         def compare(hidden, weight, bias, batch=batch) -> tuple[torch.Tensor, ...]:
             if not len(batch.loss_rows):
                 empty = hidden.new_empty(0, dtype=torch.float32)
-                return empty, empty.bool(), empty, empty
+                return empty, empty.bool(), empty, empty, empty
             rows = evaluation_rows(
                 hidden,
                 weight,
@@ -59,7 +59,7 @@ def evaluate_held_out(
                 next_ids=batch.next_ids,
                 chunk_rows=chunk_rows,
             )
-            return rows.kl, rows.agree, rows.student_logprob, rows.teacher_logprob
+            return rows.kl, rows.agree, rows.student_logprob, rows.teacher_logprob, rows.padding_mass
 
         rows = EvaluationRows(*forward(batch, compare))
         sums.append(EvaluationSums.of(rows))

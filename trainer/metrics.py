@@ -35,7 +35,9 @@ TEACHER_WAIT = "wait/teacher_share"
 _LARGEST = 1e100
 """Of a number that is read back: charts calculate with sums, quotients and margins of them."""
 
-EVALUATION_FIELDS = ("num_rows", "forward_kl", "agreement", "perplexity", "teacher_perplexity")
+EVALUATION_FIELDS = ("num_rows", "forward_kl", "agreement", "perplexity", "teacher_perplexity", "padding_mass")
+NOTICEABLE_PADDING = 5e-4
+"""The share of a student's probability on ids that do not exist from which on people are shown it."""
 
 
 class Sink(Protocol):

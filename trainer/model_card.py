@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 
 from configs.schema import Run, Term
-from trainer.metrics import Records
+from trainer.metrics import NOTICEABLE_PADDING, Records
 
 NOT_STATED = "not stated"
 
@@ -113,10 +113,13 @@ def _quality(records: Records) -> list[Row]:
     if not records.evaluations:
         return []
     first, last = records.evaluations[0], records.evaluations[-1]
+    noticeable = max(first.padding_mass, last.padding_mass) >= NOTICEABLE_PADDING
+    padding = Row("probability on ids that do not exist", f"{first.padding_mass:.2%}", f"{last.padding_mass:.2%}", "")
     return [
         Row("KL(teacher, student), nats per token", f"{first.forward_kl:.3f}", f"{last.forward_kl:.3f}", "0"),
         Row("agreement of first choices", f"{first.agreement:.1%}", f"{last.agreement:.1%}", "100%"),
         Row("perplexity", f"{first.perplexity:.2f}", f"{last.perplexity:.2f}", f"{last.teacher_perplexity:.2f}"),
+        *([padding] if noticeable else []),
     ]
 
 

@@ -19,7 +19,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from trainer.metrics import LOSS, STUDENT_WAIT, TEACHER_WAIT, TOKENS_PER_S
+from trainer.metrics import LOSS, NOTICEABLE_PADDING, STUDENT_WAIT, TEACHER_WAIT, TOKENS_PER_S
 from trainer.types import Evaluation, StepMetrics
 
 _FIRST_STEPS = 3
@@ -89,7 +89,7 @@ class Progress:
             f"KL {_change(before and before.forward_kl, evaluation.forward_kl, '.3f')} nats/token, "
             f"agreement {_change(before and before.agreement, evaluation.agreement, '.1%')}, "
             f"perplexity {_change(before and before.perplexity, evaluation.perplexity, '.2f')} "
-            f"(teacher {evaluation.teacher_perplexity:.2f})"
+            f"(teacher {evaluation.teacher_perplexity:.2f})" + _padding(before, evaluation)
         )
 
     def compare_with(self, first: Evaluation) -> None:
@@ -179,6 +179,12 @@ def duration(seconds: float) -> str:
 
 def _change(before: float | None, now: float, form: str) -> str:
     return format(now, form) if before is None else f"{before:{form}} -> {now:{form}}"
+
+
+def _padding(before: Evaluation | None, now: Evaluation) -> str:
+    if max(now.padding_mass, before.padding_mass if before else 0.0) < NOTICEABLE_PADDING:
+        return ""
+    return f", on ids that do not exist {_change(before and before.padding_mass, now.padding_mass, '.1%')}"
 
 
 def _clock_text(seconds: float) -> str:

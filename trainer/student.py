@@ -75,7 +75,6 @@ class StudentRank:
         self._total_steps = total_steps
         self._staging = Staging(run, vocabulary=vocabulary, device=device)
         self._encoding = load_encoding(self._staging.labels)
-        self._objective = Objective.of(run.objective, self._encoding)
         self._on_accelerator = device.type != torch.empty(0).device.type
 
     def build(self) -> StudentInfo:
@@ -104,6 +103,8 @@ class StudentRank:
             activation_checkpointing=student.activation_checkpointing,
             sharded=sharded_loading(self._plan.deepspeed),
         )
+        rows = self._module.config.get_text_config().vocab_size
+        self._objective = Objective.of(self._run.objective, self._encoding, padded=rows > self._vocabulary.size)
         use_fast_products(self._module.causal.base_model, device=self._device, dtype=self._dtype)
         self._zero = ZeroModel(
             self._module, config=self._plan.deepspeed, optimizer=self._run.optimizer, device=self._device

@@ -288,6 +288,9 @@ class Evaluation:
     agreement: float  # share of rows where both argmax are equal
     perplexity: float  # of the student on the realised tokens
     teacher_perplexity: float
+    padding_mass: float = (
+        0.0  # mean probability of the student on its rows beyond the vocabulary: ids that do not exist
+    )
     samples: tuple[SampleTokens, ...] = ()
 
 

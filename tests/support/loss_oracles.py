@@ -72,6 +72,11 @@ def objective(
     return total
 
 
+def padding_nats(logits: torch.Tensor, vocabulary_size: int) -> torch.Tensor:
+    """-log of the mass that a softmax over all columns keeps inside the vocabulary, [N] float64."""
+    return -probabilities(logits)[:, :vocabulary_size].sum(-1).log()
+
+
 def gradient(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> torch.Tensor:
     """Of the summed rows of `function`, in the dtype of `at`."""
     leaf = at.detach().clone().requires_grad_(True)

@@ -180,13 +180,16 @@ def train_by_hand(run: Run, steps: int, rates: list[float]) -> tuple[dict[str, t
     for step in range(1, steps + 1):
         sequences = sequences_of(step)
         count = sum(s.num_loss_tokens for s in sequences)
-        kl_sum, ce_sum = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        kl_sum, ce_sum, padding_sum = torch.zeros(3, dtype=torch.float64)
         for sequence in sequences:
             if not sequence.num_loss_tokens:
                 continue
             ids = torch.from_numpy(sequence.token_ids.astype(np.int64))
             rows = torch.from_numpy(np.flatnonzero(sequence.loss_mask))
-            q = model(input_ids=ids[None], use_cache=False).logits[0, rows, :VOCABULARY_SIZE].softmax(-1)
+            q_of_all_rows = model(input_ids=ids[None], use_cache=False).logits[0, rows].softmax(-1)
+            inside = q_of_all_rows[:, :VOCABULARY_SIZE].sum(1, keepdim=True)
+            q = q_of_all_rows[:, :VOCABULARY_SIZE] / inside
+            padding_sum = padding_sum - inside.log().sum()
             columns = teacher.label(Unit("u", (sequence,)), labels_of(run)).columns
             kept = torch.from_numpy(columns["ids"].astype(np.int64))
             p = torch.cat(
@@ -197,7 +200,7 @@ def train_by_hand(run: Run, steps: int, rates: list[float]) -> tuple[dict[str, t
             events = torch.cat([q_kept, 1 - q_kept.sum(1, keepdim=True)], 1)
             kl_sum = kl_sum + (p * (p.log() - events.log())).sum()
             ce_sum = ce_sum - q.gather(1, ids[rows + 1][:, None]).log().sum()
-        loss = (kl_sum + 0.25 * ce_sum) / count
+        loss = (kl_sum + 0.25 * ce_sum + 1.25 * padding_sum) / count
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
@@ -209,6 +212,7 @@ def train_by_hand(run: Run, steps: int, rates: list[float]) -> tuple[dict[str, t
                 "train/loss": loss.item(),
                 "train/forward_kl": kl_sum.item() / count,
                 "train/cross_entropy": ce_sum.item() / count,
+                "train/padding": padding_sum.item() / count,
                 "train/grad_norm": float(norm),
                 "train/loss_tokens": float(count),
                 "train/tokens": float(sum(s.num_tokens for s in sequences)),

@@ -24,6 +24,21 @@ def held_out(family: str, *, seed: int):
     return logits, states, model.lm_head.weight.detach(), HeadShape.of_config(model.config)
 
 
+def test_the_mass_beyond_the_vocabulary_is_that_of_the_softmax_over_all_rows():
+    for family in ("llama", "gemma2"):
+        model = tiny_model(family, seed=1)
+        ids = torch.randint(3, V, (1, T), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            expected = oracle.probabilities(model(ids).logits[0])[:, V:].sum(-1)
+        student = held_out(family, seed=1)
+        next_ids = torch.zeros(T, dtype=torch.int64)
+        for chunk_rows in (512, 7):
+            rows = rows_of(student, student, next_ids, chunk_rows=chunk_rows)
+            torch.testing.assert_close(rows.padding_mass.double(), expected, atol=1e-7, rtol=1e-4)
+        exact = (student[0], student[1], student[2][:V], student[3])
+        assert (rows_of(exact, student, next_ids).padding_mass == 0).all()
+
+
 def rows_of(student, teacher, next_ids: torch.Tensor, *, chunk_rows: int = 512) -> EvaluationRows:
     (_, states, weight, shape), (_, teacher_states, teacher_weight, teacher_shape) = student, teacher
     return evaluation_rows(
@@ -70,7 +85,9 @@ def test_sums_of_uneven_ranks_give_the_means_over_all_rows():
     g = torch.Generator().manual_seed(3)
     kl, agree = torch.rand(30, generator=g), torch.rand(30, generator=g) > 0.4
     student, teacher = -torch.rand(30, generator=g), -torch.rand(30, generator=g)
-    ranks = [EvaluationRows(kl[s], agree[s], student[s], teacher[s]) for s in (slice(0, 4), slice(4, 30), slice(0, 0))]
+    padding = torch.rand(30, generator=g)
+    parts = (slice(0, 4), slice(4, 30), slice(0, 0))
+    ranks = [EvaluationRows(kl[s], agree[s], student[s], teacher[s], padding[s]) for s in parts]
     sums = EvaluationSums.combine(EvaluationSums.of(rows) for rows in ranks)
     over_the_wire = EvaluationSums.from_tensor(sums.to_tensor(kl.device))
     result = over_the_wire.result(step=5)
@@ -78,11 +95,14 @@ def test_sums_of_uneven_ranks_give_the_means_over_all_rows():
     assert result.forward_kl == pytest.approx(kl.mean().item())
     assert result.agreement == pytest.approx(agree.float().mean().item())
     assert result.perplexity == pytest.approx(math.exp(-student.mean().item()))
+    assert result.padding_mass == pytest.approx(padding.mean().item())
     assert result.teacher_perplexity == pytest.approx(math.exp(-teacher.mean().item()))
 
 
 def test_an_evaluation_of_nothing_is_an_error_and_a_hopeless_student_is_not():
     with pytest.raises(ValueError, match="got none"):
         EvaluationSums.combine([]).result(step=0)
-    hopeless = EvaluationSums(num_rows=1.0, kl=1e4, agree=0.0, student_logprob=-1e4, teacher_logprob=-1.0)
+    hopeless = EvaluationSums(
+        num_rows=1.0, kl=1e4, agree=0.0, student_logprob=-1e4, teacher_logprob=-1.0, padding_mass=0.0
+    )
     assert hopeless.result(step=0).perplexity == math.inf

@@ -58,6 +58,7 @@ def test_every_record_is_on_disk_before_the_next_one(folder: RunFolder) -> None:
             "agreement": 0.5,
             "perplexity": 9.0,
             "teacher_perplexity": 8.0,
+            "padding_mass": 0.0,
         },
         {"time": 12.5, "kind": "step", "step": 1, "train/loss": 2.5},
         {"time": 12.5, "kind": "event", "step": 1, "name": "teacher_lost", "replica": "scorer-0"},

@@ -133,30 +133,41 @@ def test_a_step_staged_twice_is_trained_once(single: dict[str, Any]) -> None:
         assert twice["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-6)
 
 
-def _brute_force(model: torch.nn.Module, world: Path, names: dict[str, np.ndarray]) -> tuple[float, float, float]:
-    """Forward KL, agreement and perplexity of the held-out rows in float64; student log-probabilities go to `names`."""
+def _brute_force(
+    model: torch.nn.Module, world: Path, names: dict[str, np.ndarray]
+) -> tuple[float, float, float, float]:
+    """Forward KL, agreement, perplexity and mass beyond the vocabulary of the held-out rows in float64; student
+    log-probabilities go to `names`."""
     teacher = _load(world / "teacher").double()
     model = model.double()
-    kl, agree, logprobs = [], [], []
+    kl, agree, logprobs, padding = [], [], [], []
     for sequence in sequences_of(100):
         ids = torch.from_numpy(sequence.token_ids.astype(np.int64))
         rows = torch.from_numpy(np.flatnonzero(sequence.loss_mask))
         with torch.no_grad():
-            p, q = (m(input_ids=ids[None]).logits[0, rows, :VOCABULARY_SIZE].softmax(-1) for m in (teacher, model))
+            p, q_of_all_rows = (m(input_ids=ids[None]).logits[0, rows] for m in (teacher, model))
+        p, q = (logits[:, :VOCABULARY_SIZE].softmax(-1) for logits in (p, q_of_all_rows))
+        padding.append(q_of_all_rows.softmax(-1)[:, VOCABULARY_SIZE:].sum(-1))
         kl.append((p * (p / q).log()).sum(-1))
         agree.append(p.argmax(-1) == q.argmax(-1))
         logprobs.append(q.gather(-1, ids[rows + 1][:, None])[:, 0].log())
         names[sequence.id] = logprobs[-1].numpy()
     perplexity = float(torch.cat(logprobs).mean().neg().exp())
-    return float(torch.cat(kl).mean()), float(torch.cat(agree).double().mean()), perplexity
+    return (
+        float(torch.cat(kl).mean()),
+        float(torch.cat(agree).double().mean()),
+        perplexity,
+        float(torch.cat(padding).mean()),
+    )
 
 
 def _check_evaluation(evaluation: Evaluation, model: torch.nn.Module, world: Path) -> None:
     logprobs: dict[str, np.ndarray] = {}
-    kl, agreement, perplexity = _brute_force(model, world, logprobs)
+    kl, agreement, perplexity, padding_mass = _brute_force(model, world, logprobs)
     assert evaluation.forward_kl == pytest.approx(kl, rel=1e-4)
     assert evaluation.agreement == pytest.approx(agreement, abs=1e-9)
     assert evaluation.perplexity == pytest.approx(perplexity, rel=1e-4)
+    assert evaluation.padding_mass == pytest.approx(padding_mass, rel=1e-4)
     assert [sample.id for sample in evaluation.samples] == ["100:0", "100:1", "100:2"]
     for sample in evaluation.samples:
         np.testing.assert_allclose(sample.student_logprob, logprobs[sample.id], rtol=1e-3, atol=1e-4)
@@ -170,6 +181,7 @@ def test_evaluation_and_export_equal_brute_force_before_and_after_training(
     _check_evaluation(found["evaluation"], _load(world / look[0]), world)
     _check_evaluation(found["after"], _load(found["export"]), world)
     assert found["after"].forward_kl < found["evaluation"].forward_kl
+    assert found["after"].padding_mass < found["evaluation"].padding_mass
     other = pair[1]["look"][look]["evaluation"]
     assert (other.forward_kl, other.agreement) == (found["evaluation"].forward_kl, found["evaluation"].agreement)
     assert other.samples == ()

@@ -13,7 +13,7 @@ forward. It knows neither encodings nor divergences, only `Objective.rows`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,8 +50,8 @@ def head_loss(
     """`scale` * sum over rows of the objective.
 
     hidden [N, H], weight [>= V, H], bias [>= V] or None: the student's; rows of weight beyond `vocabulary_size` are
-    padding, never enter and get gradient exactly zero. labels: columns of `encoding`, each [N, width]; next_ids int64
-    [N].
+    padding: they enter only the objective's term for them, and where it has none they get gradient exactly zero.
+    labels: columns of `encoding`, each [N, width]; next_ids int64 [N].
 
     Gradients flow to whichever of the three asks for one; a frozen weight gets no buffer. `scale` (for example ranks
     over the step's loss tokens) multiplies before gradients are rounded to the weight's dtype. N = 0 gives a loss of 0
@@ -110,7 +110,7 @@ class _Work:
     def values(self, accumulator: _Accumulator) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss float32 [], sums float64 [terms]) over all rows; gradients go into the accumulator."""
         hidden = accumulator.hidden
-        totals = torch.zeros(1 + len(self.objective.terms), dtype=torch.float64, device=hidden.device)
+        totals = torch.zeros(1 + len(self.objective.names), dtype=torch.float64, device=hidden.device)
         for start in range(0, hidden.shape[0], self.chunk_rows):
             totals += self._chunk(slice(start, min(start + self.chunk_rows, hidden.shape[0])), accumulator)
         return (totals[0] * self.scale).float(), totals[1:]
@@ -120,28 +120,37 @@ class _Work:
         if self.objective.needs_labels:
             labels = self.encoding.ready(labels, self.teacher_head)
         next_ids = self.next_ids[chunk]
-        products = accumulator.product(chunk, self.vocabulary_size)
-        totals = torch.zeros(1 + len(self.objective.terms), dtype=torch.float64, device=products.device)
-        for block in cache_blocks(products[: next_ids.shape[0]]):
+        parts = [accumulator.product(chunk, slice(0, self.vocabulary_size))]
+        if accumulator.weight.shape[0] > self.vocabulary_size and self.objective.padding_weight:
+            parts.append(accumulator.product(chunk, slice(self.vocabulary_size, None)))
+        totals = torch.zeros(1 + len(self.objective.names), dtype=torch.float64, device=parts[0].device)
+        for block in cache_blocks(parts[0][: next_ids.shape[0]]):
             block_labels = {name: column[block] for name, column in labels.items()}
-            totals += self._block(products[block], block_labels, next_ids[block], differentiate=accumulator.wants_any)
+            products = [part[block] for part in parts]
+            totals += self._block(products, block_labels, next_ids[block], differentiate=accumulator.wants_any)
         if accumulator.wants_any:
-            accumulator.add(chunk, products)
+            accumulator.add(chunk, parts)
         return totals
 
     def _block(
-        self, products: torch.Tensor, labels: Mapping[str, torch.Tensor], next_ids: torch.Tensor, *, differentiate: bool
+        self,
+        products: list[torch.Tensor],
+        labels: Mapping[str, torch.Tensor],
+        next_ids: torch.Tensor,
+        *,
+        differentiate: bool,
     ) -> torch.Tensor:
-        """Sums of loss and terms; with `differentiate`, `products` [n, V] become the gradient by them, times
-        `scale`."""
+        """Sums of loss and terms; with `differentiate`, `products` ([n, V], and [n, P] of the padding if it counts)
+        become the gradients by them, times `scale`."""
         with torch.set_grad_enabled(differentiate), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
-            leaf = products.detach().requires_grad_(differentiate)
-            logits = self.head_shape.apply(leaf.float())
-            loss, terms = self.objective.rows(logits, labels, next_ids, self.encoding, self.teacher_head)
+            leaves = [part.detach().requires_grad_(differentiate) for part in products]
+            logits, *padding = (self.head_shape.apply(leaf.float()) for leaf in leaves)
+            loss, terms = self.objective.rows(logits, labels, next_ids, self.encoding, self.teacher_head, *padding)
             if differentiate:
-                (gradient,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, self.scale))
+                gradients = torch.autograd.grad(loss, leaves, torch.full_like(loss, self.scale))
         if differentiate:
-            products.copy_(gradient)
+            for part, gradient in zip(products, gradients, strict=True):
+                part.copy_(gradient)
         return torch.stack([loss.detach().double().sum(), *(rows.double().sum() for rows in terms.values())])
 
 
@@ -152,15 +161,16 @@ def _itself(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(slots=True)
 class _Accumulator:
-    """The student's head and the gradients of one call while they grow, over the vocabulary without padding."""
+    """The student's head and the gradients of one call while they grow: of the vocabulary, then of the padding if that
+    counts."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
     wanted: tuple[bool, bool, bool]
     grad_hidden: torch.Tensor | None
-    grad_weight: torch.Tensor | None = None
-    grad_bias: torch.Tensor | None = None
+    grad_weight: list[torch.Tensor] = field(default_factory=list)
+    grad_bias: list[torch.Tensor] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -176,38 +186,48 @@ class _Accumulator:
     def wants_any(self) -> bool:
         return any(self.wanted)
 
-    def product(self, chunk: slice, vocabulary_size: int) -> torch.Tensor:
-        """`hidden @ weight.T + bias` of the chunk; a few rows more than the chunk has, see `whole_rows`."""
-        head = Head(self.weight, self.bias, HeadShape(), vocabulary_size)
-        return head.product(whole_rows(self.hidden[chunk]))
+    def product(self, chunk: slice, rows: slice) -> torch.Tensor:
+        """`hidden @ weight.T + bias` of the chunk and these rows of the head; a few rows more than the chunk has, see
+        `whole_rows`."""
+        weight, bias = self.weight[rows], None if self.bias is None else self.bias[rows]
+        return Head(weight, bias, HeadShape(), weight.shape[0]).product(whole_rows(self.hidden[chunk]))
 
-    def add(self, chunk: slice, gradient: torch.Tensor) -> None:
-        """The chunk's gradient by its `product`, in the dtype of the weight; sums over rows grow in float32."""
-        hidden = self.hidden[chunk].to(gradient.dtype)
-        n, v = hidden.shape[0], gradient.shape[1]
-        gradient[n:] = 0.0
-        if self.wanted[0]:
-            self.grad_hidden[chunk] = matmul_nt(gradient, self.weight[:v].t())[:n]
-        if self.wanted[1]:
-            self.grad_weight = _plus(self.grad_weight, matmul_nt(gradient.t(), whole_rows(hidden).t()))
-        if self.wanted[2]:
-            self.grad_bias = _plus(self.grad_bias, gradient.sum(0, dtype=torch.float32))
+    def add(self, chunk: slice, gradients: list[torch.Tensor]) -> None:
+        """The chunk's gradients by its products, in the dtype of the weight and the order of the head's rows; sums over
+        rows grow in float32."""
+        hidden = self.hidden[chunk].to(gradients[0].dtype)
+        n, start = hidden.shape[0], 0
+        for part, gradient in enumerate(gradients):
+            rows = slice(start, start + gradient.shape[1])
+            start = rows.stop
+            gradient[n:] = 0.0
+            if self.wanted[0]:
+                by_hidden = matmul_nt(gradient, self.weight[rows].t())[:n]
+                self.grad_hidden[chunk] = by_hidden if part == 0 else self.grad_hidden[chunk] + by_hidden
+            if self.wanted[1]:
+                _add_to(self.grad_weight, part, matmul_nt(gradient.t(), whole_rows(hidden).t()))
+            if self.wanted[2]:
+                _add_to(self.grad_bias, part, gradient.sum(0, dtype=torch.float32))
 
     def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Gradients in the shapes and dtypes of the parameters; zero where no row was added."""
-        grad_weight = _padded(self.grad_weight, self.weight) if self.wanted[1] else None
-        grad_bias = _padded(self.grad_bias, self.bias) if self.wanted[2] else None
+        """Gradients in the shapes and dtypes of the parameters; zero where nothing was added."""
+        grad_weight = _joined(self.grad_weight, self.weight) if self.wanted[1] else None
+        grad_bias = _joined(self.grad_bias, self.bias) if self.wanted[2] else None
         return self.grad_hidden, grad_weight, grad_bias
 
 
-def _plus(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
-    return part.float() if total is None else total.add_(part)
+def _add_to(totals: list[torch.Tensor], part: int, more: torch.Tensor) -> None:
+    if part < len(totals):
+        totals[part].add_(more)
+    else:
+        totals.append(more.float())
 
 
-def _padded(total: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor:
-    if total is not None and total.shape == parameter.shape:
-        return total.to(parameter.dtype)
-    full = torch.zeros_like(parameter)
-    if total is not None:
-        full[: total.shape[0]] = total
+def _joined(totals: list[torch.Tensor], parameter: torch.Tensor) -> torch.Tensor:
+    if len(totals) == 1 and totals[0].shape == parameter.shape:
+        return totals[0].to(parameter.dtype)
+    full, start = torch.zeros_like(parameter), 0
+    for total in totals:
+        full[start : start + total.shape[0]] = total
+        start += total.shape[0]
     return full

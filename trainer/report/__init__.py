@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from configs.document import read_document
 from trainer.errors import ConfigError
-from trainer.metrics import TOKENS_PER_S, Records, read_metrics
+from trainer.metrics import NOTICEABLE_PADDING, TOKENS_PER_S, Records, read_metrics
 from trainer.papers import Tell, read_manifest
 from trainer.progress import duration
 from trainer.report.charts import charts
@@ -178,6 +178,8 @@ def _tiles(records: Records, spans: Sequence[Span], manifest: Mapping[str, Any])
                 f"teacher {compact(last.teacher_perplexity)}",
             ),
         ]
+        if max(first.padding_mass, last.padding_mass) >= NOTICEABLE_PADDING:
+            tiles.append(Tile("On ids that do not exist", _change(first.padding_mass, last.padding_mass, percent)))
     speeds = [s.values[TOKENS_PER_S] for s in records.steps[len(records.steps) // 10 :] if TOKENS_PER_S in s.values]
     speeds = sorted(speed for speed in speeds if math.isfinite(speed))
     if speeds:
