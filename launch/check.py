@@ -315,7 +315,13 @@ def _folder(run: Run, student: ModelFacts | None) -> Iterator[Finding]:
         yield Finding("disk", "not checked", "its need follows from the student's size")
         return
     need = DiskNeed.of(run, student)
-    yield _attempt("disk", lambda: need.check(folder), lambda: f"{need}; {size_text(free_bytes(folder))} are free")
+
+    def say() -> str:
+        there = need.num_bytes - need.bytes_to_come(folder)
+        replaced = f", and {size_text(there)} lie in the run folder already" if there else ""
+        return f"{need}; {size_text(free_bytes(folder))} are free{replaced}"
+
+    yield _attempt("disk", lambda: need.check(folder), say)
 
 
 def _attempt(subject: str, look: Callable[[], object], say: Callable[[], str]) -> Finding:

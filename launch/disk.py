@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from configs.schema import Run
 from launch.model_folder import ModelFacts
 from trainer.errors import ConfigError
+from trainer.run_folder import RunFolder
 
 CHECKPOINT_BYTES_PER_PARAMETER = 16
 """Of a trained parameter: itself, its float32 copy and two moments of Adam, rounded up to float32 throughout."""
@@ -34,26 +36,37 @@ class DiskNeed:
     def num_bytes(self) -> int:
         return self.checkpoint_bytes * (self.num_checkpoints + 1) + self.student_bytes
 
+    def bytes_to_come(self, folder: Path) -> int:
+        """Without what lies there already: the checkpoints and the student of an earlier start are replaced."""
+        return max(0, self.num_bytes - replaced_bytes(folder))
+
     def check(self, folder: Path) -> None:
         """Raises `ConfigError` where the disk of the folder is too small."""
-        free = free_bytes(folder)
-        if free < self.num_bytes:
+        free, to_come = free_bytes(folder), self.bytes_to_come(folder)
+        if free < to_come:
+            there = f", {size_text(to_come)} more than is there" if to_come < self.num_bytes else ""
             raise ConfigError(
-                f"folder: {existing(folder)} has {size_text(free)} free, the run needs {self}; free some, name another "
-                "folder, or lower training.keep_checkpoints"
+                f"folder: {existing(folder)} has {size_text(free)} free, the run needs {self}{there}; free some, name "
+                "another folder, or lower training.keep_checkpoints"
             )
 
     def __str__(self) -> str:
-        kept = self.num_checkpoints
-        return (
-            f"{size_text(self.num_bytes)} at most, for {kept} checkpoints, one being written and the exported student"
-        )
+        kept = f"{self.num_checkpoints} checkpoint{'s' if self.num_checkpoints > 1 else ''}"
+        return f"{size_text(self.num_bytes)} at most, for {kept}, one being written and the exported student"
 
 
 def free_bytes(folder: Path) -> int:
-    """Free on the disk of a run folder; what an earlier start of the run wrote there counts as free."""
-    written = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
-    return shutil.disk_usage(existing(folder)).free + written
+    """Free on the disk of a run folder."""
+    return shutil.disk_usage(existing(folder)).free
+
+
+def replaced_bytes(folder: Path) -> int:
+    """On the disk, of what an earlier start of the run wrote and this one writes anew. Logs and whatever else lies in
+    the folder stay, and links are no files of the run."""
+    written = RunFolder(folder)
+    places = [*written.checkpoints.glob("step_*"), written.student]
+    files = [file for place in places if not place.is_symlink() for file in place.rglob("*")]
+    return sum(found.st_blocks * 512 for file in files if stat.S_ISREG((found := file.lstat()).st_mode))
 
 
 def check_writable(folder: Path) -> None:

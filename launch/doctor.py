@@ -113,16 +113,16 @@ def _needs(run: Run | None) -> Needs:
 
 
 def _disk_bytes(run: Run) -> int | None:
-    """What the run will write; None where the student is no folder that can be read, which `models` says."""
+    """What the run will write beyond what lies there; None where the student is no folder that can be read, which
+    `models` says."""
     if not Path(run.student.model.path).expanduser().is_dir():
         return None
     from launch.disk import DiskNeed
     from launch.model_folder import read_facts
 
     try:
-        return DiskNeed.of(
-            run, read_facts(run.student.model, path_name="student.model", lora=run.student.lora)
-        ).num_bytes
+        facts = read_facts(run.student.model, path_name="student.model", lora=run.student.lora)
+        return DiskNeed.of(run, facts).bytes_to_come(run_folder(run))
     except StillhouseError:
         return None
 

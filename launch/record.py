@@ -29,7 +29,7 @@ from trainer.metrics import Records, read_metrics
 from trainer.papers import read_generations
 from trainer.readable import answer_of, readable_prompts
 from trainer.records import read_parts
-from trainer.report import sample_records, write_report
+from trainer.report import BEFORE_START, sample_records, write_report
 from trainer.run_folder import RunFolder, write_json, write_text
 from trainer.types import Evaluation, Sequence
 
@@ -63,7 +63,7 @@ class Record:
             "started": started,
             "phases_began_s": {
                 "imports and checks": 0.0,
-                "reading inputs, starting Ray": started - self._command_began(),
+                BEFORE_START: started - self._command_began(),
             },
             "roles": roles_of(run, resolved),
             "reasons": list(resolved.reasons),

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from configs.load import load_run
 from configs.schema import LoRA, ModelSource, Run
 from launch.check import Finding, check, collect_problems, examine, raise_problems
-from launch.disk import DiskNeed, check_writable
+from launch.disk import DiskNeed, check_writable, free_bytes
 from launch.model_folder import find_model, licence_of, read_facts
 from trainer.errors import ConfigError, DataError
 
@@ -304,6 +304,28 @@ def test_a_disk_that_is_too_small_is_refused_with_both_numbers(tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"GB free, the run needs 3000000001\.0 GB .*keep_checkpoints"):
         need.check(tmp_path / "not" / "yet")
     DiskNeed(1, 1, 1).check(tmp_path / "not" / "yet")
+
+
+def test_what_a_resumed_run_replaces_is_needed_once_and_nothing_else_in_its_folder_counts_as_free(
+    tmp_path: Path,
+) -> None:
+    written = tmp_path / "checkpoints" / "step_000004"
+    written.mkdir(parents=True)
+    (written / "shard.bin").write_bytes(b"x" * 2**20)
+    (written / "link.bin").symlink_to(written / "shard.bin")
+    (tmp_path / "rows.jsonl").write_bytes(b"x" * 2**22)
+    with (tmp_path / "checkpoints" / "step_000004" / "sparse.bin").open("wb") as file:
+        file.truncate(2**40)
+    need = DiskNeed(checkpoint_bytes=2**20, num_checkpoints=1, student_bytes=2**19)
+    assert need.num_bytes == 2**21 + 2**19
+    assert need.bytes_to_come(tmp_path) == 2**20 + 2**19
+    assert need.bytes_to_come(tmp_path / "new") == need.num_bytes
+    assert free_bytes(tmp_path) == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
+    too_much = DiskNeed(checkpoint_bytes=10**18, num_checkpoints=1, student_bytes=10**9)
+    with pytest.raises(
+        ConfigError, match=r"needs 2000000001\.0 GB at most, for 1 checkpoint, one .* more than is there"
+    ):
+        too_much.check(tmp_path)
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

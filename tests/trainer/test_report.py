@@ -14,10 +14,10 @@ import pytest
 
 from trainer.errors import ConfigError
 from trainer.metrics import TOKENS_PER_S, MetricsLog, Timeline
-from trainer.report import sample_records, write_report
+from trainer.report import BEFORE_START, sample_records, write_report
 from trainer.report.numbers import axis_texts, compact, percent
 from trainer.report.plots import MAX_POINTS, WIDTH, Series, line_chart, thin, ticks
-from trainer.report.viewer import token_texts
+from trainer.report.viewer import ViewedSequence, token_texts
 from trainer.run_folder import RunFolder, write_json
 from trainer.types import Evaluation, SampleTokens, StepMetrics
 
@@ -156,6 +156,26 @@ def test_a_page_made_at_the_end_of_a_run_says_finished_and_a_failed_run_says_why
     write_json(folder.exit, {"code": 5, "reason": "4 steps had a non-finite loss"})
     text = "".join(Page(write_report(folder).read_text()).text)
     assert "ended with exit code 5 at step 8 of 8: 4 steps had a non-finite loss" in text
+
+
+def test_the_wall_time_is_that_from_the_command_on_and_of_a_resumed_run_the_time_it_worked(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    times = {"started": 100.0, "finished": 250.0, "phases_began_s": {BEFORE_START: 30.0}, "resumed_from": None}
+
+    def text() -> str:
+        return " ".join(" ".join(Page(write_report(folder).read_text()).text).split())
+
+    write_json(folder.manifest, times)
+    assert "Wall time 3 min 00 s from the command on" in text()
+    write_json(folder.manifest, times | {"resumed_from": 4})
+    assert "Working time 1 min 20 s without pauses" in text()
+    write_json(folder.manifest, {"started": 100.0})
+    assert "Working time 1 min 20 s without pauses" in text()
+
+
+def test_rows_of_the_viewer_are_counted_from_one() -> None:
+    assert ViewedSequence("0:1233", (), None, None).title == "held-out row 1,234"
+    assert ViewedSequence("some text", (), None, None).title == "some text"
 
 
 def test_a_run_that_only_has_a_configuration_still_gets_a_page(tmp_path: Path) -> None:

@@ -29,9 +29,11 @@ from trainer.report.timeline import Span, TimeAxis, draw, kinds_present, mean_wa
 from trainer.report.viewer import Answers, read_generations, read_viewer, sample_records
 from trainer.run_folder import RunFolder, write_text
 
-__all__ = ["sample_records", "write_report"]
+__all__ = ["BEFORE_START", "sample_records", "write_report"]
 
 _HERE = Path(__file__).parent
+BEFORE_START = "reading inputs, starting Ray"
+"""The phase that begins where the manifest's `started` lies (`launch/record.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +186,7 @@ def _tiles(records: Records, spans: Sequence[Span], manifest: Mapping[str, Any])
     speeds = sorted(speed for speed in speeds if math.isfinite(speed))
     if speeds:
         tiles.append(Tile("Speed, median", (compact(speeds[len(speeds) // 2]),), "tokens per second"))
-    seconds = _wall_seconds(spans, manifest)
-    if seconds is not None:
-        tiles.append(Tile("Wall time", (duration(seconds),)))
+    tiles += _time_tile(spans, manifest)
     shares = wait_shares(spans)
     waits = (mean_waiting(shares, student=True), mean_waiting(shares, student=False))
     for who, waiting in zip(("Student", "Teacher"), waits, strict=True):
@@ -209,12 +209,16 @@ def _factor(before: float, after: float) -> str:
     return f"{compact(factor) if factor >= 100 else f'{factor:.1f}'} times {'lower' if after < before else 'higher'}"
 
 
-def _wall_seconds(spans: Sequence[Span], manifest: Mapping[str, Any]) -> float | None:
-    """Working time over all attempts, else what the manifest says."""
-    if spans:
-        return TimeAxis.of(spans).length_s
+def _time_tile(spans: Sequence[Span], manifest: Mapping[str, Any]) -> list[Tile]:
+    """From the command to the end, as whoever waits for it counts. Of a run that was resumed or has not ended: the time
+    in which some role worked, over all attempts."""
     started, finished = manifest.get("started"), manifest.get("finished")
-    return None if started is None or finished is None else finished - started
+    if started is not None and finished is not None and manifest.get("resumed_from") is None:
+        before = (manifest.get("phases_began_s") or {}).get(BEFORE_START, 0.0)
+        return [Tile("Wall time", (duration(max(0.0, finished - started + before)),), "from the command on")]
+    if spans:
+        return [Tile("Working time", (duration(TimeAxis.of(spans).length_s),), "without pauses")]
+    return []
 
 
 def _sections(manifest: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -64,6 +64,12 @@ class ViewedSequence:
     mean_kl_before: float | None
     mean_kl_after: float | None
 
+    @property
+    def title(self) -> str:
+        """For people, who count rows from 1; ids are `<epoch>:<row>`."""
+        row = self.id.removeprefix("0:")
+        return f"held-out row {int(row) + 1:,}" if row.isdecimal() and row != self.id else self.id
+
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
