@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from configs.schema import Data, Dataset
-from trainer.chat import Template
+from trainer.chat import Template, TooManyTokens
 from trainer.errors import ConfigError, DataError
 from trainer.row_files import BadRow
 from trainer.rows import ChatRow, CorpusRow, Row, Rows, preview
@@ -62,6 +62,8 @@ class PromptReader:
         parsed = self.rows.read(row, needs_answer=self.needs_answer)
         try:
             ids, mask = self._tokenise(parsed)
+        except TooManyTokens as error:
+            raise self._too_long(origin, f"{error.num_tokens} tokens") from None
         except ConfigError as error:
             raise ConfigError(f"{origin}: {error}") from error
         except DataError as error:
@@ -73,6 +75,7 @@ class PromptReader:
         return Prompt(id=prompt_id, token_ids=ids, loss_mask=mask, origin=origin), truncated
 
     def _tokenise(self, row: Row) -> tuple[np.ndarray, np.ndarray | None]:
+        limit = None if self.data.on_too_long == "truncate" else self.data.max_length
         match row:
             case CorpusRow() if self.rewrite:
                 raise DataError("is plain text, in which there is no answer to rewrite")
@@ -84,7 +87,9 @@ class PromptReader:
                 if self.rewrite:
                     kept = row.messages[: row.loss_from or -1]
                     return self.template.render_prompt(kept), None
-                return self.template.render(row.messages, loss_from=row.loss_from, context=row.context)
+                return self.template.render(
+                    row.messages, loss_from=row.loss_from, context=row.context, max_tokens=limit
+                )
         return self.template.render_text(row.prompt, None if self.rewrite else row.completion)
 
     def _id_problem(self, ids: np.ndarray, mask: np.ndarray | None) -> str | None:
@@ -109,8 +114,12 @@ class PromptReader:
             if kept.any():
                 return ids[:limit], kept, True
             raise TooLong(origin, f"too long: {length}, data.max_length is {limit}, and no answer begins before that")
-        raise TooLong(
+        raise self._too_long(origin, length)
+
+    def _too_long(self, origin: str, length: str) -> TooLong:
+        return TooLong(
             origin,
-            f"too long: {length}, data.max_length is {limit}; raise data.max_length, or choose what happens to such "
-            "rows with data.on_too_long: drop (left out and counted) or truncate (the beginning is kept)",
+            f"too long: {length}, data.max_length is {self.data.max_length}; raise data.max_length, or choose what "
+            "happens to such rows with data.on_too_long: drop (left out and counted) or truncate (the beginning "
+            "is kept)",
         )
