@@ -46,45 +46,35 @@ def start_ray(
     address: str | None = None,
     num_gpus: int | None = None,
     object_store_bytes: int | None = None,
-    temp_dir: Path | None = None,
 ) -> RayCluster:
     """Join the cluster at `address` (or RAY_ADDRESS), or start one of this machine where neither is given.
 
     `num_cpus` is the number of slots that the roles need: a role is a logical slot, so a cluster started here has at
-    least that many, cores or no cores. `num_gpus` None: Ray counts them. `temp_dir`: for Ray's sessions and logs, at
-    most 43 characters; None makes one that `stop_ray` removes. "local" as address never joins anything.
+    least that many, cores or no cores. `num_gpus` None: Ray counts them. "local" as address never joins anything.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address != "local":
         return _join_ray(address)
     try:
-        return _start_here(num_cpus, num_gpus, object_store_bytes, temp_dir)
+        return _start_here(num_cpus, num_gpus, object_store_bytes)
     except InfrastructureError as error:
         # Its processes get 30 s from Ray, whatever the machine is doing at that moment.
-        cluster = _start_here(num_cpus, num_gpus, object_store_bytes, temp_dir)
+        cluster = _start_here(num_cpus, num_gpus, object_store_bytes)
         return replace(cluster, warnings=(*cluster.warnings, f"Ray started at the second attempt only: {error}"))
 
 
-def _start_here(
-    num_cpus: int, num_gpus: int | None, object_store_bytes: int | None, temp_dir: Path | None
-) -> RayCluster:
+def _start_here(num_cpus: int, num_gpus: int | None, object_store_bytes: int | None) -> RayCluster:
     import ray
 
-    folder = temp_dir or _session_folder()
-    made = None if temp_dir else folder
-    if len(str(folder)) > MAX_TEMP_DIR:
-        raise ConfigError(
-            f"Ray's folder {folder} has {len(str(folder))} characters, its sockets allow {MAX_TEMP_DIR}: name a "
-            "shorter path"
-        )
+    folder = session_folder()
     warning = shared_memory_warning(object_store_bytes)
     os.environ.update(ray_environment(memory_bytes=psutil.virtual_memory().total))
     if warning:
         os.environ["RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"] = "1"
     reread_ray_environment()
-    guard = Guard.of(str(made)) if made is not None else None
+    guard = Guard.of(str(folder))
     before = {child.pid for child in psutil.Process().children()}
-    with _released_on_error(guard), _start_failure_named(), _signal_handlers_kept(), _temporary_files_in(made):
+    with _released_on_error(guard), _start_failure_named(), _signal_handlers_kept(), _temporary_files_in(folder):
         context = ray.init(
             address="local",
             num_cpus=max(num_cpus, len(os.sched_getaffinity(0))),
@@ -93,21 +83,27 @@ def _start_here(
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
-            _temp_dir=str(folder),
+            _temp_dir=str(ray_folder(folder)),
         )
     started = tuple(child.pid for child in psutil.Process().children() if child.pid not in before)
     warnings = (warning,) if warning else ()
-    return RayCluster(context.address_info["gcs_address"], True, started, made, warnings, guard)
+    return RayCluster(context.address_info["gcs_address"], True, started, folder, warnings, guard)
 
 
-def _session_folder() -> Path:
-    """A new folder below TMPDIR, or below /tmp where TMPDIR is too long for Ray's sockets, as that of a batch job often
-    is; readable by this user alone."""
+def session_folder() -> Path:
+    """A new folder for one Ray node and what runs on it, which this user alone can enter (0700), below TMPDIR, or below
+    /tmp where TMPDIR is too long for Ray's sockets, as that of a batch job often is."""
     name = "stillhouse-"
     below = tempfile.gettempdir()
-    if len(f"{below}/{name}") + 8 > MAX_TEMP_DIR:  # mkdtemp adds 8 characters
+    if len(str(ray_folder(Path(below, name)))) + 8 > MAX_TEMP_DIR:  # mkdtemp adds 8 characters
         below = "/tmp"
     return Path(tempfile.mkdtemp(prefix=name, dir=below))
+
+
+def ray_folder(session: Path) -> Path:
+    """Where Ray's sessions and logs lie in a session's folder. Ray opens what it is given to every user of the machine
+    (0777), and with it its sockets and what it will run: so it is given a folder behind a closed door."""
+    return session / "r"
 
 
 def _join_ray(address: str) -> RayCluster:
@@ -146,11 +142,10 @@ def stop_ray(cluster: RayCluster) -> None:
 
 
 @contextlib.contextmanager
-def _released_on_error(guard: Guard | None) -> Iterator[None]:
+def _released_on_error(guard: Guard) -> Iterator[None]:
     """Where Ray does not start, what it left is cleaned up at once and not when this process ends."""
     with contextlib.ExitStack() as undo:
-        if guard is not None:
-            undo.callback(guard.release)
+        undo.callback(guard.release)
         yield
         undo.pop_all()
 
@@ -172,12 +167,9 @@ def _start_failure_named() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _temporary_files_in(session: Path | None) -> Iterator[None]:
+def _temporary_files_in(session: Path) -> Iterator[None]:
     """What is started inside, and what that starts, keeps its temporary files in the session's folder: they go with it,
     however it ends. Compiled kernels, which would lie there too, are worth keeping."""
-    if session is None:
-        yield
-        return
     (session / "tmp").mkdir()
     kernels = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(cache_folder() / "inductor")
     before = os.environ.get("TMPDIR")
@@ -214,13 +206,21 @@ RAY_SETTINGS = {
 }
 """What the processes of every Ray cluster start with, those that launch scripts make included."""
 
+METRICS_CLOSED = {
+    "RAY_enable_metrics_collection": "0",
+    "AUTOSCALER_METRIC_PORT": "-1",  # no port: the two servers have no switch, note that they cannot listen and go on
+    "DASHBOARD_METRIC_PORT": "-1",
+}
+"""Of clusters that Stillhouse starts by itself: Ray serves metrics on three ports of every interface, and asks nobody
+for a token. Kubernetes has its own rules for them."""
+
 
 def ray_environment(*, memory_bytes: int) -> dict[str, str]:
     """What Ray's own processes start with: set in this process before Ray is started. Never overrides the user's.
 
     Raises `ConfigError` for a token file that others may read.
     """
-    values = dict(RAY_SETTINGS)
+    values = RAY_SETTINGS | METRICS_CLOSED
     if memory_bytes < SMALL_MACHINE_BYTES:
         values["RAY_memory_monitor_refresh_ms"] = "0"  # it kills actors at 95 % of the memory, page cache included
     values = {name: value for name, value in values.items() if name not in os.environ}

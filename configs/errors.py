@@ -43,10 +43,23 @@ def foreign_errors(doing: str, *, error: type[StillhouseError] = ConfigError, hi
         raise error(_sentence(doing, cause, hint)) from cause
 
 
+_CONTROLS = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]"  # colours and movements of a terminal
+    r"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?"  # its title, its clipboard
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)
+
+
+def without_controls(text: str) -> str:
+    """Text from elsewhere as it may be shown: a terminal obeys control sequences, whoever wrote them. Line breaks and
+    tabs stay."""
+    return _CONTROLS.sub("", text)
+
+
 def reason_of(cause: BaseException) -> str:
     """One line that says why: the message without control characters and line breaks, cut where it would drown the
     rest; the type's name where there is no message or where the message alone says nothing (`KeyError: 'x'`)."""
-    text = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(cause)).split())
+    text = " ".join(without_controls(str(cause)).split())
     if len(text) > _LONGEST_REASON:
         text = text[:_LONGEST_REASON] + " ..."
     speaks = isinstance(cause, (OSError, ValueError)) and len(text.split()) > 2

@@ -19,6 +19,7 @@ from pathlib import Path
 from configs.load import dump_run, load_run, run_folder
 from configs.paths import named_path
 from configs.schema import Dataset, ModelSource, Run
+from launch.files import row_files
 from launch.wheel import CodeFile, own_code, plugin_code, write_code
 from trainer.build import build_hash
 from trainer.errors import ConfigError
@@ -49,6 +50,7 @@ class Bundle:
     run: Run  # as it will be there
     build: str  # `trainer.build.build_hash()` of the code
     files: tuple[BundleFile, ...]
+    left_out: tuple[str, ...] = ()  # files in folders of rows that cannot hold rows
 
     @property
     def num_bytes(self) -> int:
@@ -63,6 +65,24 @@ class _Local:
     setting: str  # where the configuration names it
     source: Path
     path: str  # in the bundle
+    files: tuple[tuple[str, Path], ...]  # (name relative to the source with a slash, "" for a file itself; file)
+    left_out: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, setting: str, source: Path) -> _Local:
+        """Raises `ConfigError` for what must not be sent (`launch/files.py`)."""
+        if source.is_file():
+            found, left_out = [("", source)], []
+        else:
+            rows, left_out = row_files(source, subject=setting)
+            if not rows:
+                raise ConfigError(
+                    f"{setting}: the folder {source} holds no files of rows (such as .jsonl or .parquet): nothing "
+                    "would be sent"
+                )
+            found = [(f"/{name}", file) for name, file in rows]
+        path = f"prompts/{_digest(found)}-{source.name}"
+        return cls(setting, source, path, tuple(found), tuple(str(source / name) for name in left_out))
 
 
 def make_bundle(
@@ -79,13 +99,15 @@ def make_bundle(
     become absolute paths, which must exist where the run will be; so do rows inside one of the `shared` folders, which
     every node sees at the same path. Equal inputs give an equal run.yaml, byte for byte: the same command resumes.
 
-    Raises `ConfigError` for a wrong configuration, and for a bundle over `max_bytes`, naming its largest files; nothing
-    has been written then.
+    Of a folder of rows, the files travel that can hold rows; `Bundle.left_out` names the others.
+
+    Raises `ConfigError` for a wrong configuration, for links out of a folder of rows, and for a bundle over
+    `max_bytes`, naming its largest files; nothing has been written then.
     """
     loaded = load_run(config, overrides).run
     run, locals_ = _rewritten(loaded, [named_path("--shared", path).resolve() for path in shared])
     code = [*own_code(), *plugin_code(loaded)]
-    sources = [(f"{local.path}{name}", file) for local in locals_ for name, file in _files_of(local.source)]
+    sources = [(f"{local.path}{name}", file) for local in locals_ for name, file in local.files]
     _refuse_large(code, locals_, max_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.yaml").write_text(dump_run(run), encoding="utf-8")
@@ -96,7 +118,8 @@ def make_bundle(
         shutil.copyfile(source, target)
     files = sorted((file.relative_to(folder).as_posix(), file.stat().st_size) for file in folder.rglob("*"))
     files = [(name, size) for name, size in files if (folder / name).is_file()]
-    return Bundle(folder, run, build_hash(), tuple(BundleFile(name, size) for name, size in files))
+    left_out = tuple(name for local in locals_ for name in local.left_out)
+    return Bundle(folder, run, build_hash(), tuple(BundleFile(name, size) for name, size in files), left_out)
 
 
 def _rewritten(run: Run, shared: list[Path]) -> tuple[Run, list[_Local]]:
@@ -110,9 +133,8 @@ def _rewritten(run: Run, shared: list[Path]) -> tuple[Run, list[_Local]]:
             return path  # a hub name, or a path of the nodes
         if any(source.resolve().is_relative_to(place) for place in shared):
             return str(source.absolute())
-        name = f"prompts/{_digest(source)}-{source.name}"
-        locals_.append(_Local(setting, source, name))
-        return name
+        locals_.append(_Local.of(setting, source))
+        return locals_[-1].path
 
     def dataset(setting: str, value: Dataset | None) -> Dataset | None:
         return value and value.model_copy(update={"path": sent(f"{setting}.path", value.path)})
@@ -152,24 +174,10 @@ def _refuse_missing(setting: str, path: str) -> None:
         )
 
 
-def _files_of(source: Path) -> list[tuple[str, Path]]:
-    """(name relative to the source, "" for a file itself; file), hidden files left out."""
-    if source.is_file():
-        return [("", source)]
-    found = [file for file in sorted(source.rglob("*")) if file.is_file()]
-    names = [file.relative_to(source) for file in found]
-    visible = [
-        (f"/{name.as_posix()}", file)
-        for name, file in zip(names, found, strict=True)
-        if not any(part.startswith(".") for part in name.parts)
-    ]
-    return visible
-
-
-def _digest(source: Path) -> str:
+def _digest(files: Sequence[tuple[str, Path]]) -> str:
     """8 hexadecimal digits over names and contents."""
     digest = hashlib.sha256()
-    for name, file in _files_of(source):
+    for name, file in files:
         with file.open("rb") as content:
             digest.update(f"{name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\0".encode())
     return digest.hexdigest()[:8]
@@ -178,7 +186,7 @@ def _digest(source: Path) -> str:
 def _refuse_large(code: list[CodeFile], locals_: list[_Local], max_bytes: int) -> None:
     sizes = [(len(file.content), f"code/{file.path}") for file in code]
     for local in locals_:
-        sizes += [(file.stat().st_size, f"{file} ({local.setting})") for _, file in _files_of(local.source)]
+        sizes += [(file.stat().st_size, f"{file} ({local.setting})") for _, file in local.files]
     total = sum(size for size, _ in sizes)
     if total <= max_bytes:
         return

@@ -60,7 +60,7 @@ def main() -> None:
 def run_app(commands: typer.Typer) -> NoReturn:
     """Run what the command line names. An error meant for a person is its text on stderr and its exit code, a stop that
     was asked for its text alone; STILLHOUSE_TRACEBACK=1 shows where it was raised."""
-    from configs.errors import StillhouseError
+    from configs.errors import StillhouseError, without_controls
     from configs.secrets import without_secrets
     from trainer.errors import Preempted
 
@@ -71,7 +71,7 @@ def run_app(commands: typer.Typer) -> NoReturn:
             raise
         if not isinstance(error, Preempted):
             typer.secho("error: ", fg=typer.colors.RED, bold=True, nl=False, err=True)
-        typer.echo(without_secrets(str(error), environment=os.environ), err=True)
+        typer.echo(without_controls(without_secrets(str(error), environment=os.environ)), err=True)
         sys.exit(error.exit_code)
     sys.exit(0)
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.load import load_run
 from configs.schema import Run
+from launch.files import copy_files, files_in
 from launch.model_folder import licence_of
 from trainer.chat import Template
 from trainer.errors import ConfigError
@@ -50,7 +51,7 @@ def export(run_folder: Path, target: Path, merge_adapter: bool) -> None:
         if is_adapter and merge_adapter:
             _merge(folder, working, run)
         else:
-            shutil.copytree(folder.student, working, dirs_exist_ok=True)
+            copy_files(folder.student, working, subject="export")
         write_text(working / "README.md", card_of(folder, run, adapter=is_adapter and not merge_adapter))
         (working / "README.md").chmod(0o644)
         verify(working, run, adapter=is_adapter and not merge_adapter)
@@ -136,10 +137,10 @@ def _merge(folder: RunFolder, working: Path, run: Run) -> None:
     written = read_manifest(folder).get("data", {}).get("stop_ids", ())
     complete_student(working, run, stop_ids=dict.fromkeys([*Template.of(tokenizer).stop_ids, *written]))
     skipped = {ADAPTER, "README.md"}
-    for file in student.iterdir():
-        of_adapter = file.name in skipped or file.name.startswith("adapter_model")
-        if file.is_file() and not of_adapter and not (working / file.name).exists():
-            shutil.copy2(file, working / file.name)
+    for name, file in files_in(student, subject="export"):
+        of_adapter = name in skipped or name.startswith("adapter_model")
+        if file.parent == student and not of_adapter and not (working / name).exists():
+            shutil.copy2(file, working / name)
 
 
 def _base(adapter: Path, run: Run) -> Any:

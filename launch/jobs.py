@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from configs.paths import named_path
 from configs.refusal import did_you_mean
+from launch.files import copy_files
 from launch.targets import JobRecord
 from trainer.errors import ConfigError, InfrastructureError
 from trainer.papers import read_manifest
@@ -184,11 +185,7 @@ def copy_results(source: Path, destination: Path) -> None:
         return
     refuse_run_folder(destination)
     draft = new_draft(destination)
-    for name in FETCHED:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, draft / name)
-        elif (source / name).is_file():
-            shutil.copyfile(source / name, draft / name)
+    copy_files(source, draft, subject="fetch", names=FETCHED)
     put_in_place(draft, destination)
 
 

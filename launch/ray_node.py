@@ -20,14 +20,12 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from cluster.guard import Guard
-from cluster.ray_session import MAX_TEMP_DIR
-from trainer.errors import ConfigError, InfrastructureError, StillhouseError
+from cluster.ray_session import METRICS_CLOSED, ray_folder, session_folder
+from trainer.errors import InfrastructureError, StillhouseError
 
 FIRST_PORT, LAST_PORT = 20_000, 30_000
 """Above 19999, the last that Ray gives to its workers, and below what kernels give to outgoing connections, which would
@@ -131,15 +129,10 @@ def _ray_start(*options: str) -> list[str]:
 
 def run_ray(command: Sequence[str]) -> int:
     """Keep a `ray start --block` until it ends or this process is told to; its folder goes with it."""
-    parent = Path(tempfile.gettempdir())
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir=parent if len(str(parent)) <= 30 else "/tmp"))
-    if len(str(folder)) > MAX_TEMP_DIR:
-        raise ConfigError(
-            f"Ray's folder {folder} is longer than {MAX_TEMP_DIR} characters: set TMPDIR to a shorter path"
-        )
+    folder = session_folder()
     asked: list[int] = []
     guard = Guard.of(str(folder), grace_s=GRACE_S)
-    child = subprocess.Popen([*command, f"--temp-dir={folder}"], env=node_environment(os.environ))
+    child = subprocess.Popen([*command, f"--temp-dir={ray_folder(folder)}"], env=node_environment(os.environ))
 
     def forward(number: int, frame: object) -> None:
         asked.append(number)
@@ -157,8 +150,9 @@ def run_ray(command: Sequence[str]) -> int:
 def node_environment(inherited: Mapping[str, str]) -> dict[str, str]:
     """What Ray's processes, and so all workers on this node, start with: nothing of the scheduler's own ranks, which
     say 0 on every node, and no drain before the end, for the run has saved what it wanted when a node is ended."""
-    kept = {name: value for name, value in inherited.items() if not name.startswith(("SLURM_", "SKYPILOT_", "PMI"))}
-    return {**kept, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    foreign = ("SLURM_", "SKYPILOT_", "PMI")
+    kept = {name: value for name, value in inherited.items() if not name.startswith(foreign)}
+    return {**METRICS_CLOSED, **kept, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
 
 
 def _is_free(port: int) -> bool:

@@ -6,6 +6,7 @@ in the target's own file.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from launch import foreground
 from launch.bundle import Bundle, make_bundle
 from launch.jobs import all_records, find_record, look_up, new_job, record_folder, write_record
 from launch.targets import JobRecord, JobStatus, Shipment, load_target
-from trainer.errors import InfrastructureError, StillhouseError
+from trainer.errors import InfrastructureError, StillhouseError, without_controls
 
 INTERRUPTED = 130
 COLOURS = {
@@ -63,6 +64,8 @@ def submit(
         record = target.submit(bundle, shipment, options, job)
     write_record(record)
     typer.echo(f"submitted {record.job} to {kind} ({bundle.num_bytes / 2**20:.1f} MiB sent)")
+    for line in left_out_lines(bundle):
+        typer.echo(line)
     if follow:
         return follow_job(record)
     for command, purpose in (
@@ -161,8 +164,15 @@ def describe(bundle: Bundle, shipment: Shipment, *, kind: str, job: str) -> str:
         if content.is_relative_to(bundle.folder) and (content / "run.yaml" if content.is_dir() else content).is_file():
             text = content / "run.yaml" if content.is_dir() else content
             lines += [f"----- {text.relative_to(bundle.folder)} -----", text.read_text().rstrip("\n"), ""]
+    lines += left_out_lines(bundle)
     lines.append(f"{bundle.num_bytes / 2**20:.1f} MiB in {len(bundle.files)} files; code {bundle.build}")
     return "\n".join(lines)
+
+
+def left_out_lines(bundle: Bundle) -> list[str]:
+    """One line where files in folders of rows stay here, because they cannot hold rows."""
+    names = ", ".join(bundle.left_out[:5]) + (", ..." if len(bundle.left_out) > 5 else "")
+    return [f"not sent, no files of rows: {names}"] if bundle.left_out else []
 
 
 def _listing(path: Path) -> Iterator[str]:
@@ -203,7 +213,7 @@ def _tell(found: JobStatus, kind: str, folder: Path | str) -> int:
     steps = "" if found.step is None else f", step {found.step} of {found.steps}"
     typer.echo(f"{code}{steps}: {found.job} ({kind}), run folder {folder}")
     if found.message:
-        typer.echo(found.message)
+        typer.echo(without_controls(found.message))
     return exit_code(found)
 
 
@@ -231,9 +241,11 @@ def _warn(text: str) -> None:
 
 
 def _print_all(pieces: Iterator[str]) -> None:
+    """A terminal is shown text; what is written into a file or a pipe stays as the job wrote it."""
+    shown = without_controls if sys.stdout.isatty() else str
     for piece in pieces:
-        typer.echo(piece, nl=False)
+        typer.echo(shown(piece), nl=False)
 
 
 def _first_line(text: str) -> str:
-    return text.splitlines()[0][:120] if text else ""
+    return next(iter(without_controls(text).splitlines()), "")[:120]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from configs.plugins import find_module
 from configs.schema import Run
+from launch.files import files_in
 from launch.identity import HOME, PACKAGES
 from trainer.errors import ConfigError
 
@@ -63,9 +64,9 @@ def plugin_code(run: Run) -> list[CodeFile]:
         if root.resolve() in _installed_places():
             continue
         package = root / kind.split(".")[0]
-        for source in sorted(package.rglob("*")):
-            if source.suffix in SUFFIXES and source.is_file():
-                path = source.relative_to(root).as_posix()
+        for name, source in files_in(package, subject=f"kind: {kind}"):
+            if source.suffix in SUFFIXES:
+                path = f"{package.name}/{name}"
                 found[path] = CodeFile(path, source.read_bytes(), in_wheel=False)
     return list(found.values())
 

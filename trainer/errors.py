@@ -9,6 +9,7 @@ from configs.errors import ConfigError as ConfigError
 from configs.errors import StillhouseError as StillhouseError
 from configs.errors import foreign_errors as foreign_errors
 from configs.errors import reason_of as reason_of
+from configs.errors import without_controls as without_controls
 
 
 class Defect(StillhouseError):

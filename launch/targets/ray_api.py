@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 30.0
 TRANSFER_TIMEOUT_S = 3600
+MAX_ANSWER_BYTES = 256 * 2**20
 PIECE_BYTES = 1 << 20
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 
@@ -151,9 +152,11 @@ class RayApi:
             yield from self.log_file(node_id, f"job-driver-{known['submission_id']}.log", lines=lines)
 
     def output_tail(self, known: dict[str, Any], *, lines: int) -> str:
-        """The last lines of a driver's output; "" where there is none, or its node is gone."""
+        """The last lines of a driver's output; "" where there is none, its node is gone, or it has no end."""
         try:
-            return b"".join(self.output(known, lines=lines)).decode("utf-8", "replace")
+            return _whole(self.output(known, lines=lines), "the driver's output", self.address).decode(
+                "utf-8", "replace"
+            )
         except InfrastructureError:
             return ""
 
@@ -173,7 +176,7 @@ class RayApi:
 
     def _json(self, path: str) -> Any:
         with self._open(path) as response:
-            content = b"".join(iter(lambda: _read(response, self.address), b""))
+            content = _whole(iter(lambda: _read(response, self.address), b""), path, self.address)
         try:
             return json.loads(content)
         except ValueError:
@@ -259,6 +262,18 @@ def _read_token(file: Path) -> str:
     if len(words) != 1:
         raise ConfigError(f"Ray's token file {file} {'holds more than a token' if words else 'is empty'}")
     return words[0]
+
+
+def _whole(pieces: Iterator[bytes], what: str, address: str) -> bytes:
+    """An answer in memory. Raises `InfrastructureError` where it is larger than any answer should be."""
+    content = bytearray()
+    for piece in pieces:
+        content += piece
+        if len(content) > MAX_ANSWER_BYTES:
+            raise InfrastructureError(
+                f"the cluster at {address} sends more than {MAX_ANSWER_BYTES >> 20} MiB for {what}"
+            )
+    return bytes(content)
 
 
 def _read(response: http.client.HTTPResponse, address: str) -> bytes:

@@ -26,7 +26,7 @@ from typing import Any
 from launch.jobs import FETCHED, is_fetched, new_draft, put_in_place
 from launch.targets import ray_offer
 from launch.targets.ray_api import RayApi
-from trainer.errors import InfrastructureError
+from trainer.errors import ConfigError, InfrastructureError, foreign_errors
 
 START_TIMEOUT_S = 120.0
 OFFER_TIMEOUT_S = 900.0  # hashing a student of hundreds of GB
@@ -55,10 +55,21 @@ def fetch_results(api: RayApi, folder: str, destination: Path, *, python: str, n
         if not offer.files:
             raise InfrastructureError(f"the run folder {folder} holds no results yet")
         draft = new_draft(destination)
+        refuse_too_large(sum(num_bytes for _, num_bytes, _ in offer.files), draft)
         for path, num_bytes, digest in offer.files:
             _download(api, offer, path, num_bytes, digest, draft / path)
         put_in_place(draft, destination)
     return sum(num_bytes for _, num_bytes, _ in offer.files)
+
+
+def refuse_too_large(num_bytes: int, destination: Path) -> None:
+    """Raises `ConfigError` where the disk has no room for what is offered."""
+    free = shutil.disk_usage(destination).free
+    if num_bytes > free:
+        raise ConfigError(
+            f"the results have {num_bytes / 1e9:.1f} GB, and the disk of {destination.parent} has {free / 1e9:.1f} GB "
+            "free: name a folder on another one with --into FOLDER"
+        )
 
 
 @contextmanager
@@ -88,15 +99,16 @@ def _await_offer(api: RayApi, job: str) -> _Offer:
         said = _said(api, known)
         problem = next((line["error"] for line in said if "error" in line), None)
         if problem:
-            raise InfrastructureError(problem)
+            raise InfrastructureError(str(problem))
         ready = next((line for line in said if "box" in line), None)
         if ready:
-            files = [(line["path"], line["bytes"], line["sha256"]) for line in said if "path" in line]
-            assert len(files) == ready["files"]
+            files = [_offered_file(line) for line in said if "path" in line]
+            if len(files) != ready.get("files"):
+                raise InfrastructureError(f"the cluster offers {ready.get('files')} files and names {len(files)}")
             outside = next((path for path, _, _ in files if not is_fetched(path)), None)
             if outside is not None:
                 raise InfrastructureError(f"the cluster offers a file that was not asked for: {outside!r}")
-            return _Offer(node_id, ready["box"], tuple(files))
+            return _Offer(node_id, str(ready["box"]), tuple(files))
         if known["status"] in ENDED:
             raise InfrastructureError(f"the job that offers the results ended: {(known.get('message') or '')[:500]}")
         waited = time.monotonic() - began
@@ -106,10 +118,23 @@ def _await_offer(api: RayApi, job: str) -> _Offer:
         time.sleep(POLL_S)
 
 
+def _offered_file(line: dict[str, Any]) -> tuple[str, int, str]:
+    """(path, bytes, sha256). Raises `InfrastructureError` for a line of another shape: it came from outside."""
+    path, num_bytes, digest = line.get("path"), line.get("bytes"), line.get("sha256")
+    if not (isinstance(path, str) and isinstance(digest, str) and type(num_bytes) is int and num_bytes >= 0):
+        raise InfrastructureError(f"the cluster offers a file in a way that cannot be read: {line!r:.200}")
+    return path, num_bytes, digest
+
+
 def _said(api: RayApi, known: dict[str, Any]) -> list[dict[str, Any]]:
     """What the offering job has printed so far, whole lines only."""
     lines = api.output_tail(known, lines=-1).rpartition("\n")[0].splitlines()
-    return [json.loads(line.removeprefix(ray_offer.MARK)) for line in lines if line.startswith(ray_offer.MARK + " {")]
+    said = []
+    for line in lines:
+        if line.startswith(ray_offer.MARK + " {"):
+            with foreign_errors("the cluster's offer of the results cannot be read", error=InfrastructureError):
+                said.append(json.loads(line.removeprefix(ray_offer.MARK)))
+    return said
 
 
 def _download(api: RayApi, offer: _Offer, path: str, num_bytes: int, digest: str, target: Path) -> None:
@@ -118,9 +143,11 @@ def _download(api: RayApi, offer: _Offer, path: str, num_bytes: int, digest: str
     with target.open("wb") as file:
         pieces = api.log_file(offer.node_id, f"{offer.box}/{path}") if num_bytes else iter(())
         for piece in pieces:
+            received += len(piece)
+            if received > num_bytes:  # a file that grew, or a cluster that sends without end
+                raise InfrastructureError(f"{path}: more than its {num_bytes} bytes arrive; fetch again")
             file.write(piece)
             hashed.update(piece)
-            received += len(piece)
     if received != num_bytes:
         raise InfrastructureError(f"{path}: {received} of {num_bytes} bytes arrived; fetch again")
     if hashed.hexdigest() != digest:

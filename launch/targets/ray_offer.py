@@ -51,7 +51,9 @@ def found(folder, names):
     """Paths below the folder: the named files, and all regular files of the named folders."""
     for name in names:
         top = os.path.join(folder, name)
-        if os.path.isfile(top) and not os.path.islink(top):
+        if os.path.islink(top):
+            continue
+        if os.path.isfile(top):
             yield name
         for place, _, files in sorted(os.walk(top)):
             for file in sorted(files):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import itertools
 import signal
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 
 import psutil
@@ -25,7 +28,7 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def one_node() -> Iterator[None]:
+def one_node() -> Iterator[ray_session.RayCluster]:
     """Ray as a run starts it, and nothing left of it afterwards."""
     with ray_folder(), own_handler() as handler:
         ray_cluster = ray_session.start_ray(num_cpus=24, num_gpus=8, object_store_bytes=80 * 2**20)
@@ -33,12 +36,39 @@ def one_node() -> Iterator[None]:
         assert ray_cluster.owned
         assert ray_cluster.temp_dir.is_dir()
         assert ray_cluster.processes
-        yield
+        yield ray_cluster
         family = [psutil.Process(pid) for pid in ray_cluster.processes]
         family += [child for process in family for child in process.children(recursive=True)]
         ray_session.stop_ray(ray_cluster)
         assert not [process for process in family if process.is_running()], "Ray left processes behind"
         assert not ray_cluster.temp_dir.exists()
+
+
+def test_nothing_of_ray_answers_without_its_token_and_other_users_cannot_enter_its_folder(
+    one_node: ray_session.RayCluster,
+) -> None:
+    family = [child for pid in one_node.processes for child in psutil.Process(pid).children(recursive=True)]
+    family += [psutil.Process(pid) for pid in one_node.processes]
+    places = {
+        ("127.0.0.1" if listener.laddr.ip in ("0.0.0.0", "::") else listener.laddr.ip, listener.laddr.port)
+        for process in family
+        for listener in process.net_connections()
+        if listener.status == psutil.CONN_LISTEN
+    }
+    assert len(places) > 3, "the control: Ray listens"
+    assert [place for place in places if answers(*place)] == []
+    assert one_node.temp_dir.stat().st_mode & 0o077 == 0
+
+
+def answers(host: str, port: int) -> bool:
+    """Whether a page is served to whoever asks. gRPC servers speak no HTTP/1 and refuse calls without the token."""
+    try:
+        urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10).close()
+    except urllib.error.HTTPError as refused:
+        return refused.code not in (401, 403)
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -78,12 +78,30 @@ def test_a_cluster_that_does_not_answer_is_a_configuration_error(
         ray_session.start_ray(num_cpus=1)
 
 
-def test_a_folder_too_long_for_sockets_is_refused_before_ray_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("below", ["", "x" * 40])
+def test_rays_folder_is_short_enough_for_its_sockets_and_lies_behind_a_closed_door(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_folder: str, below: str
 ) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ConfigError, match="shorter path"):
-        ray_session.start_ray(num_cpus=1, temp_dir=tmp_path / ("x" * 60))
+    place = Path(short_folder, below)
+    place.mkdir(exist_ok=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    session = ray_session.session_folder()
+    try:
+        assert session.stat().st_mode & 0o777 == 0o700
+        assert ray_session.ray_folder(session).parent == session
+        assert len(str(ray_session.ray_folder(session))) <= ray_session.MAX_TEMP_DIR
+        assert (session.parent == place) == (below == "")
+    finally:
+        session.rmdir()
+
+
+def test_metrics_ports_are_closed_unless_the_user_opens_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "x")
+    closed = ray_session.METRICS_CLOSED
+    assert closed.items() <= ray_session.ray_environment(memory_bytes=2**40).items()
+    for name in closed:
+        monkeypatch.setenv(name, "44300")
+    assert not closed.keys() & ray_session.ray_environment(memory_bytes=2**40).keys()
 
 
 @pytest.fixture
@@ -104,7 +122,7 @@ def test_a_ray_that_does_not_start_is_tried_twice_and_named_and_its_folders_go(
 
     def init(**options: object) -> None:
         folders.append(Path(str(options["_temp_dir"])))
-        assert folders[-1].is_dir()
+        assert folders[-1].parent.is_dir()
         raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(ray, "init", init)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from configs.errors import ConfigError, StillhouseError, foreign_errors
+from configs.errors import ConfigError, StillhouseError, foreign_errors, without_controls
 
 
 class PanicException(BaseException):
@@ -20,7 +20,7 @@ class PanicException(BaseException):
         (KeyError("shape"), "cannot read it: KeyError: 'shape'; write another"),
         (StopIteration(), "cannot read it: StopIteration; write another"),
         (PanicException("index out of bounds"), "cannot read it: PanicException: index out of bounds; write another"),
-        (OSError("two\nlines of \x1b[31mred\x1b[0m"), "cannot read it: two lines of [31mred [0m; write another"),
+        (OSError("two\nlines of \x1b[31mred\x1b[0m"), "cannot read it: two lines of red; write another"),
     ],
 )
 def test_whatever_a_library_raises_becomes_one_line(cause: BaseException, said: str) -> None:
@@ -41,3 +41,8 @@ def test_ours_interrupts_and_cancellations_pass(passing: BaseException) -> None:
     with pytest.raises(type(passing)) as caught, foreign_errors("cannot read it"):
         raise passing
     assert caught.value is passing
+
+
+def test_a_terminal_is_not_told_what_to_do_by_text_from_elsewhere() -> None:
+    hostile = "a\x1b]0;title\x07b\x1b]52;c;AAAA\x1b\\c\x1b[2J\x1b[31md\x9b5me\rf\x08g\x1bc\n\tgrün 中文"
+    assert without_controls(hostile) == "abcd5mefgc\n\tgrün 中文"

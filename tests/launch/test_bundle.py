@@ -95,6 +95,21 @@ def test_a_folder_of_rows_travels_whole(bundled: Callable[..., Bundle], project:
     assert contents(place) == {"eval.jsonl": b'{"text": "b"}\n', "train.jsonl": b'{"text": "a"}\n'}
 
 
+def test_what_is_no_row_stays_here_and_is_named_and_links_out_are_refused(
+    bundled: Callable[..., Bundle], project: Path
+) -> None:
+    (project / "data/id_rsa").write_text("private")
+    bundle = bundled("data.train.path=data")
+    assert bundle.left_out == ("data/id_rsa",)
+    assert not any("id_rsa" in name for name in contents(bundle.folder))
+    (project / "data/more.jsonl").symlink_to("/etc/passwd")
+    with pytest.raises(ConfigError, match=r"data\.train\.path: data/more.jsonl is a link to /etc/passwd"):
+        bundled("data.train.path=data", name="again")
+    (project / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no files of rows"):
+        bundled("data.train.path=empty", name="again")
+
+
 def test_names_of_a_hub_and_absolute_paths_of_the_nodes_stay(bundled: Callable[..., Bundle]) -> None:
     run = bundled("data.train.path=owner/rows", "student.model.path=/models/a", "teacher.model.path=owner/model").run
     assert run.data.train.path == "owner/rows"

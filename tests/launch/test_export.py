@@ -164,3 +164,11 @@ def test_an_adapter_names_the_base_that_was_configured_and_not_a_nodes_copy_of_i
     complete_student(tmp_path, load_run(folder.config).run, stop_ids=(2,))
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written == {"base_model_name_or_path": str(tmp_path / "base"), "r": 2}
+
+
+def test_a_student_with_a_link_out_of_its_folder_is_not_published(whole: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "private.json").write_text("{}")
+    (whole.student / "notes.json").symlink_to(tmp_path / "private.json")
+    with pytest.raises(ConfigError, match=r"export: .*notes\.json is a link to .*outside of the folder"):
+        export(whole.path, tmp_path / "target", merge_adapter=False)
+    assert not (tmp_path / "target").exists()

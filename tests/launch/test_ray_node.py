@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.ray_session import METRICS_CLOSED
 from launch.ray_node import address_towards, free_ports, head_command, main, node_environment, run_ray, wait_for
 from trainer.errors import InfrastructureError
 
@@ -52,7 +53,9 @@ def test_ray_is_told_address_ports_and_what_the_script_adds_and_has_no_dashboard
 
 def test_workers_do_not_inherit_the_ranks_of_the_scheduler() -> None:
     kept = node_environment({"SLURM_PROCID": "0", "PMI_RANK": "0", "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0"})
-    assert {name for name in kept if not name.startswith("RAY_")} == {"PATH", "CUDA_VISIBLE_DEVICES"}
+    own = {*METRICS_CLOSED, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"}
+    assert kept.keys() - own == {"PATH", "CUDA_VISIBLE_DEVICES"}
+    assert node_environment({"DASHBOARD_METRIC_PORT": "44300"})["DASHBOARD_METRIC_PORT"] == "44300"
 
 
 def test_the_exit_code_of_ray_is_passed_on_and_its_folder_removed(tmp_path: Path) -> None:
