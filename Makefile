@@ -44,15 +44,14 @@ $(READY):
 	@test -x $(BIN)/python && $(BIN)/python -c 'import os, sys; sys.exit(os.path.realpath(sys.prefix) != os.path.realpath("$(VENV)"))' \
 	  || { echo "setup: making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	@links="$${PIP_FIND_LINKS:-$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || true)}"; \
-	if [ -n "$$links" ]; then \
-	  echo "setup: the CPU build of torch comes from pip's find-links: $$links"; \
-	  export UV_FIND_LINKS="$${links// /,}"; backend=(); \
+	@exports="$$($(BIN)/python requirements/uv_environment.py)" && eval "$$exports"; \
+	if [ -n "$${UV_FIND_LINKS:-}" ]; then \
+	  echo "setup: the CPU build of torch comes from pip's find-links: $$UV_FIND_LINKS"; \
+	  backend=(); \
 	else \
 	  echo "setup: the CPU build of torch comes from the index of the PyTorch project (uv --torch-backend=cpu)"; \
 	  backend=(--torch-backend=cpu); \
 	fi; \
-	if [ -n "$${PIP_INDEX_URL:-}" ]; then export UV_DEFAULT_INDEX="$$PIP_INDEX_URL"; fi; \
 	uv="$(BIN)/uv pip install --quiet --python $(BIN)/python"; \
 	echo "setup: installing $$(grep -c == requirements/cpu.txt) locked packages"; \
 	$$uv --no-deps "$${backend[@]}" -r requirements/cpu.txt -r requirements/demo.txt; \
