@@ -19,6 +19,16 @@ from launch.stopping import preemptible
 from trainer.errors import ConfigError, InfrastructureError, Preempted
 
 
+@pytest.fixture(autouse=True)
+def environment_restored() -> Iterator[None]:
+    """Starting Ray sets variables of this process, which Ray keeps in mind."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    ray_session.reread_ray_environment()
+
+
 def test_ray_is_started_with_a_token_nobody_else_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_memory_monitor_refresh_ms"):
         monkeypatch.delenv(name, raising=False)
