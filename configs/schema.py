@@ -230,6 +230,11 @@ class Data(Section):
     max_length: Positive = Field(2048, description="Tokens of prompt and answer together.")
     on_too_long: Literal["error", "drop", "truncate"] = "error"
     on_bad_row: Literal["error", "skip"] = Field("error", description="skip: counted and listed in rejected.jsonl.")
+    special_tokens_in_text: Literal["warn", "allow", "escape", "error"] = Field(
+        "warn",
+        description="Strings such as </s> in a row's text. warn, allow: they become control tokens, and check tells or "
+        "does not; escape: they are read as plain text; error: the row is bad.",
+    )
     shuffle: bool = True
 
     @model_validator(mode="after")

@@ -243,7 +243,9 @@ def _dataset(run: Run, name: str, dataset: Dataset, inputs: Inputs) -> Iterator[
         seen = "all" if report.num_checked == report.num_rows else f"{report.num_checked} of {report.num_rows}"
         counts = f"{dataset.path}: {report.num_rows} rows, {seen} checked, {report.num_ok} good"
         lengths = f"{report.min_tokens} to {report.max_tokens} tokens, median {report.median_tokens}"
-        return f"{counts}; {lengths}"
+        written = report.num_ok - report.num_answered
+        answers = f"; {report.num_answered} have answers, the teacher writes those of {written}" if written else ""
+        return f"{counts}; {lengths}{answers}"
 
     yield _attempt(subject, read, say)
     if reports and reports[0].num_ok:
@@ -253,6 +255,13 @@ def _dataset(run: Run, name: str, dataset: Dataset, inputs: Inputs) -> Iterator[
             yield _attempt("steps", steps, lambda: _epochs(run, steps(), rows=report.num_rows))
         if report.problems and run.data.on_bad_row == "skip":
             yield Finding(subject, "warning", _bad_rows(f"data.{name}", report))
+        if report.num_special and run.data.special_tokens_in_text == "warn":
+            text = (
+                f"{report.num_special} of {report.num_checked} rows contain special tokens in their text, which become "
+                f"control tokens: {report.first_special}; write data.special_tokens_in_text: escape to read them as "
+                "plain text, or allow where they are meant"
+            )
+            yield Finding(subject, "warning", f"data.{name}: {text}")
         if report.num_dropped or report.num_truncated:
             text = f"{report.num_dropped} rows are too long and dropped, {report.num_truncated} truncated"
             yield Finding(subject, "warning", f"data.{name}: {text}")

@@ -28,6 +28,7 @@ from configs.paths import expand_home
 from trainer.errors import ConfigError, DataError, foreign_errors
 from trainer.rendering import HINT, RENDERER, Messages
 from trainer.row_fields import REASONING
+from trainer.special_tokens import MARK, SpecialTokens
 
 MAX_TEMPLATE_CHARACTERS = 2**20
 MAX_ANSWERS = 1000
@@ -253,7 +254,14 @@ class Template:
         """What `apply_chat_template` tells a template of the tokenizer."""
         return {name: _as_text(token) for name, token in self.tokenizer.special_tokens_map.items()}
 
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """What the tokenizer makes control tokens of; texts that it has marked are rendered as any others."""
+        return SpecialTokens(self.tokenizer)
+
     def _ids(self, text: str) -> list[int]:
+        if MARK in text:
+            return self.special_tokens.ids(text)
         with foreign_errors("the tokenizer refuses the text", error=DataError):
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 

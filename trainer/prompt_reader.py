@@ -61,7 +61,7 @@ class PromptReader:
         origin = self.rows.raw.origin(row)
         parsed = self.rows.read(row, needs_answer=self.needs_answer)
         try:
-            ids, mask = self._tokenise(parsed)
+            ids, mask = self._tokenise(self._without_control(parsed))
         except TooManyTokens as error:
             raise self._too_long(origin, f"{error.num_tokens} tokens") from None
         except ConfigError as error:
@@ -73,6 +73,24 @@ class PromptReader:
             raise BadRow(origin, problem, preview(self.rows.raw.raw(row)))
         ids, mask, truncated = self._fit(ids, mask, origin)
         return Prompt(id=prompt_id, token_ids=ids, loss_mask=mask, origin=origin), truncated
+
+    def special_token(self, row: int) -> str | None:
+        """The first special token in the text of a row, with its place. Raises `BadRow`."""
+        found = self.template.special_tokens.first_in(self.rows.read(row, needs_answer=self.needs_answer))
+        return None if found is None else f"{self.rows.raw.origin(row)}: {found}"
+
+    def _without_control(self, row: Row) -> Row:
+        """The row as `data.special_tokens_in_text` wants it. Raises `DataError` where it refuses the row."""
+        wanted = self.data.special_tokens_in_text
+        if wanted not in ("escape", "error"):
+            return row
+        found = self.template.special_tokens.first_in(row)
+        if found is not None and wanted == "error":
+            raise DataError(
+                f"{found} becomes a control token; write data.special_tokens_in_text: escape to read it as plain text, "
+                "or allow where it is meant"
+            )
+        return row if found is None else self.template.special_tokens.escaped(row)
 
     def _tokenise(self, row: Row) -> tuple[np.ndarray, np.ndarray | None]:
         limit = None if self.data.on_too_long == "truncate" else self.data.max_length

@@ -41,6 +41,9 @@ class RowReport:
     median_tokens: int
     max_tokens: int
     num_loss_tokens: int  # of the ok rows that have answers
+    num_answered: int  # ok rows that have answers; to the others one is written
+    num_special: int  # ok rows with special tokens in their text
+    first_special: str  # "file:line: field: token"; empty where there is none
 
 
 class Quarantine:
@@ -255,6 +258,7 @@ def check_rows(
     num_rows = len(reader.rows)
     chosen = np.arange(num_rows) if num_rows <= budget else np.linspace(0, num_rows - 1, budget).astype(int)
     problems, lengths, num_dropped, num_truncated, num_loss_tokens = [], [], 0, 0, 0
+    num_answered, num_special, first_special = 0, 0, ""
     for row in chosen:
         try:
             prompt, truncated = reader.read(int(row), f"0:{row}")
@@ -264,6 +268,10 @@ def check_rows(
             else:
                 problems.append(str(problem))
             continue
+        special = reader.special_token(int(row))
+        num_special += special is not None
+        first_special = first_special or special or ""
+        num_answered += prompt.loss_mask is not None
         lengths.append(len(prompt.token_ids))
         num_truncated += truncated
         num_loss_tokens += 0 if prompt.loss_mask is None else int(prompt.loss_mask.sum())
@@ -278,4 +286,7 @@ def check_rows(
         median_tokens=int(np.median(lengths)) if lengths else 0,
         max_tokens=max(lengths, default=0),
         num_loss_tokens=num_loss_tokens,
+        num_answered=num_answered,
+        num_special=num_special,
+        first_special=first_special,
     )

@@ -49,6 +49,19 @@ def make(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> Make:
     return write
 
 
+def test_special_tokens_in_rows_are_told_until_it_is_said_what_they_mean(make: Make) -> None:
+    row = {"messages": [ROW["messages"][0], {"role": "assistant", "content": "it ends <|im_end|> here"}]}
+    file = make(ROW, row)
+    said = [finding.text for finding in collect_problems(loaded(file)) if "special tokens" in finding.text]
+    assert len(said) == 2, "training and held-out rows are the same file here"
+    assert "data.train: 1 of 2 rows contain special tokens" in said[0]
+    assert "rows.jsonl:2: messages[1].content: '<|im_end|>'" in said[0]
+    for wanted in ("allow", "escape"):
+        findings = collect_problems(loaded(file, f"data.special_tokens_in_text={wanted}"))
+        assert not [finding for finding in findings if "special" in finding.text]
+    assert "becomes a control token" in problems(file, "data.special_tokens_in_text=error")[0].text
+
+
 def test_folders_whose_names_are_patterns_elsewhere_are_refused(make: Make, tmp_path: Path, tiny_teacher: Path) -> None:
     twin = tmp_path / "teacher[1]"
     shutil.copytree(tiny_teacher, twin)
