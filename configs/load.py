@@ -25,21 +25,41 @@ MAY_CHANGE_ON_RESUME = (
     ("folder",),
     ("report",),
     ("faults",),
+    ("training", "steps"),
+    ("training", "epochs"),
+    ("training", "on_changed_inputs"),
     ("training", "keep_checkpoints"),
     ("training", "evaluate_every"),
     ("training", "save_every"),
     ("training", "depth"),
     ("training", "max_label_bytes"),
     ("student", "placement"),
+    ("student", "dtype"),
+    ("student", "model", "path"),
+    ("student", "model", "revision"),
+    ("student", "model", "licence"),
     ("student", "model", "local_copy"),
+    ("teacher", "model", "path"),
+    ("teacher", "model", "revision"),
+    ("teacher", "model", "licence"),
     ("teacher", "model", "local_copy"),
+    ("teacher", "chat_template"),
+    ("teacher", "scorer", "dtype"),
     ("teacher", "scorer", "placement"),
     ("teacher", "scorer", "may_span_nodes"),
+    ("teacher", "writer", "dtype"),
     ("teacher", "writer", "placement"),
     ("teacher", "writer", "may_span_nodes"),
+    ("data", "train", "path"),
+    ("data", "train", "revision"),
+    ("data", "evaluation", "path"),
+    ("data", "evaluation", "revision"),
 )
-"""What changes neither the tokens, the labels nor the updates of a run. The number of steps is not among them: the
-learning rate of every step depends on it."""
+"""What may be another in a run that goes on. Most of it changes neither the tokens, the labels nor the updates.
+
+Of models, rows and templates it is not the place that counts but what lies there, and of `dtype: auto` what was made of
+it: a checkpoint holds both (`launch/contents.py`). A run may become longer, which is told: from there on its learning
+rate follows another schedule."""
 
 
 S = TypeVar("S", bound=BaseModel)

@@ -286,6 +286,11 @@ class Training(Section):
     evaluate_every: Natural = Field(0, description="Steps between evaluations; 0: only before and after.")
     save_every: Natural = Field(0, description="Steps between checkpoints; 0: only at the end.")
     keep_checkpoints: Positive = 2
+    on_changed_inputs: Literal["error", "note"] = Field(
+        "error",
+        description="A resumed run finds other rows, weights or tokenizer files than it began with; note: goes on with "
+        "them, and says so.",
+    )
     max_non_finite_steps: Natural = Field(3, description="Skipped steps before the run ends as diverged.")
 
     @model_validator(mode="after")

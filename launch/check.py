@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -23,14 +24,17 @@ from configs.load import load_run, run_folder
 from configs.paths import refuse_pattern
 from configs.plugins import ELICITATION, ENGINES, LABELS, Family, Plugin
 from configs.schema import Dataset, ModelSource, Run
+from launch.contents import contents_of
 from launch.disk import DiskNeed, check_writable, free_bytes, size_text
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
 from launch.quiet import quiet_libraries
+from launch.resuming import Standing, standing
 from trainer.errors import ConfigError, DataError, StillhouseError
 from trainer.generation_settings import unused_settings
 from trainer.job import Inputs, label_bytes_per_row, read_inputs, total_steps
 from trainer.models import load_config
 from trainer.prompts import RowReport, check_rows
+from trainer.run_folder import RunFolder
 
 ROW_BUDGET = 2000
 """Rows read of each dataset; of a larger one they are spread evenly. Training checks every row as it reads it."""
@@ -59,7 +63,8 @@ def check(path: Path, overrides: Sequence[str]) -> int:
     run = load_run(path, overrides).run
     findings = [Finding("configuration", "ok", f"{path}, run {run.name}")]
     _print(findings[0])
-    for finding in examine(run):
+    inputs: list[Inputs] = []
+    for finding in chain(examine(run, inputs), _standing(run, inputs)):
         _print(finding)
         findings.append(finding)
     problems = [finding for finding in findings if finding.fatal]
@@ -70,6 +75,22 @@ def check(path: Path, overrides: Sequence[str]) -> int:
         f"ready: {shlex.join(['stillhouse', 'train', str(path), *(p for o in overrides for p in ('--set', o))])}"
     )
     return 0
+
+
+def _standing(run: Run, inputs: list[Inputs]) -> Iterator[Finding]:
+    """What the run folder holds already, and whether this run may go on from it."""
+    folder = RunFolder(run_folder(run))
+    if not inputs or not folder.config.exists():
+        return
+    here: list[Standing] = []
+
+    def say() -> str:
+        if here[0].finished:
+            return "finished; more training.steps or epochs make it longer"
+        return f"goes on after step {here[0].after.step}" if here[0].after else "none, so it begins from the start"
+
+    yield _attempt("earlier steps", lambda: here.append(standing(run, folder, contents_of(run, inputs[0]))), say)
+    yield from (Finding("earlier steps", "warning", text) for text in (here[0].changed if here else ()))
 
 
 def collect_problems(run: Run, inputs: list[Inputs] | None = None) -> list[Finding]:

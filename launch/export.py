@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.load import load_run
@@ -22,7 +25,7 @@ from configs.schema import Run
 from launch.files import copy_files, files_in
 from launch.model_folder import licence_of
 from trainer.chat import Template
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, foreign_errors
 from trainer.generation_settings import consistent
 from trainer.metrics import read_metrics
 from trainer.model_card import model_card
@@ -30,6 +33,7 @@ from trainer.papers import read_manifest
 from trainer.run_folder import RunFolder, read_json, write_json, write_text
 
 ADAPTER = "adapter_config.json"
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 def export(run_folder: Path, target: Path, merge_adapter: bool) -> None:
@@ -52,22 +56,37 @@ def export(run_folder: Path, target: Path, merge_adapter: bool) -> None:
             _merge(folder, working, run)
         else:
             copy_files(folder.student, working, subject="export")
-        write_text(working / "README.md", card_of(folder, run, adapter=is_adapter and not merge_adapter))
+        card = card_of(folder, run, adapter=is_adapter and not merge_adapter, weights=working)
+        write_text(working / "README.md", card)
         (working / "README.md").chmod(0o644)
         verify(working, run, adapter=is_adapter and not merge_adapter)
         os.replace(working, target)
     finally:
         shutil.rmtree(working, ignore_errors=True)
-    print(f"{target}: {'adapter' if is_adapter and not merge_adapter else 'model'}, tokenizer and model card; it loads")
+    what = "adapter" if is_adapter and not merge_adapter else "model"
+    print(f"{target}: {what} in {stored_dtype(target)}, tokenizer and model card; it loads")
 
 
-def card_of(folder: RunFolder, run: Run, *, adapter: bool) -> str:
-    """The model card of what a run folder holds."""
+def stored_dtype(folder: Path) -> str:
+    """What the weights of a folder are stored in, the commonest first: `bfloat16`, `bfloat16 and float32`; empty where
+    it holds none. Raises ConfigError for what is no safetensors file."""
+    sizes: Counter[str] = Counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        with foreign_errors(f"cannot read {path}"), safe_open(path, framework="pt") as tensors:
+            for name in sorted(tensors.keys()):
+                tensor = tensors.get_slice(name)
+                sizes[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    return " and ".join(DTYPES.get(name, name.lower()) for name, _ in sizes.most_common())
+
+
+def card_of(folder: RunFolder, run: Run, *, adapter: bool, weights: Path) -> str:
+    """The model card of what a run folder holds, and of weights that are, or come, beside it."""
     return model_card(
         run,
         manifest=read_manifest(folder),
         records=read_metrics(folder),
         adapter=adapter,
+        stored_dtype=stored_dtype(weights),
         licences={"student": licence_of(run.student.model), "teacher": licence_of(run.teacher.model)},
     )
 
@@ -118,6 +137,12 @@ def _check(folder: RunFolder, target: Path, *, merge_adapter: bool) -> bool:
     if not complete or not any(folder.student.glob("*.safetensors")):
         raise ConfigError(
             f"export: {folder.path} holds no student yet; let the run come to its end: stillhouse train {folder.config}"
+        )
+    manifest = read_manifest(folder)
+    if manifest and manifest.get("finished") is None:  # it was finished once, and is being made longer
+        raise ConfigError(
+            f"export: the run in {folder.path} is not at its end, and {folder.student} is of an earlier one: let it "
+            f"come to its end: stillhouse train {folder.config}"
         )
     if merge_adapter and not is_adapter:
         raise ConfigError("export: --merge-adapter needs a student trained with LoRA, this one is whole already")

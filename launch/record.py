@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,9 @@ from configs.secrets import without_secrets
 from launch.export import card_of, complete_student
 from trainer.distil import Controller
 from trainer.environment import manifest_environment
-from trainer.errors import ConfigError
 from trainer.job import Job
 from trainer.metrics import Records, read_metrics
-from trainer.papers import read_generations
+from trainer.papers import read_generations, read_manifest
 from trainer.readable import answer_of, readable_prompts
 from trainer.records import read_parts
 from trainer.report import BEFORE_START, sample_records, write_report
@@ -42,17 +42,11 @@ class Record:
         self._manifest: dict[str, Any] = {}
         self._job: Job | None = None
 
-    def was_finished(self) -> bool:
-        """Whether an earlier start of this run came to its end. Of an exit.json that cannot be read nobody knows: the
-        run then goes on from its last checkpoint, and writes a new one."""
-        try:
-            ending = self._folder.ending()
-        except ConfigError as error:
-            print(f"warning: {error}; the run goes on as if it had not ended", file=sys.stderr)
-            return False
-        return ending is not None and ending.code == 0
-
-    def begin(self, job: Job, resolved: Resolved, *, started: float) -> None:
+    def begin(
+        self, job: Job, resolved: Resolved, *, started: float, changed: Iterable[str] = (), goes_on: bool = False
+    ) -> None:
+        """`changed`: inputs that are not what the run began with; where it `goes_on`, those of earlier starts stay."""
+        before = read_manifest(self._folder) if goes_on else {}
         self._job = job
         run = job.run
         self._folder.exit.unlink(missing_ok=True)
@@ -68,6 +62,7 @@ class Record:
             "roles": roles_of(run, resolved),
             "reasons": list(resolved.reasons),
             "warnings": list(resolved.warnings),
+            "changed_inputs": [*before.get("changed_inputs", []), *changed],
             "data": {
                 "train_rows": job.stream.rows_per_epoch,
                 "evaluation_rows": len(job.evaluation),
@@ -119,7 +114,7 @@ class Record:
             "student": asdict(controller.student_info),
         }
         self._write_manifest()
-        card = card_of(self._folder, job.run, adapter=job.run.student.lora is not None)
+        card = card_of(self._folder, job.run, adapter=job.run.student.lora is not None, weights=self._folder.student)
         write_text(self._folder.student / "README.md", card)
 
     def ended(self, code: int, reason: str) -> None:

@@ -26,11 +26,14 @@ from cluster.model_files import ModelFiles, find_folder
 from cluster.resolve import Resolved, resolve
 from cluster.session import RaySession
 from cluster.students import StudentJob
-from configs.load import config_hash, differences, dump_run, load_run, run_folder
+from configs.load import config_hash, dump_run, load_run, run_folder
 from configs.schema import ModelSource, Run
 from launch.check import raise_problems
+from launch.contents import contents_of, dtypes_of
+from launch.export import stored_dtype
 from launch.quiet import quiet_libraries
 from launch.record import Record
+from launch.resuming import Standing, new_length, refuse_changes, standing
 from launch.stopping import StopRequest, preemptible
 from launch.watch import Watch
 from trainer.distil import Controller
@@ -59,15 +62,25 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
     folder = RunFolder.create(run_folder(run))
     with folder.lock():
         record = Record(folder)
-        if _is_finished(run, folder, record):
+        contents = contents_of(run, inputs)
+        here = standing(run, folder, contents)
+        if here.finished:
             steps = len(read_metrics(folder).steps)
             print(f"{folder.path} is finished: {steps} steps, report in {folder.report}", flush=True)
-            print(closing_words(folder), flush=True)
+            print("\n".join([*here.changed, closing_words(folder)]), flush=True)
             return 0
         try:
             with preemptible():
                 _train(
-                    run, inputs, folder, record, warnings, skip_self_test=skip_self_test, wait_for_nodes=wait_for_nodes
+                    run,
+                    inputs,
+                    folder,
+                    record,
+                    warnings,
+                    contents=contents,
+                    here=here,
+                    skip_self_test=skip_self_test,
+                    wait_for_nodes=wait_for_nodes,
                 )
         except StillhouseError as error:
             record.ended(error.exit_code, str(error))
@@ -101,35 +114,18 @@ def disk_trouble(error: Exception, folder: Path) -> str | None:
 
 def closing_words(folder: RunFolder) -> str:
     """Where everything is, and what to do with it."""
+    dtype = stored_dtype(folder.student)
     return "\n".join(
         [
             "",
             f"report    {folder.report}    (open it in a browser: curves, timeline, tokens, answers before and after)",
-            f"student   {folder.student}    (a Hugging Face folder: transformers and vLLM load it)",
+            f"student   {folder.student}    (a Hugging Face folder{f' in {dtype}' if dtype else ''}: transformers and "
+            "vLLM load it)",
             "next      stillhouse export "
             f"{folder.path} my-student      copies the student, checked, with its model card",
             f"          stillhouse config show {folder.config}    every setting of this run; change one with --set",
         ]
     )
-
-
-def _is_finished(run: Run, folder: RunFolder, record: Record) -> bool:
-    """Whether this very run has come to its end before. Raises `ConfigError` where the folder holds a checkpoint of
-    another one; nothing in it is touched then."""
-    if not folder.config.exists():
-        return False
-    try:
-        before = load_run(folder.config).run
-    except ConfigError:  # of an earlier version: its checkpoint, if any, says what it was made with
-        return False
-    changed = differences(before, run)
-    if changed and any(folder.checkpoints.glob("step_*")):
-        raise ConfigError(
-            f"{folder.path} holds a run with another configuration:\n  "
-            + "\n  ".join(changed)
-            + "\ngive this one another name or folder, or remove the folder to start afresh"
-        )
-    return not changed and record.was_finished()
 
 
 def _train(
@@ -139,6 +135,8 @@ def _train(
     record: Record,
     warnings: list[str],
     *,
+    contents: dict[str, str],
+    here: Standing,
     skip_self_test: bool,
     wait_for_nodes: int | None,
 ) -> None:
@@ -146,6 +144,8 @@ def _train(
     write_text(folder.config, dump_run(run))
     with contextlib.ExitStack() as stack:
         resolved, cluster = _hardware(run, inputs, stack, wait_for_nodes=wait_for_nodes)
+        dtypes = dtypes_of(resolved)
+        changed = [*here.changed, *(refuse_changes(run, folder, here.after, dtypes) if here.after else [])]
         job = make_job(
             run,
             inputs,
@@ -153,7 +153,10 @@ def _train(
             config_hash=config_hash(run),
             teacher_dtype=resolved.scorer.dtype,
             skip_self_test=skip_self_test,
+            contents=contents | dtypes,
+            after=here.after,
         )
+        length = new_length(run, here.after, job.loop.total_steps)
         progress = stack.enter_context(Progress(job.loop.total_steps))
         sinks = [TensorBoardSink(folder)] if run.report.tensorboard else []
         watch = Watch(
@@ -162,13 +165,15 @@ def _train(
         stack.callback(watch.close)
         for text in (
             *warnings,
+            *changed,
+            *([length] if length else []),
             *job.stream.notes,
             *resolved.reasons,
             *resolved.warnings,
             *(cluster.warnings if cluster else ()),
         ):
             watch.event("note", text=text)
-        record.begin(job, resolved, started=started)
+        record.begin(job, resolved, started=started, changed=changed, goes_on=here.after is not None)
         shared = cluster is not None and not cluster.owned
         controller = asyncio.run(_drive(job, resolved, watch, record, progress, shared=shared))
         progress.close()

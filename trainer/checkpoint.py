@@ -104,6 +104,15 @@ class Checkpoints:
             return committed
         return None
 
+    def peek(self) -> TrainingState | None:
+        """The state in the newest manifest that is whole; the files beside it, which may be large, are not read."""
+        for step, folder in sorted(self._steps(), reverse=True):
+            with contextlib.suppress(Damaged):
+                state = read_manifest(folder).state
+                if state.step == step:
+                    return state
+        return None
+
     def _steps(self) -> list[tuple[int, Path]]:
         if not self._folder.is_dir():
             return []

@@ -17,7 +17,15 @@ import numpy as np
 import torch
 
 from trainer.checkpoint import Checkpoints, Committed
-from trainer.errors import InfrastructureError, LabelsLost, Preempted, SelfTestError, StillhouseError, StudentsLost
+from trainer.errors import (
+    ConfigError,
+    InfrastructureError,
+    LabelsLost,
+    Preempted,
+    SelfTestError,
+    StillhouseError,
+    StudentsLost,
+)
 from trainer.heads import Head
 from trainer.job import Job
 from trainer.label_check import LabelCheck, check_labels
@@ -327,7 +335,16 @@ class Controller:
         return step
 
     async def _latest(self) -> Committed | None:
-        return await in_thread(self._checkpoints.latest, config_hash=self._job.config_hash)
+        """Raises ConfigError where the run would end elsewhere from there: its newest checkpoint, by which its length
+        was found, is damaged."""
+        found = await in_thread(self._checkpoints.latest, config_hash=self._job.config_hash)
+        total = self._job.total_steps_after(found.state if found else None)
+        if total != self._job.loop.total_steps:
+            raise ConfigError(
+                f"the newest checkpoint in {self._job.folder.checkpoints} is damaged, and by it the run was taken to "
+                f"have {self._job.loop.total_steps} steps, not {total}: remove it, and run the same command again"
+            )
+        return found
 
     async def _save(self, step: int, cursor: Cursor, non_finite_steps: int) -> bool:
         """Returns whether the checkpoint exists now. One that cannot be made is noted and training goes on; three in a
@@ -338,6 +355,8 @@ class Controller:
             config_hash=self._job.config_hash,
             world=self._session.students.world,
             non_finite_steps=non_finite_steps,
+            total_steps=self._job.loop.total_steps,
+            contents=dict(self._job.contents),
         )
         temporary = None
         try:

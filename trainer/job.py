@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.generation_settings import end_ids
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.loops import LoopSettings
+from trainer.manifest import TrainingState
 from trainer.models import load_config
 from trainer.prompts import PromptStream
 from trainer.protocols import Elicitation
@@ -58,6 +59,7 @@ class Job:
     run: Run
     folder: RunFolder
     config_hash: str
+    contents: Mapping[str, str]  # what the run's inputs hold, by place
     inputs: Inputs
     stream: PromptStream
     evaluation: tuple[Sequence, ...]
@@ -66,6 +68,10 @@ class Job:
     encoding: EncodingSpec
     loop: LoopSettings
     skip_self_test: bool
+
+    def total_steps_after(self, state: TrainingState | None) -> int:
+        """Where a run that goes on from there ends."""
+        return total_steps(self.run, rows_per_epoch=self.stream.rows_per_epoch, after=state)
 
 
 def read_inputs(run: Run) -> Inputs:
@@ -89,21 +95,31 @@ def encoding_of(run: Run) -> EncodingSpec:
 
 
 def make_job(
-    run: Run, inputs: Inputs, folder: RunFolder, *, config_hash: str, teacher_dtype: str, skip_self_test: bool
+    run: Run,
+    inputs: Inputs,
+    folder: RunFolder,
+    *,
+    config_hash: str,
+    teacher_dtype: str,
+    skip_self_test: bool,
+    contents: Mapping[str, str] | None = None,
+    after: TrainingState | None = None,
 ) -> Job:
-    """Open the streams and read the held-out rows. Raises DataError for rows that cannot be used."""
+    """Open the streams and read the held-out rows; `after`: of the checkpoint that the run goes on from. Raises
+    DataError for rows that cannot be used."""
     stream = open_stream(run, inputs, quarantine=folder.rejected)
     return Job(
         run=run,
         folder=folder,
         config_hash=config_hash,
+        contents=contents or {},
         inputs=inputs,
         stream=stream,
         evaluation=held_out_rows(run, inputs),
         samples=sample_rows(run, inputs),
         bind_elicitation=lambda writers: inputs.strategy.bind(writers, end_of_turn_ids=inputs.stop_ids),
         encoding=encoding_of(run),
-        loop=loop_settings(run, inputs, teacher_dtype, rows_per_epoch=stream.rows_per_epoch),
+        loop=loop_settings(run, inputs, teacher_dtype, rows_per_epoch=stream.rows_per_epoch, after=after),
         skip_self_test=skip_self_test,
     )
 
@@ -159,16 +175,19 @@ def as_sequence(prompt: Prompt) -> Sequence:
     return Sequence(prompt.id, prompt.token_ids, prompt.loss_mask, provenance="dataset")
 
 
-def total_steps(run: Run, *, rows_per_epoch: int) -> int:
+def total_steps(run: Run, *, rows_per_epoch: int, after: TrainingState | None = None) -> int:
     """The optimizer steps of a run. Steps go over the borders of epochs, and the last one of the last epoch is as short
-    as what is left, so that every row is trained `epochs` times.
+    as what is left, so that every row is trained `epochs` times; one that goes on `after` such an end has a short step
+    in its middle.
 
     Raises `ConfigError` where that many epochs are over before the learning rate has risen.
     """
     training = run.training
     if training.steps is not None:
         return training.steps
-    steps = math.ceil((training.epochs or 0) * rows_per_epoch / training.sequences_per_step)
+    trained = 0 if after is None else after.cursor.epoch * rows_per_epoch + after.cursor.position
+    left = (training.epochs or 0) * rows_per_epoch - trained
+    steps = (0 if after is None else after.step) + math.ceil(left / training.sequences_per_step)
     if run.optimizer.warmup_steps >= steps:
         raise ConfigError(
             f"optimizer.warmup_steps: {run.optimizer.warmup_steps} leaves no step after the warm-up: the run has "
@@ -178,10 +197,12 @@ def total_steps(run: Run, *, rows_per_epoch: int) -> int:
     return steps
 
 
-def loop_settings(run: Run, inputs: Inputs, teacher_dtype: str, *, rows_per_epoch: int) -> LoopSettings:
+def loop_settings(
+    run: Run, inputs: Inputs, teacher_dtype: str, *, rows_per_epoch: int, after: TrainingState | None
+) -> LoopSettings:
     training = run.training
     return LoopSettings(
-        total_steps=total_steps(run, rows_per_epoch=rows_per_epoch),
+        total_steps=total_steps(run, rows_per_epoch=rows_per_epoch, after=after),
         sequences_per_step=training.sequences_per_step,
         micro_batch_tokens=training.micro_batch_tokens,
         depth=training.depth,

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class TrainingState:
     config_hash: str
     world: int
     non_finite_steps: int
+    total_steps: int = 0  # that the learning rate was made for; 0: not recorded
+    contents: dict[str, str] = field(default_factory=dict)  # what the inputs held, by place (`launch/contents.py`)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ def model_card(
     manifest: Mapping[str, Any],
     records: Records,
     adapter: bool = False,
+    stored_dtype: str = "",
     licences: Mapping[str, str | None] | None = None,
 ) -> str:
     """Markdown with YAML front matter. `adapter`: the folder holds a LoRA adapter alone.
@@ -72,7 +73,7 @@ def model_card(
         teacher_licence=known["teacher"] or NOT_STATED,
         quality=_quality(records),
         evaluated=records.evaluations[-1] if records.evaluations else None,
-        settings=_settings(run, manifest, records),
+        settings=_settings(run, manifest, records, stored_dtype=stored_dtype),
         versions=manifest.get("versions") or {},
         NOT_STATED=NOT_STATED,
     )
@@ -123,7 +124,7 @@ def _quality(records: Records) -> list[Row]:
     ]
 
 
-def _settings(run: Run, manifest: Mapping[str, Any], records: Records) -> list[tuple[str, str]]:
+def _settings(run: Run, manifest: Mapping[str, Any], records: Records, *, stored_dtype: str) -> list[tuple[str, str]]:
     counters = manifest.get("counters") or {}
     training, optimizer, lora = run.training, run.optimizer, run.student.lora
     rows = [
@@ -144,6 +145,7 @@ def _settings(run: Run, manifest: Mapping[str, Any], records: Records) -> list[t
         ),
         ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}" if lora else ""),
         ("precision", _precision(run, manifest)),
+        ("weights stored in", stored_dtype),
         ("sharding", f"DeepSpeed ZeRO-{run.student.zero_stage}, {run.student.ranks} rank(s)"),
         ("seed", str(run.seed)),
     ]

@@ -35,6 +35,7 @@ class Manifest(TypedDict, total=False):
     finished: Moment | None
     total_steps: int
     warnings: list[str]
+    changed_inputs: list[str]
     versions: dict[str, Any]
     counters: dict[str, int]
     data: DataFacts

@@ -243,9 +243,20 @@ def test_a_dumped_run_loads_back_to_the_same_run(load: Load) -> None:
 
 def test_the_hash_changes_with_what_is_learnt_and_with_nothing_else(load: Load) -> None:
     base = config_hash(load(GOOD).run)
-    for same in ("folder=elsewhere", "training.depth=0", "training.keep_checkpoints=9", "faults.ping_timeout_s=5"):
+    longer, moved = (
+        ("training.steps=11", "training.on_changed_inputs=note"),
+        ("teacher.model.path=x", "student.dtype=auto"),
+    )
+    for same in (
+        "folder=x",
+        "training.depth=0",
+        "training.keep_checkpoints=9",
+        "faults.ping_timeout_s=5",
+        *longer,
+        *moved,
+    ):
         assert config_hash(load(GOOD, same).run) == base, same
-    for other in ("training.steps=11", "labels.k=32", "optimizer.learning_rate=2e-4", "seed=1", "student.ranks=2"):
+    for other in ("data.train.max_rows=5", "labels.k=32", "optimizer.learning_rate=2e-4", "seed=1", "student.ranks=2"):
         assert config_hash(load(GOOD, other).run) != base, other
 
 
@@ -290,13 +301,15 @@ def test_random_values_in_the_right_places_give_a_run_or_a_config_error(
 
 def test_what_makes_another_run_is_named_and_what_may_change_is_not(load: Load) -> None:
     before = load(GOOD).run
-    now = load(GOOD, "training.steps=20", "labels={kind: hidden}", "training.save_every=5", "faults={}").run
+    now = load(
+        GOOD, "optimizer.eps=2e-8", "training.steps=20", "labels={kind: hidden}", "training.save_every=5", "faults={}"
+    ).run
     assert differences(before, before) == []
     assert differences(before, load(GOOD, "training.save_every=5").run) == []
     assert differences(before, now) == [
         'labels.kind: "hidden", was "topk"',
         "labels.k: null, was 64",
-        "training.steps: 20, was 10",
+        "optimizer.eps: 2e-08, was 1e-08",
         'labels.dtype: "auto", was null',
     ]
 

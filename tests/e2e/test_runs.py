@@ -56,9 +56,8 @@ def test_a_command_that_would_be_another_run_is_refused_and_leaves_the_finished_
     overrides = ["--set", "training.steps=20", "--set", "optimizer.learning_rate=0.5"]
     result = stillhouse("train", str(golden.parent / "run.yaml"), *overrides)
     assert result.returncode == 2, result.stdout
-    assert "training.steps: 20, was 8\n" in result.stderr
     assert "optimizer.learning_rate: 0.5, was 0.003\n" in result.stderr
-    assert len(result.stderr.splitlines()) == 5, result.stderr
+    assert len(result.stderr.splitlines()) == 4, result.stderr
     assert files() == before
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.load import dump_run, load_run
 from configs.schema import Run
-from launch.export import complete_student, export
+from launch.export import complete_student, export, stored_dtype
 from launch.report import report
 from trainer.errors import ConfigError
 from trainer.run_folder import RunFolder, write_json
@@ -76,16 +77,37 @@ def test_a_whole_student_is_exported_with_tokenizer_template_and_card(
     card = (target / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "owner/teacher | not stated" in card
-    assert str(target) in capsys.readouterr().out
+    assert f"{target}: model in float32, " in capsys.readouterr().out
+    assert "| weights stored in | float32 |" in card
     assert [p.name for p in target.parent.iterdir()] == ["target"]
     assert target.stat().st_mode & 0o777 == 0o755
+
+
+def test_the_dtype_that_is_told_is_that_of_the_weights(tmp_path: Path) -> None:
+    assert stored_dtype(tmp_path) == ""
+    save_file({"a": torch.zeros(9, dtype=torch.bfloat16), "b": torch.zeros(2, 2)}, tmp_path / "x.safetensors")
+    save_file({"c": torch.zeros((), dtype=torch.int64)}, tmp_path / "y.safetensors")
+    assert stored_dtype(tmp_path) == "bfloat16 and float32 and i64"
+    (tmp_path / "y.safetensors").write_text("no weights")
+    with pytest.raises(ConfigError, match=r"cannot read .*y.safetensors"):
+        stored_dtype(tmp_path)
+
+
+def test_the_student_of_an_earlier_end_is_not_exported_as_that_of_a_longer_run(
+    whole: RunFolder, tmp_path: Path
+) -> None:
+    write_json(whole.manifest, {"started": 1.0, "finished": 2.0})
+    export(whole.path, tmp_path / "first", merge_adapter=False)
+    write_json(whole.manifest, {"started": 3.0})
+    with pytest.raises(ConfigError, match=r"not at its end, and .*student is of an earlier one"):
+        export(whole.path, tmp_path / "second", merge_adapter=False)
 
 
 def test_an_adapter_is_exported_as_it_is_or_merged(
     adapted: tuple[RunFolder, torch.Tensor], tmp_path: Path, tiny_student: Path
 ) -> None:
     folder, expected = adapted
-    write_json(folder.manifest, {"data": {"stop_ids": [2, 40]}})
+    write_json(folder.manifest, {"finished": 2.0, "data": {"stop_ids": [2, 40]}})
     export(folder.path, tmp_path / "adapter", merge_adapter=False)
     export(folder.path, tmp_path / "merged", merge_adapter=True)
     assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == [2, 40]

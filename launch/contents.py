@@ -1,0 +1,138 @@
+"""What the inputs of a run hold, as short texts by place: a checkpoint keeps them, and a run that goes on compares.
+
+    data.train, data.evaluation          every file of rows; of a dataset of the hub some rows and their number
+    teacher.model/<file>                 config, tokenizer and generation settings, code, weights; of the hub its commit
+    student.model/<file>                 config, code, weights
+    teacher.chat_template                the text that is used
+    labels, elicitation, engine code     the file of a plug-in that is not Stillhouse's own
+    student.dtype, teacher.<role>.dtype  what `auto` was made of
+
+Where things lie does not count, so a moved folder is the same. The view is that of the machine the controller runs on;
+nodes are compared with it by `cluster/node_checks.py`. How much is read, and what that misses: `trainer/content.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from cluster.model_files import ModelFiles, find_folder
+from cluster.resolve import Resolved
+from configs.schema import Dataset, ModelSource, Run
+from trainer.content import file_content, files_below, folder_content
+from trainer.errors import ConfigError
+from trainer.job import Inputs
+from trainer.row_files import PLACES, WHOLE_BYTES, open_raw_rows
+
+WEIGHTS = ".safetensors"
+WHOLE_WEIGHTS, WEIGHT_PLACES = 8 * 2**20, 2048
+TOKENIZER_FILES = (".json", ".jinja", ".model", ".tiktoken", ".py")
+TOKENIZER_NAMES = ("vocab.txt", "merges.txt")
+STUDENT_NAMES = ("config.json", "generation_config.json")
+SAMPLED_ROWS = 512
+CODE = " code"
+
+
+def contents_of(run: Run, inputs: Inputs) -> dict[str, str]:
+    """Everything but what the devices decide. Raises `ConfigError` for what cannot be read."""
+    try:
+        return dict(_contents(run, inputs))
+    except OSError as error:
+        raise ConfigError(f"cannot read an input of the run: {error}") from None
+
+
+def dtypes_of(resolved: Resolved) -> dict[str, str]:
+    """What the devices of this start made of `auto`."""
+    plans = [plan for plan in (resolved.scorer, resolved.writer) if plan is not None]
+    return {"student.dtype": resolved.student.dtype, **{f"teacher.{plan.role}.dtype": plan.dtype for plan in plans}}
+
+
+def changes(before: Mapping[str, str], now: Mapping[str, str], run: Run) -> tuple[list[str], list[str]]:
+    """What is not as it was: what decides how the run goes on; and what a checkpoint makes up for, or people mend."""
+    decisive, others = [], []
+    for place in dict.fromkeys([*before, *now]):
+        was, found = before.get(place, "not there"), now.get(place, "not there")
+        if was != found:
+            text = f"{place}{_where(place, run)}: {found}, was {was}"
+            (decisive if _decides(place, run) else others).append(text)
+    return decisive, others
+
+
+def _decides(place: str, run: Run) -> bool:
+    """Weights that are all trained lie in the checkpoint; under adapters they do not. Code is mended between starts."""
+    if place.startswith("student.model/") and place.endswith(WEIGHTS):
+        return run.student.lora is not None
+    return not place.endswith(CODE)
+
+
+def _where(place: str, run: Run) -> str:
+    paths = {
+        "data.train": run.data.train.path,
+        "data.evaluation": run.data.evaluation.path if run.data.evaluation else None,
+        "teacher.model": run.teacher.model.path,
+        "student.model": run.student.model.path,
+        "teacher.chat_template": run.teacher.chat_template,
+    }
+    path = paths.get(place.partition("/")[0])
+    return "" if path is None else f" ({path})"
+
+
+def _contents(run: Run, inputs: Inputs) -> Iterator[tuple[str, str]]:
+    yield from _rows("data.train", run.data.train)
+    if run.data.evaluation is not None:
+        yield from _rows("data.evaluation", run.data.evaluation)
+    yield from _model("teacher.model", run.teacher.model)
+    yield from _model("student.model", run.student.model)
+    yield "teacher.chat_template", _digest(inputs.template.text or "")
+    for family, kind in (
+        ("labels", run.labels.kind),
+        ("elicitation", run.elicitation.kind),
+        *((f"teacher.{role}.engine", replicas.engine.kind) for role, replicas in run.teacher.roles().items()),
+    ):
+        found = importlib.util.find_spec(kind) if "." in kind else None
+        if found is not None and found.origin is not None:
+            yield family + CODE, file_content(Path(found.origin), whole_bytes=WHOLE_BYTES, places=PLACES)
+
+
+def _rows(place: str, dataset: Dataset) -> Iterator[tuple[str, str]]:
+    path = Path(dataset.path).expanduser()
+    if path.is_dir():
+        found = folder_content(files_below(path), whole_bytes=WHOLE_BYTES, places=PLACES)
+        yield from ((f"{place}/{name}", content) for name, content in found.items())
+    elif path.is_file():
+        yield place, file_content(path, whole_bytes=WHOLE_BYTES, places=PLACES)
+    else:
+        rows = open_raw_rows(dataset)
+        chosen = np.unique(np.linspace(0, len(rows) - 1, SAMPLED_ROWS).astype(int))
+        lines = [json.dumps(rows.raw(int(row)), sort_keys=True, default=str) for row in chosen]
+        yield place, f"{len(rows)} rows, {_digest(chr(10).join(lines))}"
+
+
+def _model(place: str, source: ModelSource) -> Iterator[tuple[str, str]]:
+    folder = find_folder(source.path, source.revision)
+    if folder is None:
+        yield place, f"{source.path}, revision {source.revision}"
+        return
+    commit = ModelFiles.of(folder).commit
+    if commit is not None:
+        yield place, f"commit {commit}"
+        return
+    files = {name: path for name, path in files_below(folder).items() if "/" not in name}
+    for name, path in files.items():
+        settings = path.suffix in TOKENIZER_FILES or name in TOKENIZER_NAMES
+        if place == "student.model":  # its tokenizer is the teacher's, or the pair is refused
+            settings = name in STUDENT_NAMES or path.suffix == ".py"
+        if settings:
+            yield f"{place}/{name}", file_content(path, whole_bytes=WHOLE_BYTES, places=PLACES)
+    weights = {name: path for name, path in files.items() if path.suffix == WEIGHTS}
+    found = folder_content(weights, whole_bytes=WHOLE_WEIGHTS, places=WEIGHT_PLACES)
+    yield from ((f"{place}/{name}", content) for name, content in found.items())
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).hexdigest()

@@ -1,0 +1,142 @@
+"""What a run folder holds of a run that is started: nothing, a part of it, all of it, or another run.
+
+another configuration    refused: it would be another run in the same folder
+other inputs             refused, or noted with training.on_changed_inputs: note
+more steps or epochs     goes on, and says what becomes of the learning rate; fewer than are trained are refused
+the same, and finished   nothing to do
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from configs.load import config_hash, differences, load_run
+from configs.schema import Run
+from launch.contents import changes
+from trainer.checkpoint import Checkpoints
+from trainer.errors import ConfigError
+from trainer.manifest import TrainingState
+from trainer.optimizer import learning_rate
+from trainer.run_folder import RunFolder
+
+ANOTHER = "give this one another name or folder, or remove the folder to start afresh"
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a run has come in its folder."""
+
+    after: TrainingState | None = None  # of the newest checkpoint
+    finished: bool = False
+    changed: tuple[str, ...] = ()  # inputs that are not what the run began with, to be told
+
+
+def standing(run: Run, folder: RunFolder, contents: Mapping[str, str]) -> Standing:
+    """Raises `ConfigError` where the folder holds something that this run must not go on from, or not replace. Writes
+    nothing."""
+    after = Checkpoints(folder.checkpoints, keep=1).peek()
+    before, finished = _before(folder), _was_finished(folder)
+    _refuse_another_configuration(run, before, folder, after, finished=finished)
+    told = refuse_changes(run, folder, after, contents) if after is not None else []
+    if after is not None:
+        _refuse_shorter(run, after)
+    same_length = before is not None and _length(before) == _length(run)
+    if finished and not same_length and after is None:
+        raise ConfigError(
+            f"{folder.path} holds a run that is finished and has no checkpoint any more, so it cannot become longer: "
+            f"{ANOTHER}"
+        )
+    return Standing(after, finished=finished and same_length, changed=tuple(told))
+
+
+def refuse_changes(run: Run, folder: RunFolder, after: TrainingState, contents: Mapping[str, str]) -> list[str]:
+    """What is to be told of inputs that changed, compared by the places in `contents` and their like in the checkpoint.
+    Raises `ConfigError` for a change that decides what is learnt, unless the run asks for a note."""
+    places = {place.partition("/")[0] for place in contents}
+    known = {place: text for place, text in after.contents.items() if place.partition("/")[0] in places}
+    if not known:
+        return []
+    decisive, others = changes(known, contents, run)
+    if decisive and run.training.on_changed_inputs == "error":
+        raise ConfigError(
+            f"{folder.path} holds {after.step} steps of this run, made from other inputs:\n  "
+            + "\n  ".join(decisive)
+            + f"\nput back what was there; or {ANOTHER}; or go on with what is there now: training.on_changed_inputs: "
+            "note"
+        )
+    in_checkpoint = " (of no effect: the checkpoint holds the trained weights)"
+    told = [f"{text}{in_checkpoint if text.startswith('student.model/') else ''}" for text in others]
+    return [f"changed since step {after.step}: {text}" for text in (*decisive, *told)]
+
+
+def new_length(run: Run, after: TrainingState | None, total_steps: int) -> str | None:
+    """What is to be told where a run goes on with another length than its checkpoint was made with."""
+    if after is None or after.total_steps in (0, total_steps):
+        return None
+    text = f"the run has {total_steps} steps now, it had {after.total_steps}"
+    settings = run.optimizer
+    if settings.schedule == "constant" or after.step >= total_steps:
+        return text
+    rates = [
+        learning_rate(step, settings=settings, total_steps=total)
+        for step, total in ((after.step, after.total_steps), (after.step + 1, total_steps))
+    ]
+    return (
+        f"{text}: from step {after.step + 1} on the learning rate is that of {total_steps} steps, there {rates[1]:.3g} "
+        f"after {rates[0]:.3g}; a run of {total_steps} steps from the beginning would have learnt otherwise"
+    )
+
+
+def _before(folder: RunFolder) -> Run | None:
+    """The configuration of the last start; None for none, or that of an earlier version."""
+    try:
+        return load_run(folder.config).run
+    except ConfigError:
+        return None
+
+
+def _was_finished(folder: RunFolder) -> bool:
+    """Whether an earlier start came to its end. Of an exit.json that cannot be read nobody knows: the run then goes on
+    from its last checkpoint, and writes a new one."""
+    try:
+        ending = folder.ending()
+    except ConfigError as error:
+        print(f"warning: {error}; the run goes on as if it had not ended", file=sys.stderr)
+        return False
+    return ending is not None and ending.code == 0
+
+
+def _length(run: Run) -> tuple[int | None, int | None]:
+    return run.training.steps, run.training.epochs
+
+
+def _refuse_another_configuration(
+    run: Run, before: Run | None, folder: RunFolder, after: TrainingState | None, *, finished: bool
+) -> None:
+    changed = differences(before, run) if before is not None else []
+    if changed and (finished or any(folder.checkpoints.glob("step_*"))):
+        raise ConfigError(
+            f"{folder.path} holds a run with another configuration:\n  " + "\n  ".join(changed) + f"\n{ANOTHER}"
+        )
+    if after is not None and after.config_hash != config_hash(run):
+        raise ConfigError(
+            f"{folder.path} holds a checkpoint of another configuration (hash {after.config_hash}, this one has "
+            f"{config_hash(run)}): {ANOTHER}"
+        )
+
+
+def _refuse_shorter(run: Run, after: TrainingState) -> None:
+    steps, epochs = _length(run)
+    if steps is not None and steps < after.step:
+        raise ConfigError(
+            f"training.steps: {steps} is less than the {after.step} that are trained; write at least {after.step}, or "
+            f"{ANOTHER}"
+        )
+    begun = after.cursor.epoch + (after.cursor.position > 0)
+    if epochs is not None and epochs < begun:
+        raise ConfigError(
+            f"training.epochs: {epochs} is less than what is trained, which reaches into epoch {begun}; write at least "
+            f"{begun}, or {ANOTHER}"
+        )
