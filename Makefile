@@ -36,7 +36,7 @@ READY := $(VENV)/.ready-$(SETUP_KEY)
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */\1\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-setup: $(READY)  ## make .venv with the locked versions and this project (about two minutes, then nothing)
+setup: $(READY)  ## make .venv with the locked versions and this project (minutes, then nothing)
 
 $(READY):
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11 ...")'
@@ -59,7 +59,7 @@ $(READY):
 	@touch $@
 	@echo "setup: ready; . $(BIN)/activate to use it by hand"
 
-models: setup  ## convert the demo's teacher and cut its student out of it (seconds, then nothing)
+models: setup  ## convert the demo's teacher and cut its student out of it (seconds from a warm disk, then nothing)
 	@DS_ACCELERATOR=cpu TQDM_DISABLE=1 $(BIN)/stillhouse prepare smollm2-135m-instruct $(TEACHER)
 	@DS_ACCELERATOR=cpu $(BIN)/stillhouse prune $(TEACHER) $(STUDENT) --keep-layers $(STUDENT_LAYERS)
 

@@ -308,7 +308,8 @@ def _bad_rows(place: str, report: RowReport) -> str:
 
 
 def _placement(run: Run, *, known: set[str]) -> Iterator[Finding]:
-    """What of the placement follows from the models alone; the rest needs the machines."""
+    """What the run asks for, and what of the placement follows from the models alone; the rest needs the machines."""
+    yield Finding("devices", "ok", devices_text(run))
     sizes = {role: replicas.tensor_parallel_size for role, replicas in run.teacher.roles().items()}
     if "teacher" in known and max(sizes.values()) > 1:
 
@@ -321,6 +322,18 @@ def _placement(run: Run, *, known: set[str]) -> Iterator[Finding]:
         if source.local_copy is not None and not Path(source.path).expanduser().is_dir():
             text = f"{role}.model.local_copy copies a folder, and {source.path} is none here; the hub has its own cache"
             yield Finding(f"{role} copy", "problem", text, ConfigError.exit_code)
+
+
+def devices_text(run: Run) -> str:
+    """`16 GPUs, or as many cores where there is no GPU: student 8, scorer 2 x 4`."""
+    if run.runtime == "in_process":
+        return "one process for student and teacher"
+    counts = {"student": (run.student.ranks, 1)}
+    counts |= {role: (r.replicas, r.tensor_parallel_size) for role, r in run.teacher.roles().items()}
+    total = sum(num * size for num, size in counts.values())
+    parts = ", ".join(f"{role} {num}" + (f" x {size}" if size > 1 else "") for role, (num, size) in counts.items())
+    kind = {"auto": "GPUs, or as many cores where there is no GPU", "gpu": "GPUs", "cpu": "cores"}[run.accelerator]
+    return f"{total} {kind}: {parts}"
 
 
 def _licences(run: Run) -> Iterator[Finding]:

@@ -19,7 +19,10 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
+from cluster.resolve import roles_of
+from cluster.runtime import GPU
 from configs.load import load_run, load_section
+from launch.check import devices_text
 from launch.cli import app
 from launch.targets import TARGETS, load_target
 
@@ -158,6 +161,16 @@ def test_a_command_that_starts_nothing_does_what_the_page_says(command: str, fol
     assert result.exit_code == 0, f"{result.output}\n{result.exception}"
     assert "my-run" in result.output
     assert sorted(path.name for path in folder.rglob("*")) == before
+
+
+def test_the_readme_says_how_many_gpus_its_run_asks_for_and_how_to_ask_for_two(folder: Path) -> None:
+    said = re.search(r"This run asks for (\d+) GPUs", (ROOT / "README.md").read_text())
+    assert said is not None
+    roles = roles_of(load_run(folder / "my-run.yaml").run, GPU)
+    assert sum(role.count * role.shards for role in roles) == int(said[1])
+    assert devices_text(load_run(folder / "my-run.yaml").run).startswith(f"{said[1]} GPUs")
+    small = ["teacher.scorer.replicas=1", "teacher.scorer.tensor_parallel_size=1", "student.ranks=1"]
+    assert devices_text(load_run(folder / "my-run.yaml", small).run).startswith("2 GPUs")
 
 
 def test_the_loop_of_the_page_on_exit_codes_starts_again_only_what_may_go_on(folder: Path) -> None:

@@ -33,13 +33,13 @@ from launch.targets.kuberay_manifests import (
     RUN_NOTE,
     SCRIPT,
     archive,
-    check_room,
     config_map,
     manifests,
     object_name,
     script,
 )
 from launch.targets.kuberay_options import Options
+from launch.targets.kuberay_room import check_room
 from launch.targets.run_checks import paths_outside, refuse_in_process
 from trainer.errors import ConfigError, InfrastructureError, Preempted
 

@@ -319,18 +319,3 @@ def _labels_wanted(run: Run, kind: str) -> dict[str, str]:
     if wanted.get(GROUP_LABEL, f"{kind}s") != f"{kind}s":
         raise ConfigError(f"{GROUP_LABEL}: {wanted[GROUP_LABEL]} is asked for, and {kind}s sit in the group {kind}s")
     return wanted
-
-
-def check_room(run: Run, options: Options) -> None:
-    """Raises `ConfigError` where a group has fewer seats (GPUs, or CPUs where it has no GPU) than its roles need."""
-    teachers = sum(r.replicas * r.tensor_parallel_size for r in run.teacher.roles().values())
-    for name, group, needed in (
-        ("teachers", options.teachers, teachers),
-        ("students", options.students, run.student.ranks),
-    ):
-        each, kind = (group.gpus, "GPUs") if group.gpus else (group.cpus, "CPUs")
-        if each * group.replicas < needed:
-            raise ConfigError(
-                f"the {name} of this run need {needed} {kind}, and the group has {group.replicas} x {each}: write "
-                f"--with {name}.replicas={-(-needed // each)}, or lower replicas or ranks of the run"
-            )

@@ -21,6 +21,7 @@ from configs.plugins import ROOT
 from launch.bundle import Bundle, BundleFile, make_bundle
 from launch.targets import load_target, options_of
 from launch.targets.kuberay_manifests import archive, config_map, object_name
+from launch.targets.kuberay_room import check_room
 from trainer.errors import ConfigError, InfrastructureError
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="extra dev: kubernetes-validate")
@@ -224,6 +225,55 @@ def test_what_is_missing_is_said_at_once(bundle: Bundle) -> None:
 def test_a_group_that_is_too_small_is_refused_before_anything_is_sent(bundle: Bundle) -> None:
     with pytest.raises(ConfigError, match=r"students of this run need 2 GPUs.*1 x 1.*--with students\.replicas=2"):
         load_target("kuberay").prepare(bundle, options("students.gpus=1"), JOB)
+
+
+ROOMS = [
+    # given to the run, pods, what is said, the words of the advice
+    (
+        ("teacher.scorer.tensor_parallel_size=8",),
+        "teachers.gpus=4",
+        "9 GPUs in parts of 8",
+        "teachers.gpus=8 --with teachers.replicas=2",
+    ),
+    (
+        ("teacher.scorer.tensor_parallel_size=4", "teacher.scorer.replicas=3"),
+        "teachers.gpus=6",
+        "13 GPUs in parts of 4 on one machine",
+        "teachers.replicas=3",
+    ),
+    (
+        ("teacher.scorer.placement.nodes=2", "teacher.scorer.replicas=2"),
+        "teachers.gpus=8",
+        "3 GPUs",
+        "teachers.replicas=2",
+    ),
+    (
+        ("student.placement.strategy=strict_spread", "student.ranks=4"),
+        "students.gpus=8",
+        "4 GPUs",
+        "students.replicas=4",
+    ),
+    (("student.placement.strategy=strict_pack", "student.ranks=4"), "students.gpus=2", "4 GPUs", "students.gpus=4"),
+    (("student.ranks=9",), "students.gpus=4", "9 GPUs", "students.replicas=3"),
+    (("student.ranks=8",), "students.cpus=4", "1 x 8 GPUs and 4 CPUs", "students.cpus=8"),
+    (("student.ranks=8",), "students.gpus=0 students.cpus=4", "1 x 4 CPUs", "students.replicas=2"),
+    (
+        ("teacher.scorer.tensor_parallel_size=8",),
+        "teachers.gpus=4 teachers.cpus=4 teachers.replicas=2",
+        "2 x 4 GPUs and 4 CPUs",
+        "teachers.gpus=8 --with teachers.cpus=8",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "pods", "said", "advice"), ROOMS)
+def test_advice_on_pods_is_one_that_helps(given: tuple[str, ...], pods: str, said: str, advice: str) -> None:
+    run = load_run(ROOT / "configs" / "demo.yaml", ["folder=/shared/runs/demo", *given]).run
+    room = ["teachers.gpus=8", "teachers.cpus=99", "students.gpus=8", "students.cpus=99", *pods.split()]
+    with pytest.raises(ConfigError, match=said) as refused:
+        check_room(run, options(*room))
+    assert f"--with {advice}" in str(refused.value)
+    check_room(run, options(*room, *advice.split(" --with ")))
 
 
 def test_a_run_folder_off_the_volume_is_refused_with_the_words_to_write(bundle: Bundle) -> None:
