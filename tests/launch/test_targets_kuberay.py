@@ -15,7 +15,7 @@ import pytest
 from launch_schemas import RAY_JOB
 from ruamel.yaml import YAML
 
-from cluster.ray_session import ray_environment
+from cluster.ray_session import METRICS_CLOSED, ray_environment
 from configs.load import load_run, load_section
 from configs.plugins import ROOT
 from launch.bundle import Bundle, BundleFile, make_bundle
@@ -172,7 +172,7 @@ def test_pods_run_as_nobody_special_and_have_time_to_save(bundle: Bundle) -> Non
         variables = {entry["name"]: entry.get("value") for entry in pod["spec"]["containers"][0]["env"]}
         assert variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "300"
         for name, value in ray_environment(memory_bytes=2**40).items():
-            assert name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH") or variables[name] == value
+            assert name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", *METRICS_CLOSED) or variables[name] == value
 
 
 def test_shared_memory_and_volume_are_in_every_ray_pod(bundle: Bundle) -> None:
