@@ -74,7 +74,13 @@ def _start_here(num_cpus: int, num_gpus: int | None, object_store_bytes: int | N
     reread_ray_environment()
     guard = Guard.of(str(folder))
     before = {child.pid for child in psutil.Process().children()}
-    with _released_on_error(guard), _start_failure_named(), _signal_handlers_kept(), _temporary_files_in(folder):
+    with (
+        _released_on_error(guard),
+        _start_failure_named(),
+        _signal_handlers_kept(),
+        _temporary_files_in(folder),
+        _hangups_blocked(),
+    ):
         context = ray.init(
             address="local",
             num_cpus=max(num_cpus, len(os.sched_getaffinity(0))),
@@ -196,6 +202,17 @@ def _signal_handlers_kept() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+@contextlib.contextmanager
+def _hangups_blocked() -> Iterator[None]:
+    """What is started inside never hears that the terminal was closed: the run decides what becomes of it. As with
+    SIGINT, which Ray blocks by itself. Here the signal waits for the end of the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 RAY_SETTINGS = {

@@ -31,6 +31,7 @@ MAY_CHANGE_ON_RESUME = (
     ("training", "keep_checkpoints"),
     ("training", "evaluate_every"),
     ("training", "save_every"),
+    ("training", "save_every_minutes"),
     ("training", "depth"),
     ("training", "max_label_bytes"),
     ("student", "placement"),

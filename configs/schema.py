@@ -284,7 +284,10 @@ class Training(Section):
     depth: Natural = Field(2, description="Steps the teacher may run ahead of the student; 0: synchronous.")
     max_label_bytes: Bytes = Field(2 * 2**30, description="Labels made and not yet trained, over all ranks.")
     evaluate_every: Natural = Field(0, description="Steps between evaluations; 0: only before and after.")
-    save_every: Natural = Field(0, description="Steps between checkpoints; 0: only at the end.")
+    save_every: Natural = Field(0, description="Steps between checkpoints; 0: by time, and at the end.")
+    save_every_minutes: Annotated[float, Field(ge=0, le=MOST_SECONDS / 60)] = Field(
+        10, description="Save after the step at hand when the last checkpoint is so old; 0: by steps alone."
+    )
     keep_checkpoints: Positive = 2
     on_changed_inputs: Literal["error", "note"] = Field(
         "error",

@@ -23,7 +23,7 @@ from cluster.resolve import check_split
 from configs.load import load_run, run_folder
 from configs.paths import refuse_pattern
 from configs.plugins import ELICITATION, ENGINES, LABELS, Family, Plugin
-from configs.schema import Dataset, ModelSource, Run
+from configs.schema import Dataset, ModelSource, Run, Training
 from launch.contents import contents_of
 from launch.disk import DiskNeed, check_writable, free_bytes, size_text
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
@@ -354,6 +354,7 @@ def _folder(run: Run, student: ModelFacts | None) -> Iterator[Finding]:
         check_writable(folder)
 
     yield _attempt("run folder", look, lambda: str(folder))
+    yield Finding("checkpoints", "ok", cost_of_a_crash(run.training))
     if student is None:
         yield Finding("disk", "not checked", "its need follows from the student's size")
         return
@@ -365,6 +366,16 @@ def _folder(run: Run, student: ModelFacts | None) -> Iterator[Finding]:
         return f"{need}; {size_text(free_bytes(folder))} are free{replaced}"
 
     yield _attempt("disk", lambda: need.check(folder), say)
+
+
+def cost_of_a_crash(training: Training) -> str:
+    """What is lost where a run dies without being asked to stop."""
+    steps, minutes = training.save_every, training.save_every_minutes
+    every = [f"{steps} steps"] * (steps > 0) + [f"{minutes:g} minutes"] * (minutes > 0)
+    if not every:
+        return "saved at the end and when asked to stop: a crash costs everything trained until then"
+    several = ", whichever comes first" if len(every) > 1 else ""
+    return f"saved every {' or '.join(every)}{several}: a crash costs at most what was trained in between, and a start"
 
 
 def _attempt(subject: str, look: Callable[[], object], say: Callable[[], str]) -> Finding:

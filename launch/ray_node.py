@@ -132,14 +132,17 @@ def run_ray(command: Sequence[str]) -> int:
     folder = session_folder()
     asked: list[int] = []
     guard = Guard.of(str(folder), grace_s=GRACE_S)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])  # Ray hears of the end through this process
     child = subprocess.Popen([*command, f"--temp-dir={ray_folder(folder)}"], env=node_environment(os.environ))
 
     def forward(number: int, frame: object) -> None:
         asked.append(number)
         child.terminate()  # Ray takes the first SIGTERM and ignores more: it may have been sent one itself
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, *([] if ignored else [signal.SIGHUP])):
         signal.signal(number, forward)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     try:
         code = child.wait()
     finally:

@@ -11,13 +11,16 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
+from launch.terminal import leave_dead_terminal
 from launch.watch import Watch
 from trainer.errors import Preempted
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SCHEDULED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""From a scheduler, or from a terminal that is closed: the run goes on at another time."""
+SIGNALS = (*SCHEDULED, signal.SIGINT)
 SIGNAL_NAMES = tuple(number.name for number in SIGNALS)
 REPEATED_S = 1.0
 
@@ -27,16 +30,23 @@ def preemptible() -> Iterator[None]:
     """Outside of the loops, a scheduler's signal ends the run in order: `Preempted` where the run is just then."""
 
     def stop(number: int, frame: object) -> None:
+        leave_dead_terminal()
         raise Preempted(
             f"stopped by {signal.Signals(number).name} while no step was trained; run the same command again to go on"
         )
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, stop) for number in heard(SCHEDULED)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def heard(signals: Sequence[signal.Signals]) -> list[signal.Signals]:
+    """Without SIGHUP where it was ignored when the process began: `nohup` means that the run outlives its terminal."""
+    deaf = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in signals if not (deaf and number == signal.SIGHUP)]
 
 
 class StopRequest:
@@ -56,19 +66,20 @@ class StopRequest:
         """Inside, signals ask the current task to stop. `can_wait()`: it looks at `requested` by itself now."""
         loop = asyncio.get_running_loop()
         self._task, self._can_wait = asyncio.current_task(), can_wait
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        for number in SIGNALS:
+        before = {number: signal.getsignal(number) for number in heard(SIGNALS)}
+        for number in before:
             loop.add_signal_handler(number, self.ask, number.name)
         try:
             yield
         finally:
-            for number in SIGNALS:
+            for number in before:
                 loop.remove_signal_handler(number)
                 signal.signal(number, before[number])
 
     def ask(self, why: str) -> None:
         """Stop: after the step that is trained, or at once where nothing is trained or it was asked before."""
         assert self._task is not None
+        leave_dead_terminal()
         first = self._asked.setdefault(why, time.monotonic())
         if self.requested.is_set():
             # Schedulers send several kinds of signals, and some twice at once: only a repeated one means it.
@@ -87,6 +98,11 @@ class StopRequest:
     def watch(self, notices: Coroutine[Any, Any, None]) -> None:
         """Run something that will call `ask` beside the run; `leave` ends it."""
         self._watcher = asyncio.create_task(notices)
+        self._watcher.add_done_callback(self._told_if_failed)
+
+    def _told_if_failed(self, watcher: asyncio.Task[None]) -> None:
+        if not watcher.cancelled() and (error := watcher.exception()) is not None:
+            self._note(f"notices of nodes that will be taken away are not heard any more: {error!r}")
 
     def leave(self) -> None:
         """The run is over: what is asked now changes nothing."""

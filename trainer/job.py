@@ -212,6 +212,7 @@ def loop_settings(
         max_unit_attempts=run.faults.max_unit_attempts,
         evaluate_every=training.evaluate_every,
         save_every=training.save_every,
+        save_every_s=60.0 * training.save_every_minutes,
         max_non_finite_steps=training.max_non_finite_steps,
         has_held_out_rows=run.data.evaluation is not None,
     )

@@ -74,6 +74,7 @@ class LoopSettings:
     evaluate_every: int
     save_every: int
     max_non_finite_steps: int
+    save_every_s: float = 0.0  # since the last attempt to save; 0: by steps alone
     has_held_out_rows: bool = True  # False: there is nothing to evaluate on, also not after the last step
 
 
@@ -137,6 +138,7 @@ class Loops:
         save: Callable[[int, Cursor, int], Awaitable[bool]],
         stop_requested: asyncio.Event,
         non_finite_steps: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`save(step, cursor, non_finite_steps)` writes a checkpoint and returns whether there is one now."""
         self._stream = stream
@@ -155,6 +157,8 @@ class Loops:
         self.non_finite_steps = non_finite_steps
         self.last_step = 0
         self.last_saved: int | None = None
+        self._clock = clock
+        self._saved_at = clock()
         self.last_evaluation: Evaluation | None = None
         self._cursor: Cursor | None = None  # after the last step trained here
         self._answers = AnswerCounters()  # of the steps taken here
@@ -371,10 +375,13 @@ class Loops:
 
     async def _between_steps(self, step: int) -> None:
         last = step == self._settings.total_steps
-        if last or _due(step, self._settings.save_every):
+        if last or _due(step, self._settings.save_every) or self._is_old(self._clock() - self._saved_at):
             await self._checkpoint(step)
         if self._to_be_evaluated(step):
             await self._evaluate(step)
+
+    def _is_old(self, seconds: float) -> bool:
+        return 0 < self._settings.save_every_s <= seconds
 
     def _to_be_evaluated(self, step: int) -> bool:
         last = step == self._settings.total_steps
@@ -384,6 +391,7 @@ class Loops:
         started = time.time()
         if await self._save(step, self._cursor, self.non_finite_steps):
             self.last_saved = step
+        self._saved_at = self._clock()  # after a failure too: three in a row end the run, and a disk needs time
         self._observer.span("student", "save", started, time.time(), f"step {step}")
 
     async def _evaluate(self, step: int) -> None:

@@ -6,6 +6,7 @@ the last step. Nothing here decides anything: a run without it is the same run.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
@@ -104,7 +105,8 @@ class Progress:
         """Leave the terminal as it was found; the last state stays on it. May be called twice."""
         self._end_phase()
         if self._live is not None:
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.stop()
 
     def __enter__(self) -> Progress:
         return self
@@ -120,7 +122,8 @@ class Progress:
         self._phase = None
 
     def _print(self, text: str) -> None:
-        self._console.print(Text(text), soft_wrap=True, highlight=False)
+        with contextlib.suppress(OSError):  # a terminal that was closed, or a reader that is gone
+            self._console.print(Text(text), soft_wrap=True, highlight=False)
 
     def _render(self) -> RenderableType:
         parts: list[RenderableType] = []

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
 
 BRIEF = {
     "student": {"ranks": 1},
-    "training": {"steps": 400, "save_every": 0},
+    "training": {"steps": 400, "save_every": 0, "save_every_minutes": 0},
     "optimizer": {"schedule": "constant"},
     "report": {"generate": 0, "viewer_sequences": 0},
 }
@@ -37,13 +38,21 @@ def control_c(process: subprocess.Popen[str]) -> None:
     os.killpg(process.pid, signal.SIGINT)
 
 
-def test_asked_once_it_saves_exits_75_and_leaves_nothing(tmp_path: Path) -> None:
+def closed(process: subprocess.Popen[str]) -> None:
+    """As a terminal says that it is closed: to the same ones."""
+    os.killpg(process.pid, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("ask", [control_c, closed])
+def test_asked_once_it_saves_exits_75_and_leaves_nothing(
+    tmp_path: Path, ask: Callable[[subprocess.Popen[str]], None]
+) -> None:
     run = tmp_path / "run"
     with leftovers() as left:
         process = start(tiny_run(tmp_path, {**BRIEF, **SHARDED}))
         when(run, lambda: 2 in losses(run), process)
         assert len(left.processes()) > 4, "the search finds the run while it is there"
-        control_c(process)
+        ask(process)
         code, output = finish(process)
         assert left.after() == []
     assert code == 75, output

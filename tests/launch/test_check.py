@@ -181,6 +181,23 @@ def test_problems_with_models_leave_the_rest_to_be_checked(make: Make, tiny_teac
     assert found["student model"].status == found["run folder"].status == found["disk"].status == "ok"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "saved every 10 minutes: a crash costs at most what was trained in between"),
+        (
+            ["training.save_every=50"],
+            "saved every 50 steps or 10 minutes, whichever comes first: a crash costs at most",
+        ),
+        (["training.save_every=50", "training.save_every_minutes=0"], "saved every 50 steps: a crash costs at most"),
+        (["training.save_every_minutes=0"], "a crash costs everything trained until then"),
+    ],
+)
+def test_what_a_crash_would_cost_is_said(make: Make, overrides: list[str], words: str) -> None:
+    (said,) = [finding for finding in examine(loaded(make(), *overrides)) if finding.subject == "checkpoints"]
+    assert words in said.text
+
+
 def test_a_model_folder_without_what_a_model_needs_is_refused(make: Make, tmp_path: Path, tiny_student: Path) -> None:
     folder = copied(tiny_student, tmp_path / "student")
     weights = folder / "model.safetensors"

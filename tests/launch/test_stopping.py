@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import pty
 import signal
+import subprocess
+import sys
+import termios
 import time
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +50,7 @@ def run(work: Callable[[StopRequest], Any], *, can_wait: bool) -> Notes:
     return notes
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_while_steps_are_trained_only_asks(number: signal.Signals) -> None:
     async def work(stop: StopRequest) -> None:
         os.kill(os.getpid(), number)
@@ -60,7 +65,12 @@ def test_a_signal_while_steps_are_trained_only_asks(number: signal.Signals) -> N
 
 @pytest.mark.parametrize(
     ("number", "raised"),
-    [(signal.SIGTERM, Preempted), (signal.SIGUSR1, Preempted), (signal.SIGINT, asyncio.CancelledError)],
+    [
+        (signal.SIGTERM, Preempted),
+        (signal.SIGUSR1, Preempted),
+        (signal.SIGHUP, Preempted),
+        (signal.SIGINT, asyncio.CancelledError),
+    ],
 )
 def test_a_signal_while_nothing_is_trained_ends_the_run_at_once(
     number: signal.Signals, raised: type[BaseException]
@@ -118,14 +128,79 @@ def test_a_watcher_may_stop_the_run_and_ends_with_it() -> None:
     assert ended == [True]
 
 
-def test_before_and_after_the_loops_a_scheduler_ends_the_run_in_order() -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_before_and_after_the_loops_a_scheduler_ends_the_run_in_order(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
 
     def killed() -> None:
         with preemptible():
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(5)
 
-    with pytest.raises(Preempted, match="stopped by SIGTERM"):
+    with pytest.raises(Preempted, match=f"stopped by {number.name}"):
         killed()
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
+
+
+def test_under_nohup_the_end_of_the_terminal_is_not_heard() -> None:
+    async def work(stop: StopRequest) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep(0.1)
+        assert not stop.requested.is_set()
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with preemptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert run(work, can_wait=True).texts == []
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_watcher_that_fails_is_told() -> None:
+    async def work(stop: StopRequest) -> None:
+        async def notices() -> None:
+            raise TypeError("a bug in the watcher")
+
+        stop.watch(notices())
+        await asyncio.sleep(0.05)
+
+    assert "TypeError('a bug in the watcher')" in run(work, can_wait=True).texts[0]
+
+
+CLOSED = """
+import os, signal, sys
+from launch.stopping import preemptible
+from trainer.errors import Preempted
+from trainer.progress import Progress
+
+try:
+    with preemptible(), Progress(3) as progress:
+        progress.phase("waiting")
+        print("ready", flush=True)
+        signal.pause()
+except Preempted as error:
+    progress.note("still here")
+    print(error, flush=True)
+    print(error, file=sys.stderr, flush=True)
+    os._exit(75)
+"""
+
+
+def test_a_terminal_that_is_closed_takes_nothing_with_it() -> None:
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLOSED],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(slave)
+    said = b""
+    while b"ready" not in said:
+        said += os.read(master, 4096)
+    os.close(master)
+    assert process.wait(timeout=60) == 75

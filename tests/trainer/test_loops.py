@@ -471,6 +471,23 @@ def test_labels_lost_for_ever_end_with_the_step_named() -> None:
         asyncio.run(asyncio.wait_for(loops.run(0), 5))
 
 
+def test_a_checkpoint_is_saved_by_time_as_well_and_a_failed_one_is_not_tried_again_at_once() -> None:
+    loops, _, _, students, _ = make(replace(SETTINGS, total_steps=9, save_every=5, save_every_s=30.0))
+    loops._clock = lambda: 10.0 * len(students.trained)  # a step takes ten seconds
+    loops._saved_at = 0.0
+    tried: list[int] = []
+
+    async def save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+        assert cursor.position == 4 * step
+        tried.append(step)
+        return step != 3
+
+    loops._save = save
+    asyncio.run(loops.run(0))
+    assert tried == [3, 5, 8, 9]
+    assert loops.last_saved == 9
+
+
 def test_a_run_without_held_out_rows_is_never_evaluated() -> None:
     loops, trace, _, students, saved = make(replace(SETTINGS, has_held_out_rows=False, evaluate_every=2))
     asyncio.run(loops.run(0))
