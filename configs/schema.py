@@ -316,6 +316,11 @@ class Faults(Section):
     )
     score_timeout_s: Seconds = Field(300, description="One unit, from being sent to its labels.")
     step_timeout_s: Seconds = Field(1800, description="One optimizer step, evaluation or checkpoint.")
+    stall_timeout_s: Seconds | None = Field(
+        None,
+        description="Without anything scored, trained or saved, before the run is ended with 4; None: the deadlines "
+        "above added up, score_timeout_s as often as a unit is tried.",
+    )
     ping_interval_s: Seconds = 10.0
     ping_timeout_s: Seconds = 60.0
     max_unit_attempts: Positive = 5

@@ -34,6 +34,7 @@ from launch.export import stored_dtype
 from launch.quiet import quiet_libraries
 from launch.record import Record
 from launch.resuming import Standing, new_length, refuse_changes, standing
+from launch.stall import SAVE_GRACE_S, StallWatch, stall_timeout_s
 from launch.stopping import StopRequest, preemptible
 from launch.watch import Watch
 from trainer.distil import Controller
@@ -175,7 +176,7 @@ def _train(
             watch.event("note", text=text)
         record.begin(job, resolved, started=started, changed=changed, goes_on=here.after is not None)
         shared = cluster is not None and not cluster.owned
-        controller = asyncio.run(_drive(job, resolved, watch, record, progress, shared=shared))
+        controller = asyncio.run(_drive(job, resolved, watch, record, shared=shared))
         progress.close()
         record.finish(controller)
 
@@ -231,15 +232,13 @@ def _weight_bytes(source: ModelSource) -> int | None:
     return None if folder is None else ModelFiles.of(folder).weight_bytes
 
 
-async def _drive(
-    job: Job, resolved: Resolved, watch: Watch, record: Record, progress: Progress, *, shared: bool
-) -> Controller:
+async def _drive(job: Job, resolved: Resolved, watch: Watch, record: Record, *, shared: bool) -> Controller:
     """Open the session, run the controller, and close the session whatever happened. `shared`: the cluster was there
     before the run, so its nodes are checked first and watched for notices that they will be taken away."""
 
     def phase(text: str) -> None:
         record.phase(text)
-        progress.phase(text)
+        watch.phase(text)
 
     stop = StopRequest(watch)
     student = StudentJob(
@@ -267,7 +266,7 @@ async def _drive(
         on_generation=record.generation,
         on_phase=phase,
     )
-    with stop.on_signals(can_wait=lambda: controller.in_loops):
+    with stop.on_signals(can_wait=lambda: controller.in_loops), _stalls_end(job, resolved, watch, record, stop):
         try:
             if isinstance(session, RaySession):
                 phase("reserving slots for the roles")
@@ -286,6 +285,23 @@ async def _drive(
                 phase("stopping the roles")
             await session.close()
     return controller
+
+
+def _stalls_end(
+    job: Job, resolved: Resolved, watch: Watch, record: Record, stop: StopRequest
+) -> contextlib.AbstractContextManager[None]:
+    """Not with `runtime: in_process`: there a step blocks everything else, and somebody may sit in a debugger."""
+    if job.run.runtime == "in_process":
+        return contextlib.nullcontext()
+    faults, plans = job.run.faults, (resolved.student, resolved.scorer, resolved.writer)
+    stall = StallWatch(
+        watch,
+        timeout_s=stall_timeout_s(faults, start_timeout_s=max(plan.start_timeout_s for plan in plans if plan)),
+        save_s=faults.step_timeout_s + SAVE_GRACE_S,
+        file=job.folder.path / "stall.txt",
+        ended=record.ended,
+    )
+    return stall.over(stop)
 
 
 def _truth(job: Job, resolved: Resolved) -> Callable[[Unit], Any]:

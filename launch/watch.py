@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,13 +40,23 @@ class Watch:
         self._timeline = timeline
         self._progress = progress
         self._fails = False
+        self.work = 0
+        """Pieces of work that were finished so far: a run in which it does not grow gets no further."""
+        self.last: dict[str, tuple[str, float]] = {}
+        """What each role finished last, and when."""
         self._observer = RunObserver(log=metrics, timeline=timeline, progress=progress)
 
+    def phase(self, text: str) -> None:
+        self._finished("run", f"came to: {text}")
+        self._progress.phase(text)
+
     def step(self, metrics: StepMetrics) -> None:
+        self._finished("steps", f"step {metrics.step}")
         with self._told_once():
             self._observer.step(metrics)
 
     def evaluation(self, evaluation: Evaluation) -> None:
+        self._finished("evaluations", f"after step {evaluation.step}")
         with self._told_once():
             self._observer.evaluation(evaluation)
 
@@ -65,8 +76,13 @@ class Watch:
             self._progress.note(SPOKEN[name].format(**fields))
 
     def span(self, lane: str, kind: SpanKind, start_s: float, stop_s: float, label: str = "") -> None:
+        self._finished(lane, f"{kind} {label}".strip())
         with self._told_once():
             self._observer.span(lane, kind, start_s, stop_s, label)
+
+    def _finished(self, role: str, what: str) -> None:
+        self.work += 1
+        self.last[role] = (what, time.time())
 
     def close(self) -> None:
         """Of the files; the progress belongs to whoever made it."""

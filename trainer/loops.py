@@ -254,7 +254,10 @@ class Loops:
     async def _score(self, units: list[Unit]) -> dict[str, tuple[UnitReport, BlockRef]]:
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = {u.id: group.create_task(self._scorers.score(u, self._encoding)) for u in units}
+                tasks = {
+                    unit.id: group.create_task(self._scorers.score(unit, self._encoding), name=f"unit {unit.id}")
+                    for unit in units
+                }
         except BaseExceptionGroup as errors:
             raise first_error(errors) from None
         return {unit_id: task.result() for unit_id, task in tasks.items()}

@@ -103,6 +103,23 @@ def test_an_error_in_the_middle_ends_with_its_text_and_leaves_nothing(tmp_path: 
     assert "Traceback" not in output
 
 
+def test_a_run_that_gets_no_further_saves_says_where_it_waited_and_ends_with_4(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    patient = {"ping_interval_s": 600, "ping_timeout_s": 600, "score_timeout_s": 600, "stall_timeout_s": 20}
+    with leftovers() as left:
+        process = start(tiny_run(tmp_path, {**BRIEF, "faults": patient}))
+        when(run, lambda: 2 in losses(run), process)
+        os.kill(next(event["pid"] for event in events(run, "process") if event["role"] == "scorer-0"), signal.SIGSTOP)
+        code, output = finish(process)
+        assert left.after() == []
+    assert code == 4, output
+    last = max(losses(run))
+    assert f"stall.txt. stopped after step {last}" in output
+    assert "Traceback" not in output
+    assert checkpoints(run) == [f"step_{last:06d}"]
+    assert f"unit {last + 1}/" in (run / "stall.txt").read_text()
+
+
 def test_a_record_of_bad_rows_that_cannot_be_written_ends_the_run_and_what_was_trained_is_saved(tmp_path: Path) -> None:
     changes = {
         "runtime": "in_process",

@@ -1,0 +1,166 @@
+"""A run that gets no further ends: what everything waits for is written down, what was trained is saved, exit code 4.
+
+    Watch.work grows with every finished piece of work   --looked at by a thread-->   nothing for `timeout_s`:
+    stall.txt  ->  ask the run to stop, which saves  ->  cancel it  ->  end the process
+
+Every call of a run has its deadline, so this is for what nobody foresaw: a task that died unheard, a disk that does not
+answer. The thread counts its own ticks, not hours: a process that was stopped, or slept with its machine, is no stall.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Faults
+from launch.stopping import StopRequest
+from launch.watch import Watch
+from trainer.errors import InfrastructureError, StillhouseError
+
+TICKS = 50  # in a timeout
+HEARD_S = 30.0  # for an event loop to take up what it is told: longer, and it is blocked
+SAVE_GRACE_S = 30.0  # for a run that was asked to stop, beside what a checkpoint may take
+CLOSE_S = 180.0  # for a cancelled run to end: more than its roles may take
+WRITE_S = 10.0  # for stall.txt: the disk may be what does not answer
+
+
+def stall_timeout_s(faults: Faults, *, start_timeout_s: float) -> float:
+    """As configured, or so long that every deadline after which the run helps itself comes first."""
+    if faults.stall_timeout_s is not None:
+        return faults.stall_timeout_s
+    scored = faults.max_unit_attempts * faults.score_timeout_s
+    return faults.room_timeout_s + start_timeout_s + faults.step_timeout_s + scored
+
+
+class StallWatch:
+    """One run's."""
+
+    def __init__(
+        self, watch: Watch, *, timeout_s: float, save_s: float, file: Path, ended: Callable[[int, str], None]
+    ) -> None:
+        """`save_s`: how long a checkpoint may take. `ended(code, reason)` notes how the run ended where the process
+        has to be ended from here."""
+        self._watch = watch
+        self._timeout_s = timeout_s
+        self._save_s = save_s
+        self._file = file
+        self._ended = ended
+        self._over = threading.Event()
+        self._heard = threading.Event()
+        self.reason: str | None = None  # what is said once it has come to that
+
+    @contextmanager
+    def over(self, stop: StopRequest) -> Iterator[None]:
+        """Inside, the current task is watched; a stall ends it with `InfrastructureError`."""
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        threading.Thread(target=self._look, args=(loop, task, stop), daemon=True, name="stall-watch").start()
+        try:
+            yield
+        except (StillhouseError, asyncio.CancelledError) as error:
+            if self.reason is None:
+                raise
+            raise InfrastructureError(f"{self.reason}. {str(error) or 'It had to be cancelled'}") from None
+        finally:
+            self._over.set()
+
+    def _look(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], stop: StopRequest) -> None:
+        if not self._stalls():
+            return
+        self.reason = (
+            f"nothing was scored, trained or saved for {self._timeout_s:.0f} s (faults.stall_timeout_s): what the run "
+            f"was waiting for is in {self._file}"
+        )
+        text = f"{self.reason}\n\n{state_of(loop, self._watch)}"
+        if not _within(WRITE_S, lambda: self._file.write_text(text)):
+            print(text, file=sys.stderr, flush=True)
+
+        def ask() -> None:
+            self._heard.set()
+            stop.ask("a stall")
+
+        if self._told(loop, ask) and not self._over.wait(self._save_s):
+            self._told(loop, task.cancel)
+            self._over.wait(CLOSE_S)
+        if not self._over.is_set():
+            self._end()
+
+    def _stalls(self) -> bool:
+        """Waits until nothing has happened for as long as allowed, and is True; False when the run is over."""
+        tick_s, seen, idle = self._timeout_s / TICKS, self._watch.work, 0
+        while not self._over.wait(tick_s):
+            idle = idle + 1 if self._watch.work == seen else 0
+            seen = self._watch.work
+            if idle >= TICKS:
+                return True
+        return False
+
+    def _told(self, loop: asyncio.AbstractEventLoop, what: Callable[[], object]) -> bool:
+        """Whether the loop has taken it up."""
+        try:
+            loop.call_soon_threadsafe(what)
+        except RuntimeError:  # it is closed
+            return False
+        return self._heard.wait(HEARD_S)
+
+    def _end(self) -> None:
+        """The way out where the run's own thread does not come back: Ray, or the guard, ends what it has started."""
+        code = InfrastructureError.exit_code
+        print(f"error: {self.reason}. It does not end by itself, so its process is ended", file=sys.stderr, flush=True)
+        _within(WRITE_S, lambda: self._ended(code, str(self.reason)))
+        os._exit(code)
+
+
+def state_of(loop: asyncio.AbstractEventLoop, watch: Watch) -> str:
+    """What each role did last, where every task of the loop waits, and where every thread is."""
+    now = time.time()
+    last = [f"  {lane}: {what}, {now - at:.0f} s ago" for lane, (what, at) in sorted(watch.last.items())]
+    tasks = [f"  {task.get_name()}\n{_awaits(task)}" for task in _tasks(loop)]
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    threads = [
+        f"  {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+    ]
+    return "\n".join(["finished last:", *last, "", "tasks:", *tasks, "", "threads:", *threads, ""])
+
+
+def _tasks(loop: asyncio.AbstractEventLoop) -> list[asyncio.Task[Any]]:
+    """All tasks of a loop, asked from another thread: the set may change meanwhile."""
+    for _ in range(100):
+        try:
+            return sorted(asyncio.all_tasks(loop), key=lambda task: task.get_name())
+        except RuntimeError:
+            time.sleep(0.01)
+    return []
+
+
+def _awaits(task: asyncio.Task[Any]) -> str:
+    """Where a task waits, from the outermost coroutine inwards."""
+    lines, coroutine = [], task.get_coro()
+    while (frame := getattr(coroutine, "cr_frame", None)) is not None:
+        lines.append(f"    {frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_qualname}")
+        coroutine = getattr(coroutine, "cr_await", None)
+    return "\n".join(lines)
+
+
+def _within(seconds: float, work: Callable[[], object]) -> bool:
+    """Whether it was done in time and without an error of the disk."""
+    done = threading.Event()
+
+    def attempt() -> None:
+        try:
+            work()
+        except OSError:
+            return
+        done.set()
+
+    threading.Thread(target=attempt, daemon=True).start()
+    return done.wait(seconds)
