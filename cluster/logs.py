@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.engines.refusals import BY_PROXY
 from trainer.errors import ConfigError
 
 MAX_BYTES = 64 * 2**20
@@ -21,8 +22,6 @@ MAX_ERROR_CHARACTERS = 600
 LAST_LINES = 12
 
 ERROR = re.compile(r"\b[\w.]*(?:Error|Exception|Refused|Killed)\b: .+|\b(?:Segmentation fault|Bus error|Killed)\b.*")
-BY_PROXY = re.compile(r"root cause|Engine core init|EngineDeadError|background process|CancelledError", re.IGNORECASE)
-"""Errors of vLLM that only say that another process had one."""
 
 
 @dataclass(frozen=True, slots=True)

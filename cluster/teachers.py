@@ -23,6 +23,7 @@ from ray.exceptions import RayError
 
 from cluster.calls import answer, brief, unwrap
 from cluster.engines.plan import EnginePlan
+from cluster.engines.refusals import start_failure
 from cluster.health import (
     Failure,
     FailureKind,
@@ -40,7 +41,6 @@ from trainer.errors import (
     ConfigError,
     DeadlineExceeded,
     EngineDead,
-    InfrastructureError,
     NoRoom,
     StillhouseError,
     TeachersLost,
@@ -310,10 +310,9 @@ class ReplicaPool:
             cause = unwrap(error)
             if isinstance(cause, ConfigError):
                 raise cause from None
-            words = last_words(self._folder, replica.name).after(brief(cause))
-            raise InfrastructureError(
-                f"{replica.name} of teacher {self._plan.teacher} did not start: {words}"
-            ) from None
+            words = last_words(self._folder, replica.name)
+            text = f"{replica.name} of teacher {self._plan.teacher} did not start: {words.after(brief(cause))}"
+            raise start_failure(text, cause=cause, logged=words.error) from None
         self._observer.span(replica.name, "start", started, time.time())
         await self._set_healthy(replica)
 

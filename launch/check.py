@@ -19,6 +19,7 @@ from typing import Literal
 
 import typer
 
+from cluster.engines.vllm_registry import check_architecture, unknown_quantisation
 from cluster.resolve import check_split
 from configs.load import load_run, run_folder
 from configs.paths import refuse_pattern
@@ -126,6 +127,8 @@ def examine(run: Run, inputs: list[Inputs] | None = None) -> Iterator[Finding]:
     if inputs:
         yield from _label_bytes(run, inputs[0])
     yield from _rows(run, inputs[0] if inputs else None)
+    if "teacher" in facts:
+        yield from _engine(run)
     if "teacher" in facts and run.teacher.writer is not None:
         yield from _generation(run)
     yield from _placement(run, known=set(facts))
@@ -203,6 +206,21 @@ def _label_bytes(run: Run, inputs: Inputs) -> Iterator[Finding]:
         num_bytes.append(label_bytes_per_row(run, inputs, teacher_dtype="float32"))
 
     yield _attempt("label size", look, lambda: f"{run.labels.kind}: at most {num_bytes[0]} bytes a loss token")
+
+
+def _engine(run: Run) -> Iterator[Finding]:
+    """Whether vLLM has a model for the teacher, as far as that can be known without starting one."""
+    if all(replicas.engine.kind != "vllm" for replicas in run.teacher.roles().values()):
+        return
+    path = run.teacher.model.path
+    config = load_config(run.teacher.model, role="teacher.model")
+    found = _attempt("teacher engine", partial(check_architecture, config, place=f"teacher.model.path: {path}"), str)
+    if found.fatal:
+        yield found
+    quantisation = unknown_quantisation(config)
+    if quantisation is not None:
+        text = f"{path} is quantised by {quantisation}, which the vLLM here does not name; its engine may refuse it"
+        yield Finding("teacher engine", "warning", f"teacher.model.path: {text}")
 
 
 def _generation(run: Run) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluster.engines.plan import EnginePlan, Sampling
+from cluster.engines.refusals import start_errors
 from cluster.engines.units import (
     EngineStatistics,
     check_prompt,
@@ -66,13 +67,14 @@ class Engine:
 
 
 def load_model(plan: EnginePlan) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(
-        plan.model,
-        revision=plan.revision,
-        trust_remote_code=plan.trust_remote_code,
-        use_safetensors=True,  # other formats are pickles, which run code when they are read
-        **plan.arguments,
-    )
+    with start_errors(f"transformers cannot load the teacher {plan.model}"):
+        model = AutoModelForCausalLM.from_pretrained(
+            plan.model,
+            revision=plan.revision,
+            trust_remote_code=plan.trust_remote_code,
+            use_safetensors=True,  # other formats are pickles, which run code when they are read
+            **plan.arguments,
+        )
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")  # the only one that soft-caps attention scores
     return model.to(torch.device(plan.device_type)).eval().requires_grad_(False)

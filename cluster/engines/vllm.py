@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cluster.engines.plan import EnginePlan, Sampling
+from cluster.engines.refusals import start_errors
 from cluster.engines.units import (
     EngineStatistics,
     check_prompt,
@@ -167,7 +168,10 @@ def teacher_architecture(plan: EnginePlan) -> Iterator[None]:
     """Tell the vLLM plug-in of this process, and of the workers it starts, whose twin to make."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(plan.model, revision=plan.revision, trust_remote_code=plan.trust_remote_code)
+    with start_errors(f"the engine cannot read the configuration of {plan.model}"):
+        config = AutoConfig.from_pretrained(
+            plan.model, revision=plan.revision, trust_remote_code=plan.trust_remote_code
+        )
     if not config.architectures:
         raise ConfigError(f'{plan.model}/config.json names no architecture; add "architectures": ["LlamaForCausalLM"]')
 
@@ -176,29 +180,29 @@ def teacher_architecture(plan: EnginePlan) -> Iterator[None]:
     os.environ[vllm_labels.ARCHITECTURE_VARIABLE] = config.architectures[0]
     try:
         # vLLM runs its plug-ins once per process: this covers a second engine of another architecture.
-        vllm_labels.register()
+        with start_errors(f"vLLM has no usable model for {config.architectures[0]} of {plan.model}"):
+            vllm_labels.register()
         yield
     finally:
         del os.environ[vllm_labels.ARCHITECTURE_VARIABLE]
 
 
 def build_engine(plan: EnginePlan) -> LLMEngine:
-    """Runs in the engine's thread. Raises `ConfigError` for what vLLM refuses, its reason included."""
-    from vllm import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
-
+    """Runs in the engine's thread. Raises `ConfigError` for what vLLM refuses, whatever type its refusal has, and
+    `InfrastructureError` for what is the machine's fault or happened in a process of its own."""
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
         raise InfrastructureError(
             "VLLM_ENABLE_V1_MULTIPROCESSING must be 0 in the environment of a process that runs a vLLM engine"
         )
     source = {"model": plan.model, "revision": plan.revision, "trust_remote_code": plan.trust_remote_code}
-    try:
+    with start_errors(
+        f"vLLM cannot run {plan.model} as a {plan.role} ({plan.dtype}, {plan.max_length} tokens)",
+        hint="gpu_memory_utilization and kv_cache_bytes are parameters of engine, max_model_len is data.max_length",
+    ):
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
         return LLMEngine.from_engine_args(EngineArgs(**source, **plan.arguments))
-    except ValueError as refusal:
-        raise ConfigError(
-            f"vLLM cannot run {plan.model} as a {plan.role} ({plan.dtype}, {plan.max_length} tokens): {refusal}\n"
-            "Here gpu_memory_utilization and kv_cache_bytes are parameters of engine, max_model_len is data.max_length"
-        ) from None
 
 
 class VllmScorer:
@@ -301,10 +305,8 @@ class VllmWriter:
 
 def check_sampling(sampling: Sampling) -> None:
     """Let vLLM judge the settings before it loads a model; raises `ConfigError`."""
-    try:
+    with start_errors("vLLM refuses the sampling settings of the writer"):
         sampling_params(sampling, max_tokens=sampling.max_new_tokens, seed=None, logit_bias=None)
-    except ValueError as refusal:
-        raise ConfigError(f"vLLM refuses the sampling settings of the writer: {refusal}") from None
 
 
 def sampling_params(

@@ -328,6 +328,25 @@ def test_generation_settings_that_a_writer_does_not_apply_are_told(
     assert "eos_token_id" in broken[0].text
 
 
+def test_a_teacher_that_vllm_has_no_model_for_is_refused_before_an_engine_starts(
+    make: Make, tmp_path: Path, tiny_teacher: Path
+) -> None:
+    teacher = copied(tiny_teacher, tmp_path / "teacher")
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"architectures": ["FooForCausalLM"]}))
+    problem = only_problem(make(teacher=teacher), "teacher.scorer={engine: vllm}")
+    assert (problem.subject, problem.exit_code) == ("teacher engine", 2)
+    assert f"teacher.model.path: {teacher}: vLLM " in problem.text
+    assert "engine: {kind: hf}" in problem.text
+    assert problems(make(teacher=teacher)) == []  # engine: hf
+    quantised = {"quantization_config": {"quant_method": "nope"}}
+    (teacher / "config.json").write_text(json.dumps(config | quantised))
+    found = collect_problems(loaded(make(teacher=teacher), "teacher.scorer={engine: vllm}"))
+    assert [(f.status, "quantised by nope" in f.text) for f in found if f.subject == "teacher engine"] == [
+        ("warning", True)
+    ]
+
+
 def test_a_disk_that_is_too_small_is_refused_with_both_numbers(tmp_path: Path) -> None:
     need = DiskNeed(checkpoint_bytes=10**18, num_checkpoints=2, student_bytes=10**9)
     assert need.num_bytes == 3 * 10**18 + 10**9

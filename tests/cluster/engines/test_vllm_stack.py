@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import vllm_process as cases
 from label_oracle import VOCABULARY, assert_labels_match, oracle_of, random_unit, teacher_head_of
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_folder
 
 from cluster.engines.hf import Engine as HfEngine
@@ -167,3 +169,24 @@ def test_vllm_itself_accepts_the_arguments(
         kept_events=64,
     )
     assert process.submit(cases.parse, tiny_teacher, arguments).result() == arguments
+
+
+@pytest.mark.parametrize("damage", ["quantisation", "head", "shape"])
+def test_a_teacher_that_vllm_refuses_is_a_message_and_no_machines_fault(
+    process: ProcessPoolExecutor, tmp_path: Path, damage: str
+) -> None:
+    """vLLM raises a validation error, an error of a kernel, an assertion."""
+    folder = tiny_folder(tmp_path / "teacher", **({"head_dim": 12} if damage == "head" else {}))
+    config, file = folder / "config.json", folder / "model.safetensors"
+    if damage == "quantisation":
+        config.write_text(
+            json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "nope"}})
+        )
+    if damage == "shape":
+        weights = load_file(file)
+        name = next(name for name in weights if "q_proj" in name)
+        save_file(weights | {name: weights[name][:8].contiguous()}, file, metadata={"format": "pt"})
+    started = process.submit(cases.score_once, folder, UNIT, SPECS)
+    with pytest.raises(ConfigError, match=rf"vLLM cannot run {folder} as a scorer \(float32, 256 tokens\): ") as caught:
+        started.result()
+    assert len(str(caught.value).splitlines()) == 1

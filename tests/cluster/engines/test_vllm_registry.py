@@ -1,0 +1,73 @@
+"""Which teachers vLLM can run, known from its source: held against vLLM's own registry."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from cluster.engines.vllm_registry import (
+    check_architecture,
+    known_architectures,
+    known_quantisations,
+    unknown_quantisation,
+)
+from trainer.errors import ConfigError
+
+
+def config(*architectures: str, **fields: object) -> SimpleNamespace:
+    return SimpleNamespace(architectures=list(architectures), **fields)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForConditionalGeneration"])
+def test_models_of_vllm_are_known(name: str) -> None:
+    assert name in known_architectures()
+    check_architecture(config(name), place="teacher.model.path: x")
+
+
+def test_a_model_of_transformers_that_fits_vllms_backend_passes() -> None:
+    assert "BioGptForCausalLM" not in known_architectures()
+    check_architecture(config("BioGptForCausalLM"), place="x")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "match"),
+    [
+        (
+            ("CodeGenForCausalLM",),
+            r"no model for CodeGenForCausalLM, and transformers' own does not fit.*engine: \{kind: hf\}",
+        ),
+        (("FooForCausalLM",), r"no model for FooForCausalLM, and transformers does not know it either"),
+        ((), "names no architecture; add"),
+    ],
+)
+def test_what_vllm_cannot_run_is_refused(architectures: tuple[str, ...], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        check_architecture(config(*architectures), place="teacher.model.path: x")
+
+
+def test_code_that_comes_with_a_model_is_left_to_the_engine() -> None:
+    check_architecture(config("FooForCausalLM", auto_map={"AutoModelForCausalLM": "m.Foo"}), place="x")
+
+
+def test_quantisations_that_vllm_does_not_name_are_found() -> None:
+    assert {"fp8", "awq", "compressed-tensors"} <= known_quantisations()
+    assert unknown_quantisation(config("X")) is None
+    assert unknown_quantisation(config("X", quantization_config={"quant_method": "compressed_tensors"})) is None
+    assert unknown_quantisation(config("X", quantization_config={"quant_method": "nope"})) == "nope"
+
+
+@pytest.mark.stack
+def test_what_is_read_from_the_source_is_what_vllm_says_itself() -> None:
+    code = "from vllm import ModelRegistry as r; print('ARCHS', *r.get_supported_archs())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
+    own = set(next(line for line in said.splitlines() if line.startswith("ARCHS")).split()[1:])
+    assert known_architectures() <= own
+    assert {name for name in own if name.endswith("ForCausalLM")} - known_architectures() <= _no_writers(own)
+
+
+def _no_writers(own: set[str]) -> set[str]:
+    """Models for speculation and for pooling, whose names end alike."""
+    return {name for name in own if name.startswith(("Eagle", "Medusa")) or "MTP" in name or "Eagle" in name}
