@@ -41,6 +41,7 @@ from trainer.errors import (
     ConfigError,
     DeadlineExceeded,
     EngineDead,
+    InfrastructureError,
     NoRoom,
     StillhouseError,
     TeachersLost,
@@ -312,6 +313,8 @@ class ReplicaPool:
                 raise cause from None
             words = last_words(self._folder, replica.name)
             text = f"{replica.name} of teacher {self._plan.teacher} did not start: {words.after(brief(cause))}"
+            if replica.restarts:  # it could start before
+                raise InfrastructureError(text) from None
             raise start_failure(text, cause=cause, logged=words.error) from None
         self._observer.span(replica.name, "start", started, time.time())
         await self._set_healthy(replica)
