@@ -77,7 +77,9 @@ def load_model(plan: EnginePlan) -> PreTrainedModel:
         )
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")  # the only one that soft-caps attention scores
-    return model.to(torch.device(plan.device_type)).eval().requires_grad_(False)
+    with start_errors(f"the teacher {plan.model} cannot be moved to the device"):
+        model = model.to(torch.device(plan.device_type))
+    return model.eval().requires_grad_(False)
 
 
 class SequenceLoop:

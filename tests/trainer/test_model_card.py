@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def front_matter(card: str) -> dict[str, Any]:
     empty, front, _ = card.split("---\n", 2)
     assert empty == ""
     return YAML(typ="safe").load(front)
+
+
+def test_the_card_says_what_the_student_puts_on_ids_that_do_not_exist_where_it_is_noticeable() -> None:
+    before, after = (
+        replace(e, padding_mass=mass) for e, mass in zip(RECORDS.evaluations, (0.054, 0.0002), strict=True)
+    )
+    card = model_card(run(), manifest=MANIFEST, records=replace(RECORDS, evaluations=(before, after)))
+    assert "| probability on ids that do not exist | 5.40% | 0.02% |" in card
+    assert "ids that do not exist" not in model_card(run(), manifest=MANIFEST, records=RECORDS)
 
 
 def test_the_card_says_what_became_of_written_answers() -> None:

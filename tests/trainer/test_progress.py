@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,16 @@ def test_plain_output_is_sparse_and_complete() -> None:
         "evaluation at step 100: KL 6.310 -> 1.050 nats/token, agreement 6.1% -> 56.0%, "
         "perplexity 20.00 -> 20.00 (teacher 8.00)"
     )
+
+
+def test_probability_on_ids_that_do_not_exist_is_shown_where_there_is_some() -> None:
+    text = io.StringIO()
+    with Progress(1, console=Console(file=text, width=400), clock=Clock()) as progress:
+        progress.evaluation(replace(evaluation(0, 6.0), padding_mass=0.11), first=True)
+        progress.evaluation(replace(evaluation(1, 1.0), padding_mass=0.0001), first=False)
+    first, last = text.getvalue().splitlines()
+    assert first.endswith("(teacher 8.00), on ids that do not exist 11.0%")
+    assert last.endswith("(teacher 8.00), on ids that do not exist 11.0% -> 0.0%")
 
 
 def test_a_plain_step_line_says_where_the_run_is() -> None:

@@ -76,6 +76,18 @@ def write_run(path: Path, *, text: str = "a plain text", steps: int = 8, finishe
     return folder
 
 
+def test_probability_on_ids_that_do_not_exist_is_a_tile_where_there_is_some(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    assert "On ids that do not exist" not in write_report(folder).read_text()
+    log = MetricsLog(folder)
+    log.resume(8)
+    log.evaluation(Evaluation(9, 100, 1.05, 0.56, 12.0, 8.0, padding_mass=0.054))
+    log.close()
+    page = "".join(Page(write_report(folder).read_text()).text)
+    assert "On ids that do not exist" in page
+    assert "5.4" in page
+
+
 def test_the_report_loads_nothing_from_outside(tmp_path: Path) -> None:
     html = write_report(write_run(tmp_path / "run")).read_text()
     page = Page(html)
