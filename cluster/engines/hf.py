@@ -75,6 +75,12 @@ def load_model(plan: EnginePlan) -> PreTrainedModel:
             use_safetensors=True,  # other formats are pickles, which run code when they are read
             **plan.arguments,
         )
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised is not None and getattr(model, "hf_quantizer", None) is None:
+        raise ConfigError(
+            f"the teacher {plan.model} is quantised in a way that transformers does not know ({str(quantised)[:80]}), "
+            "and would read its weights as they lie there; choose an unquantised teacher, or engine: {kind: vllm}"
+        )
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")  # the only one that soft-caps attention scores
     with start_errors(f"the teacher {plan.model} cannot be moved to the device"):

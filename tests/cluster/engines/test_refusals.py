@@ -123,3 +123,12 @@ def test_a_teacher_that_transformers_cannot_load_is_one_message(tmp_path: Path, 
         config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "nope"}))
     with pytest.raises(ConfigError, match=rf"^transformers cannot load the teacher {folder}: "):
         Engine().start_scorer(engine_plan(Engine(), folder), "hf-0")
+
+
+def test_a_quantisation_that_transformers_would_skip_is_refused(tmp_path: Path) -> None:
+    """transformers reads such weights as if they were not quantised, with a warning alone."""
+    folder = tiny_folder(tmp_path / "teacher")
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "nope"}}))
+    with pytest.raises(ConfigError, match=r"is quantised in a way that transformers does not know .*nope"):
+        Engine().start_scorer(engine_plan(Engine(), folder), "hf-0")
