@@ -12,27 +12,32 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from trainer.content import folder_content
 from trainer.errors import ConfigError, InfrastructureError
+
+WHOLE_BYTES, PLACES = 8 * 2**20, 2048
+"""How much of a model's files is read to tell whether they are the same: samples, beyond 8 MiB in all."""
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """What tells one model folder from another without reading its weights."""
+    """What tells one model folder from another, without reading all of its weights."""
 
     files: tuple[tuple[str, int], ...]  # name and bytes of each file beside the others, hidden ones left out
     config_hash: str  # of config.json; empty where there is none
     commit: str | None = None  # of the hub
+    contents: tuple[tuple[str, str], ...] = ()  # of each file, where they were read (`trainer/content.py`)
 
     @classmethod
     def of(cls, folder: Path) -> ModelFiles:
-        """Raises OSError where the folder cannot be read."""
+        """Without contents. Raises OSError where the folder cannot be read."""
         files = sorted(
             (file.name, file.stat().st_size)
             for file in folder.iterdir()
@@ -42,6 +47,17 @@ class ModelFiles:
         digest = hashlib.sha256(config.read_bytes()).hexdigest()[:16] if config.is_file() else ""
         commit = folder.name if folder.parent.name == "snapshots" else None
         return cls(tuple(files), digest, commit)
+
+    @classmethod
+    def with_contents(cls, folder: Path) -> ModelFiles:
+        """The same, and samples of what the files hold: other weights of the same names and sizes are others. What a
+        cache of the hub holds is told by its commit."""
+        found = cls.of(folder)
+        if found.commit is not None:
+            return found
+        files = {name: folder / name for name, _ in found.files}
+        contents = folder_content(files, whole_bytes=WHOLE_BYTES, places=PLACES)
+        return replace(found, contents=tuple(contents.items()))
 
     @property
     def weight_bytes(self) -> int:
@@ -54,11 +70,11 @@ class ModelFiles:
     @property
     def short_hash(self) -> str:
         """12 hexadecimal digits of all of it."""
-        return hashlib.sha256(repr((self.files, self.config_hash)).encode()).hexdigest()[:12]
+        return hashlib.sha256(repr((self.files, self.config_hash, self.contents)).encode()).hexdigest()[:12]
 
-    def plain(self) -> tuple[tuple[tuple[str, int], ...], str, str | None]:
+    def plain(self) -> tuple[tuple[tuple[str, int], ...], str, str | None, tuple[tuple[str, str], ...]]:
         """The same as values that any process can read; `ModelFiles(*plain)` is equal."""
-        return self.files, self.config_hash, self.commit
+        return self.files, self.config_hash, self.commit, self.contents
 
     def difference(self, other: ModelFiles) -> str | None:
         """How `other` differs, in a few words; None where it is the same."""
@@ -73,7 +89,11 @@ class ModelFiles:
                 return f"{name} is there, and not here"
             if mine[name] != theirs[name]:
                 return f"{name} has {theirs[name]} bytes, here {mine[name]}"
-        return None if self.config_hash == other.config_hash else "config.json has another content"
+        if self.config_hash != other.config_hash:
+            return "config.json has another content"
+        read = dict(self.contents)
+        changed = [name for name, content in other.contents if read.get(name, content) != content]
+        return f"{changed[0]} has another content" if changed else None
 
 
 def find_folder(path: str, revision: str | None) -> Path | None:
@@ -95,7 +115,8 @@ def local_copy(path: str, folder: Path, *, timeout_s: float) -> Path:
     """A copy of the model folder `path` under `folder`, made now unless it is there. Safe to call from all processes
     of a node: one copies, the others wait, and nobody sees half of it.
 
-    The copy's name holds the identity of the source (names, sizes, config.json), so a changed model is copied anew.
+    The copy's name holds the identity of the source (names, sizes, samples of what the files hold), so a changed model
+    is copied anew.
     Raises `ConfigError` for what cannot be copied or does not fit, `InfrastructureError` at the deadline.
     """
     source = Path(path).expanduser()
@@ -103,12 +124,12 @@ def local_copy(path: str, folder: Path, *, timeout_s: float) -> Path:
     if not source.is_dir():
         raise ConfigError(f"local_copy: {path} is no folder on {where}; only a model that is a folder can be copied")
     try:
-        wanted = ModelFiles.of(source)
+        wanted = ModelFiles.with_contents(source)
         target = folder.expanduser().absolute() / f"{source.resolve().name}-{wanted.short_hash}"
         with _lock(target, timeout_s=timeout_s):
             if not target.is_dir():
                 _copy(source, target, wanted, where)
-            elif (difference := wanted.difference(ModelFiles.of(target))) is not None:
+            elif (difference := wanted.difference(ModelFiles.with_contents(target))) is not None:
                 raise ConfigError(
                     f"local_copy: {target} on {where} is no longer a copy of {path}: {difference}. Delete it"
                 )
@@ -143,7 +164,7 @@ def _copy(source: Path, target: Path, wanted: ModelFiles, where: str) -> None:
             shutil.copyfile(source / name, draft / name)
             with (draft / name).open("rb") as file:
                 os.fsync(file.fileno())
-        if (difference := wanted.difference(ModelFiles.of(draft))) is not None:
+        if (difference := wanted.difference(ModelFiles.with_contents(draft))) is not None:
             raise ConfigError(f"local_copy: the copy of {source} on {where} is not the original: {difference}")
         draft.rename(target)
     finally:

@@ -212,7 +212,7 @@ def facts_of(
     for path, revision in models:
         try:
             found = find_folder(path, revision)
-            facts["models"][path] = None if found is None else ModelFiles.of(found).plain()
+            facts["models"][path] = None if found is None else ModelFiles.with_contents(found).plain()
         except OSError as error:
             facts["models"][path] = f"cannot be read: {error}"
     try:

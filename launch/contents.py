@@ -21,7 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.model_files import ModelFiles, find_folder
+from cluster.model_files import PLACES as WEIGHT_PLACES
+from cluster.model_files import WHOLE_BYTES as WHOLE_WEIGHTS
+from cluster.model_files import find_folder
 from cluster.resolve import Resolved
 from configs.schema import Dataset, ModelSource, Run
 from trainer.content import file_content, files_below, folder_content
@@ -30,7 +32,6 @@ from trainer.job import Inputs
 from trainer.row_files import PLACES, WHOLE_BYTES, open_raw_rows
 
 WEIGHTS = ".safetensors"
-WHOLE_WEIGHTS, WEIGHT_PLACES = 8 * 2**20, 2048
 TOKENIZER_FILES = (".json", ".jinja", ".model", ".tiktoken", ".py")
 TOKENIZER_NAMES = ("vocab.txt", "merges.txt")
 STUDENT_NAMES = ("config.json", "generation_config.json")
@@ -118,9 +119,8 @@ def _model(place: str, source: ModelSource) -> Iterator[tuple[str, str]]:
     if folder is None:
         yield place, f"{source.path}, revision {source.revision}"
         return
-    commit = ModelFiles.of(folder).commit
-    if commit is not None:
-        yield place, f"commit {commit}"
+    if folder.parent.name == "snapshots":  # of the hub's cache
+        yield place, f"commit {folder.name}"
         return
     files = {name: path for name, path in files_below(folder).items() if "/" not in name}
     for name, path in files.items():

@@ -33,6 +33,14 @@ def test_equal_folders_are_equal_and_every_difference_is_named(model: Path, tmp_
     assert here == ModelFiles(*here.plain())
     (other / "config.json").write_text('{"layers": 3}')
     assert here.difference(ModelFiles.of(other)) == "config.json has another content"
+    (other / "config.json").write_text('{"layers": 2}')
+    (other / "model.safetensors").write_bytes(b"v" * 5000)
+    assert here.difference(ModelFiles.of(other)) is None
+    read, theirs = ModelFiles.with_contents(model), ModelFiles.with_contents(other)
+    assert read.difference(theirs) == "model.safetensors has another content"
+    assert read == ModelFiles(*read.plain())
+    assert read.short_hash != theirs.short_hash
+    (other / "config.json").write_text('{"layers": 3}')
     (other / "model.safetensors").write_bytes(b"w" * 4000)
     assert "config.json" not in here.difference(ModelFiles.of(other))
     assert here.difference(ModelFiles.of(other)) == "model.safetensors has 4000 bytes, here 5000"
@@ -83,7 +91,11 @@ def test_a_changed_model_is_copied_anew_and_a_damaged_copy_is_named(model: Path,
     first = local_copy(str(model), tmp_path / "disk", timeout_s=30)
     (model / "config.json").write_text('{"layers": 7}')
     second = local_copy(str(model), tmp_path / "disk", timeout_s=30)
-    assert first != second
+    (model / "model.safetensors").write_bytes(b"v" * 5000)  # trained further: the same names and sizes
+    third = local_copy(str(model), tmp_path / "disk", timeout_s=30)
+    assert len({first, second, third}) == 3
+    assert (third / "model.safetensors").read_bytes() == b"v" * 5000
+    (model / "model.safetensors").write_bytes(b"w" * 5000)
     (second / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ConfigError, match=r"no longer a copy of .*model.safetensors has 4 bytes, here 5000. Delete it"):
         local_copy(str(model), tmp_path / "disk", timeout_s=30)
