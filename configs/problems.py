@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from configs.document import Document, KeyPath, Problem, dotted, show
+from configs.meant import meant
 from configs.plugins import Family
 from configs.refusal import did_you_mean
 from configs.schema import NAME, Run
@@ -96,7 +97,8 @@ def _place(tree: Any, location: KeyPath) -> KeyPath:
 
 def _look(tree: Any, path: KeyPath) -> Any:
     for part in path:
-        if not isinstance(tree, dict | list) or (isinstance(tree, dict) and part not in tree):
+        is_item = isinstance(tree, list) and isinstance(part, int) and part < len(tree)
+        if not is_item and not (isinstance(tree, dict) and part in tree):
             return None
         tree = tree[part]
     return tree
@@ -154,15 +156,26 @@ def _sentence(document: Document, path: KeyPath, detail: Any, model: type[BaseMo
 
 
 def _unknown_key(document: Document, path: KeyPath, model: type[BaseModel]) -> str:
-    key = str(path[-1])
     here = list(_fields(document.tree, path[:-1], model))
-    nearest = did_you_mean(key, here)
-    if not nearest:
-        elsewhere = [dotted(place) for place, _ in all_paths(model) if place[-1] == key]
-        nearest = (
-            f"; it belongs in {' or '.join(elsewhere)}" if elsewhere else f" (known here: {', '.join(here) or 'none'})"
-        )
-    return f"unknown key '{key}'{nearest}"
+    return f"unknown key '{path[-1]}'{meant(path, here, _all_keys(document, model))}"
+
+
+def _all_keys(document: Document, model: type[BaseModel]) -> dict[KeyPath, list[str]]:
+    """Every key, and for parameters of plug-ins that are not chosen the kinds that have them."""
+    keys: dict[KeyPath, list[str]] = {}
+    for path, field in all_paths(model):
+        keys[path] = []
+        family = _family(field)
+        if family is None:
+            continue
+        given = _look(document.tree, path)
+        chosen = given.get("kind", family.default_kind) if isinstance(given, dict) else given or family.default_kind
+        having: dict[str, list[str]] = {}
+        for kind in family.kinds():
+            for name in family.signature(kind).model.model_fields:
+                having.setdefault(name, []).append(kind)
+        keys |= {(*path, name): [] if chosen in kinds else kinds for name, kinds in having.items()}
+    return keys
 
 
 def _fields(tree: Any, path: KeyPath, model: type[BaseModel]) -> dict[str, FieldInfo]:

@@ -179,6 +179,49 @@ def test_a_mistake_is_answered_with_what_to_write(case: str, refused: Refused) -
         assert jargon not in message
 
 
+WORDS = {
+    # what people write -> what the answer has them write, which is accepted
+    "optimizer.lr=0.1": "optimizer.learning_rate=0.1",
+    "training.lr=0.1": "optimizer.learning_rate=0.1",
+    "training.batch_size=4": "training.sequences_per_step=4",
+    "training.save_steps=4": "training.save_every=4",
+    "training.seed=4": "seed=4",
+    "student.lora.r=4": "student.lora.rank=4",
+    "student.path=models/x": "student.model.path=models/x",
+    "student.replicas=4": "student.ranks=4",
+    "student.gradient_checkpointing=true": "student.activation_checkpointing=true",
+    "teacher.tp=4": "teacher.scorer.tensor_parallel_size=4",
+    "teacher.scorer.gpu_memory_utilization=0.5": "teacher.scorer.engine.gpu_memory_utilization=0.5",
+    "teacher.model.license=mit": "teacher.model.licence=mit",
+    "labels.top_k=4": "labels.k=4",
+    "training.k=4": "labels.k=4",
+    "data.train.format=text data.max_seq_length=64": "data.train.format=text data.max_length=64",
+}
+
+
+@pytest.mark.parametrize(("written", "meant"), WORDS.items())
+def test_the_advice_on_an_unknown_key_is_accepted(written: str, meant: str, refused: Refused, load: Load) -> None:
+    *_, wrong = written.split()
+    *others, right = meant.split()
+    message = refused(GOOD, *written.split())
+    assert f"unknown key '{wrong.partition('=')[0].rpartition('.')[2]}'" in message
+    key = right.partition("=")[0]
+    assert f"did you mean '{key.rpartition('.')[2]}'?" in message or f"it belongs in {key}" in message
+    load(GOOD, *others, right)
+
+
+@pytest.mark.parametrize("key", ["optimizer.name", "optimizer.type", "training.gradient_accumulation_steps", "wandb"])
+def test_what_is_no_setting_here_is_to_be_removed(key: str, refused: Refused) -> None:
+    message = refused(GOOD, f"{key}=1")
+    assert f"unknown key '{key.rpartition('.')[2]}'; remove it: " in message
+    assert "teacher.name" not in message
+
+
+def test_a_key_that_every_section_has_is_not_sought_in_another_one(refused: Refused) -> None:
+    assert "unknown key 'name' (known here: steps, epochs," in refused(GOOD, "training.name=x")
+    assert "(of kind vllm)" in refused(GOOD, "teacher.scorer.engine=hf", "teacher.scorer.kv_cache_bytes=5")
+
+
 def test_one_value_of_two_allowed_shapes_gives_one_problem(refused: Refused) -> None:
     message = refused(GOOD, "student.lora.target_modules=all")
     assert "1 problem\n" in message
