@@ -198,6 +198,16 @@ def test_a_run_that_only_has_a_configuration_still_gets_a_page(tmp_path: Path) -
     assert "No step and no evaluation has been logged yet" in text
 
 
+def test_a_run_that_was_asked_to_stop_has_not_failed_and_its_length_is_that_of_the_last_start(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    manifest = json.loads(folder.manifest.read_text()) if folder.manifest.exists() else {}
+    write_json(folder.manifest, {k: v for k, v in manifest.items() if k != "finished"} | {"total_steps": 1200})
+    write_json(folder.exit, {"code": 75, "reason": "stopped after step 8; run the same command again", "time": 1.0})
+    text = "".join(Page(write_report(folder).read_text()).text)
+    assert "stopped as asked, step 8 of 1,200" in text
+    assert "exit code" not in text
+
+
 def test_a_folder_that_is_no_run_gets_no_report(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run folder"):
         write_report(RunFolder(tmp_path))

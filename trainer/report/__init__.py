@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from configs.document import read_document
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, Preempted
 from trainer.metrics import NOTICEABLE_PADDING, TOKENS_PER_S, Records, read_metrics
 from trainer.papers import Tell, read_manifest
 from trainer.progress import duration
@@ -148,7 +148,7 @@ def _status(
 ) -> Status:
     """exit.json is a run's very last file; a page made just before it goes by the manifest."""
     last = records.steps[-1].step if records.steps else 0
-    total = _inside(config, "training", "steps")
+    total = manifest.get("total_steps") or _inside(config, "training", "steps")
     reached = f"step {last:,}" + (f" of {total:,}" if isinstance(total, int) and total else "")
     try:
         ending = folder.ending()
@@ -159,6 +159,8 @@ def _status(
         return Status("unfinished", f"unfinished, {reached}")
     if ending is None or ending.code == 0:
         return Status("finished", f"finished, {reached}")
+    if ending.code == Preempted.exit_code:
+        return Status("unfinished", f"stopped as asked, {reached}")
     reason = f": {ending.reason}" if ending.reason else ""
     return Status("failed", f"ended with exit code {ending.code} at {reached}{reason}")
 
