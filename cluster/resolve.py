@@ -32,7 +32,7 @@ from cluster.runtime import (
 from cluster.topology import place
 from configs.plugins import Plugin
 from configs.schema import ModelSource, Replicas, Run
-from trainer.attention import choose_attention, refuse_length_dependent_rope
+from trainer.attention_choice import choose_attention, ignores_window, refuse_changing_rope, refuse_unpackable
 from trainer.errors import ConfigError
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.types import EncodingSpec, StudentPlan
@@ -85,11 +85,13 @@ def resolve(
     `vocabulary_size` is the true one, without padding. `weights_version` names the teacher's weights in label headers;
     None: its revision. `stop_token_ids` end an answer of the writer. `student_config`, a transformers config, decides
     attention "auto" and sizes ZeRO-3's buffers; without it attention stays as written. `teacher_config` decides whether
-    the teacher can be split as asked. `teacher_bytes`, `student_bytes`: of their weights, where known, for the
-    deadlines. `offline`: both models are folders. `bytecode_folder`: of `runtime.bytecode_folder()`.
+    the teacher can be split as asked, and what of it vLLM must not use. `teacher_bytes`, `student_bytes`: of their
+    weights, where known, for the deadlines. `offline`: both models are folders. `bytecode_folder`: of
+    `runtime.bytecode_folder()`.
     """
     if teacher_config is not None:
         check_split(run, teacher_config)
+        check_rotation(run, teacher_config)
     accelerator = _accelerator(run, hardware)
     placement = Placement() if run.runtime == "in_process" else place(roles_of(run, accelerator), hardware)
     dtypes = _Dtypes(hardware, accelerator)
@@ -105,6 +107,7 @@ def resolve(
             "start_timeout_s": start_timeout_s(run, run.teacher.model, teacher_bytes),
             "local_copy": None if run.teacher.model.local_copy is None else str(run.teacher.model.local_copy),
         },
+        teacher_config=teacher_config,
     )
     student_dtype = dtypes.choose("student", run.student.dtype)
     student = _student_plan(run, accelerator, student_dtype, student_config, num_bytes=student_bytes)
@@ -123,7 +126,11 @@ def resolve(
         scorer=scorer,
         writer=writer,
         placement=placement,
-        reasons=(_accelerator_reason(run, hardware, accelerator), *dict.fromkeys(dtypes.reasons)),
+        reasons=(
+            _accelerator_reason(run, hardware, accelerator),
+            *dict.fromkeys(dtypes.reasons),
+            *engines.reasons,
+        ),
         warnings=(*_placement_warnings(hardware, placement, accelerator), *dict.fromkeys(dtypes.warnings)),
     )
 
@@ -152,6 +159,13 @@ def start_timeout_s(run: Run, model: ModelSource, num_bytes: int | None) -> floa
         return run.faults.start_timeout_s
     reads = 1 if model.local_copy is None else 2
     return START_BASE_S + round(reads * (num_bytes or 0) / LOAD_BYTES_PER_S)
+
+
+def check_rotation(run: Run, teacher_config: Any) -> None:
+    """Raises `ConfigError` where vLLM would rotate positions otherwise than transformers' model of the teacher."""
+    if any(replicas.engine.kind == "vllm" for replicas in run.teacher.roles().values()):
+        why = "vLLM rotates every row as it would the longest, transformers each by its own length"
+        refuse_changing_rope(teacher_config, max_length=run.data.max_length, role="teacher", why=why)
 
 
 def check_split(run: Run, teacher_config: Any) -> None:
@@ -243,7 +257,17 @@ class _Tables:
 class _Engines:
     """Engine plans of one teacher."""
 
-    def __init__(self, run: Run, accelerator: Accelerator, *, placement: Placement, shared: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        accelerator: Accelerator,
+        *,
+        placement: Placement,
+        shared: Mapping[str, Any],
+        teacher_config: Any | None,
+    ) -> None:
+        self.reasons: list[str] = []
+        self._overrides = self._config_overrides(run, teacher_config)
         self._run = run
         self._accelerator = accelerator
         self._placement = placement
@@ -251,6 +275,20 @@ class _Engines:
         labels = EncodingSpec(run.labels.kind, dict(run.labels.parameters))
         same = load_encoding(labels) == load_encoding(EVALUATION_LABELS)
         self._encodings = (labels,) if same else (labels, EVALUATION_LABELS)
+
+    def _config_overrides(self, run: Run, config: Any | None) -> dict[str, Any]:
+        """What vLLM must not read in the teacher's config: it gives a `sliding_window` to every architecture, also to
+        those whose layers have none in transformers, which would make other labels beyond it."""
+        trusted = run.teacher.model.trust_remote_code
+        if config is None or not ignores_window(config, role="teacher.model", trust_remote_code=trusted):
+            return {}
+        text = config.get_text_config()
+        self.reasons.append(
+            f"teacher: attends without a window: {text.model_type} has none in transformers, whatever its "
+            f"configuration says (sliding_window: {text.sliding_window})"
+        )
+        window = {"sliding_window": None}
+        return window if text is config else {"text_config": window}
 
     def plan(
         self, role: Role, replicas: Replicas, dtypes: _Dtypes, tables: _Tables, *, sampling: Sampling | None
@@ -288,6 +326,8 @@ class _Engines:
         )
         if any(group.executor == "ray" for group in self._placement.of_role(role)):
             arguments["distributed_executor_backend"] = "ray"  # a replica larger than every node
+        if self._overrides and replicas.engine.kind == "vllm":
+            arguments["hf_overrides"] = arguments.get("hf_overrides", {}) | self._overrides
         return arguments
 
     def _kept_events(self) -> int:
@@ -318,8 +358,15 @@ def _student_plan(
     attention, hidden_size = run.student.attention, None
     if student_config is not None:
         hidden_size = student_config.get_text_config().hidden_size
-        attention = choose_attention(attention, device_type=device_type, dtype=dtype, config=student_config)
-        refuse_length_dependent_rope(student_config, max_length=run.data.max_length)
+        trusted = run.student.model.trust_remote_code
+        refuse_unpackable(student_config, max_length=run.data.max_length, trust_remote_code=trusted)
+        attention = choose_attention(
+            attention,
+            device_type=device_type,
+            dtype=dtype,
+            config=student_config,
+            trust_remote_code=trusted,
+        )
     return StudentPlan(
         dtype=dtype,
         device_type=device_type,

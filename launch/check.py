@@ -20,7 +20,7 @@ from typing import Literal
 import typer
 
 from cluster.engines.vllm_registry import check_architecture, unknown_quantisation
-from cluster.resolve import check_split
+from cluster.resolve import check_rotation, check_split
 from configs.load import load_run, run_folder
 from configs.paths import refuse_pattern
 from configs.plugins import ELICITATION, ENGINES, LABELS, Family, Plugin
@@ -30,6 +30,7 @@ from launch.disk import DiskNeed, check_writable, free_bytes, size_text
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
 from launch.quiet import quiet_libraries
 from launch.resuming import Standing, standing
+from trainer.attention_choice import refuse_unpackable
 from trainer.errors import ConfigError, DataError, StillhouseError
 from trainer.generation_settings import unused_settings
 from trainer.job import Inputs, label_bytes_per_row, read_inputs, total_steps
@@ -131,6 +132,7 @@ def examine(run: Run, inputs: list[Inputs] | None = None) -> Iterator[Finding]:
         yield from _engine(run)
     if "teacher" in facts and run.teacher.writer is not None:
         yield from _generation(run)
+    yield from _attention(run, known=set(facts))
     yield from _placement(run, known=set(facts))
     yield from _licences(run)
     yield from _folder(run, facts.get("student"))
@@ -323,6 +325,27 @@ def _bad_rows(place: str, report: RowReport) -> str:
     if len(report.problems) > SHOWN_ROWS:
         lines.append(f"    and {len(report.problems) - SHOWN_ROWS} more")
     return "\n".join(lines)
+
+
+def _attention(run: Run, *, known: set[str]) -> Iterator[Finding]:
+    """What the code of the models does with long rows, and with rows that lie beside others."""
+    if "student" in known:
+        source = run.student.model
+
+        def look() -> None:
+            config = load_config(source, role="student.model")
+            trusted = source.trust_remote_code
+            refuse_unpackable(config, max_length=run.data.max_length, trust_remote_code=trusted)
+
+        yield _attempt("student attention", look, lambda: "its sequences can be packed")
+    if "teacher" in known:
+
+        def rotate() -> None:
+            check_rotation(run, load_config(run.teacher.model, role="teacher.model"))
+
+        finding = _attempt("teacher attention", rotate, lambda: "the same at every length of the data")
+        if finding.fatal:
+            yield finding
 
 
 def _placement(run: Run, *, known: set[str]) -> Iterator[Finding]:

@@ -1,26 +1,33 @@
 """Attention over packed sequences: which kernels this project offers, and how each keeps sequences apart.
 
 Several sequences lie one after another in one row of T tokens. No padding is computed, no token sees another sequence,
-and no `[T, T]` mask is built. The borders reach the attention as keyword arguments of the model's forward
-(`border_arguments`), which transformers hands through to every attention layer.
+and no `[T, T]` mask is built.
 
     sdpa               torch's scaled_dot_product_attention, one call per sequence; every device, every dtype
     varlen             torch.nn.attention.varlen, one call per layer; accelerators, 16-bit
     flash_attention_2  the flash_attn package through transformers; accelerators, 16-bit
 
-The first two are registered with transformers under names of their own and handle decoding with a KV cache too.
+The first two are registered with transformers under names of their own and handle decoding with a KV cache too. What a
+layer may see comes to them as its attention mask (`LayerMask`), which transformers' code of the architecture asks for
+and hands to each layer: so a layer has the window that its architecture gives it, whatever its config says, and it
+has the borders of the sequences even where it drops the other arguments of the forward. The third takes the borders as
+keyword arguments of the model's forward.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 from trainer.errors import ConfigError
 
@@ -34,103 +41,113 @@ IMPLEMENTATIONS = {
 DECODING = IMPLEMENTATIONS["sdpa"]
 """The implementation that `trainer/generate.py` switches to: it masks a left-padded batch with a KV cache."""
 
-UNSAID = -1
-"""For `sliding_window`, where None says that there is none."""
+REFERENCE = "stillhouse_eager_in_blocks"
+"""The eager attention of the model's own file, some queries at a time: what other kernels are held against."""
 
-_HALF = {"float16", "bfloat16"}
-_VARLEN_MAX_HEAD = 256
+_SCORES_AT_ONCE = 2**26
+"""Attention scores that the reference holds at a time: 256 MiB in float32, and a few copies."""
+
+HARMLESS = frozenset(
+    {
+        "position_ids",
+        "use_cache",
+        "is_causal",
+        "sliding_window",  # the mask says it
+        "output_attentions",
+        "output_router_logits",
+        "cache_position",
+        "position_embeddings",
+    }
+)
+"""Arguments of an attention function that say nothing beyond what it knows already."""
+
+_KNOWN_MASKS = ("causal_mask_function", "sliding_window_overlay", "packed_sequence_mask_function")
 
 
-def choose_attention(requested: str, *, device_type: str, dtype: str, config: Any) -> str:
-    """The attention to use for a model with this transformers config; `requested` "auto" takes the fastest that fits.
+@dataclass(frozen=True, slots=True, eq=False)
+class Borders:
+    """Where the sequences of a batch of tokens lie. Without any field: each row is one sequence without padding."""
 
-    `device_type` and `dtype` are those of the student (`StudentPlan`), which need not exist on this machine. Raises
-    `ConfigError` where the model attends in a way that packing does not cover, or the named kernel does not fit.
-    """
-    text = config.get_text_config()
-    _refuse_unknown_attention(text)
-    if requested == "auto":
-        return "sdpa" if _varlen_obstacle(device_type, dtype, text) else "varlen"
-    if requested == "sdpa":
-        return requested
-    if requested == "varlen":
-        obstacle = _varlen_obstacle(device_type, dtype, text)
-    elif requested == "flash_attention_2":
-        obstacle = _flash_obstacle(device_type, dtype)
-    else:
-        obstacle = f"there is no such attention; there are {', '.join(IMPLEMENTATIONS)}"
-    if obstacle:
-        raise ConfigError(f"student.attention: {requested}: {obstacle}. Write attention: auto")
-    return requested
+    offsets: tuple[int, ...] | None = None  # [S + 1] of the sequences packed in the only row
+    device_offsets: torch.Tensor | None = None  # int32 [S + 1]: the same on the device, for kernels that want it
+    left_padding: torch.Tensor | None = None  # int64 [B]: of a batch that is decoded
+    row_length: int | None = None  # tokens of each row so far, those in a KV cache included
+
+    @property
+    def longest(self) -> int:
+        assert self.offsets is not None
+        return max(stop - start for start, stop in pairwise(self.offsets))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerMask:
+    """What the tokens of one layer see: of their own sequence, themselves and what is before them, in all at most
+    `window` tokens."""
+
+    window: int | None
+    borders: Borders
+
+
+ONE_A_ROW = Borders()
+
+_BORDERS: ContextVar[Borders] = ContextVar("borders", default=ONE_A_ROW)
+
+
+@contextmanager
+def told(borders: Borders) -> Iterator[None]:
+    """Inside, the masks that a model's forward asks for have these borders."""
+    token = _BORDERS.set(borders)
+    try:
+        yield
+    finally:
+        _BORDERS.reset(token)
 
 
 def border_arguments(name: str, offsets: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """Keyword arguments for the forward of a model whose row of tokens holds sequences with these borders [S + 1]."""
+    """Keyword arguments for the forward of a `StudentModule` whose row of tokens holds sequences with these borders
+    [S + 1]."""
     if name == "sdpa":
-        return {"sequence_offsets": tuple(offsets)}
-    borders = torch.tensor(offsets, dtype=torch.int32).to(device, non_blocking=True)
-    longest = max(stop - start for start, stop in pairwise(offsets))
-    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+        return {"borders": Borders(offsets=tuple(offsets))}
+    on_device = torch.tensor(offsets, dtype=torch.int32).to(device, non_blocking=True)
+    borders = Borders(offsets=tuple(offsets), device_offsets=on_device)
+    if name == "varlen":
+        return {"borders": borders}
+    return {
+        "cu_seq_lens_q": on_device,
+        "cu_seq_lens_k": on_device,
+        "max_length_q": borders.longest,
+        "max_length_k": borders.longest,
+    }
 
 
-def _refuse_unknown_attention(config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if getattr(config, "attention_chunk_size", None):
-        kinds.add("chunked_attention")
-    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
-        kinds.add("bidirectional attention")
-    if kinds:
+def layer_mask(
+    *,
+    mask_function: Callable[..., Any],
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    **others: Any,
+) -> LayerMask:
+    """The contract of transformers' mask functions (`AttentionMaskInterface`): what a model asks for, once for all
+    layers that share it. Raises `ConfigError` for a mask that packing does not cover."""
+    unknown = [name for name in _parts(mask_function) if not name.startswith(_KNOWN_MASKS)]
+    if attention_mask is not None:
+        unknown.append("a mask of padding")
+    if unknown:
         raise ConfigError(
-            f"student.model: {config.model_type} uses {', '.join(sorted(kinds))}; packed training covers causal "
-            "attention with or without a sliding window. Choose another student"
+            f"student.model: its attention is masked by {', '.join(unknown)}; packed training covers causal attention "
+            "with or without a sliding window. Choose another student"
         )
+    return LayerMask(window=local_size, borders=_BORDERS.get())
 
 
-def refuse_length_dependent_rope(config: Any, *, max_length: int) -> None:
-    """Rotations that change for the whole row once one position passes the original length (LongRoPE, dynamic NTK)
-    would depend on what a sequence is packed with. Raises `ConfigError` where `max_length` lets that happen."""
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if one.get("rope_type") not in ("longrope", "dynamic"):
-            continue
-        original = (
-            one.get("original_max_position_embeddings")
-            or getattr(text, "original_max_position_embeddings", None)
-            or text.max_position_embeddings
-        )
-        if max_length > original:
-            raise ConfigError(
-                f"data.max_length: {max_length} is over the {original} positions after which the student's rotary "
-                f"embedding ({one['rope_type']}) changes for all of a packed row; write at most {original}"
-            )
-
-
-def _varlen_obstacle(device_type: str, dtype: str, config: Any) -> str | None:
-    if _is_host(device_type) or dtype not in _HALF:
-        return f"it runs on accelerators in 16 bits, not on {device_type} in {dtype}"
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return f"torch {torch.__version__} does not have it"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "it cannot soft-cap attention scores as this model does"
-    if getattr(config, "attention_dropout", 0.0):
-        return "it has no attention dropout"
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if head > _VARLEN_MAX_HEAD:
-        return f"its heads may have {_VARLEN_MAX_HEAD} dimensions, this model's have {head}"
-    return None
-
-
-def _flash_obstacle(device_type: str, dtype: str) -> str | None:
-    if _is_host(device_type) or dtype not in _HALF:
-        return f"it runs on accelerators in 16 bits, not on {device_type} in {dtype}"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash_attn is not installed"
-    return None
-
-
-def _is_host(device_type: str) -> bool:
-    return device_type == torch.empty(0).device.type
+def _parts(mask_function: Callable[..., Any]) -> Iterator[str]:
+    """Names of the functions whose conjunction a mask function of transformers is."""
+    if not mask_function.__qualname__.startswith("and_masks."):
+        yield mask_function.__qualname__
+        return
+    for cell in mask_function.__closure__ or ():
+        for part in cell.cell_contents:
+            yield from _parts(part)
 
 
 def packed_sdpa(
@@ -138,35 +155,31 @@ def packed_sdpa(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: LayerMask | None,
     *,
-    scaling: float,
+    scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = UNSAID,
     softcap: float | None = None,
-    sequence_offsets: Sequence[int] | None = None,
-    left_padding: torch.Tensor | None = None,
-    row_length: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """The contract of transformers' attention functions: query [B, heads, Q, D], key and value [B, kv heads, K, D] ->
     [B, Q, heads, D].
 
-    With `sequence_offsets` (B = 1) each sequence attends to itself. Without, each row is one sequence, which continues
-    a KV cache where K > Q; of its `row_length` tokens so far the first `left_padding` int64 [B] are padding.
+    Where sequences are packed (B = 1) each attends to itself. Otherwise each row is one sequence, which continues a KV
+    cache where K > Q; of its tokens so far the first ones may be padding.
     """
-    _refuse_extras(others, attention_mask)
-    sliding_window = _window(module, sliding_window)
+    mask = _checked(attention_mask, others)
     options = {"scaling": scaling, "dropout": dropout, "softcap": softcap}
-    if sequence_offsets is None:
-        mask = _row_mask(query, key, sliding_window, left_padding, row_length)
-        return _attend(query, key, value, mask, causal=mask is None, **options).transpose(1, 2), None
-    lengths = [stop - start for start, stop in pairwise(sequence_offsets)]
+    offsets = mask.borders.offsets
+    if offsets is None:
+        seen = _row_mask(query, key, mask)
+        return _attend(query, key, value, seen, causal=seen is None, **options).transpose(1, 2), None
+    lengths = [stop - start for start, stop in pairwise(offsets)]
     parts = []
     # split, not slices: its backward joins the pieces once instead of adding S gradients of full length.
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
-        mask = _window_mask(q.shape[2], sliding_window, q.device)
-        parts.append(_attend(q, k, v, mask, causal=mask is None, **options).transpose(1, 2))
+        seen = _window_mask(q.shape[2], mask.window, q.device)
+        parts.append(_attend(q, k, v, seen, causal=seen is None, **options).transpose(1, 2))
     return torch.cat(parts, 1), None
 
 
@@ -175,50 +188,35 @@ def packed_varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: LayerMask | None,
     *,
-    scaling: float,
+    scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = UNSAID,
     softcap: float | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int | None = None,
-    cu_seq_lens_k: torch.Tensor | None = None,
-    max_length_k: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As `packed_sdpa`, in one kernel call for all sequences. `cu_seq_lens_q` int32 [S + 1]."""
-    if cu_seq_lens_q is None:
-        return packed_sdpa(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            dropout=dropout,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            **others,
-        )
+    """As `packed_sdpa`, in one kernel call for all sequences."""
+    mask = _checked(attention_mask, others)
+    borders = mask.borders
+    if borders.device_offsets is None:
+        options = {"scaling": scaling, "dropout": dropout, "softcap": softcap}
+        return packed_sdpa(module, query, key, value, mask, **options, **others)
     from torch.nn.attention.varlen import varlen_attn
 
-    _refuse_extras(others, attention_mask)
     assert softcap is None, "choose_attention lets no such model through"
     assert not dropout, "choose_attention lets no such model through"
-    sliding_window = _window(module, sliding_window)
     # The kernel's window counts tokens to the left; transformers' counts the token itself too.
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    window = (-1 if mask.window is None else mask.window - 1, 0)
     # [1, heads, T, D] -> [T, heads, D]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out = varlen_attn(
         q,
         k,
         v,
-        cu_seq_lens_q,
-        cu_seq_lens_k,
-        max_length_q,
-        max_length_k,
+        borders.device_offsets,
+        borders.device_offsets,
+        borders.longest,
+        borders.longest,
         scale=scaling,
         window_size=window,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -226,34 +224,39 @@ def packed_varlen(
     return out[None], None
 
 
-def _window(module: torch.nn.Module, given: int | None) -> int | None:
-    """The window a layer asks for; of an architecture that says it in its mask alone, that of its configuration."""
-    if given != UNSAID:
-        return given
-    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and layer is not None and kinds[layer] != "sliding_attention":
-        return None
-    return getattr(config, "sliding_window", None)
+def eager_in_blocks(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    **arguments: Any,
+) -> tuple[torch.Tensor, None]:
+    """The model's own eager attention with transformers' own mask [B, 1, Q, K], as many queries at a time as memory
+    allows: an independent reference for rows of any length."""
+    plain = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if plain is None:
+        raise ConfigError(f"{type(module).__module__} has no eager attention to compare with")
+    rows = max(1, _SCORES_AT_ONCE // (query.shape[0] * query.shape[1] * key.shape[2]))
+    masks = attention_mask.split(rows, 2)
+    parts = [plain(module, q, key, value, m, **arguments)[0] for q, m in zip(query.split(rows, 2), masks, strict=True)]
+    return torch.cat(parts, 1), None
 
 
-def _refuse_extras(others: dict[str, Any], attention_mask: torch.Tensor | None) -> None:
+def _checked(attention_mask: Any, others: dict[str, Any]) -> LayerMask:
     """Arguments that change the mathematics and are unknown here must not be dropped."""
-    known_harmless = {
-        "position_ids",
-        "use_cache",
-        "is_causal",
-        "output_attentions",
-        "output_router_logits",
-        "cache_position",
-        "position_embeddings",
-    }
-    unknown = [name for name, value in others.items() if value is not None and name not in known_harmless]
-    if unknown or attention_mask is not None:
+    unknown = unknown_arguments(others)
+    if unknown or not isinstance(attention_mask, LayerMask):
         what = ", ".join(unknown) or "an attention mask of its own"
         raise ConfigError(
             f"student.model: its attention takes {what}, which packed training does not cover. Choose another"
         )
+    return attention_mask
+
+
+def unknown_arguments(others: dict[str, Any]) -> list[str]:
+    """Names of the arguments of an attention function that mean something this file does not know."""
+    return [name for name, value in others.items() if value is not None and name not in HARMLESS]
 
 
 def _attend(
@@ -315,19 +318,14 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> torch
     return (ones.tril() & ~ones.tril(-window))[None, None]
 
 
-def _row_mask(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    window: int | None,
-    left_padding: torch.Tensor | None,
-    row_length: int | None,
-) -> torch.Tensor | None:
+def _row_mask(query: torch.Tensor, key: torch.Tensor, mask: LayerMask) -> torch.Tensor | None:
     """Bool [B or 1, 1, Q, K] for rows whose last Q tokens are the queries; None where causal attention is the same.
 
     A sliding layer's cache may have dropped its oldest tokens, so keys are counted from the end of the row.
     """
     num_queries, num_keys = query.shape[2], key.shape[2]
-    if left_padding is None:
+    window, left_padding, row_length = mask.window, mask.borders.left_padding, mask.borders.row_length
+    if left_padding is None or row_length is None:
         assert num_queries in (1, num_keys), "several new tokens on top of a cache need left_padding"
         return _window_mask(num_keys, window, query.device) if num_queries == num_keys else None
     q = torch.arange(row_length - num_queries, row_length, device=query.device)
@@ -339,5 +337,8 @@ def _row_mask(
     return (seen[None] & real[:, None] | (distance == 0)[None])[:, None]
 
 
-AttentionInterface.register(IMPLEMENTATIONS["sdpa"], packed_sdpa)
-AttentionInterface.register(IMPLEMENTATIONS["varlen"], packed_varlen)
+for _name, _function in (("sdpa", packed_sdpa), ("varlen", packed_varlen)):
+    AttentionInterface.register(IMPLEMENTATIONS[_name], _function)
+    AttentionMaskInterface.register(IMPLEMENTATIONS[_name], layer_mask)
+AttentionInterface.register(REFERENCE, eager_in_blocks)
+AttentionMaskInterface.register(REFERENCE, eager_mask)

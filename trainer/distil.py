@@ -9,7 +9,6 @@ start roles -> self-tests -> held-out labels, evaluation, generations before -> 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ import torch
 from trainer.checkpoint import Checkpoints, Committed
 from trainer.errors import (
     ConfigError,
-    Diverged,
     InfrastructureError,
     LabelsLost,
     Preempted,
@@ -30,7 +28,7 @@ from trainer.errors import (
 )
 from trainer.heads import Head
 from trainer.job import Job
-from trainer.label_check import LabelCheck, check_labels
+from trainer.label_check import LabelCheck, check_labels, plan_check, teacher_lengths
 from trainer.loops import Loops, Observer, first_error
 from trainer.manifest import TrainingState
 from trainer.protocols import Session
@@ -40,7 +38,6 @@ from trainer.threads import in_thread
 from trainer.types import BlockRef, Cursor, EncodingSpec, Evaluation, Prompt, Sequence, SoftLabelBlock, Unit
 
 HIDDEN = EncodingSpec(kind="hidden")
-CHECK_TOKENS = 512  # tokens of real text in the label self-test
 MAX_FAILED_SAVES = 3
 
 
@@ -163,19 +160,19 @@ class Controller:
         failed = [f"{result.name}: {result.numbers}" for result in results if not result.passed]
         if failed:
             raise SelfTestError(
-                "the start-up self-test failed on this machine, so training would learn from wrong numbers:\n  "
+                "the start-up self-test failed, so training would learn from wrong numbers:\n  "
                 + "\n  ".join(failed)
-                + "\n--skip-self-test trains all the same, and the report says so"
+                + "\nEither this machine computes wrongly (a driver, a kernel, an interconnect), or the model's code "
+                "does what is not covered here. --skip-self-test trains all the same, and the report says so"
             )
 
     async def _check_labels(self) -> tuple[LabelCheck, ...]:
-        chosen: list[Sequence] = []
-        for sequence in self._job.samples or self._job.evaluation:
-            if sum(s.num_tokens for s in chosen) + sequence.num_tokens <= CHECK_TOKENS or not chosen:
-                chosen.append(sequence)
-        if not chosen:
+        run = self._job.run
+        lengths = await asyncio.to_thread(teacher_lengths, run.teacher.model)
+        plan = plan_check(self._job.samples or self._job.evaluation, lengths=lengths, max_length=run.data.max_length)
+        if plan is None:
             return (LabelCheck("labels", True, "no row with an answer to check on"),)
-        unit = Unit(id="self-test", sequences=tuple(chosen))
+        unit = plan.unit
         (_, hidden), (_, labels) = await asyncio.gather(
             self._session.scorers.score(unit, HIDDEN), self._session.scorers.score(unit, self._checked_encoding())
         )
@@ -187,6 +184,7 @@ class Controller:
             teacher_head=head,
             dtype=self._teacher_dtype,
             reference_logits=logits,
+            note=plan.note,
         )
 
     def _checked_encoding(self) -> EncodingSpec:
@@ -231,7 +229,6 @@ class Controller:
         if self._evaluation_units and not (when == "after" and self.final_evaluation is not None):
             evaluation = await self._session.students.evaluate(step)
             self._observer.evaluation(evaluation)
-            self._refuse_broken(evaluation, trained=when == "after")
             self._on_evaluation(when, evaluation)
         elif self.final_evaluation is not None:
             self._on_evaluation(when, self.final_evaluation)
@@ -244,23 +241,6 @@ class Controller:
                 stop_ids=self._job.inputs.stop_ids,
             )
             self._on_generation(when, rows, texts)
-
-    def _refuse_broken(self, evaluation: Evaluation, *, trained: bool) -> None:
-        if math.isfinite(evaluation.forward_kl):
-            return
-        if trained:
-            raise Diverged(
-                f"the held-out KL of the student as it was saved after step {evaluation.step} is "
-                f"{evaluation.forward_kl}: it is broken, and not exported. Without that checkpoint in "
-                f"{self._job.folder.checkpoints} the same command goes on from the one before, if there is one. Lower "
-                "optimizer.learning_rate, in a run of another name"
-            )
-        raise ConfigError(
-            f"the held-out KL is {evaluation.forward_kl} before the first step (perplexity of the student "
-            f"{evaluation.perplexity}, of the teacher {evaluation.teacher_perplexity}): the weights of "
-            "student.model or teacher.model hold NaN or infinity, or overflow in their dtype; name others, or another "
-            "dtype"
-        )
 
     async def _ask_teacher(self) -> None:
         """The teacher's own answers to the prompts of the report, by its writers where there are any. A run does not
@@ -316,14 +296,7 @@ class Controller:
     async def _conclude(self) -> None:
         self._on_phase("generating after training, exporting the student")
         await self._look("after", self._job.loop.total_steps)
-        try:
-            await self._session.students.export(self._job.folder.student)
-        except Diverged as error:
-            raise Diverged(
-                f"{error}. The checkpoint of step {self._job.loop.total_steps} in {self._job.folder.checkpoints} holds "
-                "them too: without it the same command goes on from the one before, if there is one. Lower "
-                "optimizer.learning_rate, in a run of another name"
-            ) from None
+        await self._session.students.export(self._job.folder.student)
 
     async def _recover(self, lost: StudentsLost, setbacks: Setbacks, *, at_step: int, start: Cursor) -> int:
         """Restart the group until it stands, as often as the policy allows: the next node may die as well.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from trainer.attention import DECODING
+from trainer.attention import DECODING, Borders
 from trainer.collectives import from_first_rank
 from trainer.heads import Head
 from trainer.models import StudentModule
@@ -50,9 +50,8 @@ def generate(
     try:
         while True:
             last = torch.arange(1, len(prompts) + 1, device=device) * tokens.shape[1] - 1
-            (following,) = forward(
-                tokens, positions, last, choose, past_key_values=cache, left_padding=padding, row_length=row_length
-            )
+            borders = Borders(left_padding=padding, row_length=row_length)
+            (following,) = forward(tokens, positions, last, choose, past_key_values=cache, borders=borders)
             chosen.append(from_first_rank(following))
             done |= torch.isin(following, stops)
             if len(chosen) == max_new_tokens or bool(done.all()):

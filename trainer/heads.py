@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from trainer.errors import foreign_errors
 from trainer.matmul import matmul_nt, whole_rows
 
 
@@ -40,6 +41,17 @@ class HeadShape:
         if self.soft_cap is not None:
             logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
         return logits
+
+
+def head_width(config: Any, *, trust_remote_code: bool = False) -> int:
+    """H of the hidden states that the head of a model with this transformers config reads. Of most models it is
+    `hidden_size`; OPT-350m projects its hidden states to half of it before."""
+    from transformers import AutoModelForCausalLM
+
+    doing = f"transformers cannot build a {config.model_type} from its configuration"
+    with foreign_errors(doing), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model.get_output_embeddings().weight.shape[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from configs.schema import ModelSource, Run
 from trainer.chat import Template
 from trainer.errors import ConfigError, DataError
 from trainer.generation_settings import end_ids
+from trainer.heads import head_width
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.loops import LoopSettings
 from trainer.manifest import TrainingState
@@ -233,4 +234,6 @@ def label_bytes_per_row(run: Run, inputs: Inputs, *, teacher_dtype: str) -> int:
 
 
 def hidden_size_of(source: ModelSource) -> int:
-    return load_config(source, role="teacher.model").get_text_config().hidden_size
+    """Width of the hidden states that the teacher's head reads."""
+    config = load_config(source, role="teacher.model")
+    return head_width(config, trust_remote_code=source.trust_remote_code)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from configs.schema import LoRA, ModelSource
-from trainer.attention import IMPLEMENTATIONS
+from trainer.attention import IMPLEMENTATIONS, ONE_A_ROW, Borders, told
 from trainer.errors import ConfigError
 from trainer.heads import Head, HeadShape
 
@@ -58,17 +58,21 @@ class StudentModule(torch.nn.Module):
         position_ids: torch.Tensor,
         rows: torch.Tensor,
         head_call: HeadCall | None,
+        *,
+        borders: Borders = ONE_A_ROW,
         **arguments: Any,
     ) -> tuple[torch.Tensor, ...]:
         """`head_call` on the hidden states of `rows` [n], indices into the flattened token_ids [B, T].
 
-        `arguments` go to the base model: `border_arguments` of a packed row, or a KV cache (`past_key_values`). Without
-        a `head_call` the answer is transformers' own logits [n, >= V], computed whole: for comparison.
+        `arguments` go to the base model: those of `border_arguments` that are not `borders`, or a KV cache
+        (`past_key_values`). Without a `head_call` the answer is transformers' own logits [n, >= V] of one sequence: for
+        comparison.
         """
         arguments |= {"position_ids": position_ids, "use_cache": "past_key_values" in arguments}
-        if head_call is None:
-            return (self.causal(input_ids=token_ids, **arguments).logits.flatten(0, 1)[rows],)
-        hidden = self.causal.base_model(input_ids=token_ids, **arguments).last_hidden_state
+        with told(borders):
+            if head_call is None:
+                return (self.causal(input_ids=token_ids, logits_to_keep=rows, **arguments).logits.flatten(0, 1),)
+            hidden = self.causal.base_model(input_ids=token_ids, **arguments).last_hidden_state
         return self.causal.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, rows), head_call)
 
 

@@ -1,19 +1,21 @@
 """Start-up self-tests of a student rank on the user's own devices, each with the numbers that decided it.
 
 What is tested is what kernels, drivers and interconnects can break: attention over packed sequences, the loss kernel,
-the head, a sum over ranks. They run on a few random tokens and the student's real weights, in seconds.
+the head, a sum over ranks. They run on a few random tokens and the student's real weights, in seconds. Where the
+student computes otherwise beyond some length that the data reaches, a window for example, one sequence is longer.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
-from trainer.attention import border_arguments
+from trainer.attention import REFERENCE, border_arguments
+from trainer.attention_choice import lengths_to_cross
 from trainer.collectives import add_up, gather_objects
 from trainer.heads import Head, HeadShape
 from trainer.labels.encoding import Encoding
@@ -21,8 +23,13 @@ from trainer.losses.fused import head_loss
 from trainer.losses.objective import Objective
 from trainer.models import StudentModule
 
-LENGTHS = (37, 24)  # of the two packed sequences
+LENGTHS = (37, 24)  # of the packed sequences, a long one between them where there is a length to cross
+LONGEST = 8192 + 32
+"""Tokens of the long one at most: its cost is that of a training step with such a row."""
+
 ROWS = 64
+_BEYOND = 32  # tokens after a length that is crossed
+_BEFORE = 4
 LOSS_VOCABULARY = 4096  # at most: the plain formula needs its own copies of this many rows of the head
 
 KL_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # mean nats between two runs that should be equal
@@ -51,6 +58,8 @@ class Subject:
     chunk_rows: int
     dtype: torch.dtype
     device: torch.device
+    max_length: int  # of the run's rows
+    lengths: tuple[int, ...] = ()  # ascending; beyond them the student computes otherwise (`changing_lengths`)
 
 
 @torch.no_grad()
@@ -74,26 +83,46 @@ def _first_failure(ranks: tuple[SelfTestResult, ...]) -> SelfTestResult:
 
 
 def _packing(subject: Subject) -> SelfTestResult:
-    """Two packed sequences against the same two alone, by transformers' own eager attention."""
-    tokens = _random_tokens(subject, sum(LENGTHS))
-    offsets = (0, LENGTHS[0], sum(LENGTHS))
-    packed = _own_logits(subject, tokens, offsets)
-    separate = torch.cat([_eager_logits(subject, tokens[start:stop]) for start, stop in pairwise(offsets)])
-    mixed = _own_logits(subject, tokens, (0, sum(LENGTHS)))
-    kl, limit = _mean_kl(separate, packed), KL_LIMIT[subject.dtype]
+    """Packed sequences against the same alone, by transformers' own eager attention."""
+    crossed, beyond = lengths_to_cross(subject.lengths, max_length=subject.max_length, longest_row=LONGEST)
+    long = min(subject.max_length, crossed[-1] + _BEYOND) if crossed else 0
+    first, last = LENGTHS
+    lengths = [first, long, last] if long else [first, last]
+    offsets = tuple(accumulate(lengths, initial=0))
+    tokens = _random_tokens(subject, offsets[-1])
+    rows = [_rows_of(length, crossed) for length in lengths]
+    packed = _own_logits(
+        subject, tokens, offsets, torch.cat([r + start for r, start in zip(rows, offsets, strict=False)])
+    )
+    pieces = tokens.split(lengths)
+    separate = torch.cat([_eager_logits(subject, piece, r) for piece, r in zip(pieces, rows, strict=True)])
+    kl, limit = _largest_mean_kl(separate, packed, [len(r) for r in rows]), KL_LIMIT[subject.dtype]
+    mixed = _own_logits(subject, torch.cat([pieces[0], pieces[-1]]), (0, first + last))
+    ends = torch.cat([separate[:first], separate[-last:]])
     return SelfTestResult(
         name=f"packing ({subject.attention})",
         passed=kl <= limit,
         numbers=f"packed against separate sequences: mean KL {kl:.1e} nats (limit {limit:.0e}), largest difference "
-        f"{_largest(packed - separate):.1e}; without borders {_mean_kl(separate, mixed):.1e}",
+        f"{_largest(packed - separate):.1e}; without borders {_mean_kl(ends, mixed):.1e}"
+        + (f"; a sequence of {long} tokens crosses {', '.join(map(str, crossed))}" if crossed else "")
+        + (f"; not tested: sequences of more than {', '.join(map(str, beyond))} tokens" if beyond else ""),
     )
+
+
+def _rows_of(length: int, crossed: Sequence[int]) -> torch.Tensor:
+    """The rows of a sequence that are compared: all of a short one, of a long one those around each length and the
+    last."""
+    if length <= max(LENGTHS):
+        return torch.arange(length)
+    near = {row for border in crossed for row in range(border - _BEFORE, min(length, border + _BEYOND))}
+    return torch.tensor(sorted(near | set(range(length - _BEYOND, length))))
 
 
 def _logits(subject: Subject) -> SelfTestResult:
     """The head as the loss computes it against `model(...).logits`, on one sequence."""
     tokens = _random_tokens(subject, LENGTHS[1])
     ours = _own_logits(subject, tokens, (0, len(tokens)))
-    theirs = _eager_logits(subject, tokens)
+    theirs = _eager_logits(subject, tokens, torch.arange(len(tokens)))
     kl, limit = _mean_kl(theirs, ours), KL_LIMIT[subject.dtype]
     return SelfTestResult(
         name="student logits",
@@ -188,28 +217,36 @@ def _random_tokens(subject: Subject, length: int) -> torch.Tensor:
     return torch.randint(subject.vocabulary_size, (length,)).to(subject.device)
 
 
-def _own_logits(subject: Subject, tokens: torch.Tensor, offsets: tuple[int, ...]) -> torch.Tensor:
-    """float32 [T, V] by the attention in use and the head as the loss computes it."""
+def _own_logits(
+    subject: Subject, tokens: torch.Tensor, offsets: tuple[int, ...], rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """float32 [n, V] of these rows, of all where none are named, by the attention in use and the head as the loss
+    computes it."""
 
     def logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor]:
         return (Head(weight, bias, subject.module.head_shape, subject.vocabulary_size).logits(hidden),)
 
     positions = torch.cat([torch.arange(stop - start) for start, stop in pairwise(offsets)]).to(subject.device)
-    rows = torch.arange(len(tokens), device=subject.device)
+    rows = (torch.arange(len(tokens)) if rows is None else rows).to(subject.device)
     borders = border_arguments(subject.attention, offsets, subject.device)
     return subject.forward(tokens[None], positions[None], rows, logits, **borders)[0]
 
 
-def _eager_logits(subject: Subject, tokens: torch.Tensor) -> torch.Tensor:
-    """float32 [T, V]: `model(...).logits` of one sequence, by transformers' eager attention."""
+def _eager_logits(subject: Subject, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """float32 [n, V]: `model(...).logits` of these rows of one sequence, by transformers' eager attention."""
     config = subject.module.config
-    used, config._attn_implementation = config._attn_implementation, "eager"
+    used, config._attn_implementation = config._attn_implementation, REFERENCE
     try:
-        rows = torch.arange(len(tokens), device=subject.device)
-        (logits,) = subject.forward(tokens[None], rows[None], rows, None)
+        positions = torch.arange(len(tokens), device=subject.device)
+        (logits,) = subject.forward(tokens[None], positions[None], rows.to(subject.device), None)
     finally:
         config._attn_implementation = used
     return logits[:, : subject.vocabulary_size].float()
+
+
+def _largest_mean_kl(first: torch.Tensor, second: torch.Tensor, counts: list[int]) -> float:
+    """Of the sequences' means the largest: what is wrong in one must not disappear among the others."""
+    return max(_mean_kl(p, q) for p, q in zip(first.split(counts), second.split(counts), strict=True))
 
 
 def _mean_kl(first: torch.Tensor, second: torch.Tensor) -> float:

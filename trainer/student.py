@@ -24,7 +24,8 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from configs.schema import Run
-from trainer.attention import border_arguments, choose_attention
+from trainer.attention import border_arguments
+from trainer.attention_choice import changing_lengths, choose_attention
 from trainer.collectives import gather_numbers, gather_objects
 from trainer.errors import ConfigError
 from trainer.generate import generate
@@ -91,7 +92,14 @@ class StudentRank:
         student = self._run.student
         config = load_config(student.model, role="student.model")
         self._attention = choose_attention(
-            self._plan.attention, device_type=self._plan.device_type, dtype=self._plan.dtype, config=config
+            self._plan.attention,
+            device_type=self._plan.device_type,
+            dtype=self._plan.dtype,
+            config=config,
+            trust_remote_code=student.model.trust_remote_code,
+        )
+        self._lengths = changing_lengths(
+            config, role="student.model", trust_remote_code=student.model.trust_remote_code
         )
         torch.manual_seed(self._run.seed)  # adapters start equal on all ranks
         self._module = load_student(
@@ -290,6 +298,8 @@ class StudentRank:
             chunk_rows=self._run.student.loss_chunk_rows,
             dtype=self._dtype,
             device=self._device,
+            max_length=self._run.data.max_length,
+            lengths=self._lengths,
         )
         return run_self_tests(subject)
 

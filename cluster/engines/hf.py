@@ -30,6 +30,7 @@ from cluster.engines.units import (
     tokens_to_read,
     unit_report,
 )
+from trainer.attention import REFERENCE
 from trainer.errors import ConfigError, DeadlineExceeded
 from trainer.labels.encoding import Column, Encoding, load_encoding, pack_rows
 from trainer.types import EncodingSpec, Prompt, Sequence, SoftLabelBlock, Unit, UnitReport
@@ -82,7 +83,7 @@ def load_model(plan: EnginePlan) -> PreTrainedModel:
             "and would read its weights as they lie there; choose an unquantised teacher, or engine: {kind: vllm}"
         )
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-        model.set_attn_implementation("eager")  # the only one that soft-caps attention scores
+        model.set_attn_implementation(REFERENCE)  # eager: the only one that soft-caps attention scores
     with start_errors(f"the teacher {plan.model} cannot be moved to the device"):
         model = model.to(torch.device(plan.device_type))
     return model.eval().requires_grad_(False)
@@ -154,7 +155,7 @@ class HfScorer:
         self._plan = plan
         self._model = model
         self._loop = SequenceLoop(name)
-        self._shape = teacher_shape(plan, model.config.get_text_config().hidden_size)
+        self._shape = teacher_shape(plan, model.get_output_embeddings().weight.shape[1])
 
     async def score(
         self, unit: Unit, encoding: EncodingSpec, *, deadline_s: float

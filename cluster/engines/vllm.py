@@ -29,6 +29,7 @@ from cluster.engines.units import (
 )
 from cluster.engines.vllm_loop import EngineLoop, Request
 from trainer.errors import ConfigError, InfrastructureError
+from trainer.heads import head_width
 from trainer.labels.encoding import load_encoding
 from trainer.types import EncodingSpec, Prompt, Sequence, SoftLabelBlock, Unit, UnitReport
 
@@ -152,8 +153,9 @@ class Engine:
 
     def start_scorer(self, plan: EnginePlan, name: str) -> VllmScorer:
         """Load the model's pooling twin; returns when it can score. `name` is the replica's, for messages."""
-        with teacher_architecture(plan):
-            return VllmScorer(plan, EngineLoop(lambda: build_engine(plan), name=name))
+        with teacher_architecture(plan) as config:
+            width = head_width(config, trust_remote_code=plan.trust_remote_code)
+            return VllmScorer(plan, EngineLoop(lambda: build_engine(plan), name=name), hidden_size=width)
 
     def start_writer(self, plan: EnginePlan, name: str) -> VllmWriter:
         """Load the model for generation; returns when it can write."""
@@ -164,8 +166,9 @@ class Engine:
 
 
 @contextmanager
-def teacher_architecture(plan: EnginePlan) -> Iterator[None]:
-    """Tell the vLLM plug-in of this process, and of the workers it starts, whose twin to make."""
+def teacher_architecture(plan: EnginePlan) -> Iterator[Any]:
+    """Tell the vLLM plug-in of this process, and of the workers it starts, whose twin to make. Yields the teacher's
+    transformers config."""
     from transformers import AutoConfig
 
     with start_errors(f"the engine cannot read the configuration of {plan.model}"):
@@ -182,7 +185,7 @@ def teacher_architecture(plan: EnginePlan) -> Iterator[None]:
         # vLLM runs its plug-ins once per process: this covers a second engine of another architecture.
         with start_errors(f"vLLM has no usable model for {config.architectures[0]} of {plan.model}"):
             vllm_labels.register()
-        yield
+        yield config
     finally:
         del os.environ[vllm_labels.ARCHITECTURE_VARIABLE]
 
@@ -208,9 +211,10 @@ def build_engine(plan: EnginePlan) -> LLMEngine:
 class VllmScorer:
     """`ScoringEngine` (trainer/protocols.py)."""
 
-    def __init__(self, plan: EnginePlan, loop: EngineLoop) -> None:
+    def __init__(self, plan: EnginePlan, loop: EngineLoop, *, hidden_size: int) -> None:
         self._plan = plan
         self._loop = loop
+        self._hidden_size = hidden_size
 
     async def score(
         self, unit: Unit, encoding: EncodingSpec, *, deadline_s: float
@@ -226,7 +230,7 @@ class VllmScorer:
             num_rows=unit.num_rows,
             deadline_s=deadline_s,
         )
-        layout = made.layout(teacher_shape(plan, self._loop.hidden_size))
+        layout = made.layout(teacher_shape(plan, self._hidden_size))
         packed = [output.outputs.data.numpy() for output in finished.outputs]
         block = label_block(unit, packed, plan=plan, spec=encoding, layout=layout)
         report = unit_report(

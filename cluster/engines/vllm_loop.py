@@ -92,8 +92,7 @@ class EngineLoop:
         """Returns when the engine is ready; raises what `build` raised."""
         self.name = name
         self.statistics = EngineStatistics(0, 0, 0, 0, 0.0, 0.0, 0)
-        self.hidden_size = 0  # H of the model, known once it is loaded, as is the next
-        self.padded_vocabulary_size = 0
+        self.padded_vocabulary_size = 0  # known once the model is loaded
         self._build = build
         self._commands: queue.SimpleQueue[Submit | Abort | Stop] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
@@ -148,7 +147,6 @@ class EngineLoop:
     def _main(self) -> None:
         try:
             engine = self._build()
-            self.hidden_size = engine.model_config.get_hidden_size()
             self.padded_vocabulary_size = engine.model_config.get_vocab_size()
         finally:
             self._ready.put(sys.exception())  # None where it went well

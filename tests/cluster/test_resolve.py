@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig
 
 from cluster.groups import Group
 from cluster.hardware import Hardware
@@ -328,6 +328,24 @@ def test_the_line_between_splits_is_that_of_vllm() -> None:
             else:
                 with pytest.raises(ConfigError):
                     check_split(run, config)
+
+
+def test_vllm_is_not_told_of_a_window_that_the_teachers_architecture_ignores() -> None:
+    ignored = resolved(make_run(), "8xH100", teacher_config=LlamaConfig(**ONE_B, sliding_window=64))
+    assert ignored.scorer.arguments["hf_overrides"] == {"head_dtype": "model", "sliding_window": None}
+    assert "teacher: attends without a window: llama has none" in "\n".join(ignored.reasons)
+    used = resolved(make_run(), "8xH100", teacher_config=MistralConfig(**ONE_B, sliding_window=64))
+    assert used.scorer.arguments["hf_overrides"] == {"head_dtype": "model"}
+
+
+def test_a_teacher_whose_rotation_changes_within_the_rows_is_refused_for_vllm_alone() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    config = LlamaConfig(**ONE_B, max_position_embeddings=1000, rope_parameters=rope)
+    with pytest.raises(ConfigError, match=r"data.max_length: 1001 .* teacher's rotary embedding \(dynamic\).*vLLM"):
+        resolved(make_run(data__max_length=1001), "8xH100", teacher_config=config)
+    resolved(make_run(data__max_length=1000), "8xH100", teacher_config=config)
+    hf = make_run(data__max_length=1001, teacher__scorer={"engine": {"kind": "hf"}})
+    resolved(hf, "8xH100", teacher_config=config)
 
 
 def test_a_placement_of_the_configuration_reaches_every_role() -> None:

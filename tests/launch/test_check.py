@@ -9,6 +9,7 @@ from pathlib import Path
 
 import peft
 import pytest
+from architectures import architecture_folder, long_rope
 from tiny_models import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -84,6 +85,33 @@ def test_answers_behind_a_hundred_prompts_are_seen(make: Make) -> None:
     said = only_problem(make(*rows), "data.evaluation=null").text
     assert "100 of 120 rows cannot be used" in said
     assert "rows.jsonl:1: completion: is missing" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("mamba", {}, "student.model: MambaForCausalLM does not let others compute its attention"),
+        ("gpt_oss", {}, "student.model: gpt_oss uses s_aux; packed training covers causal attention"),
+        (
+            "phi3",
+            long_rope(200),
+            "data.max_length: 256 is over the 200 positions after which the student's rotary embedding (longrope)",
+        ),
+    ],
+)
+def test_a_student_whose_sequences_cannot_be_packed_is_refused(
+    make: Make, tmp_path: Path, name: str, changes: dict, said: str
+) -> None:
+    student = architecture_folder(tmp_path / "student", name, **changes)
+    assert said in "\n".join(finding.text for finding in problems(make(student=student)))
+
+
+def test_a_teacher_that_vllm_would_rotate_otherwise_is_refused(make: Make, tmp_path: Path) -> None:
+    file = make(teacher=architecture_folder(tmp_path / "teacher", "phi3", **long_rope(200)))
+    assert not problems(file)
+    said = only_problem(file, "teacher.scorer.engine=vllm").text
+    assert "data.max_length: 256 is over the 200 positions after which the teacher's rotary embedding" in said
+    assert not problems(file, "teacher.scorer.engine=vllm", "data.max_length=200")
 
 
 def loaded(file: Path, *overrides: str) -> Run:

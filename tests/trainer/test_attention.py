@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architectures import architecture_config
 from tiny_models import FAMILIES, tiny_model
 
-from trainer.attention import IMPLEMENTATIONS, border_arguments, choose_attention, refuse_length_dependent_rope
+from trainer.attention import IMPLEMENTATIONS, border_arguments, told
+from trainer.attention_choice import choose_attention, refuse_unpackable
 from trainer.errors import ConfigError
 
+REFUSED = {
+    "mamba": "MambaForCausalLM does not let others compute its attention",
+    "lfm2": "lfm2 uses conv; packed training covers causal attention",
+    "gpt_oss": "gpt_oss uses s_aux",
+    "llama4_text": "masked by chunked_overlay",
+    "deepseek_v32": "not of the kind that transformers lets others compute",
+}
 LENGTHS = (70, 1, 9, 90)  # two of them longer than gemma2's sliding window of 64
 
 
@@ -21,10 +30,8 @@ def _packed_logits(model: torch.nn.Module, sequences: list[torch.Tensor], name: 
     model.config._attn_implementation = IMPLEMENTATIONS[name]
     offsets = [0, *torch.tensor([len(s) for s in sequences]).cumsum(0).tolist()]
     positions = torch.cat([torch.arange(len(s)) for s in sequences])
-    arguments = border_arguments(name, offsets, torch.device("cpu"))
-    return model(
-        input_ids=torch.cat(sequences)[None], position_ids=positions[None], use_cache=False, **arguments
-    ).logits[0]
+    with told(**border_arguments(name, offsets, torch.device("cpu"))):
+        return model(input_ids=torch.cat(sequences)[None], position_ids=positions[None], use_cache=False).logits[0]
 
 
 def _separate_logits(model: torch.nn.Module, sequences: list[torch.Tensor]) -> torch.Tensor:
@@ -69,8 +76,7 @@ def test_without_borders_the_sequences_would_mix() -> None:
 def test_without_its_window_a_sliding_layer_would_differ() -> None:
     model, sequences = tiny_model("gemma2"), _sequences()
     separate = _separate_logits(model, sequences)
-    for layer in model.model.layers:
-        layer.self_attn.sliding_window = None
+    model.config.sliding_window = 1000
     assert (_packed_logits(model, sequences) - separate).abs().max() > 1e-2
 
 
@@ -120,11 +126,22 @@ def test_a_kernel_that_does_not_fit_is_refused_with_the_reason(requested: str, c
         _choose(requested, **changes)
 
 
+def test_a_gpu_kernel_is_chosen_by_the_widths_that_layers_ask_for() -> None:
+    def choose(name: str, requested: str = "auto") -> str:
+        config = architecture_config(name)
+        return choose_attention(requested, device_type="cuda", dtype="bfloat16", config=config)
+
+    assert choose("gemma4_text") == "sdpa"  # heads of 256 and 512 dimensions
+    assert choose("deepseek_v3") == "sdpa"  # keys of 16, values of 8
+    assert choose("llama") == choose("olmo") == choose("opt") == "varlen"
+    with pytest.raises(ConfigError, match=r"varlen: its heads may have 256 dimensions, this model's have 512"):
+        choose("gemma4_text", "varlen")
+
+
 def test_attention_that_packing_does_not_cover_is_refused() -> None:
-    config = tiny_model("llama").config
-    config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.raises(ConfigError, match="linear_attention"):
-        choose_attention("auto", device_type="cpu", dtype="float32", config=config)
+    for name, words in REFUSED.items():
+        with pytest.raises(ConfigError, match=words):
+            choose_attention("auto", device_type="cpu", dtype="float32", config=architecture_config(name))
     model = tiny_model("llama")
     model.config._attn_implementation = IMPLEMENTATIONS["sdpa"]
     with pytest.raises(ConfigError, match="s_aux"):
@@ -135,15 +152,14 @@ def test_attention_that_packing_does_not_cover_is_refused() -> None:
 def test_without_the_window_of_its_configuration_a_layer_that_does_not_name_it_would_differ(family: str) -> None:
     model, sequences = tiny_model(family), _sequences()
     separate = _separate_logits(model, sequences)
-    model.config.sliding_window = None
+    model.config.sliding_window = 1000
     assert (_packed_logits(model, sequences) - separate).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
-def test_a_rotation_that_depends_on_the_longest_position_of_a_packed_row_is_refused(kind: str) -> None:
+def test_a_rotation_that_depends_on_the_longest_position_of_a_packed_row_is_refused() -> None:
     config = tiny_model("llama").config
-    refuse_length_dependent_rope(config, max_length=10_000)
-    config.rope_parameters = {"rope_type": kind, "original_max_position_embeddings": 50}
-    refuse_length_dependent_rope(config, max_length=50)
-    with pytest.raises(ConfigError, match=f"data.max_length: 51.*50 positions.*{kind}"):
-        refuse_length_dependent_rope(config, max_length=51)
+    refuse_unpackable(config, max_length=10_000)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    refuse_unpackable(config, max_length=512)
+    with pytest.raises(ConfigError, match=r"data.max_length: 513 is over the 512 positions .*student.*\(dynamic\)"):
+        refuse_unpackable(config, max_length=513)

@@ -47,5 +47,17 @@ def test_a_layer_with_bias_and_a_frozen_weight() -> None:
     assert torch.equal(layer[0].bias.grad, torch.full((24,), 80.0))
 
 
+@pytest.mark.parametrize("rows", [40, 64])  # with rows of padding, and without
+def test_what_a_layer_returns_may_be_changed_in_place(rows: int) -> None:
+    plain = torch.nn.Sequential(torch.nn.Linear(16, 24, bias=False))
+    fast = copy.deepcopy(plain)
+    use_fast_products(fast, device=HOST, dtype=torch.float32)
+    inputs = torch.randn(1, rows, 16)
+    for layer in (plain, fast):
+        outputs = layer(inputs).clamp_(min=-0.5, max=0.5)  # as OLMo's clip_qkv does
+        outputs.square().sum().backward()
+    torch.testing.assert_close(fast[0].weight.grad, plain[0].weight.grad)
+
+
 def test_other_dtypes_keep_their_own_product() -> None:
     assert use_fast_products(tiny_model(dtype=torch.bfloat16).model, device=HOST, dtype=torch.bfloat16) == 0

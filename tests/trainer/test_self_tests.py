@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import WINDOW, architecture_config, architecture_model
 from tiny_models import tiny_model
 from torch import distributed
 
@@ -48,6 +49,7 @@ def _subject(**changes: Any) -> Subject:
         chunk_rows=512,
         dtype=torch.float32,
         device=torch.device("cpu"),
+        max_length=128,
     )
     return dataclasses.replace(subject, **changes)
 
@@ -66,10 +68,44 @@ def test_all_pass_on_a_sound_student(encoding: Any) -> None:
 def test_attention_that_ignores_borders_fails_packing_alone() -> None:
     subject = _subject()
 
-    def leaking(*args: Any, sequence_offsets: Any = None, **arguments: Any) -> Any:
+    def leaking(*args: Any, borders: Any = None, **arguments: Any) -> Any:
         return subject.module(*args, **arguments)
 
     assert _failed(dataclasses.replace(subject, forward=leaking)) == ["packing (sdpa)"]
+
+
+def _windowed() -> torch.nn.Module:
+    causal = architecture_model(architecture_config("mistral"))
+    causal.config._attn_implementation = IMPLEMENTATIONS["sdpa"]
+    return StudentModule(causal)
+
+
+@pytest.mark.parametrize("lengths", [(WINDOW,), (WINDOW, 60)])
+def test_a_window_that_the_packed_attention_loses_fails_packing_alone(lengths: tuple[int, ...]) -> None:
+    module = _windowed()
+    sound = _subject(module=module, forward=module, lengths=lengths)
+    (packing, *_) = results = run_self_tests(sound)
+    assert all(result.passed for result in results), results
+    assert f"a sequence of {lengths[-1] + 32} tokens crosses {', '.join(map(str, lengths))}" in packing.numbers
+
+    def without_window(*args: Any, borders: Any = None, **arguments: Any) -> Any:
+        if borders is None:
+            return module(*args, **arguments)
+        module.config.sliding_window = 10_000
+        try:
+            return module(*args, borders=borders, **arguments)
+        finally:
+            module.config.sliding_window = WINDOW
+
+    assert _failed(dataclasses.replace(sound, forward=without_window)) == ["packing (sdpa)"]
+
+
+def test_lengths_that_no_row_reaches_or_that_are_too_long_to_test_are_not_crossed() -> None:
+    module = _windowed()
+    (packing, *_) = run_self_tests(_subject(module=module, forward=module, lengths=(127, 100_000)))
+    assert "crosses" not in packing.numbers
+    (packing, *_) = run_self_tests(_subject(module=module, forward=module, lengths=(10_000,), max_length=100_000))
+    assert packing.numbers.endswith("; not tested: sequences of more than 10000 tokens")
 
 
 def test_a_head_that_is_read_wrongly_fails() -> None:
