@@ -171,6 +171,8 @@ def _model(
         where = find_model(source, path_name=place, needs_weights=needs_weights)
         if where == "folder" and role == "teacher":
             refuse_pattern(place, Path(source.path).expanduser(), reader="vLLM")
+            if source.local_copy is not None:
+                refuse_pattern("teacher.model.local_copy", source.local_copy.expanduser(), reader="vLLM")
         lora = run.student.lora if role == "student" else None
         facts[role] = read_facts(source, path_name=place, lora=lora)
         longest = facts[role].max_length

@@ -13,9 +13,13 @@ from configs.schema import Data, Dataset
 from trainer.chat import Template, TooManyTokens
 from trainer.errors import ConfigError, DataError
 from trainer.row_files import BadRow
-from trainer.rows import ChatRow, CorpusRow, Row, Rows, preview
+from trainer.rows import ChatRow, CorpusRow, Row, Rows, preview, texts_of
 from trainer.types import Prompt
 from trainer.vocab import SharedVocabulary
+
+MAX_CHARACTERS = 256
+"""For each token that is allowed. No text has tokens of that length on average: a row of more is too long, and need not
+be tokenised to know it, which takes seconds and gigabytes for the longest lines."""
 
 
 class TooLong(BadRow):
@@ -60,6 +64,9 @@ class PromptReader:
         that fits no row."""
         origin = self.rows.raw.origin(row)
         parsed = self.rows.read(row, needs_answer=self.needs_answer)
+        num_characters = sum(len(text) for _, text in texts_of(parsed))
+        if num_characters > MAX_CHARACTERS * self.data.max_length and self.data.on_too_long != "truncate":
+            raise self._too_long(origin, f"{num_characters} characters")
         try:
             ids, mask = self._tokenise(self._without_control(parsed))
         except TooManyTokens as error:

@@ -70,6 +70,10 @@ def open_raw_rows(dataset: Dataset) -> RawRows:
     with foreign_errors(f"cannot look at the dataset {dataset.path!r}"):
         path = expand_home(dataset.path)
         is_file, is_folder, exists = path.is_file(), path.is_dir(), path.exists()
+    if (is_file or is_folder) and dataset.revision is not None:
+        raise ConfigError(
+            f"the dataset {dataset.path} lies here and has no revisions: remove revision: {dataset.revision}"
+        )
     if is_file:
         rows = _open_file(path, dataset)
     elif is_folder:
@@ -216,6 +220,8 @@ def _load_folder(path: Path, dataset: Dataset) -> Any:
     with foreign_errors(f"cannot read the dataset {dataset.path}", error=DataError, hint=hint):
         loaded = datasets.load_from_disk(str(path))
     if isinstance(loaded, datasets.Dataset):
+        if dataset.split not in ("train", str(loaded.split)):
+            raise ConfigError(f"{dataset.path} is one table without splits: remove split: {dataset.split}")
         return loaded
     if dataset.split not in loaded:
         raise ConfigError(f"{dataset.path} has no split {dataset.split}: write one of {', '.join(loaded)}")

@@ -39,6 +39,9 @@ _AUTO: Mapping[str, RowFormat] = {"messages": "messages", "prompt": "prompt_comp
 """The field that tells a row's format, in the order in which `auto` looks: a row with messages and a prompt is read by
 its messages."""
 
+MAX_TURNS = 100_000
+"""Of a conversation: more are a file in the wrong format."""
+
 _SEARCHED_ROWS = 10_000
 _SHOWN_FIELDS = 12
 
@@ -74,6 +77,21 @@ class CorpusRow:
 
 
 Row = ChatRow | TextRow | CorpusRow
+
+
+def texts_of(row: Row) -> list[tuple[str, str]]:
+    """(field, text) of everything in a row that becomes text."""
+    match row:
+        case CorpusRow():
+            return [("text", row.text)]
+        case TextRow():
+            return [("prompt", row.prompt), ("completion", row.completion or "")]
+    return [
+        (f"messages[{index}].{key}", value)
+        for index, message in enumerate(row.messages)
+        for key, value in message.items()
+        if isinstance(value, str) and key != "role"
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +172,10 @@ def parse_row(value: Mapping[str, Any], *, row_format: RowFormat, needs_answer: 
     """A validated row. Raises `RowProblem`."""
     refuse_row_fields(value, chat=row_format != "text")
     for field in ("messages", "prompt", "completion", "text"):
+        if isinstance(value.get(field), list) and len(value[field]) > MAX_TURNS:
+            raise RowProblem(
+                f"{field}: has {len(value[field])} turns, the limit is {MAX_TURNS}; split the conversation"
+            )
         _refuse_surrogates(field, value.get(field))
     if row_format == "text":
         return CorpusRow(_text("text", _validate(_TextFields, value).text))
@@ -276,7 +298,9 @@ def _validate(model: type[_Fields], value: Mapping[str, Any]) -> Any:
     try:
         return model.model_validate(dict(value))
     except ValidationError as error:
-        raise RowProblem(_explain(error.errors()[0])) from error
+        first = error.errors()[0]
+        missing = len(first["loc"]) == 1 and first["type"] == "missing"
+        raise RowProblem(_explain(first) + (other_format(value) if missing else "")) from error
 
 
 def _explain(error: Mapping[str, Any]) -> str:

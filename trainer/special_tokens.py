@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from trainer.errors import ConfigError, DataError, foreign_errors
-from trainer.rows import ChatRow, CorpusRow, Row, TextRow
+from trainer.rows import ChatRow, CorpusRow, Row, TextRow, texts_of
 
 MARK = "\ufdd0"  # these code points are no characters and stand in no text
 _BEFORE, _BEHIND = "\ufdd1", "\ufdd2"
@@ -36,7 +36,7 @@ class SpecialTokens:
 
     def first_in(self, row: Row) -> str | None:
         """The first special token in the text of a row, as "field: 'token'"."""
-        for field, text in _texts(row):
+        for field, text in texts_of(row):
             found = self._pattern.search(text)
             if found:
                 return f"{field}: {found[0]!r}"
@@ -44,7 +44,7 @@ class SpecialTokens:
 
     def escaped(self, row: Row) -> Row:
         """The row with marks, for `ids`. Raises `DataError` where it holds what marks are made of."""
-        for field, text in _texts(row):
+        for field, text in texts_of(row):
             if any(character in text for character in (MARK, _BEFORE, _BEHIND)):
                 raise DataError(
                     f"{field}: contains one of the code points U+FDD0 to U+FDD2, which are no characters; remove it"
@@ -112,18 +112,3 @@ class SpecialTokens:
         copy = Tokenizer.from_str(json.dumps(content))
         by_copy = {copy.token_to_id(text): number for text, number in originals.items()}
         return copy, by_copy, frozenset(originals[name] for name in self._names.values()) - by_copy.keys()
-
-
-def _texts(row: Row) -> list[tuple[str, str]]:
-    """(field, text) of everything in a row that becomes text."""
-    match row:
-        case CorpusRow():
-            return [("text", row.text)]
-        case TextRow():
-            return [("prompt", row.prompt), ("completion", row.completion or "")]
-    return [
-        (f"messages[{index}].{key}", value)
-        for index, message in enumerate(row.messages)
-        for key, value in message.items()
-        if isinstance(value, str) and key != "role"
-    ]

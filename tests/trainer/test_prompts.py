@@ -233,6 +233,15 @@ def test_the_length_limit_is_exact(tmp_path: Path) -> None:
         open_stream(dataset, max_length=length - 1, shuffle=False).take(2)
 
 
+def test_a_giant_row_is_too_long_without_being_tokenised(tmp_path: Path) -> None:
+    dataset = write(tmp_path, [{"text": "a" * (256 * 32 + 1)}, {"text": "a" * (256 * 32)}, {"text": "short"}])
+    with pytest.raises(DataError, match=r"rows.jsonl:1: too long: 8193 characters, data.max_length is 32; raise"):
+        open_stream(dataset, max_length=32, shuffle=False).take(1)
+    dropping = open_stream(dataset, max_length=32, on_too_long="drop")
+    assert (len(dropping.take(3)), dropping.counters.dropped_too_long) == (1, 2)
+    assert open_stream(dataset, max_length=32, on_too_long="truncate", shuffle=False).take(1)[0].token_ids.size == 32
+
+
 def test_too_long_rows_are_dropped_or_cut_and_counted(tmp_path: Path) -> None:
     row = talk(0, words=5)
     length = num_tokens(row)

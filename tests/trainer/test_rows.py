@@ -62,6 +62,8 @@ def test_a_forced_format_wins_and_a_row_without_its_field_is_named(tmp_path: Pat
     path = write_lines(tmp_path / "rows.jsonl", [{"text": "x", **GOOD}])
     assert open_rows(path, format="text").read(0, needs_answer=True) == CorpusRow("x")
     assert "rows.jsonl:1: prompt: is missing" in problem(open_rows(path, format="prompt"), 0, needs_answer=False)
+    shared = write_lines(tmp_path / "sharegpt.jsonl", [{"conversations": []}])
+    assert "messages: is missing; ShareGPT's format" in problem(open_rows(shared, format="messages"), 0)
     pair = write_lines(tmp_path / "pair.jsonl", [{"prompt": "a", "completion": "b"}])
     assert open_rows(pair, format="prompt").read(0, needs_answer=False) == TextRow("a", None)
 
@@ -212,8 +214,6 @@ def test_names_that_the_reading_library_cannot_take_are_refused(tmp_path: Path) 
             Rows.open(Dataset(path=path))
     with pytest.raises(ConfigError, match="neither a file nor a folder"):
         Rows.open(Dataset(path="/dev/zero"))
-    with pytest.raises(ConfigError, match="cannot look at the dataset"):
-        Rows.open(Dataset(path="/" + "a" * 300))
 
 
 def test_damaged_files_of_every_kind_are_one_clear_error(tmp_path: Path) -> None:
@@ -233,6 +233,20 @@ def test_damaged_files_of_every_kind_are_one_clear_error(tmp_path: Path) -> None
     for name in names:
         with pytest.raises(DataError, match=f"cannot read the dataset .*{name}"):
             open_rows(tmp_path / name)
+
+
+def test_what_a_local_dataset_has_not_is_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([GOOD]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ConfigError, match="is one table without splits: remove split: test"):
+        open_rows(tmp_path / "saved", split="test")
+    for path in (tmp_path / "saved", write_lines(tmp_path / "rows.jsonl", [GOOD])):
+        with pytest.raises(ConfigError, match="lies here and has no revisions: remove revision: main"):
+            open_rows(path, revision="main")
+
+
+def test_a_conversation_of_countless_turns_is_refused_before_it_is_looked_at(tmp_path: Path) -> None:
+    rows = open_rows(write_lines(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "a"}] * 100_001}]))
+    assert "messages: has 100001 turns, the limit is 100000; split" in problem(rows, 0)
 
 
 def test_a_giant_row_of_a_table_is_refused(tmp_path: Path) -> None:
