@@ -118,7 +118,7 @@ def _read_text(file: Path) -> str:
         return text.decode("utf-8-sig")
     except FileNotFoundError:
         folder = file.parent
-        siblings = [f.name for f in folder.glob("*.y*ml")] if folder.is_dir() else []
+        siblings = [f.name for f in folder.glob("[!.]*.y*ml")] if folder.is_dir() else []
         hint = did_you_mean(file.name, siblings)
         if not hint and siblings:
             hint = f" (in {folder}: {', '.join(sorted(siblings)[:8])})"

@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 
 from configs.schema import Run, Term
 from trainer.metrics import NOTICEABLE_PADDING, Records
+from trainer.numbers import fixed, share
 
 NOT_STATED = "not stated"
 
@@ -117,9 +118,9 @@ def _quality(records: Records) -> list[Row]:
     noticeable = max(first.padding_mass, last.padding_mass) >= NOTICEABLE_PADDING
     padding = Row("probability on ids that do not exist", f"{first.padding_mass:.2%}", f"{last.padding_mass:.2%}", "")
     return [
-        Row("KL(teacher, student), nats per token", f"{first.forward_kl:.3f}", f"{last.forward_kl:.3f}", "0"),
-        Row("agreement of first choices", f"{first.agreement:.1%}", f"{last.agreement:.1%}", "100%"),
-        Row("perplexity", f"{first.perplexity:.2f}", f"{last.perplexity:.2f}", f"{last.teacher_perplexity:.2f}"),
+        Row("KL(teacher, student), nats per token", fixed(first.forward_kl, 3), fixed(last.forward_kl, 3), "0"),
+        Row("agreement of first choices", share(first.agreement), share(last.agreement), "100%"),
+        Row("perplexity", fixed(first.perplexity, 2), fixed(last.perplexity, 2), fixed(last.teacher_perplexity, 2)),
         *([padding] if noticeable else []),
     ]
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.metrics import LOSS, NOTICEABLE_PADDING, STUDENT_WAIT, TEACHER_WAIT, TOKENS_PER_S
+from trainer.numbers import fixed, share
 from trainer.types import Evaluation, StepMetrics
 
 _FIRST_STEPS = 3
@@ -87,10 +88,10 @@ class Progress:
         before = self._first if not first else None
         self.note(
             f"evaluation at step {evaluation.step}: "
-            f"KL {_change(before and before.forward_kl, evaluation.forward_kl, '.3f')} nats/token, "
-            f"agreement {_change(before and before.agreement, evaluation.agreement, '.1%')}, "
-            f"perplexity {_change(before and before.perplexity, evaluation.perplexity, '.2f')} "
-            f"(teacher {evaluation.teacher_perplexity:.2f})" + _padding(before, evaluation)
+            f"KL {_change(before and before.forward_kl, evaluation.forward_kl, _three)} nats/token, "
+            f"agreement {_change(before and before.agreement, evaluation.agreement, share)}, "
+            f"perplexity {_change(before and before.perplexity, evaluation.perplexity, _two)} "
+            f"(teacher {_two(evaluation.teacher_perplexity)})" + _padding(before, evaluation)
         )
 
     def compare_with(self, first: Evaluation) -> None:
@@ -145,11 +146,11 @@ class Progress:
         values: Mapping[str, float] = self._step.values if self._step else {}
         parts = []
         if TOKENS_PER_S in values:
-            parts.append(f"{values[TOKENS_PER_S]:,.0f} tokens/s")
+            parts.append(f"{fixed(values[TOKENS_PER_S], 0)} tokens/s")
         if LOSS in values:
-            parts.append(f"loss {values[LOSS]:.3f}")
+            parts.append(f"loss {_three(values[LOSS])}")
         if self._last is not None:
-            parts.append(f"KL {self._last.forward_kl:.3f} at step {self._last.step}")
+            parts.append(f"KL {_three(self._last.forward_kl)} at step {self._last.step}")
         waits = [
             f"{who} {values[name]:.0%}"
             for who, name in (("student", STUDENT_WAIT), ("teacher", TEACHER_WAIT))
@@ -161,7 +162,7 @@ class Progress:
 
     def _eta(self) -> str:
         if self._step is None or self._step.step >= self._total:
-            return f"done in {duration(self._clock() - self._started)}"
+            return f"trained in {duration(self._clock() - self._started)}"
         if len(self._step_times) < 2:
             return "ETA -"
         pace = (self._step_times[-1] - self._step_times[0]) / (len(self._step_times) - 1)
@@ -180,14 +181,22 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
 
 
-def _change(before: float | None, now: float, form: str) -> str:
-    return format(now, form) if before is None else f"{before:{form}} -> {now:{form}}"
+def _change(before: float | None, now: float, form: Callable[[float], str]) -> str:
+    return form(now) if before is None else f"{form(before)} -> {form(now)}"
+
+
+def _two(value: float) -> str:
+    return fixed(value, 2)
+
+
+def _three(value: float) -> str:
+    return fixed(value, 3)
 
 
 def _padding(before: Evaluation | None, now: Evaluation) -> str:
     if max(now.padding_mass, before.padding_mass if before else 0.0) < NOTICEABLE_PADDING:
         return ""
-    return f", on ids that do not exist {_change(before and before.padding_mass, now.padding_mass, '.1%')}"
+    return f", on ids that do not exist {_change(before and before.padding_mass, now.padding_mass, share)}"
 
 
 def _clock_text(seconds: float) -> str:

@@ -14,8 +14,8 @@ import pytest
 
 from trainer.errors import ConfigError
 from trainer.metrics import TOKENS_PER_S, MetricsLog, Timeline
+from trainer.numbers import axis_texts, compact, fixed, percent, share
 from trainer.report import BEFORE_START, sample_records, write_report
-from trainer.report.numbers import axis_texts, compact, percent
 from trainer.report.plots import MAX_POINTS, WIDTH, Series, line_chart, thin, ticks
 from trainer.report.viewer import ViewedSequence, token_texts
 from trainer.run_folder import RunFolder, write_json
@@ -278,6 +278,17 @@ def test_numbers_are_short_and_true_whatever_they_are() -> None:
         assert len(text) <= 9
         scale = {"M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1], 1)
         assert float(text.rstrip("MBT").replace(",", "")) * scale == pytest.approx(value, rel=0.06)
+
+
+def test_numbers_of_a_log_are_fixed_where_they_are_ordinary_and_short_where_not() -> None:
+    assert [fixed(v, 2) for v in (171.094, 0.0, -0.5, 1e300, math.nan)] == [
+        "171.09",
+        "0.00",
+        "-0.50",
+        "1e+300",
+        "not finite",
+    ]
+    assert [share(v) for v in (0.186, 1.0, math.nan)] == ["18.6%", "100.0%", "not finite"]
 
 
 def test_axis_numbers_differ_where_values_do() -> None:

@@ -21,10 +21,10 @@ from markupsafe import Markup
 from configs.document import read_document
 from trainer.errors import ConfigError, Preempted
 from trainer.metrics import NOTICEABLE_PADDING, TOKENS_PER_S, Records, read_metrics
+from trainer.numbers import Form, compact, percent
 from trainer.papers import Tell, read_manifest
 from trainer.progress import duration
 from trainer.report.charts import charts
-from trainer.report.numbers import Form, compact, percent
 from trainer.report.timeline import Span, TimeAxis, draw, kinds_present, mean_waiting, read_timeline, wait_shares
 from trainer.report.viewer import Answers, read_generations, read_viewer, sample_records
 from trainer.run_folder import RunFolder, write_text

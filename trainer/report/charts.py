@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from trainer.metrics import GRAD_NORM, LEARNING_RATE, LOSS, STUDENT_WAIT, TEACHER_WAIT, TERMS, TOKENS_PER_S, Records
-from trainer.report.numbers import percent
+from trainer.numbers import percent
 from trainer.report.plots import Series, line_chart
 
 _COLOURS = ("c2", "c3", "c4", "c5")

@@ -15,7 +15,7 @@ from html import escape
 import numpy as np
 from markupsafe import Markup
 
-from trainer.report.numbers import Form, axis_texts, compact
+from trainer.numbers import Form, axis_texts, compact
 
 WIDTH, RIGHT, TOP, BOTTOM = 400, 14, 12, 36
 CHARACTER = 8.6

@@ -45,6 +45,16 @@ def percent(value: float, digits: int = 3) -> str:
     return "< 0.01 %" if abs(hundredths) < 1 else "> 99.99 %" if hundredths < 100 else "> 100 %"
 
 
+def fixed(value: float, decimals: int) -> str:
+    """With so many decimals, as a line of a log has them, but short where the value is not finite or huge."""
+    return f"{value:,.{decimals}f}" if math.isfinite(value) and abs(value) < 1e6 else compact(value)
+
+
+def share(value: float) -> str:
+    """`56.1%`, as a line of a log has it."""
+    return f"{value:.1%}" if math.isfinite(value) else NOT_FINITE
+
+
 def axis_texts(values: Sequence[float], form: Form) -> list[str]:
     """The numbers of an axis, with as many digits as tell them apart."""
     for digits in range(3, 16):
