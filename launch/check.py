@@ -173,8 +173,8 @@ def _model(
             refuse_pattern(place, Path(source.path).expanduser(), reader="vLLM")
             if source.local_copy is not None:
                 refuse_pattern("teacher.model.local_copy", source.local_copy.expanduser(), reader="vLLM")
-        lora = run.student.lora if role == "student" else None
-        facts[role] = read_facts(source, path_name=place, lora=lora)
+        student = run.student if role == "student" else None
+        facts[role] = read_facts(source, path_name=place, student=student, needs_weights=needs_weights)
         longest = facts[role].max_length
         if longest is not None and run.data.max_length > longest:
             raise ConfigError(

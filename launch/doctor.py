@@ -121,7 +121,7 @@ def _disk_bytes(run: Run) -> int | None:
     from launch.model_folder import read_facts
 
     try:
-        facts = read_facts(run.student.model, path_name="student.model", lora=run.student.lora)
+        facts = read_facts(run.student.model, path_name="student.model", student=run.student)
         return DiskNeed.of(run, facts).bytes_to_come(run_folder(run))
     except StillhouseError:
         return None

@@ -10,18 +10,18 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import constants as hub
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import cached_file
+from transformers import PreTrainedModel
 
-from configs.schema import LoRA, ModelSource
+from configs.schema import LoRA, ModelSource, Student
+from trainer.config_bounds import config_file
 from trainer.errors import ConfigError
-
-SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+from trainer.models import add_adapters, build_on_meta, load_config
+from trainer.suitability import refuse_unsuitable
+from trainer.weights import SAFETENSORS, read_table, refuse_other_tensors, shard_names, weight_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +61,9 @@ def refuse_code_of_others(source: ModelSource, *, path_name: str) -> None:
     pin."""
     if not source.trust_remote_code:
         return
-    file = cached_file(
-        source.path, "config.json", revision=source.revision, _raise_exceptions_for_missing_entries=False
-    )
+    file = config_file(source, role=path_name)
     try:
-        classes = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8")).get("auto_map", {})
+        classes = {} if file is None else json.loads(file.read_text(encoding="utf-8")).get("auto_map", {})
     except (ValueError, AttributeError):
         raise ConfigError(f"{path_name}: config.json of {source.path} is no JSON object") from None
     names = [n for name in classes.values() for n in (name if isinstance(name, list) else [name]) if n is not None]
@@ -77,19 +75,25 @@ def refuse_code_of_others(source: ModelSource, *, path_name: str) -> None:
         )
 
 
-def read_facts(source: ModelSource, *, path_name: str, lora: LoRA | None = None) -> ModelFacts:
-    """Architecture and size. Raises `ConfigError` for what transformers cannot build."""
+def read_facts(
+    source: ModelSource, *, path_name: str, student: Student | None = None, needs_weights: bool = False
+) -> ModelFacts:
+    """Architecture and size. Raises `ConfigError` for what transformers cannot build, for what cannot be trained as
+    `student` says, and with `needs_weights` for weight files that are here and hold other tensors than the architecture
+    has."""
     refuse_code_of_others(source, path_name=path_name)
-    config = _read_config(source, path_name=path_name)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
-    except (ValueError, KeyError, AttributeError, ImportError) as error:
-        raise ConfigError(f"{path_name}: {source.path} is no causal language model for transformers: {error}") from None
+    config = load_config(source, role=path_name)
+    model = build_on_meta(source, config, role=path_name)
+    if needs_weights:
+        _check_tensors(source, model, path_name=path_name)
+    if student is not None:
+        refuse_unsuitable(model, student)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    lora = None if student is None else student.lora
     return ModelFacts(
         architecture=type(model).__name__,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        num_adapter_parameters=0 if lora is None else _adapter_parameters(model, lora, path_name=path_name),
+        num_parameters=num_parameters,
+        num_adapter_parameters=0 if lora is None else _adapter_parameters(model, lora),
         max_length=getattr(config.get_text_config(), "max_position_embeddings", None),
     )
 
@@ -117,32 +121,22 @@ def _check_folder(source: ModelSource, folder: Path, *, path_name: str, needs_we
     if (folder / SAFETENSORS[0]).is_file():
         names = [SAFETENSORS[0]]
     elif index.is_file():
-        names = _shards(index, path_name=path_name)
+        names = shard_names(index, role=path_name)
     else:
         raise ConfigError(f"{path_name}: {folder} has no model.safetensors{_conversion(folder)}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ConfigError(f"{path_name}: {folder} lacks {len(missing)} weight files of its index, first {missing[0]}")
     for name in names:
-        problem = _damage(folder / name)
-        if problem:
-            raise ConfigError(f"{path_name}: {folder / name} {problem}; copy or download it again")
+        read_table(folder / name, role=path_name)
 
 
-def _damage(file: Path) -> str | None:
-    """What is wrong with a safetensors file, as far as its table of tensors says: 8 bytes of its length, the table, the
-    tensors."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            table = json.loads(stream.read(length)) if 8 + length <= size else {}
-        whole = (
-            8 + length + max((entry["data_offsets"][1] for name, entry in table.items() if name[0] != "_"), default=0)
-        )
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        return "is no safetensors file"
-    return None if whole == size else f"has {size} bytes of {whole}"
+def _check_tensors(source: ModelSource, model: PreTrainedModel, *, path_name: str) -> None:
+    """By the tables of the files; of a model that the hub has and this machine has not, nothing."""
+    files = weight_files(source, role=path_name, download=False)
+    shapes = {name: shape for file in files for name, shape in read_table(file, role=path_name).items()}
+    if shapes:
+        refuse_other_tensors(model, shapes, role=path_name, place=source.path)
 
 
 def _conversion(folder: Path) -> str:
@@ -160,46 +154,11 @@ def _conversion(folder: Path) -> str:
     )
 
 
-def _shards(index: Path, *, path_name: str) -> list[str]:
-    """File names of an index; none may lead out of the folder."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise ConfigError(f"{path_name}: {index} is no index of safetensors files") from None
-    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if outside:
-        raise ConfigError(f"{path_name}: {index} names a file outside of its folder: {outside[0]!r}")
-    return names
-
-
-def _read_config(source: ModelSource, *, path_name: str) -> Any:
-    place = str(Path(source.path).expanduser()) if Path(source.path).expanduser().is_dir() else source.path
-    try:
-        return AutoConfig.from_pretrained(place, revision=source.revision, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        missing = "" if place != source.path or Path(place).is_dir() else f"there is no folder {place} here; "
-        raise ConfigError(f"{path_name}: {missing}cannot read the configuration of {source.path}: {error}") from None
-
-
-def _adapter_parameters(model: torch.nn.Module, lora: LoRA, *, path_name: str) -> int:
-    """rank * (in + out) of every adapted linear layer; `all-linear` leaves the head out, as peft does."""
-    head = model.get_output_embeddings()
-    targets = lora.target_modules
-    adapted = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and module is not head
-        and (targets == "all-linear" or any(name == t or name.endswith("." + t) for t in targets))
-    ]
-    if not adapted:
-        linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-        raise ConfigError(
-            f"student.lora.target_modules: no linear layer of {path_name} is named {list(targets)}; write all-linear, "
-            f"or some of {known}"
-        )
-    return sum(lora.rank * (module.in_features + module.out_features) for module in adapted)
+def _adapter_parameters(model: PreTrainedModel, lora: LoRA) -> int:
+    """Counted where peft puts them. Changes `model`."""
+    with torch.device("meta"):
+        adapted = add_adapters(model, lora, revision=None)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
 def _may_be_hub_name(path: str) -> bool:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from configs.schema import ModelSource
 from trainer.attention import REFERENCE
@@ -28,9 +28,10 @@ from trainer.errors import foreign_errors
 from trainer.heads import Head
 from trainer.labels.encoding import load_encoding
 from trainer.losses.divergences import forward_kl
-from trainer.models import load_config, load_teacher_head, weight_bytes
+from trainer.models import load_causal, load_config, load_teacher_head
 from trainer.packing import layout_of, pack
 from trainer.types import Sequence, SoftLabelBlock, Unit
+from trainer.weights import weight_bytes
 
 REFERENCE_BYTES = 4 * 2**30
 """Teachers of at most this many bytes of weights are run by transformers in the controller, once, for the self-test."""
@@ -253,14 +254,7 @@ def _reference(source: ModelSource) -> PreTrainedModel:
     """The teacher in float32, with its own eager attention (sdpa drops the soft-cap without a word), in bounded memory
     where transformers lets others compute it."""
     with foreign_errors(f"teacher.model: transformers cannot load {source.path}"):
-        model = AutoModelForCausalLM.from_pretrained(
-            source.path,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-            dtype=torch.float32,
-            use_safetensors=True,
-            attn_implementation="eager",
-        ).eval()
+        model = load_causal(source, role="teacher.model", dtype=torch.float32, attn_implementation="eager").eval()
     if model._supports_attention_backend:
         model.set_attn_implementation(REFERENCE)
     return model

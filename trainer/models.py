@@ -6,7 +6,8 @@ its logits never exist whole (`StudentModule`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from typing import Any
 import peft
 import safetensors
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import cached_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from configs.schema import LoRA, ModelSource
 from trainer.attention import IMPLEMENTATIONS, ONE_A_ROW, Borders, told
-from trainer.errors import ConfigError
+from trainer.config_bounds import refuse_absurd_sizes
+from trainer.errors import ConfigError, foreign_errors
 from trainer.heads import Head, HeadShape
+from trainer.suitability import refuse_untrainable
+from trainer.weights import read_table, refuse_missing, weight_files
 
 HeadCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, ...]]
 """What to compute from hidden states [n, H] and the head's weight [>= V, H] and bias. A tuple, because ZeRO-3 looks for
@@ -97,12 +101,36 @@ def _open_head(head: torch.nn.Module) -> None:
 
 def load_config(source: ModelSource, *, role: str) -> Any:
     """The transformers configuration of a model. Raises `ConfigError` naming `role` (such as "student.model")."""
-    try:
+    refuse_absurd_sizes(source, role=role)
+    with foreign_errors(f"{role}: cannot read the configuration of {source.path}"):
         return AutoConfig.from_pretrained(
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{role}: cannot read the configuration of {source.path}: {error}") from None
+
+
+def build_on_meta(source: ModelSource, config: Any, *, role: str, **options: Any) -> PreTrainedModel:
+    """The model that a configuration describes, of tensors with a shape and no memory. Raises `ConfigError` for what
+    is no causal language model or cannot be built; `options` are those of transformers' `from_config`."""
+    with foreign_errors(f"{role}: {source.path} is no causal language model for transformers"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code, **options)
+
+
+def load_causal(source: ModelSource, *, role: str, **options: Any) -> PreTrainedModel:
+    """A model with the weights of its files, all of them its own. `options` are those of `from_pretrained`.
+
+    Raises `ConfigError` naming `role` for a folder that lacks a tensor, which transformers would fill with random
+    numbers, and whatever transformers raises: the border is the caller's.
+    """
+    causal, info = AutoModelForCausalLM.from_pretrained(
+        source.path,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+        use_safetensors=True,  # other formats are pickles, which run code when they are read
+        output_loading_info=True,
+        **options,
+    )
+    refuse_missing(info["missing_keys"], causal, role=role, place=source.path)
+    return causal
 
 
 def load_student(
@@ -122,44 +150,26 @@ def load_student(
     weights, and for a model whose attention does not take packed sequences.
     """
     with sharded:
-        causal = _load_causal(source, dtype=dtype, attention=attention)
+        implementation = IMPLEMENTATIONS[attention]
+        with foreign_errors(f"student.model: transformers cannot load {source.path}"):
+            causal = load_causal(source, role="student.model", dtype=dtype, attn_implementation=implementation)
+        refuse_untrainable(causal)
         rows = causal.config.get_text_config().vocab_size
         if rows < vocabulary_size:
             raise ConfigError(
                 f"student.model: {source.path} has {rows} token embeddings, the tokenizer {vocabulary_size} tokens. "
                 "Use a student with the teacher's tokenizer"
             )
-        adapter = None if lora is None else _add_adapters(causal, lora, revision=source.revision)
+        adapter = None if lora is None else add_adapters(causal, lora, revision=source.revision)
     if activation_checkpointing:
         causal.gradient_checkpointing_enable({"use_reentrant": False})
     return StudentModule(causal, adapter=adapter)
 
 
-def _load_causal(source: ModelSource, *, dtype: torch.dtype, attention: str) -> torch.nn.Module:
-    try:
-        causal, info = AutoModelForCausalLM.from_pretrained(
-            source.path,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-            use_safetensors=True,  # other formats are pickles, which run code when they are read
-            dtype=dtype,
-            attn_implementation=IMPLEMENTATIONS[attention],
-            output_loading_info=True,
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"student.model: transformers cannot load {source.path}: {error}") from None
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
-        raise ConfigError(f"student.model: {source.path} lacks {len(names)} weights, such as {names[0]}")
-    if not causal._supports_attention_backend:
-        raise ConfigError(
-            f"student.model: {type(causal).__name__} does not let transformers choose its attention, so sequences "
-            "cannot be packed. Choose another student"
-        )
-    return causal
-
-
-def _add_adapters(causal: torch.nn.Module, lora: LoRA, *, revision: str | None) -> peft.PeftModel:
+def add_adapters(causal: PreTrainedModel, lora: LoRA, *, revision: str | None) -> peft.PeftModel:
+    """Put adapters into `causal`; on the meta device too. Raises `ConfigError` for targets that are not there."""
+    if lora.target_modules != "all-linear":
+        _refuse_unknown_targets(causal, lora.target_modules)
     target = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = peft.LoraConfig(
         r=lora.rank,
@@ -169,16 +179,33 @@ def _add_adapters(causal: torch.nn.Module, lora: LoRA, *, revision: str | None) 
         task_type="CAUSAL_LM",
         revision=revision,
     )
-    try:
+    with foreign_errors(f"student.lora.target_modules: {target}"):
         adapted = peft.get_peft_model(causal, settings, autocast_adapter_dtype=False)
-    except ValueError as error:
-        raise ConfigError(f"student.lora.target_modules: {error}") from None
     if any(isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer) for m in _embeddings(causal)):
         raise ConfigError(
             f"student.lora.target_modules: {target} adapts the embeddings or the head; adapt the layers between them, "
             "for example with target_modules: all-linear"
         )
     return adapted
+
+
+def _refuse_unknown_targets(causal: PreTrainedModel, targets: Sequence[str]) -> None:
+    """peft is content when one of several targets is there, and leaves the others out."""
+    names = [name for name, _ in causal.named_modules()]
+    head = causal.get_output_embeddings()
+    known = sorted({n.rpartition(".")[2] for n, m in causal.named_modules() if _is_linear(m) and m is not head})
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            near = difflib.get_close_matches(target.rpartition(".")[2], known, n=1)
+            hint = f"did you mean {near[0]}? There are" if near else "there are"
+            raise ConfigError(
+                f"student.lora.target_modules: no module of {type(causal).__name__} is named {target!r}; {hint} "
+                f"{', '.join(known)}, and all-linear for all of them"
+            )
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear | Conv1D)
 
 
 def _embeddings(causal: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -191,8 +218,12 @@ def load_teacher_head(source: ModelSource, *, vocabulary_size: int, dtype: torch
     For labels that are final hidden states. Raises `ConfigError` where the folder has no safetensors or no head.
     """
     config = load_config(source, role="teacher.model")
-    weight_names, bias_names = _head_names(source, config)
-    files = _weight_files(source)
+    weight_names, bias_names = _head_names(build_on_meta(source, config, role="teacher.model"))
+    files = {
+        name: file
+        for file in weight_files(source, role="teacher.model")
+        for name in read_table(file, role="teacher.model")
+    }
     weight = _read_rows(source, files, weight_names, vocabulary_size)
     bias = _read_rows(source, files, bias_names, vocabulary_size) if bias_names else None
     return Head(
@@ -203,10 +234,8 @@ def load_teacher_head(source: ModelSource, *, vocabulary_size: int, dtype: torch
     )
 
 
-def _head_names(source: ModelSource, config: Any) -> tuple[list[str], list[str]]:
+def _head_names(model: torch.nn.Module) -> tuple[list[str], list[str]]:
     """Names under which a checkpoint of this architecture may hold the head; a tied one is stored as the embedding."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     head = model.get_output_embeddings()
     prefix = model.base_model_prefix + "."
     found = []
@@ -219,38 +248,6 @@ def _head_names(source: ModelSource, config: Any) -> tuple[list[str], list[str]]
 
 def _names_of(model: torch.nn.Module, wanted: torch.nn.Parameter) -> list[str]:
     return [name for name, p in model.named_parameters(remove_duplicate=False) if p is wanted]
-
-
-def _weight_files(source: ModelSource) -> Mapping[str, Path]:
-    """Tensor name -> the safetensors file that holds it."""
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        found = cached_file(
-            source.path,
-            name,
-            revision=source.revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if found is not None:
-            return _names_in(Path(found)) if name.endswith(".safetensors") else _names_in_index(source, Path(found))
-    raise ConfigError(
-        f"teacher.model: {source.path} has no model.safetensors, which hidden labels and evaluation read the head "
-        "from. Convert it with transformers' save_pretrained"
-    )
-
-
-def _names_in(file: Path) -> dict[str, Path]:
-    with safetensors.safe_open(file, framework="pt") as tensors:
-        return dict.fromkeys(tensors.keys(), file)
-
-
-def _names_in_index(source: ModelSource, index: Path) -> dict[str, Path]:
-    from transformers.utils.hub import get_checkpoint_shard_files
-
-    files, metadata = get_checkpoint_shard_files(source.path, str(index), revision=source.revision)
-    by_name = {Path(file).name: Path(file) for file in files}
-    return {name: by_name[file] for name, file in metadata["weight_map"].items()}
 
 
 def _read_rows(source: ModelSource, files: Mapping[str, Path], names: list[str], num_rows: int) -> torch.Tensor:
@@ -271,8 +268,3 @@ def _with_another_prefix(files: Mapping[str, Path], names: list[str]) -> list[st
     endings = dict.fromkeys(".".join(name.split(".")[-2:]) for name in names)
     found = [[name for name in files if f".{name}".endswith(f".{ending}")] for ending in endings]
     return [matches[0] for matches in found if len(matches) == 1]
-
-
-def weight_bytes(source: ModelSource) -> int:
-    """Bytes of a model's weight files."""
-    return sum(file.stat().st_size for file in set(_weight_files(source).values()))

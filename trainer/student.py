@@ -77,6 +77,8 @@ class StudentRank:
         self._staging = Staging(run, vocabulary=vocabulary, device=device)
         self._encoding = load_encoding(self._staging.labels)
         self._on_accelerator = device.type != torch.empty(0).device.type
+        self._owns_processes = False
+        self._zero: ZeroModel | None = None  # until it is built
 
     def build(self) -> StudentInfo:
         """Collective. Join the process group, load and shard the student."""
@@ -304,7 +306,8 @@ class StudentRank:
         return run_self_tests(subject)
 
     def close(self) -> None:
-        """Release the model; leave the process group if `build` joined it."""
-        self._zero.close()
+        """Release what `build` made, which may be nothing; leave the process group if `build` joined it."""
+        if self._zero is not None:
+            self._zero.close()
         if self._owns_processes:
             stop_processes()

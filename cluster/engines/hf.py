@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cluster.engines.plan import EnginePlan, Sampling
 from cluster.engines.refusals import start_errors
@@ -30,9 +30,11 @@ from cluster.engines.units import (
     tokens_to_read,
     unit_report,
 )
+from configs.schema import ModelSource
 from trainer.attention import REFERENCE
 from trainer.errors import ConfigError, DeadlineExceeded
 from trainer.labels.encoding import Column, Encoding, load_encoding, pack_rows
+from trainer.models import load_causal
 from trainer.types import EncodingSpec, Prompt, Sequence, SoftLabelBlock, Unit, UnitReport
 
 
@@ -68,14 +70,9 @@ class Engine:
 
 
 def load_model(plan: EnginePlan) -> PreTrainedModel:
+    source = ModelSource(path=plan.model, revision=plan.revision, trust_remote_code=plan.trust_remote_code)
     with start_errors(f"transformers cannot load the teacher {plan.model}"):
-        model = AutoModelForCausalLM.from_pretrained(
-            plan.model,
-            revision=plan.revision,
-            trust_remote_code=plan.trust_remote_code,
-            use_safetensors=True,  # other formats are pickles, which run code when they are read
-            **plan.arguments,
-        )
+        model = load_causal(source, role="teacher.model", **plan.arguments)
     quantised = getattr(model.config, "quantization_config", None)
     if quantised is not None and getattr(model, "hf_quantizer", None) is None:
         raise ConfigError(

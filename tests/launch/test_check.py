@@ -10,11 +10,13 @@ from pathlib import Path
 import peft
 import pytest
 from architectures import architecture_folder, long_rope
+from every_architecture import save_architecture
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.load import load_run
-from configs.schema import LoRA, ModelSource, Run
+from configs.schema import LoRA, ModelSource, Run, Student
 from launch.check import Finding, check, collect_problems, examine, raise_problems
 from launch.disk import DiskNeed, check_writable, free_bytes
 from launch.model_folder import find_model, licence_of, read_facts
@@ -439,13 +441,41 @@ def test_the_size_of_a_70b_model_is_known_without_its_weights(make: Make, tmp_pa
 
 
 def test_adapters_are_counted_as_peft_makes_them(tiny_student: Path) -> None:
+    source = ModelSource(path=str(tiny_student))
     for targets in ("all-linear", ["q_proj", "down_proj"]):
         lora = LoRA(rank=3, target_modules=targets)
         model = peft.get_peft_model(
             AutoModelForCausalLM.from_pretrained(tiny_student),
             peft.LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM"),
         )
-        facts = read_facts(ModelSource(path=str(tiny_student)), path_name="x", lora=lora)
+        facts = read_facts(source, path_name="x", student=Student(model=source, lora=lora))
         assert facts.num_adapter_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    with pytest.raises(ConfigError, match=r"student.lora.target_modules: no linear layer of .* q_proj"):
-        read_facts(ModelSource(path=str(tiny_student)), path_name="x", lora=LoRA(target_modules=["qq"]))
+    with pytest.raises(
+        ConfigError, match=r"student.lora.target_modules: no module of LlamaForCausalLM is named .qq.; .*q_proj"
+    ):
+        read_facts(source, path_name="x", student=Student(model=source, lora=LoRA(target_modules=["qq"])))
+
+
+def test_check_refuses_a_target_that_matches_nothing_beside_one_that_matches(make: Make) -> None:
+    refused = only_problem(make(), "student.lora={target_modules: [q_proj, nope]}")
+    assert (
+        "student.lora.target_modules: no module of LlamaForCausalLM is named 'nope'; there are down_proj"
+        in refused.text
+    )
+
+
+def test_check_refuses_weights_that_lack_a_tensor_and_students_that_cannot_be_packed(
+    make: Make, tmp_path: Path, tiny_teacher: Path
+) -> None:
+    teacher = copied(tiny_teacher, tmp_path / "teacher")
+    tensors = load_file(teacher / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, teacher / "model.safetensors", {"format": "pt"})
+    for engine in ("hf", "vllm"):
+        refused = only_problem(make(teacher=teacher), f"teacher.scorer.engine={engine}")
+        assert "teacher.model.path: " in refused.text
+        assert "lacks model.norm.weight of LlamaForCausalLM" in refused.text
+    save_architecture(tmp_path / "mamba", "mamba")
+    tiny_tokenizer().save_pretrained(tmp_path / "mamba")
+    assert "does not let others compute" in only_problem(make(student=tmp_path / "mamba")).text
+    assert problems(make(teacher=tmp_path / "mamba")) == []  # as a teacher it may do what it likes

@@ -104,7 +104,7 @@ def test_a_student_folder_that_cannot_be_trained_is_a_clear_error(tmp_path: Path
     tensors = load_file(folder / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConfigError, match=r"lacks 1 weights, such as lm_head.weight"):
+    with pytest.raises(ConfigError, match=r"lacks lm_head.weight of LlamaForCausalLM"):
         _student(folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="transformers cannot load"):
@@ -129,3 +129,7 @@ def test_adapters_on_the_head_or_on_nothing_are_refused(tmp_path: Path) -> None:
         _student(folder, lora=LoRA(target_modules=("q_proj", "lm_head")))
     with pytest.raises(ConfigError, match=r"student.lora.target_modules: .*w_proj"):
         _student(folder, lora=LoRA(target_modules=("w_proj",)))
+    with pytest.raises(ConfigError, match=r"no module of LlamaForCausalLM is named 'q_prj'; did you mean q_proj"):
+        _student(folder, lora=LoRA(target_modules=("v_proj", "q_prj")))
+    with pytest.raises(ConfigError, match=r"student.lora.target_modules: .*mlp"):  # there, and no linear layer
+        _student(folder, lora=LoRA(target_modules=("mlp", "q_proj")))
