@@ -34,7 +34,7 @@ from trainer.labels.encoding import load_encoding
 from trainer.types import EncodingSpec, Prompt, Sequence, SoftLabelBlock, Unit, UnitReport
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
+    from vllm import PoolingParams, SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
 CPU_KV_CACHE_BYTES = 256 * 2**20
@@ -205,7 +205,30 @@ def build_engine(plan: EnginePlan) -> LLMEngine:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        return LLMEngine.from_engine_args(EngineArgs(**source, **plan.arguments))
+        engine = LLMEngine.from_engine_args(EngineArgs(**source, **plan.arguments))
+        try_out(engine, plan)
+        return engine
+
+
+def try_out(engine: LLMEngine, plan: EnginePlan) -> None:
+    """The shortest request there is: kernels that do not take this model say so at its first pass, and not before."""
+    if plan.sampling is not None:
+        seed = None if plan.sampling.temperature == 0 else plan.sampling.seed % 2**32
+        token_ids, params = [0], sampling_params(plan.sampling, max_tokens=1, seed=seed, logit_bias=None)
+    else:
+        encoding = plan.encodings[0] if plan.encodings else EncodingSpec("hidden")
+        token_ids, params = [0, 0], label_request(encoding, plan, spans=[0, 1])
+    engine.add_request("trial", {"type": "token", "prompt_token_ids": token_ids}, params)
+    while engine.has_unfinished_requests():
+        engine.step()
+
+
+def label_request(encoding: EncodingSpec, plan: EnginePlan, *, spans: list[int]) -> PoolingParams:
+    """`spans` are start, end, start, end, ... of the asked rows."""
+    from cluster.engines.vllm_labels import Ask
+
+    ask = Ask(encoding.kind, dict(encoding.parameters), plan.vocabulary_size, spans)
+    return ask.to_params()
 
 
 class VllmScorer:
@@ -245,15 +268,8 @@ class VllmScorer:
         return report, block
 
     def _request(self, sequence: Sequence, encoding: EncodingSpec) -> Request:
-        from cluster.engines.vllm_labels import Ask
-
-        ask = Ask(
-            kind=encoding.kind,
-            parameters=dict(encoding.parameters),
-            vocabulary_size=self._plan.vocabulary_size,
-            spans=[edge for span in sequence.spans() for edge in span],
-        )
-        return Request(tokens_to_read(sequence).tolist(), ask.to_params())
+        spans = [edge for span in sequence.spans() for edge in span]
+        return Request(tokens_to_read(sequence).tolist(), label_request(encoding, self._plan, spans=spans))
 
     def statistics(self) -> EngineStatistics:
         return self._loop.statistics

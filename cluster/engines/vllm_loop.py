@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cluster.engines.units import EngineStatistics
-from trainer.errors import DeadlineExceeded, EngineDead, UnitRejected
+from trainer.errors import DeadlineExceeded, EngineDead, UnitRejected, foreign_errors
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, SamplingParams
@@ -189,11 +189,13 @@ class EngineLoop:
         for request in job.requests:
             request_id = f"{self._num_requests}"
             self._num_requests += 1
+            prompt = {"type": "token", "prompt_token_ids": request.token_ids}
             try:
-                engine.add_request(request_id, {"type": "token", "prompt_token_ids": request.token_ids}, request.params)
-            except ValueError as refusal:
+                with foreign_errors(f"{job.name}: vLLM refused a request", error=UnitRejected):
+                    engine.add_request(request_id, prompt, request.params)
+            except UnitRejected as refusal:
                 self._abort(engine, job)
-                job.resolve(UnitRejected(f"{job.name}: vLLM refused a request: {refusal}"))
+                job.resolve(UnitRejected(str(refusal)))  # without its cause, which nobody else may be able to unpickle
                 return
             job.request_ids.append(request_id)
             self._owner[request_id] = job

@@ -171,12 +171,12 @@ def test_vllm_itself_accepts_the_arguments(
     assert process.submit(cases.parse, tiny_teacher, arguments).result() == arguments
 
 
-@pytest.mark.parametrize("damage", ["quantisation", "truncated", "shape"])
+@pytest.mark.parametrize("damage", ["quantisation", "truncated", "shape", "head"])
 def test_a_teacher_that_vllm_refuses_is_a_message_and_no_machines_fault(
     process: ProcessPoolExecutor, tmp_path: Path, damage: str
 ) -> None:
-    """vLLM raises a validation error, an error of safetensors, an assertion."""
-    folder = tiny_folder(tmp_path / "teacher")
+    """vLLM raises a validation error, an error of safetensors, an assertion, and at its first pass one of a kernel."""
+    folder = tiny_folder(tmp_path / "teacher", **({"head_dim": 12} if damage == "head" else {}))
     config, file = folder / "config.json", folder / "model.safetensors"
     if damage == "quantisation":
         config.write_text(
