@@ -12,8 +12,10 @@ import json
 import os
 import re
 from array import array
+from bisect import bisect_right
 from collections.abc import Mapping
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -143,6 +145,9 @@ class Table:
     def __init__(self, name: str, table: Any, max_rows: int | None = None) -> None:
         self.name = name
         self._table = table if max_rows is None or max_rows >= len(table) else table.select(range(max_rows))
+        self._batches = self._table.data.table.to_batches()
+        self._ends = list(accumulate(batch.num_rows for batch in self._batches))
+        self._validated: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._table)
@@ -152,7 +157,11 @@ class Table:
 
     def raw(self, row: int) -> Mapping[str, Any]:
         origin = self.origin(row)
+        batch = bisect_right(self._ends, row)
         with foreign_errors("cannot be read", error=partial(BadRow, origin)):
+            if batch not in self._validated:  # damaged offsets would end the process, not raise
+                self._batches[batch].validate(full=True)
+                self._validated.add(batch)
             value = self._table[row]
         num_characters = _num_characters(value)
         if num_characters > MAX_LINE_BYTES:
@@ -198,9 +207,26 @@ def _open_file(path: Path, dataset: Dataset) -> RawRows:
         )
     with foreign_errors(f"cannot read the dataset {dataset.path}", error=DataError):
         cache = _cache_for({path.name: path})
+    if suffix == ".arrow":
+        _validate_arrow(path, dataset)
     literal = glob.escape(str(path.absolute()))  # `datasets` takes a file's name for a pattern of names
     table = _load(dataset, _BUILDERS[suffix], data_files=literal, cache_dir=cache)
     return Table(dataset.path, table, dataset.max_rows)
+
+
+def _validate_arrow(path: Path, dataset: Dataset) -> None:
+    """Raises `DataError` for a damaged file: what reads it next does not look, and damaged offsets end the process."""
+    import pyarrow
+
+    with (
+        foreign_errors(f"cannot read the dataset {dataset.path}", error=DataError),
+        pyarrow.memory_map(str(path)) as file,
+    ):
+        is_stream = file.read(6) != b"ARROW1"
+        file.seek(0)
+        reader = pyarrow.ipc.open_stream(file) if is_stream else pyarrow.ipc.open_file(file)
+        for batch in reader if is_stream else map(reader.get_batch, range(reader.num_record_batches)):
+            batch.validate(full=True)
 
 
 def _is_array(path: Path) -> bool:

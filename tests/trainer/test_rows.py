@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 
 from configs.schema import Dataset
@@ -233,6 +234,22 @@ def test_damaged_files_of_every_kind_are_one_clear_error(tmp_path: Path) -> None
     for name in names:
         with pytest.raises(DataError, match=f"cannot read the dataset .*{name}"):
             open_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["saved", "rows.arrow"])
+def test_a_table_of_damaged_offsets_is_an_error_and_no_crash(tmp_path: Path, kind: str) -> None:
+    datasets.Dataset.from_list([{"text": f"row {i}"} for i in range(4)]).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    offsets, damaged = (np.array(v, dtype="<i4").tobytes() for v in ([0, 5, 10, 15, 20], [0, 5, 2**30, 15, 20]))
+    content = file.read_bytes()
+    assert content.count(offsets) == 1
+    file.write_bytes(content.replace(offsets, damaged))
+    if kind == "rows.arrow":
+        file.rename(tmp_path / kind)
+        with pytest.raises(DataError, match=r"cannot read the dataset .*rows.arrow: .*[Oo]ffset"):
+            open_rows(tmp_path / kind)
+    else:
+        assert "[row 1]: cannot be read: " in problem(open_rows(tmp_path / kind, format="text"), 1)
 
 
 def test_what_a_local_dataset_has_not_is_refused(tmp_path: Path) -> None:
