@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from typer.main import get_command
 
 from launch.bench.commands import bench_app
 from launch.identity import refuse_foreign_packages
@@ -54,18 +55,25 @@ RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run fold
 def main() -> None:
     """Entry point of the command. Ends the process with the exit codes of the help."""
     refuse_foreign_packages()
+    from launch.border import prepare_streams
+
+    prepare_streams()
     run_app(app)
 
 
 def run_app(commands: typer.Typer) -> NoReturn:
     """Run what the command line names. An error meant for a person is its text on stderr and its exit code, a stop that
-    was asked for its text alone; STILLHOUSE_TRACEBACK=1 shows where it was raised."""
+    was asked for its text alone; STILLHOUSE_TRACEBACK=1 shows where it was raised. One that nobody foresaw is its
+    traceback, and exit code 1."""
     from configs.errors import StillhouseError, without_controls
     from configs.secrets import without_secrets
+    from launch.border import system_errors, tell_defect
     from trainer.errors import Preempted
 
+    sys.excepthook = tell_defect
     try:
-        commands(prog_name="stillhouse")
+        with system_errors():
+            get_command(commands)(prog_name="stillhouse")
     except StillhouseError as error:
         if os.environ.get("STILLHOUSE_TRACEBACK") == "1":
             raise
@@ -110,12 +118,14 @@ def train(
     The same command again resumes it from the last checkpoint in its run folder.
     """
     from configs.errors import StillhouseError
+    from launch.border import system_errors
 
     try:
-        _refuse_bad_configuration(config, overrides)
-        from launch.train import train as run_training
+        with system_errors():
+            _refuse_bad_configuration(config, overrides)
+            from launch.train import train as run_training
 
-        code = run_training(config, overrides or [], skip_self_test=skip_self_test, wait_for_nodes=wait_for_nodes)
+            code = run_training(config, overrides or [], skip_self_test=skip_self_test, wait_for_nodes=wait_for_nodes)
     except StillhouseError as error:
         _tell_exit_code(error.exit_code)
         raise
