@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from configs.schema import ModelSource
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, foreign_errors
 
 _PROBES = (
     "The quick brown fox jumps over 13 lazy dogs, 2024-07-26: 1234567890.",
@@ -146,8 +146,6 @@ def _load(source: ModelSource, loader: Any, what: str) -> Any:
     if source.path.startswith((".", "/", "~")) and not path.is_dir():
         raise ConfigError(f"the model folder {source.path} does not exist (looked for {path.absolute()})")
     place = str(path) if path.is_dir() else source.path
-    try:
+    where = "the folder" if path.is_dir() else "no such folder here, and from the hub"
+    with foreign_errors(f"cannot load the {what} of {source.path} ({where})"):
         return loader.from_pretrained(place, revision=source.revision, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        where = "the folder" if path.is_dir() else "no such folder here, and from the hub"
-        raise ConfigError(f"cannot load the {what} of {source.path} ({where}): {str(error).strip()}") from error
