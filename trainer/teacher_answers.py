@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from configs.schema import ModelSource
 from trainer.errors import foreign_errors
-from trainer.models import weight_bytes
+from trainer.weights import weight_bytes
 
 ANSWER_BYTES = 2**30
 """Teachers of more bytes of weights would keep the start of a run waiting."""
