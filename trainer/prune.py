@@ -1,7 +1,7 @@
 """A smaller student by keeping some decoder layers of a model: `prune`.
 
-A file because it reads and writes model folders key by key, never a whole model, and knows the one thing no library
-does: which config entries count layers.
+A file because it writes model folders key by key and knows the one thing no library does: which config entries count
+layers. What it knows wrongly, or not, `trainer/pruned_logits.py` finds.
 
 Layer-dropped initialisation for distillation: DistilBERT (arXiv 1910.01108, section 3) and Minitron's depth pruning
 (arXiv 2407.14679); which layers to keep is the caller's choice, measured or by rule.
@@ -9,6 +9,7 @@ Layer-dropped initialisation for distillation: DistilBERT (arXiv 1910.01108, sec
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -18,9 +19,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from trainer.errors import ConfigError
+from configs.schema import ModelSource
+from trainer.errors import ConfigError, foreign_errors
+from trainer.pruned_logits import refuse_difference
+from trainer.weights import is_quantised, read_table, refuse_other_tensors, shard_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -33,40 +37,39 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", 
 _PER_LAYER = (
     "layer_types",
     "mlp_layer_types",
+    "indexer_types",
     "layers_block_type",
+    "hybrid_override_pattern",
     "block_configs",
     "no_rope_layers",
+    "layer_rope_theta",
     "intermediate_size",
     "num_attention_heads",
+    "num_attention_heads_per_layer",
     "num_key_value_heads",
     "activation_sparsity_pattern",
 )
 # Lists of layer indices.
-_LAYER_INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attention_idxs")
-# Rules that compute something from a layer's index, with the value that means "no such rule": not preserved by pruning.
-_INDEX_RULES: Mapping[str, tuple[object, ...]] = {
-    "first_k_dense_replace": (None, 0),
-    "decoder_sparse_step": (None, 1),
-    "moe_layer_freq": (None, 1),
-    "interleave_moe_layer_step": (None, 1),
-    "num_kv_shared_layers": (None, 0),
-    "attn_layer_period": (None, 1),
-    "expert_layer_period": (None, 1),
-    "cross_attention_layers": (None, []),
-    "scale_attn_by_inverse_layer_idx": (None, False),
-}
+_LAYER_INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "cross_attention_layers")
+# Counts of layers at the beginning that are of another kind.
+_LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+# What in a config may decide by a layer's index, or by the number of layers, what the layer is.
+_INDEX_RULE = re.compile(r"layer|_period|_offset|_interval|_step$|_freq|_pattern|_idx|scale_depth|first_k|every_n")
 
 
 def prune(source: Path, target: Path, keep_layers: Sequence[int]) -> Path:
     """Write the model of folder `source` with only the decoder layers `keep_layers` (indices from 0) to `target`.
 
     Layers keep their weights bit for bit and are renumbered in the order given, which must ascend. Everything else
-    (embeddings, norms, head, tokenizer, chat template, licence files) is copied. Works shard by shard: memory is one
-    shard. `target` appears whole or not at all. A `target` that holds exactly this pruning of this source is left
-    as it is; any other existing folder is an error.
+    (embeddings, norms, head, tokenizer, chat template, licence files) is copied. Memory is the pruned model, or one
+    shard where that is more. `target` appears whole or not at all. A `target` that holds exactly this pruning of this
+    source is left as it is; any other existing folder is an error.
 
-    Raises `ConfigError` for a wrong list of layers, a folder without safetensors, a target that exists or is the
-    source, and architectures whose layers depend on their index by a rule that pruning would break.
+    What is written is loaded once and compared with the source whose other layers are skipped: some architectures
+    decide by a layer's index, or by the number of layers, what a layer computes.
+
+    Raises `ConfigError` for a wrong list of layers, a folder without safetensors or with others than its architecture
+    needs, a target that exists or is the source, and layers that would compute something else at their new places.
     """
     source, target = Path(source), Path(target)
     if target.resolve() == source.resolve():
@@ -78,22 +81,21 @@ def prune(source: Path, target: Path, keep_layers: Sequence[int]) -> Path:
         if _is_made_from(target, record):
             return target
         raise ConfigError(f"prune: {target} exists and holds something else: name another target, or remove it first")
-    config = _read_config(source)
-    if layers[-1] >= config.num_hidden_layers:
-        outside = [i for i in layers if i >= config.num_hidden_layers]
-        raise ConfigError(
-            f"prune: layers {outside} do not exist: {source} has layers 0 to {config.num_hidden_layers - 1}"
-        )
-    shards = {file: _tensor_names(file) for file in files}
+    shards = {file: list(read_table(file, role="prune")) for file in files}
+    config = _read_config(source, files, layers)
     prefix = _layer_prefix(shards, config.num_hidden_layers, source)
-    keep_config(config, layers)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         _copy_others(source, working)
-        config.save_pretrained(working)
         _write_weights(shards, working, prefix, layers)
+        refusal = _refusal(config, source, layers)
+        with foreign_errors(f"{refusal}: its configuration cannot describe them"):
+            kept = copy.deepcopy(config)
+            keep_config(kept, layers)
+            kept.save_pretrained(working)
+        refuse_difference(config, working, layers, refusal=refusal)
         (working / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         working.chmod(0o755)
         working.rename(target)
@@ -118,35 +120,61 @@ def parse_layers(text: str) -> list[int]:
 
 
 def keep_config(config: PreTrainedConfig, layers: Sequence[int]) -> None:
-    """Change `config` in place to describe only `layers`. Raises `ConfigError` for rules that depend on the index."""
+    """Change `config` in place to describe only `layers`, as far as is known how."""
     before = config.num_hidden_layers
-    if len(layers) < before:
-        for name, harmless in _INDEX_RULES.items():
-            value = getattr(config, name, None)
-            if value not in harmless:
-                raise ConfigError(
-                    f"prune: {config.model_type} sets {name}: {value!r}, which decides by a layer's index what"
-                    " the layer is; dropping layers would change those that stay. Such models cannot be pruned by depth"
-                )
     changes: dict[str, object] = {"num_hidden_layers": len(layers)}
+    stored = config.to_dict()
     for name in _PER_LAYER:
-        value = getattr(config, name, None)
+        value = stored.get(name)
         if isinstance(value, (list, tuple)) and len(value) == before:
             changes[name] = [value[i] for i in layers]
+        elif isinstance(value, str) and len(value) == before:
+            changes[name] = "".join(value[i] for i in layers)
     for name in _LAYER_INDICES:
-        value = getattr(config, name, None)
+        value = stored.get(name)
         if isinstance(value, (list, tuple)):
             changes[name] = [new for new, old in enumerate(layers) if old in value]
+    for name in _LEADING:
+        value = stored.get(name)
+        if isinstance(value, int):
+            changes[name] = sum(old < value for old in layers)
     for name, value in changes.items():
         setattr(config, name, value)
 
 
-def _read_config(source: Path) -> PreTrainedConfig:
-    from transformers import AutoConfig  # here: a pruning that is already made should not wait for this import
+def _refusal(config: PreTrainedConfig, source: Path, layers: Sequence[int]) -> str:
+    rules = [
+        f"{name}: {value!r}"
+        for name, value in config.to_dict().items()
+        if _INDEX_RULE.search(name) and value not in (None, False, 0, 1) and isinstance(value, int | float | str)
+        if name != "num_hidden_layers"
+    ]
+    may = f"; {', '.join(rules[:4])} may be why" if rules else ""
+    shown = f"{layers[0]} to {layers[-1]}" if len(layers) > 8 else ", ".join(map(str, layers))
+    return (
+        f"prune: layers {shown} of {source} would not compute at their new places what they do now, and "
+        f"{config.model_type} cannot be pruned like this{may}"
+    )
 
-    config = AutoConfig.from_pretrained(source)
+
+def _read_config(source: Path, files: Sequence[Path], layers: Sequence[int]) -> PreTrainedConfig:
+    """The configuration of `source`, whose weights are those it describes and which has all of `layers`."""
+    from trainer.models import build_on_meta, load_config  # here: a pruning that is made should not wait for them
+
+    model = ModelSource(path=str(source))
+    config = load_config(model, role="prune")
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
         raise ConfigError(f"prune: {source}: the config of {config.model_type!r} names no num_hidden_layers")
+    if is_quantised(config):
+        raise ConfigError(f"prune: the weights of {source} are quantised; prune the folder that they were made from")
+    if layers[-1] >= config.num_hidden_layers:
+        outside = [i for i in layers if i >= config.num_hidden_layers]
+        raise ConfigError(
+            f"prune: layers {outside} do not exist: {source} has layers 0 to {config.num_hidden_layers - 1}"
+        )
+    shapes = {name: shape for file in files for name, shape in read_table(file, role="prune").items()}
+    on_meta = build_on_meta(model, copy.deepcopy(config), role="prune")
+    refuse_other_tensors(on_meta, shapes, role="prune", place=str(source))
     return config
 
 
@@ -167,23 +195,12 @@ def _weight_files(source: Path) -> list[Path]:
         raise ConfigError(f"prune: {source} has no config.json: give a model folder in Hugging Face format")
     files = sorted(source.glob("*.safetensors"))
     if (source / INDEX).is_file():
-        names = json.loads((source / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        files = [source / name for name in sorted(set(names))]
-        if outside := [file for file in files if file.parent != source]:
-            raise ConfigError(f"prune: {source / INDEX} names a file outside of its folder: {outside[0]}")
+        files = [source / name for name in shard_names(source / INDEX, role="prune")]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ConfigError(f"prune: {source} lacks {missing}, which its index names: the folder is incomplete")
     if not files:
         raise ConfigError(f"prune: {source} has no *.safetensors: save the model with save_pretrained first")
     return files
-
-
-def _tensor_names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
-    except SafetensorError as error:
-        raise ConfigError(f"prune: {file} cannot be read ({error}): it is damaged or no safetensors file") from error
 
 
 def _layer_prefix(shards: Mapping[Path, list[str]], num_layers: int, source: Path) -> str:

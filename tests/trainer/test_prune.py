@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_architecture import ARCHITECTURES, LAYERS, save_architecture
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trainer.errors import ConfigError
 from trainer.prune import parse_layers, prune
+from trainer.pruned_logits import refuse_difference
 
 TOKENS = torch.tensor([[1, 17, 40, 5, 99, 123, 200, 7, 31]])
 
@@ -141,17 +144,100 @@ def test_source_and_target_must_differ_and_the_source_must_be_a_model(tmp_path: 
 def test_damaged_weights_are_an_error_that_names_the_file_and_leaves_no_target(tmp_path: Path) -> None:
     saved(tmp_path / "whole")
     (tmp_path / "whole" / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ConfigError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors (is no safetensors file|has 7 bytes of)"):
         prune(tmp_path / "whole", tmp_path / "small", [0])
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
-def test_an_architecture_that_decides_by_layer_index_is_refused(tmp_path: Path) -> None:
+def skipping(model: torch.nn.Module, keep: list[int]) -> torch.nn.Module:
+    """The oracle for any architecture: the source as transformers loads it; its other layers hand on what they get."""
+    lists = [m for _, m in sorted(model.named_modules(), key=lambda item: item[0].count("."))]
+    layers = next(m for m in lists if isinstance(m, torch.nn.ModuleList) and len(m) == LAYERS)
+    for index, layer in enumerate(layers):
+        if index not in keep:
+            layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    return model
+
+
+def assert_pruned_rightly_or_refused(name: str, tmp_path: Path) -> str | None:
+    """Each list of layers gives a folder that computes what the source does without the others, or one message."""
+    if save_architecture(tmp_path / "whole", name) is None:
+        pytest.skip("does not build this small")
+    said = None
+    for keep in ([0, 3], [1, 2]):
+        target = tmp_path / f"small-{keep[0]}"
+        try:
+            prune(tmp_path / "whole", target, keep)
+        except ConfigError as error:
+            said = str(error)
+            assert said.startswith("prune: ")
+            assert not target.exists()
+            continue
+        pruned, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        expected = logits(skipping(AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), keep))
+        assert torch.equal(logits(pruned), expected), keep
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    return said
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("glm4_moe", None),  # dense layers first, then experts: said of each layer
+        ("afmoe", None),  # said by a number, which is counted anew
+        ("qwen2_moe", None),
+        ("minicpm3", "scale_depth"),  # scales residuals by the square root of the number of layers
+        ("jamba", "expert_layer_period"),
+        ("gemma4_text", "per_layer"),
+        ("mamba", None),
+        ("nemotron_h", None),
+    ],
+)
+def test_rules_that_depend_on_a_layers_place_are_kept_or_refused(name: str, says: str | None, tmp_path: Path) -> None:
+    said = assert_pruned_rightly_or_refused(name, tmp_path)
+    assert said is None if says is None else says in said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_pruned_rightly_or_refused(name: str, tmp_path: Path) -> None:
+    assert_pruned_rightly_or_refused(name, tmp_path)
+
+
+def test_the_comparison_finds_other_layers_and_other_windows(tmp_path: Path) -> None:
+    saved(tmp_path / "whole", "gemma2")
+    target = prune(tmp_path / "whole", tmp_path / "small", [0, 2])
+    config = AutoConfig.from_pretrained(tmp_path / "whole")
+    refuse_difference(config, target, [0, 2], refusal="prune")
+    with pytest.raises(ConfigError, match=r"prune: their kinds are"):  # of both sorts, and the folder has one
+        refuse_difference(config, target, [0, 3], refusal="prune")
+    config.query_pre_attn_scalar = 17
+    with pytest.raises(ConfigError, match=r"prune: scaling of layer 0 is"):
+        refuse_difference(config, target, [0, 2], refusal="prune")
+    config = AutoConfig.from_pretrained(tmp_path / "whole")
+    config.final_logit_softcapping = 4.0
+    with pytest.raises(ConfigError, match=r"prune: logits differ by"):
+        refuse_difference(config, target, [0, 2], refusal="prune")
+
+
+def test_a_source_that_lacks_a_tensor_is_not_copied(tmp_path: Path) -> None:
     saved(tmp_path / "whole")
-    config = json.loads((tmp_path / "whole" / "config.json").read_text())
-    (tmp_path / "whole" / "config.json").write_text(json.dumps(config | {"first_k_dense_replace": 1}))
-    with pytest.raises(ConfigError, match="first_k_dense_replace: 1"):
-        prune(tmp_path / "whole", tmp_path / "small", [1, 2])
+    tensors = load_file(tmp_path / "whole/model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "whole/model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"prune: .* lacks model\.norm\.weight"):
+        prune(tmp_path / "whole", tmp_path / "small", [0, 1])
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_a_config_of_absurd_depth_is_refused_at_once(tmp_path: Path) -> None:
+    saved(tmp_path / "whole")
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    (tmp_path / "whole/config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**12}))
+    with pytest.raises(ConfigError, match=r"config\.json says num_hidden_layers: 1000000000000"):
+        prune(tmp_path / "whole", tmp_path / "small", [0, 1])
 
 
 def test_layer_texts_read_as_ranges_with_both_ends() -> None:
