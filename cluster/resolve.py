@@ -168,6 +168,15 @@ def check_rotation(run: Run, teacher_config: Any) -> None:
         refuse_changing_rope(teacher_config, max_length=run.data.max_length, role="teacher", why=why)
 
 
+def vllm_overrides(config: Any, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """`hf_overrides` of what vLLM must not read in a teacher's config: it gives a `sliding_window` to architectures
+    whose layers have none in transformers, and would make other labels beyond it."""
+    if not ignores_window(config, role="teacher.model", trust_remote_code=trust_remote_code):
+        return {}
+    window = {"sliding_window": None}
+    return window if config.get_text_config() is config else {"text_config": window}
+
+
 def check_split(run: Run, teacher_config: Any) -> None:
     """vLLM splits a model by attention heads. Raises `ConfigError` where tensor_parallel_size does not divide them."""
     text = teacher_config.get_text_config()
@@ -267,7 +276,14 @@ class _Engines:
         teacher_config: Any | None,
     ) -> None:
         self.reasons: list[str] = []
-        self._overrides = self._config_overrides(run, teacher_config)
+        trusted = run.teacher.model.trust_remote_code
+        self._overrides = {} if teacher_config is None else vllm_overrides(teacher_config, trust_remote_code=trusted)
+        if self._overrides:
+            text = teacher_config.get_text_config()
+            self.reasons.append(
+                f"teacher: attends without a window: {text.model_type} has none in transformers, whatever its "
+                f"configuration says (sliding_window: {text.sliding_window})"
+            )
         self._run = run
         self._accelerator = accelerator
         self._placement = placement
@@ -275,20 +291,6 @@ class _Engines:
         labels = EncodingSpec(run.labels.kind, dict(run.labels.parameters))
         same = load_encoding(labels) == load_encoding(EVALUATION_LABELS)
         self._encodings = (labels,) if same else (labels, EVALUATION_LABELS)
-
-    def _config_overrides(self, run: Run, config: Any | None) -> dict[str, Any]:
-        """What vLLM must not read in the teacher's config: it gives a `sliding_window` to every architecture, also to
-        those whose layers have none in transformers, which would make other labels beyond it."""
-        trusted = run.teacher.model.trust_remote_code
-        if config is None or not ignores_window(config, role="teacher.model", trust_remote_code=trusted):
-            return {}
-        text = config.get_text_config()
-        self.reasons.append(
-            f"teacher: attends without a window: {text.model_type} has none in transformers, whatever its "
-            f"configuration says (sliding_window: {text.sliding_window})"
-        )
-        window = {"sliding_window": None}
-        return window if text is config else {"text_config": window}
 
     def plan(
         self, role: Role, replicas: Replicas, dtypes: _Dtypes, tables: _Tables, *, sampling: Sampling | None

@@ -16,6 +16,7 @@ import peft
 import safetensors
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from configs.schema import LoRA, ModelSource
@@ -241,6 +242,8 @@ def _head_names(model: torch.nn.Module) -> tuple[list[str], list[str]]:
     found = []
     for wanted in (head.weight, getattr(head, "bias", None)):
         names = [] if wanted is None else _names_of(model, wanted)
+        # Some are stored under a name of before: GPT-NeoX's lm_head is embed_out in its checkpoints.
+        names += [name for name in revert_weight_conversion(model, dict.fromkeys(names, wanted)) if name not in names]
         # Checkpoints of a bare base model lack its prefix.
         found.append(names + [name.removeprefix(prefix) for name in names if name.startswith(prefix)])
     return found[0], found[1]

@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 from label_oracle import VOCABULARY, random_unit
+from transformers import AutoConfig
 
 from cluster.engines.plan import EnginePlan, Sampling
+from cluster.resolve import vllm_overrides
 from cluster.runtime import environment
 from trainer.errors import DeadlineExceeded, EngineDead
 from trainer.types import EncodingSpec, Prompt, Unit, UnitReport
@@ -53,6 +55,9 @@ def engine_plan(engine: Any, folder: Path, *, role: str = "scorer", **changes: A
         accelerator="cpu",
         kept_events=8,
     )
+    overrides = vllm_overrides(AutoConfig.from_pretrained(folder))
+    if overrides:
+        arguments["hf_overrides"] = arguments.get("hf_overrides", {}) | overrides
     values = {
         "role": role,
         "kind": "vllm",

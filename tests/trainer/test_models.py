@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import architecture_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_folder, tiny_model
 
@@ -72,6 +73,12 @@ def test_the_head_is_found_in_shards_and_without_the_prefix_of_the_base_model(tm
     tensors = load_file(bare / "model.safetensors")
     save_file({n.removeprefix("model."): t for n, t in tensors.items()}, bare / "model.safetensors", {"format": "pt"})
     assert torch.equal(_head(bare, dtype=torch.bfloat16).weight, weight.to(torch.bfloat16))
+
+
+def test_the_head_is_found_under_the_name_that_checkpoints_have_for_it(tmp_path: Path) -> None:
+    folder = architecture_folder(tmp_path, "gpt_neox")
+    weight = load_file(folder / "model.safetensors")["embed_out.weight"]
+    assert torch.equal(_head(folder).weight, weight[:VOCABULARY])
 
 
 def test_the_head_of_a_model_that_also_sees_is_found_under_its_own_prefix(tmp_path: Path) -> None:
