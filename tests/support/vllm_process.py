@@ -56,7 +56,7 @@ def engine_plan(engine: Any, folder: Path, *, role: str = "scorer", **changes: A
         kept_events=8,
     )
     overrides = vllm_overrides(AutoConfig.from_pretrained(folder))
-    if overrides:
+    if overrides and "runner" in arguments:
         arguments["hf_overrides"] = arguments.get("hf_overrides", {}) | overrides
     values = {
         "role": role,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from architectures import architecture_folder
 from label_oracle import VOCABULARY, assert_labels_match, oracle_of, random_unit, teacher_head_of
 from tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM
@@ -15,7 +16,9 @@ from vllm_process import engine_plan
 
 from cluster.engines.hf import Engine, draw
 from cluster.engines.plan import Sampling
+from configs.schema import ModelSource
 from trainer.errors import ConfigError, DeadlineExceeded, UnitRejected
+from trainer.models import load_teacher_head
 from trainer.types import EncodingSpec, Prompt
 
 UNIT = random_unit("0:0", (60, [(5, 20), (31, 59)]), (90, [(60, 80)]), (12, []), (33, [(0, 32)]))
@@ -38,6 +41,20 @@ def test_labels_equal_transformers(tmp_path: Path, family: str, options: dict[st
     assert all(np.array_equal(column, again.columns[name]) for name, column in block.columns.items())
     assert (report.num_rows, report.num_non_finite) == (UNIT.num_rows, 0)
     assert (statistics.num_units, statistics.num_rows) == (2, 2 * UNIT.num_rows)
+
+
+@pytest.mark.parametrize("name", ["opt", "phi3", "deepseek_v3"])
+def test_hidden_labels_are_as_wide_as_what_the_head_reads(tmp_path: Path, name: str) -> None:
+    folder = architecture_folder(tmp_path, name)
+    scorer = Engine().start_scorer(engine_plan(Engine(), folder), "hf-0")
+    _, block = asyncio.run(scorer.score(UNIT, EncodingSpec("hidden"), deadline_s=60))
+    scorer.close()
+    assert block.columns["hidden"].shape[1] == (32 if name == "opt" else 64)  # of OPT-350m half of hidden_size
+    head = load_teacher_head(
+        ModelSource(path=str(folder)), vocabulary_size=VOCABULARY, dtype=torch.float32, device=torch.device("cpu")
+    )
+    oracle, next_ids = oracle_of(folder, UNIT)
+    assert_labels_match("hidden", block.columns, oracle, next_ids, head)
 
 
 def test_a_unit_past_its_deadline_is_given_up_and_the_next_one_scored(tiny_teacher: Path) -> None:
