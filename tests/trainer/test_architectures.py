@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import WINDOW, architecture_config, architecture_model, long_rope
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from architectures import EVERY, WINDOW, architecture_config, architecture_model, long_rope
 
 from trainer import attention
 from trainer.attention import IMPLEMENTATIONS, REFERENCE, border_arguments, told
@@ -39,8 +38,6 @@ WINDOWS: dict[str, set[int | None]] = {
     "starcoder2": {WINDOW},
     "exaone4": {WINDOW},
 }
-TOO_LARGE = ("gemma", "llama4", "mllama", "emu3", "qwen3_5", "got_ocr2", "phi4_multimodal", "blt", "bert", "git")
-"""Beginnings of architectures whose config cannot be made tiny by the names of its fields; their text models can."""
 
 
 def _check(name: str, config: object) -> None:
@@ -60,9 +57,8 @@ def _check(name: str, config: object) -> None:
         offsets = (0, *torch.tensor(LENGTHS).cumsum(0).tolist())
         positions = torch.cat([torch.arange(length) for length in LENGTHS])
         with told(**border_arguments("sdpa", offsets, torch.device("cpu"))):
-            packed = model(input_ids=torch.cat(sequences)[None], position_ids=positions[None], use_cache=False).logits[
-                0
-            ]
+            tokens = torch.cat(sequences)[None]
+            packed = model(input_ids=tokens, position_ids=positions[None], use_cache=False).logits[0]
     torch.testing.assert_close(packed, expected, rtol=1e-3, atol=1e-3, msg=f"{name}, packed")
 
 
@@ -84,7 +80,7 @@ def test_the_length_after_which_positions_are_rotated_otherwise_is_one_to_cross(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [n for n in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if not n.startswith(TOO_LARGE)])
+@pytest.mark.parametrize("name", EVERY)
 def test_every_architecture_is_packed_rightly_or_refused(name: str) -> None:
     try:
         with foreign_errors("no tiny config"):  # each config has rules of its own

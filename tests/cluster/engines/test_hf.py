@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from architectures import architecture_folder
-from label_oracle import VOCABULARY, assert_labels_match, oracle_of, random_unit, teacher_head_of
+from architectures import EVERY, architecture_config, architecture_folder
+from label_oracle import VOCABULARY, assert_labels_match, label_errors, oracle_of, random_unit, teacher_head_of
 from tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM
 from vllm_process import engine_plan
@@ -17,7 +17,8 @@ from vllm_process import engine_plan
 from cluster.engines.hf import Engine, draw
 from cluster.engines.plan import Sampling
 from configs.schema import ModelSource
-from trainer.errors import ConfigError, DeadlineExceeded, UnitRejected
+from trainer.attention_choice import packable_layers
+from trainer.errors import ConfigError, DeadlineExceeded, UnitRejected, foreign_errors
 from trainer.models import load_teacher_head
 from trainer.types import EncodingSpec, Prompt
 
@@ -55,6 +56,32 @@ def test_hidden_labels_are_as_wide_as_what_the_head_reads(tmp_path: Path, name: 
     )
     oracle, next_ids = oracle_of(folder, UNIT)
     assert_labels_match("hidden", block.columns, oracle, next_ids, head)
+
+
+OTHER_HEADS = {"modernbert-decoder"}
+"""Heads that do more than multiply, scale and cap: hidden labels would be wrong, and the start-up self-test fails."""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", EVERY)
+def test_labels_of_every_student_like_architecture_equal_transformers(name: str, tmp_path: Path) -> None:
+    try:
+        with foreign_errors("no tiny model"):  # each config has rules of its own
+            packable_layers(architecture_config(name))
+            folder = architecture_folder(tmp_path, name)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    scorer = Engine().start_scorer(engine_plan(Engine(), folder), "hf-0")
+    oracle, next_ids = oracle_of(folder, UNIT)
+    head = load_teacher_head(
+        ModelSource(path=str(folder)), vocabulary_size=VOCABULARY, dtype=torch.float32, device=torch.device("cpu")
+    )
+    for spec in (EncodingSpec("topk", {"k": 8}), EncodingSpec("hidden")):
+        _, block = asyncio.run(scorer.score(UNIT, spec, deadline_s=60))
+        errors = label_errors(spec.kind, block.columns, oracle, next_ids, head)
+        errors.pop("logprobs_f16", None)
+        assert (max(errors.values()) < 1e-3) == (spec.kind == "topk" or name not in OTHER_HEADS), (spec, errors)
+    scorer.close()
 
 
 def test_a_unit_past_its_deadline_is_given_up_and_the_next_one_scored(tiny_teacher: Path) -> None:
