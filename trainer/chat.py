@@ -211,7 +211,12 @@ class Template:
         Where tokenising the pieces gives the tokens of the whole, the cuts are token borders. Otherwise (tokenizers
         that treat the beginning of a text specially) every prefix is tokenised by itself.
         """
-        parts = [self._ids(text[a:b]) for a, b in pairwise([0, *cuts, len(text)])]
+        pieces = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
+        if MARK in text:
+            parts = [self._ids(piece) for piece in pieces]
+        else:  # in one call, which costs a fraction of many
+            with foreign_errors("the tokenizer refuses the text", error=DataError):
+                parts = self.tokenizer(pieces, add_special_tokens=False)["input_ids"]
         if [token for part in parts for token in part] == whole:
             return list(accumulate(len(part) for part in parts[:-1]))
         borders = []

@@ -118,6 +118,13 @@ def test_assistant_turns_of_the_prompt_are_context() -> None:
     assert learnt(made, *made.render(TALK, loss_from=4)) == [TALK[4]["content"] + "<|im_end|>"]
 
 
+def test_a_turn_marked_as_context_is_read_and_not_learnt() -> None:
+    made = template()
+    ids, mask = made.render(TALK, context={2})
+    assert ids.tolist() == made.render(TALK)[0].tolist()
+    assert learnt(made, ids, mask) == [TALK[4]["content"] + "<|im_end|>"]
+
+
 def test_an_eos_that_only_ends_the_text_is_not_learnt() -> None:
     made = template(PHI3, ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"))
     assert learnt(made, *made.render(TALK))[0] == TALK[2]["content"] + "<|end|>"

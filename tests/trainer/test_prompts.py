@@ -138,6 +138,17 @@ def test_left_out_rows_do_not_make_an_epoch_longer(tmp_path: Path) -> None:
     assert stream.counters == StreamCounters(read=5, good=3, rejected=2)
 
 
+def test_an_answer_of_weight_zero_is_in_no_loss(tmp_path: Path) -> None:
+    bad, good = {"role": "assistant", "content": "drip", "weight": 0}, {"role": "assistant", "content": "drop"}
+    question = {"role": "user", "content": "which?"}
+    dataset = write(tmp_path, [{"messages": [question, bad, question, good]}])
+    (prompt,) = open_stream(dataset).take(1)
+    assert TOKENIZER.decode(prompt.token_ids[1:][prompt.loss_mask[:-1]]) == "drop<|im_end|>"
+    assert "drip<|im_end|>" in TOKENIZER.decode(prompt.token_ids)
+    with pytest.raises(DataError, match="every assistant turn is marked as not to be learnt"):
+        open_stream(write(tmp_path, [{"messages": [question, bad]}])).take(1)
+
+
 def test_a_prompt_holds_the_ids_the_mask_and_the_line(tmp_path: Path) -> None:
     dataset = write(tmp_path, [talk(i) for i in range(3)])
     prompt = open_stream(dataset, shuffle=False).take(3)[2]
