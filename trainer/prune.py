@@ -53,8 +53,12 @@ _PER_LAYER = (
 _LAYER_INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "cross_attention_layers")
 # Counts of layers at the beginning that are of another kind.
 _LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+# Settings of single layers by index.
+_BY_INDEX = ("per_layer_config",)
 # What in a config may decide by a layer's index, or by the number of layers, what the layer is.
-_INDEX_RULE = re.compile(r"layer|_period|_offset|_interval|_step$|_freq|_pattern|_idx|scale_depth|first_k|every_n")
+_INDEX_RULE = re.compile(
+    r"layer(?!_norm|norm|s?$|drop)|_period|_offset|_interval|_step$|_freq|_pattern|scale_depth|first_k|every_n"
+)
 
 
 def prune(source: Path, target: Path, keep_layers: Sequence[int]) -> Path:
@@ -134,6 +138,10 @@ def keep_config(config: PreTrainedConfig, layers: Sequence[int]) -> None:
         value = stored.get(name)
         if isinstance(value, (list, tuple)):
             changes[name] = [new for new, old in enumerate(layers) if old in value]
+    for name in _BY_INDEX:
+        value = {str(key): setting for key, setting in (stored.get(name) or {}).items()}
+        if value:
+            changes[name] = {str(new): value[str(old)] for new, old in enumerate(layers) if str(old) in value}
     for name in _LEADING:
         value = stored.get(name)
         if isinstance(value, int):
@@ -147,7 +155,6 @@ def _refusal(config: PreTrainedConfig, source: Path, layers: Sequence[int]) -> s
         f"{name}: {value!r}"
         for name, value in config.to_dict().items()
         if _INDEX_RULE.search(name) and value not in (None, False, 0, 1) and isinstance(value, int | float | str)
-        if name != "num_hidden_layers"
     ]
     may = f"; {', '.join(rules[:4])} may be why" if rules else ""
     shown = f"{layers[0]} to {layers[-1]}" if len(layers) > 8 else ", ".join(map(str, layers))

@@ -36,19 +36,22 @@ def _compare(config: PreTrainedConfig, pruned: Path, layers: Sequence[int]) -> N
     with foreign_errors("what was written cannot be loaded"):
         cut = load_causal(ModelSource(path=str(pruned)), role="what was written", dtype="auto").eval()
     with foreign_errors("both cannot be compared"):
-        whole = _with_layers_skipped(config, cut, layers)
+        whole = _with_weights_of(cut, config, layers)
     _compare_values(whole, cut, layers)
     tokens = torch.arange(_NUM_TOKENS)[None] * 7 % cut.config.get_text_config().vocab_size
     with foreign_errors("both cannot be compared"), torch.inference_mode():
+        _, kept = _layer_list(cut, len(layers))
+        answers: list[Any] = []
+        kept[-1].register_forward_hook(lambda module, given, answer: answers.append(answer))
         ours = cut(input_ids=tokens, use_cache=False).logits.float()
+        _skip_layers(whole, config.num_hidden_layers, layers, like=answers[0])
         theirs = whole(input_ids=tokens, use_cache=False).logits.float()
     if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()), equal_nan=True):
         raise ConfigError(f"logits differ by {float((ours - theirs).abs().max()):.2g}")
 
 
-def _with_layers_skipped(config: PreTrainedConfig, cut: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """The model of `config` with the weights of `cut` at the places of `layers`; its other layers hand on what they
-    get."""
+def _with_weights_of(cut: PreTrainedModel, config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedModel:
+    """The model of `config` with the weights of `cut` at the places of `layers`; its other layers have none."""
     with init_empty_weights(include_buffers=False):
         whole = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=cut.dtype).eval()
     path, places = _layer_list(whole, config.num_hidden_layers)
@@ -60,9 +63,18 @@ def _with_layers_skipped(config: PreTrainedConfig, cut: PreTrainedModel, layers:
     dropped = tuple(f"{path}.{i}." for i in range(len(places)) if i not in layers)
     if wrong := [*unexpected, *(name for name in missing if not name.startswith(dropped))]:
         raise ConfigError(f"{wrong[0]} is in one of both only")
-    for index in set(range(len(places))) - set(layers):
-        places[index].forward = _hand_on
     return whole
+
+
+def _skip_layers(whole: PreTrainedModel, num_layers: int, layers: Sequence[int], *, like: Any) -> None:
+    """Let layers other than `layers` hand on what they get, in the form of another layer's answer `like`."""
+
+    def hand_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states, *[None] * (len(like) - 1)) if isinstance(like, tuple) else hidden_states
+
+    _, places = _layer_list(whole, num_layers)
+    for index in set(range(num_layers)) - set(layers):
+        places[index].forward = hand_on
 
 
 def _layer_list(model: PreTrainedModel, num_layers: int) -> tuple[str, torch.nn.ModuleList]:
@@ -78,11 +90,6 @@ def _at_old_place(name: str, path: str, layers: Sequence[int]) -> str:
         return name
     index, _, rest = name.removeprefix(f"{path}.").partition(".")
     return f"{path}.{layers[int(index)]}.{rest}"
-
-
-def _hand_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """The forward of a layer that is skipped."""
-    return hidden_states
 
 
 def _compare_values(whole: PreTrainedModel, cut: PreTrainedModel, layers: Sequence[int]) -> None:
