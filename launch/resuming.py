@@ -36,7 +36,10 @@ class Standing:
 def standing(run: Run, folder: RunFolder, contents: Mapping[str, str]) -> Standing:
     """Raises `ConfigError` where the folder holds something that this run must not go on from, or not replace. Writes
     nothing."""
-    after = Checkpoints(folder.checkpoints, keep=1).peek()
+    try:
+        after = Checkpoints(folder.checkpoints, keep=1).peek()
+    except OSError as error:
+        raise ConfigError(f"folder: the checkpoints of {folder.path} cannot be read: {error}") from None
     before, finished = _before(folder), _was_finished(folder)
     _refuse_another_configuration(run, before, folder, after, finished=finished)
     told = refuse_changes(run, folder, after, contents) if after is not None else []
@@ -52,13 +55,11 @@ def standing(run: Run, folder: RunFolder, contents: Mapping[str, str]) -> Standi
 
 
 def refuse_changes(run: Run, folder: RunFolder, after: TrainingState, contents: Mapping[str, str]) -> list[str]:
-    """What is to be told of inputs that changed, compared by the places in `contents` and their like in the checkpoint.
+    """What is to be told of inputs that changed, as far as both sides know of them: other versions may look at others.
     Raises `ConfigError` for a change that decides what is learnt, unless the run asks for a note."""
-    places = {place.partition("/")[0] for place in contents}
-    known = {place: text for place, text in after.contents.items() if place.partition("/")[0] in places}
-    if not known:
-        return []
-    decisive, others = changes(known, contents, run)
+    both = {_input(place) for place in contents} & {_input(place) for place in after.contents}
+    was, now = ({p: text for p, text in side.items() if _input(p) in both} for side in (after.contents, contents))
+    decisive, others = changes(was, now, run)
     if decisive and run.training.on_changed_inputs == "error":
         raise ConfigError(
             f"{folder.path} holds {after.step} steps of this run, made from other inputs:\n  "
@@ -69,6 +70,11 @@ def refuse_changes(run: Run, folder: RunFolder, after: TrainingState, contents: 
     in_checkpoint = " (of no effect: the checkpoint holds the trained weights)"
     told = [f"{text}{in_checkpoint if text.startswith('student.model/') else ''}" for text in others]
     return [f"changed since step {after.step}: {text}" for text in (*decisive, *told)]
+
+
+def _input(place: str) -> str:
+    """`teacher.model` of `teacher.model/config.json`."""
+    return place.partition("/")[0]
 
 
 def new_length(run: Run, after: TrainingState | None, total_steps: int) -> str | None:

@@ -279,5 +279,7 @@ def test_a_manifest_that_knows_nothing_of_contents_is_gone_on_from(stopped: Plac
     after = Checkpoints(manifest.parent.parent, keep=1).peek()
     assert after is not None
     after.contents.clear()
-    run = load_run(stopped.file).run
-    assert refuse_changes(run, RunFolder(run_folder(run)), after, {"data.train": "other"}) == []
+    run, now = load_run(stopped.file).run, {"data.train": "40 bytes, aa", "known.later": "1 byte, bb"}
+    assert refuse_changes(run, RunFolder(run_folder(run)), after, now) == []
+    after.contents["data.train"] = "40 bytes, aa"
+    assert refuse_changes(run, RunFolder(run_folder(run)), after, now) == []
