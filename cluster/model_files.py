@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from trainer.content import folder_content
 from trainer.errors import ConfigError, InfrastructureError
 
-WHOLE_BYTES, PLACES = 8 * 2**20, 2048
+WHOLE_BYTES, PLACES = 8 * 2**20, 512
 """How much of a model's files is read to tell whether they are the same: samples, beyond 8 MiB in all."""
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
