@@ -16,7 +16,9 @@ def gather_numbers(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's picklable value, in rank order."""
+    """Every rank's picklable value, in rank order; of a process that joined no group its own."""
+    if not distributed.is_initialized():
+        return [value]
     values = [None] * distributed.get_world_size()
     distributed.all_gather_object(values, value)
     return values

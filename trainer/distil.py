@@ -9,6 +9,7 @@ start roles -> self-tests -> held-out labels, evaluation, generations before -> 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from trainer.checkpoint import Checkpoints, Committed
 from trainer.errors import (
     ConfigError,
+    Diverged,
     InfrastructureError,
     LabelsLost,
     Preempted,
@@ -229,6 +231,7 @@ class Controller:
         if self._evaluation_units and not (when == "after" and self.final_evaluation is not None):
             evaluation = await self._session.students.evaluate(step)
             self._observer.evaluation(evaluation)
+            self._refuse_broken(evaluation, trained=when == "after")
             self._on_evaluation(when, evaluation)
         elif self.final_evaluation is not None:
             self._on_evaluation(when, self.final_evaluation)
@@ -241,6 +244,23 @@ class Controller:
                 stop_ids=self._job.inputs.stop_ids,
             )
             self._on_generation(when, rows, texts)
+
+    def _refuse_broken(self, evaluation: Evaluation, *, trained: bool) -> None:
+        if math.isfinite(evaluation.forward_kl):
+            return
+        if trained:
+            raise Diverged(
+                f"the held-out KL of the student as it was saved after step {evaluation.step} is "
+                f"{evaluation.forward_kl}: it is broken, and not exported. Without that checkpoint in "
+                f"{self._job.folder.checkpoints} the same command goes on from the one before, if there is one. Lower "
+                "optimizer.learning_rate, in a run of another name"
+            )
+        raise ConfigError(
+            f"the held-out KL is {evaluation.forward_kl} before the first step (perplexity of the student "
+            f"{evaluation.perplexity}, of the teacher {evaluation.teacher_perplexity}): the weights of "
+            "student.model or teacher.model hold NaN or infinity, or overflow in their dtype; name others, or another "
+            "dtype"
+        )
 
     async def _ask_teacher(self) -> None:
         """The teacher's own answers to the prompts of the report, by its writers where there are any. A run does not
@@ -296,7 +316,14 @@ class Controller:
     async def _conclude(self) -> None:
         self._on_phase("generating after training, exporting the student")
         await self._look("after", self._job.loop.total_steps)
-        await self._session.students.export(self._job.folder.student)
+        try:
+            await self._session.students.export(self._job.folder.student)
+        except Diverged as error:
+            raise Diverged(
+                f"{error}. The checkpoint of step {self._job.loop.total_steps} in {self._job.folder.checkpoints} holds "
+                "them too: without it the same command goes on from the one before, if there is one. Lower "
+                "optimizer.learning_rate, in a run of another name"
+            ) from None
 
     async def _recover(self, lost: StudentsLost, setbacks: Setbacks, *, at_step: int, start: Cursor) -> int:
         """Restart the group until it stands, as often as the policy allows: the next node may die as well.

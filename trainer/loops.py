@@ -155,7 +155,7 @@ class Loops:
         self._supplying: list[asyncio.Task[Any]] = []  # the loop itself, then its steps that are not trained yet
         self._taking: asyncio.Future[list[Prompt]] | None = None  # from the stream, in a thread: a disk may hang
         self.non_finite_steps = non_finite_steps
-        self.last_step = 0
+        self.last_step = self._start_step = 0
         self.last_saved: int | None = None
         self._clock = clock
         self._saved_at = clock()
@@ -168,7 +168,7 @@ class Loops:
 
         `Preempted` after a requested stop; that, and an error of supply, comes after a checkpoint of what was trained.
         """
-        self.last_step = start_step
+        self.last_step = self._start_step = start_step
         supply = asyncio.create_task(self._supply(start_step), name="supply")
         supply.add_done_callback(self._supply_ended)
         self._supplying.append(supply)
@@ -369,7 +369,8 @@ class Loops:
             return
         self.non_finite_steps += 1
         self._observer.event("non_finite_step", at_step=metrics.step, prompts=list(ready.prompt_ids))
-        if self.non_finite_steps > self._settings.max_non_finite_steps:
+        all_of_them = self.non_finite_steps == metrics.step == self._settings.total_steps
+        if self.non_finite_steps > self._settings.max_non_finite_steps or all_of_them:
             raise Diverged(
                 f"{self.non_finite_steps} steps had a non-finite loss or gradient (training.max_non_finite_steps: "
                 f"{self._settings.max_non_finite_steps}), the last one step {metrics.step}; lower "
@@ -378,10 +379,10 @@ class Loops:
 
     async def _between_steps(self, step: int) -> None:
         last = step == self._settings.total_steps
+        if self._to_be_evaluated(step):
+            await self._evaluate(step)  # first: what it finds broken must not be saved
         if last or _due(step, self._settings.save_every) or self._is_old(self._clock() - self._saved_at):
             await self._checkpoint(step)
-        if self._to_be_evaluated(step):
-            await self._evaluate(step)
 
     def _is_old(self, seconds: float) -> bool:
         return 0 < self._settings.save_every_s <= seconds
@@ -403,6 +404,20 @@ class Loops:
         self._observer.span("student", "evaluate", started, time.time(), f"step {step}")
         self._observer.evaluation(evaluation)
         self.last_evaluation = evaluation
+        if not math.isfinite(evaluation.forward_kl):
+            raise diverged(
+                evaluation, last_good=self.last_saved or (self._start_step if step > self._start_step else 0)
+            )
+
+
+def diverged(evaluation: Evaluation, *, last_good: int) -> Diverged:
+    """For an evaluation that is not finite. `last_good`: step of the last checkpoint before it; 0: there is none."""
+    kept = f"The last good checkpoint is that of step {last_good}: training.steps: {last_good} exports its student"
+    return Diverged(
+        f"the held-out KL after step {evaluation.step} is {evaluation.forward_kl}: the student is broken, and nothing "
+        "of it is exported. Lower optimizer.learning_rate, in a run of another name. "
+        + (kept if last_good else "There is no good checkpoint before it")
+    )
 
 
 def _due(step: int, every: int) -> bool:

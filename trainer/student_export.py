@@ -5,13 +5,14 @@ Sharded parameters are gathered one module at a time, kept by rank 0 only and wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from trainer.errors import ConfigError
+from trainer.collectives import gather_objects
+from trainer.errors import ConfigError, Diverged
 from trainer.generation_settings import consistent
 from trainer.models import StudentModule
 from trainer.zero import whole
@@ -21,19 +22,33 @@ def export_student(module: StudentModule, folder: Path, *, first_rank: bool, mer
     """Write the student in the dtype it is trained in; collective, only the first rank touches the folder.
 
     A full student, and with `merge_adapter` an adapted one, becomes an ordinary model folder (a tied key is written
-    once). Adapters alone become a peft folder that names the base model.
+    once). Adapters alone become a peft folder that names the base model. Raises `Diverged`, on all ranks and before
+    anything is written, where a weight is not finite.
     """
     if merge_adapter and module.adapter is None:
         raise ConfigError("there is no adapter to merge: the student was trained without student.lora")
     if module.adapter is not None and not merge_adapter:
         weights = _collect(_parameters(module.adapter), lambda name: "lora_" in name, keep=first_rank)
+        _refuse_non_finite(weights)
         if first_rank:
             module.adapter.save_pretrained(folder, state_dict=weights, safe_serialization=True)
         return
     parameters = _merged(module.causal) if merge_adapter else _parameters(module.causal)
     weights = _collect(parameters, lambda name: True, keep=first_rank)
+    _refuse_non_finite(weights)
     if first_rank:
         _skeleton(module.causal).save_pretrained(folder, state_dict=weights)
+
+
+def _refuse_non_finite(weights: Mapping[str, torch.Tensor]) -> None:
+    """Collective: the first rank has the weights, and all must hear of them."""
+    floats = {name: weight for name, weight in weights.items() if weight.is_floating_point() and weight.numel()}
+    broken = [name for name, weight in floats.items() if not torch.isfinite(torch.stack(weight.aminmax())).all()]
+    broken = gather_objects(broken)[0]
+    if broken:
+        raise Diverged(
+            f"{len(broken)} of the student's weights hold NaN or infinity, first {broken[0]}; nothing is exported"
+        )
 
 
 Entry = tuple[str, list[torch.nn.Parameter], Callable[[], torch.Tensor]]

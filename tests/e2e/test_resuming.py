@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from runs_under_fault import assert_same_result, counted, losses, notes
+from safetensors.torch import load_file, save_file
 from tiny_runs import records, stillhouse, tiny_run
 
 from configs.load import load_run
@@ -55,3 +56,27 @@ def test_an_epoch_ends_with_a_short_step_and_one_more_goes_on_from_there_the_sam
     assert (shorter.returncode, "write at least 2" in shorter.stderr) == (2, True), shorter.stderr
     again = stillhouse("train", str(config), "--set", "training.epochs=2")
     assert (again.returncode, "is finished: 6 steps" in again.stdout) == (0, True), again.stdout + again.stderr
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_student_that_its_last_step_breaks_ends_the_run_with_5_and_is_not_exported(
+    tmp_path: Path, held_out: bool
+) -> None:
+    config = tiny_run(tmp_path, {"runtime": "in_process", "student": {"ranks": 1}, "training": {"save_every": 1}})
+    run = tmp_path / "run"
+    breaks = ["--set", "optimizer={learning_rate: 1e30, schedule: constant}", "--set", "training.steps=2"]
+    result = stillhouse("train", str(config), *breaks, *([] if held_out else ["--set", "data.evaluation=null"]))
+    assert result.returncode == 5, result.stdout + result.stderr
+    assert ("KL after step 1 is" if held_out else "weights hold NaN or infinity") in result.stderr
+    assert not (run / "student").exists()
+
+
+def test_a_student_that_is_broken_before_the_first_step_is_refused(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, {"runtime": "in_process", "student": {"ranks": 1}})
+    file = tmp_path / "student" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    result = stillhouse("train", str(config), "--skip-self-test")
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "before the first step" in result.stderr

@@ -371,6 +371,38 @@ def test_skipped_steps_are_counted_and_end_the_run_past_the_budget_without_savin
     assert listed[0] == [f"0:{i}" for i in range(8, 12)]
 
 
+@pytest.mark.parametrize("kl", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("broken", "saved_before", "kept"), [(8, [3, 6], "step 6: training.steps: 6"), (2, [], "no good")]
+)
+def test_an_evaluation_that_is_not_finite_ends_the_run_before_the_student_is_saved(
+    kl: float, broken: int, saved_before: list[int], kept: str
+) -> None:
+    loops, trace, _, students, saved = make(replace(SETTINGS, save_every=3, evaluate_every=2))
+    original = students.evaluate
+
+    async def evaluate(step: int) -> Evaluation:
+        return replace(await original(step), forward_kl=kl if step == broken else 1.0)
+
+    students.evaluate = evaluate  # type: ignore[method-assign]
+    with pytest.raises(Diverged, match=rf"KL after step {broken} is {kl}.*{kept}"):
+        asyncio.run(loops.run(0))
+    assert [step for step, _ in saved] == saved_before
+    assert ("evaluation", broken) in trace.events, "it is recorded all the same"
+
+
+def test_a_run_of_which_no_step_was_finite_has_not_trained() -> None:
+    loops, _, _, students, saved = make(replace(SETTINGS, total_steps=2, max_non_finite_steps=3))
+    students.skipped = {1, 2}
+    with pytest.raises(Diverged, match="2 steps had a non-finite"):
+        asyncio.run(loops.run(0))
+    assert saved == []
+    loops, _, _, students, saved = make(replace(SETTINGS, total_steps=2, max_non_finite_steps=3))
+    students.skipped = {2}
+    asyncio.run(loops.run(0))
+    assert [step for step, _ in saved] == [2]
+
+
 def test_a_stop_saves_the_last_trained_step_and_its_cursor() -> None:
     loops, _, _, students, saved = make(train=0.005)
     original = students.step

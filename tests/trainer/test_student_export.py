@@ -10,6 +10,7 @@ import torch
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from trainer.errors import Diverged
 from trainer.models import StudentModule
 from trainer.student_export import export_student
 
@@ -45,3 +46,24 @@ def test_a_generation_config_that_contradicts_itself_does_not_end_a_run_at_its_e
     written = GenerationConfig.from_pretrained(tmp_path)
     assert written.eos_token_id == 5
     assert not written.do_sample
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_weights_that_are_not_finite_are_named_and_nothing_is_written(
+    tmp_path: Path, tiny_student: Path, adapted: bool, value: float
+) -> None:
+    causal = AutoModelForCausalLM.from_pretrained(tiny_student)
+    adapter = peft.get_peft_model(causal, peft.LoraConfig(r=2, target_modules=["q_proj"])) if adapted else None
+    name = "lora_B.default.weight" if adapted else "layers.0.mlp.down_proj.weight"
+    weight = next(p for n, p in causal.named_parameters() if n.endswith(name))
+    with torch.no_grad():
+        weight.view(-1)[1] = value
+    target = tmp_path / "student"
+    with pytest.raises(Diverged, match=rf"1 of the student's weights hold NaN or infinity, first .*{name}"):
+        export_student(StudentModule(causal, adapter=adapter), target, first_rank=True)
+    assert not target.exists()
+    with torch.no_grad():
+        weight.view(-1)[1] = 3e38  # large, and finite
+    export_student(StudentModule(causal, adapter=adapter), target, first_rank=True)
+    assert any(target.glob("*.safetensors"))
