@@ -5,6 +5,7 @@ Written as things become known, so that a run that is killed leaves what it had.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -24,6 +25,7 @@ from configs.secrets import without_secrets
 from launch.export import card_of, complete_student
 from trainer.distil import Controller
 from trainer.environment import manifest_environment
+from trainer.errors import InfrastructureError
 from trainer.job import Job
 from trainer.metrics import Records, read_metrics
 from trainer.papers import read_generations, read_manifest
@@ -120,25 +122,38 @@ class Record:
     def ended(self, code: int, reason: str) -> None:
         """How the run ended, and the report of what it did until then; one that never began leaves only the former.
 
-        Raises OSError after a success alone: what ended a run badly is more important than that it cannot be noted.
+        Raises InfrastructureError where the end of a run that came to it cannot be noted. Otherwise what ended the run
+        is more important than that it cannot be noted, and a report can be made again.
         """
         said = without_secrets(reason, environment=os.environ)
         try:
             write_json(self._folder.exit, {"code": code, "reason": said, "time": time.time()})
+        except OSError as error:
+            if code == 0:
+                raise InfrastructureError(
+                    f"the run is trained to its end, but {self._folder.exit} cannot be written: {error}; make room on "
+                    "the disk and run the same command again"
+                ) from error
+            _warn(f"{self._folder.exit} cannot be written: {error}")
+        try:
             if self._folder.metrics.exists():
                 write_report(self._folder)
         except OSError as error:
-            if code == 0:
-                raise
-            print(f"exit.json and the report could not be written: {error}", file=sys.stderr)
+            advice = f"make room on the disk, then: stillhouse report {self._folder.path}"
+            _warn(f"the report cannot be written: {error}; {advice}")
 
     def _write_manifest(self) -> None:
         write_json(self._folder.manifest, self._manifest)
 
     @staticmethod
     def _merge(path: Path, fields: dict[str, Any]) -> None:
-        known = read_parts(path, dict[str, Any], tell=lambda text: print(f"warning: {text}", file=sys.stderr))
+        known = read_parts(path, dict[str, Any], tell=_warn)
         write_json(path, known | fields)
+
+
+def _warn(text: str) -> None:
+    with contextlib.suppress(OSError):  # of a stream that goes to the same full disk
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def counted(records: Records) -> dict[str, int]:

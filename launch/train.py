@@ -97,7 +97,8 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
             record.ended(1, f"{type(error).__name__}: {error}")
             raise
         record.ended(0, "finished")
-    print(closing_words(folder), flush=True)
+    with contextlib.suppress(OSError):  # the run has ended well, whoever may read that
+        print(closing_words(folder), flush=True)
     return 0
 
 
