@@ -41,7 +41,8 @@ def stall_timeout_s(faults: Faults, *, start_timeout_s: float) -> float:
 
 
 class StallWatch:
-    """One run's."""
+    """One run's: `with` it around `asyncio.run`, and `over` inside. What keeps the loop when the run is over, threads
+    that wait for a dead file server for example, has as long as a run that was cancelled."""
 
     def __init__(
         self, watch: Watch, *, timeout_s: float, save_s: float, file: Path, ended: Callable[[int, str], None]
@@ -54,8 +55,15 @@ class StallWatch:
         self._file = file
         self._ended = ended
         self._over = threading.Event()
+        self._gone = threading.Event()
         self._heard = threading.Event()
         self.reason: str | None = None  # what is said once it has come to that
+
+    def __enter__(self) -> StallWatch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._gone.set()
 
     @contextmanager
     def over(self, stop: StopRequest) -> Iterator[None]:
@@ -73,8 +81,12 @@ class StallWatch:
             self._over.set()
 
     def _look(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], stop: StopRequest) -> None:
-        if not self._stalls():
-            return
+        if self._stalls():
+            self._end_run(loop, task, stop)
+        if not self._over.is_set() or not self._gone.wait(CLOSE_S):
+            self._end_process()
+
+    def _end_run(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], stop: StopRequest) -> None:
         self.reason = (
             f"nothing was scored, trained or saved for {self._timeout_s:.0f} s (faults.stall_timeout_s): what the run "
             f"was waiting for is in {self._file}"
@@ -90,8 +102,6 @@ class StallWatch:
         if self._told(loop, ask) and not self._over.wait(self._save_s):
             self._told(loop, task.cancel)
             self._over.wait(CLOSE_S)
-        if not self._over.is_set():
-            self._end()
 
     def _stalls(self) -> bool:
         """Waits until nothing has happened for as long as allowed, and is True; False when the run is over."""
@@ -111,11 +121,12 @@ class StallWatch:
             return False
         return self._heard.wait(HEARD_S)
 
-    def _end(self) -> None:
+    def _end_process(self) -> None:
         """The way out where the run's own thread does not come back: Ray, or the guard, ends what it has started."""
         code = InfrastructureError.exit_code
-        print(f"error: {self.reason}. It does not end by itself, so its process is ended", file=sys.stderr, flush=True)
-        _within(WRITE_S, lambda: self._ended(code, str(self.reason)))
+        reason = self.reason or f"the run was over, and threads of its process did not end within {CLOSE_S:.0f} s"
+        print(f"error: {reason}. The process is ended from outside of its loop", file=sys.stderr, flush=True)
+        _within(WRITE_S, lambda: self._ended(code, reason))
         os._exit(code)
 
 

@@ -177,7 +177,8 @@ def _train(
             watch.event("note", text=text)
         record.begin(job, resolved, started=started, changed=changed, goes_on=here.after is not None)
         shared = cluster is not None and not cluster.owned
-        controller = asyncio.run(_drive(job, resolved, watch, record, shared=shared))
+        with stall_watch(job, resolved, watch, record) as stall:
+            controller = asyncio.run(_drive(job, resolved, watch, record, stall, shared=shared))
         progress.close()
         record.finish(controller)
 
@@ -233,7 +234,9 @@ def _weight_bytes(source: ModelSource) -> int | None:
     return None if folder is None else ModelFiles.of(folder).weight_bytes
 
 
-async def _drive(job: Job, resolved: Resolved, watch: Watch, record: Record, *, shared: bool) -> Controller:
+async def _drive(
+    job: Job, resolved: Resolved, watch: Watch, record: Record, stall: StallWatch | None, *, shared: bool
+) -> Controller:
     """Open the session, run the controller, and close the session whatever happened. `shared`: the cluster was there
     before the run, so its nodes are checked first and watched for notices that they will be taken away."""
 
@@ -267,7 +270,8 @@ async def _drive(job: Job, resolved: Resolved, watch: Watch, record: Record, *, 
         on_generation=record.generation,
         on_phase=phase,
     )
-    with stop.on_signals(can_wait=lambda: controller.in_loops), _stalls_end(job, resolved, watch, record, stop):
+    watched = stall.over(stop) if stall is not None else contextlib.nullcontext()
+    with stop.on_signals(can_wait=lambda: controller.in_loops), watched:
         try:
             if isinstance(session, RaySession):
                 phase("reserving slots for the roles")
@@ -288,21 +292,20 @@ async def _drive(job: Job, resolved: Resolved, watch: Watch, record: Record, *, 
     return controller
 
 
-def _stalls_end(
-    job: Job, resolved: Resolved, watch: Watch, record: Record, stop: StopRequest
-) -> contextlib.AbstractContextManager[None]:
-    """Not with `runtime: in_process`: there a step blocks everything else, and somebody may sit in a debugger."""
+def stall_watch(
+    job: Job, resolved: Resolved, watch: Watch, record: Record
+) -> contextlib.AbstractContextManager[StallWatch | None]:
+    """None with `runtime: in_process`: there a step blocks everything else, and somebody may sit in a debugger."""
     if job.run.runtime == "in_process":
         return contextlib.nullcontext()
     faults, plans = job.run.faults, (resolved.student, resolved.scorer, resolved.writer)
-    stall = StallWatch(
+    return StallWatch(
         watch,
         timeout_s=stall_timeout_s(faults, start_timeout_s=max(plan.start_timeout_s for plan in plans if plan)),
         save_s=faults.step_timeout_s + SAVE_GRACE_S,
         file=job.folder.path / "stall.txt",
         ended=record.ended,
     )
-    return stall.over(stop)
 
 
 def _truth(job: Job, resolved: Resolved) -> Callable[[Unit], Any]:

@@ -39,12 +39,13 @@ def run(
     """`work` as the main task of a watched run; how its process would have been noted to end."""
     ended: list[tuple[int, str]] = []
 
+    watch = Watch()
+    stall = StallWatch(
+        watch, timeout_s=PATIENCE_S, save_s=20.0, file=file, ended=lambda code, why: ended.append((code, why))
+    )
+
     async def main() -> None:
-        watch = Watch()
         stop = StopRequest(watch)
-        stall = StallWatch(
-            watch, timeout_s=PATIENCE_S, save_s=20.0, file=file, ended=lambda code, why: ended.append((code, why))
-        )
         with stop.on_signals(can_wait=lambda: can_wait), stall.over(stop):
             try:
                 await work(watch, stop)
@@ -52,7 +53,8 @@ def run(
                 stop.explain()
                 raise
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    with stall:
+        asyncio.run(asyncio.wait_for(main(), 60))
     return ended
 
 
@@ -140,21 +142,25 @@ async def gets_on(watch):
         await asyncio.sleep(0.1)
         watch.work += 1
 
+watch = Watch()
+ended = lambda code, why: (folder / "ended.txt").write_text(f"{code} {why}")
+watched = stall.StallWatch(watch, timeout_s=3.0, save_s=1.0, file=folder / "stall.txt", ended=ended)
+
 async def main():
-    watch = Watch()
     stop = StopRequest(watch)
-    ended = lambda code, why: (folder / "ended.txt").write_text(f"{code} {why}")
-    watched = stall.StallWatch(watch, timeout_s=3.0, save_s=1.0, file=folder / "stall.txt", ended=ended)
     with stop.on_signals(can_wait=lambda: True), watched.over(stop):
         print("ready", flush=True)
         if sys.argv[3] == "blocked":
             blocks_the_loop()
         elif sys.argv[3] == "deaf":
             await does_not_end()
+        elif sys.argv[3] == "leaves a thread":
+            asyncio.get_running_loop().run_in_executor(None, blocks_the_loop)
         else:
             await gets_on(watch)
 
-asyncio.run(main())
+with watched:
+    asyncio.run(main())
 """
 
 
@@ -176,6 +182,13 @@ def test_the_process_ends_with_4_also_where_its_own_loop_does_not_come_back(
     assert "nothing was scored, trained or saved for 3 s" in said
     assert where in (tmp_path / "stall.txt").read_text()
     assert (tmp_path / "ended.txt").read_text().startswith("4 nothing was scored")
+
+
+def test_a_thread_that_is_left_behind_does_not_keep_the_process(tmp_path: Path) -> None:
+    process = started(tmp_path, "leaves a thread")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 4, said
+    assert (tmp_path / "ended.txt").read_text().startswith("4 the run was over, and threads")
 
 
 def test_a_process_that_was_stopped_for_longer_did_not_stall(tmp_path: Path) -> None:
