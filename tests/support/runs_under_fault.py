@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import psutil
@@ -53,16 +53,18 @@ def counted(run: Path) -> dict[str, int]:
     return {name: count for name, count in counters.items() if name.startswith("trained_") or name in read}
 
 
-def start(config: Path, *, code: str | None = None) -> subprocess.Popen[str]:
-    """`stillhouse train`; with `code`, which has to call `launch.cli.main`, in its place."""
-    process = subprocess.Popen(
-        [sys.executable, *(["-m", "launch"] if code is None else ["-c", code]), "train", str(config)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=dict(os.environ),
-    )
+def start(config: Path, *, code: str | None = None, said: Path | None = None) -> subprocess.Popen[str]:
+    """`stillhouse train`; with `code`, which has to call `launch.cli.main`, in its place. What it says is appended to
+    the file `said`, or waits in a pipe, which holds some hundred lines."""
+    with said.open("a") if said is not None else nullcontext(subprocess.PIPE) as output:
+        process = subprocess.Popen(
+            [sys.executable, *(["-m", "launch"] if code is None else ["-c", code]), "train", str(config)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env=dict(os.environ),
+        )
     _started.append(process)
     return process
 
