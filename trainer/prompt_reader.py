@@ -12,8 +12,9 @@ import numpy as np
 from configs.schema import Data, Dataset
 from trainer.chat import Template, TooManyTokens
 from trainer.errors import ConfigError, DataError
+from trainer.row import ChatRow, CorpusRow, Row, preview, texts_of
 from trainer.row_files import BadRow
-from trainer.rows import ChatRow, CorpusRow, Row, Rows, preview, texts_of
+from trainer.rows import Rows
 from trainer.types import Prompt
 from trainer.vocab import SharedVocabulary
 

@@ -9,7 +9,8 @@ import numpy as np
 from configs.schema import Dataset
 from trainer.chat import Template
 from trainer.papers import Turn
-from trainer.rows import ChatRow, CorpusRow, Row, Rows
+from trainer.row import ChatRow, CorpusRow, Row
+from trainer.rows import Rows
 from trainer.types import Sequence
 
 TURNS_TRIED = 8

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from trainer.errors import ConfigError, DataError, foreign_errors
-from trainer.rows import ChatRow, CorpusRow, Row, TextRow, texts_of
+from trainer.row import ChatRow, CorpusRow, Row, TextRow, texts_of
 
 MARK = "\ufdd0"  # these code points are no characters and stand in no text
 _BEFORE, _BEHIND = "\ufdd1", "\ufdd2"

@@ -12,8 +12,9 @@ import pytest
 
 from configs.schema import Dataset
 from trainer.errors import ConfigError, DataError
+from trainer.row import ChatRow, CorpusRow, TextRow
 from trainer.row_files import BadRow
-from trainer.rows import ChatRow, CorpusRow, Rows, TextRow
+from trainer.rows import Rows
 
 USER = {"role": "user", "content": "What drips?"}
 ANSWER = {"role": "assistant", "content": "The still."}

@@ -17,7 +17,7 @@ from configs.schema import Data, Dataset
 from trainer.chat import Template
 from trainer.errors import DataError
 from trainer.prompts import PromptStream, check_rows
-from trainer.rows import ChatRow
+from trainer.row import ChatRow
 from trainer.types import Prompt
 from trainer.vocab import SharedVocabulary
 
