@@ -332,7 +332,7 @@ class Report(Section):
     """What is watched and shown."""
 
     tensorboard: bool = False
-    generate: Natural = Field(3, description="Held-out prompts answered before and after, for the report.")
+    generate: Natural = Field(3, description="Held-out prompts that student and teacher answer for the report.")
     generate_tokens: Positive = 64
     viewer_sequences: Natural = Field(4, description="Held-out sequences in the token viewer.")
 
