@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from trainer.errors import ConfigError
+from trainer.records import read_json
 
 RECORD = "prepared.json"
 LICENCE_NOTE = "LICENCE_NOTE.md"
@@ -154,10 +155,11 @@ def _write_record(folder: Path, name: str, model: PackagedModel) -> None:
 def _read_record(folder: Path) -> dict | None:
     """The record of a folder this command made; None where there is none that can be read."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return record if {"source_sha256", "files"} <= record.keys() else None
-    except (OSError, ValueError):
+        record = read_json(folder / RECORD)
+    except (OSError, ConfigError):
         return None
+    known = isinstance(record, dict) and "source_sha256" in record and isinstance(record.get("files"), dict)
+    return record if known else None
 
 
 def _is_whole(folder: Path, record: dict) -> bool:

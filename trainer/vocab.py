@@ -131,7 +131,10 @@ def _merges(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
 def _probe_difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> str | None:
     specials = [token.content for _, token in sorted(first.added_tokens_decoder.items())]
     for probe in (*_PROBES, *(f"a {token}b {token} \n" for token in specials)):
-        mine, other = (t(probe, add_special_tokens=False)["input_ids"] for t in (first, second))
+        with foreign_errors(
+            "the tokenizers cannot encode a text", hint="correct tokenizer.json, tokenizer_config.json"
+        ):
+            mine, other = (t(probe, add_special_tokens=False)["input_ids"] for t in (first, second))
         if mine != other:
             return f"the same text {probe[:60]!r} becomes {mine[:12]} for the teacher and {other[:12]} for the student"
     return None

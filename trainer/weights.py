@@ -104,13 +104,12 @@ def refuse_other_tensors(model: torch.nn.Module, shapes: Shapes, *, role: str, p
     quantised = is_quantised(config)
     if quantised:
         del config.quantization_config
-    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     doing = f"{role}: {_gap(shapes) or 'the tensors'} of {place} cannot be made into {type(model).__name__}"
     with foreign_errors(doing, hint="copy or download the weights again"):
         _, info = type(model).from_pretrained(
             None,
             config=config,
-            state_dict=state,
+            state_dict={name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
             device_map={"": "meta"},
             ignore_mismatched_sizes=True,  # so that they are named below
             output_loading_info=True,

@@ -41,7 +41,7 @@ from launch.targets.kuberay_manifests import (
 from launch.targets.kuberay_options import Options
 from launch.targets.kuberay_room import check_room
 from launch.targets.run_checks import paths_outside, refuse_in_process
-from trainer.errors import ConfigError, InfrastructureError, Preempted
+from trainer.errors import ConfigError, InfrastructureError, Preempted, foreign_errors
 
 POLL_S = 2.0
 COMMAND_TIMEOUT_S = 60
@@ -118,7 +118,8 @@ class Target:
                     submitted=record.submitted,
                 )
             raise
-        return _status(json.loads(text))
+        with _readable():
+            return _status(json.loads(text))
 
     def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
         """Of the pod that handed the job to Ray: it prints the run's output."""
@@ -151,8 +152,10 @@ class Target:
 
     def list(self, options: Options) -> list[JobStatus]:
         chosen = ",".join(f"{key}={value}" for key, value in MANAGED_BY.items())
-        found = json.loads(_run(*_kubectl(options), "get", "rayjobs.ray.io", f"--selector={chosen}", "--output=json"))
-        return sorted((_status(item) for item in found["items"]), key=lambda status: -(status.submitted or 0))
+        text = _run(*_kubectl(options), "get", "rayjobs.ray.io", f"--selector={chosen}", "--output=json")
+        with _readable():
+            found = [_status(item) for item in json.loads(text)["items"]]
+        return sorted(found, key=lambda status: -(status.submitted or 0))
 
     def fetch(self, record: JobRecord, destination: Path) -> None:
         folder = visible_folder(record)
@@ -171,6 +174,11 @@ def _require(options: Options) -> None:
     if missing:
         lines = [f"  --with {name}=...: {Options.model_fields[name].description}" for name in missing]
         raise ConfigError("\n".join(["--to kuberay needs", *lines]))
+
+
+def _readable() -> contextlib.AbstractContextManager[None]:
+    """Around what is made of an answer of the cluster, which may be of another version."""
+    return foreign_errors("kubectl answers with what is no RayJob known here", error=InfrastructureError)
 
 
 def _status(item: Mapping[str, Any]) -> JobStatus:

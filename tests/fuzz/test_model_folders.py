@@ -79,6 +79,41 @@ def models(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> dict[str, 
     return {"teacher": tiny_teacher, "student": tiny_student}
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        ("tokenizer.json", {"added_tokens": [{"id": "a/b"}]}, "cannot load the tokenizer"),
+        ("tokenizer_config.json", {"model_max_length": "a"}, "cannot encode a text"),
+        ("tokenizer_config.json", {"model_max_length": {}}, "cannot encode a text"),
+        ("config.json", {"hidden_size": {}}, "cannot read the configuration"),
+        ("config.json", {"num_attention_heads": 0}, "student.model.path"),
+        ("config.json", {"rope_parameters": {"rope_type": "default", "rope_theta": {}}}, "student.model.path"),
+    ],
+    ids=str,
+)
+def test_what_was_found_once_is_one_message(
+    file: str, changes: dict[str, Any], said: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    here = Path(shutil.copytree(models["student"], tmp_path / "here"))
+    content = json.loads((here / file).read_text())
+    (here / file).write_text(json.dumps(content | changes))
+    findings = list(examine(run_of(models["teacher"], here, tmp_path / "rows.jsonl")))
+    assert any(said in finding.text for finding in findings if finding.fatal), findings
+
+
+def test_a_shape_that_no_memory_holds_is_one_message(models: dict[str, Path], tmp_path: Path) -> None:
+    here = Path(shutil.copytree(models["student"], tmp_path / "here"))
+    file = here / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    table = json.loads(content[8 : 8 + length])
+    next(entry for name, entry in table.items() if name[0] != "_")["shape"] = [2**63 - 1, 64]
+    text = json.dumps(table).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    findings = list(examine(run_of(models["teacher"], here, tmp_path / "rows.jsonl")))
+    assert any("cannot be made into" in finding.text for finding in findings if finding.fatal), findings
+
+
 @pytest.mark.timeout(900)
 def test_check_finds_what_is_wrong_with_damaged_model_folders(models: dict[str, Path], tmp_path: Path) -> None:
     ended = outcomes(lambda seed: examine_damaged(models, tmp_path, seed), range(60))
