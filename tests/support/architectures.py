@@ -64,7 +64,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "axk1": _LATENT,
     "deepseek_v3": _LATENT,
     "longcat_flash": {**_LATENT, "num_layers": 1},
-    "youtu": _LATENT,
+    "youtu": {**_LATENT, "pad_token_id": 300},  # transformers sets the embedding of padding to zero when it loads one
     "glm4_moe_lite": _LATENT,
     "deepseek_v2": _LATENT,
     "minicpm3": _LATENT,
