@@ -32,7 +32,13 @@ from cluster.runtime import (
 from cluster.topology import place
 from configs.plugins import Plugin
 from configs.schema import ModelSource, Replicas, Run
-from trainer.attention_choice import choose_attention, ignores_window, refuse_changing_rope, refuse_unpackable
+from trainer.attention_choice import (
+    choose_attention,
+    ignores_window,
+    refuse_changing_rope,
+    refuse_silent_windows,
+    refuse_unpackable,
+)
 from trainer.errors import ConfigError
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.types import EncodingSpec, StudentPlan
@@ -162,10 +168,13 @@ def start_timeout_s(run: Run, model: ModelSource, num_bytes: int | None) -> floa
 
 
 def check_rotation(run: Run, teacher_config: Any) -> None:
-    """Raises `ConfigError` where vLLM would rotate positions otherwise than transformers' model of the teacher."""
+    """Raises `ConfigError` where vLLM would rotate positions, or see a window, otherwise than transformers' model of
+    the teacher."""
     if any(replicas.engine.kind == "vllm" for replicas in run.teacher.roles().values()):
         why = "vLLM rotates every row as it would the longest, transformers each by its own length"
         refuse_changing_rope(teacher_config, max_length=run.data.max_length, role="teacher", why=why)
+        trusted = run.teacher.model.trust_remote_code
+        refuse_silent_windows(teacher_config, max_length=run.data.max_length, trust_remote_code=trusted)
 
 
 def vllm_overrides(config: Any, *, trust_remote_code: bool = False) -> dict[str, Any]:

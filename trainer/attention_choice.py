@@ -97,6 +97,23 @@ def ignores_window(config: Any, *, role: str, trust_remote_code: bool = False) -
     return all(layer is None or layer.window is None for layer in layers)
 
 
+def refuse_silent_windows(config: Any, *, max_length: int, trust_remote_code: bool = False) -> None:
+    """Raises `ConfigError` for a teacher some of whose layers have a window that only their mask says (Qwen2-MoE):
+    vLLM, which builds no masks, gives none to any of them."""
+    try:
+        layers = layer_attention(config, role="teacher.model", trust_remote_code=trust_remote_code)
+    except ConfigError:  # masks of its own, which cannot be followed here
+        return
+    windows = {layer.window for layer in layers if layer is not None}
+    silent = [layer.window for layer in layers if layer is not None and layer.window and layer.told_window is None]
+    if len(windows) > 1 and silent and max_length > min(silent):
+        raise ConfigError(
+            f"data.max_length: {max_length} is over the window of {min(silent)} tokens that some layers of the teacher "
+            f"({config.model_type}) have in transformers and none has in vLLM; write at most {min(silent)}, or "
+            "engine: {kind: hf}"
+        )
+
+
 def refuse_changing_rope(config: Any, *, max_length: int, role: str, why: str) -> None:
     """Refuse rotations that change for the whole row once one position passes the original length (LongRoPE, dynamic
     NTK). Raises `ConfigError`, with `why` this matters to the model of this `role`, where `max_length` lets it happen.

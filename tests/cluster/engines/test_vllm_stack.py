@@ -37,12 +37,20 @@ def process() -> Iterator[ProcessPoolExecutor]:
     ("family", "options"),
     [
         ("llama", {"tied": True}),
+        ("llama", {"tied": True, "sliding_window": 16}),
         ("qwen2", {"tied": False}),
         ("qwen3", {"tied": True}),
         ("gemma2", {"tied": True}),
         ("llama", {"tied": False, "model_type": "nanochat"}),  # not in vLLM: its Transformers backend runs it
     ],
-    ids=["llama", "qwen2-untied", "qwen3", "gemma2-soft-capped", "nanochat-through-transformers"],
+    ids=[
+        "llama",
+        "llama-that-ignores-its-window",
+        "qwen2-untied",
+        "qwen3",
+        "gemma2-soft-capped",
+        "nanochat-through-transformers",
+    ],
 )
 def test_labels_equal_transformers_for_every_family(
     process: ProcessPoolExecutor, tmp_path: Path, family: str, options: dict[str, object]
