@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, foreign_errors
 from trainer.records import read_json
 
 RECORD = "prepared.json"
@@ -104,14 +104,22 @@ def _convert_gguf(source: Path, target: Path, model: PackagedModel) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
     from transformers.utils.logging import disable_progress_bar
 
+    from trainer.weights import refuse_missing
+
     disable_progress_bar()  # three bars of a few seconds each tell a person less than the one line printed at the end
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    with foreign_errors(f"prepare: transformers cannot read {source}"):
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        weights, info = AutoModelForCausalLM.from_pretrained(
+            source.parent,
+            gguf_file=source.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+            output_loading_info=True,
+        )
+    refuse_missing(info["missing_keys"], weights, role="prepare", place=source.name)
     if tokenizer.chat_template is None:
         raise ConfigError(f"prepare: {source.name} carries no chat template")
     tokenizer.model_max_length = model.max_length
-    weights = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
     weights.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=model.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

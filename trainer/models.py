@@ -257,7 +257,8 @@ def _read_rows(source: ModelSource, files: Mapping[str, Path], names: list[str],
     for name in [*names, *_with_another_prefix(files, names)]:
         if name not in files:
             continue
-        with safetensors.safe_open(files[name], framework="pt") as tensors:
+        reading = foreign_errors(f"teacher.model: cannot read {name} of {files[name]}")
+        with reading, safetensors.safe_open(files[name], framework="pt") as tensors:
             rows = tensors.get_slice(name)[:num_rows]
         if len(rows) < num_rows:
             raise ConfigError(f"teacher.model: {name} of {source.path} has {len(rows)} rows for {num_rows} tokens")

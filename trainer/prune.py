@@ -23,7 +23,6 @@ from safetensors import safe_open
 
 from configs.schema import ModelSource
 from trainer.errors import ConfigError, foreign_errors
-from trainer.pruned_logits import refuse_difference
 from trainer.weights import is_quantised, read_table, refuse_other_tensors, shard_names
 
 if TYPE_CHECKING:
@@ -85,6 +84,8 @@ def prune(source: Path, target: Path, keep_layers: Sequence[int]) -> Path:
         if _is_made_from(target, record):
             return target
         raise ConfigError(f"prune: {target} exists and holds something else: name another target, or remove it first")
+    from trainer.pruned_logits import refuse_difference  # here: a pruning that is made should not wait for it
+
     shards = {file: list(read_table(file, role="prune")) for file in files}
     config = _read_config(source, files, layers)
     prefix = _layer_prefix(shards, config.num_hidden_layers, source)
@@ -234,11 +235,12 @@ def _write_weights(shards: Mapping[Path, list[str]], target: Path, prefix: str, 
     total_bytes = 0
     for shard in shards:
         kept = {}
-        with safe_open(shard, framework="pt") as tensors:
+        with foreign_errors(f"prune: cannot read {shard}"), safe_open(shard, framework="pt") as tensors:
             for old, new in _kept_names(shards[shard], prefix, layers):
                 kept[new] = tensors.get_tensor(old)
         if kept:
-            save_file(kept, target / shard.name, metadata={"format": "pt"})
+            with foreign_errors(f"prune: cannot write {target / shard.name}"):
+                save_file(kept, target / shard.name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(kept, shard.name)
             total_bytes += sum(tensor.nbytes for tensor in kept.values())
     if len(shards) > 1:

@@ -12,14 +12,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers.utils import cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
+from typing import TYPE_CHECKING, Any
 
 from configs.schema import ModelSource
 from trainer.errors import ConfigError, foreign_errors
+
+if TYPE_CHECKING:
+    import torch
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -32,6 +31,9 @@ _LARGEST_TABLE = 100_000_000  # bytes; safetensors' own limit
 def weight_files(source: ModelSource, *, role: str, download: bool = True) -> list[Path]:
     """The safetensors files of a model, from the hub where they are not here. Without `download`, none where they are
     not here. Raises `ConfigError` naming `role` for a model that has none."""
+    from transformers.utils import cached_file  # here: tables are read where nothing else waits for this import
+    from transformers.utils.hub import get_checkpoint_shard_files
+
     options = {"revision": source.revision, "local_files_only": not download}
     with foreign_errors(f"{role}: cannot read the weights of {source.path}"):
         for name in SAFETENSORS:
@@ -100,6 +102,8 @@ def refuse_other_tensors(model: torch.nn.Module, shapes: Shapes, *, role: str, p
     device, which have a shape and no numbers. How matrices of a quantised model are stored is up to the method, so of
     those only vectors and embeddings are compared.
     """
+    import torch
+
     config = copy.deepcopy(model.config)
     quantised = is_quantised(config)
     if quantised:
@@ -158,5 +162,7 @@ def is_quantised(config: Any) -> bool:
 
 
 def _not_quantised(model: torch.nn.Module) -> set[str]:
+    import torch
+
     embeddings = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, torch.nn.Embedding)}
     return embeddings | {name for name, tensor in model.state_dict().items() if tensor.dim() == 1}

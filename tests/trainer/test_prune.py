@@ -153,10 +153,11 @@ def skipping(model: torch.nn.Module, keep: list[int]) -> torch.nn.Module:
     """The oracle for any architecture: the source as transformers loads it; its other layers hand on what they get."""
     lists = [m for _, m in sorted(model.named_modules(), key=lambda item: item[0].count("."))]
     layers = next(m for m in lists if isinstance(m, torch.nn.ModuleList) and len(m) == LAYERS)
-    plain = isinstance(logits_and_answer(model, layers[0])[1], torch.Tensor)
+    answer = logits_and_answer(model, layers[0])[1]
+    others = None if isinstance(answer, torch.Tensor) else [None] * (len(answer) - 1)
     for index, layer in enumerate(layers):
         if index not in keep:
-            layer.forward = lambda hidden, *args, **kwargs: hidden if plain else (hidden, None, None)
+            layer.forward = lambda hidden, *args, **kwargs: hidden if others is None else (hidden, *others)
     return model
 
 
