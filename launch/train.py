@@ -96,6 +96,9 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
                 raise InfrastructureError(text) from error
             record.ended(1, f"{type(error).__name__}: {error}")
             raise
+        except BaseException as error:  # a plug-in or library of this process, with sys.exit() for example
+            record.ended(1, repr(error))
+            raise RuntimeError(f"a plug-in or a library ended the run by raising {error!r}") from error
         record.ended(0, "finished")
     with contextlib.suppress(OSError):  # the run has ended well, whoever may read that
         print(closing_words(folder), flush=True)

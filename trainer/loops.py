@@ -20,12 +20,12 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from trainer.errors import Diverged, InfrastructureError, LabelsLost, Preempted, StudentsLost
 from trainer.protocols import Elicitation, Scorers, Students
 from trainer.step_plan import cut_units, plan_step
-from trainer.threads import in_thread
+from trainer.threads import in_thread, wrapped
 from trainer.types import (
     AnswerCounters,
     BlockRef,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from trainer.prompts import PromptStream
 
 
+_Made = TypeVar("_Made")
 SETTLE_S = 5.0  # for rows that are being read when nobody needs them any more: a thread is better not left behind
 
 
@@ -169,7 +170,7 @@ class Loops:
         `Preempted` after a requested stop; that, and an error of supply, comes after a checkpoint of what was trained.
         """
         self.last_step = self._start_step = start_step
-        supply = asyncio.create_task(self._supply(start_step), name="supply")
+        supply = asyncio.create_task(_as_error(self._supply(start_step)), name="supply")
         supply.add_done_callback(self._supply_ended)
         self._supplying.append(supply)
         try:
@@ -189,7 +190,8 @@ class Loops:
             await self._permits.admit(step)
             self._taking = asyncio.ensure_future(in_thread(self._stream.take, self._settings.sequences_per_step))
             prompts = await asyncio.shield(self._taking)
-            task = asyncio.create_task(self._make_ready(step, prompts, self._stream.cursor), name=f"step-{step}")
+            making = self._make_ready(step, prompts, self._stream.cursor)
+            task = asyncio.create_task(_as_error(making), name=f"step-{step}")
             self._supplying.append(task)
             self._ready.put_nowait(task)
 
@@ -418,6 +420,20 @@ def diverged(evaluation: Evaluation, *, last_good: int) -> Diverged:
         "of it is exported. Lower optimizer.learning_rate, in a run of another name. "
         + (kept if last_good else "There is no good checkpoint before it")
     )
+
+
+async def _as_error(work: Awaitable[_Made]) -> _Made:
+    """What `work` makes, or why not, always as an `Exception`: a plug-in or a library may raise what would end the loop
+    or look like a request to stop (`sys.exit()`, a cancellation that nobody here asked for)."""
+    try:
+        return await work
+    except (Exception, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as raised:
+        task = asyncio.current_task()
+        if isinstance(raised, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
+        raise wrapped(raised) from raised
 
 
 def _due(step: int, every: int) -> bool:
