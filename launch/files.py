@@ -64,13 +64,18 @@ def row_files(folder: Path, *, subject: str) -> tuple[list[tuple[str, Path]], li
         if not _may_hold_rows(file):
             left_out.append(name)
             continue
-        if _SECRET_NAME.search(file.name):
-            raise ConfigError(
-                f"{subject}: {file} has the name of a secret and would be sent with the rows: move it out of the "
-                "folder, or give it another name if it holds rows"
-            )
+        refuse_secret(name, file, subject=subject)
         chosen.append((name, file))
     return chosen, left_out
+
+
+def refuse_secret(name: str, file: Path, *, subject: str) -> None:
+    """Raises `ConfigError` where a file that would be sent, or a folder in its `name`, is called like a secret."""
+    if any(_SECRET_NAME.search(part) for part in name.split("/")):
+        raise ConfigError(
+            f"{subject}: {file} has the name of a secret and would be sent along: move it out of the folder, or give "
+            "it another name if it is none"
+        )
 
 
 def _may_hold_rows(file: Path) -> bool:

@@ -57,6 +57,12 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
 
     `wait_for_nodes`: begin only when so many nodes of the cluster at RAY_ADDRESS are alive.
     """
+    with preemptible():
+        return _train_in_folder(path, overrides, skip_self_test=skip_self_test, wait_for_nodes=wait_for_nodes)
+
+
+def _train_in_folder(path: Path, overrides: list[str], *, skip_self_test: bool, wait_for_nodes: int | None) -> int:
+    """`train`, while the signals of a scheduler are heard."""
     run = load_run(path, overrides).run
     quiet_libraries()
     warnings, inputs = raise_problems(run)
@@ -71,18 +77,17 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
             print("\n".join([*here.changed, closing_words(folder)]), flush=True)
             return 0
         try:
-            with preemptible():
-                _train(
-                    run,
-                    inputs,
-                    folder,
-                    record,
-                    warnings,
-                    contents=contents,
-                    here=here,
-                    skip_self_test=skip_self_test,
-                    wait_for_nodes=wait_for_nodes,
-                )
+            _train(
+                run,
+                inputs,
+                folder,
+                record,
+                warnings,
+                contents=contents,
+                here=here,
+                skip_self_test=skip_self_test,
+                wait_for_nodes=wait_for_nodes,
+            )
         except StillhouseError as error:
             record.ended(error.exit_code, str(error))
             raise

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from configs.plugins import find_module
 from configs.schema import Run
-from launch.files import files_in
+from launch.files import files_in, refuse_secret
 from launch.identity import HOME, PACKAGES
 from trainer.errors import ConfigError
 
@@ -66,6 +66,8 @@ def plugin_code(run: Run) -> list[CodeFile]:
         package = root / kind.split(".")[0]
         for name, source in files_in(package, subject=f"kind: {kind}"):
             if source.suffix in SUFFIXES:
+                if source.suffix != ".py":
+                    refuse_secret(name, source, subject=f"kind: {kind}")
                 path = f"{package.name}/{name}"
                 found[path] = CodeFile(path, source.read_bytes(), in_wheel=False)
     return list(found.values())

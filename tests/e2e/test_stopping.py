@@ -61,6 +61,24 @@ def test_asked_once_it_saves_exits_75_and_leaves_nothing(
     assert "Traceback" not in output
 
 
+def test_asked_while_rows_and_models_are_checked_it_ends_with_75(tmp_path: Path) -> None:
+    process = start(tiny_run(tmp_path, {**BRIEF, "runtime": "in_process"}))
+    while not _hears(process, signal.SIGTERM):
+        assert process.poll() is None
+        time.sleep(0.02)
+    assert not (tmp_path / "run").exists(), "nothing has begun"
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    assert code == 75, output
+    assert "stopped by SIGTERM while no step was trained; run the same command again to go on" in output
+
+
+def _hears(process: subprocess.Popen[str], number: signal.Signals) -> bool:
+    """Whether a handler of the process is there for the signal."""
+    caught = Path(f"/proc/{process.pid}/status").read_text().split("SigCgt:")[1].split()[0]
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
 def test_asked_twice_it_ends_at_once_with_130_and_leaves_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
     # a step that lasts longer than anybody waits, so that the second signal finds the first unanswered

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ruamel.yaml import YAML
 
 from configs.load import config_hash, load_run
 from launch.bundle import Bundle, make_bundle
+from launch.wheel import plugin_code
 from trainer.build import build_hash
 from trainer.errors import ConfigError
 
@@ -208,6 +210,22 @@ def test_somebodys_own_plug_in_travels_too(bundled: Callable[..., Bundle], proje
     assert {"mine/encodings.py", "mine/helper.py"} <= names.keys()
     (wheel,) = (tmp_path / "bundle").glob("*.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("mine/")]
+
+
+def test_data_of_a_plug_in_with_the_name_of_a_secret_stays_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "plugged"
+    package.mkdir()
+    (package / "topk.py").write_text("")
+    (package / "secret_words.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = load_run(ROOT / "configs/demo.yaml").run
+    run = run.model_copy(update={"labels": replace(run.labels, kind="plugged.topk")})
+    assert {file.path for file in plugin_code(run)} == {"plugged/topk.py", "plugged/secret_words.py"}
+    (package / "credentials.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"credentials\.json has the name of a secret"):
+        plugin_code(run)
 
 
 def test_code_without_metadata_says_how_to_install_it(project: Path, tmp_path: Path) -> None:

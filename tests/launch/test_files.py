@@ -55,9 +55,18 @@ def test_only_files_that_can_hold_rows_are_rows_and_the_others_are_named(folder:
 
 @pytest.mark.parametrize(
     "name",
-    ["credentials.json", "aws_credentials.csv", "client-secret.json", "token.txt", "hf_token.txt", "api_key.txt"],
+    [
+        "credentials.json",
+        "aws_credentials.csv",
+        "client-secret.json",
+        "token.txt",
+        "hf_token.txt",
+        "api_key.txt",
+        "secrets/prod.json",
+    ],
 )
 def test_rows_with_the_name_of_a_secret_are_refused(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("x")
     with pytest.raises(ConfigError, match=f"{name} has the name of a secret"):
         row_files(folder, subject="data.train.path")
