@@ -16,7 +16,7 @@ from trainer.papers import read_manifest
 from trainer.run_folder import Ending, Owner, RunFolder
 
 KIND = "here"
-_STEP = re.compile(r'"kind": "step", "step": (\d+)')
+_STEP = re.compile(r'"kind": "step", "step": (\d{1,18})\b')
 _ENDINGS: dict[int, State] = {0: "succeeded", 130: "stopped", Preempted.exit_code: "preempted"}
 
 

@@ -44,8 +44,8 @@ FETCHED = (*PAPERS, "student")
 """What `fetch` brings from a run folder, where it is there: files, and one folder."""
 
 TAIL_LINES = 60
-_STEP = re.compile(r"^step (\d+)/(\d+) ", re.MULTILINE)
-_EXIT = re.compile(r"^stillhouse train: exit code (\d+)\b", re.MULTILINE)
+_STEP = re.compile(r"^step (\d{1,18})/(\d{1,18}) ", re.MULTILINE)
+_EXIT = re.compile(r"^stillhouse train: exit code (\d{1,3})\b", re.MULTILINE)
 _ERROR = re.compile(r"^error: (.*?)(?=^stillhouse train: exit code|\Z)", re.MULTILINE | re.DOTALL)
 _MAX_MESSAGE = 1000
 

@@ -170,7 +170,7 @@ class Loops:
         `Preempted` after a requested stop; that, and an error of supply, comes after a checkpoint of what was trained.
         """
         self.last_step = self._start_step = start_step
-        supply = asyncio.create_task(_as_error(self._supply(start_step)), name="supply")
+        supply = asyncio.create_task(_as_error(self._supply, start_step), name="supply")
         supply.add_done_callback(self._supply_ended)
         self._supplying.append(supply)
         try:
@@ -190,8 +190,8 @@ class Loops:
             await self._permits.admit(step)
             self._taking = asyncio.ensure_future(in_thread(self._stream.take, self._settings.sequences_per_step))
             prompts = await asyncio.shield(self._taking)
-            making = self._make_ready(step, prompts, self._stream.cursor)
-            task = asyncio.create_task(_as_error(making), name=f"step-{step}")
+            making = _as_error(self._make_ready, step, prompts, self._stream.cursor)
+            task = asyncio.create_task(making, name=f"step-{step}")
             self._supplying.append(task)
             self._ready.put_nowait(task)
 
@@ -422,11 +422,11 @@ def diverged(evaluation: Evaluation, *, last_good: int) -> Diverged:
     )
 
 
-async def _as_error(work: Awaitable[_Made]) -> _Made:
-    """What `work` makes, or why not, always as an `Exception`: a plug-in or a library may raise what would end the loop
-    or look like a request to stop (`sys.exit()`, a cancellation that nobody here asked for)."""
+async def _as_error(work: Callable[..., Awaitable[_Made]], *arguments: Any) -> _Made:
+    """What `work` answers, or why not, always as an `Exception`: a plug-in or a library may raise what would end the
+    loop or look like a request to stop (`sys.exit()`, a cancellation that nobody here asked for)."""
     try:
-        return await work
+        return await work(*arguments)
     except (Exception, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as raised:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -276,6 +277,13 @@ def test_an_error_of_supply_that_nobody_foresaw_ends_the_run_when_its_step_is_du
     assert type(error).__name__ in repr(raised.value)
     assert len(students.trained) == 3
     assert saved == [(3, 12)]
+
+
+def test_nothing_is_left_to_train_and_nothing_is_said(recwarn: pytest.WarningsRecorder) -> None:
+    loops, trace, _, _, saved = make()
+    asyncio.run(loops.run(SETTINGS.total_steps))
+    gc.collect()  # of a coroutine that was never begun, for example, it is said then
+    assert (trace.events, saved, recwarn.list) == ([], [], [])
 
 
 def test_the_error_that_ends_a_run_is_told_although_saving_fails_as_well() -> None:
