@@ -177,13 +177,21 @@ def check_rotation(run: Run, teacher_config: Any) -> None:
         refuse_silent_windows(teacher_config, max_length=run.data.max_length, trust_remote_code=trusted)
 
 
+WIDER_IN_VLLM = ("cohere2",)
+"""Architectures whose layers see one token more in vLLM 0.32 (its commandr.py says why) than in transformers."""
+
+
 def vllm_overrides(config: Any, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """`hf_overrides` of what vLLM must not read in a teacher's config: it gives a `sliding_window` to architectures
-    whose layers have none in transformers, and would make other labels beyond it."""
-    if not ignores_window(config, role="teacher.model", trust_remote_code=trust_remote_code):
+    """`hf_overrides` by which vLLM's layers see as far back as those of transformers' model do, and labels are those of
+    one model: it gives a `sliding_window` to architectures that have none, and to some another than transformers."""
+    text = config.get_text_config()
+    if ignores_window(config, role="teacher.model", trust_remote_code=trust_remote_code):
+        window = {"sliding_window": None}
+    elif text.model_type in WIDER_IN_VLLM and text.sliding_window is not None:
+        window = {"sliding_window": text.sliding_window - 1}
+    else:
         return {}
-    window = {"sliding_window": None}
-    return window if config.get_text_config() is config else {"text_config": window}
+    return window if text is config else {"text_config": window}
 
 
 def check_split(run: Run, teacher_config: Any) -> None:
@@ -287,8 +295,8 @@ class _Engines:
         self.reasons: list[str] = []
         trusted = run.teacher.model.trust_remote_code
         self._overrides = {} if teacher_config is None else vllm_overrides(teacher_config, trust_remote_code=trusted)
-        if self._overrides:
-            text = teacher_config.get_text_config()
+        text = None if teacher_config is None else teacher_config.get_text_config()
+        if self._overrides and text.model_type not in WIDER_IN_VLLM:
             self.reasons.append(
                 f"teacher: attends without a window: {text.model_type} has none in transformers, whatever its "
                 f"configuration says (sliding_window: {text.sliding_window})"

@@ -331,10 +331,13 @@ def test_the_line_between_splits_is_that_of_vllm() -> None:
                     check_split(run, config)
 
 
-def test_vllm_is_not_told_of_a_window_that_the_teachers_architecture_ignores() -> None:
+def test_vllm_sees_as_far_back_as_transformers_does() -> None:
     ignored = resolved(make_run(), "8xH100", teacher_config=LlamaConfig(**ONE_B, sliding_window=64))
     assert ignored.scorer.arguments["hf_overrides"] == {"head_dtype": "model", "sliding_window": None}
     assert "teacher: attends without a window: llama has none" in "\n".join(ignored.reasons)
+    wider = resolved(make_run(), "8xH100", teacher_config=architecture_config("cohere2"))
+    assert wider.scorer.arguments["hf_overrides"] == {"head_dtype": "model", "sliding_window": 23}, "vLLM adds one"
+    assert not [reason for reason in wider.reasons if "window" in reason]
     used = resolved(make_run(), "8xH100", teacher_config=MistralConfig(**ONE_B, sliding_window=64))
     assert used.scorer.arguments["hf_overrides"] == {"head_dtype": "model"}
 

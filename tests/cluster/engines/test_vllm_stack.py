@@ -41,6 +41,7 @@ def process() -> Iterator[ProcessPoolExecutor]:
         ("qwen2", {"tied": False}),
         ("qwen3", {"tied": True}),
         ("gemma2", {"tied": True}),
+        ("llama", {"tied": True, "model_type": "cohere2", "sliding_window": 16, "logit_scale": 1.0}),
         ("llama", {"tied": False, "model_type": "nanochat"}),  # not in vLLM: its Transformers backend runs it
     ],
     ids=[
@@ -49,6 +50,7 @@ def process() -> Iterator[ProcessPoolExecutor]:
         "qwen2-untied",
         "qwen3",
         "gemma2-soft-capped",
+        "cohere2-whose-window-vllm-widens",
         "nanochat-through-transformers",
     ],
 )
