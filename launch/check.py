@@ -169,7 +169,7 @@ def _model(
     def look() -> None:
         nonlocal where
         where = find_model(source, path_name=place, needs_weights=needs_weights)
-        if where == "folder" and role == "teacher":
+        if where == "folder" and role == "teacher" and any(r.engine.kind != "hf" for r in run.teacher.roles().values()):
             refuse_pattern(place, Path(source.path).expanduser(), reader="vLLM")
             if source.local_copy is not None:
                 refuse_pattern("teacher.model.local_copy", source.local_copy.expanduser(), reader="vLLM")

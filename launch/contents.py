@@ -103,7 +103,7 @@ def _contents(run: Run, inputs: Inputs) -> Iterator[tuple[str, str]]:
 def _rows(place: str, dataset: Dataset) -> Iterator[tuple[str, str]]:
     path = Path(dataset.path).expanduser()
     if path.is_dir():
-        found = folder_content(files_below(path), whole_bytes=WHOLE_BYTES, places=PLACES)
+        found = folder_content(_row_files(path), whole_bytes=WHOLE_BYTES, places=PLACES)
         yield from ((f"{place}/{name}", content) for name, content in found.items())
     elif path.is_file():
         yield place, file_content(path, whole_bytes=WHOLE_BYTES, places=PLACES)
@@ -112,6 +112,15 @@ def _rows(place: str, dataset: Dataset) -> Iterator[tuple[str, str]]:
         chosen = np.unique(np.linspace(0, len(rows) - 1, SAMPLED_ROWS).astype(int))
         lines = [json.dumps(rows.raw(int(row)), sort_keys=True, default=str) for row in chosen]
         yield place, f"{len(rows)} rows, {_digest(chr(10).join(lines))}"
+
+
+def _row_files(folder: Path) -> dict[str, Path]:
+    """Without what `datasets` leaves in a folder of save_to_disk when somebody sorts, maps or filters its rows."""
+    return {
+        name: path
+        for name, path in files_below(folder).items()
+        if not (path.match("cache-*.arrow") and (path.parent / "state.json").exists())
+    }
 
 
 def _model(place: str, source: ModelSource) -> Iterator[tuple[str, str]]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 RECORD = "pruned.json"
 INDEX = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
+_SETTINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")  # of the model and its tokenizer
 
 # One entry per layer, where the config gives a list of as many entries as layers.
 _PER_LAYER = (
@@ -262,11 +263,21 @@ def _kept_names(keys: Sequence[str], prefix: str, layers: Sequence[int]) -> Iter
 
 def _copy_others(source: Path, target: Path) -> None:
     """Tokenizer, template, generation config, licence files: all but weights, their index, the config and records."""
-    skipped = {"config.json", RECORD, "prepared.json"}
-    for file in sorted(source.iterdir()):
-        weights = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-        if file.is_file() and not weights and file.name not in skipped and not file.name.startswith("."):
+    for file in _others(source):
+        if file.name != "config.json":
             shutil.copyfile(file, target / file.name)
+
+
+def _others(source: Path) -> list[Path]:
+    return [
+        file
+        for file in sorted(source.iterdir())
+        if file.is_file()
+        and not file.name.startswith(".")
+        and file.suffix not in _WEIGHT_SUFFIXES
+        and not file.name.endswith(".index.json")
+        and file.name not in (RECORD, "prepared.json")
+    ]
 
 
 def _record(source: Path, files: Sequence[Path], layers: Sequence[int]) -> dict[str, object]:
@@ -274,6 +285,7 @@ def _record(source: Path, files: Sequence[Path], layers: Sequence[int]) -> dict[
     return {
         "source": source.name,
         "source_files": {file.name: _fingerprint(file) for file in files},
+        "source_settings": {file.name: _fingerprint(file) for file in _others(source) if file.suffix in _SETTINGS},
         "kept_layers": list(layers),
     }
 
@@ -294,4 +306,6 @@ def _is_made_from(target: Path, record: Mapping[str, object]) -> bool:
         found = json.loads((target / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    if isinstance(found, dict) and "source_settings" not in found:  # of a version that did not look at them
+        record = {name: value for name, value in record.items() if name != "source_settings"}
     return found == record and (target / "config.json").is_file() and any(target.glob("*.safetensors"))

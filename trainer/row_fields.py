@@ -16,8 +16,9 @@ class RowProblem(ValueError):
     """What is wrong with a row, field first; the place is added by who knows it."""
 
 
-LOSS_FLAGS = ("weight", "loss_weight", "loss", "loss_scale", "train", "training")
-"""Of a message: whether it is learnt. OpenAI: weight 0 or 1; axolotl: train or training; ms-swift: loss, loss_scale."""
+LOSS_FLAGS = ("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "train", "training", "trainable")
+"""Of a message: whether it is learnt. OpenAI: weight 0 or 1; axolotl: train or training; ms-swift: loss, loss_scale;
+verl and slime: loss_mask; tinker: trainable."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Of a message: text that only some chat templates render."""
@@ -38,6 +39,7 @@ _IN_CHATS = {
     "history": "is not read here; write the earlier turns into messages",
 }
 _IN_TURNS = _ALWAYS | {
+    "masked": "means the opposite of a mark that is read here; write weight: 0 for a message that is not learnt",
     "train_detail": "parts of a message cannot be left out of the loss; split the message or remove the field",
     "training_detail": "parts of a message cannot be left out of the loss; split the message or remove the field",
     "refusal": "is not read; write its text as content",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file, save_file
 from tiny_runs import chat_row, tiny_run, write_rows
 
@@ -121,6 +122,19 @@ def test_an_input_that_changed_at_its_path_is_refused_and_named_or_noted(stopped
     assert "training.on_changed_inputs: note" in str(refused.value)
     told = stopped.look("training.on_changed_inputs=note").changed
     assert any(text.startswith("changed since step 4: ") and place in text for text in told)
+
+
+def test_what_a_library_caches_beside_the_rows_is_no_change_of_them(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    Dataset.from_list([chat_row(i) for i in range(8)]).save_to_disk(folder)
+    place = Place(tmp_path / "one", {"data": {"train": {"path": str(folder)}}})
+    place.stop_at(4)
+    load_from_disk(folder).map(lambda row: row, load_from_cache_file=False)
+    assert list(folder.glob("cache-*.arrow"))
+    assert place.look().changed == ()
+    rewritten(next(folder.glob("data-*.arrow")), lambda content: content.replace(b"fox", b"box", 1))
+    with pytest.raises(ConfigError, match=r"data.train/data-.*arrow"):
+        place.look()
 
 
 def test_a_template_file_is_told_by_its_text(tmp_path: Path) -> None:

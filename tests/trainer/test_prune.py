@@ -113,6 +113,21 @@ def test_pruning_again_does_nothing_and_pruning_otherwise_refuses(tmp_path: Path
         prune(tmp_path / "whole", target, [0, 1])
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_source_whose_settings_changed_is_not_taken_for_the_one_that_was_pruned(name: str, tmp_path: Path) -> None:
+    saved(tmp_path / "whole")
+    target = prune(tmp_path / "whole", tmp_path / "small", [0, 1])
+    record = json.loads((target / "pruned.json").read_text())
+    (tmp_path / "whole" / "README.md").write_text("of no effect")
+    file = tmp_path / "whole" / name
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(ConfigError, match="exists and holds something else"):
+        prune(tmp_path / "whole", target, [0, 1])
+    del record["source_settings"]  # as an earlier version wrote it
+    (target / "pruned.json").write_text(json.dumps(record))
+    assert prune(tmp_path / "whole", target, [0, 1]) == target
+
+
 @pytest.mark.parametrize(
     ("layers", "says"),
     [

@@ -133,7 +133,7 @@ def test_a_row_of_another_format_is_refused_at_its_place(tmp_path: Path, kind: s
     assert rows.read(104, needs_answer=True) == TextRow("a", " b")
 
 
-@pytest.mark.parametrize("flag", ["weight", "loss_weight", "loss", "train", "training"])
+@pytest.mark.parametrize("flag", ["weight", "loss_weight", "loss", "loss_mask", "train", "training", "trainable"])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_an_answer_marked_as_not_to_be_learnt_is_context(tmp_path: Path, flag: str, kind: str) -> None:
     no, yes = (0, 1) if "weight" in flag else (False, True)
@@ -152,6 +152,7 @@ def test_an_answer_marked_as_not_to_be_learnt_is_context(tmp_path: Path, flag: s
         ({"messages": [{**USER, "train": True}, ANSWER]}, "messages[0]: is marked as learnt, and only answers are"),
         ({"prompt": [USER, {**ANSWER, "weight": 1}, USER], "completion": [ANSWER]}, "prompt[1]: is marked as learnt"),
         ({"messages": [USER, {**ANSWER, "function_call": {"name": "f"}}]}, "messages[1].function_call: tool calls are"),
+        ({"messages": [USER, {**ANSWER, "masked": True}]}, "messages[1].masked: means the opposite of a mark"),
         ({"messages": [USER, {**ANSWER, "train_detail": [{}]}]}, "messages[1].train_detail: parts of a message"),
         ({"messages": [USER, {**ANSWER, "refusal": "I cannot"}]}, "messages[1].refusal: is not read; write its text"),
         ({"messages": [{**USER, "images": ["a.png"]}, ANSWER]}, "messages[0].images: only text is supported"),
