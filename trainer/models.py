@@ -195,6 +195,11 @@ def _refuse_unknown_targets(causal: PreTrainedModel, targets: Sequence[str]) -> 
     names = [name for name, _ in causal.named_modules()]
     head = causal.get_output_embeddings()
     known = sorted({n.rpartition(".")[2] for n, m in causal.named_modules() if _is_linear(m) and m is not head})
+    if not targets or "all-linear" in targets:
+        raise ConfigError(
+            f"student.lora.target_modules: {list(targets)}: write all-linear without brackets, or name some of "
+            f"{', '.join(known)}"
+        )
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             near = difflib.get_close_matches(target.rpartition(".")[2], known, n=1)

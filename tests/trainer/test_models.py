@@ -134,6 +134,11 @@ def test_adapters_on_the_head_or_on_nothing_are_refused(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path)
     with pytest.raises(ConfigError, match=r"lm_head.*adapts the embeddings or the head"):
         _student(folder, lora=LoRA(target_modules=("q_proj", "lm_head")))
+    for targets in ((), ("all-linear",)):
+        with pytest.raises(
+            ConfigError, match=r"target_modules: \[.*\]: write all-linear without brackets, or .*v_proj"
+        ):
+            _student(folder, lora=LoRA(target_modules=targets))
     with pytest.raises(ConfigError, match=r"student.lora.target_modules: .*w_proj"):
         _student(folder, lora=LoRA(target_modules=("w_proj",)))
     with pytest.raises(ConfigError, match=r"no module of LlamaForCausalLM is named 'q_prj'; did you mean q_proj"):
