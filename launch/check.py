@@ -31,6 +31,7 @@ from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
 from launch.quiet import quiet_libraries
 from launch.resuming import Standing, standing
 from trainer.attention_choice import refuse_unpackable
+from trainer.checkpoint import Checkpoints
 from trainer.errors import ConfigError, DataError, StillhouseError
 from trainer.generation_settings import unused_settings
 from trainer.job import Inputs, label_bytes_per_row, read_inputs, total_steps
@@ -85,14 +86,19 @@ def _standing(run: Run, inputs: list[Inputs]) -> Iterator[Finding]:
     if not inputs or not folder.config.exists():
         return
     here: list[Standing] = []
+    damaged: list[str] = []
+
+    def look() -> None:
+        here.append(standing(run, folder, contents_of(run, inputs[0])))
+        Checkpoints(folder.checkpoints, keep=1, note=damaged.append).peek()
 
     def say() -> str:
         if here[0].finished:
             return "finished; more training.steps or epochs make it longer"
         return f"goes on after step {here[0].after.step}" if here[0].after else "none, so it begins from the start"
 
-    yield _attempt("earlier steps", lambda: here.append(standing(run, folder, contents_of(run, inputs[0]))), say)
-    yield from (Finding("earlier steps", "warning", text) for text in (here[0].changed if here else ()))
+    yield _attempt("earlier steps", look, say)
+    yield from (Finding("earlier steps", "warning", text) for text in (*damaged, *(here[0].changed if here else ())))
 
 
 def collect_problems(run: Run, inputs: list[Inputs] | None = None) -> list[Finding]:

@@ -51,9 +51,14 @@ def layer_attention(config: Any, *, role: str, trust_remote_code: bool = False) 
     config = copy.deepcopy(config)
     kind = config.model_type
     with foreign_errors(f"{role}: transformers cannot build a {kind} from its configuration"), torch.device("meta"):
-        causal = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trust_remote_code, attn_implementation=_PROBE
-        ).eval()
+        try:
+            causal = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, attn_implementation=_PROBE
+            ).eval()
+        except KeyError as missing:
+            if missing.args == (_PROBE,):  # looked up in a table of its own: Falcon, GPT-J, GPT-Neo
+                raise ConfigError(f"{role}: a {kind} does not let others compute its attention") from None
+            raise
     if not causal._supports_attention_backend:
         raise ConfigError(f"{role}: {type(causal).__name__} does not let others compute its attention")
     # Else some models look for padding among token ids, which have no values here.

@@ -105,12 +105,17 @@ class Checkpoints:
         return None
 
     def peek(self) -> TrainingState | None:
-        """The state in the newest manifest that is whole; the files beside it, which may be large, are not read."""
+        """The state in the newest manifest that is whole; the files beside it, which may be large, are not read.
+        Manifests that are not are skipped with the same note as `latest` makes."""
         for step, folder in sorted(self._steps(), reverse=True):
-            with contextlib.suppress(Damaged):
+            try:
                 state = read_manifest(folder).state
-                if state.step == step:
-                    return state
+                if state.step != step:
+                    raise Damaged(f"{folder} was written as the checkpoint of step {state.step}")
+            except Damaged as problem:
+                self._note(f"checkpoint of step {step} is damaged and skipped: {problem}")
+                continue
+            return state
         return None
 
     def _steps(self) -> list[tuple[int, Path]]:

@@ -204,6 +204,25 @@ def test_check_refuses_what_train_refuses_and_says_where_a_run_goes_on(
     assert "warning      earlier steps: changed since step 4: data.train" in capsys.readouterr().out
 
 
+def test_check_tells_of_a_damaged_checkpoint_from_which_a_run_cannot_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Place(tmp_path / "one")
+    place.stop_at(4)
+    place.stop_at(6)
+    assert check(place.file, []) == 0
+    said = capsys.readouterr().out
+    assert "earlier steps: goes on after step 6\n" in said
+    assert "is damaged" not in said
+    rewritten(
+        place.folder / "run/checkpoints/step_000006/MANIFEST.json", lambda b: b.replace(b'"step": 6', b'"step": 5')
+    )
+    assert check(place.file, []) == 0
+    said = capsys.readouterr().out
+    assert "earlier steps: goes on after step 4\n" in said
+    assert "warning      earlier steps: checkpoint of step 6 is damaged and skipped: " in said
+
+
 def test_a_run_becomes_longer_and_never_shorter_than_it_is(stopped: Place) -> None:
     assert stopped.look("training.steps=16").after is not None
     assert stopped.look("training.steps=4").after is not None
