@@ -10,6 +10,7 @@ import importlib.machinery
 import importlib.util
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from configs.errors import ConfigError
 from configs.refusal import did_you_mean, refusal
 from configs.signature import Signature, defines_class, read_signature
 
@@ -101,6 +103,15 @@ class Family:
 ENGINES = Family("cluster.engines", "Engine", "vllm")
 LABELS = Family("trainer.labels", "Encoding", "topk")
 ELICITATION = Family("trainer.elicitation", "Strategy", "feature")
+
+
+def refuse_incomplete(made: object, kind: str, *, members: Sequence[str], contract: str) -> None:
+    """Raises `ConfigError` where an object of a plug-in's class lacks members; `contract` says where they are
+    described."""
+    if missing := [member for member in members if not hasattr(made, member)]:
+        raise ConfigError(
+            f"kind: {kind}: its class {type(made).__name__} has no {', '.join(missing)}; {contract} says what it needs"
+        )
 
 
 def find_module(name: str) -> Path:

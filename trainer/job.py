@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from configs.plugins import refuse_incomplete
 from configs.schema import ModelSource, Run
 from trainer.chat import Template
 from trainer.errors import ConfigError, DataError
@@ -75,17 +76,22 @@ class Job:
         return total_steps(self.run, rows_per_epoch=self.stream.rows_per_epoch, after=state)
 
 
+STRATEGY_MEMBERS = ("needs_writer", "needs_answer", "rewrite", "room_for_answer", "bind")
+
+
 def read_inputs(run: Run) -> Inputs:
     """Tokenizers, template and elicitation. Raises ConfigError where the pair does not fit."""
     tokenizer = load_tokenizer(run.teacher.model)
     vocabulary = check_pair(run.teacher.model, run.student.model, tokenizer=tokenizer)
     kind = run.elicitation.kind
     module = importlib.import_module(kind if "." in kind else f"trainer.elicitation.{kind}")
+    strategy = module.Strategy(**run.elicitation.parameters)
+    refuse_incomplete(strategy, kind, members=STRATEGY_MEMBERS, contract="trainer/elicitation/feature.py")
     return Inputs(
         vocabulary=vocabulary,
         tokenizer=tokenizer,
         template=Template.of(tokenizer, run.teacher.chat_template),
-        strategy=module.Strategy(**run.elicitation.parameters),
+        strategy=strategy,
         teacher_end_ids=end_ids(run.teacher.model),
     )
 

@@ -13,6 +13,9 @@ from pydantic import ValidationError
 
 from configs.plugins import ELICITATION, ENGINES, LABELS, Family, Plugin
 from configs.signature import read_signature
+from trainer.errors import ConfigError
+from trainer.labels.encoding import load_encoding
+from trainer.types import EncodingSpec
 
 SOURCE = '''
 from __future__ import annotations
@@ -177,3 +180,23 @@ def test_loading_a_configuration_imports_neither_torch_nor_ray(tmp_path: Path) -
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("missing", "text"), [("pair", "has no pair; "), ("temperature", "has no temperature; "), ("", None)]
+)
+def test_a_plug_in_without_a_member_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, text: str | None
+) -> None:
+    members = ["needs", "temperature", "layout", "make", "ready", "pair", "mass"]
+    package = f"incomplete_{missing or 'not'}"
+    (tmp_path / package).mkdir()
+    body = "".join(f"    {member} = None\n" for member in members if member != missing)
+    (tmp_path / package / "mine.py").write_text(f"class Encoding:\n{body}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = EncodingSpec(kind=f"{package}.mine")
+    if text is None:
+        assert load_encoding(spec).pair is None
+        return
+    with pytest.raises(ConfigError, match=text):
+        load_encoding(spec)

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 import torch
 
+from configs.plugins import refuse_incomplete
 from trainer.types import EncodingSpec, PairedLogProbs
 
 if TYPE_CHECKING:
     from trainer.heads import Head
 
 
+_MEMBERS = ("needs", "temperature", "layout", "make", "ready", "pair", "mass")
 ABSENT = -1e4
 """The log-probability of what has none: finite, because 0 * inf is NaN, and small enough that exp of it is 0."""
 
@@ -92,9 +94,12 @@ def check_temperature(temperature: float) -> None:
 
 
 def load_encoding(spec: EncodingSpec) -> Encoding:
-    """The encoding a spec names. The kind is one of the files here, or `package.module` of somebody else's."""
+    """The encoding a spec names. The kind is one of the files here, or `package.module` of somebody else's; raises
+    `ConfigError` where that lacks a member."""
     module = spec.kind if "." in spec.kind else f"trainer.labels.{spec.kind}"
-    return importlib.import_module(module).Encoding(**spec.parameters)
+    encoding = importlib.import_module(module).Encoding(**spec.parameters)
+    refuse_incomplete(encoding, spec.kind, members=_MEMBERS, contract="trainer/labels/encoding.py")
+    return encoding
 
 
 def pack_rows(columns: Mapping[str, torch.Tensor], layout: tuple[Column, ...]) -> torch.Tensor:
