@@ -101,7 +101,9 @@ def complete_student(folder: Path, run: Run, *, stop_ids: Iterable[int]) -> None
         ids = list(dict.fromkeys([*stop_ids, *known]))
         write_json(generation, settings | {"eos_token_id": ids[0] if len(ids) == 1 else ids})
     if adapter.exists():  # the rank may have read a copy on its own node
-        write_json(adapter, read_json(adapter) | {"base_model_name_or_path": run.student.model.path})
+        place = Path(run.student.model.path).expanduser()
+        base = str(place.absolute()) if place.is_dir() else run.student.model.path  # a hub name stays
+        write_json(adapter, read_json(adapter) | {"base_model_name_or_path": base})
 
 
 def verify(model_folder: Path, run: Run, *, adapter: bool) -> None:

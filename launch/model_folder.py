@@ -43,7 +43,9 @@ def find_model(source: ModelSource, *, path_name: str, needs_weights: bool) -> s
     if folder.exists():
         raise ConfigError(f"{path_name}: {folder} is a file; name the folder that holds config.json and the weights")
     if not _may_be_hub_name(source.path):
-        raise ConfigError(f"{path_name}: there is no folder {folder}{_nearest(folder)}")
+        raise ConfigError(
+            f"{path_name}: there is no folder {folder} (looked for {folder.absolute()}){_nearest(folder)}"
+        )
     if hub.HF_HUB_OFFLINE and not _cached(source, ("config.json",)):
         raise ConfigError(
             f"{path_name}: there is no folder {folder} here{_nearest(folder)}, and as a hub name {source.path} is not "

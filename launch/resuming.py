@@ -90,8 +90,9 @@ def new_length(run: Run, after: TrainingState | None, total_steps: int) -> str |
         for step, total in ((after.step, after.total_steps), (after.step + 1, total_steps))
     ]
     return (
-        f"{text}: from step {after.step + 1} on the learning rate is that of {total_steps} steps, there {rates[1]:.3g} "
-        f"after {rates[0]:.3g}; a run of {total_steps} steps from the beginning would have learnt otherwise"
+        f"{text}: from step {after.step + 1} on the learning rate follows the schedule of {total_steps} steps (step "
+        f"{after.step} had {rates[0]:.3g}, step {after.step + 1} gets {rates[1]:.3g}), so the result is not that of a "
+        f"run of {total_steps} steps from the beginning"
     )
 
 

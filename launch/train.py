@@ -30,7 +30,7 @@ from configs.load import config_hash, dump_run, load_run, run_folder
 from configs.schema import ModelSource, Run
 from launch.check import raise_problems
 from launch.contents import contents_of, dtypes_of
-from launch.export import stored_dtype
+from launch.export import ADAPTER, stored_dtype
 from launch.quiet import quiet_libraries
 from launch.record import Record
 from launch.resuming import Standing, new_length, refuse_changes, standing
@@ -125,12 +125,16 @@ def disk_trouble(error: Exception, folder: Path) -> str | None:
 def closing_words(folder: RunFolder) -> str:
     """Where everything is, and what to do with it."""
     dtype = stored_dtype(folder.student)
+    stored = f" in {dtype}" if dtype else ""
+    if (folder.student / ADAPTER).exists():
+        student = f"an adapter{stored}: peft loads it; stillhouse export --merge-adapter makes a whole model of it"
+    else:
+        student = f"a Hugging Face folder{stored}: transformers and vLLM load it"
     return "\n".join(
         [
             "",
             f"report    {folder.report}    (open it in a browser: curves, timeline, tokens, answers before and after)",
-            f"student   {folder.student}    (a Hugging Face folder{f' in {dtype}' if dtype else ''}: transformers and "
-            "vLLM load it)",
+            f"student   {folder.student}    ({student})",
             "next      stillhouse export "
             f"{folder.path} my-student      copies the student, checked, with its model card",
             f"          stillhouse config show {folder.config}    every setting of this run; change one with --set",

@@ -171,8 +171,8 @@ def _compare(
     moved = mean_kl(truth[1:], {key: column[:kept] for key, column in columns.items()})
     told_apart = 0 < moved >= CONTROL_FACTOR * aligned
     numbers = (
-        f"mean KL {aligned:.2e} nats (limit {tolerance:.0e}) on {len(truth)} rows; moved by one row {moved:.2g} (must "
-        f"be {CONTROL_FACTOR:g} times as much)"
+        f"mean KL {aligned:.2e} nats (limit {tolerance:.0e}) on {len(truth)} rows; control, labels moved by one "
+        f"row: {moved:.2g} (at least {CONTROL_FACTOR:g} times as much)"
     )
     if not told_apart:
         rounded = truth.to(getattr(torch, dtype)).float()

@@ -162,7 +162,7 @@ class Progress:
 
     def _eta(self) -> str:
         if self._step is None or self._step.step >= self._total:
-            return f"trained in {duration(self._clock() - self._started)}"
+            return f"{duration(self._clock() - self._started)} since the start"
         if len(self._step_times) < 2:
             return "ETA -"
         pace = (self._step_times[-1] - self._step_times[0]) / (len(self._step_times) - 1)

@@ -207,7 +207,8 @@ def test_the_exit_code_is_3_where_only_rows_are_wrong(make: Make) -> None:
 def test_problems_with_models_leave_the_rest_to_be_checked(make: Make, tiny_teacher: Path) -> None:
     near = str(tiny_teacher)[:-1]
     found = {f.subject: f for f in examine(loaded(make(), f"teacher.model.path={near}"))}
-    assert f"teacher.model.path: there is no folder {near}; did you mean {tiny_teacher}?" in found["teacher model"].text
+    said = f"teacher.model.path: there is no folder {near} (looked for {near}); did you mean {tiny_teacher}?"
+    assert said in found["teacher model"].text
     assert found["tokenizers"].status == found["train rows"].status == "not checked"
     assert found["student model"].status == found["run folder"].status == found["disk"].status == "ok"
 

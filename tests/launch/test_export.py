@@ -17,6 +17,7 @@ from configs.load import dump_run, load_run
 from configs.schema import Run
 from launch.export import complete_student, export, stored_dtype
 from launch.report import report
+from launch.train import closing_words
 from trainer.errors import ConfigError
 from trainer.run_folder import RunFolder, write_json
 
@@ -186,6 +187,27 @@ def test_an_adapter_names_the_base_that_was_configured_and_not_a_nodes_copy_of_i
     complete_student(tmp_path, load_run(folder.config).run, stop_ids=(2,))
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written == {"base_model_name_or_path": str(tmp_path / "base"), "r": 2}
+
+
+@pytest.mark.parametrize(("configured", "absolute"), [("base", True), ("./base", True), ("owner/base", False)])
+def test_the_base_of_an_adapter_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, configured: str, absolute: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/scratch/copy"}))
+    folder = write_run(tmp_path / "run", Path(configured))
+    complete_student(tmp_path, load_run(folder.config).run, stop_ids=(2,))
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == (str(tmp_path / "base") if absolute else configured)
+
+
+def test_the_last_lines_of_a_run_say_what_a_whole_student_is(whole: RunFolder) -> None:
+    assert "(a Hugging Face folder in float32: transformers and vLLM load it)" in closing_words(whole)
+
+
+def test_the_last_lines_of_a_run_say_what_an_adapter_is(adapted: tuple[RunFolder, torch.Tensor]) -> None:
+    assert "(an adapter in float32: peft loads it; stillhouse export --merge-adapter" in closing_words(adapted[0])
 
 
 def test_a_student_with_a_link_out_of_its_folder_is_not_published(whole: RunFolder, tmp_path: Path) -> None:

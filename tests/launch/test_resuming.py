@@ -284,7 +284,7 @@ def test_the_learning_rate_of_another_length_is_told_with_its_numbers(stopped: P
     text = new_length(run, after, 16)
     assert text is not None
     before, now = (learning_rate(s, settings=run.optimizer, total_steps=n) for s, n in ((4, 8), (5, 16)))
-    assert f"there {now:.3g} after {before:.3g}" in text
+    assert f"(step 4 had {before:.3g}, step 5 gets {now:.3g})" in text
     constant = load_run(stopped.file, ["training.steps=16", "optimizer.schedule=constant"]).run
     assert new_length(constant, after, 16) == "the run has 16 steps now, it had 8"
 

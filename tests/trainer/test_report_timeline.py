@@ -62,6 +62,16 @@ def test_the_night_between_two_attempts_is_nobodys_waiting() -> None:
     assert axis.length_s == 240
 
 
+def test_what_a_start_of_the_run_does_before_its_first_step_is_nobodys_waiting() -> None:
+    first = [s for s in hand_made() if s.kind != "evaluate"]
+    again = 20.0  # shorter than a pause that the picture leaves out
+    last = max(s.stop_s for s in first)
+    second = [Span(s.lane, s.kind, s.start_s + last + again - 100, s.stop_s + last + again - 100) for s in first[2:]]
+    tests = [Span("scorer-0", "score", last + 5, last + 15)]
+    student = wait_shares([*first, *tests, *second])[0]
+    assert student.waiting == pytest.approx(0.2)
+
+
 def test_too_few_steps_have_no_steady_state() -> None:
     spans = [span for span in hand_made() if span.stop_s <= 150]
     assert wait_shares(spans) == ()

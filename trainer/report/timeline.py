@@ -69,8 +69,10 @@ def steady_windows(spans: Sequence[Span]) -> list[Interval]:
     stops_the_line = [
         (s.start_s, s.stop_s) for s in spans if is_student(s.lane) and s.kind in ("evaluate", "save", "start")
     ]
-    pauses = [(before[1], after[0]) for before, after in pairwise(TimeAxis.of(spans).segments)]
-    return subtract((trained[skipped - 1], trained[-1]), [*stops_the_line, *pauses])
+    whole = (trained[skipped - 1], trained[-1])
+    in_the_loop = union((s.start_s, s.stop_s) for s in spans if is_student(s.lane) and s.kind in ("train", "wait"))
+    # Outside lies what a start of the run does before its first step, and the time until it was started again.
+    return subtract(whole, [*stops_the_line, *subtract(whole, in_the_loop)])
 
 
 def wait_shares(spans: Sequence[Span]) -> tuple[LaneShare, ...]:
