@@ -116,6 +116,7 @@ def refuse_other_tensors(model: torch.nn.Module, shapes: Shapes, *, role: str, p
             state_dict={name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
             device_map={"": "meta"},
             ignore_mismatched_sizes=True,  # so that they are named below
+            use_safetensors=True,  # no file is read at all
             output_loading_info=True,
         )
     judged = _not_quantised(model) if quantised else None

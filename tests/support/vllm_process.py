@@ -55,8 +55,8 @@ def engine_plan(engine: Any, folder: Path, *, role: str = "scorer", **changes: A
         accelerator="cpu",
         kept_events=8,
     )
-    overrides = vllm_overrides(AutoConfig.from_pretrained(folder))
-    if overrides and "runner" in arguments:
+    if "runner" in arguments:  # of vLLM
+        overrides = vllm_overrides(AutoConfig.from_pretrained(folder))
         arguments["hf_overrides"] = arguments.get("hf_overrides", {}) | overrides
     values = {
         "role": role,
