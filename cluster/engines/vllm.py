@@ -212,12 +212,16 @@ def build_engine(plan: EnginePlan) -> LLMEngine:
 
 def try_out(engine: LLMEngine, plan: EnginePlan) -> None:
     """The shortest request there is: kernels that do not take this model say so at its first pass, and not before."""
-    if plan.sampling is not None:
-        seed = None if plan.sampling.temperature == 0 else plan.sampling.seed % 2**32
-        token_ids, params = [0], sampling_params(plan.sampling, max_tokens=1, seed=seed, logit_bias=None)
-    else:
+    from vllm import SamplingParams
+
+    if plan.role == "scorer":
         encoding = plan.encodings[0] if plan.encodings else EncodingSpec("hidden")
         token_ids, params = [0, 0], label_request(encoding, plan, spans=[0, 1])
+    elif plan.sampling is None:  # of a benchmark, which says with each request how to write
+        token_ids, params = [0], SamplingParams(max_tokens=1)
+    else:
+        seed = None if plan.sampling.temperature == 0 else plan.sampling.seed % 2**32
+        token_ids, params = [0], sampling_params(plan.sampling, max_tokens=1, seed=seed, logit_bias=None)
     engine.add_request("trial", {"type": "token", "prompt_token_ids": token_ids}, params)
     while engine.has_unfinished_requests():
         engine.step()

@@ -34,7 +34,7 @@ def short_folder() -> Iterator[Path]:
 
 def keep(sessions: Path, kept: Path) -> None:
     """Hard links to every log of Ray's sessions: they outlive the folder, and grow with the file."""
-    for file in sessions.glob("stillhouse-*/session_*/logs/**/*"):
+    for file in sessions.glob("stillhouse-*/r/session_*/logs/**/*"):
         link = kept / str(file.relative_to(sessions)).replace("/", "_")
         if file.is_file() and not file.is_symlink() and not link.exists():
             try:
