@@ -7,6 +7,7 @@ A person would do here what `disturbed` does: start the same command again when 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -107,8 +108,9 @@ def trained_since(run: Path, time_s: float) -> bool:
     return any(record["time"] > time_s for record in records(run, "step"))
 
 
-def wait_for(run: Path, fault: Fault, process: subprocess.Popen[str], said: Path) -> int:
-    """Returns the pid to hit when its moment has come: this process has trained the step, or a later one."""
+def hit(run: Path, fault: Fault, process: subprocess.Popen[str], said: Path) -> int:
+    """Send the fault when its moment has come: this process has trained the step, or a later one. Returns whom it hit;
+    a rank that ended in that very moment, with its group, is waited for again."""
     began = psutil.Process(process.pid).create_time()
     while True:
         assert process.poll() is None, said.read_text()[-5000:]
@@ -117,7 +119,9 @@ def wait_for(run: Path, fault: Fault, process: subprocess.Popen[str], said: Path
             pid = pid_of(run, fault.role, process)
             if pid is not None:
                 time.sleep(fault.after_s)
-                return pid
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
+                    return pid
         time.sleep(0.1)
 
 
@@ -126,9 +130,8 @@ def disturbed(config: Path, plan: list[Fault], left: Leftovers) -> int:
     run, said = config.parent / "run", config.parent / "said.txt"
     process, starts = start(config, said=said), 1
     for fault in plan:
-        pid = wait_for(run, fault, process, said)
+        pid = hit(run, fault, process, said)
         print(f"{time.strftime('%H:%M:%S')} {fault}", flush=True)
-        os.kill(pid, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
         if fault.role != "controller":
             continue
         if fault.kind == "hang":
