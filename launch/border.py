@@ -6,6 +6,7 @@ A file of its own because every command needs it, before anything heavy is impor
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import io
@@ -69,6 +70,40 @@ def prepare_streams() -> None:
         if type(stream) is io.TextIOWrapper:
             options = {"encoding": stream.encoding, "line_buffering": stream.line_buffering or number == 2}
             setattr(sys, name, PatientText(stream.detach(), errors="backslashreplace", **options))
+
+
+class ProcessEnd:
+    """Ends the process after its exit handlers and before the interpreter is torn down.
+
+    A daemon thread that is inside native code by then (a teacher that still generates for a run that has failed) would
+    be unwound through C++, which aborts the process: exit code -6 in place of the run's own. Registered before
+    everything else, so that it runs after every other exit handler; threads that are not daemons have been joined.
+    """
+
+    def __init__(self) -> None:
+        self._code: int | None = None
+        atexit.register(self._leave)
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Inside, the code that the process is told to end with is kept. Without one (an interrupt, a defect) Python
+        ends the process as it always does."""
+        try:
+            yield
+        except SystemExit as told:
+            if told.code is None or isinstance(told.code, int):
+                self._code = (told.code or 0) & 0xFF
+            raise
+
+    def _leave(self) -> None:
+        if self._code is None:
+            return
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except (OSError, ValueError):  # a full disk, a closed stream: Python tells, and ends with 120
+            return
+        os._exit(self._code)
 
 
 @contextlib.contextmanager

@@ -55,10 +55,12 @@ RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run fold
 def main() -> None:
     """Entry point of the command. Ends the process with the exit codes of the help."""
     refuse_foreign_packages()
-    from launch.border import prepare_streams
+    from launch.border import ProcessEnd, prepare_streams
 
+    end = ProcessEnd()
     prepare_streams()
-    run_app(app)
+    with end.noted():
+        run_app(app)
 
 
 def run_app(commands: typer.Typer) -> NoReturn:

@@ -121,6 +121,41 @@ def test_an_error_that_nobody_foresaw_shows_its_traceback_without_secrets_and_wh
     assert "KeyError: '***'" in done.stderr
 
 
+BUSY_THREAD = """
+import sys, threading, time, torch
+{before}
+def work():
+    rows = torch.ones(64, 64)
+    while True: torch.cat([rows, rows], dim=-2)
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.2)
+print("said")
+{end}
+"""
+
+
+def test_a_thread_that_is_inside_native_code_does_not_change_the_exit_code() -> None:
+    for code in (0, 5):
+        mended = BUSY_THREAD.format(
+            before="from launch.border import ProcessEnd\nend = ProcessEnd()",
+            end=f"with end.noted(): sys.exit({code})",
+        )
+        for _ in range(3):
+            done = python(mended)
+            assert (done.returncode, done.stdout) == (code, "said\n"), done.stderr
+
+
+def test_without_a_code_python_ends_the_process_and_exit_handlers_run_before() -> None:
+    before = (
+        "import atexit, sys\nfrom launch.border import ProcessEnd\nend = ProcessEnd()\natexit.register(print, 'bye')\n"
+    )
+    assert [python(before + f"with end.noted(): {last}").returncode for last in ("sys.exit('x')", "1 / 0")] == [1, 1]
+    done = python(before + "with end.noted(): sys.exit()")
+    assert (done.returncode, done.stdout) == (0, "bye\n")
+    full = python(before + "sys.stdout = open('/dev/full', 'w')\nprint('lost')\nwith end.noted(): sys.exit(0)")
+    assert (full.returncode, "No space left" in full.stderr) == (120, True), full.stderr
+
+
 def test_what_the_system_says_about_a_file_has_an_exit_code_and_the_rest_passes() -> None:
     for number, kind in [*((n, InfrastructureError) for n in DISK_ERRORS), *((n, ConfigError) for n in PATH_ERRORS)]:
         with pytest.raises(kind, match="/some/place"), system_errors():

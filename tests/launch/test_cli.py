@@ -20,9 +20,10 @@ from trainer.errors import ConfigError, DataError, Diverged, InfrastructureError
 HEAVY = ("torch", "ray", "transformers", "datasets", "vllm", "deepspeed", "numpy", "pandas", "matplotlib")
 
 
-def run(*arguments: str, python: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own; `python` runs before it and sees nothing of it."""
-    code = f"import sys\n{python}\nfrom launch.cli import main\nsys.argv[1:] = {list(arguments)!r}\nmain()"
+def run(*arguments: str, python: str = "", after: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own; `python` runs before it and sees nothing of it, `after` runs after it."""
+    code = f"import sys\n{python}\nfrom launch.cli import main\nsys.argv[1:] = {list(arguments)!r}\n"
+    code += f"try: main()\nfinally: {after or 'pass'}"
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
     )
@@ -38,8 +39,7 @@ def _all_helps() -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize("arguments", _all_helps(), ids=" ".join)
 def test_help_and_version_answer_without_importing_anything_heavy(arguments: tuple[str, ...]) -> None:
-    at_exit = f"import atexit; atexit.register(lambda: print('heavy:', [m for m in {HEAVY!r} if m in sys.modules]))"
-    result = run(*arguments, python=at_exit)
+    result = run(*arguments, after=f"print('heavy:', [m for m in {HEAVY!r} if m in sys.modules])")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "heavy: []"
     assert len(result.stdout.splitlines()) > 1
@@ -65,8 +65,8 @@ def test_a_mistyped_command_line_is_answered_with_exit_code_2(arguments: list[st
 def test_a_wrong_configuration_is_one_message_before_torch_is_imported(command: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("name: x\nseed: no\n")
-    at_exit = f"import atexit; atexit.register(lambda: print([m for m in {HEAVY!r} if m in sys.modules]))"
-    result = run(*command.split(), str(file), "--set", "training.steps=0", python=at_exit, NO_COLOR="1")
+    after = f"print([m for m in {HEAVY!r} if m in sys.modules])"
+    result = run(*command.split(), str(file), "--set", "training.steps=0", after=after, NO_COLOR="1")
     assert result.returncode == 2
     assert result.stdout == "[]\n"
     assert result.stderr.startswith(f"error: {file}: 5 problems\n")

@@ -68,7 +68,7 @@ class Encoding(Protocol):
 
     def ready(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
         """The labels of a chunk of rows after what wants many rows at once (the matrix product with the teacher's
-        head); the labels themselves where there is no such thing. Optional: `pair` takes both."""
+        head); the labels themselves where there is no such thing. `pair` takes both."""
         ...
 
     def pair(

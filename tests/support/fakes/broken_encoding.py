@@ -9,7 +9,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from trainer.heads import Head
 from trainer.labels.encoding import Column, TeacherShape
+from trainer.types import PairedLogProbs
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,14 @@ class Encoding:
         return (Column("nothing", torch.float32, 1),)
 
     def make(self, source: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise RuntimeError("this encoding is broken")
+
+    def ready(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
+        return labels
+
+    def pair(
+        self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None
+    ) -> PairedLogProbs:
         raise RuntimeError("this encoding is broken")
 
     def mass(self, columns: Mapping[str, np.ndarray]) -> float:
