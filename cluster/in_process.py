@@ -16,10 +16,10 @@ from cluster import runtime
 from cluster.engines.plan import EnginePlan
 from cluster.resolve import Resolved
 from cluster.runtime import RankPlace
-from cluster.students import StudentJob, on_local_copy
-from cluster.teacher_actor import start_engine
-from cluster.teachers import check_report
-from trainer.loops import Observer
+from cluster.students.group import StudentJob, on_local_copy
+from cluster.teachers.actor import start_engine
+from cluster.teachers.pool import check_report
+from trainer.loop.loops import Observer
 from trainer.types import EncodingSpec, Evaluation, Prompt, RankBatch, SoftLabelBlock, StepMetrics, Unit, UnitReport
 
 
@@ -62,7 +62,7 @@ class InProcessStudents:
         place = RankPlace(actor=0, rank=0, local_rank=0, local_size=1, node="here", local_index=0)
         port = runtime.free_port()
         os.environ.update(runtime.student_environment(place, world=1, address="127.0.0.1", port=port))
-        from trainer.student import StudentRank
+        from trainer.model.student import StudentRank
 
         device = runtime.device_of(self._job.plan.device_type)
         runtime.enter_device(device)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from trainer.content import folder_content
+from trainer.data.content import folder_content
 from trainer.errors import ConfigError, InfrastructureError
 
 WHOLE_BYTES, PLACES = 8 * 2**20, 512
@@ -33,7 +33,7 @@ class ModelFiles:
     files: tuple[tuple[str, int], ...]  # name and bytes of each file beside the others, hidden ones left out
     config_hash: str  # of config.json; empty where there is none
     commit: str | None = None  # of the hub
-    contents: tuple[tuple[str, str], ...] = ()  # of each file, where they were read (`trainer/content.py`)
+    contents: tuple[tuple[str, str], ...] = ()  # of each file, where they were read (`trainer/data/content.py`)
 
     @classmethod
     def of(cls, folder: Path) -> ModelFiles:

@@ -32,17 +32,17 @@ from cluster.runtime import (
 from cluster.topology import place
 from configs.plugins import Plugin
 from configs.schema import ModelSource, Replicas, Run
-from trainer.attention_choice import (
+from trainer.errors import ConfigError
+from trainer.labels.encoding import TeacherShape, load_encoding
+from trainer.model.attention_choice import (
     choose_attention,
     ignores_window,
     refuse_changing_rope,
     refuse_silent_windows,
     refuse_unpackable,
 )
-from trainer.errors import ConfigError
-from trainer.labels.encoding import TeacherShape, load_encoding
+from trainer.model.zero_config import deepspeed_config
 from trainer.types import EncodingSpec, StudentPlan
-from trainer.zero_config import deepspeed_config
 
 START_BASE_S = 600.0
 """Until a role must be ready, beside what its model's size asks for: processes, imports, compiling, a busy machine."""

@@ -21,12 +21,12 @@ from cluster.logs import SharedFolder
 from cluster.node_checks import Question, check_nodes
 from cluster.placement import PlacedGroup, PlacedGroups, actor_options, create_groups, nodes_of, wait_for_room
 from cluster.resolve import Resolved
-from cluster.students import RankActor, StudentGroup, StudentJob
-from cluster.teacher_actor import TeacherActor
-from cluster.teachers import ReplicaPool
+from cluster.students.group import RankActor, StudentGroup, StudentJob
+from cluster.teachers.actor import TeacherActor
+from cluster.teachers.pool import ReplicaPool
 from trainer.build import VARIABLE, build_hash
 from trainer.errors import InfrastructureError
-from trainer.loops import Observer
+from trainer.loop.loops import Observer
 from trainer.run_folder import RunFolder
 from trainer.types import BlockRef, SoftLabelBlock
 

@@ -137,7 +137,7 @@ class Student(Section):
         "none", description="Keep ZeRO state in host memory. parameters need zero_stage 3."
     )
     attention: Literal["auto", "sdpa", "flash_attention_2", "varlen"] = Field(
-        "auto", description="auto: the fastest packed attention this device offers (trainer/attention.py)."
+        "auto", description="auto: the fastest packed attention this device offers (trainer/model/attention.py)."
     )
     activation_checkpointing: bool = False
     lora: LoRA | None = None

@@ -48,7 +48,7 @@ def fill_answers(
     """
     from transformers import AutoTokenizer
 
-    from trainer.generation_settings import end_ids
+    from trainer.model.generation_settings import end_ids
 
     rows = [json.loads(line) for line in rows_file.read_text(encoding="utf-8").splitlines()]
     wanted = [i for i, row in enumerate(rows) if not row.get("completion") and not _is_left(i, leave_every)]

@@ -30,13 +30,13 @@ from launch.disk import DiskNeed, check_writable, free_bytes, size_text
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
 from launch.quiet import quiet_libraries
 from launch.resuming import Standing, standing
-from trainer.attention_choice import refuse_unpackable
-from trainer.checkpoint import Checkpoints
+from trainer.data.prompts import RowReport, check_rows
 from trainer.errors import ConfigError, DataError, StillhouseError
-from trainer.generation_settings import unused_settings
-from trainer.job import Inputs, label_bytes_per_row, read_inputs, total_steps
-from trainer.models import load_config
-from trainer.prompts import RowReport, check_rows
+from trainer.loop.checkpoint import Checkpoints
+from trainer.loop.job import Inputs, label_bytes_per_row, read_inputs, total_steps
+from trainer.model.attention_choice import refuse_unpackable
+from trainer.model.generation_settings import unused_settings
+from trainer.model.load import load_config
 from trainer.run_folder import RunFolder
 
 ROW_BUDGET = 2000

@@ -295,7 +295,7 @@ def export(
 @app.command(epilog="Example: stillhouse report runs/demo")
 def report(run: RunFolderArgument) -> None:
     """Write report.html of a run, from what its folder holds."""
-    from launch.report import report as write_report
+    from launch.report.command import report as write_report
 
     write_report(run)
 

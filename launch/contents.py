@@ -8,7 +8,8 @@
     student.dtype, teacher.<role>.dtype  what `auto` was made of
 
 Where things lie does not count, so a moved folder is the same. The view is that of the machine the controller runs on;
-nodes are compared with it by `cluster/node_checks.py`. How much is read, and what that misses: `trainer/content.py`.
+nodes are compared with it by `cluster/node_checks.py`. How much is read, and what that misses:
+`trainer/data/content.py`.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from cluster.model_files import WHOLE_BYTES as WHOLE_WEIGHTS
 from cluster.model_files import find_folder
 from cluster.resolve import Resolved
 from configs.schema import Dataset, ModelSource, Run
-from trainer.content import file_content, files_below, folder_content
+from trainer.data.content import file_content, files_below, folder_content
+from trainer.data.row_files import PLACES, WHOLE_BYTES, open_raw_rows
 from trainer.errors import ConfigError
-from trainer.job import Inputs
-from trainer.row_files import PLACES, WHOLE_BYTES, open_raw_rows
+from trainer.loop.job import Inputs
 
 WEIGHTS = ".safetensors"
 TOKENIZER_FILES = (".json", ".jinja", ".model", ".tiktoken", ".py")

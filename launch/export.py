@@ -24,12 +24,12 @@ from configs.load import load_run
 from configs.schema import Run
 from launch.files import copy_files, files_in
 from launch.model_folder import licence_of
-from trainer.chat import Template
+from launch.report.artifacts import read_manifest
+from launch.report.metrics import read_metrics
+from launch.report.model_card import model_card
+from trainer.data.chat import Template
 from trainer.errors import ConfigError, foreign_errors
-from trainer.generation_settings import consistent
-from trainer.metrics import read_metrics
-from trainer.model_card import model_card
-from trainer.papers import read_manifest
+from trainer.model.generation_settings import consistent
 from trainer.run_folder import RunFolder, read_json, write_json, write_text
 
 ADAPTER = "adapter_config.json"

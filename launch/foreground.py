@@ -10,9 +10,9 @@ import psutil
 
 from configs.paths import named_path
 from launch.jobs import RECORD, RUNS, known, last_lines
+from launch.report.artifacts import read_manifest
 from launch.targets import JobStatus, State
 from trainer.errors import Preempted
-from trainer.papers import read_manifest
 from trainer.run_folder import Ending, Owner, RunFolder
 
 KIND = "here"

@@ -18,9 +18,9 @@ from typing import TypeVar
 from configs.paths import named_path
 from configs.refusal import did_you_mean
 from launch.files import copy_files
+from launch.report.artifacts import read_manifest
 from launch.targets import JobRecord
 from trainer.errors import ConfigError, InfrastructureError
-from trainer.papers import read_manifest
 from trainer.records import ignore, read_record
 from trainer.run_folder import RunFolder, write_json
 

@@ -17,11 +17,11 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
 from configs.schema import LoRA, ModelSource, Student
-from trainer.config_bounds import config_file
 from trainer.errors import ConfigError
-from trainer.models import add_adapters, build_on_meta, load_config
-from trainer.suitability import refuse_unsuitable
-from trainer.weights import SAFETENSORS, read_table, refuse_other_tensors, shard_names, weight_files
+from trainer.model.config_bounds import config_file
+from trainer.model.load import add_adapters, build_on_meta, load_config
+from trainer.model.suitability import refuse_unsuitable
+from trainer.model.weights import SAFETENSORS, read_table, refuse_other_tensors, shard_names, weight_files
 
 
 @dataclass(frozen=True, slots=True)

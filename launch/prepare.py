@@ -104,7 +104,7 @@ def _convert_gguf(source: Path, target: Path, model: PackagedModel) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
     from transformers.utils.logging import disable_progress_bar
 
-    from trainer.weights import refuse_missing
+    from trainer.model.weights import refuse_missing
 
     disable_progress_bar()  # three bars of a few seconds each tell a person less than the one line printed at the end
     with foreign_errors(f"prepare: transformers cannot read {source}"):

@@ -23,15 +23,15 @@ from cluster.resolve import Resolved
 from configs.schema import Run
 from configs.secrets import without_secrets
 from launch.export import card_of, complete_student
-from trainer.distil import Controller
-from trainer.environment import manifest_environment
+from launch.report.artifacts import read_generations, read_manifest
+from launch.report.environment import manifest_environment
+from launch.report.metrics import Records, read_metrics
+from launch.report.page import BEFORE_START, sample_records, write_report
+from trainer.data.readable import answer_of, readable_prompts
 from trainer.errors import InfrastructureError
-from trainer.job import Job
-from trainer.metrics import Records, read_metrics
-from trainer.papers import read_generations, read_manifest
-from trainer.readable import answer_of, readable_prompts
+from trainer.loop.controller import Controller
+from trainer.loop.job import Job
 from trainer.records import read_parts
-from trainer.report import BEFORE_START, sample_records, write_report
 from trainer.run_folder import RunFolder, write_json, write_text
 from trainer.types import Evaluation, Sequence
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from configs.load import config_hash, differences, load_run
 from configs.schema import Run
 from launch.contents import changes
-from trainer.checkpoint import Checkpoints
 from trainer.errors import ConfigError
-from trainer.manifest import TrainingState
-from trainer.optimizer import learning_rate
+from trainer.loop.checkpoint import Checkpoints
+from trainer.loop.manifest import TrainingState
+from trainer.model.optimizer import learning_rate
 from trainer.run_folder import RunFolder
 
 ANOTHER = "give this one another name or folder, or remove the folder to start afresh"

@@ -1,6 +1,6 @@
 """`stillhouse train`: one run from its YAML to a report, on this machine or on the Ray cluster it is part of.
 
-configuration, models, rows  ->  hardware, resolve  ->  Ray and reservations  ->  trainer/distil.py  ->  report, exit
+configuration, models, rows  ->  hardware, resolve  ->  Ray and reservations  ->  the controller  ->  report, exit
 (errors here start nothing)                             (runtime: ray only)       (all the work)
 """
 
@@ -25,7 +25,7 @@ from cluster.in_process import InProcessSession
 from cluster.model_files import ModelFiles, find_folder
 from cluster.resolve import Resolved, resolve
 from cluster.session import RaySession
-from cluster.students import StudentJob
+from cluster.students.group import StudentJob
 from configs.load import config_hash, dump_run, load_run, run_folder
 from configs.schema import ModelSource, Run
 from launch.check import raise_problems
@@ -33,19 +33,19 @@ from launch.contents import contents_of, dtypes_of
 from launch.export import ADAPTER, stored_dtype
 from launch.quiet import quiet_libraries
 from launch.record import Record
+from launch.report.metrics import MetricsLog, TensorBoardSink, Timeline, read_metrics
+from launch.report.progress import Progress
 from launch.resuming import Standing, new_length, refuse_changes, standing
 from launch.stall import SAVE_GRACE_S, StallWatch, stall_timeout_s
 from launch.stopping import StopRequest, preemptible
 from launch.watch import Watch
-from trainer.distil import Controller
+from trainer.checks.label_check import teacher_truth
 from trainer.errors import ConfigError, InfrastructureError, StillhouseError
-from trainer.job import Inputs, Job, make_job
-from trainer.label_check import teacher_truth
-from trainer.metrics import MetricsLog, TensorBoardSink, Timeline, read_metrics
-from trainer.models import load_config
-from trainer.progress import Progress
+from trainer.loop.controller import Controller
+from trainer.loop.job import Inputs, Job, make_job
+from trainer.model.load import load_config
+from trainer.model.teacher_answers import teacher_answers
 from trainer.run_folder import RunFolder, write_text
-from trainer.teacher_answers import teacher_answers
 from trainer.types import Unit
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)

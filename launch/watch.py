@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from configs.secrets import without_secrets
-from trainer.metrics import MetricsLog, SpanKind, Timeline
-from trainer.observer import RunObserver
-from trainer.progress import Progress
+from launch.report.metrics import MetricsLog, SpanKind, Timeline
+from launch.report.observer import RunObserver
+from launch.report.progress import Progress
 from trainer.types import Evaluation, StepMetrics
 
 SPOKEN = {
@@ -32,7 +32,7 @@ SPOKEN = {
 
 
 class Watch:
-    """Implements `trainer.loops.Observer`. A disk that is full, or a file server that is away for a moment, is
+    """Implements `trainer.loop.loops.Observer`. A disk that is full, or a file server that is away for a moment, is
     told once and ends nothing; as much as files buffer is written when there is room again."""
 
     def __init__(self, *, metrics: MetricsLog, timeline: Timeline, progress: Progress) -> None:

@@ -46,7 +46,7 @@ BY_TEST = {
     r"stillhouse train my-run.yaml( --set training.depth=0)?": RUNS,
     r"stillhouse export runs/my-run models/my-student": "tests/launch/test_export.py::"
     "test_a_whole_student_is_exported_with_tokenizer_template_and_card",
-    r"stillhouse prune .*": "tests/trainer/test_prune.py::"
+    r"stillhouse prune .*": "tests/trainer/model/test_prune.py::"
     "test_pruned_logits_equal_a_model_built_by_hand_from_the_kept_layers",
     r"stillhouse doctor( configs/demo.yaml)?": "tests/launch/test_doctor.py::test_each_line_is_ok_or_says_what_to_do",
     r"stillhouse submit my-run.yaml --to local": LOCAL,

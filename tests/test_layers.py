@@ -15,12 +15,12 @@ LAYERS = ("configs", "trainer", "cluster", "launch")  # each may import itself a
 ALLOWED = {
     "ray": ("cluster/", "launch/"),
     "vllm": ("cluster/", "launch/"),
-    "deepspeed": ("trainer/zero.py",),
+    "deepspeed": ("trainer/model/zero.py",),
     "torch": ("trainer/", "cluster/", "launch/"),
 }
 DEVICE_FILES = (
     "cluster/runtime.py:",
-    "trainer/zero_config.py:",  # DeepSpeed calls host memory "cpu"
+    "trainer/model/zero_config.py:",  # DeepSpeed calls host memory "cpu"
 )
 FILES = [file for layer in LAYERS for file in sorted((ROOT / layer).rglob("*.py"))]
 
@@ -76,7 +76,7 @@ def test_the_checks_find_what_they_are_for() -> None:
     upward = "def f():\n    from cluster.runtime import y"
     assert wrong_imports("trainer/x.py", upward) == ["trainer/x.py:2: cluster.runtime"]
     assert wrong_imports("trainer/x.py", "import deepspeed.comm") == ["trainer/x.py:1: deepspeed.comm"]
-    assert wrong_imports("trainer/zero.py", "import deepspeed.comm") == []
+    assert wrong_imports("trainer/model/zero.py", "import deepspeed.comm") == []
     assert wrong_imports("configs/x.py", "import torch, json") == ["configs/x.py:1: torch"]
     assert literal_devices("x", 'a.cuda()\nb.to("cuda:0")\nc = "cpu"\nd: Literal["cpu"] = "cpus"') == [
         "x:1",

@@ -26,8 +26,8 @@ from trainer.types import (
 )
 
 if TYPE_CHECKING:
-    from trainer.self_tests import SelfTestResult
-    from trainer.student import StudentInfo
+    from trainer.checks.self_tests import SelfTestResult
+    from trainer.model.student import StudentInfo
 
 
 class Scorers(Protocol):

@@ -301,7 +301,7 @@ class StudentPlan:
     dtype: str  # "float32" or "bfloat16": of the parameters that are trained and of the forward pass
     device_type: str  # of torch.device
     backend: str  # of torch.distributed
-    attention: str  # a name of trainer/attention.py
+    attention: str  # a name of trainer/model/attention.py
     deepspeed: Mapping[str, Any]  # the complete DeepSpeed configuration
     collective_timeout_s: float
     start_timeout_s: float = 600.0  # until the group must be ready

@@ -31,10 +31,10 @@ from cluster.engines.units import (
     unit_report,
 )
 from configs.schema import ModelSource
-from trainer.attention import REFERENCE
 from trainer.errors import ConfigError, DeadlineExceeded
 from trainer.labels.encoding import Column, Encoding, load_encoding, pack_rows
-from trainer.models import load_causal
+from trainer.model.attention import REFERENCE
+from trainer.model.load import load_causal
 from trainer.types import EncodingSpec, Prompt, Sequence, SoftLabelBlock, Unit, UnitReport
 
 

@@ -29,8 +29,8 @@ from cluster.engines.units import (
 )
 from cluster.engines.vllm_loop import EngineLoop, Request
 from trainer.errors import ConfigError, InfrastructureError
-from trainer.heads import head_width
 from trainer.labels.encoding import load_encoding
+from trainer.model.head import head_width
 from trainer.types import EncodingSpec, Prompt, Sequence, SoftLabelBlock, Unit, UnitReport
 
 if TYPE_CHECKING:

@@ -134,7 +134,7 @@ def _write(out: Path | None, numbers: Mapping[str, Any]) -> None:
     """The numbers with what is needed to repeat them: command, date, versions, processor, revision."""
     if out is None:
         return
-    from trainer.environment import manifest_environment
+    from launch.report.environment import manifest_environment
     from trainer.run_folder import plain
 
     made = {"command": ["stillhouse", *sys.argv[1:]], "time": time.time(), **manifest_environment()}

@@ -24,8 +24,8 @@ from launch.bench.pipeline import Daemons, Pipeline, Segment
 from launch.bench.plain import TUNED_ALLOCATOR, PlainAnswer, PlainSetup, PlainSteps, Text
 from launch.bench.worker import Worker
 from launch.bench.workload import LEARNING_RATE, Workload, make_run, make_student, same_sequences, write_rows
+from trainer.data.vocabulary import load_tokenizer
 from trainer.types import Sequence as TokenSequence
-from trainer.vocab import load_tokenizer
 
 PLAIN, PLAIN_TUNED = "plain", "plain tuned"
 WARM_UP_STEPS = 5

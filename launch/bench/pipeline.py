@@ -20,17 +20,17 @@ from cluster import ray_session
 from cluster.hardware import Hardware
 from cluster.resolve import Resolved
 from cluster.session import RaySession
-from cluster.students import StudentJob
+from cluster.students.group import StudentJob
 from configs.load import config_hash, run_folder
 from configs.schema import Run
 from launch.bench import cpu_time
 from launch.bench.cpu_time import CpuTime
+from launch.report.metrics import MetricsLog, Timeline
+from launch.report.progress import Progress
 from launch.train import resolve_run
 from launch.watch import Watch
-from trainer.job import Inputs, make_job, read_inputs
-from trainer.loops import Loops, first_error
-from trainer.metrics import MetricsLog, Timeline
-from trainer.progress import Progress
+from trainer.loop.job import Inputs, make_job, read_inputs
+from trainer.loop.loops import Loops, first_error
 from trainer.run_folder import RunFolder
 from trainer.types import Cursor, StepMetrics
 
@@ -53,7 +53,7 @@ class Segment:
 
 
 class Ledger:
-    """A run's usual observer, remembering processes and steps. Implements `trainer.loops.Observer`."""
+    """A run's usual observer, remembering processes and steps. Implements `trainer.loop.loops.Observer`."""
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch

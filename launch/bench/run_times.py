@@ -9,9 +9,9 @@ from statistics import median
 from rich.table import Table
 from ruamel.yaml import YAML
 
+from launch.report.metrics import TOKENS_PER_S, read_metrics
+from launch.report.timeline import LaneShare, read_timeline, wait_shares
 from trainer.errors import ConfigError
-from trainer.metrics import TOKENS_PER_S, read_metrics
-from trainer.report.timeline import LaneShare, read_timeline, wait_shares
 from trainer.run_folder import RunFolder, read_json
 
 FIRST_STEP = "training"
@@ -74,7 +74,7 @@ def start_table(phases: tuple[Phase, ...]) -> Table:
 
 
 def read_waits(folder: RunFolder) -> Waits:
-    """Busy and waiting shares at steady state (`trainer/report/timeline.py` says which that is).
+    """Busy and waiting shares at steady state (`launch/report/timeline.py` says which that is).
 
     Raises `ConfigError` for a run with too few steps.
     """

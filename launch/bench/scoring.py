@@ -25,10 +25,10 @@ from launch.bench.scoring_worker import Cost, Label, Prefill
 from launch.bench.worker import Worker
 from launch.bench.workload import Workload, corpus, make_run, make_student, write_rows
 from launch.train import resolve_run
+from trainer.data.vocabulary import load_tokenizer
 from trainer.errors import ConfigError
-from trainer.job import read_inputs
+from trainer.loop.job import read_inputs
 from trainer.types import EncodingSpec, Sequence, Unit
-from trainer.vocab import load_tokenizer
 
 PREFILL = "bare prefill"
 STOCK = "vLLM's prompt_logprobs=64"

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from configs.plugins import ROOT
 from configs.schema import ModelSource, Run
-from trainer.job import Inputs, as_sequence, open_stream, read_inputs
+from trainer.data.vocabulary import load_tokenizer
+from trainer.loop.job import Inputs, as_sequence, open_stream, read_inputs
 from trainer.types import Sequence
-from trainer.vocab import load_tokenizer
 
 TEXT = ROOT / "configs" / "data" / "demo_train.jsonl"
 """Real text, so that labels are those of a teacher that knows what it reads."""

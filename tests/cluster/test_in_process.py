@@ -12,7 +12,7 @@ from student_world import STEPS, Vocabulary, make_plan, make_run
 from tiny_models import tiny_folder
 
 from cluster.in_process import InProcessStudents
-from cluster.students import StudentJob
+from cluster.students.group import StudentJob
 from trainer.errors import ConfigError
 
 

@@ -16,7 +16,7 @@ from tiny_runs import WORDS, records, tiny_run, write_rows
 from transformers import AutoModelForCausalLM
 
 from configs.load import load_run
-from trainer.job import held_out_rows, read_inputs
+from trainer.loop.job import held_out_rows, read_inputs
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import records, stillhouse, tiny_run
 
 from configs.load import load_run
-from trainer.optimizer import learning_rate
+from trainer.model.optimizer import learning_rate
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
 

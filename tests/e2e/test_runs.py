@@ -64,7 +64,7 @@ def test_a_command_that_would_be_another_run_is_refused_and_leaves_the_finished_
 WAITS_AFTER_TRAINING = """
 import asyncio
 from launch.cli import main
-from trainer.distil import Controller
+from trainer.loop.controller import Controller
 
 look = Controller._look
 

@@ -18,14 +18,14 @@ from configs.load import config_hash, load_run
 from launch.export import card_of
 from launch.foreground import status_of
 from launch.record import counted
+from launch.report.metrics import TOKENS_PER_S, MetricsLog, Timeline, read_metrics
+from launch.report.page import sample_records, write_report
 from launch.resuming import standing
 from launch.submit import list_jobs
 from launch.targets import JobRecord
-from trainer.checkpoint import Checkpoints, TrainingState
-from trainer.metrics import TOKENS_PER_S, MetricsLog, Timeline, read_metrics
-from trainer.prompts import Quarantine
-from trainer.report import sample_records, write_report
-from trainer.row_files import BadRow
+from trainer.data.prompts import Quarantine
+from trainer.data.row_files import BadRow
+from trainer.loop.checkpoint import Checkpoints, TrainingState
 from trainer.run_folder import RunFolder, write_json
 from trainer.types import Cursor, Evaluation, SampleTokens, StepMetrics
 

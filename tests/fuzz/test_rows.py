@@ -15,10 +15,10 @@ from mutations import Damage, outcomes
 from tiny_models import tiny_tokenizer
 
 from configs.schema import Data, Dataset
-from trainer.chat import Template
+from trainer.data.chat import Template
+from trainer.data.prompts import RowReport, check_rows
+from trainer.data.vocabulary import SharedVocabulary, fingerprint
 from trainer.errors import ConfigError, DataError
-from trainer.prompts import RowReport, check_rows
-from trainer.vocab import SharedVocabulary, fingerprint
 
 TOKENIZER = tiny_tokenizer()
 TEMPLATE = Template.of(TOKENIZER)

@@ -30,9 +30,9 @@ from launch.bench.scoring import PREFILL, Batch, Measured, ScoringResult
 from launch.bench.scoring_worker import Cost
 from launch.bench.worker import Worker
 from launch.bench.workload import Workload, make_run, make_student, same_sequences, write_rows
+from trainer.data.vocabulary import load_tokenizer
 from trainer.errors import ConfigError, DeadlineExceeded, InfrastructureError
 from trainer.run_folder import RunFolder
-from trainer.vocab import load_tokenizer
 
 SUPPORT = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent / "support")}
 

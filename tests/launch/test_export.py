@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs.load import dump_run, load_run
 from configs.schema import Run
 from launch.export import complete_student, export, stored_dtype
-from launch.report import report
+from launch.report.command import report
 from launch.train import closing_words
 from trainer.errors import ConfigError
 from trainer.run_folder import RunFolder, write_json

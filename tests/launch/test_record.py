@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from launch.record import Record
+from launch.report.metrics import MetricsLog
 from trainer.errors import InfrastructureError
-from trainer.metrics import MetricsLog
 from trainer.run_folder import RunFolder
 from trainer.types import StepMetrics
 

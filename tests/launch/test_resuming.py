@@ -18,11 +18,11 @@ from configs.load import config_hash, dump_run, load_run, run_folder
 from launch.check import check
 from launch.contents import contents_of
 from launch.resuming import Standing, new_length, refuse_changes, standing
-from trainer.checkpoint import Checkpoints
 from trainer.errors import ConfigError
-from trainer.job import read_inputs, total_steps
-from trainer.manifest import TrainingState
-from trainer.optimizer import learning_rate
+from trainer.loop.checkpoint import Checkpoints
+from trainer.loop.job import read_inputs, total_steps
+from trainer.loop.manifest import TrainingState
+from trainer.model.optimizer import learning_rate
 from trainer.run_folder import RunFolder, write_json
 from trainer.types import Cursor
 

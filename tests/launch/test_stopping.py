@@ -173,7 +173,7 @@ CLOSED = """
 import os, signal, sys
 from launch.stopping import preemptible
 from trainer.errors import Preempted
-from trainer.progress import Progress
+from launch.report.progress import Progress
 
 try:
     with preemptible(), Progress(3) as progress:

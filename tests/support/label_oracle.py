@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from trainer.heads import Head, HeadShape
+from trainer.model.head import Head, HeadShape
 from trainer.types import Sequence, Unit
 
 VOCABULARY = 283  # of tests/support/tiny_models.py; its models are padded to 320

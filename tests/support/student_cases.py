@@ -1,4 +1,4 @@
-"""What student ranks do in tests of `tests/trainer/test_student.py`: each case runs on every rank of a group.
+"""What student ranks do in tests of `tests/trainer/model/test_student.py`: each case runs on every rank of a group.
 
 Results are compared with what one process works out by hand, with one another, and between a group of two and of one.
 """
@@ -34,10 +34,10 @@ from student_world import (
 
 from configs.schema import Run
 from trainer.errors import ConfigError
-from trainer.models import load_student
-from trainer.student import StudentRank
+from trainer.model.load import load_student
+from trainer.model.student import StudentRank
+from trainer.model.zero import sharded_loading, start_processes
 from trainer.types import EncodingSpec, Unit
-from trainer.zero import sharded_loading, start_processes
 
 STAGES = (1, 2, 3)
 LORA = {"rank": 4, "dropout": 0.2}

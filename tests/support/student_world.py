@@ -14,10 +14,10 @@ from tiny_models import tiny_folder, tiny_model
 
 from configs.schema import Run
 from trainer.labels.encoding import load_encoding
-from trainer.step_plan import cut_units, plan_step
-from trainer.student import StudentInfo, StudentRank
+from trainer.loop.plan import cut_units, plan_step
+from trainer.model.student import StudentInfo, StudentRank
+from trainer.model.zero_config import deepspeed_config
 from trainer.types import EncodingSpec, LabelHeader, RankBatch, Sequence, SoftLabelBlock, StudentPlan, Unit
-from trainer.zero_config import deepspeed_config
 
 VOCABULARY_SIZE = 283
 HOST = torch.device("cpu")

@@ -41,14 +41,14 @@ def test_a_copy_elsewhere_has_the_same_hash_and_a_changed_file_another(copy: Pat
     first = hash_of(copy)
     (copy / "cluster" / "notes.txt").write_text("no code")
     assert hash_of(copy) == first
-    template = next((copy / "trainer").rglob("*.jinja"))
+    template = next((copy / "launch").rglob("*.jinja"))
     template.write_text(template.read_text() + " ")
     assert hash_of(copy) != first
 
 
 def test_a_renamed_file_changes_the_hash(copy: Path) -> None:
     first = hash_of(copy)
-    (copy / "launch" / "report.py").rename(copy / "launch" / "reports.py")
+    (copy / "launch" / "show.py").rename(copy / "launch" / "shows.py")
     assert hash_of(copy) != first
 
 

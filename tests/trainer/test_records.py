@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from launch.report.metrics import MetricsLog, Timeline, read_metrics
+from launch.report.page import render, write_report
+from launch.report.timeline import read_timeline
+from trainer.data.prompts import Quarantine
+from trainer.data.row_files import BadRow
 from trainer.errors import ConfigError
-from trainer.metrics import MetricsLog, Timeline, read_metrics
-from trainer.prompts import Quarantine
 from trainer.records import append_lines, read_json, read_lines, read_parts, read_record
-from trainer.report import render, write_report
-from trainer.report.timeline import read_timeline
-from trainer.row_files import BadRow
 from trainer.run_folder import RunFolder, write_json
 from trainer.types import Evaluation, StepMetrics
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.environment import _processor, manifest_environment
+from launch.report.environment import _processor, manifest_environment
 from trainer.errors import ConfigError
 from trainer.run_folder import RunFolder, append_lines, read_json, read_lines, write_json
 

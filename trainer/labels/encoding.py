@@ -19,7 +19,7 @@ from configs.plugins import refuse_incomplete
 from trainer.types import EncodingSpec, PairedLogProbs
 
 if TYPE_CHECKING:
-    from trainer.heads import Head
+    from trainer.model.head import Head
 
 
 _MEMBERS = ("needs", "temperature", "layout", "make", "ready", "pair", "mass")

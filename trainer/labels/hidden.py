@@ -18,7 +18,7 @@ from trainer.types import PairedLogProbs
 if TYPE_CHECKING:
     from pydantic import PositiveFloat
 
-    from trainer.heads import Head
+    from trainer.model.head import Head
 
 _PRODUCT = "product"
 

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from trainer.labels.encoding import ABSENT, Column, TeacherShape, check_temperature
-from trainer.matmul import cache_blocks
+from trainer.model.fast.matmul import cache_blocks
 from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:
     from pydantic import PositiveFloat, PositiveInt
 
-    from trainer.heads import Head
+    from trainer.model.head import Head
 
 
 @dataclass(frozen=True, slots=True)

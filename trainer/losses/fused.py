@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from trainer.heads import Head, HeadShape
 from trainer.labels.encoding import Encoding
 from trainer.losses.objective import Objective
-from trainer.matmul import cache_blocks, matmul_nt, whole_rows
+from trainer.model.fast.matmul import cache_blocks, matmul_nt, whole_rows
+from trainer.model.head import Head, HeadShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:
     from configs.schema import Term
-    from trainer.heads import Head
+    from trainer.model.head import Head
 
 CROSS_ENTROPY = "cross_entropy"
 PADDING = "padding"

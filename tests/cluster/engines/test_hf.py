@@ -17,9 +17,9 @@ from vllm_process import engine_plan
 from cluster.engines.hf import Engine, draw
 from cluster.engines.plan import Sampling
 from configs.schema import ModelSource
-from trainer.attention_choice import packable_layers
 from trainer.errors import ConfigError, DeadlineExceeded, UnitRejected, foreign_errors
-from trainer.models import load_teacher_head
+from trainer.model.attention_choice import packable_layers
+from trainer.model.load import load_teacher_head
 from trainer.types import EncodingSpec, Prompt
 
 UNIT = random_unit("0:0", (60, [(5, 20), (31, 59)]), (90, [(60, 80)]), (12, []), (33, [(0, 32)]))

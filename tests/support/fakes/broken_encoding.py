@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from trainer.heads import Head
 from trainer.labels.encoding import Column, TeacherShape
+from trainer.model.head import Head
 from trainer.types import PairedLogProbs
 
 

@@ -15,7 +15,7 @@ from trainer.labels.encoding import Column, TeacherShape
 from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:
-    from trainer.heads import Head
+    from trainer.model.head import Head
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from trainer.labels.encoding import Column, TeacherShape
 from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:
-    from trainer.heads import Head
+    from trainer.model.head import Head
 
 MARKS = {7.0: torch.nan, 8.0: -torch.inf}
 """Values of the column `realised`, which training does not read, and what they add to the student's log-probability."""

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
 
-from trainer.heads import Head, HeadShape
 from trainer.labels import dense, hidden
 from trainer.labels.encoding import TeacherShape, column_to_torch, pack_rows, unpack_rows
+from trainer.model.head import Head, HeadShape
 
 V = 283  # of the tiny tokenizer; the models have 320 rows
 

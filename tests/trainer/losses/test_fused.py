@@ -12,10 +12,10 @@ import torch
 from loss_oracles import TermLike
 from torch.utils.checkpoint import checkpoint
 
-from trainer.heads import Head, HeadShape
 from trainer.labels import dense, hidden, topk
 from trainer.losses.fused import HeadLoss, head_loss
 from trainer.losses.objective import Objective
+from trainer.model.head import Head, HeadShape
 
 N, V, PADDED, H, TEACHER_H = 45, 307, 320, 24, 32
 SHAPES = {"plain": HeadShape(), "capped": HeadShape(scale=0.5, soft_cap=4.0)}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from loss_oracles import TermLike
 
-from trainer.heads import Head, HeadShape
 from trainer.labels import dense, hidden, topk
 from trainer.losses.objective import Objective
+from trainer.model.head import Head, HeadShape
 
 N, V, H = 9, 211, 24
 STUDENT = oracle.realistic_logits(N, V, seed=3)

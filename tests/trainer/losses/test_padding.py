@@ -8,12 +8,12 @@ import torch
 from loss_oracles import TermLike
 from tiny_models import tiny_model
 
-from trainer.heads import Head, HeadShape
 from trainer.labels import dense, hidden, topk
 from trainer.losses.fused import HeadLoss, head_loss
 from trainer.losses.objective import Objective
 from trainer.losses.padding import padding_nats
-from trainer.models import StudentModule
+from trainer.model.head import Head, HeadShape
+from trainer.model.load import StudentModule
 
 V, ROWS = 283, 320
 N = 45

@@ -1,0 +1,1 @@
+"""The ranks of the student as Ray actors: one group, driven and restarted as a whole."""

@@ -1,0 +1,66 @@
+"""One teacher replica as a Ray actor: the process around an engine. `cluster/teachers/pool.py` keeps the pool."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster import runtime
+from cluster.engines.plan import EnginePlan
+from cluster.logs import SharedFolder, redirect_output
+from cluster.model_files import local_copy
+from cluster.processes import ProcessIdentity, own_shared_memory, this_process
+from trainer.build import check_build
+from trainer.protocols import ScoringEngine, WritingEngine
+from trainer.types import EncodingSpec, Prompt, SoftLabelBlock, Unit, UnitReport
+
+
+def start_engine(plan: EnginePlan, name: str) -> ScoringEngine | WritingEngine:
+    """The engine a plan names, started in this process, on the node's own copy of the model where one is asked for."""
+    if plan.local_copy is not None:
+        copy = local_copy(plan.model, Path(plan.local_copy), timeout_s=plan.start_timeout_s)
+        plan = replace(plan, model=str(copy))
+    module = plan.kind if "." in plan.kind else f"cluster.engines.{plan.kind}"
+    engine = importlib.import_module(module).Engine(**plan.parameters)
+    return engine.start_scorer(plan, name) if plan.role == "scorer" else engine.start_writer(plan, name)
+
+
+class TeacherActor:
+    """One replica: builds its engine, forwards calls. Its process environment was set by the placement."""
+
+    def __init__(self, plan: EnginePlan, name: str, folder: SharedFolder) -> None:
+        redirect_output(folder, name)
+        runtime.set_network(plan.role)
+        self._folder = folder
+        self._plan = plan
+        self._name = name
+        self._engine: Any = None
+
+    async def identify(self) -> ProcessIdentity:
+        check_build()
+        self._folder.check()
+        return this_process()
+
+    async def start(self) -> tuple[str, ...]:
+        """Load the model. Returns the shared memory that the engine has, which outlives it where it is killed."""
+        self._engine = await asyncio.to_thread(start_engine, self._plan, self._name)
+        return own_shared_memory()
+
+    async def ping(self) -> None:
+        """Answers while the engine works: it has a thread of its own."""
+
+    async def score(self, unit: Unit, encoding: EncodingSpec, deadline_s: float) -> tuple[UnitReport, SoftLabelBlock]:
+        return await self._engine.score(unit, encoding, deadline_s=deadline_s)
+
+    async def write(self, prompts: Sequence[Prompt], deadline_s: float) -> list[np.ndarray]:
+        return await self._engine.write(prompts, deadline_s=deadline_s)
+
+    async def close(self) -> None:
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.close)

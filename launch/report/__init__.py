@@ -1,0 +1,1 @@
+"""What a person sees of a run: metrics and their sinks, progress, the HTML page, the model card."""

@@ -1,0 +1,98 @@
+"""The JSON files of a run folder read back: typed, and without what has another shape.
+
+A file of its own because report and model card are made from folders of any version, killed or edited ones too: what
+is wrong in one of these files costs a number or a sample, and a sentence, never the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import ConfigDict, NonNegativeInt
+from typing_extensions import TypedDict
+
+from trainer.data.readable import Turn
+from trainer.records import Moment, ignore, read_parts
+from trainer.run_folder import RunFolder
+
+Tell = Callable[[str], None]
+
+
+class DataFacts(TypedDict, total=False):
+    """What the manifest says of the data."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    stop_ids: list[int]
+
+
+class Manifest(TypedDict, total=False):
+    """manifest.json; it holds more, which is shown as it is."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    started: Moment
+    finished: Moment | None
+    total_steps: int
+    warnings: list[str]
+    changed_inputs: list[str]
+    versions: dict[str, Any]
+    counters: dict[str, int]
+    data: DataFacts
+    roles: dict[str, dict[str, Any]]
+    phases_began_s: dict[str, float]
+
+
+class Sample(TypedDict):
+    """One sequence of samples.json; `launch/report/viewer.py` says what is in it."""
+
+    id: str
+    tokens: list[str]
+    rows: list[NonNegativeInt]
+    student_logprob: list[float | None]
+    teacher_logprob: list[float | None]
+    kl: list[float | None]
+
+
+class Samples(TypedDict, total=False):
+    """samples.json."""
+
+    before: list[Sample]
+    after: list[Sample]
+
+
+class Generations(TypedDict, total=False):
+    """generations.json. A prompt is its turns, of an earlier version one text."""
+
+    prompts: list[list[Turn] | str | None]
+    before: list[str | None]
+    after: list[str | None]
+    teacher: list[str | None]
+    reference: list[str | None]
+
+
+def read_manifest(folder: RunFolder, *, tell: Tell = ignore) -> Manifest:
+    return read_parts(folder.manifest, Manifest, tell=tell)
+
+
+def read_samples(folder: RunFolder, *, tell: Tell = ignore) -> Samples:
+    """Every sample with numbers for each of its rows, which are rows of its tokens."""
+    read = read_parts(folder.samples, Samples, depth=2, tell=tell)
+    found: Samples = {}
+    for when in ("before", "after"):
+        for sample in read.get(when, []):
+            if _is_whole(sample):
+                found.setdefault(when, []).append(sample)
+            else:
+                tell(f"{folder.samples}: {when}: its lists differ in length; this is left out")
+    return found
+
+
+def read_generations(folder: RunFolder, *, tell: Tell = ignore) -> Generations:
+    return read_parts(folder.generations, Generations, tell=tell)
+
+
+def _is_whole(sample: Sample) -> bool:
+    lengths = {len(sample[name]) for name in ("rows", "student_logprob", "teacher_logprob", "kl")}
+    return len(lengths) == 1 and max(sample["rows"], default=0) < max(1, len(sample["tokens"]))

@@ -1,0 +1,186 @@
+"""README.md of an exported student: what it is, who taught it on what, how well, under which licences, how to load it.
+
+It says only what the run knows. A licence nobody stated is "not stated", a local folder appears by its name alone.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from ruamel.yaml import YAML
+
+from configs.schema import Run, Term
+from launch.report.metrics import NOTICEABLE_PADDING, Records
+from launch.report.numbers import fixed, share
+
+NOT_STATED = "not stated"
+
+_HUB_LICENCES = (
+    "afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigscience-bloom-rail-1.0 bigscience-openrail-m bsd bsd-2-clause "
+    "bsd-3-clause cc cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 "
+    "gemma gpl-2.0 gpl-3.0 lgpl-3.0 llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 mit mpl-2.0 odc-by openrail "
+    "openrail++ osl-3.0 unlicense wtfpl"
+)
+"""Identifiers that the hub's metadata knows; any other name is written as `license: other` with its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the quality table; texts."""
+
+    name: str
+    before: str
+    after: str
+    teacher: str
+
+
+def model_card(
+    run: Run,
+    *,
+    manifest: Mapping[str, Any],
+    records: Records,
+    adapter: bool = False,
+    stored_dtype: str = "",
+    licences: Mapping[str, str | None] | None = None,
+) -> str:
+    """Markdown with YAML front matter. `adapter`: the folder holds a LoRA adapter alone.
+
+    `licences` holds what is known beyond the configuration, for the keys `student` (its base) and `teacher`.
+    """
+    known = {"student": run.student.model.licence, "teacher": run.teacher.model.licence, **(licences or {})}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown; every text passes the `cell` filter
+    )
+    environment.filters["cell"] = _cell
+    return environment.get_template("model_card.jinja").render(
+        front=_front_matter(run, known["student"], adapter=adapter),
+        run=run,
+        adapter=adapter,
+        base=public_name(run.student.model.path),
+        teacher=public_name(run.teacher.model.path),
+        datasets=[(d, public_name(d.path)) for d in (run.data.train, run.data.evaluation) if d is not None],
+        base_licence=known["student"] or NOT_STATED,
+        teacher_licence=known["teacher"] or NOT_STATED,
+        quality=_quality(records),
+        evaluated=records.evaluations[-1] if records.evaluations else None,
+        settings=_settings(run, manifest, records, stored_dtype=stored_dtype),
+        versions=manifest.get("versions") or {},
+        NOT_STATED=NOT_STATED,
+    )
+
+
+def public_name(path: str) -> str:
+    """A hub name as it is; of a local folder or file its own name, since where it lay is nobody's business."""
+    return path if is_hub_name(path) else Path(path).name
+
+
+def is_hub_name(path: str) -> bool:
+    """`owner/name` that is not also something on this disk."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) is not None and not Path(path).expanduser().exists()
+
+
+def _front_matter(run: Run, licence: str | None, *, adapter: bool) -> str:
+    fields: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    if is_hub_name(run.student.model.path):
+        fields["base_model"] = run.student.model.path
+        fields["base_model_relation"] = "adapter" if adapter else "finetune"
+    if licence is not None:
+        known = licence.lower() in _HUB_LICENCES.split()
+        fields |= {"license": licence.lower()} if known else {"license": "other", "license_name": licence}
+    datasets = [d.path for d in (run.data.train, run.data.evaluation) if d is not None and is_hub_name(d.path)]
+    if datasets:
+        fields["datasets"] = list(dict.fromkeys(datasets))
+    fields["tags"] = ["distillation", "knowledge-distillation", "stillhouse", *(["lora"] if adapter else [])]
+    text = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.allow_unicode = True
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.dump(fields, text)
+    return text.getvalue().rstrip()
+
+
+def _quality(records: Records) -> list[Row]:
+    if not records.evaluations:
+        return []
+    first, last = records.evaluations[0], records.evaluations[-1]
+    noticeable = max(first.padding_mass, last.padding_mass) >= NOTICEABLE_PADDING
+    padding = Row("probability on ids that do not exist", f"{first.padding_mass:.2%}", f"{last.padding_mass:.2%}", "")
+    return [
+        Row("KL(teacher, student), nats per token", fixed(first.forward_kl, 3), fixed(last.forward_kl, 3), "0"),
+        Row("agreement of first choices", share(first.agreement), share(last.agreement), "100%"),
+        Row("perplexity", fixed(first.perplexity, 2), fixed(last.perplexity, 2), fixed(last.teacher_perplexity, 2)),
+        *([padding] if noticeable else []),
+    ]
+
+
+def _settings(run: Run, manifest: Mapping[str, Any], records: Records, *, stored_dtype: str) -> list[tuple[str, str]]:
+    counters = manifest.get("counters") or {}
+    training, optimizer, lora = run.training, run.optimizer, run.student.lora
+    rows = [
+        ("objective", " + ".join(_term(term) for term in run.objective)),
+        ("soft labels", _plugin(run.labels.kind, run.labels.parameters)),
+        ("answers written by", _plugin(run.elicitation.kind, run.elicitation.parameters)),
+        ("answers of the teacher", _answers(counters)),
+        ("optimizer steps", f"{records.steps[-1].step:,}" if records.steps else ""),
+        ("sequences per step", f"{training.sequences_per_step:,}"),
+        ("tokens trained", _count(counters, "trained_tokens")),
+        ("tokens in the loss", _count(counters, "trained_loss_tokens")),
+        ("maximal length", f"{run.data.max_length:,} tokens"),
+        (
+            "optimizer",
+            f"AdamW, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule} schedule, "
+            f"{optimizer.warmup_steps} warm-up steps, weight decay {optimizer.weight_decay:g}, "
+            f"gradient norm clipped at {optimizer.max_grad_norm:g}",
+        ),
+        ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}" if lora else ""),
+        ("precision", _precision(run, manifest)),
+        ("weights stored in", stored_dtype),
+        ("sharding", f"DeepSpeed ZeRO-{run.student.zero_stage}, {run.student.ranks} rank(s)"),
+        ("seed", str(run.seed)),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def _precision(run: Run, manifest: Mapping[str, Any]) -> str:
+    """What was used; "auto" alone says nothing."""
+    used = ((manifest.get("roles") or {}).get("student") or {}).get("dtype") or run.student.dtype
+    return "" if used == "auto" else str(used)
+
+
+def _term(term: Term) -> str:
+    name = term.loss if term.beta is None else f"{term.loss} (beta {term.beta:g})"
+    return name if term.weight == 1 else f"{term.weight:g} x {name}"
+
+
+def _plugin(kind: str, parameters: Mapping[str, Any]) -> str:
+    chosen = ", ".join(f"{name}: {value}" for name, value in parameters.items())
+    return f"{kind} ({chosen})" if chosen else kind
+
+
+def _answers(counters: Mapping[str, Any]) -> str:
+    if "answers_written" not in counters:
+        return ""
+    names = ("written", "empty", "cut_off", "dropped")
+    return ", ".join(f"{counters[f'answers_{name}']:,} {name.replace('_', ' ')}" for name in names)
+
+
+def _count(counters: Mapping[str, Any], name: str) -> str:
+    return f"{counters[name]:,}" if name in counters else ""
+
+
+def _cell(value: object) -> str:
+    """Text from outside as one harmless line of Markdown."""
+    line = " ".join(str(value).split())
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", line)

@@ -1,0 +1,203 @@
+"""What a person sees while a run works: one live block on a terminal, sparse plain lines everywhere else.
+
+Plain lines (CI, Slurm, a pipe): every phase and evaluation, the first steps, then at most one step per ten seconds, and
+the last step. Nothing here decides anything: a run without it is the same run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from launch.report.metrics import LOSS, NOTICEABLE_PADDING, STUDENT_WAIT, TEACHER_WAIT, TOKENS_PER_S
+from launch.report.numbers import fixed, share
+from trainer.types import Evaluation, StepMetrics
+
+_FIRST_STEPS = 3
+_PLAIN_EVERY_S = 10.0
+_WINDOW = 20
+"""Step durations that the ETA averages."""
+
+
+class Progress:
+    """Shows phases, steps and evaluations. `plain=None` decides by whether the console is a terminal.
+
+    `clock` is monotonic seconds. Use as a context manager, or call `close`.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        console: Console | None = None,
+        plain: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total = total_steps
+        self._console = console or Console()
+        self._clock = clock
+        self._started = clock()
+        self._phase: str | None = None
+        self._phase_started = self._started
+        self._step: StepMetrics | None = None
+        self._shown = 0
+        self._shown_at = -math.inf
+        self._step_times: deque[float] = deque(maxlen=_WINDOW + 1)
+        self._first: Evaluation | None = None
+        self._last: Evaluation | None = None
+        self._live: Live | None = None
+        if not (plain if plain is not None else not self._console.is_terminal):
+            self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
+            self._live.start()
+
+    def phase(self, text: str) -> None:
+        """A part of the run that is no step has begun ("teachers: loading"); the one before it is over."""
+        self._end_phase()
+        self._phase, self._phase_started = text, self._clock()
+        if self._live is None:
+            self._print(f"{_clock_text(self._phase_started - self._started)}  {text}")
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._end_phase()
+        now = self._clock()
+        self._step = metrics
+        self._step_times.append(now)
+        self._shown += 1
+        due = now - self._shown_at >= _PLAIN_EVERY_S
+        if self._live is None and (self._shown <= _FIRST_STEPS or due or metrics.step == self._total):
+            self._shown_at = now
+            self._print(f"step {metrics.step}/{self._total}  {self._numbers()}  {self._eta()}")
+
+    def evaluation(self, evaluation: Evaluation, first: bool) -> None:
+        """`first`: of the student before it learned anything; later ones are shown against it."""
+        self._end_phase()
+        if first:
+            self._first = evaluation
+        self._last = evaluation
+        before = self._first if not first else None
+        self.note(
+            f"evaluation at step {evaluation.step}: "
+            f"KL {_change(before and before.forward_kl, evaluation.forward_kl, _three)} nats/token, "
+            f"agreement {_change(before and before.agreement, evaluation.agreement, share)}, "
+            f"perplexity {_change(before and before.perplexity, evaluation.perplexity, _two)} "
+            f"(teacher {_two(evaluation.teacher_perplexity)})" + _padding(before, evaluation)
+        )
+
+    def compare_with(self, first: Evaluation) -> None:
+        """A resumed run: the first evaluation of an earlier attempt. Shows nothing."""
+        self._first = first
+
+    def note(self, text: str) -> None:
+        """One line that stays."""
+        self._print(text)
+
+    def close(self) -> None:
+        """Leave the terminal as it was found; the last state stays on it. May be called twice."""
+        self._end_phase()
+        if self._live is not None:
+            with contextlib.suppress(OSError):
+                self._live.stop()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _end_phase(self) -> None:
+        if self._phase is not None and self._live is not None:
+            self._print(f"{self._phase}  {self._clock() - self._phase_started:.1f} s")
+        self._phase = None
+
+    def _print(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a terminal that was closed, or a reader that is gone
+            self._console.print(Text(text), soft_wrap=True, highlight=False)
+
+    def _render(self) -> RenderableType:
+        parts: list[RenderableType] = []
+        if self._step is not None:
+            bar = Table.grid(padding=(0, 2))
+            bar.add_row(
+                Text(f"step {self._step.step}/{self._total}", style="bold"),
+                ProgressBar(total=self._total, completed=self._step.step, width=32),
+                Text(self._eta()),
+            )
+            parts += [bar, Text(self._numbers())]
+        if self._phase is not None:
+            elapsed = self._clock() - self._phase_started
+            parts.append(Spinner("dots", Text(f"{self._phase}  {elapsed:.0f} s")))
+        return Group(*parts)
+
+    def _numbers(self) -> str:
+        """The step's numbers that are known, in a fixed order."""
+        values: Mapping[str, float] = self._step.values if self._step else {}
+        parts = []
+        if TOKENS_PER_S in values:
+            parts.append(f"{fixed(values[TOKENS_PER_S], 0)} tokens/s")
+        if LOSS in values:
+            parts.append(f"loss {_three(values[LOSS])}")
+        if self._last is not None:
+            parts.append(f"KL {_three(self._last.forward_kl)} at step {self._last.step}")
+        waits = [
+            f"{who} {values[name]:.0%}"
+            for who, name in (("student", STUDENT_WAIT), ("teacher", TEACHER_WAIT))
+            if name in values and math.isfinite(values[name])
+        ]
+        if waits:
+            parts.append("waiting: " + ", ".join(waits))
+        return "  ".join(parts)
+
+    def _eta(self) -> str:
+        if self._step is None or self._step.step >= self._total:
+            return f"{duration(self._clock() - self._started)} since the start"
+        if len(self._step_times) < 2:
+            return "ETA -"
+        pace = (self._step_times[-1] - self._step_times[0]) / (len(self._step_times) - 1)
+        return f"ETA {duration(pace * (self._total - self._step.step))}"
+
+
+def duration(seconds: float) -> str:
+    """For people: `8 s`, `3 min 20 s`, `2 h 05 min`, `3 d 04 h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def _change(before: float | None, now: float, form: Callable[[float], str]) -> str:
+    return form(now) if before is None else f"{form(before)} -> {form(now)}"
+
+
+def _two(value: float) -> str:
+    return fixed(value, 2)
+
+
+def _three(value: float) -> str:
+    return fixed(value, 3)
+
+
+def _padding(before: Evaluation | None, now: Evaluation) -> str:
+    if max(now.padding_mass, before.padding_mass if before else 0.0) < NOTICEABLE_PADDING:
+        return ""
+    return f", on ids that do not exist {_change(before and before.padding_mass, now.padding_mass, share)}"
+
+
+def _clock_text(seconds: float) -> str:
+    return f"[{seconds:6.1f} s]"

@@ -1,0 +1,108 @@
+"""Evaluation rows against transformers' logits in float64, and sums over ranks against means over all rows."""
+
+from __future__ import annotations
+
+import math
+
+import loss_oracles as oracle
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from trainer.checks.evaluate import EvaluationRows, EvaluationSums, evaluation_rows
+from trainer.model.head import Head, HeadShape
+
+V, T = 283, 40
+
+
+def held_out(family: str, *, seed: int):
+    """(logits [T, V] by transformers, final hidden states, weight, head shape)."""
+    model = tiny_model(family, seed=seed)
+    ids = torch.randint(3, V, (1, T), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        states, logits = model.model(ids).last_hidden_state[0], model(ids).logits[0, :, :V]
+    return logits, states, model.lm_head.weight.detach(), HeadShape.of_config(model.config)
+
+
+def test_the_mass_beyond_the_vocabulary_is_that_of_the_softmax_over_all_rows():
+    for family in ("llama", "gemma2"):
+        model = tiny_model(family, seed=1)
+        ids = torch.randint(3, V, (1, T), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            expected = oracle.probabilities(model(ids).logits[0])[:, V:].sum(-1)
+        student = held_out(family, seed=1)
+        next_ids = torch.zeros(T, dtype=torch.int64)
+        for chunk_rows in (512, 7):
+            rows = rows_of(student, student, next_ids, chunk_rows=chunk_rows)
+            torch.testing.assert_close(rows.padding_mass.double(), expected, atol=1e-7, rtol=1e-4)
+        exact = (student[0], student[1], student[2][:V], student[3])
+        assert (rows_of(exact, student, next_ids).padding_mass == 0).all()
+
+
+def rows_of(student, teacher, next_ids: torch.Tensor, *, chunk_rows: int = 512) -> EvaluationRows:
+    (_, states, weight, shape), (_, teacher_states, teacher_weight, teacher_shape) = student, teacher
+    return evaluation_rows(
+        states,
+        weight,
+        None,
+        head_shape=shape,
+        vocabulary_size=V,
+        teacher_hidden=teacher_states,
+        teacher_head=Head(teacher_weight, None, teacher_shape, V),
+        next_ids=next_ids,
+        chunk_rows=chunk_rows,
+    )
+
+
+@pytest.mark.parametrize("student_family", ["llama", "gemma2"])
+def test_rows_equal_the_float64_distributions_of_both_models(student_family: str):
+    student, teacher = held_out(student_family, seed=1), held_out("gemma2", seed=2)
+    next_ids = torch.randint(V, (T,), generator=torch.Generator().manual_seed(2))
+    rows = rows_of(student, teacher, next_ids)
+    p, q = oracle.probabilities(teacher[0]), oracle.probabilities(student[0])
+    torch.testing.assert_close(rows.kl.double(), oracle.forward_kl(p, q), atol=1e-4, rtol=1e-5)
+    assert torch.equal(rows.agree, student[0].argmax(1) == teacher[0].argmax(1))
+    for actual, exact in ((rows.student_logprob, q), (rows.teacher_logprob, p)):
+        torch.testing.assert_close(
+            actual.double(), exact.gather(1, next_ids[:, None])[:, 0].log(), atol=1e-4, rtol=1e-5
+        )
+
+
+def test_rows_do_not_depend_on_the_chunk_and_rows_shifted_by_one_are_far_off():
+    student, teacher = held_out("llama", seed=1), held_out("llama", seed=1)
+    next_ids = torch.zeros(T, dtype=torch.int64)
+    whole, parts = rows_of(student, teacher, next_ids), rows_of(student, teacher, next_ids, chunk_rows=7)
+    torch.testing.assert_close(whole.kl, parts.kl, atol=1e-5, rtol=0.0)
+    assert whole.kl.abs().max() < 1e-5
+    assert whole.agree.all()
+    shifted = (teacher[0], teacher[1].roll(1, 0), *teacher[2:])
+    wrong = rows_of(student, shifted, next_ids)
+    assert wrong.kl.mean() > 1
+    assert wrong.agree.float().mean() < 0.5
+
+
+def test_sums_of_uneven_ranks_give_the_means_over_all_rows():
+    g = torch.Generator().manual_seed(3)
+    kl, agree = torch.rand(30, generator=g), torch.rand(30, generator=g) > 0.4
+    student, teacher = -torch.rand(30, generator=g), -torch.rand(30, generator=g)
+    padding = torch.rand(30, generator=g)
+    parts = (slice(0, 4), slice(4, 30), slice(0, 0))
+    ranks = [EvaluationRows(kl[s], agree[s], student[s], teacher[s], padding[s]) for s in parts]
+    sums = EvaluationSums.combine(EvaluationSums.of(rows) for rows in ranks)
+    over_the_wire = EvaluationSums.from_tensor(sums.to_tensor(kl.device))
+    result = over_the_wire.result(step=5)
+    assert (result.step, result.num_rows) == (5, 30)
+    assert result.forward_kl == pytest.approx(kl.mean().item())
+    assert result.agreement == pytest.approx(agree.float().mean().item())
+    assert result.perplexity == pytest.approx(math.exp(-student.mean().item()))
+    assert result.padding_mass == pytest.approx(padding.mean().item())
+    assert result.teacher_perplexity == pytest.approx(math.exp(-teacher.mean().item()))
+
+
+def test_an_evaluation_of_nothing_is_an_error_and_a_hopeless_student_is_not():
+    with pytest.raises(ValueError, match="got none"):
+        EvaluationSums.combine([]).result(step=0)
+    hopeless = EvaluationSums(
+        num_rows=1.0, kl=1e4, agree=0.0, student_logprob=-1e4, teacher_logprob=-1.0, padding_mass=0.0
+    )
+    assert hopeless.result(step=0).perplexity == math.inf

@@ -1,0 +1,607 @@
+"""The two loops over fakes of the protocols: order, depth, bytes, lost labels, divergence, stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer.errors import (
+    DataError,
+    Diverged,
+    InfrastructureError,
+    LabelsLost,
+    Preempted,
+    StudentsLost,
+    UnitRejected,
+)
+from trainer.loop.loops import Loops, LoopSettings
+from trainer.types import (
+    AnswerCounters,
+    Collected,
+    Cursor,
+    EncodingSpec,
+    Evaluation,
+    Prompt,
+    RankBatch,
+    Sequence,
+    StepMetrics,
+    Unit,
+    UnitReport,
+)
+
+SETTINGS = LoopSettings(
+    total_steps=8,
+    sequences_per_step=4,
+    micro_batch_tokens=64,
+    depth=2,
+    max_label_bytes=10**9,
+    label_bytes_per_row=10,
+    units_per_rank=1,
+    max_unit_attempts=3,
+    evaluate_every=0,
+    save_every=0,
+    max_non_finite_steps=1,
+)
+
+
+class Stream:
+    """Sixteen-token prompts with answers, numbered; position is all its state."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.answers = AnswerCounters()
+
+    @property
+    def cursor(self) -> Cursor:
+        return Cursor(epoch=0, position=self.position, seed=0, answers=self.answers)
+
+    def take(self, num: int) -> list[Prompt]:
+        mask = np.arange(16) < 15
+        ids = [self.position + i for i in range(num)]
+        self.position += num
+        return [Prompt(f"0:{i}", np.arange(16, dtype=np.int32) + i, mask, f"row {i}") for i in ids]
+
+
+class FromDataset:
+    async def collect(self, prompts: list[Prompt]) -> Collected:
+        return Collected(tuple(Sequence(p.id, p.token_ids, p.loss_mask, "dataset") for p in prompts))
+
+    def judge(self, answers: AnswerCounters, *, last: bool) -> None:
+        pass
+
+
+@dataclass
+class Trace:
+    """What happened, in order."""
+
+    events: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def step(self, metrics: StepMetrics) -> None:
+        self.events.append(("step", metrics.step))
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        self.events.append(("evaluation", evaluation.step))
+
+    def event(self, name: str, **fields: Any) -> None:
+        self.events.append((name, fields))
+
+    def span(self, lane: str, kind: str, start_s: float, stop_s: float, label: str = "") -> None:
+        assert stop_s >= start_s
+
+
+class Scorers:
+    def __init__(self, trace: Trace, *, delay_s: float = 0.0) -> None:
+        self.trace, self.delay_s = trace, delay_s
+        self.in_flight = self.max_in_flight = 0
+        self.fail: Callable[[Unit], Exception | None] = lambda unit: None
+
+    async def score(self, unit: Unit, encoding: EncodingSpec) -> tuple[UnitReport, str]:
+        self.trace.events.append(("score", unit.id))
+        self.in_flight += 1
+        self.max_in_flight = max(self.max_in_flight, self.in_flight)
+        await asyncio.sleep(self.delay_s)
+        self.in_flight -= 1
+        error = self.fail(unit)
+        if error is not None:
+            raise error
+        report = UnitReport(
+            unit.id, unit.tokens_hash(), "fake", unit.num_rows, unit.num_tokens, 1, 0, 0.9, self.delay_s, 0.0
+        )
+        return report, f"block of {unit.id}"
+
+
+class Students:
+    world = 2
+
+    def __init__(self, trace: Trace, *, delay_s: float = 0.0) -> None:
+        self.trace, self.delay_s = trace, delay_s
+        self.trained: list[list[str]] = []
+        self.staged: dict[int, tuple[RankBatch, ...]] = {}
+        self.max_staged = 0
+        self.skipped: set[int] = set()
+        self.lose_once: set[int] = set()
+
+    async def stage(self, batches: tuple[RankBatch, ...], blocks: list[list[str]]) -> None:
+        step = batches[0].step
+        if step in self.lose_once:
+            self.lose_once.remove(step)
+            raise LabelsLost([batches[1].units[0].id])
+        assert blocks == [[f"block of {unit.id}" for unit in batch.units] for batch in batches]
+        self.staged[step] = batches
+        self.max_staged = max(self.max_staged, len(self.staged))
+
+    async def step(self, step: int) -> StepMetrics:
+        batches = self.staged.pop(step)
+        await asyncio.sleep(self.delay_s)
+        self.trained.append(sorted(s.id for batch in batches for unit in batch.units for s in unit.sequences))
+        return StepMetrics(step, {"train/loss": 1.0, "train/skipped": float(step in self.skipped)})
+
+    async def evaluate(self, step: int) -> Evaluation:
+        return Evaluation(step, 5, 1.0, 0.5, 10.0, 5.0)
+
+
+def make(settings: LoopSettings = SETTINGS, **delays: float) -> tuple[Loops, Trace, Scorers, Students, list]:
+    trace, saved = Trace(), []
+    scorers = Scorers(trace, delay_s=delays.get("score", 0.0))
+    students = Students(trace, delay_s=delays.get("train", 0.0))
+
+    async def save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+        saved.append((step, cursor.position))
+        return True
+
+    loops = Loops(
+        stream=Stream(),
+        elicitation=FromDataset(),
+        scorers=scorers,
+        students=students,
+        encoding=EncodingSpec("topk"),
+        settings=settings,
+        observer=trace,
+        save=save,
+        stop_requested=asyncio.Event(),
+    )
+    return loops, trace, scorers, students, saved
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_each_step_trains_its_own_positions_once_and_in_order_at_every_depth(depth: int) -> None:
+    loops, trace, _, students, saved = make(replace(SETTINGS, depth=depth), score=0.002)
+    asyncio.run(loops.run(0))
+    assert students.trained == [sorted(f"0:{i}" for i in range(4 * s, 4 * s + 4)) for s in range(8)]
+    assert [e[1] for e in trace.events if e[0] == "step"] == list(range(1, 9))
+    assert saved == [(8, 32)]
+
+
+def test_depth_zero_scores_nothing_while_a_step_trains() -> None:
+    loops, trace, _, _, _ = make(replace(SETTINGS, depth=0), train=0.005)
+    asyncio.run(loops.run(0))
+    kinds = [e[0] for e in trace.events if e[0] in ("score", "step")]
+    assert kinds == ["score", "score", "step"] * 8
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_supply_runs_ahead_by_exactly_the_depth(depth: int) -> None:
+    loops, trace, _, students, _ = make(replace(SETTINGS, depth=depth), train=0.01)
+    asyncio.run(loops.run(0))
+    scored_at_first_step = trace.events.index(("step", 1))
+    before = {e[1].split("/")[0] for e in trace.events[:scored_at_first_step] if e[0] == "score"}
+    assert before == {str(step) for step in range(1, depth + 2)}
+    assert students.max_staged <= depth + 1
+
+
+def test_a_byte_cap_below_one_step_means_one_step_at_a_time() -> None:
+    loops, _, scorers, students, _ = make(replace(SETTINGS, depth=4, max_label_bytes=1), score=0.003)
+    asyncio.run(loops.run(0))
+    assert len(students.trained) == 8
+    assert students.max_staged == 1
+    assert scorers.max_in_flight == 2  # the two units of one step
+
+
+def test_lost_labels_are_scored_again_and_only_those() -> None:
+    loops, trace, _, students, _ = make()
+    students.lose_once = {3}
+    asyncio.run(loops.run(0))
+    scored = [e[1] for e in trace.events if e[0] == "score" and e[1].startswith("3/")]
+    assert len(scored) == 3
+    assert len(set(scored)) == 2
+    assert len(students.trained) == 8
+
+
+def test_an_error_of_a_scorer_ends_the_run_as_itself_when_its_step_is_due_and_what_was_trained_is_saved() -> None:
+    loops, _, scorers, students, saved = make(train=0.01)
+    scorers.fail = lambda unit: UnitRejected("bad unit") if unit.id.startswith("4/") else None
+    with pytest.raises(UnitRejected, match="bad unit"):
+        asyncio.run(asyncio.wait_for(loops.run(0), 5))
+    assert len(students.trained) == 3
+    assert saved == [(3, 12)]
+
+
+def test_a_bad_row_ends_the_run_when_its_step_is_due_and_what_was_trained_is_saved() -> None:
+    loops, _, _, students, saved = make(train=0.01)
+    take = loops._stream.take
+
+    def take_until_the_bad_row(num: int) -> list[Prompt]:
+        if loops._stream.cursor.position == 12:
+            raise DataError("train.jsonl:13: no answer")
+        return take(num)
+
+    loops._stream.take = take_until_the_bad_row
+    with pytest.raises(DataError, match="no answer"):
+        asyncio.run(asyncio.wait_for(loops.run(0), 5))
+    assert len(students.trained) == 3
+    assert saved == [(3, 12)]
+
+
+class Panic(BaseException):
+    """As Rust code raises it: no `Exception`."""
+
+
+UNFORESEEN = [
+    OSError(5, "Input/output error"),
+    TypeError("a template's"),
+    StopIteration(),
+    Panic("unwrap on None"),
+    asyncio.CancelledError(),  # that nobody here asked for
+    SystemExit(0),
+]
+
+
+@pytest.mark.parametrize("where", ["take", "collect", "stage"])
+@pytest.mark.parametrize("error", UNFORESEEN, ids=lambda error: type(error).__name__)
+def test_an_error_of_supply_that_nobody_foresaw_ends_the_run_when_its_step_is_due_and_what_was_trained_is_saved(
+    where: str, error: BaseException
+) -> None:
+    loops, _, _, students, saved = make(train=0.01)
+    owner = {"take": loops._stream, "collect": loops._elicitation, "stage": students}[where]
+    work = getattr(owner, where)
+    calls = 0
+
+    def broken_at_the_fourth(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise error
+        return work(*arguments)
+
+    setattr(owner, where, broken_at_the_fourth)
+    with pytest.raises((type(error), RuntimeError)) as raised:
+        asyncio.run(asyncio.wait_for(loops.run(0), 5))
+    assert type(error).__name__ in repr(raised.value)
+    assert len(students.trained) == 3
+    assert saved == [(3, 12)]
+
+
+def test_nothing_is_left_to_train_and_nothing_is_said(recwarn: pytest.WarningsRecorder) -> None:
+    loops, trace, _, _, saved = make()
+    asyncio.run(loops.run(SETTINGS.total_steps))
+    gc.collect()  # of a coroutine that was never begun, for example, it is said then
+    assert (trace.events, saved, recwarn.list) == ([], [], [])
+
+
+def test_the_error_that_ends_a_run_is_told_although_saving_fails_as_well() -> None:
+    loops, trace, _, _, _ = make()
+
+    async def full_disk(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+        raise InfrastructureError("the checkpoint could not be written")
+
+    def broken(num: int) -> list[Prompt]:
+        if loops._stream.position == 8:
+            raise TypeError("a template's")
+        return take(num)
+
+    take, loops._stream.take, loops._save = loops._stream.take, broken, full_disk
+    with pytest.raises(TypeError, match="a template's"):
+        asyncio.run(asyncio.wait_for(loops.run(0), 5))
+    assert any("could not be written" in event[1].get("text", "") for event in trace.events if event[0] == "note")
+
+
+def test_rows_that_are_not_read_for_ever_do_not_hinder_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.loop.loops.SETTLE_S", 0.1)
+
+    async def scenario() -> list:
+        loops, _, _, _, saved = make()
+        take = loops._stream.take
+        loops._stream.take = lambda num: take(num) if loops._stream.position < 8 else threading.Event().wait()
+        asyncio.get_running_loop().call_later(0.3, loops._stop_requested.set)
+        with pytest.raises(Preempted, match="after step 2"):
+            await asyncio.wait_for(loops.run(0), 5)
+        return saved
+
+    started = time.monotonic()
+    assert asyncio.run(scenario()) == [(2, 8)]
+    assert time.monotonic() - started < 4, "nor does the end of the loop wait for them"
+
+
+def test_nobody_reads_rows_any_more_when_the_stream_is_moved_after_a_loss() -> None:
+    reading: list[bool] = []
+
+    async def scenario() -> None:
+        loops, _, _, students, _ = make()
+        take = loops._stream.take
+
+        def slow(num: int) -> list[Prompt]:
+            reading.append(True)
+            time.sleep(0.2)
+            reading.pop()
+            return take(num)
+
+        async def lost(step: int) -> StepMetrics:
+            await asyncio.sleep(0.05)
+            raise StudentsLost("rank 1 died")
+
+        loops._stream.take, students.step = slow, lost
+        with pytest.raises(StudentsLost):
+            await loops.run(0)
+        assert reading == []
+
+    asyncio.run(scenario())
+
+
+def test_an_error_of_a_later_step_does_not_end_a_checkpoint_that_is_being_written() -> None:
+    loops, _, scorers, _, _ = make(replace(SETTINGS, save_every=2))
+    written: list[int] = []
+
+    async def slow_save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+        await asyncio.sleep(0.05)
+        written.append(step)
+        return True
+
+    loops._save = slow_save
+    scorers.fail = lambda unit: UnitRejected("bad unit") if unit.id.startswith("4/") else None
+    with pytest.raises(UnitRejected):
+        asyncio.run(asyncio.wait_for(loops.run(0), 5))
+    assert written == [2, 3]
+
+
+def test_a_lost_group_is_not_asked_for_a_checkpoint() -> None:
+    loops, _, _, students, saved = make()
+    stage = students.stage
+
+    async def lost_at_three(batches: tuple[RankBatch, ...], blocks: list) -> None:
+        if batches[0].step == 3:
+            raise StudentsLost("rank 1 died")
+        await stage(batches, blocks)
+
+    students.stage = lost_at_three  # type: ignore[method-assign]
+    with pytest.raises(StudentsLost):
+        asyncio.run(asyncio.wait_for(loops.run(0), 5))
+    assert saved == []
+
+
+def test_skipped_steps_are_counted_and_end_the_run_past_the_budget_without_saving() -> None:
+    loops, trace, _, students, saved = make(replace(SETTINGS, save_every=1))
+    students.skipped = {3, 5}
+    with pytest.raises(Diverged, match="2 steps had a non-finite"):
+        asyncio.run(loops.run(0))
+    assert [step for step, _ in saved] == [1, 2, 3, 4]
+    listed = [e[1]["prompts"] for e in trace.events if e[0] == "non_finite_step"]
+    assert listed[0] == [f"0:{i}" for i in range(8, 12)]
+
+
+@pytest.mark.parametrize("kl", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("broken", "saved_before", "kept"), [(8, [3, 6], "step 6: training.steps: 6"), (2, [], "no good")]
+)
+def test_an_evaluation_that_is_not_finite_ends_the_run_before_the_student_is_saved(
+    kl: float, broken: int, saved_before: list[int], kept: str
+) -> None:
+    loops, trace, _, students, saved = make(replace(SETTINGS, save_every=3, evaluate_every=2))
+    original = students.evaluate
+
+    async def evaluate(step: int) -> Evaluation:
+        return replace(await original(step), forward_kl=kl if step == broken else 1.0)
+
+    students.evaluate = evaluate  # type: ignore[method-assign]
+    with pytest.raises(Diverged, match=rf"KL after step {broken} is {kl}.*{kept}"):
+        asyncio.run(loops.run(0))
+    assert [step for step, _ in saved] == saved_before
+    assert ("evaluation", broken) in trace.events, "it is recorded all the same"
+
+
+def test_a_run_of_which_no_step_was_finite_has_not_trained() -> None:
+    loops, _, _, students, saved = make(replace(SETTINGS, total_steps=2, max_non_finite_steps=3))
+    students.skipped = {1, 2}
+    with pytest.raises(Diverged, match="2 steps had a non-finite"):
+        asyncio.run(loops.run(0))
+    assert saved == []
+    loops, _, _, students, saved = make(replace(SETTINGS, total_steps=2, max_non_finite_steps=3))
+    students.skipped = {2}
+    asyncio.run(loops.run(0))
+    assert [step for step, _ in saved] == [2]
+
+
+def test_a_stop_saves_the_last_trained_step_and_its_cursor() -> None:
+    loops, _, _, students, saved = make(train=0.005)
+    original = students.step
+
+    async def step_then_stop(step: int) -> StepMetrics:
+        if step == 3:
+            loops._stop_requested.set()
+        return await original(step)
+
+    students.step = step_then_stop  # type: ignore[method-assign]
+    with pytest.raises(Preempted, match="after step 3"):
+        asyncio.run(loops.run(0))
+    assert saved == [(3, 12)]
+
+
+def test_a_stop_is_not_overtaken_by_the_error_of_a_step_that_is_not_trained_any_more() -> None:
+    async def scenario() -> list:
+        loops, _, scorers, _, saved = make(train=0.01, score=0.002)
+        save = loops._save
+
+        async def slow_save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+            await asyncio.sleep(0.05)
+            return await save(step, cursor, non_finite_steps)
+
+        loops._save = slow_save
+        scorers.fail = lambda unit: UnitRejected("bad unit") if unit.id.startswith("4/") else None
+        original = loops._students.step
+
+        async def step_then_stop(step: int) -> StepMetrics:
+            if step == 2:
+                loops._stop_requested.set()
+            return await original(step)
+
+        loops._students.step = step_then_stop
+        with pytest.raises(Preempted, match="after step 2"):
+            await asyncio.wait_for(loops.run(0), 5)
+        return saved
+
+    assert asyncio.run(scenario()) == [(2, 8)]
+
+
+def test_a_stop_whose_checkpoint_cannot_be_written_does_not_claim_that_it_was() -> None:
+    loops, _, _, students, _ = make(replace(SETTINGS, save_every=3))
+    tried: list[int] = []
+
+    async def full_disk(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+        tried.append(step)
+        if step == 3:
+            loops._stop_requested.set()
+        return False
+
+    loops._save = full_disk
+    with pytest.raises(InfrastructureError, match="could not be written"):
+        asyncio.run(loops.run(0))
+    assert tried == [3, 3]
+    assert len(students.trained) == 3
+
+
+def test_a_checkpoint_holds_the_skipped_steps_counted_until_then() -> None:
+    loops, _, _, students, _ = make(replace(SETTINGS, save_every=2, max_non_finite_steps=5))
+    students.skipped = {1, 4, 7}
+    counts: dict[int, int] = {}
+
+    async def save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+        counts[step] = non_finite_steps
+        return True
+
+    loops._save = save
+    asyncio.run(loops.run(0))
+    assert counts == {2: 1, 4: 2, 6: 2, 8: 3}
+
+
+def test_an_evaluation_that_a_killed_run_did_not_come_to_is_made_when_it_goes_on() -> None:
+    loops, trace, _, _, _ = make(replace(SETTINGS, evaluate_every=3))
+    asyncio.run(loops.run(3))
+    assert [e[1] for e in trace.events if e[0] == "evaluation"] == [3, 6, 8]
+
+
+def test_a_stop_while_the_teacher_is_silent_ends_at_once() -> None:
+    async def scenario() -> None:
+        loops, _, _, _, saved = make(score=60.0)
+        asyncio.get_running_loop().call_later(0.05, loops._stop_requested.set)
+        with pytest.raises(Preempted):
+            await asyncio.wait_for(loops.run(0), 2)
+        assert saved == []
+
+    asyncio.run(scenario())
+
+
+def test_labels_lost_for_ever_end_with_the_step_named() -> None:
+    loops, _, _, students, _ = make()
+
+    async def always_lost(batches: tuple[RankBatch, ...], blocks: list) -> None:
+        raise LabelsLost([batches[0].units[0].id])
+
+    students.stage = always_lost  # type: ignore[method-assign]
+    with pytest.raises(InfrastructureError, match="lost 3 times"):
+        asyncio.run(asyncio.wait_for(loops.run(0), 5))
+
+
+def test_a_checkpoint_is_saved_by_time_as_well_and_a_failed_one_is_not_tried_again_at_once() -> None:
+    loops, _, _, students, _ = make(replace(SETTINGS, total_steps=9, save_every=5, save_every_s=30.0))
+    loops._clock = lambda: 10.0 * len(students.trained)  # a step takes ten seconds
+    loops._saved_at = 0.0
+    tried: list[int] = []
+
+    async def save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+        assert cursor.position == 4 * step
+        tried.append(step)
+        return step != 3
+
+    loops._save = save
+    asyncio.run(loops.run(0))
+    assert tried == [3, 5, 8, 9]
+    assert loops.last_saved == 9
+
+
+def test_a_run_without_held_out_rows_is_never_evaluated() -> None:
+    loops, trace, _, students, saved = make(replace(SETTINGS, has_held_out_rows=False, evaluate_every=2))
+    asyncio.run(loops.run(0))
+    assert [event for event in trace.events if event[0] == "evaluation"] == []
+    assert loops.last_evaluation is None
+    assert len(students.trained) == saved[-1][0] == SETTINGS.total_steps
+
+
+class Written(FromDataset):
+    """A teacher that says nothing to `silent` prompts of every step; more than `allowed` of all end the run."""
+
+    def __init__(self, *, silent: int, allowed: float = 1.0) -> None:
+        self.silent, self.allowed = silent, allowed
+        self.judged: list[tuple[int, bool]] = []
+
+    async def collect(self, prompts: list[Prompt]) -> Collected:
+        sequences = (await super().collect(prompts)).sequences[self.silent :]
+        return Collected(sequences, AnswerCounters(written=len(prompts), empty=self.silent, dropped=self.silent))
+
+    def judge(self, answers: AnswerCounters, *, last: bool) -> None:
+        self.judged.append((answers.written, last))
+        if answers.dropped > self.allowed * answers.written or answers.written > 28:
+            raise DataError(f"{answers.dropped} of {answers.written}")
+
+
+def writing(elicitation: Written, **arguments: Any) -> tuple[Loops, Trace, Students, list[Cursor]]:
+    loops, trace, _, students, _ = make(**arguments)
+    saved: list[Cursor] = []
+
+    async def save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+        saved.append(cursor)
+        return True
+
+    loops._elicitation, loops._save = elicitation, save
+    return loops, trace, students, saved
+
+
+def test_answers_are_counted_as_their_steps_are_trained_and_saved_with_the_cursor() -> None:
+    elicitation = Written(silent=1)
+    loops, trace, _, saved = writing(elicitation, settings=replace(SETTINGS, total_steps=7, save_every=3, depth=3))
+    asyncio.run(loops.run(0))
+    assert [(cursor.position, cursor.answers.written, cursor.answers.empty) for cursor in saved] == [
+        (12, 12, 3),
+        (24, 24, 6),
+        (28, 28, 7),
+    ]
+    assert elicitation.judged == [(4 * step, step == 7) for step in range(1, 8)]
+    told = [e for e in trace.events if e[0] == "note"]
+    assert [e[1]["text"].split(";")[0] for e in told] == ["step 1 has prompts that the teacher answered with nothing"]
+
+    resumed, _, _, again = writing(Written(silent=1), settings=replace(SETTINGS, total_steps=7, save_every=3))
+    resumed._stream = stream = Stream()
+    stream.position, stream.answers = 12, saved[0].answers
+    asyncio.run(resumed.run(3))
+    assert again == saved[1:]
+
+
+def test_too_many_answers_of_no_use_end_the_run_after_what_was_trained_is_saved() -> None:
+    loops, _, students, saved = writing(Written(silent=1))
+    with pytest.raises(DataError, match="8 of 32"):  # the eighth step is one too many
+        asyncio.run(loops.run(0))
+    assert len(students.trained) == 7
+    assert [cursor.position for cursor in saved] == [28]
+
+
+def test_a_step_without_any_sequence_is_told() -> None:
+    loops, trace, students, _ = writing(Written(silent=4), settings=replace(SETTINGS, total_steps=2))
+    asyncio.run(loops.run(0))
+    assert students.trained == [[], []]
+    assert [e[1] for e in trace.events if e[0] == "empty_step"] == [{"at_step": 1}, {"at_step": 2}]

@@ -1,0 +1,85 @@
+"""Heads against the logits of real architectures, and the matrix products under them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_model
+from transformers import AutoConfig
+
+from trainer.model.fast.matmul import cache_blocks, matmul_nt, whole_rows
+from trainer.model.head import Head, HeadShape
+
+V = 283
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_head_gives_the_models_own_logits_without_the_padding(family: str, tied: bool, dtype: torch.dtype):
+    model = tiny_model(family, tied=tied, dtype=dtype)
+    ids = torch.randint(3, V, (1, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        states = model.model(ids).last_hidden_state[0]
+        expected = model(ids).logits[0, :, :V].float()
+    head = Head(model.lm_head.weight, None, HeadShape.of_config(model.config), V)
+    tolerance = 1e-5 if dtype is torch.float32 else 3e-2
+    torch.testing.assert_close(head.logits(states), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_the_soft_cap_is_what_makes_gemma_right():
+    model = tiny_model("gemma2")
+    states = torch.randn(3, 64)
+    capped = Head(model.lm_head.weight, None, HeadShape.of_config(model.config), V).logits(states)
+    plain = Head(model.lm_head.weight, None, HeadShape(), V).logits(states)
+    assert capped.abs().max() <= 5.0
+    assert plain.abs().max() > 6.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "expected"),
+    [
+        ("llama", {}, HeadShape()),
+        ("gemma2", {"final_logit_softcapping": 30.0}, HeadShape(soft_cap=30.0)),
+        ("granite", {"logits_scaling": 8.0}, HeadShape(scale=0.125)),
+        ("cohere", {"logit_scale": 0.0625}, HeadShape(scale=0.0625)),
+        ("hyperclovax", {"logits_scaling": 0.25}, HeadShape(scale=0.25)),
+        ("falcon_h1", {"lm_head_multiplier": 0.5}, HeadShape(scale=0.5)),
+    ],
+)
+def test_the_shape_is_read_from_the_config_of_the_architecture(kind: str, changes: dict, expected: HeadShape):
+    assert HeadShape.of_config(AutoConfig.for_model(kind, **changes)) == expected
+
+
+def test_a_bias_is_added_and_its_padding_is_not():
+    weight, bias, states = torch.randn(10, 4), torch.randn(10), torch.randn(3, 4)
+    logits = Head(weight, bias, HeadShape(), 8).logits(states)
+    torch.testing.assert_close(logits, states @ weight[:8].T + bias[:8])
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 100])
+def test_matrix_products_equal_float64_also_of_transposed_views(n: int):
+    g = torch.Generator().manual_seed(n)
+    rows, weight, states = (torch.randn(a, b, generator=g) for a, b in ((n, 65), (65, 24), (n, 24)))
+    for a, b in ((states, weight), (rows, weight.t()), (rows.t(), states.t())):
+        expected = (a.double() @ b.double().T).float()
+        torch.testing.assert_close(matmul_nt(a, b), expected, atol=1e-4, rtol=1e-5)
+    assert matmul_nt(rows[:0], weight.t()).shape == (0, 24)
+
+
+def test_whole_rows_appends_zeros_only_where_rows_are_missing():
+    rows = torch.randn(33, 5)
+    padded = whole_rows(rows)
+    assert padded.shape == (64, 5)
+    assert torch.equal(padded[:33], rows)
+    assert (padded[33:] == 0).all()
+    assert whole_rows(padded) is padded
+
+
+def test_cache_blocks_cover_every_row_once_in_order():
+    for n, width in ((0, 10), (1, 10), (100, 50_000), (3, 10_000_000)):
+        covered = [i for block in cache_blocks(torch.empty(n, width, device="meta")) for i in range(n)[block]]
+        assert covered == list(range(n))
+    blocks = list(cache_blocks(torch.empty(50, 49_152)))
+    assert [i for block in blocks for i in range(50)[block]] == list(range(50))
+    assert len(blocks) == 5

@@ -1,0 +1,292 @@
+"""The stream of prompts: seeded positions over the rows of a dataset, epoch after epoch, and a cursor to continue from.
+
+    position -> row of this epoch's permutation -> read, validate -> render, tokenise -> length rule -> Prompt
+                                                        |                  |               |
+                                                        +--- bad row: error, or rejected.jsonl and counted
+
+Rows are tokenised each time they come by: that costs microseconds a token, a cache would cost memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.schema import Data, Dataset
+from trainer.data.chat import Template
+from trainer.data.prompt_reader import PromptReader, TooLong
+from trainer.data.row_files import BadRow
+from trainer.data.vocabulary import SharedVocabulary
+from trainer.errors import ConfigError, DataError
+from trainer.records import append_lines, read_lines
+from trainer.types import Cursor, Prompt, StreamCounters
+
+
+@dataclass(frozen=True, slots=True)
+class RowReport:
+    """num_checked = num_ok + num_dropped + len(problems)."""
+
+    num_rows: int
+    num_checked: int
+    num_ok: int  # truncated ones included
+    problems: tuple[str, ...]  # "file:line: field: what is wrong", one per row
+    num_dropped: int  # too long, with data.on_too_long: drop or truncate
+    num_truncated: int
+    min_tokens: int  # of the ok rows, as they would be trained; 0 where there is none
+    median_tokens: int
+    max_tokens: int
+    num_loss_tokens: int  # of the ok rows that have answers
+    num_answered: int  # ok rows that have answers; to the others one is written
+    num_special: int  # ok rows with special tokens in their text
+    first_special: str  # "file:line: field: token"; empty where there is none
+
+
+class Quarantine:
+    """The file that lists the rows left out, each once, also when the run that began it is resumed."""
+
+    def __init__(self, path: Path) -> None:
+        self.notes: list[str] = []
+        """About lines that cannot be read; their rows may be listed again."""
+        self._path = path
+        if path.exists():
+            append_lines(path).close()
+        self._listed = set(read_lines(path, _origin, tell=self.notes.append))
+
+    def list(self, problem: BadRow) -> None:
+        if problem.origin in self._listed:
+            return
+        self._listed.add(problem.origin)
+        entry = {"origin": problem.origin, "reason": problem.reason, "row": problem.preview}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _origin(record: Mapping[str, Any]) -> str:
+    origin = record.get("origin")
+    if not isinstance(origin, str):
+        raise ValueError("origin: must be text")
+    return origin
+
+
+class PromptStream:
+    """Prompts at fixed positions: position p of epoch e is always the same row, whatever happened to the rows before.
+
+    A rejected or dropped row leaves its position empty; nothing is refilled, so a step is a fixed set of positions.
+    """
+
+    def __init__(
+        self, reader: PromptReader, *, seed: int, quarantine: Path | None, num_epochs: int | None = None
+    ) -> None:
+        self._reader = reader
+        self._num_epochs = num_epochs
+        self._cursor = Cursor(epoch=0, position=0, seed=seed)
+        self._order: tuple[int, np.ndarray] | None = None  # (epoch, its permutation)
+        self._unusable_in_a_row = 0
+        self._first_problem = ""
+        self._quarantine = None if quarantine is None else Quarantine(quarantine)
+
+    @classmethod
+    def open(
+        cls,
+        dataset: Dataset,
+        *,
+        data: Data,
+        template: Template,
+        vocabulary: SharedVocabulary,
+        seed: int,
+        needs_answer: bool,
+        room_for_answer: int = 0,
+        rewrite: bool = False,
+        quarantine: Path | None = None,
+        num_epochs: int | None = None,
+    ) -> PromptStream:
+        """A stream at its beginning, which ends after `num_epochs`, or never.
+
+        Without `needs_answer`, rows that have no answer become prompts without a loss mask, short enough for
+        `room_for_answer` further tokens; with `rewrite`, so do the rows that have one. `quarantine` is the file that
+        lists rejected and dropped rows, each once, also over resumed runs.
+
+        Raises `ConfigError` or `DataError` where the dataset as a whole cannot be used.
+        """
+        reader = PromptReader.open(
+            dataset,
+            data=data,
+            template=template,
+            vocabulary=vocabulary,
+            needs_answer=needs_answer,
+            room_for_answer=room_for_answer,
+            rewrite=rewrite,
+        )
+        return cls(reader, seed=seed, quarantine=quarantine, num_epochs=num_epochs)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know about the records of an earlier attempt."""
+        return () if self._quarantine is None else tuple(self._quarantine.notes)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Positions of an epoch: all rows, usable or not."""
+        return len(self._reader.rows)
+
+    @property
+    def counters(self) -> StreamCounters:
+        return self._cursor.counters
+
+    @property
+    def cursor(self) -> Cursor:
+        """The next position."""
+        return self._cursor
+
+    def seek(self, cursor: Cursor) -> None:
+        """Continue exactly at a cursor. Raises `ConfigError` for one of another seed or beyond the rows there are."""
+        if cursor.seed != self._cursor.seed:
+            raise ConfigError(
+                f"the checkpoint's data order has seed {cursor.seed}, this run has seed {self._cursor.seed}: "
+                "a run continues only with its own seed"
+            )
+        if not 0 <= cursor.position <= self.rows_per_epoch:
+            raise ConfigError(
+                f"the checkpoint stands at row position {cursor.position}, but the dataset "
+                f"{self._reader.rows.raw.name} has {self.rows_per_epoch} rows: it has changed since the run began"
+            )
+        self._cursor = cursor
+        self._unusable_in_a_row = 0
+
+    def take(self, num: int) -> list[Prompt]:
+        """The prompts at the next `num` positions, in order, over epoch borders; shorter where rows are left out, and
+        where the last epoch ends.
+
+        Raises `DataError` at a row that the configuration does not allow to be left out, and where a whole epoch gave
+        nothing.
+        """
+        prompts = []
+        for _ in range(num):
+            if self._is_over():
+                break
+            prompt = self._next()
+            if prompt is not None:
+                prompts.append(prompt)
+        return prompts
+
+    def _is_over(self) -> bool:
+        if self._num_epochs is None:
+            return False
+        return (
+            self._cursor.epoch * self.rows_per_epoch + self._cursor.position >= self._num_epochs * self.rows_per_epoch
+        )
+
+    def _next(self) -> Prompt | None:
+        epoch, position = self._cursor.epoch, self._cursor.position
+        if position == self.rows_per_epoch:
+            epoch, position = epoch + 1, 0
+        if position == 0:
+            self._unusable_in_a_row = 0
+        row = int(self._permutation(epoch)[position])
+        prompt, change = self._read(row, f"{epoch}:{row}")
+        counters = self._cursor.counters.plus(change)
+        self._cursor = replace(self._cursor, epoch=epoch, position=position + 1, counters=counters)
+        return prompt
+
+    def _read(self, row: int, prompt_id: str) -> tuple[Prompt | None, StreamCounters]:
+        try:
+            prompt, truncated = self._reader.read(row, prompt_id)
+        except TooLong as problem:
+            if self._reader.data.on_too_long == "error":
+                raise
+            self._leave_out(problem)
+            return None, StreamCounters(read=1, dropped_too_long=1)
+        except BadRow as problem:
+            if self._reader.data.on_bad_row == "error":
+                raise
+            self._leave_out(problem)
+            return None, StreamCounters(read=1, rejected=1)
+        self._unusable_in_a_row = 0
+        return prompt, StreamCounters(read=1, good=1, truncated=int(truncated))
+
+    def _leave_out(self, problem: BadRow) -> None:
+        if not self._unusable_in_a_row:
+            self._first_problem = str(problem)
+        self._unusable_in_a_row += 1
+        if self._quarantine is not None:
+            self._quarantine.list(problem)
+        if self._unusable_in_a_row >= self.rows_per_epoch:
+            raise DataError(
+                f"0 of {self.rows_per_epoch} rows of the dataset {self._reader.rows.raw.name} are usable; "
+                f"for example {self._first_problem}"
+            )
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            num = self.rows_per_epoch
+            shuffled = self._reader.data.shuffle
+            order = np.random.default_rng((self._cursor.seed, epoch)).permutation(num) if shuffled else np.arange(num)
+            self._order = (epoch, order)
+        return self._order[1]
+
+
+def check_rows(
+    dataset: Dataset,
+    *,
+    data: Data,
+    template: Template,
+    vocabulary: SharedVocabulary,
+    needs_answer: bool,
+    room_for_answer: int = 0,
+    rewrite: bool = False,
+    budget: int,
+) -> RowReport:
+    """Reads up to `budget` rows exactly as training would: all of them, or evenly spread ones of a larger dataset.
+
+    Raises what `PromptStream.open` raises, and `ConfigError` for a chat template that cannot be used.
+    """
+    reader = PromptReader.open(
+        dataset,
+        data=data,
+        template=template,
+        vocabulary=vocabulary,
+        needs_answer=needs_answer,
+        room_for_answer=room_for_answer,
+        rewrite=rewrite,
+    )
+    num_rows = len(reader.rows)
+    chosen = np.arange(num_rows) if num_rows <= budget else np.linspace(0, num_rows - 1, budget).astype(int)
+    problems, lengths, num_dropped, num_truncated, num_loss_tokens = [], [], 0, 0, 0
+    num_answered, num_special, first_special = 0, 0, ""
+    for row in chosen:
+        try:
+            prompt, truncated = reader.read(int(row), f"0:{row}")
+        except BadRow as problem:
+            if isinstance(problem, TooLong) and data.on_too_long != "error":
+                num_dropped += 1
+            else:
+                problems.append(str(problem))
+            continue
+        special = reader.special_token(int(row))
+        num_special += special is not None
+        first_special = first_special or special or ""
+        num_answered += prompt.loss_mask is not None
+        lengths.append(len(prompt.token_ids))
+        num_truncated += truncated
+        num_loss_tokens += 0 if prompt.loss_mask is None else int(prompt.loss_mask.sum())
+    return RowReport(
+        num_rows=num_rows,
+        num_checked=len(chosen),
+        num_ok=len(lengths),
+        problems=tuple(problems),
+        num_dropped=num_dropped,
+        num_truncated=num_truncated,
+        min_tokens=min(lengths, default=0),
+        median_tokens=int(np.median(lengths)) if lengths else 0,
+        max_tokens=max(lengths, default=0),
+        num_loss_tokens=num_loss_tokens,
+        num_answered=num_answered,
+        num_special=num_special,
+        first_special=first_special,
+    )

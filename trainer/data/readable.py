@@ -1,0 +1,63 @@
+"""A held-out row as a person reads it: the turns of the prompt without template tokens, and the dataset's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AbstractSequence
+
+import numpy as np
+from typing_extensions import TypedDict
+
+from configs.schema import Dataset
+from trainer.data.chat import Template
+from trainer.data.row import ChatRow, CorpusRow, Row
+from trainer.data.rows import Rows
+from trainer.types import Sequence
+
+TURNS_TRIED = 8
+"""Answers of a conversation that may be the first one in the loss; longer given context is shown as its tokens read."""
+
+
+class Turn(TypedDict):
+    """Of a prompt; role "" where the row is no conversation."""
+
+    role: str
+    content: str
+
+
+def prompt_of(sequence: Sequence) -> np.ndarray:
+    """The tokens up to the first answer: row i predicts token i + 1, so the first loss row is the last prompt token."""
+    return sequence.token_ids[: int(np.argmax(sequence.loss_mask)) + 1]
+
+
+def answer_of(sequence: Sequence) -> np.ndarray:
+    """The tokens of the first answer, its end-of-turn token included where it is learnt."""
+    start, stop = sequence.spans()[0]
+    return sequence.token_ids[start + 1 : stop + 1]
+
+
+def readable_prompts(dataset: Dataset, sequences: AbstractSequence[Sequence], template: Template) -> list[list[Turn]]:
+    """The prompt of each sequence (of `trainer.loop.job.held_out_rows`) as turns.
+
+    Turns are shown only where rendering them gives the very tokens of the prompt; otherwise its text is.
+    """
+    rows = Rows.open(dataset)
+    found = []
+    for sequence in sequences:
+        row = rows.read(int(sequence.id.split(":")[1]), needs_answer=True)
+        prompt = prompt_of(sequence)
+        text = template.tokenizer.decode(prompt, skip_special_tokens=True)
+        found.append(_turns(row, prompt, template) or [{"role": "", "content": text}])
+    return found
+
+
+def _turns(row: Row, prompt: np.ndarray, template: Template) -> list[Turn] | None:
+    match row:
+        case ChatRow():
+            answers = [i for i, turn in enumerate(row.messages) if turn["role"] == "assistant" and i >= row.loss_from]
+            for index in answers[:TURNS_TRIED]:
+                if np.array_equal(template.render_prompt(row.messages[:index]), prompt):
+                    return [{"role": turn["role"], "content": turn["content"]} for turn in row.messages[:index]]
+            return None
+        case CorpusRow():
+            return None
+    return [{"role": "", "content": row.prompt}]

@@ -1,0 +1,284 @@
+"""One row of a format, validated: what it must hold, and one clear message for each way to be wrong.
+
+format             fields                                   in the loss
+messages           messages: [{role, content}, ...]         every assistant turn that is not marked as context
+prompt_completion  prompt, completion: both text or chat    the completion (of a chat: its assistant turns)
+prompt             prompt: text or chat                     nothing yet: the answer is to be written
+text               text                                     every token but the first
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trainer.data.row_fields import (
+    LOSS_FLAGS,
+    RowProblem,
+    loss_flag,
+    other_format,
+    refuse_row_fields,
+    refuse_turn_fields,
+    refuse_unread_answer,
+)
+
+RowFormat = Literal["messages", "prompt_completion", "prompt", "text"]
+
+MAX_TURNS = 100_000
+"""Of a conversation: more are a file in the wrong format."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRow:
+    """A conversation. Assistant turns from index `loss_from` on are answers, except those whose index is in `context`;
+    the ones before are given context."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    loss_from: int
+    context: frozenset[int] = frozenset()
+
+    @property
+    def answered(self) -> bool:
+        """Whether the last turn is an answer; if not, one is wanted there."""
+        return self.messages[-1]["role"] == "assistant"
+
+
+@dataclass(frozen=True, slots=True)
+class TextRow:
+    """Text to be continued, outside any chat template. `completion` None: it is to be written."""
+
+    prompt: str
+    completion: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusRow:
+    """Plain text, all of it to be learnt."""
+
+    text: str
+
+
+Row = ChatRow | TextRow | CorpusRow
+
+
+def texts_of(row: Row) -> list[tuple[str, str]]:
+    """(field, text) of everything in a row that becomes text."""
+    match row:
+        case CorpusRow():
+            return [("text", row.text)]
+        case TextRow():
+            return [("prompt", row.prompt), ("completion", row.completion or "")]
+    return [
+        (f"messages[{index}].{key}", value)
+        for index, message in enumerate(row.messages)
+        for key, value in message.items()
+        if isinstance(value, str) and key != "role"
+    ]
+
+
+_FOLLOWERS = {"start": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
+
+
+class Message(BaseModel):
+    """One turn. Further fields are handed to the chat template, as `apply_chat_template` does."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+_Chat = Annotated[list[Message], Field(min_length=1)]
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class _MessagesFields(_Fields):
+    messages: _Chat
+
+
+class _TextPrompt(_Fields):
+    prompt: str
+
+
+class _ChatPrompt(_Fields):
+    prompt: _Chat
+
+
+class _TextCompletion(_Fields):
+    completion: str
+
+
+class _ChatCompletion(_Fields):
+    completion: _Chat
+
+
+class _TextFields(_Fields):
+    text: str
+
+
+def parse_row(value: Mapping[str, Any], *, row_format: RowFormat, needs_answer: bool) -> Row:
+    """A validated row. Raises `RowProblem`."""
+    refuse_row_fields(value, chat=row_format != "text")
+    for field in ("messages", "prompt", "completion", "text"):
+        if isinstance(value.get(field), list) and len(value[field]) > MAX_TURNS:
+            raise RowProblem(
+                f"{field}: has {len(value[field])} turns, the limit is {MAX_TURNS}; split the conversation"
+            )
+        _refuse_surrogates(field, value.get(field))
+    if row_format == "text":
+        return CorpusRow(_text("text", _validate(_TextFields, value).text))
+    if row_format == "messages":
+        return _chat("messages", _validate(_MessagesFields, value).messages, needs_answer=needs_answer)
+    completion = value.get("completion") if row_format == "prompt_completion" else None
+    if completion is None and row_format == "prompt_completion":
+        refuse_unread_answer(value)
+    if completion is None and needs_answer:
+        raise RowProblem(
+            f"completion: is {'null' if 'completion' in value else 'missing'}, and answers are needed here (with "
+            "elicitation: labeling and teacher.writer: {} the teacher writes those of data.train)"
+        )
+    return (_parse_chat_pair if isinstance(value.get("prompt"), list) else _parse_text_pair)(value, completion)
+
+
+def preview(value: Any, limit: int = 200) -> str:
+    """A row on one short line, for people."""
+    text = json.dumps(value, ensure_ascii=True, default=str)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _parse_text_pair(value: Mapping[str, Any], completion: Any) -> TextRow:
+    prompt = _text("prompt", _validate(_TextPrompt, value).prompt)
+    if completion is None:
+        return TextRow(prompt, None)
+    if isinstance(completion, list):
+        raise RowProblem("completion: is a list of messages but prompt is text; both must be the same")
+    return TextRow(prompt, _text("completion", _validate(_TextCompletion, value).completion))
+
+
+def _parse_chat_pair(value: Mapping[str, Any], completion: Any) -> ChatRow:
+    prompt = _validate(_ChatPrompt, value).prompt
+    if prompt[-1].role != "user":
+        raise RowProblem(f"prompt[{len(prompt) - 1}].role: a prompt must end with a user turn, not {prompt[-1].role!r}")
+    if completion is None:
+        return _chat("prompt", prompt, needs_answer=False, learnable=False)
+    if isinstance(completion, str):
+        raise RowProblem("completion: is text but prompt is a list of messages; both must be the same")
+    answer = _validate(_ChatCompletion, value).completion
+    _chat("prompt", prompt, needs_answer=False, learnable=False)
+    return _chat("completion", answer, needs_answer=True, before=prompt)
+
+
+def _chat(
+    field: str,
+    turns: AbstractSequence[Message],
+    *,
+    needs_answer: bool,
+    before: AbstractSequence[Message] = (),
+    learnable: bool = True,
+) -> ChatRow:
+    """Checks the order: an optional system turn, then user and assistant by turns, beginning with user. `learnable`:
+    whether assistant turns of this field are answers."""
+    role = "start" if not before else before[-1].role
+    answers, context = 0, set()
+    for index, turn in enumerate(turns):
+        place = f"{field}[{index}]"
+        expected = _FOLLOWERS[role]
+        if turn.role not in expected:
+            after = "the first turn" if role == "start" else f"the turn after {role!r}"
+            raise RowProblem(f"{place}.role: {after} must be {' or '.join(expected)}, not {turn.role!r}")
+        _text(f"{place}.content", turn.content, may_be_empty=turn.role == "system")
+        is_answer = learnable and turn.role == "assistant"
+        answers += turn.role == "assistant"
+        if not _is_learnt(turn, place, is_answer=is_answer) and is_answer:
+            context.add(len(before) + index)
+        role = turn.role
+    if needs_answer and not answers:
+        raise RowProblem(f"{field}: no assistant turn, so nothing to learn from")
+    if needs_answer and answers == len(context):
+        raise RowProblem(f"{field}: every assistant turn is marked as not to be learnt; leave such rows out")
+    if role == "system":
+        raise RowProblem(f"{field}: only a system turn; a user turn must follow")
+    messages = tuple(_template_input(turn) for turn in (*before, *turns))
+    return ChatRow(messages, loss_from=len(before), context=frozenset(context))
+
+
+def _is_learnt(turn: Message, place: str, *, is_answer: bool) -> bool:
+    extra = turn.model_extra or {}
+    refuse_turn_fields(extra, place=place)
+    marked = loss_flag(extra, place=place)
+    if marked and not is_answer:
+        raise RowProblem(
+            f"{place}: is marked as learnt, and only answers are: assistant turns of messages or completion; remove "
+            "the mark"
+        )
+    return is_answer if marked is None else marked
+
+
+def _template_input(turn: Message) -> Mapping[str, Any]:
+    """What the chat template is given. Tables fill fields that only other messages have with null: that is absent."""
+    return {k: v for k, v in turn.model_dump().items() if v is not None and k not in LOSS_FLAGS}
+
+
+def _text(field: str, text: str, *, may_be_empty: bool = False) -> str:
+    if not may_be_empty and not text.strip():
+        raise RowProblem(f"{field}: is empty")
+    return text
+
+
+def _refuse_surrogates(field: str, value: Any) -> None:
+    """JSON can hold halves of characters, which are no text and which neither tokenizers nor terminals take."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            code = f"\\u{ord(value[error.start]):04x}"
+            raise RowProblem(f"{field}: is not text: lone surrogate {code} at character {error.start}") from error
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_surrogates(f"{field}[{index}]", item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_surrogates(f"the name of a field of {field}", key)
+            _refuse_surrogates(f"{field}.{key}", item)
+
+
+def _validate(model: type[_Fields], value: Mapping[str, Any]) -> Any:
+    try:
+        return model.model_validate(dict(value))
+    except ValidationError as error:
+        first = error.errors()[0]
+        missing = len(first["loc"]) == 1 and first["type"] == "missing"
+        raise RowProblem(_explain(first) + (other_format(value) if missing else "")) from error
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+    found = error.get("input")
+    kind = "null" if found is None else f"a {_NAMES.get(type(found), type(found).__name__)}"
+    match error["type"]:
+        case "missing":
+            names = found.keys() if isinstance(found, dict) else ()
+            hint = " (from and value are ShareGPT's names: write role and content)" if "from" in names else ""
+            return f"{field}: is missing{hint}"
+        case "string_type":
+            return f"{field}: must be text, not {kind}"
+        case "list_type":
+            return f"{field}: must be a list of {{role, content}} messages, not {kind}"
+        case "too_short":
+            return f"{field}: is empty"
+        case "literal_error":
+            return f"{field}: unknown role {ascii(found)[:40]}; write system, user or assistant"
+        case "model_type" | "model_attributes_type":
+            return f"{field}: must be an object with role and content, not {kind}"
+        case _:
+            return f"{field}: {error['msg']}"
+
+
+_NAMES = {str: "string", int: "number", float: "number", bool: "boolean", list: "list", dict: "object"}

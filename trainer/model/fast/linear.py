@@ -1,0 +1,62 @@
+"""Linear layers of the student's body on CPUs, where the default float32 product is half as fast as it could be.
+
+`torch.nn.functional.linear` in float32 goes to MKL, which on AMD processors takes an older code path; oneDNN does not
+(`trainer/model/fast/matmul.py` has the figures). Elsewhere, and in bfloat16, the layers stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trainer.model.fast.matmul import matmul_nt, whole_rows
+
+FEWEST_ROWS = 32
+"""Below, reading the weight is the cost, and padding to whole rows would only add work."""
+
+
+def use_fast_products(body: torch.nn.Module, *, device: torch.device, dtype: torch.dtype) -> int:
+    """Give every `torch.nn.Linear` of `body` a forward through `matmul_nt`; returns how many were changed.
+
+    Weights, names and hooks stay, so sharding, adapters and checkpoints see the same module.
+    """
+    if device.type != torch.empty(0).device.type or dtype is not torch.float32:
+        return 0
+    layers = [module for module in body.modules() if type(module) is torch.nn.Linear]
+    for layer in layers:
+        layer.forward = _Forward(layer)
+    return len(layers)
+
+
+class _Forward:
+    """Bound to one layer; an object and not a closure, so that modules can be copied."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        self._layer = layer
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._layer.weight, self._layer.bias
+        if inputs.shape[:-1].numel() < FEWEST_ROWS:
+            return torch.nn.functional.linear(inputs, weight, bias)
+        rows = inputs.flatten(0, -2)
+        # Cut here and not in the product: of what a function of ours returns, a view must not be changed in place.
+        outputs = _Product.apply(rows, weight)[: rows.shape[0]].unflatten(0, inputs.shape[:-1])
+        return outputs if bias is None else outputs + bias
+
+
+class _Product(torch.autograd.Function):
+    """inputs [n, k], weight [m, k] -> [n or more, m]: `whole_rows`."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return matmul_nt(whole_rows(inputs), weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        inputs, weight = ctx.saved_tensors
+        grad_inputs = matmul_nt(grad, weight.t())[: inputs.shape[0]] if ctx.needs_input_grad[0] else None
+        grad_weight = matmul_nt(grad.t(), whole_rows(inputs).t()) if ctx.needs_input_grad[1] else None
+        return grad_inputs, grad_weight

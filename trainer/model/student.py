@@ -1,0 +1,313 @@
+"""One rank of the student: everything between a staged batch and an optimizer step, with neither Ray nor a launcher.
+
+    stage (background)             step (collective)
+    ------------------             -----------------
+    check blocks against units     for each micro-batch:
+    pack micro-batches into          carry -> base model -> head and loss in one -> backward
+      (pinned) host memory         one optimizer step -> StepMetrics
+
+Loss and gradients are sums over loss rows divided by the step's global number of loss tokens, so neither the number of
+ranks nor of micro-batches changes what is learned. A loss that is not finite on any rank makes the step a skipped one
+on all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from configs.schema import Run
+from trainer.checks.held_out import evaluate_held_out, without_samples
+from trainer.checks.self_tests import SelfTestResult, Subject, run_self_tests
+from trainer.errors import ConfigError
+from trainer.labels.encoding import load_encoding
+from trainer.loop.packing import carry
+from trainer.loop.staging import Staging, Vocabulary
+from trainer.losses.fused import head_loss
+from trainer.losses.objective import Objective
+from trainer.model.attention import border_arguments
+from trainer.model.attention_choice import changing_lengths, choose_attention
+from trainer.model.collectives import gather_numbers, gather_objects
+from trainer.model.export import export_student
+from trainer.model.fast.linear import use_fast_products
+from trainer.model.generate import generate
+from trainer.model.load import HeadCall, load_config, load_student
+from trainer.model.optimizer import learning_rate
+from trainer.model.zero import ZeroModel, flush_to_disk, num_elements, sharded_loading, start_processes, stop_processes
+from trainer.types import Evaluation, RankBatch, SoftLabelBlock, StepMetrics, StudentPlan, TokenBatch, Unit
+
+
+@dataclass(frozen=True, slots=True)
+class StudentInfo:
+    """What was built, for people and the run's record."""
+
+    parameters: int
+    trainable_parameters: int
+    dtype: str
+    attention: str
+    zero_stage: int
+    load_s: float
+
+
+class StudentRank:
+    """One training process. Methods marked collective must be called on all ranks, in the same order."""
+
+    def __init__(
+        self,
+        run: Run,
+        plan: StudentPlan,
+        *,
+        rank: int,
+        world: int,
+        device: torch.device,
+        vocabulary: Vocabulary,
+        total_steps: int,
+    ) -> None:
+        self._run, self._plan = run, plan
+        self._rank, self._world, self._device = rank, world, device
+        self._vocabulary = vocabulary
+        self._total_steps = total_steps
+        self._staging = Staging(run, vocabulary=vocabulary, device=device)
+        self._encoding = load_encoding(self._staging.labels)
+        self._on_accelerator = device.type != torch.empty(0).device.type
+        self._owns_processes = False
+        self._zero: ZeroModel | None = None  # until it is built
+
+    def build(self) -> StudentInfo:
+        """Collective. Join the process group, load and shard the student."""
+        started = time.monotonic()
+        disable_progress_bar()
+        self._owns_processes = start_processes(
+            backend=self._plan.backend,
+            timeout_s=self._plan.collective_timeout_s,
+            rank=self._rank,
+            world=self._world,
+            device=self._device,
+        )
+        student = self._run.student
+        config = load_config(student.model, role="student.model")
+        self._attention = choose_attention(
+            self._plan.attention,
+            device_type=self._plan.device_type,
+            dtype=self._plan.dtype,
+            config=config,
+            trust_remote_code=student.model.trust_remote_code,
+        )
+        self._lengths = changing_lengths(
+            config, role="student.model", trust_remote_code=student.model.trust_remote_code
+        )
+        torch.manual_seed(self._run.seed)  # adapters start equal on all ranks
+        self._module = load_student(
+            student.model,
+            dtype=self._dtype,
+            attention=self._attention,
+            vocabulary_size=self._vocabulary.size,
+            lora=student.lora,
+            activation_checkpointing=student.activation_checkpointing,
+            sharded=sharded_loading(self._plan.deepspeed),
+        )
+        rows = self._module.config.get_text_config().vocab_size
+        self._objective = Objective.of(self._run.objective, self._encoding, padded=rows > self._vocabulary.size)
+        use_fast_products(self._module.causal.base_model, device=self._device, dtype=self._dtype)
+        self._zero = ZeroModel(
+            self._module, config=self._plan.deepspeed, optimizer=self._run.optimizer, device=self._device
+        )
+        torch.manual_seed(self._run.seed + 1 + self._rank)  # dropout differs between ranks
+        return self._info(time.monotonic() - started)
+
+    def _info(self, load_s: float) -> StudentInfo:
+        parameters = list(self._module.parameters())
+        return StudentInfo(
+            parameters=sum(num_elements(p) for p in parameters),
+            trainable_parameters=sum(num_elements(p) for p in parameters if p.requires_grad),
+            dtype=self._plan.dtype,
+            attention=self._attention,
+            zero_stage=self._plan.deepspeed["zero_optimization"]["stage"],
+            load_s=load_s,
+        )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return getattr(torch, self._plan.dtype)
+
+    def stage(self, batch: RankBatch, blocks: AbstractSequence[SoftLabelBlock]) -> None:
+        """Check and pack this rank's share of a step into host memory. Not collective; may run beside `step`.
+
+        Staging a step again replaces it. Raises `UnitRejected` naming the unit whose labels are not what was asked.
+        """
+        self._staging.stage(batch, blocks)
+
+    def stage_evaluation(self, units: AbstractSequence[Unit], blocks: AbstractSequence[SoftLabelBlock]) -> None:
+        """Keep this rank's held-out units with their hidden labels for all evaluations. Not collective."""
+        self._staging.stage_held_out(units, blocks)
+
+    def step(self, step: int) -> StepMetrics:
+        """Collective. Forward and backward of every staged micro-batch, then one optimizer step."""
+        staged = self._staging.take(step)
+        started = time.perf_counter()
+        self._zero.train(True)
+        scale = self._world / max(1, staged.num_loss_tokens)  # DeepSpeed averages over ranks
+        sums = torch.zeros(1 + len(self._objective.names), dtype=torch.float64, device=self._device)
+        for host_batch in staged.micro_batches:
+            sums += self._train_on(carry(host_batch, self._device), scale)
+        self._wait_for_device()
+        computed = time.perf_counter()
+        rate = learning_rate(step, settings=self._run.optimizer, total_steps=self._total_steps)
+        outcome = self._zero.step(rate)
+        self._wait_for_device()
+        own = [staged.num_tokens, computed - started, time.perf_counter() - computed]
+        ranks = gather_numbers(torch.cat([sums, torch.tensor(own, dtype=sums.dtype, device=self._device)]))
+        totals, slowest = ranks.sum(0), ranks.amax(0)
+        per_token = totals[1:-3] / staged.num_loss_tokens  # NaN where there is none: a mean of nothing is no zero
+        return StepMetrics(
+            step=step,
+            values={
+                "train/loss": float(totals[0]) / self._world if staged.num_loss_tokens else math.nan,
+                **{f"train/{name}": float(v) for name, v in zip(self._objective.names, per_token, strict=True)},
+                "train/grad_norm": outcome.grad_norm,
+                "train/learning_rate": rate,
+                "train/tokens": float(totals[-3]),
+                "train/loss_tokens": float(staged.num_loss_tokens),
+                "train/skipped": float(outcome.skipped),
+                "train/micro_batches": float(len(staged.micro_batches)),
+                "student/compute_s": float(slowest[-2]),
+                "student/optimizer_s": float(slowest[-1]),
+            },
+        )
+
+    def _train_on(self, batch: TokenBatch, scale: float) -> torch.Tensor:
+        """Add one micro-batch's gradient; float64 [1 + terms]: the scaled loss and the bare terms, summed over rows."""
+
+        def loss_and_terms(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+            result = head_loss(
+                hidden,
+                weight,
+                bias,
+                head_shape=self._module.head_shape,
+                vocabulary_size=self._vocabulary.size,
+                labels=batch.labels,
+                next_ids=batch.next_ids,
+                encoding=self._encoding,
+                objective=self._objective,
+                teacher_head=self._staging.teacher_head,
+                chunk_rows=self._run.student.loss_chunk_rows,
+                scale=scale,
+            )
+            return (result.loss, *result.sums.values())
+
+        loss, *terms = self._forward(batch, loss_and_terms)
+        # An infinite loss may have a finite gradient. NaN in its place is what DeepSpeed's skip, shared by all ranks,
+        # looks for, and no rank has to wait for another before its backward.
+        value = loss.detach()
+        self._zero.backward(loss * torch.where(value.isfinite(), 1.0, torch.nan))
+        return torch.stack([value.double(), *terms])
+
+    def _forward(self, batch: TokenBatch, head_call: HeadCall) -> tuple[torch.Tensor, ...]:
+        borders = border_arguments(self._attention, batch.sequence_offsets, self._device)
+        return self._zero.forward(batch.token_ids, batch.position_ids, batch.loss_rows, head_call, **borders)
+
+    def _wait_for_device(self) -> None:
+        if self._on_accelerator:
+            torch.accelerator.synchronize(self._device)
+
+    def evaluate(self, step: int, viewer_sequences: int) -> Evaluation:
+        """Collective. Equal numbers on all ranks; samples on rank 0 only."""
+        self._zero.train(False)
+        evaluation = evaluate_held_out(
+            self._staging.held_out,
+            self._forward,
+            step=step,
+            viewer_sequences=viewer_sequences,
+            head_shape=self._module.head_shape,
+            teacher_head=self._staging.teacher_head,
+            vocabulary_size=self._vocabulary.size,
+            chunk_rows=self._run.student.loss_chunk_rows,
+            device=self._device,
+        )
+        return evaluation if self._rank == 0 else without_samples(evaluation)
+
+    def save(self, step: int, folder: Path) -> None:
+        """Collective. Write shards and random states into an existing folder and flush them; nothing is committed."""
+        self._zero.save(folder)
+        file = folder / f"rank_{self._rank}.pt"
+        torch.save({"step": step, "world": self._world, "random": self._random_states()}, file)
+        flush_to_disk(file)
+
+    def load(self, folder: Path) -> int:
+        """Collective, before the first step. Continue from a committed checkpoint folder; returns its step."""
+        file = folder / f"rank_{self._rank}.pt"
+        first = folder / "rank_0.pt"
+        if not first.is_file():
+            raise ConfigError(f"{folder} is no checkpoint of a student: it has no {first.name}")
+        world = torch.load(first, weights_only=True)["world"]
+        if world != self._world:
+            raise ConfigError(
+                f"{folder} was written by {world} ranks, this run has {self._world}: set student.ranks: {world}"
+            )
+        state = torch.load(file, weights_only=True)
+        self._zero.load(folder)
+        self._set_random_states(state["random"])
+        return state["step"]
+
+    def _random_states(self) -> dict[str, torch.Tensor]:
+        states = {"host": torch.get_rng_state()}
+        if self._on_accelerator:
+            states["device"] = torch.get_device_module(self._device).get_rng_state(self._device)
+        return states
+
+    def _set_random_states(self, states: dict[str, torch.Tensor]) -> None:
+        torch.set_rng_state(states["host"])
+        if self._on_accelerator:
+            torch.get_device_module(self._device).set_rng_state(states["device"], self._device)
+
+    def export(self, folder: Path, *, merge_adapter: bool = False) -> None:
+        """Collective. Rank 0 writes the student (adapters alone, or merged) as a folder that transformers loads."""
+        export_student(self._module, folder, first_rank=self._rank == 0, merge_adapter=merge_adapter)
+        gather_objects(None)  # nobody leaves before the folder is complete
+
+    def generate(
+        self, prompts: AbstractSequence[np.ndarray], *, max_new_tokens: int, stop_ids: tuple[int, ...]
+    ) -> list[np.ndarray]:
+        """Collective. Greedy continuations as int32 ids, a stop token included; the same on all ranks."""
+        self._zero.train(False)
+        return generate(
+            self._module,
+            self._zero.forward,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            vocabulary_size=self._vocabulary.size,
+            device=self._device,
+        )
+
+    def self_test(self) -> tuple[SelfTestResult, ...]:
+        """Collective. Packing, head, loss kernel and all-reduce on this device; changes nothing."""
+        self._zero.train(False)
+        subject = Subject(
+            module=self._module,
+            forward=self._zero.forward,
+            attention=self._attention,
+            encoding=self._encoding,
+            objective=self._objective,
+            vocabulary_size=self._vocabulary.size,
+            chunk_rows=self._run.student.loss_chunk_rows,
+            dtype=self._dtype,
+            device=self._device,
+            max_length=self._run.data.max_length,
+            lengths=self._lengths,
+        )
+        return run_self_tests(subject)
+
+    def close(self) -> None:
+        """Release what `build` made, which may be nothing; leave the process group if `build` joined it."""
+        if self._zero is not None:
+            self._zero.close()
+        if self._owns_processes:
+            stop_processes()
