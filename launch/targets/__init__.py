@@ -54,6 +54,16 @@ class JobRecord:
     options: Mapping[str, Any] = field(default_factory=dict)  # of the target, JSON types
     submitted: Moment = field(default_factory=time.time)
 
+    @classmethod
+    def of(cls, job: str, kind: str, bundle: Bundle, options: Section, *, handle: str) -> JobRecord:
+        """Of a bundle that was just submitted."""
+        run = bundle.run
+        return cls(job, kind, run.name, str(run.folder), handle, options.model_dump(mode="json"))
+
+    def status(self, state: State, exit_code: int | None = None, **more: Any) -> JobStatus:
+        """`JobStatus` of this job."""
+        return JobStatus(self.job, state, exit_code, name=self.name, submitted=self.submitted, **more)
+
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:

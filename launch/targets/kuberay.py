@@ -25,12 +25,19 @@ from typing import Any
 from launch.bundle import Bundle
 from launch.jobs import copy_results, visible_folder, waited_too_long
 from launch.targets import OVER, JobRecord, JobStatus, Shipment, State, options_of
+from launch.targets.common import (
+    missing_command,
+    names,
+    note_of_paths_outside,
+    refuse_in_process,
+    run_command,
+    wait_until,
+)
 from launch.targets.kuberay_manifests import (
     ARCHIVE,
     DASHBOARD_PORT,
     JOB_LABEL,
     MANAGED_BY,
-    RUN_NOTE,
     SCRIPT,
     archive,
     config_map,
@@ -40,12 +47,11 @@ from launch.targets.kuberay_manifests import (
 )
 from launch.targets.kuberay_options import Options
 from launch.targets.kuberay_room import check_room
-from launch.targets.run_checks import paths_outside, refuse_in_process
 from trainer.errors import ConfigError, InfrastructureError, Preempted, foreign_errors
 
 POLL_S = 2.0
-COMMAND_TIMEOUT_S = 60
 STOP_MARGIN_S = 120
+LOST = r"connection to the server|Unable to connect|refused|timed? ?out|no such host"
 KINDS = "rayjobs.ray.io,configmaps,networkpolicies"
 
 STATES: dict[str, State] = {
@@ -72,17 +78,15 @@ class Target:
         run, name = bundle.run, object_name(job)
         refuse_in_process(run, "kuberay")
         check_room(run, options)
-        outside = paths_outside(run, options.mount)
         texts = {SCRIPT: script(run, options, job)}
         content = archive(bundle, texts, with_code=options.code == "configmap")
-        parts = [*(["code"] if options.code == "configmap" else []), "prompts", "run.yaml"]
-        sent = {part: bundle.folder / part for part in parts if (bundle.folder / part).exists()}
+        code = ["code"] if options.code == "configmap" else []
         note = (
             f"run.yaml, run.sh, prompts and code travel as {ARCHIVE} ({len(content) / 2**10:.0f} KiB) in the ConfigMap "
             f"{name}. Not tried against a cluster by the tests of this project."
+            f"{note_of_paths_outside(run, options.mount)}"
         )
-        if outside:
-            note += f" Not on the volume, so the image must hold it: {', '.join(outside)}."
+        sent = names([*code, "prompts", "run.yaml"], bundle.folder)
         command = (*_kubectl(options), "create", "--filename", "-")
         return Shipment({"rayjob.yaml": manifests(run, options, job), **texts, **sent}, command, note)
 
@@ -96,27 +100,14 @@ class Target:
             with contextlib.suppress(ConfigError, InfrastructureError):  # of which the first one is the news
                 _delete(options, job)
             raise
-        return JobRecord(
-            job=job,
-            kind="kuberay",
-            name=bundle.run.name,
-            folder=str(bundle.run.folder),
-            handle=object_name(job),
-            options=options.model_dump(mode="json"),
-        )
+        return JobRecord.of(job, "kuberay", bundle, options, handle=object_name(job))
 
     def status(self, record: JobRecord) -> JobStatus:
         try:
             text = _run(*_kubectl(_options(record)), "get", "rayjobs.ray.io", record.handle, "--output=json")
         except ConfigError as error:
             if "not found" in str(error).lower():
-                return JobStatus(
-                    record.job,
-                    "stopped",
-                    message="the RayJob was deleted",
-                    name=record.name,
-                    submitted=record.submitted,
-                )
+                return record.status("stopped", message="the RayJob was deleted")
             raise
         with _readable():
             return _status(json.loads(text))
@@ -142,12 +133,10 @@ class Target:
             if pod:
                 ask = ["ray", "job", "stop", "--no-wait", f"--address=http://127.0.0.1:{DASHBOARD_PORT}", record.job]
                 _run(*_kubectl(options), "exec", pod[0], "--container=ray-head", "--", *ask)
-            deadline = time.monotonic() + options.grace_s + STOP_MARGIN_S
-            while self.status(record).state not in OVER:
-                if time.monotonic() > deadline:
-                    instead = f"Delete it without a checkpoint: {shlex.join(_delete_command(options, record.job))}"
-                    raise waited_too_long(record.job, options.grace_s + STOP_MARGIN_S, instead=instead)
-                time.sleep(POLL_S)
+            seconds = options.grace_s + STOP_MARGIN_S
+            if not wait_until(lambda: self.status(record).over, seconds=seconds, poll_s=POLL_S):
+                instead = f"Delete it without a checkpoint: {shlex.join(_delete_command(options, record.job))}"
+                raise waited_too_long(record.job, seconds, instead=instead)
         _delete(options, record.job)
 
     def list(self, options: Options) -> list[JobStatus]:
@@ -200,7 +189,7 @@ def _status(item: Mapping[str, Any]) -> JobStatus:
         state=state,
         exit_code=code,
         message="; ".join(filter(None, parts)),
-        name=notes.get(RUN_NOTE, ""),
+        name=notes.get("stillhouse.io/run", ""),
         submitted=datetime.fromisoformat(metadata["creationTimestamp"]).timestamp(),
     )
 
@@ -226,29 +215,17 @@ def _delete(options: Options, job: str) -> None:
 
 
 def _run(*command: str, given: str | None = None) -> str:
-    """What kubectl prints. Raises `ConfigError` with its words where it refuses, `InfrastructureError` where the
-    cluster does not answer."""
+    """What kubectl prints. Raises as `run_command` does."""
     try:
-        done = subprocess.run(
-            command, input=given, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
-        )
-    except FileNotFoundError:
-        raise ConfigError(
-            "--to kuberay: there is no kubectl on this machine. --dry-run prints the YAML without it"
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise InfrastructureError(f"kubectl did not answer within {COMMAND_TIMEOUT_S} s") from None
-    if done.returncode == 0:
-        return done.stdout
-    said = done.stderr.strip() or f"exit code {done.returncode}"
-    if "no matches for kind" in said or "the server doesn't have a resource type" in said:
-        said += "\nIs KubeRay installed in this cluster?"
-    lost = re.search(r"connection to the server|Unable to connect|refused|timed? ?out|no such host", said)
-    raise (InfrastructureError if lost else ConfigError)(f"{shlex.join(command)}: {said}")
+        return run_command(*command, kind="kuberay", lost=LOST, given=given)
+    except ConfigError as error:
+        if re.search("no matches for kind|the server doesn't have a resource type", str(error)):
+            raise ConfigError(f"{error}\nIs KubeRay installed in this cluster?") from None
+        raise
 
 
 def _stream(command: list[str]) -> subprocess.Popen[str]:
     try:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     except FileNotFoundError:
-        raise ConfigError("--to kuberay: there is no kubectl on this machine") from None
+        raise missing_command("kuberay", "kubectl") from None

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from configs.refusal import refusal
 from configs.schema import Section
-from launch.targets.ray import SECRET_NAME
+from launch.targets.common import Python, Variable, WithEnvironment
 
 Quantity = Annotated[str, Field(pattern=r"^[1-9]\d*(\.\d+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
-Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 class Toleration(Section):
@@ -41,8 +39,10 @@ class Group(Pod):
     replicas: PositiveInt = 1
 
 
-class Options(Section):
+class Options(WithEnvironment):
     """What `--with` takes; `image` and `claim` are needed."""
+
+    INSTEAD_OF_A_SECRET = "make it a Secret of the cluster and write secrets.{name}=its-name/its-key"
 
     image: str | None = Field(None, min_length=1, description="With the packages of Stillhouse, as docker/Dockerfile.")
     claim: Name | None = Field(None, description="PersistentVolumeClaim (ReadWriteMany): run folder and models.")
@@ -54,7 +54,7 @@ class Options(Section):
     students: Group = Group()
     gpu_resource: str = Field("nvidia.com/gpu", min_length=1)
     code: Literal["configmap", "image"] = Field("configmap", description="image: Stillhouse is installed in it.")
-    python: Annotated[str, Field(pattern=r"^[^\s'\"]+$")] = "python"
+    python: Python = "python"
     grace_s: PositiveInt = Field(180, description="A pod that is taken away leaves the run so long to save.")
     max_retries: NonNegativeInt = Field(2, description="New clusters after a failure; each resumes.")
     deadline_s: PositiveInt | None = Field(None, description="Of the whole RayJob.")
@@ -63,15 +63,6 @@ class Options(Section):
     group_id: PositiveInt = 1000
     service_account: Name | None = None
     image_pull_secrets: tuple[Name, ...] = ()
-    environment: dict[Variable, str] = Field({}, description="Variables of every process; no secrets.")
     secrets: dict[Variable, Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")]] = Field(
         {}, description="Variables from Secrets: NAME: secret/key."
     )
-
-    @model_validator(mode="after")
-    def _no_secret_in_the_yaml(self) -> Options:
-        for name in self.environment:
-            if SECRET_NAME.search(name):
-                text = f"looks like a secret: make it a Secret of the cluster and write secrets.{name}=its-name/its-key"
-                raise refusal(("environment", name), "...", text)
-        return self

@@ -31,6 +31,7 @@ from launch.jobs import (
     waited_too_long,
 )
 from launch.targets import JobRecord, JobStatus, Shipment, State, options_of
+from launch.targets.common import wait_until
 from trainer.errors import ConfigError, InfrastructureError, Preempted
 from trainer.run_folder import RunFolder
 
@@ -85,14 +86,7 @@ class Target:
                 start_new_session=True,
             )
         started = psutil.Process(process.pid).create_time()
-        return JobRecord(
-            job=job,
-            kind="local",
-            name=bundle.run.name,
-            folder=str(bundle.run.folder),
-            handle=f"{process.pid} {started}",
-            options=options.model_dump(mode="json"),
-        )
+        return JobRecord.of(job, "local", bundle, options, handle=f"{process.pid} {started}")
 
     def status(self, record: JobRecord) -> JobStatus:
         folder = _job_folder(record.name, record.job)
@@ -114,16 +108,7 @@ class Target:
             message = message or ("" if code else "its process is gone: killed, or this machine was started again")
         if code is None and not alive:
             code = exit_code_in(Path(record.folder), since=record.submitted)
-        return JobStatus(
-            job=record.job,
-            state=state,
-            exit_code=code,
-            step=tail.step,
-            steps=tail.steps,
-            message=message,
-            name=record.name,
-            submitted=record.submitted,
-        )
+        return record.status(state, code, step=tail.step, steps=tail.steps, message=message)
 
     def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
         file = _job_folder(record.name, record.job) / OUTPUT
@@ -161,12 +146,7 @@ class Target:
         copy_results(Path(record.folder), destination)
 
     def _ended(self, record: JobRecord, seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if self.status(record).over:
-                return True
-            time.sleep(POLL_S)
-        return False
+        return wait_until(lambda: self.status(record).over, seconds=seconds, poll_s=POLL_S)
 
 
 def _job_folder(run_name: str, job: str) -> Path:

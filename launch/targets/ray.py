@@ -12,21 +12,19 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
-import re
 import shlex
 import time
 import urllib.parse
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from configs.refusal import refusal
-from configs.schema import Section
 from launch.bundle import COMMAND, Bundle
 from launch.jobs import TAIL_LINES, Tail, copy_results, exit_code_in, refuse_run_folder, visible_folder, waited_too_long
 from launch.targets import JobRecord, JobStatus, Shipment, State, options_of
+from launch.targets.common import WithEnvironment
 from launch.targets.ray_api import NotFound, RayApi, Unreachable, is_loopback
 from launch.targets.ray_fetch import fetch_results
 from trainer.errors import ConfigError, InfrastructureError, Preempted
@@ -41,13 +39,18 @@ STATES: dict[str, State] = {
 PACKAGE_LIMIT = 500 * 2**20
 """Ray refuses uploads from 512 MiB on, after they have been sent."""
 
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 POLL_S = 1.0
 MAX_VAIN_FOLLOWS = 20
 
 
-class Options(Section):
+class Options(WithEnvironment):
     """What `--with` takes."""
+
+    INSTEAD_OF_A_SECRET = (
+        "everybody who can see the cluster's jobs can read it; set {name} in the environment of the nodes, before ray "
+        "start"
+    )
+    RESERVED = r"PYTHONPATH|RAY_JOB_.*"
 
     address: str = Field("http://127.0.0.1:8265", description="Of the cluster's dashboard.")
     token_path: str | None = Field(None, description="File with its token; None: RAY_AUTH_TOKEN_PATH, as Ray reads it.")
@@ -56,23 +59,6 @@ class Options(Section):
     driver_cpus: NonNegativeFloat = Field(0, description="With these or driver_resources it runs where they are free.")
     driver_resources: dict[str, PositiveFloat] = Field({}, description="Ray resources the driver holds; none: head.")
     stop_wait_s: PositiveInt = Field(1800, description="From `stop` until Ray kills a driver that still saves.")
-    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(
-        {}, description="Variables of every process; they stand in Ray's job list, so no secrets."
-    )
-
-    @field_validator("environment")
-    @classmethod
-    def _no_secret_in_the_job_list(cls, environment: dict[str, str]) -> dict[str, str]:
-        for name, value in environment.items():
-            if SECRET_NAME.search(name):
-                text = (
-                    "looks like a secret, and everybody who can see the cluster's jobs can read it: set it in the "
-                    "environment of the nodes, before ray start"
-                )
-                raise refusal((name,), "...", text)
-            if name == "PYTHONPATH" or name.startswith("RAY_JOB_"):
-                raise refusal((name,), value, "is set by submit itself; remove it")
-        return environment
 
 
 class Target:
@@ -129,14 +115,7 @@ class Target:
         request = json.loads(str(shipment.files["job.json"]))
         request["runtime_env"]["working_dir"] = str(shipment.files["working_dir"])
         api.submit(**request)
-        return JobRecord(
-            job=job,
-            kind="ray",
-            name=bundle.run.name,
-            folder=str(bundle.run.folder),
-            handle=job,
-            options=options.model_dump(mode="json"),
-        )
+        return JobRecord.of(job, "ray", bundle, options, handle=job)
 
     def status(self, record: JobRecord) -> JobStatus:
         api = _api(_options(record))

@@ -18,14 +18,22 @@ from typing import Annotated, Any, NoReturn
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from cluster.ray_session import RAY_SETTINGS
 from configs.refusal import refusal
-from configs.schema import Run, Section
+from configs.schema import Run
 from launch.bundle import COMMAND, Bundle
-from launch.commented_yaml import Note, dump
 from launch.targets import JobRecord, JobStatus, Shipment, options_of
-from launch.targets.ray import SECRET_NAME
-from launch.targets.run_checks import paths_outside, refuse_in_process
+from launch.targets.common import (
+    Line,
+    Python,
+    Variable,
+    WithEnvironment,
+    missing_command,
+    names,
+    note_of_paths_outside,
+    ray_environment,
+    refuse_in_process,
+    render,
+)
 from trainer.errors import ConfigError, InfrastructureError, Preempted
 
 TASK = "task.yaml"
@@ -34,12 +42,11 @@ TOKEN = "STILLHOUSE_RAY_TOKEN"
 RAY_PORT, CLIENT_PORT = 6390, 10101  # SkyPilot's own Ray has 6380, and every machine is the task's alone
 LAUNCH_TIMEOUT_S = 3600
 
-Line = Annotated[str, Field(pattern=r"^[^\r\n]*$")]
-Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
-
-class Options(Section):
+class Options(WithEnvironment):
     """What `--with` takes; `shared` is needed where there are several nodes."""
+
+    INSTEAD_OF_A_SECRET = "export it here and write secrets=[{name}]"
 
     nodes: PositiveInt = 1
     infra: str | None = Field(None, min_length=1, description="Cloud, region, zone: k8s, aws/us-east-1; None: any.")
@@ -58,19 +65,10 @@ class Options(Section):
     shared: dict[Annotated[str, Field(pattern=r"^/[A-Za-z0-9_./-]+$")], str] = Field(
         {}, description="Path on the nodes: name of a SkyPilot volume; one, for run folder and models."
     )
-    python: Annotated[str, Field(pattern=r"^[^\s'\"]+$")] = "python"
+    python: Python = "python"
     setup: tuple[Line, ...] = Field((), description="Shell lines for every new machine, such as an installation.")
-    environment: dict[Variable, str] = Field({}, description="Variables of every process; no secrets.")
     secrets: tuple[Variable, ...] = Field((), description="Variables whose values SkyPilot takes from here, hidden.")
     start_timeout_s: PositiveInt = 600
-
-    @model_validator(mode="after")
-    def _no_secret_in_the_yaml(self) -> Options:
-        for name in self.environment:
-            if SECRET_NAME.search(name):
-                text = f"looks like a secret: export it here and write secrets=[{name}]"
-                raise refusal(("environment", name), "...", text)
-        return self
 
     @model_validator(mode="after")
     def _nodes_share_a_folder(self) -> Options:
@@ -95,17 +93,13 @@ class Target:
                     f"--to skypilot: {options.nodes} nodes need a volume for the run folder and the models: make one "
                     "with sky volumes apply, and write --with shared='{/shared: NAME}'"
                 )
-        for mount in options.shared:
-            outside = paths_outside(run, mount)
-            if outside:
-                note += f" Not on the volume, so the image must hold it: {', '.join(outside)}."
-        parts = [part for part in ("code", "prompts", "run.yaml") if (bundle.folder / part).exists()]
-        files: dict[str, str | Path] = {TASK: task(run, options, job, parts)}
-        return Shipment(files | {part: bundle.folder / part for part in parts}, _command(options, job), note)
+        note += "".join(note_of_paths_outside(run, mount) for mount in options.shared)
+        parts = names(["code", "prompts", "run.yaml"], bundle.folder)
+        return Shipment({TASK: task(run, options, job, list(parts)), **parts}, _command(options, job), note)
 
     def submit(self, bundle: Bundle, shipment: Shipment, options: Options, job: str) -> JobRecord:
         if shutil.which("sky") is None:
-            raise ConfigError("--to skypilot: there is no sky on this machine. --dry-run prints the YAML without it")
+            raise missing_command("skypilot", "sky")
         missing = [name for name in options.secrets if name not in os.environ]
         if missing:
             raise ConfigError(f"--with secrets: {', '.join(missing)} is not set in this shell, whose values are sent")
@@ -125,14 +119,7 @@ class Target:
             raise InfrastructureError(f"sky did not launch {job} within {LAUNCH_TIMEOUT_S} s: see sky status") from None
         if done.returncode:
             raise InfrastructureError(f"{shlex.join(shipment.command)}: {done.stderr.strip() or done.returncode}")
-        return JobRecord(
-            job=job,
-            kind="skypilot",
-            name=bundle.run.name,
-            folder=str(bundle.run.folder),
-            handle=job,
-            options=options.model_dump(mode="json"),
-        )
+        return JobRecord.of(job, "skypilot", bundle, options, handle=job)
 
     def status(self, record: JobRecord) -> JobStatus:
         _instead("status", "sky jobs queue", "sky queue", record)
@@ -156,37 +143,41 @@ def _instead(verb: str, managed: str, unmanaged: str, record: JobRecord) -> NoRe
     raise ConfigError(f"stillhouse {verb} does not ask SkyPilot. Type: {command}")
 
 
+def _hidden(options: Options) -> tuple[str, ...]:
+    """Variables whose values are in the environment of `sky` alone."""
+    return (TOKEN, *options.secrets)
+
+
 def _command(options: Options, job: str) -> tuple[str, ...]:
-    hidden = [f"--secret={name}" for name in (TOKEN, *options.secrets)]
+    hidden = [f"--secret={name}" for name in _hidden(options)]
     if options.managed:
         return ("sky", "jobs", "launch", "--yes", "--detach-run", f"--name={job}", *hidden, TASK)
     return ("sky", "launch", "--yes", "--detach-run", "--down", f"--cluster={job}", *hidden, TASK)
 
 
-# --- the task ---------------------------------------------------------------------------------------------------------
-
-
 def task(run: Run, options: Options, job: str, parts: list[str]) -> str:
     """The task as YAML with comments; `parts` of the bundle lie beside it."""
-    content: dict[str, Any] = {"name": job, "num_nodes": options.nodes}
-    resources = _resources(options)
-    if resources:
-        content["resources"] = resources
-    plain = {key: value for key, value in RAY_SETTINGS.items() if key != "RAY_AUTH_MODE"}
-    content["envs"] = {**plain, **options.environment}
-    content["secrets"] = Note("values come from the shell that submits", dict.fromkeys((TOKEN, *options.secrets)))
-    content["file_mounts"] = {f"{HOME}/{part}": f"./{part}" for part in parts}
-    if options.shared:
-        content["volumes"] = Note("run folder and models", dict(options.shared))
-    if options.setup:
-        content["setup"] = "".join(f"{line}\n" for line in options.setup)
-    content["run"] = Note("the same on every node; the first one is Ray's head and executes the run", _script(options))
-    header = f"Run {run.name} with SkyPilot. Written by `stillhouse submit --to skypilot`."
-    return dump(content, header=header)
+    return render(
+        "skypilot.yaml.jinja",
+        run=run.name,
+        job=job,
+        resources=_resources(options),
+        preempted=Preempted.exit_code,
+        variables={**ray_environment(), **options.environment},
+        hidden=_hidden(options),
+        parts=parts,
+        home=HOME,
+        token=TOKEN,
+        ray_port=RAY_PORT,
+        client_port=CLIENT_PORT,
+        train=shlex.join([options.python, *COMMAND]),
+        **options.model_dump(),
+    )
 
 
 def _resources(options: Options) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    """Of each node, as SkyPilot calls them."""
+    found = {
         "infra": options.infra,
         "accelerators": options.accelerators,
         "cpus": options.cpus,
@@ -195,43 +186,4 @@ def _resources(options: Options) -> dict[str, Any]:
         "image_id": options.image,
         "use_spot": options.use_spot or None,
     }
-    if options.managed:
-        codes = [Preempted.exit_code]
-        recovery = {"max_restarts_on_errors": options.max_restarts, "recover_on_exit_codes": codes}
-        found["job_recovery"] = Note("75 (saved, then stopped): always; anything else: so often", recovery)
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _script(options: Options) -> str:
-    python = options.python
-    train = shlex.join([python, *COMMAND])
-    return f"""set -u
-cd {HOME} || exit 2
-umask 077
-export PYTHONPATH="$PWD/code${{PYTHONPATH:+:$PYTHONPATH}}"
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$PWD/ray_token"
-printf %s "${TOKEN}" > "$RAY_AUTH_TOKEN_PATH"
-unset RAY_ADDRESS {TOKEN}
-head=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)
-if [ "$SKYPILOT_NODE_RANK" != 0 ]; then
-    # ends when the head does, which says how the run went
-    {python} -m launch.ray_node join "$head" {RAY_PORT} --timeout-s {options.start_timeout_s} || echo "Ray ended: $?"
-    exit 0
-fi
-{python} -m launch.ray_node head "$head" {RAY_PORT} {CLIENT_PORT} &
-ray=$!
-driver=""
-trap 'kill -TERM "$driver" 2>/dev/null' TERM INT
-until (exec 3<> "/dev/tcp/$head/{RAY_PORT}") 2>/dev/null; do
-    kill -0 "$ray" 2>/dev/null || {{ echo "Ray's head did not start: see above" >&2; exit 4; }}
-    sleep 1
-done
-RAY_ADDRESS="$head:{RAY_PORT}" {train} --wait-for-nodes "$SKYPILOT_NUM_NODES" &
-driver=$!
-while kill -0 "$driver" 2>/dev/null; do wait "$driver"; done
-wait "$driver"
-code=$?
-kill -TERM "$ray" 2>/dev/null
-wait "$ray"
-exit "$code"
-"""

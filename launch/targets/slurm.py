@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +20,7 @@ from pathlib import Path
 from launch.bundle import Bundle
 from launch.jobs import Tail, copy_results, exit_code_in, last_lines, waited_too_long
 from launch.targets import OVER, JobRecord, JobStatus, Shipment, State
-from launch.targets.run_checks import refuse_in_process
+from launch.targets.common import missing_command, refuse_in_process, run_command, wait_until
 from launch.targets.slurm_options import Options
 from launch.targets.slurm_script import MARK, render, submission_folder
 from trainer.errors import ConfigError, InfrastructureError, Preempted
@@ -50,7 +48,7 @@ STATES: dict[str, State] = {
 """Slurm's words; what is not here has failed."""
 
 POLL_S = 2.0
-COMMAND_TIMEOUT_S = 60
+LOST = r"contact slurm controller|Connection (refused|timed out)|Socket timed out"
 STOP_MARGIN_S = 120
 """For the end of Ray on all nodes and Slurm's own pace, beside what a checkpoint may take."""
 
@@ -72,10 +70,7 @@ class Target:
 
     def submit(self, bundle: Bundle, shipment: Shipment, options: Options, job: str) -> JobRecord:
         if shutil.which("sbatch") is None:
-            raise ConfigError(
-                "--to slurm: there is no sbatch on this machine. Submit from a login node of the cluster; --dry-run "
-                "prints the script here"
-            )
+            raise missing_command("slurm", "sbatch")
         folder = submission_folder(bundle, job)
         _write(folder, shipment.files)
         try:
@@ -86,14 +81,7 @@ class Target:
         handle = answer.partition(";")[0]  # on clusters of clusters the name follows
         if not handle.isdecimal():
             raise InfrastructureError(f"sbatch answered {answer!r} in place of a job id; see squeue --me")
-        return JobRecord(
-            job=job,
-            kind="slurm",
-            name=bundle.run.name,
-            folder=str(bundle.run.folder),
-            handle=handle,
-            options=options.model_dump(mode="json"),
-        )
+        return JobRecord.of(job, "slurm", bundle, options, handle=handle)
 
     def status(self, record: JobRecord) -> JobStatus:
         folder = _folder_of(record)
@@ -109,16 +97,8 @@ class Target:
             state = "succeeded" if code == 0 else "preempted" if code == Preempted.exit_code else "failed"
         if state in ("preempted", "failed") and (folder / STOP_ASKED).exists():
             state = "stopped"
-        return JobStatus(
-            job=record.job,
-            state=state,
-            exit_code=code,
-            step=tail.step,
-            steps=tail.steps,
-            message=_message(facts, word, tail.error if state == "failed" else ""),
-            name=record.name,
-            submitted=record.submitted,
-        )
+        message = _message(facts, word, tail.error if state == "failed" else "")
+        return record.status(state, code, step=tail.step, steps=tail.steps, message=message)
 
     def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
         file, position = _folder_of(record) / LOG, 0
@@ -169,12 +149,7 @@ class Target:
         copy_results(Path(record.folder), destination)
 
     def _ended(self, record: JobRecord, seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if self.status(record).over:
-                return True
-            time.sleep(POLL_S)
-        return False
+        return wait_until(lambda: self.status(record).over, seconds=seconds, poll_s=POLL_S)
 
 
 # --- Slurm's commands -------------------------------------------------------------------------------------------------
@@ -197,20 +172,8 @@ def _write(folder: Path, files: Mapping[str, str | Path]) -> None:
 
 
 def _slurm(*command: str) -> str:
-    """What a command of Slurm prints. Raises `ConfigError` with Slurm's own words where it refuses, and
-    `InfrastructureError` where its controller does not answer."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
-    except FileNotFoundError:
-        raise ConfigError(f"there is no {command[0]} on this machine: use a login node of the cluster") from None
-    except subprocess.TimeoutExpired:
-        raise InfrastructureError(f"{command[0]} did not answer within {COMMAND_TIMEOUT_S} s") from None
-    if done.returncode == 0:
-        return done.stdout
-    said = done.stderr.strip() or done.stdout.strip()
-    lost = re.search(r"contact slurm controller|Connection (refused|timed out)|Socket timed out", said)
-    text = f"{shlex.join(command)}: {said or f'exit code {done.returncode}'}"
-    raise InfrastructureError(text) if lost else ConfigError(text)
+    """What a command of Slurm prints. Raises as `run_command` does."""
+    return run_command(*command, kind="slurm", lost=LOST)
 
 
 def _job_facts(handle: str) -> dict[str, str]:

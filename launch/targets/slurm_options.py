@@ -8,9 +8,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from configs.refusal import refusal
 from configs.schema import Section
+from launch.targets.common import Line, Python
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:@%+/=-]+$")]
-Line = Annotated[str, Field(pattern=r"^[^\r\n]*$")]
 
 TIME = r"^(\d+|\d+:\d+|\d+:\d+:\d+|\d+-\d+(:\d+){0,2})$"
 
@@ -37,7 +37,7 @@ class Options(Section):
     )
     requeue: bool = Field(False, description="Queue again after exit 75 (saved before the limit) and 4.")
     max_failures: NonNegativeInt = Field(2, description="With requeue: exits with 4 that are queued again.")
-    python: Annotated[str, Field(pattern=r"^[^\s'\"]+$")] | None = Field(
+    python: Python | None = Field(
         None, description="Python on the nodes, with the packages of Stillhouse; None: the one that submits."
     )
     slots_per_node: PositiveInt | None = Field(

@@ -7,14 +7,12 @@ import shlex
 import sys
 from pathlib import Path
 
-import jinja2
-
-from cluster.ray_session import RAY_SETTINGS
 from launch.bundle import COMMAND, Bundle
+from launch.targets.common import ray_environment
+from launch.targets.common import render as render_template
 from launch.targets.slurm_options import Options
 from trainer.errors import ConfigError
 
-TEMPLATE = Path(__file__).with_name("slurm.sbatch.jinja")
 MARK = "stillhouse:"  # before our job id in the comment of a Slurm job
 SAFE_FOLDER = r"/[A-Za-z0-9_.,@+=/-]*"
 
@@ -33,24 +31,15 @@ def submission_folder(bundle: Bundle, job: str) -> Path:
 
 def render(bundle: Bundle, options: Options, job: str) -> str:
     """The batch script."""
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        comment_start_string="{##",  # bash writes ${#list[@]}
-        comment_end_string="##}",
-    )
-    environment.filters["sh"] = shlex.quote
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     ray_options = _ray_options(options)
-    return template.render(
+    return render_template(
+        "slurm.sbatch.jinja",
         run=bundle.run.name,
         comment=MARK + job,
         folder=str(submission_folder(bundle, job)),
         resources=_resources(options),
         ray_options=f" -- {shlex.join(ray_options)}" if ray_options else "",
-        ray_environment={name: value for name, value in RAY_SETTINGS.items() if name != "RAY_AUTH_MODE"},
+        ray_environment=ray_environment(),
         train=shlex.join(COMMAND),
         **options.model_dump(exclude={"python"}),
         python=options.python or sys.executable,

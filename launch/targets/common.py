@@ -1,0 +1,136 @@
+"""What several targets share: options, checks of a run that has to travel, templates, and commands of schedulers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import jinja2
+from pydantic import Field, field_validator
+
+from cluster.ray_session import RAY_SETTINGS
+from configs.refusal import refusal
+from configs.schema import Run, Section
+from trainer.errors import ConfigError, InfrastructureError
+
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+COMMAND_TIMEOUT_S = 60
+
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Python = Annotated[str, Field(pattern=r"^[^\s'\"]+$")]
+Line = Annotated[str, Field(pattern=r"^[^\r\n]*$")]
+
+
+class WithEnvironment(Section):
+    """Options of a target whose job description is read by others, so that no secret may stand in it."""
+
+    INSTEAD_OF_A_SECRET: ClassVar[str]  # how to hand one over; {name} is the variable
+    RESERVED: ClassVar[str] = r"(?!)"  # variables that `submit` sets
+
+    environment: dict[Variable, str] = Field({}, description="Variables of every process; no secrets.")
+
+    @field_validator("environment")
+    @classmethod
+    def _no_secrets(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name, value in environment.items():
+            if SECRET_NAME.search(name):
+                raise refusal((name,), "...", f"looks like a secret: {cls.INSTEAD_OF_A_SECRET.format(name=name)}")
+            if re.fullmatch(cls.RESERVED, name):
+                raise refusal((name,), value, "is set by submit itself; remove it")
+        return environment
+
+
+def refuse_in_process(run: Run, kind: str) -> None:
+    """Raises `ConfigError` for a run that is one process and could use no node."""
+    if run.runtime == "in_process":
+        raise ConfigError(
+            f"runtime: in_process is one process, and --to {kind} starts nodes for it: write runtime: ray"
+        )
+
+
+def note_of_paths_outside(run: Run, mount: str) -> str:
+    """For the shipment's note: model paths that are not below `mount`. Raises `ConfigError` where the run folder is
+    not."""
+    root = Path(mount)
+    assert run.folder is not None
+    if not run.folder.is_relative_to(root):
+        raise ConfigError(
+            f"folder: the run folder {run.folder} is not on what the nodes share, which they have at {mount}: write "
+            f"--set folder={root / 'runs' / run.name}"
+        )
+    paths = [run.teacher.model.path, run.student.model.path]
+    outside = [path for path in paths if path.startswith("/") and not Path(path).is_relative_to(root)]
+    return f" Not on the volume, so the image must hold it: {', '.join(outside)}." if outside else ""
+
+
+def render(template: str, **values: Any) -> str:
+    """A template beside this file, with two filters: `sh` quotes a text for a shell, `yaml` writes a value as YAML."""
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        comment_start_string="{##",  # bash writes ${#list[@]}
+        comment_end_string="##}",
+    )
+    environment.filters |= {"sh": shlex.quote, "yaml": _yaml}
+    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(**values)
+
+
+def _yaml(value: Any) -> str:
+    """JSON, which every reader of YAML takes for what it is; of a mapping without the keys that have no value."""
+    if isinstance(value, dict):
+        value = {key: item for key, item in value.items() if item is not None}
+    return json.dumps(value, ensure_ascii=False)
+
+
+def ray_environment() -> dict[str, str]:
+    """What the processes of a Ray cluster start with, without its authentication, which each target sets itself."""
+    return {name: value for name, value in RAY_SETTINGS.items() if name != "RAY_AUTH_MODE"}
+
+
+def run_command(*command: str, kind: str, lost: str, given: str | None = None) -> str:
+    """What a command of a scheduler prints. Raises `ConfigError` with its own words where it refuses, and
+    `InfrastructureError` where these match `lost`, or none come in time: the scheduler does not answer."""
+    try:
+        done = subprocess.run(
+            command, input=given, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
+        )
+    except FileNotFoundError:
+        raise missing_command(kind, command[0]) from None
+    except subprocess.TimeoutExpired:
+        raise InfrastructureError(f"{command[0]} did not answer within {COMMAND_TIMEOUT_S} s") from None
+    if done.returncode == 0:
+        return done.stdout
+    said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+    text = f"{shlex.join(command)}: {said}"
+    raise InfrastructureError(text) if re.search(lost, said) else ConfigError(text)
+
+
+def missing_command(kind: str, name: str) -> ConfigError:
+    return ConfigError(
+        f"--to {kind}: there is no {name} on this machine. --dry-run prints the YAML or script without it; submit from "
+        "a machine that has it, such as a login node"
+    )
+
+
+def wait_until(over: Callable[[], bool], *, seconds: float, poll_s: float) -> bool:
+    """Whether something came true in time."""
+    deadline = time.monotonic() + seconds
+    while not over():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(poll_s)
+    return True
+
+
+def names(parts: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Of the parts of a bundle, those that are there."""
+    return {part: folder / part for part in parts if (folder / part).exists()}
