@@ -22,6 +22,7 @@ from ruamel.yaml import YAML
 
 from configs.load import load_run
 from launch import submit
+from launch.border import ProcessEnd
 from launch.bundle import Bundle
 from launch.cli import main
 from launch.jobs import write_record
@@ -73,6 +74,7 @@ def stillhouse(*arguments: str, **environment: str) -> subprocess.CompletedProce
     output, errors = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
         patch.setattr(sys, "argv", ["stillhouse", *arguments])
+        patch.setattr(ProcessEnd, "_leave", lambda end: None)  # else it ends the process of the tests, too
         for name, value in {"HF_TOKEN": SECRET, **environment}.items():
             patch.setenv(name, value)
         with pytest.raises(SystemExit) as ended:
