@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 from typer.main import get_command
 
-from launch.bench.commands import bench_app
+from launch.bench import bench_app
 from launch.identity import refuse_foreign_packages
 
 app = typer.Typer(
@@ -63,7 +63,7 @@ def main() -> None:
         run_app(app)
 
 
-def run_app(commands: typer.Typer) -> NoReturn:
+def run_app(commands: typer.Typer, *, name: str = "stillhouse") -> NoReturn:
     """Run what the command line names. An error meant for a person is its text on stderr and its exit code, a stop that
     was asked for its text alone; STILLHOUSE_TRACEBACK=1 shows where it was raised. One that nobody foresaw is its
     traceback, and exit code 1."""
@@ -75,7 +75,7 @@ def run_app(commands: typer.Typer) -> NoReturn:
     sys.excepthook = tell_defect
     try:
         with system_errors():
-            get_command(commands)(prog_name="stillhouse")
+            get_command(commands)(prog_name=name)
     except StillhouseError as error:
         if os.environ.get("STILLHOUSE_TRACEBACK") == "1":
             raise

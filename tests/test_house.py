@@ -19,6 +19,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 FIXED = {"trainer", "launch", "cluster", "configs", "tests", "setup.py", "README.md"}
 BESIDE = {
+    "benchmarks",
     "docs",
     "docker",
     "requirements",

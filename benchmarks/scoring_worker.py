@@ -1,4 +1,4 @@
-"""One vLLM engine as a worker of `stillhouse bench scoring`: our scorer, or vLLM as it comes, and what a batch costs.
+"""One vLLM engine as a worker of `benchmarks scoring`: our scorer, or vLLM as it comes, and what a batch costs.
 
 The engine runs inside this process, so the process's own CPU time is all there is.
 """
@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.cpu_time import CpuTime, of_this_process
 from cluster.engines.plan import EnginePlan
 from cluster.engines.vllm import Engine, build_engine
 from cluster.engines.vllm_loop import EngineLoop, Request
-from launch.bench.cpu_time import CpuTime, of_this_process
 from trainer.types import EncodingSpec, Unit
 
 DEADLINE_S = 1800.0

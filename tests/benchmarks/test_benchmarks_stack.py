@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tiny_models import tiny_folder, tiny_tokenizer
-from tiny_runs import stillhouse
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(1200)]
 
@@ -19,10 +22,15 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_folder(tmp_path_factory.mktemp("models") / "teacher", seed=1, **options)
 
 
+def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+
+
 def test_pipeline_and_plain_recipe_learn_the_same_from_the_same_text(teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "distil.json"
     size = ("--labels", "hidden", "--steps", "1", "--rounds", "2", "--sequences", "2")
-    result = stillhouse("bench", "distil", "--teacher", str(teacher), *size, "--out", str(out))
+    result = benchmark("distil", "--teacher", str(teacher), *size, "--out", str(out))
     assert result.returncode == 0, result.stdout + result.stderr
     numbers = json.loads(out.read_text())
     segments = {(s["side"], s["round"]): s for s in numbers["segments"]}
@@ -42,7 +50,7 @@ def test_pipeline_and_plain_recipe_learn_the_same_from_the_same_text(teacher: Pa
 def test_scoring_is_measured_with_and_without_labels(teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "scoring.json"
     options = ("--teacher", str(teacher), "--batch", "4x64", "--rounds", "1", "--out", str(out))
-    result = stillhouse("bench", "scoring", *options)
+    result = benchmark("scoring", *options)
     assert result.returncode == 0, result.stdout + result.stderr
     ways = {row["way"]: row for row in json.loads(out.read_text())["summary"]}
     assert ways["bare prefill"]["ratio"] == 1.0

@@ -1,4 +1,4 @@
-"""`stillhouse bench distil`: CPU time per token of the pipeline, against the plain recipe, in turns on the same text.
+"""`benchmarks distil`: CPU time per token of the pipeline, against the plain recipe, in turns on the same text.
 
     round:  topk, hidden   `steps` steps of each pipeline, all its processes counted (pipeline.py)
             plain          the same steps of the plain recipe in one process, as anyone runs it (plain.py)
@@ -17,13 +17,13 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.distil_result import DistilResult
+from benchmarks.pipeline import Daemons, Pipeline, Segment
+from benchmarks.plain import TUNED_ALLOCATOR, PlainAnswer, PlainSetup, PlainSteps, Text
+from benchmarks.worker import Worker
+from benchmarks.workload import LEARNING_RATE, Workload, make_run, make_student, same_sequences, write_rows
 from cluster import ray_session
 from configs.schema import ModelSource
-from launch.bench.distil_result import DistilResult
-from launch.bench.pipeline import Daemons, Pipeline, Segment
-from launch.bench.plain import TUNED_ALLOCATOR, PlainAnswer, PlainSetup, PlainSteps, Text
-from launch.bench.worker import Worker
-from launch.bench.workload import LEARNING_RATE, Workload, make_run, make_student, same_sequences, write_rows
 from trainer.data.vocabulary import load_tokenizer
 from trainer.types import Sequence as TokenSequence
 
@@ -114,7 +114,7 @@ async def _plain_worker(
         learning_rate=LEARNING_RATE,
     )
     log = work / f"{name.replace(' ', '-')}.log"
-    worker = await Worker.start("launch.bench.plain", setup, environment=environment, log=log)
+    worker = await Worker.start("benchmarks.plain", setup, environment=environment, log=log)
     stack.push_async_callback(worker.close)
     return worker
 

@@ -1,4 +1,4 @@
-"""`stillhouse bench scoring`: what labelling a batch costs over vLLM's bare prefill of that very batch.
+"""`python -m benchmarks scoring`: what labelling a batch costs over vLLM's bare prefill of that very batch.
 
 Two processes take turns on every batch: our scorer (cluster/engines/vllm.py) with each encoding, and vLLM as it comes,
 which reads the prompts and writes one token (`max_tokens=1`): that is the bare prefill, and 1.0 of the table.
@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from benchmarks.scoring_worker import Cost, Label, Prefill
+from benchmarks.worker import Worker
+from benchmarks.workload import Workload, corpus, make_run, make_student, write_rows
 from cluster.engines.plan import EnginePlan
 from cluster.hardware import Hardware
 from configs.schema import ModelSource
-from launch.bench.scoring_worker import Cost, Label, Prefill
-from launch.bench.worker import Worker
-from launch.bench.workload import Workload, corpus, make_run, make_student, write_rows
 from launch.train import resolve_run
 from trainer.data.vocabulary import load_tokenizer
 from trainer.errors import ConfigError
@@ -170,7 +170,7 @@ async def _measure(
             note(f"starting {name}")
             log = work / f"{name}.log"
             workers[name] = await Worker.start(
-                "launch.bench.scoring_worker", role_plan, environment=role_plan.environment, log=log
+                "benchmarks.scoring_worker", role_plan, environment=role_plan.environment, log=log
             )
             stack.push_async_callback(workers[name].close)
         ids = _token_stream(plan.teacher)

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from launch.bench.cpu_time import CpuTime, of_this_process
+from benchmarks.cpu_time import CpuTime, of_this_process
 
 TUNED_ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",

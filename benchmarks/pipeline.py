@@ -16,6 +16,8 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks import cpu_time
+from benchmarks.cpu_time import CpuTime
 from cluster import ray_session
 from cluster.hardware import Hardware
 from cluster.resolve import Resolved
@@ -23,8 +25,6 @@ from cluster.session import RaySession
 from cluster.students.group import StudentJob
 from configs.load import config_hash, run_folder
 from configs.schema import Run
-from launch.bench import cpu_time
-from launch.bench.cpu_time import CpuTime
 from launch.report.metrics import MetricsLog, Timeline
 from launch.report.progress import Progress
 from launch.train import resolve_run

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from configs.plugins import ROOT
 from trainer.errors import DeadlineExceeded, InfrastructureError
 
 _LENGTH = struct.Struct("<Q")
@@ -41,11 +42,12 @@ class Worker:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "launch.bench.worker",
+                "benchmarks.worker",
                 module,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=file,
+                cwd=ROOT,
                 env={**os.environ, **environment},
             )
         worker = cls(process, log)

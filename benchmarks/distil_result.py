@@ -1,4 +1,4 @@
-"""What `stillhouse bench distil` found: medians, spreads and ratios of its segments, as a table and as JSON."""
+"""What `python -m benchmarks distil` found: medians, spreads and ratios of its segments, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from launch.bench.pipeline import PARTS, Segment
+from benchmarks.pipeline import PARTS, Segment
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -16,25 +15,22 @@ import psutil
 import pytest
 import torch
 from tiny_models import tiny_folder
-from tiny_runs import stillhouse, tiny_run
 from transformers import AutoModelForCausalLM
 
+from benchmarks import cpu_time
+from benchmarks.cpu_time import CpuTime
+from benchmarks.distil_result import DistilResult
+from benchmarks.pipeline import PARTS, Segment
+from benchmarks.plain import PlainSetup, PlainSteps, Text, prepare
+from benchmarks.scoring import PREFILL, Batch, Measured, ScoringResult
+from benchmarks.scoring_worker import Cost
+from benchmarks.worker import Worker
+from benchmarks.workload import Workload, make_run, make_student, same_sequences, write_rows
 from configs.schema import ModelSource
-from launch.bench import cpu_time
-from launch.bench.cpu_time import CpuTime
-from launch.bench.distil_result import DistilResult
-from launch.bench.pipeline import PARTS, Segment
-from launch.bench.plain import PlainSetup, PlainSteps, Text, prepare
-from launch.bench.run_times import read_waits, start_phases
-from launch.bench.scoring import PREFILL, Batch, Measured, ScoringResult
-from launch.bench.scoring_worker import Cost
-from launch.bench.worker import Worker
-from launch.bench.workload import Workload, make_run, make_student, same_sequences, write_rows
 from trainer.data.vocabulary import load_tokenizer
 from trainer.errors import ConfigError, DeadlineExceeded, InfrastructureError
-from trainer.run_folder import RunFolder
 
-SUPPORT = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent / "support")}
+SUPPORT = {"PYTHONPATH": str(Path(__file__).resolve().parents[1] / "support")}
 
 
 def test_a_tree_is_counted_with_its_children_and_without_what_is_left_out() -> None:
@@ -171,48 +167,3 @@ def test_scoring_is_a_ratio_to_the_bare_prefill_per_token() -> None:
 def test_a_batch_that_is_none_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError, match="32x256"):
         Batch.parse(text)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in one process, so that its records are real."""
-    folder = tmp_path_factory.mktemp("finished")
-    changes = {"runtime": "in_process", "student": {"ranks": 1}, "training": {"steps": 6, "depth": 1}}
-    result = stillhouse("train", str(tiny_run(folder, changes)))
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "run"
-
-
-@pytest.mark.stack
-def test_the_phases_of_a_real_run_follow_each_other_up_to_its_first_step(finished: Path) -> None:
-    phases = start_phases(RunFolder(finished))
-    names = [phase.name for phase in phases]
-    assert names[0] == "imports and checks"
-    assert names[-1] == "training the first step"
-    assert "starting teachers and students" in names
-    assert all(phase.seconds >= 0 for phase in phases)
-    for before, after in pairwise(phases):
-        assert before.began_s + before.seconds == pytest.approx(after.began_s)
-    shown = stillhouse("bench", "start", "--run", str(finished))
-    assert shown.returncode == 0, shown.stderr
-    assert "starting teachers and students" in shown.stdout
-
-
-@pytest.mark.stack
-def test_the_waits_of_a_real_run_have_its_depth_and_both_sides(finished: Path) -> None:
-    waits = read_waits(RunFolder(finished))
-    assert waits.depth == 1
-    assert [share.lane for share in waits.shares] == ["student", "scorer-0"]
-    assert all(0 <= share.busy <= 1 for share in waits.shares)
-    assert waits.tokens_per_s > 0
-
-
-def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    with pytest.raises(ConfigError, match="no run folder"):
-        start_phases(folder)
-    with pytest.raises(ConfigError, match="too few steps"):
-        read_waits(folder)
-    folder.manifest.write_text('{"started": 5.0, "phases_began_s": {"imports and checks": 0.0}}')
-    with pytest.raises(ConfigError, match="never came to its first step"):
-        start_phases(folder)

@@ -1,0 +1,107 @@
+"""What a token costs, measured so that anybody can repeat it; run from the root of a checkout.
+
+python -m benchmarks distil  --teacher FOLDER    CPU time per token of the pipeline, against the plain recipe (plain.py)
+python -m benchmarks scoring --teacher FOLDER    CPU time of a labelled batch, against vLLM's bare prefill of it
+
+docs/benchmarks.md says how to read the numbers. How fast a run of yours is: `stillhouse bench`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from launch.bench import Out, write_numbers
+
+app = typer.Typer(help="What a token costs. docs/benchmarks.md says how to read it.", no_args_is_help=True)
+
+Teacher = Annotated[
+    Path, typer.Option("--teacher", metavar="FOLDER", exists=True, file_okay=False, help="Model folder.")
+]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="How often all sides take their turn.")]
+
+
+@app.command(epilog="Example: python -m benchmarks distil --teacher models/smollm2 --out distil.json")
+def distil(
+    teacher: Teacher,
+    labels: Annotated[Literal["topk", "hidden", "both"], typer.Option("--labels", help="Of the pipeline.")] = "both",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps of each turn.")] = 4,
+    rounds: Rounds = 3,
+    sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences of a step.")] = 8,
+    depth: Annotated[int, typer.Option("--depth", min=0, help="Steps the teacher may be ahead.")] = 2,
+    out: Out = None,
+) -> None:
+    """CPU time per token of the whole pipeline, in turns with the plain recipe (transformers, one process).
+
+    The student is a Llama of 6 layers x 384 made on the spot; the text has about 210 tokens a sequence.
+    """
+    from rich.console import Console
+
+    from benchmarks.distil import DistilPlan
+    from benchmarks.distil import distil as measure
+    from benchmarks.workload import LABELS, Workload
+
+    plan = DistilPlan(
+        teacher=teacher,
+        labels=tuple(LABELS) if labels == "both" else (labels,),
+        steps=steps,
+        rounds=rounds,
+        workload=Workload(sequences_per_step=sequences, depth=depth),
+    )
+    with _work_folder() as work:
+        result = measure(plan, work, note=_note)
+    Console(width=max(Console().width, 170)).print(result.table())
+    write_numbers(out, result.to_json())
+
+
+@app.command(epilog="Example: python -m benchmarks scoring --teacher models/smollm2 --out scoring.json")
+def scoring(
+    teacher: Teacher,
+    batch: Annotated[
+        list[str], typer.Option("--batch", metavar="NxL", help="Sequences x tokens; may be given several times.")
+    ] = ["32x256", "8x1024"],  # noqa: B006 (typer copies it)
+    rounds: Rounds = 3,
+    out: Out = None,
+) -> None:
+    """CPU time of scoring a batch in the vLLM engine, against vLLM's bare prefill of the same batch."""
+    from rich.console import Console
+
+    from benchmarks.scoring import Batch, ScoringPlan
+    from benchmarks.scoring import scoring as measure
+
+    plan = ScoringPlan(teacher=teacher, batches=tuple(Batch.parse(text) for text in batch), rounds=rounds)
+    with _work_folder() as work:
+        result = measure(plan, work, note=_note)
+    Console(width=max(Console().width, 120)).print(result.table())
+    write_numbers(out, result.to_json())
+
+
+_STARTED = time.monotonic()
+
+
+def _note(text: str) -> None:
+    typer.echo(f"[{time.monotonic() - _STARTED:6.0f} s] {text}", err=True)
+
+
+@contextmanager
+def _work_folder() -> Iterator[Path]:
+    """Kept where the measurement fails, since the logs of its processes are in it."""
+    folder = Path(tempfile.mkdtemp(prefix="stillhouse-bench-"))
+    with ExitStack() as failed:
+        failed.callback(typer.echo, f"the logs of the benchmark are in {folder}", err=True)
+        yield folder
+        failed.pop_all()
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    from launch.cli import run_app
+
+    run_app(app, name="python -m benchmarks")
