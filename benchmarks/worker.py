@@ -19,9 +19,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from configs.plugins import ROOT
 from trainer.errors import DeadlineExceeded, InfrastructureError
 
+ROOT = Path(__file__).resolve().parents[1]
 _LENGTH = struct.Struct("<Q")
 CLOSE_TIMEOUT_S = 20.0
 

@@ -2,7 +2,6 @@
 
     <folder>/  run.yaml              the resolved run, its paths as they are valid there
                code/                 this installation of Stillhouse: four packages and their dist-info
-               stillhouse-*.whl      the same as a wheel, for images that install it
                prompts/              rows and templates that are files here
 
 A job starts in that folder with PYTHONPATH=<folder>/code and needs neither pip nor a network.
@@ -20,7 +19,7 @@ from configs.load import dump_run, load_run, run_folder
 from configs.paths import named_path
 from configs.schema import Dataset, ModelSource, Run
 from launch.files import row_files
-from launch.wheel import CodeFile, own_code, plugin_code, write_code
+from launch.own_code import CodeFile, own_code, plugin_code
 from trainer.build import build_hash
 from trainer.errors import ConfigError
 
@@ -111,15 +110,20 @@ def make_bundle(
     _refuse_large(code, locals_, max_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.yaml").write_text(dump_run(run), encoding="utf-8")
-    write_code(code, folder)
+    for file in code:
+        _place(folder / "code" / file.path).write_bytes(file.content)
     for name, source in sources:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        shutil.copyfile(source, _place(folder / name))
     files = sorted((file.relative_to(folder).as_posix(), file.stat().st_size) for file in folder.rglob("*"))
     files = [(name, size) for name, size in files if (folder / name).is_file()]
     left_out = tuple(name for local in locals_ for name in local.left_out)
     return Bundle(folder, run, build_hash(), tuple(BundleFile(name, size) for name, size in files), left_out)
+
+
+def _place(file: Path) -> Path:
+    """The path itself, its folder made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
 
 
 def _rewritten(run: Run, shared: list[Path]) -> tuple[Run, list[_Local]]:

@@ -73,10 +73,8 @@ def script(run: Run, options: Options, job: str) -> str:
 
 def archive(bundle: Bundle, texts: Mapping[str, str], *, with_code: bool) -> bytes:
     """The bundle as a zip; equal contents give equal bytes. Raises `ConfigError` where no ConfigMap can hold it."""
-    kept = [file.path for file in bundle.files if not file.path.endswith(".whl")]
-    contents = {name: (bundle.folder / name).read_bytes() for name in sorted(kept)}
-    if not with_code:
-        contents = {name: content for name, content in contents.items() if not name.startswith("code/")}
+    sent = sorted(file.path for file in bundle.files if with_code or not file.path.startswith("code/"))
+    contents = {name: (bundle.folder / name).read_bytes() for name in sent}
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as packed:
         for name, content in (contents | dict(sorted(texts.items()))).items():

@@ -64,7 +64,7 @@ class Target:
         refuse_in_process(bundle.run, "slurm")
         folder = submission_folder(bundle, job)
         script = render(bundle, options, job)
-        sent = {file.name: file for file in sorted(bundle.folder.iterdir()) if file.suffix != ".whl"}
+        sent = {file.name: file for file in sorted(bundle.folder.iterdir())}
         note = f"copied to {folder}, which every node must see under this path; output in {folder / LOG}"
         return Shipment({SCRIPT: script, **sent}, ("sbatch", "--parsable", str(folder / SCRIPT)), note)
 

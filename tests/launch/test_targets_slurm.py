@@ -34,7 +34,6 @@ def bundle(tmp_path: Path) -> Bundle:
     folder = tmp_path / "bundle"
     (folder / "code").mkdir(parents=True)
     (folder / "run.yaml").write_text("name: demo\n")
-    (folder / "stillhouse-0.1.0-py3-none-any.whl").write_text("")
     run = load_run(ROOT / "configs" / "demo.yaml", [f"folder={tmp_path / 'runs' / 'demo'}"]).run
     return Bundle(folder, run, "0" * 16, ())
 
