@@ -23,17 +23,18 @@ from benchmarks.worker import Worker
 from benchmarks.workload import Workload, corpus, make_run, make_student, write_rows
 from cluster.engines.plan import EnginePlan
 from cluster.hardware import Hardware
+from configs.labels import Hidden, Labels, TopK
 from configs.schema import ModelSource
 from launch.train import resolve_run
 from trainer.data.vocabulary import load_tokenizer
 from trainer.errors import ConfigError
 from trainer.loop.job import read_inputs
-from trainer.types import EncodingSpec, Sequence, Unit
+from trainer.types import Sequence, Unit
 
 PREFILL = "bare prefill"
 STOCK = "vLLM's prompt_logprobs=64"
 STOCK_SHARE = 4  # of the batch: a quarter says enough, and Python objects take long
-TOPK, HIDDEN = EncodingSpec("topk", {"k": 64}), EncodingSpec("hidden")
+TOPK, HIDDEN = TopK(k=64), Hidden()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ def _stock(plan: EnginePlan) -> EnginePlan:
     arguments = {key: value for key, value in plan.arguments.items() if key != "hf_overrides"}
     arguments |= {
         "runner": "generate",
-        "max_logprobs": TOPK.parameters["k"],
+        "max_logprobs": TOPK.k,
         "max_model_len": plan.max_length + 1,  # one token is written
         "skip_tokenizer_init": False,  # by default its log-probabilities come with text
     }
@@ -205,7 +206,7 @@ def _ways(batch: Batch, ids: np.ndarray, *, seed: int) -> Mapping[str, tuple[str
     last_row = np.zeros(batch.tokens, dtype=bool)
     last_row[-2] = True
 
-    def label(rows: np.ndarray, encoding: EncodingSpec) -> tuple[str, Label | Prefill, int]:
+    def label(rows: np.ndarray, encoding: Labels) -> tuple[str, Label | Prefill, int]:
         sequences = tuple(Sequence(f"{i}", text, rows, "dataset") for i, text in enumerate(texts))
         return "scorer", Label(Unit(id=f"{seed}", sequences=sequences), encoding), batch.sequences * batch.tokens
 
@@ -219,5 +220,5 @@ def _ways(batch: Batch, ids: np.ndarray, *, seed: int) -> Mapping[str, tuple[str
         "hidden, all rows": label(all_rows, HIDDEN),
         "top-64, all rows": label(all_rows, TOPK),
         "top-64, answer rows (two thirds)": label(answer_rows, TOPK),
-        STOCK: prefill(max(1, batch.sequences // STOCK_SHARE), TOPK.parameters["k"]),
+        STOCK: prefill(max(1, batch.sequences // STOCK_SHARE), TOPK.k),
     }

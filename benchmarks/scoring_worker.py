@@ -14,7 +14,8 @@ from benchmarks.cpu_time import CpuTime, of_this_process
 from cluster.engines.plan import EnginePlan
 from cluster.engines.vllm import Engine, build_engine
 from cluster.engines.vllm_loop import EngineLoop, Request
-from trainer.types import EncodingSpec, Unit
+from configs.labels import Labels
+from trainer.types import Unit
 
 DEADLINE_S = 1800.0
 
@@ -24,7 +25,7 @@ class Label:
     """A question to the scorer: labels of this encoding for every loss row of the unit."""
 
     unit: Unit
-    encoding: EncodingSpec
+    encoding: Labels
 
 
 @dataclass(frozen=True, slots=True)

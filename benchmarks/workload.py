@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from configs.plugins import ROOT
+from configs.paths import ROOT
 from configs.schema import ModelSource, Run
 from trainer.data.vocabulary import load_tokenizer
 from trainer.loop.job import Inputs, as_sequence, open_stream, read_inputs

@@ -19,8 +19,9 @@ from cluster.runtime import RankPlace
 from cluster.students.group import StudentJob, on_local_copy
 from cluster.teachers.actor import start_engine
 from cluster.teachers.pool import check_report
+from configs.labels import Labels
 from trainer.loop.loops import Observer
-from trainer.types import EncodingSpec, Evaluation, Prompt, RankBatch, SoftLabelBlock, StepMetrics, Unit, UnitReport
+from trainer.types import Evaluation, Prompt, RankBatch, SoftLabelBlock, StepMetrics, Unit, UnitReport
 
 
 class InProcessTeacher:
@@ -35,7 +36,7 @@ class InProcessTeacher:
     def start(self) -> None:
         self._engine = start_engine(self._plan, f"{self._plan.role}-0")
 
-    async def score(self, unit: Unit, encoding: EncodingSpec) -> tuple[UnitReport, SoftLabelBlock]:
+    async def score(self, unit: Unit, encoding: Labels) -> tuple[UnitReport, SoftLabelBlock]:
         report, block = await self._engine.score(unit, encoding, deadline_s=self._deadline_s)
         check_report(report, unit)
         self._observer.span(report.replica, "score", report.started_s, report.started_s + report.score_s, unit.id)

@@ -8,7 +8,6 @@ laptop. Whatever is chosen for the user says so in `reasons`; whatever they shou
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -30,8 +29,11 @@ from cluster.runtime import (
     environment,
 )
 from cluster.topology import place
-from configs.plugins import Plugin
+from configs.answers import TeacherAnswers
+from configs.engines import ENGINES, Vllm
+from configs.labels import HELD_OUT
 from configs.schema import ModelSource, Replicas, Run
+from configs.stations import Choice
 from trainer.errors import ConfigError
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.model.attention_choice import (
@@ -42,7 +44,7 @@ from trainer.model.attention_choice import (
     refuse_unpackable,
 )
 from trainer.model.zero_config import deepspeed_config
-from trainer.types import EncodingSpec, StudentPlan
+from trainer.types import StudentPlan
 
 START_BASE_S = 600.0
 """Until a role must be ready, beside what its model's size asks for: processes, imports, compiling, a busy machine."""
@@ -52,9 +54,6 @@ LOAD_BYTES_PER_S = 100e6
 
 MAX_THREADS = 8
 """More threads of one process gain little; more ranks or replicas use the cores."""
-
-EVALUATION_LABELS = EncodingSpec("hidden")
-"""What held-out rows are scored with, whatever the training labels are: exact over the whole vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +169,7 @@ def start_timeout_s(run: Run, model: ModelSource, num_bytes: int | None) -> floa
 def check_rotation(run: Run, teacher_config: Any) -> None:
     """Raises `ConfigError` where vLLM would rotate positions, or see a window, otherwise than transformers' model of
     the teacher."""
-    if any(replicas.engine.kind == "vllm" for replicas in run.teacher.roles().values()):
+    if any(isinstance(replicas.engine, Vllm) for replicas in run.teacher.roles().values()):
         why = "vLLM rotates every row as it would the longest, transformers each by its own length"
         refuse_changing_rope(teacher_config, max_length=run.data.max_length, role="teacher", why=why)
         trusted = run.teacher.model.trust_remote_code
@@ -216,7 +215,7 @@ def check_split(run: Run, teacher_config: Any) -> None:
 
 def to_json(resolved: Resolved) -> str:
     """Stable text: for golden files, for the run folder, for people."""
-    return json.dumps(asdict(resolved), indent=2, sort_keys=True) + "\n"
+    return json.dumps(asdict(resolved), indent=2, sort_keys=True, default=Choice.flat) + "\n"
 
 
 def _accelerator(run: Run, hardware: Hardware) -> Accelerator:
@@ -305,9 +304,7 @@ class _Engines:
         self._accelerator = accelerator
         self._placement = placement
         self._shared = shared
-        labels = EncodingSpec(run.labels.kind, dict(run.labels.parameters))
-        same = load_encoding(labels) == load_encoding(EVALUATION_LABELS)
-        self._encodings = (labels,) if same else (labels, EVALUATION_LABELS)
+        self._encodings = tuple(dict.fromkeys((run.labels, HELD_OUT)))
 
     def plan(
         self, role: Role, replicas: Replicas, dtypes: _Dtypes, tables: _Tables, *, sampling: Sampling | None
@@ -316,8 +313,7 @@ class _Engines:
         dtype = dtypes.choose(f"teacher.{role}", replicas.dtype)
         return EnginePlan(
             role=role,
-            kind=replicas.engine.kind,
-            parameters=dict(replicas.engine.parameters),
+            engine=replicas.engine,
             model=model.path,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
@@ -334,7 +330,7 @@ class _Engines:
         )
 
     def _arguments(self, role: Role, replicas: Replicas, dtype: str) -> dict[str, Any]:
-        engine = _load_engine(replicas.engine)
+        engine = ENGINES.load(replicas.engine)
         arguments = engine.arguments(
             role=role,
             dtype=dtype,
@@ -345,7 +341,7 @@ class _Engines:
         )
         if any(group.executor == "ray" for group in self._placement.of_role(role)):
             arguments["distributed_executor_backend"] = "ray"  # a replica larger than every node
-        if self._overrides and replicas.engine.kind == "vllm":
+        if self._overrides and isinstance(replicas.engine, Vllm):
             arguments["hf_overrides"] = arguments.get("hf_overrides", {}) | self._overrides
         return arguments
 
@@ -363,11 +359,6 @@ def _any_shape(vocabulary_size: int) -> TeacherShape:
     import torch
 
     return TeacherShape(vocabulary_size=vocabulary_size, hidden_size=1, dtype=torch.float32)
-
-
-def _load_engine(plugin: Plugin) -> Any:
-    module = plugin.kind if "." in plugin.kind else f"cluster.engines.{plugin.kind}"
-    return importlib.import_module(module).Engine(**plugin.parameters)
 
 
 def _student_plan(
@@ -404,13 +395,15 @@ def _student_plan(
 
 
 def _sampling(run: Run, stop_token_ids: tuple[int, ...]) -> Sampling:
-    parameters = run.elicitation.parameters
-    if "max_new_tokens" not in parameters:
-        raise ConfigError(
-            f"teacher.writer is set, and elicitation {run.elicitation.kind} never asks it to write. Remove it"
-        )
-    named = {name: parameters[name] for name in ("max_new_tokens", "temperature", "top_p") if name in parameters}
-    return Sampling(**named, seed=run.seed, stop_token_ids=tuple(stop_token_ids))
+    answers = run.elicitation
+    assert isinstance(answers, TeacherAnswers), answers
+    return Sampling(
+        max_new_tokens=answers.max_new_tokens,
+        temperature=answers.temperature,
+        top_p=answers.top_p,
+        seed=run.seed,
+        stop_token_ids=tuple(stop_token_ids),
+    )
 
 
 def _threads(hardware: Hardware, placement: Placement) -> int | None:

@@ -24,6 +24,7 @@ from cluster.resolve import Resolved
 from cluster.students.group import RankActor, StudentGroup, StudentJob
 from cluster.teachers.actor import TeacherActor
 from cluster.teachers.pool import ReplicaPool
+from configs.engines import Vllm
 from trainer.build import VARIABLE, build_hash
 from trainer.errors import InfrastructureError
 from trainer.loop.loops import Observer
@@ -80,7 +81,7 @@ class RaySession:
         models = ((model.path, model.revision) for model in (run.teacher.model, run.student.model))
         question = Question(
             models=tuple(models),
-            needs_plugin=any(role.engine.kind == "vllm" for role in run.teacher.roles().values()),
+            needs_plugin=any(isinstance(role.engine, Vllm) for role in run.teacher.roles().values()),
             folder=self._folder,
         )
         environment = self._environment(runtime.environment(runtime.CONTROLLER, self._resolved.accelerator))

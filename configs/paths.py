@@ -7,6 +7,9 @@ from pathlib import Path
 
 from configs.errors import ConfigError
 
+ROOT = Path(__file__).resolve().parent.parent
+"""The folder of the four packages."""
+
 PATTERN_CHARACTERS = "*?["
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 """Bytes: more, and no file system of Linux has it."""

@@ -15,9 +15,10 @@ from pydantic.fields import FieldInfo
 
 from configs.document import Document, KeyPath, Problem, dotted, show
 from configs.meant import meant
-from configs.plugins import Family
 from configs.refusal import did_you_mean
-from configs.schema import NAME, Run
+from configs.schema import Run
+from configs.section import NAME
+from configs.stations import Station
 
 EXPECTED = {
     "int": "a whole number",
@@ -157,29 +158,37 @@ def _sentence(document: Document, path: KeyPath, detail: Any, model: type[BaseMo
 
 def _unknown_key(document: Document, path: KeyPath, model: type[BaseModel]) -> str:
     here = list(_fields(document.tree, path[:-1], model))
-    return f"unknown key '{path[-1]}'{meant(path, here, _all_keys(document, model))}"
+    keys = _all_keys(document, model)
+    others = keys.get(tuple(part for part in path if isinstance(part, str)))
+    if others:
+        return f"unknown key '{path[-1]}': remove {path[-1]}, only {' and '.join(others)} have it"
+    return f"unknown key '{path[-1]}'{meant(path, here, keys)}"
 
 
 def _all_keys(document: Document, model: type[BaseModel]) -> dict[KeyPath, list[str]]:
-    """Every key, and for parameters of plug-ins that are not chosen the kinds that have them."""
+    """Every key, and for parameters of kinds that are not chosen the kinds that have them."""
     keys: dict[KeyPath, list[str]] = {}
     for path, field in all_paths(model):
         keys[path] = []
-        family = _family(field)
-        if family is None:
+        station = _station(field)
+        if station is None:
             continue
-        given = _look(document.tree, path)
-        chosen = given.get("kind", family.default_kind) if isinstance(given, dict) else given or family.default_kind
+        chosen = _chosen(station, _look(document.tree, path))
         having: dict[str, list[str]] = {}
-        for kind in family.kinds():
-            for name in family.signature(kind).model.model_fields:
-                having.setdefault(name, []).append(kind)
+        for one in station.built_in:
+            for name in one.model_fields:
+                having.setdefault(name, []).append(station.kind_of(one))
         keys |= {(*path, name): [] if chosen in kinds else kinds for name, kinds in having.items()}
     return keys
 
 
+def _chosen(station: Station, given: Any) -> Any:
+    """The kind that is meant by what was written."""
+    return given.get(station.tag, station.default) if isinstance(given, dict) else given or station.default
+
+
 def _fields(tree: Any, path: KeyPath, model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields that the schema knows at a path, those of a plug-in's parameters included."""
+    """The fields that the schema knows at a path, those of the chosen kinds included."""
     fields: dict[str, FieldInfo] = dict(model.model_fields)
     for depth, part in enumerate(path):
         if isinstance(part, int):
@@ -187,14 +196,11 @@ def _fields(tree: Any, path: KeyPath, model: type[BaseModel]) -> dict[str, Field
         field = fields.get(part)
         if field is None:
             return {}
-        family = _family(field)
-        section = _section(field.annotation)
-        if family is not None:
-            chosen = _look(tree, path[: depth + 1])
-            kind = (
-                chosen.get("kind", family.default_kind) if isinstance(chosen, dict) else chosen or family.default_kind
-            )
-            return {"kind": field, **family.signature(str(kind)).model.model_fields}
+        station, section = _station(field), _section(field.annotation)
+        if station is not None:
+            items = path[depth + 1 : depth + 2] if get_origin(field.annotation) is tuple else ()
+            kind = _chosen(station, _look(tree, (*path[: depth + 1], *items)))
+            return dict(station.parameters_of(kind).model_fields)
         if section is None:
             return {}
         fields = dict(section.model_fields)
@@ -211,18 +217,20 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 
 def all_paths(model: type[BaseModel] = Run, above: KeyPath = ()) -> Iterator[tuple[KeyPath, FieldInfo]]:
-    """Every field of the schema with its path, parameters of plug-ins excepted."""
+    """Every field of the schema with its path, parameters of stations excepted."""
     for name, field in model.model_fields.items():
         yield (*above, name), field
         section = _section(field.annotation)
-        if section is not None:
+        if section is not None and _station(field) is None:
             yield from all_paths(section, (*above, name))
 
 
 def plugin_paths() -> frozenset[KeyPath]:
-    """Where the schema takes a plug-in."""
-    return frozenset(path for path, field in all_paths() if _family(field) is not None)
+    """Where the schema takes a kind."""
+    return frozenset(path for path, field in all_paths() if _station(field) is not None)
 
 
-def _family(field: FieldInfo) -> Family | None:
-    return next((item for item in field.metadata if isinstance(item, Family)), None)
+def _station(field: FieldInfo) -> Station | None:
+    """The station of a field, or of the items of its list."""
+    inside = [item for argument in get_args(field.annotation) for item in getattr(argument, "__metadata__", ())]
+    return next((item for item in (*field.metadata, *inside) if isinstance(item, Station)), None)

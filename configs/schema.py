@@ -1,9 +1,8 @@
 """The whole configuration as pydantic models: what a run is, its defaults, and the rules between fields.
 
-Frozen; unknown keys are errors. A field that chooses a plug-in (`kind:`) takes the plug-in's own parameters beside it,
-checked against the signature in the plug-in's file (`configs/plugins.py`). Nothing here is adjusted silently: a rule
-that fails says what to write instead. A `None` that means "decided from the hardware" is decided by
-`cluster/resolve.py`, never here.
+A field that chooses a kind takes the parameters of that kind beside it (`configs/stations.py`). Nothing here is
+adjusted silently: a rule that fails says what to write instead. A `None` that means "decided from the hardware" is
+decided by `cluster/resolve.py`, never here.
 """
 
 from __future__ import annotations
@@ -12,43 +11,21 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
+from configs.answers import AnyAnswers, DatasetAnswers
+from configs.engines import AnyEngine, Hf, Vllm
+from configs.labels import AnyLabels, TopK
+from configs.losses import AnyTerm, ForwardKl
 from configs.paths import expand_home
-from configs.plugins import ELICITATION, ENGINES, LABELS, Plugin
+from configs.prompts import Dataset
 from configs.refusal import refusal
+from configs.section import MOST_SECONDS, NAME, Bytes, DType, Natural, Positive, Seconds, Section, with_known_home
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 LABEL_NAME = r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"
 HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?"
 COMMIT = r"[0-9a-f]{40}"
-DType = Literal["auto", "bfloat16", "float32"]
-
-MOST = 2**31 - 1
-MOST_SECONDS = 30 * 86400
-Positive = Annotated[int, Field(gt=0, le=MOST)]
-Natural = Annotated[int, Field(ge=0, le=MOST)]
-Bytes = Annotated[int, Field(gt=0, le=2**50)]
-Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
-"""A longer wait is none: timers of the system overflow, and whoever set it would never hear of a role that hangs."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-def _known_home(path: str) -> str:
-    """The path as it is: whoever reads it replaces `~`, and can."""
-    expand_home(path)
-    return path
 
 
 class ModelSource(Section):
@@ -65,12 +42,12 @@ class ModelSource(Section):
     @field_validator("path")
     @classmethod
     def _home_is_a_folder(cls, path: str) -> str:
-        return str(expand_home(path)) if path.startswith("~") else _known_home(path)
+        return str(expand_home(path)) if path.startswith("~") else with_known_home(path)
 
     @field_validator("local_copy")
     @classmethod
     def _copy_has_a_home(cls, folder: Path | None) -> Path | None:
-        return folder if folder is None else Path(_known_home(str(folder)))
+        return folder if folder is None else Path(with_known_home(str(folder)))
 
     @model_validator(mode="after")
     def _foreign_code_is_pinned(self) -> ModelSource:
@@ -160,7 +137,7 @@ class Student(Section):
 class Replicas(Section):
     """Engine processes of one kind that share the work."""
 
-    engine: Annotated[Plugin, ENGINES] = Plugin(ENGINES.default_kind)
+    engine: AnyEngine = Vllm()
     replicas: Positive = 1
     tensor_parallel_size: Positive = Field(1, description="Devices that hold one copy together.")
     dtype: DType = "auto"
@@ -179,7 +156,7 @@ class Replicas(Section):
 
     @model_validator(mode="after")
     def _hf_is_one_device(self) -> Replicas:
-        if self.engine.kind == "hf" and self.tensor_parallel_size != 1:
+        if isinstance(self.engine, Hf) and self.tensor_parallel_size != 1:
             text = "engine hf runs on one device: write tensor_parallel_size: 1, or engine: vllm"
             raise refusal(("tensor_parallel_size",), self.tensor_parallel_size, text)
         return self
@@ -197,29 +174,11 @@ class Teacher(Section):
     @field_validator("chat_template")
     @classmethod
     def _template_has_a_home(cls, path: str | None) -> str | None:
-        return path if path is None else _known_home(path)
+        return path if path is None else with_known_home(path)
 
     def roles(self) -> dict[str, Replicas]:
         """The replicas by role, `scorer` first."""
         return {"scorer": self.scorer} | ({} if self.writer is None else {"writer": self.writer})
-
-
-class Dataset(Section):
-    """One source of rows, read by `datasets`."""
-
-    path: str = Field(min_length=1, description="jsonl, json, parquet or arrow file, a folder of them, or a hub name.")
-    revision: str | None = None
-    split: str = "train"
-    format: Literal["auto", "messages", "prompt_completion", "prompt", "text"] = Field(
-        "auto",
-        description="auto: told by each row's own fields, and the same for all rows. prompt: answers are not read.",
-    )
-    max_rows: Positive | None = Field(None, description="Read only the first rows.")
-
-    @field_validator("path")
-    @classmethod
-    def _path_has_a_home(cls, path: str) -> str:
-        return _known_home(path)
 
 
 class Data(Section):
@@ -241,23 +200,6 @@ class Data(Section):
     def _evaluation_has_answers(self) -> Data:
         if self.evaluation is not None and self.evaluation.format == "prompt":
             raise refusal(("evaluation", "format"), "prompt", "held-out rows need answers: name another format")
-        return self
-
-
-class Term(Section):
-    """One weighted term of the objective."""
-
-    loss: Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
-    weight: PositiveFloat = 1.0
-    beta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="Only for jsd: weight of the teacher in the mixture (GKD, arXiv 2306.13649)."
-    )
-
-    @model_validator(mode="after")
-    def _beta_belongs_to_jsd(self) -> Term:
-        if (self.loss == "jsd") != (self.beta is not None):
-            text = "jsd needs beta, for example beta: 0.5" if self.loss == "jsd" else "remove beta: only jsd has it"
-            raise refusal(("beta",), self.beta, text)
         return self
 
 
@@ -350,9 +292,9 @@ class Run(Section):
     student: Student
     teacher: Teacher
     data: Data
-    elicitation: Annotated[Plugin, ELICITATION] = Plugin(ELICITATION.default_kind)
-    labels: Annotated[Plugin, LABELS] = Plugin(LABELS.default_kind)
-    objective: tuple[Term, ...] = Field((Term(loss="forward_kl"),), min_length=1)
+    elicitation: AnyAnswers = DatasetAnswers()
+    labels: AnyLabels = TopK()
+    objective: tuple[AnyTerm, ...] = Field((ForwardKl(),), min_length=1)
     optimizer: Optimizer = Optimizer()
     training: Training
     faults: Faults = Faults()
@@ -367,11 +309,10 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _no_term_twice(self) -> Run:
-        seen = [(term.loss, term.beta) for term in self.objective]
-        for index, term in enumerate(seen):
-            if term in seen[:index]:
-                text = f"{term[0]} is a term already: give one term the sum of both weights"
-                raise refusal(("objective", index, "loss"), term[0], text)
+        for index, term in enumerate(self.objective):
+            if any(term.same_as(earlier) for earlier in self.objective[:index]):
+                text = f"{term.loss} is a term already: give one term the sum of both weights"
+                raise refusal(("objective", index, "loss"), term.loss, text)
         return self
 
     @model_validator(mode="after")
@@ -386,7 +327,7 @@ class Run(Section):
             if replicas.replicas != 1:
                 text = "runtime: in_process has one process: write replicas: 1"
                 raise refusal(("teacher", role, "replicas"), replicas.replicas, text)
-            if replicas.engine.kind == "vllm":
+            if isinstance(replicas.engine, Vllm):
                 text = "runtime: in_process needs an engine without processes of its own: write engine: hf"
                 raise refusal(("teacher", role, "engine"), "vllm", text)
         return self
@@ -394,8 +335,7 @@ class Run(Section):
     @model_validator(mode="after")
     def _who_writes_the_answers(self) -> Run:
         kind, writer, data = self.elicitation.kind, self.teacher.writer, self.data.train
-        facts = ELICITATION.signature(kind).constants
-        writes, needs_answer = facts.get("needs_writer", False), facts.get("needs_answer", False)
+        writes, needs_answer = self.elicitation.needs_writer, self.elicitation.needs_answer
         if writes and writer is None:
             text = f"elicitation: {kind} lets the teacher write the answers: add teacher.writer, if only writer: {{}}"
             raise refusal(("teacher", "writer"), None, text)

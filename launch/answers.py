@@ -115,8 +115,7 @@ def _start_writer(teacher: Path, tokenizer: PreTrainedTokenizerBase, sampling: S
     )
     plan = EnginePlan(
         role=WRITER,
-        kind="vllm",
-        parameters={},
+        engine=engine,
         model=str(teacher),
         revision=None,
         trust_remote_code=False,

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,13 @@ import typer
 
 from cluster.engines.vllm_registry import check_architecture, unknown_quantisation
 from cluster.resolve import check_rotation, check_split
+from configs.answers import ANSWERS
+from configs.engines import ENGINES, Hf, Vllm
+from configs.labels import LABELS
 from configs.load import load_run, run_folder
 from configs.paths import refuse_pattern
-from configs.plugins import ELICITATION, ENGINES, LABELS, Family, Plugin
 from configs.schema import Dataset, ModelSource, Run, Training
+from configs.stations import Choice, Station
 from launch.contents import contents_of
 from launch.disk import DiskNeed, check_writable, free_bytes, size_text
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
@@ -146,24 +148,19 @@ def examine(run: Run, inputs: list[Inputs] | None = None) -> Iterator[Finding]:
 
 def _models(run: Run) -> list[tuple[str, ModelSource, bool]]:
     """(role, source, whether its weights are read)."""
-    made_up = all(r.engine.parameters.get("load_format") == "dummy" for r in run.teacher.roles().values())
+    made_up = all(isinstance(r.engine, Vllm) and r.engine.load_format == "dummy" for r in run.teacher.roles().values())
     return [("teacher", run.teacher.model, not made_up), ("student", run.student.model, True)]
 
 
 def _plugins(run: Run) -> Iterator[Finding]:
     """The classes' own checks of their parameters, which need their modules."""
-    chosen: list[tuple[str, Family, Plugin]] = [
+    chosen: list[tuple[str, Station, Choice]] = [
         ("labels", LABELS, run.labels),
-        ("elicitation", ELICITATION, run.elicitation),
+        ("elicitation", ANSWERS, run.elicitation),
     ]
     chosen += [(f"teacher.{role}.engine", ENGINES, r.engine) for role, r in run.teacher.roles().items()]
-    for place, family, plugin in chosen:
-
-        def make(family: Family = family, plugin: Plugin = plugin) -> None:
-            module = importlib.import_module(plugin.kind if "." in plugin.kind else f"{family.package}.{plugin.kind}")
-            getattr(module, family.class_name)(**plugin.parameters)
-
-        yield _attempt(place, make, lambda plugin=plugin: plugin.kind)
+    for place, station, choice in chosen:
+        yield _attempt(place, partial(station.load, choice), partial(str, choice.kind))
 
 
 def _model(
@@ -175,7 +172,11 @@ def _model(
     def look() -> None:
         nonlocal where
         where = find_model(source, path_name=place, needs_weights=needs_weights)
-        if where == "folder" and role == "teacher" and any(r.engine.kind != "hf" for r in run.teacher.roles().values()):
+        if (
+            where == "folder"
+            and role == "teacher"
+            and any(not isinstance(r.engine, Hf) for r in run.teacher.roles().values())
+        ):
             refuse_pattern(place, Path(source.path).expanduser(), reader="vLLM")
             if source.local_copy is not None:
                 refuse_pattern("teacher.model.local_copy", source.local_copy.expanduser(), reader="vLLM")
@@ -220,7 +221,7 @@ def _label_bytes(run: Run, inputs: Inputs) -> Iterator[Finding]:
 
 def _engine(run: Run) -> Iterator[Finding]:
     """Whether vLLM has a model for the teacher, as far as that can be known without starting one."""
-    if all(replicas.engine.kind != "vllm" for replicas in run.teacher.roles().values()):
+    if all(not isinstance(replicas.engine, Vllm) for replicas in run.teacher.roles().values()):
         return
     path = run.teacher.model.path
     config = load_config(run.teacher.model, role="teacher.model")
@@ -239,7 +240,7 @@ def _generation(run: Run) -> Iterator[Finding]:
     unused: dict[str, object] = {}
 
     def look() -> None:
-        unused.update(unused_settings(run.teacher.model, temperature=run.elicitation.parameters.get("temperature", 1)))
+        unused.update(unused_settings(run.teacher.model, temperature=getattr(run.elicitation, "temperature", 1)))
 
     found = _attempt("teacher generation", look, lambda: "as configured")
     if found.fatal:
@@ -279,8 +280,8 @@ def _dataset(run: Run, name: str, dataset: Dataset, inputs: Inputs) -> Iterator[
             template=inputs.template,
             vocabulary=inputs.vocabulary,
             needs_answer=inputs.strategy.needs_answer if training else True,
-            room_for_answer=run.elicitation.parameters.get("max_new_tokens", 0) if training else 0,
-            rewrite=run.elicitation.parameters.get("rewrite", False) if training else False,
+            room_for_answer=inputs.strategy.room_for_answer if training else 0,
+            rewrite=inputs.strategy.rewrite if training else False,
             budget=ROW_BUDGET,
         )
         reports.append(report)

@@ -23,6 +23,7 @@ import typer
 from cluster.doctor import machine, software
 from cluster.doctor.finding import Finding, Look, examine, ok, problem, warning
 from cluster.ray_session import object_store_bytes
+from configs.engines import Vllm
 from configs.load import load_run, run_folder
 from configs.schema import ModelSource, Run
 from launch.identity import HOME
@@ -105,7 +106,7 @@ def _needs(run: Run | None) -> Needs:
         return Needs()
     sources = (run.teacher.model, run.student.model)
     return Needs(
-        vllm=any(replicas.engine.kind == "vllm" for replicas in run.teacher.roles().values()),
+        vllm=any(isinstance(replicas.engine, Vllm) for replicas in run.teacher.roles().values()),
         disk_bytes=_disk_bytes(run),
         object_store_bytes=object_store_bytes(run.training.max_label_bytes),
         models=tuple((source.path, source.revision) for source in sources),

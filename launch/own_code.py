@@ -13,8 +13,8 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.plugins import find_module
 from configs.schema import Run
+from configs.stations import import_plugin
 from launch.files import files_in, refuse_secret
 from launch.identity import HOME, PACKAGES
 from trainer.errors import ConfigError
@@ -52,7 +52,7 @@ def plugin_code(run: Run) -> list[CodeFile]:
     chosen = [run.labels, run.elicitation, *(replicas.engine for replicas in run.teacher.roles().values())]
     found: dict[str, CodeFile] = {}
     for kind in sorted({plugin.kind for plugin in chosen if "." in plugin.kind}):
-        file = find_module(kind)
+        file = Path(str(import_plugin(kind).__file__))
         root = file.parents[kind.count(".") + (file.name == "__init__.py")]
         if root.resolve() in _installed_places():
             continue

@@ -190,7 +190,7 @@ def roles_of(run: Run, resolved: Resolved) -> dict[str, Any]:
     for plan, replicas in ((resolved.scorer, run.teacher.scorer), (resolved.writer, run.teacher.writer)):
         if plan is not None and replicas is not None:
             roles[plan.role] = {
-                "engine": plan.kind,
+                "engine": plan.engine.kind,
                 "replicas": replicas.replicas,
                 "tensor_parallel_size": plan.tensor_parallel_size,
                 "dtype": plan.dtype,

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from configs.labels import Labels
 from trainer.types import (
     AnswerCounters,
     BlockRef,
     Collected,
-    EncodingSpec,
     Evaluation,
     Prompt,
     RankBatch,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class Scorers(Protocol):
     """A pool of scorer replicas of one teacher."""
 
-    async def score(self, unit: Unit, encoding: EncodingSpec) -> tuple[UnitReport, BlockRef]:
+    async def score(self, unit: Unit, encoding: Labels) -> tuple[UnitReport, BlockRef]:
         """Labels for every loss row of the unit, whatever dies meanwhile.
 
         Raises `TeachersLost` when the pool has given up, `UnitRejected` when the unit itself cannot be scored.
@@ -95,9 +95,7 @@ class Students(Protocol):
 class ScoringEngine(Protocol):
     """Software that runs one replica of a teacher for scoring. Built inside its process; no method outlives `close`."""
 
-    async def score(
-        self, unit: Unit, encoding: EncodingSpec, *, deadline_s: float
-    ) -> tuple[UnitReport, SoftLabelBlock]:
+    async def score(self, unit: Unit, encoding: Labels, *, deadline_s: float) -> tuple[UnitReport, SoftLabelBlock]:
         """Raises `DeadlineExceeded` after aborting the unit's requests, `UnitRejected` for input the model refuses."""
         ...
 

@@ -16,13 +16,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
+
+    from configs.labels import Labels
 
 BlockRef = Any
 """Where a block lies: the block itself in one process, an object reference on a cluster. Opaque to the loops."""
@@ -152,20 +154,12 @@ def hash_tokens(sequences: AbstractSequence[Sequence]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class EncodingSpec:
-    """Which encoding of soft labels is asked for: a file name of `trainer/labels/` and its parameters."""
-
-    kind: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class LabelHeader:
     """What a block's numbers mean. Two blocks may be mixed in a step only if their headers are equal."""
 
     teacher: str
     weights_version: str
-    encoding: EncodingSpec
+    encoding: Labels  # its parameters
     tokenizer_fingerprint: str
     vocabulary_size: int  # V
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -30,17 +29,18 @@ from cluster.engines.units import (
     tokens_to_read,
     unit_report,
 )
+from configs.engines import Hf
+from configs.labels import Labels
 from configs.schema import ModelSource
 from trainer.errors import ConfigError, DeadlineExceeded
 from trainer.labels.encoding import Column, Encoding, load_encoding, pack_rows
 from trainer.model.attention import REFERENCE
 from trainer.model.load import load_causal
-from trainer.types import EncodingSpec, Prompt, Sequence, SoftLabelBlock, Unit, UnitReport
+from trainer.types import Prompt, Sequence, SoftLabelBlock, Unit, UnitReport
 
 
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """Parameters of a config: none."""
+class Engine(Hf):
+    """How the model is loaded, and what holds it."""
 
     def arguments(
         self,
@@ -154,9 +154,7 @@ class HfScorer:
         self._loop = SequenceLoop(name)
         self._shape = teacher_shape(plan, model.get_output_embeddings().weight.shape[1])
 
-    async def score(
-        self, unit: Unit, encoding: EncodingSpec, *, deadline_s: float
-    ) -> tuple[UnitReport, SoftLabelBlock]:
+    async def score(self, unit: Unit, encoding: Labels, *, deadline_s: float) -> tuple[UnitReport, SoftLabelBlock]:
         """See the protocol."""
         check_unit(unit, vocabulary_size=self._plan.vocabulary_size, max_length=self._plan.max_length)
         made = load_encoding(encoding)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trainer.types import EncodingSpec
+from configs.engines import Engine
+from configs.labels import Labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,7 @@ class EnginePlan:
     """Everything one replica needs, the same for all replicas of its role."""
 
     role: Literal["scorer", "writer"]
-    kind: str  # file name under cluster/engines/
-    parameters: Mapping[str, Any]  # of the config, for `Engine(**parameters)`
+    engine: Engine  # its parameters
     model: str
     revision: str | None
     trust_remote_code: bool
@@ -40,7 +40,7 @@ class EnginePlan:
     weights_version: str
     tokenizer_fingerprint: str
     vocabulary_size: int  # V
-    encodings: tuple[EncodingSpec, ...] = ()  # all that will be asked of a scorer
+    encodings: tuple[Labels, ...] = ()  # all that will be asked of a scorer
     sampling: Sampling | None = field(default=None)  # writers only
     start_timeout_s: float = 600.0  # until it must be ready, the copy included
     local_copy: str | None = None  # folder of the node where a copy of the model is read from

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from cluster.engines.plan import EnginePlan
+from configs.labels import Labels
 from trainer.errors import EngineDead, UnitRejected
 from trainer.labels.encoding import Column, Encoding, TeacherShape, unpack_rows
-from trainer.types import EncodingSpec, LabelHeader, Prompt, Sequence, SoftLabelBlock, Unit, UnitReport
+from trainer.types import LabelHeader, Prompt, Sequence, SoftLabelBlock, Unit, UnitReport
 
 BFLOAT16_EXPONENT = 0x7F80
 """Bits that are all set in a bfloat16 infinity or NaN, and in nothing else."""
@@ -89,7 +90,7 @@ def label_block(
     packed: AbstractSequence[np.ndarray],
     *,
     plan: EnginePlan,
-    spec: EncodingSpec,
+    spec: Labels,
     layout: tuple[Column, ...],
 ) -> SoftLabelBlock:
     """A block from the packed rows (uint8 [n, bytes]) of each sequence that has loss rows, in order.

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -28,10 +27,12 @@ from cluster.engines.units import (
     unit_report,
 )
 from cluster.engines.vllm_loop import EngineLoop, Request
+from configs.engines import Vllm
+from configs.labels import HELD_OUT, Labels
 from trainer.errors import ConfigError, InfrastructureError
 from trainer.labels.encoding import load_encoding
 from trainer.model.head import head_width
-from trainer.types import EncodingSpec, Prompt, Sequence, SoftLabelBlock, Unit, UnitReport
+from trainer.types import Prompt, Sequence, SoftLabelBlock, Unit, UnitReport
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, SamplingParams
@@ -48,27 +49,8 @@ FORBID = -100.0
 """The strongest logit bias vLLM accepts: keeps the padding of a vocabulary out of what a writer writes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """Parameters of a config. None: decided by role and device in `arguments`."""
-
-    gpu_memory_utilization: float = 0.9
-    kv_cache_bytes: int | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    enforce_eager: bool | None = None
-    load_format: Literal["safetensors", "dummy"] = "safetensors"  # vLLM's auto would read pickles too
-
-    def __post_init__(self) -> None:
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(
-                f"engine.gpu_memory_utilization is {self.gpu_memory_utilization}; it is a share of the GPU's memory, "
-                "for example 0.9"
-            )
-        for name in ("kv_cache_bytes", "max_num_seqs", "max_num_batched_tokens"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"engine.{name} is {value}; give a positive number or leave it out")
+class Engine(Vllm):
+    """How an engine of this role and device is started."""
 
     def arguments(
         self,
@@ -215,7 +197,7 @@ def try_out(engine: LLMEngine, plan: EnginePlan) -> None:
     from vllm import SamplingParams
 
     if plan.role == "scorer":
-        encoding = plan.encodings[0] if plan.encodings else EncodingSpec("hidden")
+        encoding = plan.encodings[0] if plan.encodings else HELD_OUT
         token_ids, params = [0, 0], label_request(encoding, plan, spans=[0, 1])
     elif plan.sampling is None:  # of a benchmark, which says with each request how to write
         token_ids, params = [0], SamplingParams(max_tokens=1)
@@ -227,11 +209,11 @@ def try_out(engine: LLMEngine, plan: EnginePlan) -> None:
         engine.step()
 
 
-def label_request(encoding: EncodingSpec, plan: EnginePlan, *, spans: list[int]) -> PoolingParams:
+def label_request(encoding: Labels, plan: EnginePlan, *, spans: list[int]) -> PoolingParams:
     """`spans` are start, end, start, end, ... of the asked rows."""
     from cluster.engines.vllm_labels import Ask
 
-    ask = Ask(encoding.kind, dict(encoding.parameters), plan.vocabulary_size, spans)
+    ask = Ask(encoding.flat(), plan.vocabulary_size, spans)
     return ask.to_params()
 
 
@@ -243,9 +225,7 @@ class VllmScorer:
         self._loop = loop
         self._hidden_size = hidden_size
 
-    async def score(
-        self, unit: Unit, encoding: EncodingSpec, *, deadline_s: float
-    ) -> tuple[UnitReport, SoftLabelBlock]:
+    async def score(self, unit: Unit, encoding: Labels, *, deadline_s: float) -> tuple[UnitReport, SoftLabelBlock]:
         """See the protocol. Several calls at once share the engine's batches."""
         plan = self._plan
         check_unit(unit, vocabulary_size=plan.vocabulary_size, max_length=plan.max_length)
@@ -271,7 +251,7 @@ class VllmScorer:
         )
         return report, block
 
-    def _request(self, sequence: Sequence, encoding: EncodingSpec) -> Request:
+    def _request(self, sequence: Sequence, encoding: Labels) -> Request:
         spans = [edge for span in sequence.spans() for edge in span]
         return Request(tokens_to_read(sequence).tolist(), label_request(encoding, self._plan, spans=spans))
 

@@ -28,9 +28,9 @@ from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 from vllm.pooling_params import PoolingParams
 from vllm.v1.pool.metadata import PoolingMetadata
 
+from configs.labels import LABELS
 from trainer.build import check_build
 from trainer.labels.encoding import Encoding, TeacherShape, load_encoding, pack_rows
-from trainer.types import EncodingSpec
 
 ARCHITECTURE_VARIABLE = "STILLHOUSE_TEACHER_ARCHITECTURE"
 """Names the architecture to replace; inherited by tensor-parallel workers. Unset: this process scores nothing."""
@@ -88,8 +88,7 @@ def twin_of(base: type[torch.nn.Module]) -> type[torch.nn.Module]:
 class Ask:
     """What one request wants, as it travels in `PoolingParams.extra_kwargs`."""
 
-    kind: str
-    parameters: dict[str, object]
+    labels: dict[str, object]  # flat: the kind and its parameters
     vocabulary_size: int
     spans: list[int]  # start, end, start, end, ... of the asked rows
 
@@ -99,8 +98,7 @@ class Ask:
             use_activation=False,
             skip_reading_prefix_cache=True,
             extra_kwargs={
-                "kind": self.kind,
-                "parameters": self.parameters,
+                "labels": self.labels,
                 "vocabulary_size": self.vocabulary_size,
                 "spans": self.spans,
             },
@@ -193,7 +191,7 @@ class LabelPooler(Pooler):
     def _encoding(self, ask: Ask) -> Encoding:
         key = encoding_key(ask)
         if key not in self.encodings:
-            self.encodings[key] = load_encoding(EncodingSpec(ask.kind, ask.parameters))
+            self.encodings[key] = load_encoding(LABELS.validate(ask.labels))
         return self.encodings[key]
 
     @staticmethod
@@ -212,4 +210,4 @@ class LabelPooler(Pooler):
 
 
 def encoding_key(ask: Ask) -> str:
-    return f"{ask.kind} {sorted(ask.parameters.items())} {ask.vocabulary_size}"
+    return f"{sorted(ask.labels.items())} {ask.vocabulary_size}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,11 @@ from cluster.engines.plan import EnginePlan
 from cluster.logs import SharedFolder, redirect_output
 from cluster.model_files import local_copy
 from cluster.processes import ProcessIdentity, own_shared_memory, this_process
+from configs.engines import ENGINES
+from configs.labels import Labels
 from trainer.build import check_build
 from trainer.protocols import ScoringEngine, WritingEngine
-from trainer.types import EncodingSpec, Prompt, SoftLabelBlock, Unit, UnitReport
+from trainer.types import Prompt, SoftLabelBlock, Unit, UnitReport
 
 
 def start_engine(plan: EnginePlan, name: str) -> ScoringEngine | WritingEngine:
@@ -26,8 +27,7 @@ def start_engine(plan: EnginePlan, name: str) -> ScoringEngine | WritingEngine:
     if plan.local_copy is not None:
         copy = local_copy(plan.model, Path(plan.local_copy), timeout_s=plan.start_timeout_s)
         plan = replace(plan, model=str(copy))
-    module = plan.kind if "." in plan.kind else f"cluster.engines.{plan.kind}"
-    engine = importlib.import_module(module).Engine(**plan.parameters)
+    engine = ENGINES.load(plan.engine)
     return engine.start_scorer(plan, name) if plan.role == "scorer" else engine.start_writer(plan, name)
 
 
@@ -55,7 +55,7 @@ class TeacherActor:
     async def ping(self) -> None:
         """Answers while the engine works: it has a thread of its own."""
 
-    async def score(self, unit: Unit, encoding: EncodingSpec, deadline_s: float) -> tuple[UnitReport, SoftLabelBlock]:
+    async def score(self, unit: Unit, encoding: Labels, deadline_s: float) -> tuple[UnitReport, SoftLabelBlock]:
         return await self._engine.score(unit, encoding, deadline_s=deadline_s)
 
     async def write(self, prompts: Sequence[Prompt], deadline_s: float) -> list[np.ndarray]:

@@ -36,6 +36,7 @@ from cluster.health import (
 )
 from cluster.logs import SharedFolder, last_words
 from cluster.processes import ProcessIdentity, kill_actor, wait_killed
+from configs.labels import Labels
 from configs.schema import Faults
 from trainer.errors import (
     ConfigError,
@@ -48,7 +49,7 @@ from trainer.errors import (
     UnitRejected,
 )
 from trainer.loop.loops import Observer
-from trainer.types import BlockRef, EncodingSpec, Prompt, Unit, UnitReport
+from trainer.types import BlockRef, Prompt, Unit, UnitReport
 
 MAX_MISSES = 3  # deadlines in a row without an answer: more than `CREDITS`, so that it is not one heavy unit
 CREDITS = 2  # units in flight per replica: with 1 the engine idles between units, with more a lost replica costs more
@@ -112,7 +113,7 @@ class ReplicaPool:
         await asyncio.gather(*(self._start(index) for index in range(len(self._replicas))))
         self._watchers = [asyncio.create_task(self._watch(index)) for index in range(len(self._replicas))]
 
-    async def score(self, unit: Unit, encoding: EncodingSpec) -> tuple[UnitReport, BlockRef]:
+    async def score(self, unit: Unit, encoding: Labels) -> tuple[UnitReport, BlockRef]:
         deadline_s = self._faults.score_timeout_s
 
         async def send(actor: Any) -> tuple[UnitReport, BlockRef]:

@@ -15,7 +15,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 
-from configs.schema import Run, Term
+from configs.losses import Term
+from configs.schema import Run
+from configs.stations import Choice
 from launch.report.metrics import NOTICEABLE_PADDING, Records
 from launch.report.numbers import fixed, share
 
@@ -130,8 +132,8 @@ def _settings(run: Run, manifest: Mapping[str, Any], records: Records, *, stored
     training, optimizer, lora = run.training, run.optimizer, run.student.lora
     rows = [
         ("objective", " + ".join(_term(term) for term in run.objective)),
-        ("soft labels", _plugin(run.labels.kind, run.labels.parameters)),
-        ("answers written by", _plugin(run.elicitation.kind, run.elicitation.parameters)),
+        ("soft labels", _choice(run.labels)),
+        ("answers written by", _choice(run.elicitation)),
         ("answers of the teacher", _answers(counters)),
         ("optimizer steps", f"{records.steps[-1].step:,}" if records.steps else ""),
         ("sequences per step", f"{training.sequences_per_step:,}"),
@@ -160,13 +162,14 @@ def _precision(run: Run, manifest: Mapping[str, Any]) -> str:
 
 
 def _term(term: Term) -> str:
-    name = term.loss if term.beta is None else f"{term.loss} (beta {term.beta:g})"
+    chosen = ", ".join(f"{name} {value:g}" for name, value in term.parameters().items())
+    name = f"{term.loss} ({chosen})" if chosen else term.loss
     return name if term.weight == 1 else f"{term.weight:g} x {name}"
 
 
-def _plugin(kind: str, parameters: Mapping[str, Any]) -> str:
-    chosen = ", ".join(f"{name}: {value}" for name, value in parameters.items())
-    return f"{kind} ({chosen})" if chosen else kind
+def _choice(choice: Choice) -> str:
+    chosen = ", ".join(f"{name}: {value}" for name, value in choice.flat().items() if name != "kind")
+    return f"{choice.kind} ({chosen})" if chosen else choice.kind
 
 
 def _answers(counters: Mapping[str, Any]) -> str:

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field, ValidationError
 
-from configs.plugins import Family
-from configs.schema import NAME, Section
+from configs.refusal import did_you_mean
+from configs.section import NAME, Section
+from configs.stations import import_plugin
 from trainer.errors import ConfigError
 from trainer.records import Moment
 
 if TYPE_CHECKING:
     from launch.bundle import Bundle
 
-TARGETS = Family("launch.targets", "Target", "local")
+KINDS = ("kuberay", "local", "ray", "skypilot", "slurm")
 
 State = Literal["pending", "running", "succeeded", "failed", "stopped", "preempted", "unknown"]
 OVER: frozenset[State] = frozenset({"succeeded", "failed", "stopped", "preempted"})
@@ -122,12 +123,14 @@ class Target(Protocol):
 
 
 def load_target(kind: str) -> Target:
-    """The target of a kind. Raises `ConfigError` for an unknown one, with the nearest."""
+    """The target of a kind, one of `KINDS` or `package.module`. Raises `ConfigError` for an unknown one, with the
+    nearest."""
     try:
-        TARGETS.signature(kind)
+        if "." not in kind and kind not in KINDS:
+            raise ValueError(f"unknown kind '{kind}'{did_you_mean(kind, KINDS)} (there are {', '.join(KINDS)})")
+        module = import_plugin(kind) if "." in kind else importlib.import_module(f"launch.targets.{kind}")
     except ValueError as error:
         raise ConfigError(f"--to {kind}: {error}") from None
-    module = importlib.import_module(kind if "." in kind else f"{TARGETS.package}.{kind}")
     return module.Target()
 
 

@@ -171,9 +171,9 @@ def test_a_replica_larger_than_a_node_takes_the_ray_executor_and_no_other_does()
 def test_the_scorer_is_asked_for_training_labels_and_for_exact_evaluation() -> None:
     encodings = resolved(make_run(labels={"kind": "topk", "k": 16}), "2cpu").scorer.encodings
     assert [encoding.kind for encoding in encodings] == ["topk", "hidden"]
-    assert encodings[0].parameters["k"] == 16
+    assert encodings[0].k == 16
     warm = resolved(make_run(labels={"kind": "hidden", "temperature": 2.0}), "2cpu").scorer.encodings
-    assert [encoding.parameters.get("temperature", 1.0) for encoding in warm] == [2.0, 1.0]
+    assert [encoding.temperature for encoding in warm] == [2.0, 1.0]
     assert len(resolved(make_run(labels="hidden"), "2cpu").scorer.encodings) == 1
 
 

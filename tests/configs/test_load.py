@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError
+from configs.labels import TopK
 from configs.load import LoadedRun, config_hash, differences, dump_run, load_run, run_folder
 from configs.schema import Run
 
@@ -140,6 +141,11 @@ CASES = {
         ["teacher.scorer={engine: hf, tensor_parallel_size: 2}"],
         ["teacher.scorer.tensor_parallel_size = 2", "or engine: vllm"],
     ),
+    "more than a GPU's memory": (
+        GOOD,
+        ["teacher.scorer.engine.gpu_memory_utilization=1.5"],
+        ["teacher.scorer.engine.gpu_memory_utilization = 1.5", "must be at most 1"],
+    ),
     "an override without value": (GOOD, ["training.steps"], ["--set training.steps", "--set path.to.key=value"]),
     "an override that is wrong": (GOOD, ["training.steps=0"], ["--set training.steps=0: training.steps = 0"]),
     "an override of an unknown key": (GOOD, ["training.stepps=3"], ["--set training.stepps=3", "did you mean 'steps'"]),
@@ -260,7 +266,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(load: Load) -> None:
 
 def test_an_override_adds_a_parameter_to_whatever_plugin_is_chosen(load: Load) -> None:
     assert load(GOOD, "labels.k=8").run.labels.flat() == {"kind": "topk", "k": 8, "temperature": 1.0}
-    assert load(GOOD + "labels: {temperature: 2}\n", "labels.k=8").run.labels.parameters == {"k": 8, "temperature": 2.0}
+    assert load(GOOD + "labels: {temperature: 2}\n", "labels.k=8").run.labels == TopK(k=8, temperature=2.0)
     assert load(GOOD + "labels: dense\n", "labels.temperature=2").run.labels.flat()["kind"] == "dense"
 
 

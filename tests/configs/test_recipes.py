@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs.load import dump_run, load_run
-from configs.plugins import ROOT
+from configs.paths import ROOT
 from configs.schema import Run
 
 RECIPES = sorted((ROOT / "configs").glob("**/*.yaml"))

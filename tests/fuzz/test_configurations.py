@@ -86,7 +86,7 @@ def load_damaged_options(file: Path, seed: int) -> None:
 
 def test_the_undamaged_configuration_loads(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(as_yaml(TREE))
-    assert load_run(tmp_path / "run.yaml").run.labels.parameters["k"] == 8
+    assert load_run(tmp_path / "run.yaml").run.labels.k == 8
 
 
 @pytest.mark.timeout(600)

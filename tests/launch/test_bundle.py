@@ -9,13 +9,13 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
+from configs.labels import LABELS
 from configs.load import config_hash, load_run
 from launch.bundle import Bundle, make_bundle
 from launch.own_code import plugin_code
@@ -183,7 +183,7 @@ def test_a_bundle_is_the_same_from_a_checkout_an_installation_and_a_bundle(
 def test_somebodys_own_plug_in_travels_too(bundled: Callable[..., Bundle], project: Path, tmp_path: Path) -> None:
     (project / "mine").mkdir()
     (project / "mine/encodings.py").write_text(
-        "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Encoding:\n    k: int = 4\n"
+        "from configs.labels import Labels\n\n\nclass Encoding(Labels):\n    k: int = 4\n"
     )
     (project / "mine/helper.py").write_text("x = 1\n")
     make = "from launch.bundle import make_bundle; from pathlib import Path; import sys;"
@@ -198,11 +198,11 @@ def test_data_of_a_plug_in_with_the_name_of_a_secret_stays_here(
 ) -> None:
     package = tmp_path / "plugged"
     package.mkdir()
-    (package / "topk.py").write_text("")
+    (package / "topk.py").write_text("from configs.labels import Labels\n\nclass Encoding(Labels):\n    pass\n")
     (package / "secret_words.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
     run = load_run(ROOT / "configs/demo.yaml").run
-    run = run.model_copy(update={"labels": replace(run.labels, kind="plugged.topk")})
+    run = run.model_copy(update={"labels": LABELS.validate("plugged.topk")})
     assert {file.path for file in plugin_code(run)} == {"plugged/topk.py", "plugged/secret_words.py"}
     (package / "credentials.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"credentials\.json has the name of a secret"):

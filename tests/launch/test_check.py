@@ -317,9 +317,16 @@ def test_rows_that_are_too_long_are_a_problem_or_counted_as_configured(make: Mak
     assert "raise data.max_length" in only_problem(make(long), *overrides, "data.on_too_long=drop").text
 
 
-def test_a_parameter_that_the_plugin_itself_refuses_is_a_problem(make: Make) -> None:
-    engine = "teacher.scorer.engine={kind: vllm, gpu_memory_utilization: 1.5}"
-    assert "gpu_memory_utilization" in only_problem(make(), engine).text
+def test_a_class_of_the_users_that_lacks_a_member_is_a_problem(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "short_engines").mkdir()
+    (tmp_path / "short_engines/mine.py").write_text(
+        "from configs.engines import Engine as Base\nclass Engine(Base): ..."
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    problem = only_problem(make(), "teacher.scorer.engine=short_engines.mine")
+    assert "its class Engine has no arguments, start_scorer, start_writer; cluster/engines/hf.py says" in problem.text
 
 
 def test_more_kept_ids_than_the_vocabulary_has_are_refused(make: Make) -> None:

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 
 from cluster.ray_session import METRICS_CLOSED, ray_environment
 from configs.load import load_run, load_section
-from configs.plugins import ROOT
+from configs.paths import ROOT
 from launch.bundle import Bundle, BundleFile, make_bundle
 from launch.targets import load_target, options_of
 from launch.targets.kuberay_manifests import archive, config_map, object_name

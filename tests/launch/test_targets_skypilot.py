@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from slurm_stand_in import SlurmStandIn
 
 from configs.load import load_run, load_section
-from configs.plugins import ROOT
+from configs.paths import ROOT
 from launch.bundle import Bundle, make_bundle
 from launch.targets import load_target
 from trainer.errors import ConfigError, InfrastructureError

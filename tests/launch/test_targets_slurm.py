@@ -13,7 +13,7 @@ from slurm_stand_in import SlurmStandIn
 
 from cluster.ray_session import METRICS_CLOSED, ray_environment
 from configs.load import load_run
-from configs.plugins import ROOT
+from configs.paths import ROOT
 from launch.bundle import Bundle, make_bundle
 from launch.targets import JobRecord, load_target
 from launch.targets.slurm_options import limit_s

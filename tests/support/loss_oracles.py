@@ -11,11 +11,14 @@ import torch
 
 @dataclass(frozen=True)
 class TermLike:
-    """As configs.schema.Term."""
+    """As configs.losses.Term."""
 
     loss: str
     weight: float = 1.0
     beta: float | None = None
+
+    def parameters(self) -> dict[str, float]:
+        return {} if self.beta is None else {"beta": self.beta}
 
 
 def forward_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -67,7 +70,7 @@ def objective(
         if term.loss == "cross_entropy":
             total = total - term.weight * probabilities(student).gather(-1, next_ids[:, None])[:, 0].log()
         else:
-            extra = {} if term.beta is None else {"beta": term.beta}
+            extra = term.parameters()
             total = total + term.weight * temperature**2 * DIVERGENCES[term.loss](p, q, **extra)
     return total
 

@@ -32,12 +32,13 @@ from student_world import (
     train,
 )
 
+from configs.labels import Hidden
 from configs.schema import Run
 from trainer.errors import ConfigError
 from trainer.model.load import load_student
 from trainer.model.student import StudentRank
 from trainer.model.zero import sharded_loading, start_processes
-from trainer.types import EncodingSpec, Unit
+from trainer.types import Unit
 
 STAGES = (1, 2, 3)
 LORA = {"rank": 4, "dropout": 0.2}
@@ -171,7 +172,7 @@ def _held_out(place: Place, world: int) -> list[Unit]:
 
 def _evaluate(rank: StudentRank, place: Place) -> Any:
     teacher, units = Teacher(), _held_out(place, place.world)
-    rank.stage_evaluation(units, [teacher.label(unit, EncodingSpec("hidden")) for unit in units])
+    rank.stage_evaluation(units, [teacher.label(unit, Hidden()) for unit in units])
     return rank.evaluate(0, 3)
 
 

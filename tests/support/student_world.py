@@ -12,12 +12,13 @@ import torch
 from rank_processes import Place
 from tiny_models import tiny_folder, tiny_model
 
+from configs.labels import Labels
 from configs.schema import Run
 from trainer.labels.encoding import load_encoding
 from trainer.loop.plan import cut_units, plan_step
 from trainer.model.student import StudentInfo, StudentRank
 from trainer.model.zero_config import deepspeed_config
-from trainer.types import EncodingSpec, LabelHeader, RankBatch, Sequence, SoftLabelBlock, StudentPlan, Unit
+from trainer.types import LabelHeader, RankBatch, Sequence, SoftLabelBlock, StudentPlan, Unit
 
 VOCABULARY_SIZE = 283
 HOST = torch.device("cpu")
@@ -117,7 +118,7 @@ class Teacher:
         self._model = tiny_model("llama", seed=1)
 
     @torch.no_grad()
-    def label(self, unit: Unit, spec: EncodingSpec) -> SoftLabelBlock:
+    def label(self, unit: Unit, spec: Labels) -> SoftLabelBlock:
         encoding = load_encoding(spec)
         parts = []
         for sequence in unit.sequences:
@@ -146,8 +147,8 @@ def batch_of(step: int, place: Place, *, token_budget: int) -> RankBatch:
     return cut_units(sequences, plan, step=step, units_per_rank=2)[place.rank]
 
 
-def labels_of(run: Run) -> EncodingSpec:
-    return EncodingSpec(run.labels.kind, dict(run.labels.parameters))
+def labels_of(run: Run) -> Labels:
+    return run.labels
 
 
 def stage(rank: StudentRank, run: Run, place: Place, step: int, teacher: Teacher, *, token_budget: int = 4096) -> None:

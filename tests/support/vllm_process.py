@@ -24,8 +24,9 @@ from transformers import AutoConfig
 from cluster.engines.plan import EnginePlan, Sampling
 from cluster.resolve import vllm_overrides
 from cluster.runtime import environment
+from configs.labels import LABELS, Hidden, Labels
 from trainer.errors import DeadlineExceeded, EngineDead
-from trainer.types import EncodingSpec, Prompt, Unit, UnitReport
+from trainer.types import Prompt, Unit, UnitReport
 
 DEADLINE_S = 120.0
 
@@ -60,8 +61,7 @@ def engine_plan(engine: Any, folder: Path, *, role: str = "scorer", **changes: A
         arguments["hf_overrides"] = arguments.get("hf_overrides", {}) | overrides
     values = {
         "role": role,
-        "kind": "vllm",
-        "parameters": {},
+        "engine": engine,
         "model": str(folder),
         "revision": None,
         "trust_remote_code": False,
@@ -88,7 +88,7 @@ def tiny_engine(**parameters: Any) -> Any:
 
 
 def score_once(
-    folder: Path, unit: Unit, specs: tuple[EncodingSpec, ...], *, tensor_parallel_size: int = 1, **parameters: Any
+    folder: Path, unit: Unit, specs: tuple[Labels, ...], *, tensor_parallel_size: int = 1, **parameters: Any
 ) -> list[tuple[UnitReport, dict[str, np.ndarray]]]:
     """Start a scorer, score the unit with each encoding at the same time, stop the scorer."""
     engine = tiny_engine(**parameters)
@@ -138,7 +138,7 @@ def observe_behaviour(folder: Path) -> Behaviour:
     return Behaviour(**seen, still_alive_s=time.monotonic() - started)
 
 
-HIDDEN = EncodingSpec("hidden")
+HIDDEN = Hidden()
 
 
 async def joins(scorer: Any, seen: dict[str, Any]) -> None:
@@ -197,7 +197,7 @@ async def dies(scorer: Any, seen: dict[str, Any]) -> None:
     beside = asyncio.create_task(scorer.score(long_unit(), HIDDEN, deadline_s=DEADLINE_S))
     await asyncio.sleep(0.05)
     broken = scorer.score(
-        random_unit("broken", (20, [(3, 9)])), EncodingSpec("fakes.broken_encoding"), deadline_s=DEADLINE_S
+        random_unit("broken", (20, [(3, 9)])), LABELS.validate("fakes.broken_encoding"), deadline_s=DEADLINE_S
     )
     errors = list(await asyncio.gather(beside, broken, return_exceptions=True))
     try:

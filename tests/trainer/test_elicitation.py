@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from configs.plugins import ELICITATION
+from configs.answers import ANSWERS
 from trainer.elicitation import feature, labeling
 from trainer.errors import DataError
 from trainer.types import AnswerCounters, Prompt
@@ -113,9 +113,9 @@ def test_rewriting_needs_prompts_without_their_old_answers() -> None:
 
 
 def test_parameters_are_read_and_bounded_by_the_configuration() -> None:
-    plugin = ELICITATION.validate({"kind": "labeling", "max_new_tokens": 64})
-    assert labeling.Strategy(**plugin.parameters) == labeling.Strategy(max_new_tokens=64)
-    assert feature.Strategy(**ELICITATION.validate("feature").parameters) == feature.Strategy()
+    chosen = ANSWERS.validate({"kind": "labeling", "max_new_tokens": 64})
+    assert ANSWERS.load(chosen) == labeling.Strategy(max_new_tokens=64)
+    assert ANSWERS.load(ANSWERS.validate("feature")) == feature.Strategy()
     for wrong in (
         {"max_new_tokens": 0},
         {"temperature": -1},
@@ -126,4 +126,4 @@ def test_parameters_are_read_and_bounded_by_the_configuration() -> None:
         {"max_dropped_fraction": 2},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            ELICITATION.validate({"kind": "labeling", **wrong})
+            ANSWERS.validate({"kind": "labeling", **wrong})

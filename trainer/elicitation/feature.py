@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass
 from typing import ClassVar
 
+from configs.answers import DatasetAnswers
 from trainer.errors import DataError
 from trainer.protocols import Elicitation, Writers
 from trainer.types import AnswerCounters, Collected, Prompt, Sequence
 
 
-@dataclass(frozen=True)
-class Strategy:
-    """No parameters. Every row needs an answer."""
+class Strategy(DatasetAnswers):
+    """Every row needs an answer."""
 
-    needs_writer: ClassVar[bool] = False
-    needs_answer: ClassVar[bool] = True
     rewrite: ClassVar[bool] = False
     room_for_answer: ClassVar[int] = 0
 
     def bind(self, writers: Writers | None, *, end_of_turn_ids: Collection[int] = ()) -> Elicitation:
-        return DatasetAnswers()
+        return GivenAnswers()
 
 
-class DatasetAnswers:
+class GivenAnswers:
     """Prompts that have answers, unchanged."""
 
     async def collect(self, prompts: AbstractSequence[Prompt]) -> Collected:

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
 
+from configs.answers import TeacherAnswers
 from trainer.elicitation.feature import answered_by_dataset
 from trainer.errors import DataError
 from trainer.protocols import Elicitation, Writers
@@ -22,24 +20,8 @@ MIN_JUDGED = 20
 """Answers before their quality is judged."""
 
 
-@dataclass(frozen=True)
-class Strategy:
-    """How the teacher writes; its writer replicas are started with these values. Rows that have answers keep them.
-
-    An answer that reaches `max_new_tokens` is cut off. With `on_cut_off: keep` it is learnt as far as it goes, without
-    an end token, so that the student is not taught to stop there; with `drop` it is left out, as an empty answer always
-    is. The run ends where more than `max_dropped_fraction` of the answers were left out.
-    """
-
-    max_new_tokens: Annotated[int, Field(gt=0)] = 256
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    rewrite: bool = False
-    on_cut_off: Literal["keep", "drop"] = "keep"
-    max_dropped_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
-
-    needs_writer: ClassVar[bool] = True
-    needs_answer: ClassVar[bool] = False
+class Strategy(TeacherAnswers):
+    """The writer replicas are started with these values."""
 
     @property
     def room_for_answer(self) -> int:

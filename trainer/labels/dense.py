@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
 
-from trainer.labels.encoding import ABSENT, Column, TeacherShape, check_temperature
+from configs.labels import Dense
+from trainer.labels.encoding import ABSENT, Column, TeacherShape
 from trainer.model.fast.matmul import cache_blocks
 from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:
-    from pydantic import PositiveFloat
-
     from trainer.model.head import Head
 
 
-@dataclass(frozen=True, slots=True)
-class Encoding:
+class Encoding(Dense):
     """Column `logprobs` [N, V] at `temperature`. float32 is exact; float16 halves the bytes and rounds a
     log-probability by up to 0.004 nats (above -16), bfloat16 by up to 0.03. The pair renormalises what was rounded."""
 
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    temperature: PositiveFloat = 1.0
-
     needs: ClassVar[Literal["logits", "hidden"]] = "logits"
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
 
     def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
         return (Column("logprobs", getattr(torch, self.dtype), shape.vocabulary_size),)

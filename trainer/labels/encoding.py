@@ -6,8 +6,6 @@ logits or hidden [n, .] --make--> columns --pack_rows--> bytes ~~~> unpack_rows 
 
 from __future__ import annotations
 
-import importlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -15,14 +13,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 import torch
 
-from configs.plugins import refuse_incomplete
-from trainer.types import EncodingSpec, PairedLogProbs
+from configs.labels import LABELS, Labels
+from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:
     from trainer.model.head import Head
 
 
-_MEMBERS = ("needs", "temperature", "layout", "make", "ready", "pair", "mass")
 ABSENT = -1e4
 """The log-probability of what has none: finite, because 0 * inf is NaN, and small enough that exp of it is 0."""
 
@@ -51,7 +48,8 @@ class TeacherShape:
 
 
 class Encoding(Protocol):
-    """The contract of the class `Encoding` in each file; its dataclass fields are the config parameters."""
+    """The contract of the class `Encoding` in each file, which derives from the encoding's parameters: of
+    `configs/labels.py`, or in a file of a user's from `configs.labels.Labels`, with the fields it adds."""
 
     needs: Literal["logits", "hidden"]
     """What `make` gets as `source`: logits `[n, V]` (sliced to the true vocabulary, soft-capped), or the final hidden
@@ -87,19 +85,9 @@ class Encoding(Protocol):
         ...
 
 
-def check_temperature(temperature: float) -> None:
-    """Raises `ValueError` unless labels can be made at this temperature."""
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"labels.temperature is {temperature}: give a positive number, 1.0 for the teacher as it is")
-
-
-def load_encoding(spec: EncodingSpec) -> Encoding:
-    """The encoding a spec names. The kind is one of the files here, or `package.module` of somebody else's; raises
-    `ConfigError` where that lacks a member."""
-    module = spec.kind if "." in spec.kind else f"trainer.labels.{spec.kind}"
-    encoding = importlib.import_module(module).Encoding(**spec.parameters)
-    refuse_incomplete(encoding, spec.kind, members=_MEMBERS, contract="trainer/labels/encoding.py")
-    return encoding
+def load_encoding(labels: Labels) -> Encoding:
+    """The code of an encoding. Raises `ConfigError` where a class of a user's lacks a member."""
+    return LABELS.load(labels)
 
 
 def pack_rows(columns: Mapping[str, torch.Tensor], layout: tuple[Column, ...]) -> torch.Tensor:

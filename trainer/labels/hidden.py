@@ -6,35 +6,26 @@ They cost the teacher nothing beyond its prefill; the student's side multiplies 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
 
-from trainer.labels.encoding import Column, TeacherShape, check_temperature
+from configs.labels import Hidden
+from trainer.labels.encoding import Column, TeacherShape
 from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:
-    from pydantic import PositiveFloat
-
     from trainer.model.head import Head
 
 _PRODUCT = "product"
 
 
-@dataclass(frozen=True, slots=True)
-class Encoding:
+class Encoding(Hidden):
     """Column `hidden` [N, H], after the teacher's final norm. `dtype: auto` is the dtype the teacher computes in, which
     loses nothing."""
 
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    temperature: PositiveFloat = 1.0
-
     needs: ClassVar[Literal["logits", "hidden"]] = "hidden"
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
 
     def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
         return (Column("hidden", self._dtype(shape.dtype), shape.hidden_size),)

@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
-from trainer.labels.encoding import ABSENT, Column, TeacherShape, check_temperature
+from configs.labels import TopK
+from trainer.labels.encoding import ABSENT, Column, TeacherShape
 from trainer.model.fast.matmul import cache_blocks
 from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:
-    from pydantic import PositiveFloat, PositiveInt
-
     from trainer.model.head import Head
 
 
-@dataclass(frozen=True, slots=True)
-class Encoding:
+class Encoding(TopK):
     """Columns, all at `temperature` and relative to the log-sum-exp over the whole vocabulary:
 
     `tail` float32 [N, 1], log-mass of the ids not kept; `realised` float32 [N, 1], log-probability of the realised next
@@ -36,15 +33,7 @@ class Encoding:
     ids.
     """
 
-    k: PositiveInt = 64
-    temperature: PositiveFloat = 1.0
-
     needs: ClassVar[Literal["logits", "hidden"]] = "logits"
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        if self.k < 1:
-            raise ValueError(f"labels.k is {self.k}: keep at least one id, for example k: 64")
 
     def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
         """Raises `ValueError` where k exceeds the vocabulary."""

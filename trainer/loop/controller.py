@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from configs.labels import HELD_OUT, Labels, TopK
 from trainer.checks.label_check import LabelCheck, check_labels, plan_check, teacher_lengths
 from trainer.data.readable import prompt_of
 from trainer.errors import (
@@ -37,9 +38,8 @@ from trainer.loop.plan import cut_units, plan_step
 from trainer.model.head import Head
 from trainer.protocols import Session
 from trainer.threads import in_thread
-from trainer.types import BlockRef, Cursor, EncodingSpec, Evaluation, Prompt, Sequence, SoftLabelBlock, Unit
+from trainer.types import BlockRef, Cursor, Evaluation, Prompt, Sequence, SoftLabelBlock, Unit
 
-HIDDEN = EncodingSpec(kind="hidden")
 MAX_FAILED_SAVES = 3
 
 
@@ -176,7 +176,7 @@ class Controller:
             return (LabelCheck("labels", True, "no row with an answer to check on"),)
         unit = plan.unit
         (_, hidden), (_, labels) = await asyncio.gather(
-            self._session.scorers.score(unit, HIDDEN), self._session.scorers.score(unit, self._checked_encoding())
+            self._session.scorers.score(unit, HELD_OUT), self._session.scorers.score(unit, self._checked_encoding())
         )
         head, logits = await asyncio.to_thread(self._teacher_truth, unit)
         return check_labels(
@@ -189,12 +189,12 @@ class Controller:
             note=plan.note,
         )
 
-    def _checked_encoding(self) -> EncodingSpec:
+    def _checked_encoding(self) -> Labels:
         """What is held against hidden states: the run's labels, or where those are hidden states some logits, so that
         the teacher's head as it is known here is held against the engine's."""
-        if self._job.encoding.kind != HIDDEN.kind:
+        if self._job.encoding.kind != HELD_OUT.kind:
             return self._job.encoding
-        return EncodingSpec("topk", {"k": min(64, self._job.inputs.vocabulary.size - 1)})
+        return TopK(k=min(64, self._job.inputs.vocabulary.size - 1))
 
     async def _prepare_evaluation(self) -> None:
         """Score held-out rows once, with hidden labels: evaluation is exact whatever the training encoding."""
@@ -213,7 +213,7 @@ class Controller:
             return
         for _ in range(self._job.loop.max_unit_attempts):
             missing = [u for units in self._evaluation_units for u in units if u.id not in self._evaluation_blocks]
-            scored = await asyncio.gather(*(self._session.scorers.score(unit, HIDDEN) for unit in missing))
+            scored = await asyncio.gather(*(self._session.scorers.score(unit, HELD_OUT) for unit in missing))
             self._evaluation_blocks.update((unit.id, block) for unit, (_, block) in zip(missing, scored, strict=True))
             blocks = [[self._evaluation_blocks[unit.id] for unit in units] for units in self._evaluation_units]
             try:

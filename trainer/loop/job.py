@@ -6,7 +6,6 @@ opens the streams.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from configs.plugins import refuse_incomplete
+from configs.answers import ANSWERS
+from configs.labels import Labels
 from configs.schema import ModelSource, Run
 from trainer.data.chat import Template
 from trainer.data.prompts import PromptStream
@@ -30,7 +30,7 @@ from trainer.model.head import head_width
 from trainer.model.load import load_config
 from trainer.protocols import Elicitation
 from trainer.run_folder import RunFolder
-from trainer.types import EncodingSpec, Prompt, Sequence
+from trainer.types import Prompt, Sequence
 
 SAMPLE_ROWS = 16  # training rows looked at for the label self-test
 MAX_EVALUATION_ROWS = 4096
@@ -67,7 +67,7 @@ class Job:
     evaluation: tuple[Sequence, ...]
     samples: tuple[Sequence, ...]  # a few training rows with answers, for the label self-test
     bind_elicitation: Callable[[Any], Elicitation]  # given the writers, or None
-    encoding: EncodingSpec
+    encoding: Labels
     loop: LoopSettings
     skip_self_test: bool
 
@@ -76,29 +76,17 @@ class Job:
         return total_steps(self.run, rows_per_epoch=self.stream.rows_per_epoch, after=state)
 
 
-STRATEGY_MEMBERS = ("needs_writer", "needs_answer", "rewrite", "room_for_answer", "bind")
-
-
 def read_inputs(run: Run) -> Inputs:
     """Tokenizers, template and elicitation. Raises ConfigError where the pair does not fit."""
     tokenizer = load_tokenizer(run.teacher.model)
     vocabulary = check_pair(run.teacher.model, run.student.model, tokenizer=tokenizer)
-    kind = run.elicitation.kind
-    module = importlib.import_module(kind if "." in kind else f"trainer.elicitation.{kind}")
-    strategy = module.Strategy(**run.elicitation.parameters)
-    refuse_incomplete(strategy, kind, members=STRATEGY_MEMBERS, contract="trainer/elicitation/feature.py")
     return Inputs(
         vocabulary=vocabulary,
         tokenizer=tokenizer,
         template=Template.of(tokenizer, run.teacher.chat_template),
-        strategy=strategy,
+        strategy=ANSWERS.load(run.elicitation),
         teacher_end_ids=end_ids(run.teacher.model),
     )
-
-
-def encoding_of(run: Run) -> EncodingSpec:
-    """The encoding of a run's soft labels."""
-    return EncodingSpec(kind=run.labels.kind, parameters=dict(run.labels.parameters))
 
 
 def make_job(
@@ -125,7 +113,7 @@ def make_job(
         evaluation=held_out_rows(run, inputs),
         samples=sample_rows(run, inputs),
         bind_elicitation=lambda writers: inputs.strategy.bind(writers, end_of_turn_ids=inputs.stop_ids),
-        encoding=encoding_of(run),
+        encoding=run.labels,
         loop=loop_settings(run, inputs, teacher_dtype, rows_per_epoch=stream.rows_per_epoch, after=after),
         skip_self_test=skip_self_test,
     )
@@ -233,7 +221,7 @@ def label_bytes_per_row(run: Run, inputs: Inputs, *, teacher_dtype: str) -> int:
         dtype=getattr(torch, teacher_dtype),
     )
     try:
-        layout = load_encoding(encoding_of(run)).layout(shape)
+        layout = load_encoding(run.labels).layout(shape)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return sum(column.num_bytes for column in layout)

@@ -22,6 +22,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
+from configs.labels import Labels
 from trainer.errors import Diverged, InfrastructureError, LabelsLost, Preempted, StudentsLost
 from trainer.loop.plan import cut_units, plan_step
 from trainer.protocols import Elicitation, Scorers, Students
@@ -30,7 +31,6 @@ from trainer.types import (
     AnswerCounters,
     BlockRef,
     Cursor,
-    EncodingSpec,
     Evaluation,
     Prompt,
     RankBatch,
@@ -133,7 +133,7 @@ class Loops:
         elicitation: Elicitation,
         scorers: Scorers,
         students: Students,
-        encoding: EncodingSpec,
+        encoding: Labels,
         settings: LoopSettings,
         observer: Observer,
         save: Callable[[int, Cursor, int], Awaitable[bool]],

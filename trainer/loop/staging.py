@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from configs.labels import HELD_OUT, Labels
 from configs.schema import Run
 from trainer.errors import UnitRejected
 from trainer.labels.encoding import Column, load_encoding
@@ -19,10 +20,7 @@ from trainer.loop.packing import check_block, check_finite, layout_of, pack
 from trainer.loop.plan import plan_step
 from trainer.model.head import Head
 from trainer.model.load import load_teacher_head
-from trainer.types import EncodingSpec, LabelHeader, RankBatch, SoftLabelBlock, TokenBatch, Unit
-
-EVALUATION = EncodingSpec("hidden")
-"""What held-out rows are labelled with: exact over the whole vocabulary, whatever the training labels are."""
+from trainer.types import LabelHeader, RankBatch, SoftLabelBlock, TokenBatch, Unit
 
 
 class Vocabulary(Protocol):
@@ -60,7 +58,7 @@ class Staging:
         self._lock = threading.Lock()
         self._headers: dict[str, LabelHeader] = {}  # of the labels to train on, and of the held-out ones
         self._steps: dict[int, StagedStep] = {}
-        self.labels = EncodingSpec(run.labels.kind, dict(run.labels.parameters))
+        self.labels = run.labels
         self.held_out: tuple[HeldOutBatch, ...] = ()
         self.teacher_head: Head | None = None  # of hidden labels only
 
@@ -79,7 +77,7 @@ class Staging:
 
     def stage_held_out(self, units: AbstractSequence[Unit], blocks: AbstractSequence[SoftLabelBlock]) -> None:
         """Keep the rank's held-out units, packed by the training's token budget."""
-        layout = self._check("evaluation", units, blocks, EVALUATION)
+        layout = self._check("evaluation", units, blocks, HELD_OUT)
         places = [(u, s) for u, unit in enumerate(units) for s in range(len(unit.sequences))]
         lengths = [units[u].sequences[s].num_tokens for u, s in places]
         budget = max(self._run.training.micro_batch_tokens, *lengths, 1)
@@ -93,7 +91,7 @@ class Staging:
         )
 
     def _check(
-        self, purpose: str, units: AbstractSequence[Unit], blocks: AbstractSequence[SoftLabelBlock], spec: EncodingSpec
+        self, purpose: str, units: AbstractSequence[Unit], blocks: AbstractSequence[SoftLabelBlock], spec: Labels
     ) -> tuple[Column, ...]:
         """The layout of the blocks, after checking every one of them."""
         assert len(units) == len(blocks), (len(units), len(blocks))
@@ -104,8 +102,8 @@ class Staging:
         header = self._headers.setdefault(purpose, blocks[0].header)
         meant = (header.teacher, header.vocabulary_size, header.tokenizer_fingerprint)
         wanted = (self._run.teacher.name, self._vocabulary.size, self._vocabulary.fingerprint)
-        if load_encoding(header.encoding) != encoding or meant != wanted:
-            raise UnitRejected(f"unit {units[0].id}: its labels are {header}, this run needs {encoding} of {wanted}")
+        if header.encoding != spec or meant != wanted:
+            raise UnitRejected(f"unit {units[0].id}: its labels are {header}, this run needs {spec!r} of {wanted}")
         layout = layout_of(encoding, blocks[0])
         for unit, block in zip(units, blocks, strict=True):
             check_block(unit, block, header=header)

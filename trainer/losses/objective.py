@@ -26,7 +26,7 @@ from trainer.losses.padding import padding_nats
 from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:
-    from configs.schema import Term
+    from configs.losses import Term
     from trainer.model.head import Head
 
 CROSS_ENTROPY = "cross_entropy"
@@ -61,9 +61,7 @@ class Objective:
             if term.loss == CROSS_ENTROPY:
                 weighted.append(WeightedTerm(name, term.weight, None))
                 continue
-            divergence = DIVERGENCES[term.loss]
-            if term.beta is not None:
-                divergence = partial(divergence, beta=term.beta)
+            divergence = partial(DIVERGENCES[term.loss], **term.parameters())
             weighted.append(WeightedTerm(name, term.weight * encoding.temperature**2, divergence))
         return cls(tuple(weighted), math.fsum(term.weight for term in terms) if padded else 0.0)
 

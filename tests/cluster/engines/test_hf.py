@@ -16,11 +16,12 @@ from vllm_process import engine_plan
 
 from cluster.engines.hf import Engine, draw
 from cluster.engines.plan import Sampling
+from configs.labels import Dense, Hidden, Labels, TopK
 from configs.schema import ModelSource
 from trainer.errors import ConfigError, DeadlineExceeded, UnitRejected, foreign_errors
 from trainer.model.attention_choice import packable_layers
 from trainer.model.load import load_teacher_head
-from trainer.types import EncodingSpec, Prompt
+from trainer.types import Prompt
 
 UNIT = random_unit("0:0", (60, [(5, 20), (31, 59)]), (90, [(60, 80)]), (12, []), (33, [(0, 32)]))
 
@@ -29,8 +30,8 @@ UNIT = random_unit("0:0", (60, [(5, 20), (31, 59)]), (90, [(60, 80)]), (12, []),
     ("family", "options"),
     [("llama", {}), ("llama", {"tied": False}), ("qwen2", {}), ("qwen3", {"tied": False}), ("gemma2", {})],
 )
-@pytest.mark.parametrize("spec", [EncodingSpec("topk", {"k": 8}), EncodingSpec("dense"), EncodingSpec("hidden")])
-def test_labels_equal_transformers(tmp_path: Path, family: str, options: dict[str, object], spec: EncodingSpec) -> None:
+@pytest.mark.parametrize("spec", [TopK(k=8), Dense(), Hidden()])
+def test_labels_equal_transformers(tmp_path: Path, family: str, options: dict[str, object], spec: Labels) -> None:
     folder = tiny_folder(tmp_path / family, family, **options)
     scorer = Engine().start_scorer(engine_plan(Engine(), folder), "hf-0")
     report, block = asyncio.run(scorer.score(UNIT, spec, deadline_s=60))
@@ -48,7 +49,7 @@ def test_labels_equal_transformers(tmp_path: Path, family: str, options: dict[st
 def test_hidden_labels_are_as_wide_as_what_the_head_reads(tmp_path: Path, name: str) -> None:
     folder = architecture_folder(tmp_path, name)
     scorer = Engine().start_scorer(engine_plan(Engine(), folder), "hf-0")
-    _, block = asyncio.run(scorer.score(UNIT, EncodingSpec("hidden"), deadline_s=60))
+    _, block = asyncio.run(scorer.score(UNIT, Hidden(), deadline_s=60))
     scorer.close()
     assert block.columns["hidden"].shape[1] == (32 if name == "opt" else 64)  # of OPT-350m half of hidden_size
     head = load_teacher_head(
@@ -76,7 +77,7 @@ def test_labels_of_every_student_like_architecture_equal_transformers(name: str,
     head = load_teacher_head(
         ModelSource(path=str(folder)), vocabulary_size=VOCABULARY, dtype=torch.float32, device=torch.device("cpu")
     )
-    for spec in (EncodingSpec("topk", {"k": 8}), EncodingSpec("hidden")):
+    for spec in (TopK(k=8), Hidden()):
         _, block = asyncio.run(scorer.score(UNIT, spec, deadline_s=60))
         errors = label_errors(spec.kind, block.columns, oracle, next_ids, head)
         errors.pop("logprobs_f16", None)
@@ -90,8 +91,8 @@ def test_a_unit_past_its_deadline_is_given_up_and_the_next_one_scored(tiny_teach
 
     async def both() -> int:
         with pytest.raises(DeadlineExceeded, match="unit long"):
-            await scorer.score(long, EncodingSpec("hidden"), deadline_s=0.1)
-        report, _ = await scorer.score(UNIT, EncodingSpec("hidden"), deadline_s=60)
+            await scorer.score(long, Hidden(), deadline_s=0.1)
+        report, _ = await scorer.score(UNIT, Hidden(), deadline_s=60)
         return report.num_rows
 
     assert asyncio.run(both()) == UNIT.num_rows
@@ -102,7 +103,7 @@ def test_a_unit_past_its_deadline_is_given_up_and_the_next_one_scored(tiny_teach
 def test_a_unit_the_model_cannot_read_is_refused(tiny_teacher: Path) -> None:
     scorer = Engine().start_scorer(engine_plan(Engine(), tiny_teacher, max_length=50), "hf-0")
     with pytest.raises(UnitRejected, match="reads 1 to 50"):
-        asyncio.run(scorer.score(UNIT, EncodingSpec("hidden"), deadline_s=60))
+        asyncio.run(scorer.score(UNIT, Hidden(), deadline_s=60))
     scorer.close()
 
 

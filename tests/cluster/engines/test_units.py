@@ -12,9 +12,10 @@ from vllm_process import engine_plan
 
 from cluster.engines.hf import Engine
 from cluster.engines.units import check_prompt, check_unit, count_non_finite, label_block, prompt_seed, tokens_to_read
+from configs.labels import Labels
 from trainer.errors import EngineDead, UnitRejected
 from trainer.labels.encoding import Column
-from trainer.types import EncodingSpec, Prompt, Unit
+from trainer.types import Prompt, Unit
 
 UNIT = random_unit("0:0", (20, [(3, 9), (12, 19)]), (8, []), (10, [(0, 4)]))
 LAYOUT = (Column("x", torch.float32, 2),)
@@ -64,7 +65,7 @@ def test_tokens_after_the_last_predicted_one_are_not_read() -> None:
 def block_of(rows: list[int]) -> object:
     packed = [np.full((n, 8), i, dtype=np.uint8) for i, n in enumerate(rows)]
     plan = engine_plan(Engine(), "folder")
-    return label_block(UNIT, packed, plan=plan, spec=EncodingSpec("x"), layout=LAYOUT)
+    return label_block(UNIT, packed, plan=plan, spec=Labels(kind="x"), layout=LAYOUT)
 
 
 def test_a_block_holds_each_sequences_rows_in_order() -> None:

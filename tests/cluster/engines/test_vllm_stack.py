@@ -18,13 +18,14 @@ from tiny_models import tiny_folder
 from cluster.engines.hf import Engine as HfEngine
 from cluster.engines.plan import Sampling
 from cluster.engines.vllm import Engine
+from configs.labels import Dense, Hidden, TopK
 from trainer.errors import ConfigError, EngineDead
-from trainer.types import EncodingSpec, Prompt
+from trainer.types import Prompt
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 UNIT = random_unit("0:0", (60, [(5, 20), (31, 59)]), (90, [(60, 80)]), (7, [(0, 3)]), (12, []), (33, [(0, 32)]))
-SPECS = (EncodingSpec("topk", {"k": 8}), EncodingSpec("dense"), EncodingSpec("hidden"))
+SPECS = (TopK(k=8), Dense(), Hidden())
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,11 @@ from cluster.engines.plan import EnginePlan
 from cluster.logs import SharedFolder
 from cluster.teachers.actor import TeacherActor
 from cluster.teachers.pool import CREDITS, ReplicaPool, placed_for_good
+from configs.engines import ENGINES
+from configs.labels import Labels
 from configs.schema import Faults
 from trainer.errors import InfrastructureError, NoRoom, TeachersLost, UnitRejected
-from trainer.types import EncodingSpec, Sequence, Unit
+from trainer.types import Sequence, Unit
 
 pytestmark = pytest.mark.stack
 
@@ -66,8 +68,7 @@ class Events:
 def plan(start_timeout_s: float = 60.0, **parameters: Any) -> EnginePlan:
     return EnginePlan(
         role="scorer",
-        kind="fakes.engines",
-        parameters=parameters,
+        engine=ENGINES.validate({"kind": "fakes.engines", **parameters}),
         model="none",
         revision=None,
         trust_remote_code=False,
@@ -112,7 +113,7 @@ def unit(index: int, length: int = 8) -> Unit:
     return Unit(id=f"1/0:{index}", sequences=(Sequence(f"0:{index}", ids, mask, "dataset"),))
 
 
-ENCODING = EncodingSpec("fake")
+ENCODING = Labels(kind="fake")
 
 
 def run(scenario: Any) -> Any:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
 
+from configs.labels import Labels
 from trainer.labels.encoding import Column, TeacherShape
 from trainer.model.head import Head
 from trainer.types import PairedLogProbs
 
 
-@dataclass(frozen=True)
-class Encoding:
+class Encoding(Labels):
     needs: ClassVar[str] = "logits"
-    temperature: ClassVar[float] = 1.0
 
     def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
         return (Column("nothing", torch.float32, 1),)

@@ -8,18 +8,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import configs.engines
+from configs.labels import Labels
 from trainer.errors import DeadlineExceeded, EngineDead, InfrastructureError, UnitRejected
-from trainer.types import EncodingSpec, LabelHeader, SoftLabelBlock, Unit, UnitReport
+from trainer.types import LabelHeader, SoftLabelBlock, Unit, UnitReport
 
 
-@dataclass(frozen=True)
-class Engine:
+class Engine(configs.engines.Engine):
     delay_s: float = 0.0
     broken: str = ""  # start fails with this text
     refuse_id: int = -1  # units that hold this token are refused
@@ -27,6 +27,12 @@ class Engine:
     stuck: str = ""  # start prints this and never returns
     breaks: str = ""  # "dies" or "hangs" while its process lives, in the first process that makes the file `once`
     once: str = ""
+
+    def arguments(self, **asked: Any) -> dict[str, Any]:
+        return {}
+
+    def start_writer(self, plan: Any, name: str) -> Any:
+        raise InfrastructureError("writes nothing")
 
     def start_scorer(self, plan: Any, name: str) -> Scorer:
         if self.broken:
@@ -46,9 +52,7 @@ class Scorer:
                 Path(engine.once).touch(exist_ok=False)
                 self._breaks = engine.breaks
 
-    async def score(
-        self, unit: Unit, encoding: EncodingSpec, *, deadline_s: float
-    ) -> tuple[UnitReport, SoftLabelBlock]:
+    async def score(self, unit: Unit, encoding: Labels, *, deadline_s: float) -> tuple[UnitReport, SoftLabelBlock]:
         started = time.time()
         if any(self._engine.refuse_id in sequence.token_ids for sequence in unit.sequences):
             raise UnitRejected(f"unit {unit.id} holds token {self._engine.refuse_id}")

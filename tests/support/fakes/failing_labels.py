@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
 
+from configs.labels import Labels
 from trainer.labels import topk
 from trainer.labels.encoding import Column, TeacherShape
 from trainer.types import PairedLogProbs
@@ -18,11 +18,9 @@ if TYPE_CHECKING:
     from trainer.model.head import Head
 
 
-@dataclass(frozen=True, slots=True)
-class Encoding:
+class Encoding(Labels):
     trigger: str
     k: int = 8
-    temperature: float = 1.0
 
     needs: ClassVar[Literal["logits", "hidden"]] = "logits"
 

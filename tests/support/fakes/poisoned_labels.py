@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
 
+from configs.labels import Labels
 from trainer.labels import topk
 from trainer.labels.encoding import Column, TeacherShape
 from trainer.types import PairedLogProbs
@@ -22,10 +23,8 @@ MARKS = {7.0: torch.nan, 8.0: -torch.inf}
 """Values of the column `realised`, which training does not read, and what they add to the student's log-probability."""
 
 
-@dataclass(frozen=True, slots=True)
-class Encoding:
+class Encoding(Labels):
     k: int = 8
-    temperature: float = 1.0
 
     needs: ClassVar[Literal["logits", "hidden"]] = "logits"
 

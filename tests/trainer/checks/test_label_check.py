@@ -12,6 +12,7 @@ from label_oracle import oracle_of, random_unit
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from configs.labels import Hidden, Labels, TopK
 from configs.schema import ModelSource
 from trainer.checks.label_check import (
     CHECK_TOKENS,
@@ -23,13 +24,13 @@ from trainer.checks.label_check import (
 )
 from trainer.labels.encoding import load_encoding
 from trainer.model import attention
-from trainer.types import EncodingSpec, LabelHeader, SoftLabelBlock, Unit
+from trainer.types import LabelHeader, SoftLabelBlock, Unit
 
 VOCABULARY = 283
 UNIT = random_unit("u", (90, [(20, 80)]), (60, [(5, 50)]))
 
 
-def _block(unit: Unit, spec: EncodingSpec, columns: dict[str, torch.Tensor]) -> SoftLabelBlock:
+def _block(unit: Unit, spec: Labels, columns: dict[str, torch.Tensor]) -> SoftLabelBlock:
     header = LabelHeader("teacher", "1", spec, "tiny", VOCABULARY)
     as_numpy = {n: (c.view(torch.uint16) if c.dtype == torch.bfloat16 else c).numpy() for n, c in columns.items()}
     offsets = np.cumsum([0, *(s.num_loss_tokens for s in unit.sequences)])
@@ -41,7 +42,7 @@ def _answers(
 ) -> tuple[LabelCheck, ...]:
     """The self-test of labels that transformers made in this dtype; moved by `shift` rows, or noise from a row on."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager")
-    spec = EncodingSpec("topk", {"k": 16})
+    spec = TopK(k=16)
     hidden, logits, following = [], [], []
     with torch.no_grad():
         for sequence in unit.sequences:
@@ -57,7 +58,7 @@ def _answers(
     head, truth = teacher_truth(unit, source, vocabulary_size=VOCABULARY, dtype=dtype)
     return check_labels(
         unit,
-        hidden=_block(unit, EncodingSpec("hidden"), {"hidden": states}),
+        hidden=_block(unit, Hidden(), {"hidden": states}),
         labels=_block(unit, spec, load_encoding(spec).make(values, torch.cat(following))),
         teacher_head=head,
         dtype=dtype,

@@ -13,7 +13,7 @@ from architectures import WINDOW, architecture_config, architecture_model
 from tiny_models import tiny_model
 from torch import distributed
 
-from configs.schema import Term
+from configs.losses import CrossEntropy, ReverseKl
 from trainer.checks import self_tests
 from trainer.checks.self_tests import Subject, run_self_tests
 from trainer.labels.hidden import Encoding as Hidden
@@ -23,7 +23,7 @@ from trainer.model.attention import IMPLEMENTATIONS
 from trainer.model.head import HeadShape
 from trainer.model.load import StudentModule
 
-TERMS = (Term(loss="reverse_kl"), Term(loss="cross_entropy", weight=0.5))
+TERMS = (ReverseKl(), CrossEntropy(weight=0.5))
 
 
 @pytest.fixture(scope="module", autouse=True)

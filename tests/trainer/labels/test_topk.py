@@ -140,7 +140,7 @@ def test_more_ids_than_the_vocabulary_has_are_refused_with_its_size():
 
 @pytest.mark.parametrize("parameters", [{"k": 0}, {"temperature": 0.0}, {"temperature": math.inf}])
 def test_impossible_parameters_are_refused_by_name(parameters: dict[str, float]):
-    with pytest.raises(ValueError, match=f"labels.{next(iter(parameters))} is"):
+    with pytest.raises(ValueError, match=next(iter(parameters))):
         Encoding(**parameters)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs.labels import Labels, TopK
 from trainer.errors import (
     DataError,
     Diverged,
@@ -27,7 +28,6 @@ from trainer.types import (
     AnswerCounters,
     Collected,
     Cursor,
-    EncodingSpec,
     Evaluation,
     Prompt,
     RankBatch,
@@ -103,7 +103,7 @@ class Scorers:
         self.in_flight = self.max_in_flight = 0
         self.fail: Callable[[Unit], Exception | None] = lambda unit: None
 
-    async def score(self, unit: Unit, encoding: EncodingSpec) -> tuple[UnitReport, str]:
+    async def score(self, unit: Unit, encoding: Labels) -> tuple[UnitReport, str]:
         self.trace.events.append(("score", unit.id))
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
@@ -162,7 +162,7 @@ def make(settings: LoopSettings = SETTINGS, **delays: float) -> tuple[Loops, Tra
         elicitation=FromDataset(),
         scorers=scorers,
         students=students,
-        encoding=EncodingSpec("topk"),
+        encoding=TopK(),
         settings=settings,
         observer=trace,
         save=save,

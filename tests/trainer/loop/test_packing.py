@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from configs.labels import Labels
 from trainer.errors import UnitRejected
 from trainer.labels.encoding import Column, TeacherShape
 from trainer.loop.packing import carry, check_block, check_finite, layout_of, pack
-from trainer.types import EncodingSpec, LabelHeader, Sequence, SoftLabelBlock, Unit
+from trainer.types import LabelHeader, Sequence, SoftLabelBlock, Unit
 
 HEADER = LabelHeader(
-    teacher="t", weights_version="1", encoding=EncodingSpec("fake"), tokenizer_fingerprint="f", vocabulary_size=9
+    teacher="t", weights_version="1", encoding=Labels(kind="fake"), tokenizer_fingerprint="f", vocabulary_size=9
 )
 
 

@@ -11,9 +11,10 @@ import torch
 from rank_processes import Place
 from student_world import HOST, Teacher, Vocabulary, batch_of, labels_of, make_models, make_run, sequences_of
 
+from configs.labels import HELD_OUT, Labels, TopK
 from trainer.errors import UnitRejected
-from trainer.loop.staging import EVALUATION, Staging
-from trainer.types import EncodingSpec, RankBatch, SoftLabelBlock, Unit
+from trainer.loop.staging import Staging
+from trainer.types import RankBatch, SoftLabelBlock, Unit
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def staging(world: Path) -> Staging:
     return Staging(make_run(world), vocabulary=Vocabulary(), device=HOST)
 
 
-def _batch(world: Path, spec: EncodingSpec | None = None) -> tuple[RankBatch, list[SoftLabelBlock]]:
+def _batch(world: Path, spec: Labels | None = None) -> tuple[RankBatch, list[SoftLabelBlock]]:
     batch = batch_of(1, Place(0, 1, world), token_budget=48)
     spec = spec or labels_of(make_run(world))
     return batch, [Teacher().label(unit, spec) for unit in batch.units]
@@ -74,8 +75,8 @@ def test_a_block_that_is_not_what_was_asked_names_its_unit(world: Path, staging:
 
 
 def test_labels_with_other_parameters_than_the_run_asks_for_are_rejected(world: Path, staging: Staging) -> None:
-    batch, blocks = _batch(world, EncodingSpec("topk", {"k": 4}))
-    with pytest.raises(UnitRejected, match="this run needs Encoding"):
+    batch, blocks = _batch(world, TopK(k=4))
+    with pytest.raises(UnitRejected, match="this run needs TopK"):
         staging.stage(batch, blocks)
 
 
@@ -84,7 +85,7 @@ def test_held_out_batches_keep_order_and_bring_the_teachers_head(world: Path) ->
     staging = Staging(run, vocabulary=Vocabulary(), device=HOST)
     units = [Unit(id=s.id, sequences=(s,)) for s in sequences_of(100)]
     teacher = Teacher()
-    staging.stage_held_out(units, [teacher.label(unit, EVALUATION) for unit in units])
+    staging.stage_held_out(units, [teacher.label(unit, HELD_OUT) for unit in units])
     members = [member for item in staging.held_out for member in item.members]
     assert sorted(position for position, _, _ in members) == list(range(len(units)))
     assert all(units[position] is unit for position, unit, _ in members)
@@ -105,10 +106,10 @@ def test_a_rank_without_units_is_staged_too(staging: Staging) -> None:
 def test_hidden_labels_are_trained_on_beside_held_out_ones(world: Path, parameters: dict) -> None:
     """The held-out labels are hidden states too, of another specification."""
     staging = Staging(make_run(world, labels={"kind": "hidden", **parameters}), vocabulary=Vocabulary(), device=HOST)
-    batch, blocks = _batch(world, EVALUATION)
+    batch, blocks = _batch(world, HELD_OUT)
     staging.stage_held_out(batch.units, blocks)
     batch, blocks = _batch(world, staging.labels)
     staging.stage(batch, blocks)
-    staging.stage_held_out(batch.units, [Teacher().label(unit, EVALUATION) for unit in batch.units])
+    staging.stage_held_out(batch.units, [Teacher().label(unit, HELD_OUT) for unit in batch.units])
     assert staging.take(1).num_tokens
     assert staging.teacher_head is not None

@@ -120,9 +120,9 @@ def test_a_loss_named_twice_gets_a_number():
 
 
 def test_the_schema_s_terms_are_what_an_objective_is_made_of():
-    from configs.schema import Term
+    from configs.losses import CrossEntropy, Jsd
 
-    objective = Objective.of((Term(loss="jsd", beta=0.5), Term(loss="cross_entropy", weight=0.1)), dense.Encoding())
+    objective = Objective.of((Jsd(beta=0.5), CrossEntropy(weight=0.1)), dense.Encoding())
     assert objective.names == ("jsd", "cross_entropy")
     assert objective.needs_labels
 

@@ -1,0 +1,58 @@
+"""Soft labels: what the teacher says of each token. One class of parameters per encoding.
+
+`kind: topk` is `trainer/labels/topk.py`, whose class `Encoding` has these fields. A block of labels names its encoding
+by such an object.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat
+
+from configs.section import Positive
+from configs.stations import Choice, Station
+
+
+class Labels(Choice):
+    """Base of all encodings, those of a user's included."""
+
+    temperature: PositiveFloat = Field(1.0, description="Of teacher and student alike; losses are scaled by T^2.")
+
+
+class TopK(Labels):
+    """The k likeliest ids of each row, and the mass of all others."""
+
+    kind: Literal["topk"] = "topk"
+    k: Positive = Field(64, description="Ids kept of each row.")
+
+
+class Hidden(Labels):
+    """The teacher's last hidden state: exact, and multiplied by the teacher's head on the student's side."""
+
+    kind: Literal["hidden"] = "hidden"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: what the teacher computes in.")
+
+
+class Dense(Labels):
+    """The log-probability of every id."""
+
+    kind: Literal["dense"] = "dense"
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="float16 halves the bytes and rounds by up to 0.004 nats, bfloat16 by up to 0.03."
+    )
+
+
+LABELS = Station(
+    Labels,
+    (TopK, Hidden, Dense),
+    package="trainer.labels",
+    class_name="Encoding",
+    default="topk",
+    members=("needs", "layout", "make", "ready", "pair", "mass"),
+    contract="trainer/labels/encoding.py",
+)
+AnyLabels = Annotated[Labels, LABELS]
+
+HELD_OUT = Hidden()
+"""What held-out rows are scored with, whatever the training labels are: exact over the whole vocabulary."""

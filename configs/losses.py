@@ -1,0 +1,86 @@
+"""The terms of an objective: one class per term, with its parameters and what it needs of a task.
+
+The values are computed in `trainer/losses/`. Here stands what can be refused before anything starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat
+
+from configs.section import Section
+from configs.stations import Station
+
+Need = Literal["labels", "groups", "rewards", "target_logprobs"]
+Exactness = Literal["exact", "lower_bound", "unbiased", "biased", "refused"]
+
+DIVERGENCE: Mapping[str, Exactness] = {"topk": "lower_bound", "hidden": "exact", "dense": "exact"}
+"""Of a divergence between two distributions: top-k compares k + 1 events (data processing inequality)."""
+
+
+class Term(Section):
+    """Base of all terms."""
+
+    loss: str
+    weight: PositiveFloat = 1.0
+
+    form: ClassVar[Literal["row", "sequence"]] = "row"
+    """row: a function of one row, averaged over loss tokens; sequence: of whole answers, averaged over groups."""
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """labels: of every row, from a teacher; groups: several answers to one prompt; rewards: a number per answer;
+    target_logprobs: log-probabilities of the target ids alone, from a teacher."""
+    exactness: ClassVar[Mapping[str, Exactness]] = {}
+    """By kind of labels, how the value compares with that over the whole vocabulary. A kind of a user's is not listed
+    and allowed."""
+    instead: ClassVar[str] = ""
+    """What to write where the labels' kind is refused."""
+
+    def same_as(self, other: Term) -> bool:
+        """Whether both are one term but for their weights."""
+        return self.model_copy(update={"weight": other.weight}) == other
+
+    def parameters(self) -> dict[str, Any]:
+        """Keyword arguments of the function that computes the term: its own fields."""
+        return {name: value for name, value in self if name not in Term.model_fields}
+
+
+class ForwardKl(Term):
+    """KL(teacher, student) (arXiv 1503.02531): covers all modes of the teacher."""
+
+    loss: Literal["forward_kl"] = "forward_kl"
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    exactness: ClassVar[Mapping[str, Exactness]] = DIVERGENCE
+
+
+class ReverseKl(Term):
+    """KL(student, teacher) (MiniLLM, arXiv 2306.08543): seeks modes."""
+
+    loss: Literal["reverse_kl"] = "reverse_kl"
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    exactness: ClassVar[Mapping[str, Exactness]] = DIVERGENCE
+
+
+class Jsd(Term):
+    """The generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649)."""
+
+    loss: Literal["jsd"] = "jsd"
+    beta: Annotated[float, Field(gt=0, lt=1)] = Field(
+        description="weight of the teacher in the mixture, for example beta: 0.5."
+    )
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    exactness: ClassVar[Mapping[str, Exactness]] = DIVERGENCE
+
+
+class CrossEntropy(Term):
+    """-log q(target id): hard labels, which need no teacher."""
+
+    loss: Literal["cross_entropy"] = "cross_entropy"
+
+
+LOSSES = Station(Term, (ForwardKl, ReverseKl, Jsd, CrossEntropy), tag="loss")
+AnyTerm = Annotated[Term, LOSSES]

@@ -1,0 +1,33 @@
+"""The base of every section of a configuration, and the numbers and names that their fields use."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from configs.paths import expand_home
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
+DType = Literal["auto", "bfloat16", "float32"]
+
+MOST = 2**31 - 1
+MOST_SECONDS = 30 * 86400
+Positive = Annotated[int, Field(gt=0, le=MOST)]
+Natural = Annotated[int, Field(ge=0, le=MOST)]
+Bytes = Annotated[int, Field(gt=0, le=2**50)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
+"""A longer wait is none: timers of the system overflow, and whoever set it would never hear of a role that hangs."""
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def with_known_home(path: str) -> str:
+    """The path as it is, `~` included: whoever opens it expands it. Raises `ValueError` where that would fail."""
+    expand_home(path)
+    return path
