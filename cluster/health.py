@@ -54,20 +54,13 @@ class RetryUnit:
 
 
 @dataclass(frozen=True, slots=True)
-class RejectUnit:
-    """Leave the unit out of its step, with the reason on record."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class GiveUp:
-    """The replica, the group or the run is lost."""
+    """The unit, the replica, the group or the run is lost."""
 
     reason: str
 
 
-Decision = RestartGroup | RestartReplica | RetryUnit | RejectUnit | GiveUp
+Decision = RestartGroup | RestartReplica | RetryUnit | GiveUp
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +97,7 @@ class FailurePolicy:
                 return RetryUnit(backoff_s(count))
             case "unit_refused":
                 if count >= self.max_refusals:
-                    return RejectUnit(f"{count} attempts were refused")
+                    return GiveUp(f"{count} attempts were refused")
                 return RetryUnit(0.0)
 
 

@@ -8,9 +8,8 @@ laptop. Whatever is chosen for the user says so in `reasons`; whatever they shou
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.engines.plan import EnginePlan, Sampling
@@ -33,7 +32,6 @@ from configs.answers import TeacherAnswers
 from configs.engines import ENGINES, Vllm
 from configs.labels import HELD_OUT
 from configs.schema import ModelSource, Replicas, Run
-from configs.stations import Choice
 from trainer.errors import ConfigError
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.model.attention_choice import (
@@ -211,11 +209,6 @@ def check_split(run: Run, teacher_config: Any) -> None:
                 f"{place} neither divides the teacher's {shared} key-value heads nor is a multiple of them; write one "
                 f"of {fitting}"
             )
-
-
-def to_json(resolved: Resolved) -> str:
-    """Stable text: for golden files, for the run folder, for people."""
-    return json.dumps(asdict(resolved), indent=2, sort_keys=True, default=Choice.flat) + "\n"
 
 
 def _accelerator(run: Run, hardware: Hardware) -> Accelerator:

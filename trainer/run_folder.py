@@ -1,12 +1,12 @@
 """The folder of one run: what lies where, who holds it, and how a file in it is written so that it is never half there.
 
 <run>/  config.yaml      the resolved configuration        checkpoints/   committed checkpoints
-        manifest.json    versions, machine, roles, counts  labels/        stored soft labels
-        metrics.jsonl    one record a line                 student/       the exported student
-        timeline.jsonl   who was busy when                 logs/          one file per role
-        samples.json     tokens for the viewer             tensorboard/   only if asked for
-        generations.json answers before and after          report.html    everything above, to look at
-        rejected.jsonl   rows that were not used           exit.json      how the run ended
+        manifest.json    versions, machine, roles, counts  student/       the exported student
+        metrics.jsonl    one record a line                 logs/          one file per role
+        timeline.jsonl   who was busy when                 tensorboard/   only if asked for
+        samples.json     tokens for the viewer             report.html    everything above, to look at
+        generations.json answers before and after          exit.json      how the run ended
+        rejected.jsonl   rows that were not used
 """
 
 from __future__ import annotations
@@ -113,10 +113,6 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
-
-    @property
-    def labels(self) -> Path:
-        return self.path / "labels"
 
     @property
     def student(self) -> Path:

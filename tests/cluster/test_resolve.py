@@ -19,8 +19,9 @@ from transformers import LlamaConfig, MistralConfig
 
 from cluster.groups import Group
 from cluster.hardware import Hardware
-from cluster.resolve import Resolved, resolve, roles_of, to_json
+from cluster.resolve import Resolved, resolve, roles_of
 from configs.schema import Run
+from configs.stations import Choice
 from trainer.errors import ConfigError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -84,6 +85,10 @@ def resolved(run: Run, hardware: str, model: dict[str, int] | None = None, **opt
         student_config=LlamaConfig(**model) if model else None,
         **options,
     )
+
+
+def to_json(settings: Resolved) -> str:
+    return json.dumps(dataclasses.asdict(settings), indent=2, sort_keys=True, default=Choice.flat) + "\n"
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

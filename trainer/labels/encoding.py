@@ -117,11 +117,3 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype:
     if dtype is torch.bfloat16:
         return np.dtype(np.uint16)
     return torch.empty(0, dtype=dtype).numpy().dtype
-
-
-def column_to_torch(column: np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A column on the device; bfloat16 bits become bfloat16 again."""
-    tensor = torch.from_numpy(column)
-    if dtype is torch.bfloat16:
-        tensor = tensor.view(torch.bfloat16)
-    return tensor.to(device, non_blocking=True)

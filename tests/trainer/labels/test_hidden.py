@@ -7,7 +7,7 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 
 from trainer.labels import dense, hidden
-from trainer.labels.encoding import TeacherShape, column_to_torch, pack_rows, unpack_rows
+from trainer.labels.encoding import TeacherShape, pack_rows, unpack_rows
 from trainer.model.head import Head, HeadShape
 
 V = 283  # of the tiny tokenizer; the models have 320 rows
@@ -55,7 +55,7 @@ def test_auto_keeps_the_teachers_dtype_and_bfloat16_bits_survive_the_wire():
     assert made["hidden"].dtype == layout[0].dtype == torch.bfloat16
     column = unpack_rows(pack_rows(made, layout).numpy(), layout)["hidden"]
     assert column.nbytes == 12 * 64 * 2
-    assert torch.equal(column_to_torch(column, torch.bfloat16, states.device), states)
+    assert torch.equal(torch.from_numpy(column).view(torch.bfloat16), states)
 
 
 def test_a_named_dtype_wins_over_the_teachers():
