@@ -19,8 +19,8 @@ from rich.console import Console
 from benchmarks import cpu_time
 from benchmarks.cpu_time import CpuTime
 from cluster import ray_session
-from cluster.hardware import Hardware
-from cluster.resolve import Resolved
+from cluster.placement.hardware import Hardware
+from cluster.placement.resolve import Resolved
 from cluster.session import RaySession
 from cluster.students.group import StudentJob
 from configs.load import config_hash, run_folder

@@ -22,7 +22,7 @@ from benchmarks.scoring_worker import Cost, Label, Prefill
 from benchmarks.worker import Worker
 from benchmarks.workload import Workload, corpus, make_run, make_student, write_rows
 from cluster.engines.plan import EnginePlan
-from cluster.hardware import Hardware
+from cluster.placement.hardware import Hardware
 from configs.labels import Hidden, Labels, TopK
 from configs.schema import ModelSource
 from launch.train import resolve_run

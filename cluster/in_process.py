@@ -14,7 +14,7 @@ import numpy as np
 
 from cluster import runtime
 from cluster.engines.plan import EnginePlan
-from cluster.resolve import Resolved
+from cluster.placement.resolve import Resolved
 from cluster.runtime import RankPlace
 from cluster.students.group import StudentJob, on_local_copy
 from cluster.teachers.actor import start_engine

@@ -19,8 +19,8 @@ from cluster import runtime
 from cluster.drain import watch_for_drain
 from cluster.logs import SharedFolder
 from cluster.node_checks import Question, check_nodes
-from cluster.placement import PlacedGroup, PlacedGroups, actor_options, create_groups, nodes_of, wait_for_room
-from cluster.resolve import Resolved
+from cluster.placement.reserve import PlacedGroup, PlacedGroups, actor_options, create_groups, nodes_of, wait_for_room
+from cluster.placement.resolve import Resolved
 from cluster.students.group import RankActor, StudentGroup, StudentJob
 from cluster.teachers.actor import TeacherActor
 from cluster.teachers.pool import ReplicaPool

@@ -2,7 +2,7 @@
 
 A field that chooses a kind takes the parameters of that kind beside it (`configs/stations.py`). Nothing here is
 adjusted silently: a rule that fails says what to write instead. A `None` that means "decided from the hardware" is
-decided by `cluster/resolve.py`, never here.
+decided by `cluster/placement/resolve.py`, never here.
 """
 
 from __future__ import annotations

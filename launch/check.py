@@ -19,7 +19,7 @@ from typing import Literal
 import typer
 
 from cluster.engines.vllm_registry import check_architecture, unknown_quantisation
-from cluster.resolve import check_rotation, check_split
+from cluster.placement.resolve import check_rotation, check_split
 from configs.answers import ANSWERS
 from configs.engines import ENGINES, Hf, Vllm
 from configs.labels import LABELS

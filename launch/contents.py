@@ -25,7 +25,7 @@ import numpy as np
 from cluster.model_files import PLACES as WEIGHT_PLACES
 from cluster.model_files import WHOLE_BYTES as WHOLE_WEIGHTS
 from cluster.model_files import find_folder
-from cluster.resolve import Resolved
+from cluster.placement.resolve import Resolved
 from configs.schema import Dataset, ModelSource, Run
 from trainer.data.content import file_content, files_below, folder_content
 from trainer.data.row_files import PLACES, WHOLE_BYTES, open_raw_rows

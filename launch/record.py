@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from cluster.resolve import Resolved
+from cluster.placement.resolve import Resolved
 from configs.schema import Run
 from configs.secrets import without_secrets
 from launch.export import card_of, complete_student

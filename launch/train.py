@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from cluster import nodes, ray_session, runtime
-from cluster.hardware import Hardware
 from cluster.health import Failure, FailurePolicy, RestartGroup
 from cluster.in_process import InProcessSession
 from cluster.model_files import ModelFiles, find_folder
-from cluster.resolve import Resolved, resolve
+from cluster.placement.hardware import Hardware
+from cluster.placement.resolve import Resolved, resolve
 from cluster.session import RaySession
 from cluster.students.group import StudentJob
 from configs.load import config_hash, dump_run, load_run, run_folder

@@ -290,7 +290,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class StudentPlan:
-    """What `cluster/resolve.py` decided for every student rank; nothing in it depends on the rank."""
+    """What `cluster/placement/resolve.py` decided for every student rank; nothing in it depends on the rank."""
 
     dtype: str  # "float32" or "bfloat16": of the parameters that are trained and of the forward pass
     device_type: str  # of torch.device

@@ -20,7 +20,7 @@ import psutil
 from cluster import ray_token
 from cluster.doctor.finding import Finding, Look, ok, problem, warning
 from cluster.doctor.software import torch_cuda
-from cluster.hardware import Node, local_node
+from cluster.placement.hardware import Node, local_node
 from cluster.runtime import cache_folder
 from trainer.errors import ConfigError
 

@@ -24,10 +24,10 @@ from cluster.calls import answer, unwrap
 from cluster.health import Seated
 from cluster.logs import SharedFolder, last_words, redirect_output
 from cluster.model_files import local_copy
+from cluster.placement.topology import number_ranks
 from cluster.processes import ProcessIdentity, kill_actor, this_process, wait_killed
 from cluster.runtime import RankPlace
 from cluster.students.errors import group_error
-from cluster.topology import number_ranks
 from configs.schema import Run
 from trainer.build import check_build
 from trainer.data.vocabulary import SharedVocabulary

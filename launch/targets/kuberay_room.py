@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from cluster.groups import RoleRequest
-from cluster.hardware import Hardware, Node
-from cluster.resolve import roles_of
+from cluster.placement.groups import RoleRequest
+from cluster.placement.hardware import Hardware, Node
+from cluster.placement.resolve import roles_of
+from cluster.placement.topology import place
 from cluster.runtime import CPU, GPU, STUDENT
-from cluster.topology import place
 from configs.schema import Run
 from launch.targets.kuberay_options import Group, Options
 from trainer.errors import ConfigError

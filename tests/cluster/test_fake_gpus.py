@@ -17,11 +17,11 @@ import pytest
 from fake_gpus import Witness, ray_folder, run_roles
 
 from cluster import ray_session
-from cluster.groups import RoleRequest
-from cluster.hardware import Hardware
-from cluster.placement import actor_options, create_groups
+from cluster.placement.groups import RoleRequest
+from cluster.placement.hardware import Hardware
+from cluster.placement.reserve import actor_options, create_groups
+from cluster.placement.topology import place
 from cluster.runtime import CONTROLLER, CPU, GPU, SCORER, STUDENT, environment
-from cluster.topology import place
 from trainer.errors import ConfigError, InfrastructureError
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]

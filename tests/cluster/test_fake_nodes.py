@@ -10,10 +10,10 @@ from fake_gpus import run_roles
 from raylets import OBJECT_STORE_BYTES, ray_cluster
 
 from cluster import ray_session
-from cluster.groups import RoleRequest
-from cluster.hardware import Hardware
+from cluster.placement.groups import RoleRequest
+from cluster.placement.hardware import Hardware
+from cluster.placement.topology import place
 from cluster.runtime import GPU, SCORER, STUDENT
-from cluster.topology import place
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 

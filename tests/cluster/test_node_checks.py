@@ -15,14 +15,14 @@ import pytest
 from raylets import Raylets, raylets
 
 from cluster import node_checks, ray_session, runtime
-from cluster.groups import RoleRequest
-from cluster.hardware import Hardware
 from cluster.logs import SharedFolder
 from cluster.node_checks import Question, check_nodes, differences, facts_of, plain
 from cluster.nodes import wait_for_nodes
-from cluster.placement import create_groups
+from cluster.placement.groups import RoleRequest
+from cluster.placement.hardware import Hardware
+from cluster.placement.reserve import create_groups
+from cluster.placement.topology import place
 from cluster.runtime import CPU, SCORER, STUDENT
-from cluster.topology import place
 from configs.schema import Seats
 from trainer.build import VARIABLE
 from trainer.errors import ConfigError, InfrastructureError

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from cluster import ray_session, runtime
-from cluster.groups import Placement
-from cluster.placement import PlacedGroups, actor_options, create_groups
+from cluster.placement.groups import Placement
+from cluster.placement.reserve import PlacedGroups, actor_options, create_groups
+from cluster.placement.topology import number_ranks
 from cluster.runtime import GPU, SCORER, STUDENT, RankPlace, environment
-from cluster.topology import number_ranks
 
 ANSWER_TIMEOUT_S = 280.0
 KEYS = (

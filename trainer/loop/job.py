@@ -1,7 +1,7 @@
 """Everything of a run that is read and checked before any role starts: tokens, rows, steps.
 
-`read_inputs` needs no hardware and comes first, since `cluster/resolve.py` asks for what it finds; `make_job` then
-opens the streams.
+`read_inputs` needs no hardware and comes first, since `cluster/placement/resolve.py` asks for what it finds;
+`make_job` then opens the streams.
 """
 
 from __future__ import annotations

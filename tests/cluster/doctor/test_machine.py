@@ -11,7 +11,7 @@ import pytest
 
 from cluster.doctor import machine
 from cluster.doctor.finding import Finding, Look, examine, ok
-from cluster.hardware import Node
+from cluster.placement.hardware import Node
 
 HOST = Node("n", num_cpus=8, memory_bytes=2**36)
 GPUS = Node("n", num_cpus=8, gpus=("H100",) * 4)

@@ -2,7 +2,8 @@
 
 After a change that is meant to change settings, write them again and read the difference:
 
-    STILLHOUSE_WRITE_GOLDEN=1 python -m pytest tests/cluster/test_resolve.py && git diff tests/cluster/golden
+    STILLHOUSE_WRITE_GOLDEN=1 python -m pytest tests/cluster/placement/test_resolve.py
+    git diff tests/cluster/placement/golden
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import pytest
 from architectures import architecture_config
 from transformers import LlamaConfig, MistralConfig
 
-from cluster.groups import Group
-from cluster.hardware import Hardware
-from cluster.resolve import Resolved, resolve, roles_of
+from cluster.placement.groups import Group
+from cluster.placement.hardware import Hardware
+from cluster.placement.resolve import Resolved, resolve, roles_of
 from configs.schema import Run
 from configs.stations import Choice
 from trainer.errors import ConfigError
@@ -322,7 +323,7 @@ def test_a_split_that_does_not_divide_the_heads_is_refused(
 
 def test_the_line_between_splits_is_that_of_vllm() -> None:
     """Against the two assertions of its attention layers, for every split of a few shapes."""
-    from cluster.resolve import check_split
+    from cluster.placement.resolve import check_split
 
     for heads, shared in ((32, 8), (12, 4), (9, 3), (16, 16), (24, 2)):
         config = LlamaConfig(hidden_size=heads * 8, num_attention_heads=heads, num_key_value_heads=shared)

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.fitting import fit
-from cluster.groups import Group, RoleRequest
-from cluster.hardware import Hardware, Node
+from cluster.placement.capacity import fit
+from cluster.placement.groups import Group, RoleRequest
+from cluster.placement.hardware import Hardware, Node
+from cluster.placement.topology import place
 from cluster.runtime import CPU, GPU, SCORER, STUDENT
-from cluster.topology import place
 from configs.schema import Seats
 from trainer.errors import ConfigError
 

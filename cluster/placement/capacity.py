@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from cluster.groups import Group
-from cluster.hardware import Hardware, Node
+from cluster.placement.groups import Group
+from cluster.placement.hardware import Hardware, Node
 from cluster.runtime import STUDENT
 
 MAX_TRIES = 20_000

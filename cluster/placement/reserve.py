@@ -18,8 +18,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.groups import Group, Placement
 from cluster.nodes import alive_nodes
+from cluster.placement.groups import Group, Placement
 from cluster.runtime import GPU, Role
 from trainer.errors import NoRoom
 

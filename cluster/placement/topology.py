@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cluster.fitting import KIND_PREFIX, fit, named_kind
-from cluster.groups import Group, Placement, RoleRequest, Strategy
-from cluster.hardware import Hardware, Node
-from cluster.placement_words import advice, all_asked, conditions, count_of, registered, shape, supply
+from cluster.placement.capacity import KIND_PREFIX, fit, named_kind
+from cluster.placement.groups import Group, Placement, RoleRequest, Strategy
+from cluster.placement.hardware import Hardware, Node
+from cluster.placement.messages import advice, all_asked, conditions, count_of, registered, shape, supply
 from cluster.runtime import GPU, STUDENT, RankPlace
 from configs.schema import Seats
 from trainer.errors import ConfigError

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.groups import RoleRequest
-from cluster.hardware import Hardware, Node, gpu_has_bfloat16
+from cluster.placement.groups import RoleRequest
+from cluster.placement.hardware import Hardware, Node, gpu_has_bfloat16
+from cluster.placement.topology import number_ranks, place
 from cluster.runtime import CPU, GPU, SCORER, STUDENT, WRITER, RankPlace
-from cluster.topology import number_ranks, place
 from trainer.errors import ConfigError
 
 

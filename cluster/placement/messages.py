@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cluster.fitting import named_kind
-from cluster.groups import Group, RoleRequest
-from cluster.hardware import Hardware
+from cluster.placement.capacity import named_kind
+from cluster.placement.groups import Group, RoleRequest
+from cluster.placement.hardware import Hardware
 from cluster.runtime import GPU, STUDENT
 from configs.schema import Seats
 

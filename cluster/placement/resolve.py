@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.engines.plan import EnginePlan, Sampling
-from cluster.groups import Placement, RoleRequest
-from cluster.hardware import Hardware, gpu_has_bfloat16
+from cluster.placement.groups import Placement, RoleRequest
+from cluster.placement.hardware import Hardware, gpu_has_bfloat16
+from cluster.placement.topology import place
 from cluster.runtime import (
     CPU,
     GPU,
@@ -27,7 +28,6 @@ from cluster.runtime import (
     device_type_of,
     environment,
 )
-from cluster.topology import place
 from configs.answers import TeacherAnswers
 from configs.engines import ENGINES, Vllm
 from configs.labels import HELD_OUT
