@@ -200,7 +200,10 @@ def _fields(tree: Any, path: KeyPath, model: type[BaseModel]) -> dict[str, Field
         if station is not None:
             items = path[depth + 1 : depth + 2] if get_origin(field.annotation) is tuple else ()
             kind = _chosen(station, _look(tree, (*path[: depth + 1], *items)))
-            return dict(station.parameters_of(kind).model_fields)
+            try:
+                return dict(station.parameters_of(kind).model_fields)
+            except ValueError:  # the kind itself is among the problems
+                return {}
         if section is None:
             return {}
         fields = dict(section.model_fields)
