@@ -14,12 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cluster.placement.capacity import KIND_PREFIX, fit, named_kind
+from cluster.placement.capacity import KIND_PREFIX, eligible, fits, named_kind
 from cluster.placement.groups import Group, Placement, RoleRequest, Strategy
-from cluster.placement.hardware import Hardware, Node
+from cluster.placement.hardware import Hardware
 from cluster.placement.messages import advice, all_asked, conditions, count_of, registered, shape, supply
 from cluster.runtime import GPU, STUDENT, RankPlace
-from configs.schema import Seats
 from trainer.errors import ConfigError
 
 KIND_SHARE = 0.001
@@ -35,7 +34,9 @@ def place(roles: Sequence[RoleRequest], hardware: Hardware) -> Placement:
     # The largest bundles first: Ray serves requests in order, and a late large one finds only fragments. Among equal
     # ones those that may not sit everywhere.
     groups.sort(key=lambda group: (-_size(group), not _is_choosy(group), group.role == STUDENT))
-    return Placement(tuple(_fit(groups, hardware)))
+    if not fits(groups, hardware):
+        raise _insufficient(groups, hardware)
+    return Placement(tuple(_with_kinds(groups, hardware)))
 
 
 def number_ranks(placed: Sequence[tuple[int, str, Sequence[str]]]) -> list[RankPlace]:
@@ -96,23 +97,16 @@ def _must_span(request: RoleRequest, hardware: Hardware) -> bool:
     """Whether a replica is larger than every node it may sit on, and may be split."""
     if not request.may_span_nodes or request.accelerator != GPU:
         return False
-    return request.shards > max((len(node.gpus) for node in _eligible(request.seats, hardware)), default=0)
-
-
-def _eligible(seats: Seats, hardware: Hardware) -> list[Node]:
-    """The nodes that have the labels and the kind of GPU."""
-    return [
-        node
-        for node in hardware.nodes
-        if seats.node_labels.items() <= node.labels.items()
-        and seats.accelerator_type in (None, *node.gpus, *node.accelerator_types)
-    ]
+    return request.shards > max(
+        (len(node.gpus) for node in eligible(hardware, request.seats.node_labels, request.seats.accelerator_type)),
+        default=0,
+    )
 
 
 def _check_seats(request: RoleRequest, hardware: Hardware) -> None:
     """Nodes that can never do, before anything is added up."""
     seats = request.seats
-    found = _eligible(seats, hardware)
+    found = eligible(hardware, seats.node_labels, seats.accelerator_type)
     wanted = seats.nodes or (request.count if seats.strategy == "strict_spread" else 1)
     if len(found) < wanted:
         raise ConfigError(
@@ -140,32 +134,38 @@ def _check_totals(roles: Sequence[RoleRequest], groups: Sequence[Group], hardwar
         )
 
 
-def _fit(groups: Sequence[Group], hardware: Hardware) -> list[Group]:
-    """The groups, bound to one kind of GPU each where the machines are mixed.
+def _with_kinds(groups: Sequence[Group], hardware: Hardware) -> list[Group]:
+    """The groups, each bound to one kind of GPU where the machines are mixed and one kind can hold it.
 
-    A student's ranks wait for the slowest of them in every step, so they go on one kind if any kind can hold them all.
+    A student's ranks wait for the slowest of them in every step, so they come first and go on one kind; the teachers
+    go on others where there is a choice, since Ray reserves them first.
     """
-    kinds = hardware.gpu_kinds
-    student = next((group for group in groups if group.role == STUDENT and group.num_gpus), None)
-    mixed = len(kinds) > 1 and any(group.num_gpus for group in groups)
-    choices = [*kinds, None] if mixed and student is not None and named_kind(student) is None else [None]
-    for kind in choices:
-        found = fit(groups, hardware, kind)
-        if found is not None:
-            return [_bound(group, found[group.name]) for group in groups] if mixed else list(groups)
-    alone = [group for group in groups if fit([group], hardware) is None]
+    chosen = list(groups)
+    student_kind = None
+    for index in sorted(range(len(groups)), key=lambda index: groups[index].role != STUDENT):
+        kinds = hardware.gpu_kinds if len(hardware.gpu_kinds) > 1 and named_kind(groups[index]) is None else ()
+        for kind in sorted(kinds, key=lambda kind: kind == student_kind):
+            trial = [*chosen[:index], _on_kind(groups[index], kind), *chosen[index + 1 :]]
+            if groups[index].num_gpus and fits(trial, hardware):
+                chosen = trial
+                break
+        if groups[index].role == STUDENT:
+            student_kind = named_kind(chosen[index])
+    return chosen
+
+
+def _on_kind(group: Group, kind: str) -> Group:
+    return replace(group, bundles=tuple({**bundle, KIND_PREFIX + kind: KIND_SHARE} for bundle in group.bundles))
+
+
+def _insufficient(groups: Sequence[Group], hardware: Hardware) -> ConfigError:
+    alone = [group for group in groups if not fits([group], hardware)]
     culprit = max(alone or groups, key=_size)
     beside = "" if alone else " beside the other roles"
-    raise ConfigError(
+    return ConfigError(
         f"{culprit.name} needs {shape(culprit)}, and that cannot be found{beside}: {registered(hardware)}; "
         f"{supply(hardware)}. {advice(culprit)}"
     )
-
-
-def _bound(group: Group, kind: str | None) -> Group:
-    if kind is None or not group.num_gpus or named_kind(group) is not None:
-        return group
-    return replace(group, bundles=tuple({**bundle, KIND_PREFIX + kind: KIND_SHARE} for bundle in group.bundles))
 
 
 def _size(group: Group) -> float:

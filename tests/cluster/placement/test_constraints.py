@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.placement.capacity import fit
 from cluster.placement.groups import Group, RoleRequest
 from cluster.placement.hardware import Hardware, Node
 from cluster.placement.topology import place
-from cluster.runtime import CPU, GPU, SCORER, STUDENT
+from cluster.runtime import CPU, GPU, SCORER, STUDENT, WRITER
 from configs.schema import Seats
 from trainer.errors import ConfigError
 
@@ -127,7 +126,7 @@ def test_what_fits_alone_and_not_together_says_so() -> None:
     ),
 )
 def test_only_what_cannot_be_is_refused(slots: list[int], roles: list[tuple[int, int, str]]) -> None:
-    """Against brute force over every assignment of bundles to nodes."""
+    """Against brute force over every assignment of bundles to nodes; what is impossible is seen where sizes divide."""
     requests = [RoleRequest(SCORER, n, CPU, size, seats=Seats(strategy=how)) for n, size, how in roles]
     bundles = [(i, size, how) for i, (count, size, how) in enumerate(roles) for _ in range(count)]
 
@@ -142,19 +141,41 @@ def test_only_what_cannot_be_is_refused(slots: list[int], roles: list[tuple[int,
         return True
 
     possible = any(holds(where) for where in itertools.product(range(len(slots)), repeat=len(bundles)))
+    sizes = sorted({count * size if how == "strict_pack" else size for count, size, how in roles})
+    exact = all(large % small == 0 for small, large in itertools.pairwise(sizes))
+    exact = exact and not any(how == "strict_spread" for _, _, how in roles)
     if possible:
         place(requests, hosts(*slots))
-    else:
+    elif exact:
         with pytest.raises(ConfigError):
             place(requests, hosts(*slots))
 
 
-def test_a_search_that_grows_too_large_answers_perhaps() -> None:
-    nodes = tuple(Node(str(i), 8, ("H100",) * 7, labels={"own": str(i)}) for i in range(12))
-    placement = place([RoleRequest(SCORER, 12, GPU, 4)], Hardware(nodes))
-    large = [dataclasses.replace(g, bundles=({"CPU": 4.0, "GPU": 4.0},)) for g in placement.groups]
-    large += [dataclasses.replace(g, name=f"x{g.name}", bundles=({"CPU": 4.0, "GPU": 4.0},)) for g in placement.groups]
-    assert fit(large, Hardware(nodes)) is not None
+def test_sizes_that_do_not_divide_are_refused_where_sums_tell_and_left_to_ray_otherwise() -> None:
+    def replicas(*shards: int) -> list[RoleRequest]:
+        return [RoleRequest(SCORER, 1, GPU, size) for size in shards]
+
+    with pytest.raises(ConfigError, match="beside the other roles"):
+        place(replicas(4, 3, 3, 3, 3), Hardware.parse("8xH100,8xH100"))
+    assert place(replicas(5, 3, 3, 3), Hardware.parse("7xH100,7xH100")).num_gpus == 14, "cannot be, which no sum says"
+
+
+def test_roles_that_share_labelled_nodes_must_fit_on_those_together() -> None:
+    hardware = labelled("8xH100,8xH100", {"pool": "a"}, {"pool": "b"})
+    pool = Seats(node_labels={"pool": "a"})
+    roles = [RoleRequest(STUDENT, 4, GPU, seats=pool), RoleRequest(SCORER, 1, GPU, 4, seats=pool)]
+    assert place(roles, hardware).num_gpus == 8
+    with pytest.raises(ConfigError, match="beside the other roles"):
+        place([*roles, RoleRequest(WRITER, 1, GPU, 1, seats=pool)], hardware)
+
+
+def test_teachers_stay_off_the_kind_of_gpu_that_the_student_asks_for() -> None:
+    """Ray reserves the teachers first, and would give them what only the student needs."""
+    student = RoleRequest(STUDENT, 8, GPU, seats=Seats(accelerator_type="A100"))
+    groups = {
+        g.name: g for g in place([student, RoleRequest(SCORER, 2, GPU, 4)], Hardware.parse("8xA100,8xH100")).groups
+    }
+    assert all("accelerator_type:H100" in groups[name].bundles[0] for name in ("scorer-0", "scorer-1"))
 
 
 def test_two_hundred_and_fifty_six_ranks_are_placed_at_once() -> None:
