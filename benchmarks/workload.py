@@ -96,8 +96,9 @@ def make_run(
         "seed": workload.seed,
         "teacher": {"model": {"path": str(teacher)}, "scorer": {"engine": workload.scorer_engine}},
         "student": {"model": {"path": str(student)}},
-        "data": {"train": {"path": str(rows)}, "max_length": workload.max_tokens + 32, "on_too_long": "truncate"},
-        "elicitation": "feature",
+        "prompts": {"path": str(rows)},
+        "data": {"max_length": workload.max_tokens + 32, "on_too_long": "truncate"},
+        "answers": "dataset",
         "labels": LABELS[labels],
         "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
         "training": {

@@ -55,7 +55,7 @@ class RaySession:
             job, spawn=self._spawn_rank, room=self._room_for_students, folder=self._folder, observer=observer
         )
         self.scorers = self._pool(resolved.scorer, job.run.teacher.scorer.replicas, observer)
-        writer = job.run.teacher.writer
+        writer = job.run.teacher.generator
         self.writers = self._pool(resolved.writer, writer.replicas, observer) if writer else None
 
     async def reserve(self) -> None:

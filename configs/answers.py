@@ -13,7 +13,7 @@ from configs.stations import Choice, Station
 class Answers(Choice):
     """Base of all kinds, those of a user's included."""
 
-    needs_writer: ClassVar[bool] = False
+    needs_generator: ClassVar[bool] = False
     """Whether the teacher needs generator replicas."""
     needs_answer: ClassVar[bool] = True
     """Whether every row needs an answer."""
@@ -22,7 +22,7 @@ class Answers(Choice):
 class DatasetAnswers(Answers):
     """The dataset's own answers; every row needs one."""
 
-    kind: Literal["feature"] = "feature"
+    kind: Literal["dataset"] = "dataset"
 
 
 class TeacherAnswers(Answers):
@@ -34,7 +34,7 @@ class TeacherAnswers(Answers):
     is. The run ends where more than `max_dropped_fraction` of the answers were left out.
     """
 
-    kind: Literal["labeling"] = "labeling"
+    kind: Literal["teacher"] = "teacher"
     max_new_tokens: Positive = 256
     temperature: Annotated[float, Field(ge=0)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -42,17 +42,18 @@ class TeacherAnswers(Answers):
     on_cut_off: Literal["keep", "drop"] = "keep"
     max_dropped_fraction: Share = 0.5
 
-    needs_writer: ClassVar[bool] = True
+    needs_generator: ClassVar[bool] = True
     needs_answer: ClassVar[bool] = False
 
 
 ANSWERS = Station(
     Answers,
     (DatasetAnswers, TeacherAnswers),
-    package="trainer.elicitation",
-    class_name="Strategy",
-    default="feature",
+    package="trainer.answers",
+    class_name="AnswerSource",
+    default="dataset",
     members=("rewrite", "room_for_answer", "bind"),
-    contract="trainer/elicitation/feature.py",
+    formerly={"feature": "dataset", "labeling": "teacher"},
+    contract="trainer/answers/dataset.py",
 )
 AnyAnswers = Annotated[Answers, ANSWERS]

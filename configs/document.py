@@ -95,7 +95,8 @@ def _read_file(file: Path) -> Document:
     except RecursionError:
         raise ConfigError(f"{file}: nested too deeply (at most {MAX_DEPTH} levels)") from None
     if node is None:
-        raise ConfigError(f"{file}: the file is empty; a run needs at least name, student, teacher, data and training")
+        needs = "name, student, teacher, prompts and training"
+        raise ConfigError(f"{file}: the file is empty; a run needs at least {needs}")
     if not isinstance(node, MappingNode):
         raise ConfigError(f"{file}:{node.start_mark.line + 1}: a configuration is a mapping, lines of `key: value`")
     document = Document({}, {(): Origin(f"{file}:1", (0, 0))})

@@ -35,7 +35,7 @@ OTHER_WORDS = {
     "save_total_limit": "keep_checkpoints",
     "top_k": "k",
     "train_batch_size": "sequences_per_step",
-    "train_dataset": "train",
+    "train_dataset": "prompts",
     "tp": "tensor_parallel_size",
 }
 """Words of other trainers, by key or by whole path, and what is nearest to them here."""
@@ -49,6 +49,13 @@ NOT_NEEDED = {
 }
 """What is no setting here, by key or by whole path, and why."""
 
+NEW_SPELLING = {
+    "elicitation": "answers, at the top level, and its kinds are dataset (was feature) and teacher (was labeling)",
+    "data.train": "prompts, at the top level, with what stood below train",
+    "teacher.writer": "generator",
+}
+"""Keys of older versions, by whole path, and what to write now."""
+
 MANY_MEANINGS = frozenset({"name", "path", "kind", "model", "format", "revision", "split"})
 """Keys that mean something else in every section: one of another section is meant only where it lies below."""
 
@@ -57,6 +64,8 @@ def meant(path: KeyPath, here: Sequence[str], keys: Mapping[KeyPath, Sequence[st
     """The end of a message about the unknown key at `path`. `here` are the keys of its section; `keys` holds all keys
     there are, those of plug-ins with the kinds that have them, without the kind that is chosen."""
     key, above = str(path[-1]), path[:-1]
+    if dotted(path) in NEW_SPELLING:
+        return f"; it is now written {NEW_SPELLING[dotted(path)]}"
     reason = NOT_NEEDED.get(dotted(path), NOT_NEEDED.get(key))
     if reason is not None:
         return f"; remove it: {reason}"

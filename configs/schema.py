@@ -169,7 +169,7 @@ class Teacher(Section):
     model: ModelSource
     chat_template: str | None = Field(None, description="Path of a jinja file; None: the teacher's own template.")
     scorer: Replicas = Field(default_factory=Replicas)
-    writer: Replicas | None = Field(None, description="Needed by elicitations that let the teacher write.")
+    generator: Replicas | None = Field(None, description="Needed where the teacher writes answers.")
 
     @field_validator("chat_template")
     @classmethod
@@ -178,13 +178,12 @@ class Teacher(Section):
 
     def roles(self) -> dict[str, Replicas]:
         """The replicas by role, `scorer` first."""
-        return {"scorer": self.scorer} | ({} if self.writer is None else {"writer": self.writer})
+        return {"scorer": self.scorer} | ({} if self.generator is None else {"generator": self.generator})
 
 
 class Data(Section):
     """Rows and how they become token sequences."""
 
-    train: Dataset
     evaluation: Dataset | None = Field(None, description="Held-out rows with answers; scored once, at start.")
     max_length: Positive = Field(2048, description="Tokens of prompt and answer together.")
     on_too_long: Literal["error", "drop", "truncate"] = "error"
@@ -291,8 +290,9 @@ class Run(Section):
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: gpu where the cluster has any.")
     student: Student
     teacher: Teacher
-    data: Data
-    elicitation: AnyAnswers = DatasetAnswers()
+    prompts: Dataset
+    data: Data = Data()
+    answers: AnyAnswers = DatasetAnswers()
     labels: AnyLabels = TopK()
     objective: tuple[AnyTerm, ...] = Field((ForwardKl(),), min_length=1)
     optimizer: Optimizer = Optimizer()
@@ -334,23 +334,23 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _who_writes_the_answers(self) -> Run:
-        kind, writer, data = self.elicitation.kind, self.teacher.writer, self.data.train
-        writes, needs_answer = self.elicitation.needs_writer, self.elicitation.needs_answer
-        if writes and writer is None:
-            text = f"elicitation: {kind} lets the teacher write the answers: add teacher.writer, if only writer: {{}}"
-            raise refusal(("teacher", "writer"), None, text)
-        if not writes and writer is not None:
-            text = f"elicitation: {kind} lets nobody write: remove writer, or write elicitation: labeling"
-            raise refusal(("teacher", "writer"), None, text)
-        if needs_answer and data.format == "prompt":
+        kind, generator, rows = self.answers.kind, self.teacher.generator, self.prompts.format
+        writes, needs_answer = self.answers.needs_generator, self.answers.needs_answer
+        if writes and generator is None:
+            text = f"answers: {kind} lets the teacher write: add teacher.generator, if only generator: {{}}"
+            raise refusal(("teacher", "generator"), None, text)
+        if not writes and generator is not None:
+            text = f"answers: {kind} lets nobody write: remove generator, or write answers: teacher"
+            raise refusal(("teacher", "generator"), None, text)
+        if needs_answer and rows == "prompt":
             text = (
-                f"elicitation: {kind} needs rows with answers: name another format, or write elicitation: labeling and "
-                "teacher.writer: {}"
+                f"answers: {kind} needs rows with answers: name another format, or write answers: teacher and "
+                "teacher.generator: {}"
             )
-            raise refusal(("data", "train", "format"), data.format, text)
-        if writes and data.format == "text":
-            text = f"elicitation: {kind} answers prompts, and format: text has none; write elicitation: feature"
-            raise refusal(("data", "train", "format"), data.format, text)
+            raise refusal(("prompts", "format"), rows, text)
+        if writes and rows == "text":
+            text = f"answers: {kind} answers prompts, and format: text has none; write answers: dataset"
+            raise refusal(("prompts", "format"), rows, text)
         return self
 
     @model_validator(mode="after")

@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -46,6 +47,7 @@ class Station:
     default: str | None = None  # the kind where only parameters are given
     members: tuple[str, ...] = ()  # what the class in each file must have
     contract: str = ""  # the file that describes them
+    formerly: Mapping[str, str] = field(default_factory=dict)  # kinds of older versions, and what they are now
 
     def kinds(self) -> tuple[str, ...]:
         return tuple(self.kind_of(one) for one in self.built_in)
@@ -65,6 +67,8 @@ class Station:
                 return one
         if self.package and "." in kind:
             return self._foreign(kind)
+        if kind in self.formerly:
+            raise ValueError(f"the {self.tag} {kind} is now called {self.formerly[kind]}; write {self.formerly[kind]}")
         raise ValueError(f"unknown {self.tag} '{kind}'{did_you_mean(kind, self.kinds())} ({self._allowed()})")
 
     def validate(self, value: Any) -> Section:

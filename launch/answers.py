@@ -43,7 +43,7 @@ def fill_answers(
     """Write an answer for every row without one and return how many were written; the file is replaced at the end.
 
     Runs one vLLM engine in float32 on the host. A row's draw depends on `seed` and its position only. `leave_every=8`
-    leaves rows 7, 15, ... (from 0) without an answer, for elicitations that let the teacher write during training. An
+    leaves rows 7, 15, ... (from 0) without an answer, for runs that let the teacher write during training. An
     answer that reaches `max_new_tokens` is cut after its last whole sentence or line.
     """
     from transformers import AutoTokenizer

@@ -155,15 +155,13 @@ def _rewritten(run: Run, shared: list[Path]) -> tuple[Run, list[_Local]]:
         "model": model("teacher.model.path", run.teacher.model),
         "chat_template": template and sent("teacher.chat_template", template),
     }
-    data = {
-        "train": dataset("data.train", run.data.train),
-        "evaluation": dataset("data.evaluation", run.data.evaluation),
-    }
+    held_out = dataset("data.evaluation", run.data.evaluation)
     changes = {
         "folder": run_folder(run).expanduser().absolute(),
         "student": run.student.model_copy(update={"model": model("student.model.path", run.student.model)}),
         "teacher": run.teacher.model_copy(update=teacher),
-        "data": run.data.model_copy(update=data),
+        "prompts": dataset("prompts", run.prompts),
+        "data": run.data.model_copy(update={"evaluation": held_out}),
     }
     return run.model_copy(update=changes), locals_
 

@@ -138,7 +138,7 @@ def examine(run: Run, inputs: list[Inputs] | None = None) -> Iterator[Finding]:
     yield from _rows(run, inputs[0] if inputs else None)
     if "teacher" in facts:
         yield from _engine(run)
-    if "teacher" in facts and run.teacher.writer is not None:
+    if "teacher" in facts and run.teacher.generator is not None:
         yield from _generation(run)
     yield from _attention(run, known=set(facts))
     yield from _placement(run, known=set(facts))
@@ -156,7 +156,7 @@ def _plugins(run: Run) -> Iterator[Finding]:
     """The classes' own checks of their parameters, which need their modules."""
     chosen: list[tuple[str, Station, Choice]] = [
         ("labels", LABELS, run.labels),
-        ("elicitation", ANSWERS, run.elicitation),
+        ("answers", ANSWERS, run.answers),
     ]
     chosen += [(f"teacher.{role}.engine", ENGINES, r.engine) for role, r in run.teacher.roles().items()]
     for place, station, choice in chosen:
@@ -240,7 +240,7 @@ def _generation(run: Run) -> Iterator[Finding]:
     unused: dict[str, object] = {}
 
     def look() -> None:
-        unused.update(unused_settings(run.teacher.model, temperature=getattr(run.elicitation, "temperature", 1)))
+        unused.update(unused_settings(run.teacher.model, temperature=getattr(run.answers, "temperature", 1)))
 
     found = _attempt("teacher generation", look, lambda: "as configured")
     if found.fatal:
@@ -249,15 +249,15 @@ def _generation(run: Run) -> Iterator[Finding]:
         return
     named = ", ".join(f"{name}: {str(value)[:60]}" for name, value in unused.items())
     text = (
-        f"{place} sets {named}, which a writer does not apply: its answers follow elicitation's temperature and top_p, "
-        "and end at the ids of eos_token_id. Where it matters, let the answers be written elsewhere and give them as "
-        "rows"
+        f"{place} sets {named}, which a generator does not apply: its answers follow the temperature and top_p of "
+        "`answers`, and end at the ids of eos_token_id. Where it matters, let the answers be written elsewhere and "
+        "give them as rows"
     )
     yield Finding("teacher generation", "warning", text)
 
 
 def _rows(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
-    for name, dataset in (("train", run.data.train), ("evaluation", run.data.evaluation)):
+    for name, dataset in (("train", run.prompts), ("evaluation", run.data.evaluation)):
         if dataset is None:
             yield Finding(
                 f"{name} rows", "warning", "data.evaluation: none, so the run cannot tell how good the student is"
@@ -271,7 +271,7 @@ def _rows(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
 def _dataset(run: Run, name: str, dataset: Dataset, inputs: Inputs) -> Iterator[Finding]:
     reports: list[RowReport] = []
     training = name == "train"
-    subject = f"{name} rows"
+    subject, place = f"{name} rows", "prompts" if training else "data.evaluation"
 
     def read() -> None:
         report = check_rows(
@@ -279,14 +279,14 @@ def _dataset(run: Run, name: str, dataset: Dataset, inputs: Inputs) -> Iterator[
             data=run.data,
             template=inputs.template,
             vocabulary=inputs.vocabulary,
-            needs_answer=inputs.strategy.needs_answer if training else True,
-            room_for_answer=inputs.strategy.room_for_answer if training else 0,
-            rewrite=inputs.strategy.rewrite if training else False,
+            needs_answer=inputs.answers.needs_answer if training else True,
+            room_for_answer=inputs.answers.room_for_answer if training else 0,
+            rewrite=inputs.answers.rewrite if training else False,
             budget=ROW_BUDGET,
         )
         reports.append(report)
         if report.num_ok == 0 or (report.problems and run.data.on_bad_row == "error"):
-            raise DataError(_bad_rows(f"data.{name}", report))
+            raise DataError(_bad_rows(place, report))
 
     def say() -> str:
         report = reports[0]
@@ -304,17 +304,17 @@ def _dataset(run: Run, name: str, dataset: Dataset, inputs: Inputs) -> Iterator[
             steps = partial(total_steps, run, rows_per_epoch=report.num_rows)
             yield _attempt("steps", steps, lambda: _epochs(run, steps(), rows=report.num_rows))
         if report.problems and run.data.on_bad_row == "skip":
-            yield Finding(subject, "warning", _bad_rows(f"data.{name}", report))
+            yield Finding(subject, "warning", _bad_rows(place, report))
         if report.num_special and run.data.special_tokens_in_text == "warn":
             text = (
                 f"{report.num_special} of {report.num_checked} rows contain special tokens in their text, which become "
                 f"control tokens: {report.first_special}; write data.special_tokens_in_text: escape to read them as "
                 "plain text, or allow where they are meant"
             )
-            yield Finding(subject, "warning", f"data.{name}: {text}")
+            yield Finding(subject, "warning", f"{place}: {text}")
         if report.num_dropped or report.num_truncated:
             text = f"{report.num_dropped} rows are too long and dropped, {report.num_truncated} truncated"
-            yield Finding(subject, "warning", f"data.{name}: {text}")
+            yield Finding(subject, "warning", f"{place}: {text}")
 
 
 def _epochs(run: Run, steps: int, *, rows: int) -> str:

@@ -1,10 +1,10 @@
 """What the inputs of a run hold, as short texts by place: a checkpoint keeps them, and a run that goes on compares.
 
-    data.train, data.evaluation          every file of rows; of a dataset of the hub some rows and their number
+    prompts, data.evaluation          every file of rows; of a dataset of the hub some rows and their number
     teacher.model/<file>                 config, tokenizer and generation settings, code, weights; of the hub its commit
     student.model/<file>                 config, code, weights
     teacher.chat_template                the text that is used
-    labels, elicitation, engine code     the file of a plug-in that is not Stillhouse's own
+    labels, answers, engine code         the file of a plug-in that is not Stillhouse's own
     student.dtype, teacher.<role>.dtype  what `auto` was made of
 
 Where things lie does not count, so a moved folder is the same. The view is that of the machine the controller runs on;
@@ -74,7 +74,7 @@ def _decides(place: str, run: Run) -> bool:
 
 def _where(place: str, run: Run) -> str:
     paths = {
-        "data.train": run.data.train.path,
+        "prompts": run.prompts.path,
         "data.evaluation": run.data.evaluation.path if run.data.evaluation else None,
         "teacher.model": run.teacher.model.path,
         "student.model": run.student.model.path,
@@ -85,7 +85,7 @@ def _where(place: str, run: Run) -> str:
 
 
 def _contents(run: Run, inputs: Inputs) -> Iterator[tuple[str, str]]:
-    yield from _rows("data.train", run.data.train)
+    yield from _rows("prompts", run.prompts)
     if run.data.evaluation is not None:
         yield from _rows("data.evaluation", run.data.evaluation)
     yield from _model("teacher.model", run.teacher.model)
@@ -93,7 +93,7 @@ def _contents(run: Run, inputs: Inputs) -> Iterator[tuple[str, str]]:
     yield "teacher.chat_template", _digest(inputs.template.text or "")
     for family, kind in (
         ("labels", run.labels.kind),
-        ("elicitation", run.elicitation.kind),
+        ("answers", run.answers.kind),
         *((f"teacher.{role}.engine", replicas.engine.kind) for role, replicas in run.teacher.roles().items()),
     ):
         found = importlib.util.find_spec(kind) if "." in kind else None

@@ -187,7 +187,7 @@ def roles_of(run: Run, resolved: Resolved) -> dict[str, Any]:
             "zero_stage": run.student.zero_stage,
         }
     }
-    for plan, replicas in ((resolved.scorer, run.teacher.scorer), (resolved.writer, run.teacher.writer)):
+    for plan, replicas in ((resolved.scorer, run.teacher.scorer), (resolved.writer, run.teacher.generator)):
         if plan is not None and replicas is not None:
             roles[plan.role] = {
                 "engine": plan.engine.kind,

@@ -57,7 +57,7 @@ class AnswerCounters:
     written: int = 0
     empty: int = 0  # nothing but end tokens, or nothing at all
     cut_off: int = 0  # as long as allowed, without an end token
-    dropped: int = 0  # not trained on: the empty ones, and those cut off where the elicitation leaves them out
+    dropped: int = 0  # not trained on: the empty ones, and those cut off where `answers` leaves them out
 
     def plus(self, more: AnswerCounters) -> AnswerCounters:
         return AnswerCounters(
@@ -118,7 +118,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What an elicitation made of the prompts of one step."""
+    """What was made of the prompts of one step."""
 
     sequences: tuple[Sequence, ...]  # in the order of the prompts; a prompt without a usable answer has none
     answers: AnswerCounters = AnswerCounters()

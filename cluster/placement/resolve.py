@@ -116,9 +116,9 @@ def resolve(
     student = _student_plan(run, accelerator, student_dtype, student_config, num_bytes=student_bytes)
     scorer = engines.plan(SCORER, run.teacher.scorer, dtypes, tables, sampling=None)
     writer = None
-    if run.teacher.writer is not None:
+    if run.teacher.generator is not None:
         sampling = _sampling(run, stop_token_ids)
-        writer = engines.plan(WRITER, run.teacher.writer, dtypes, tables, sampling=sampling)
+        writer = engines.plan(WRITER, run.teacher.generator, dtypes, tables, sampling=sampling)
     student_threads = None
     if accelerator == GPU and run.student.offload != "none":
         student_threads = _cores_per_gpu(hardware)  # the optimizer runs on the host, on every core there is
@@ -141,7 +141,7 @@ def resolve(
 def roles_of(run: Run, accelerator: Accelerator) -> tuple[RoleRequest, ...]:
     """The actors of a run."""
     roles = [RoleRequest(STUDENT, run.student.ranks, accelerator, seats=run.student.placement)]
-    for role, replicas in ((SCORER, run.teacher.scorer), (WRITER, run.teacher.writer)):
+    for role, replicas in ((SCORER, run.teacher.scorer), (WRITER, run.teacher.generator)):
         if replicas is not None:
             request = RoleRequest(
                 role,
@@ -388,7 +388,7 @@ def _student_plan(
 
 
 def _sampling(run: Run, stop_token_ids: tuple[int, ...]) -> Sampling:
-    answers = run.elicitation
+    answers = run.answers
     assert isinstance(answers, TeacherAnswers), answers
     return Sampling(
         max_new_tokens=answers.max_new_tokens,

@@ -71,7 +71,7 @@ def model_card(
         adapter=adapter,
         base=public_name(run.student.model.path),
         teacher=public_name(run.teacher.model.path),
-        datasets=[(d, public_name(d.path)) for d in (run.data.train, run.data.evaluation) if d is not None],
+        datasets=[(d, public_name(d.path)) for d in (run.prompts, run.data.evaluation) if d is not None],
         base_licence=known["student"] or NOT_STATED,
         teacher_licence=known["teacher"] or NOT_STATED,
         quality=_quality(records),
@@ -100,7 +100,7 @@ def _front_matter(run: Run, licence: str | None, *, adapter: bool) -> str:
     if licence is not None:
         known = licence.lower() in _HUB_LICENCES.split()
         fields |= {"license": licence.lower()} if known else {"license": "other", "license_name": licence}
-    datasets = [d.path for d in (run.data.train, run.data.evaluation) if d is not None and is_hub_name(d.path)]
+    datasets = [d.path for d in (run.prompts, run.data.evaluation) if d is not None and is_hub_name(d.path)]
     if datasets:
         fields["datasets"] = list(dict.fromkeys(datasets))
     fields["tags"] = ["distillation", "knowledge-distillation", "stillhouse", *(["lora"] if adapter else [])]
@@ -133,7 +133,7 @@ def _settings(run: Run, manifest: Mapping[str, Any], records: Records, *, stored
     rows = [
         ("objective", " + ".join(_term(term) for term in run.objective)),
         ("soft labels", _choice(run.labels)),
-        ("answers written by", _choice(run.elicitation)),
+        ("answers written by", _choice(run.answers)),
         ("answers of the teacher", _answers(counters)),
         ("optimizer steps", f"{records.steps[-1].step:,}" if records.steps else ""),
         ("sequences per step", f"{training.sequences_per_step:,}"),

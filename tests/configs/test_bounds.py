@@ -18,7 +18,8 @@ BASE = """\
 name: x
 student: {model: {path: a}}
 teacher: {model: {path: b}}
-data: {train: {path: c}, evaluation: {path: c}}
+prompts: {path: c}
+data: {evaluation: {path: c}}
 training: {steps: 3}
 """
 
@@ -58,7 +59,7 @@ def test_a_count_that_no_machine_holds_is_refused(file: Path, key: str) -> None:
     assert "must be at most 2147483647" in refused(file, f"{key}=2147483648")
 
 
-PATH_KEYS = ["folder", "student.model.path", "teacher.model.path", "student.model.local_copy", "data.train.path"]
+PATH_KEYS = ["folder", "student.model.path", "teacher.model.path", "student.model.local_copy", "prompts.path"]
 PATH_KEYS += ["data.evaluation.path", "teacher.chat_template"]
 
 
@@ -73,7 +74,7 @@ def test_a_path_that_no_disk_holds_is_refused(file: Path, key: str) -> None:
 
 def test_the_root_is_no_run_folder(file: Path) -> None:
     assert "the root of all files is no run folder" in refused(file, "folder=/")
-    assert load_run(file, ["folder=/x", "data.train.path=/"])
+    assert load_run(file, ["folder=/x", "prompts.path=/"])
 
 
 @pytest.mark.parametrize("path", ["~nosuchuser/x", "x" * 300, "a\0b"])

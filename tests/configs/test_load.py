@@ -23,13 +23,13 @@ student:
   model: {path: models/student}
 teacher:
   model: {path: models/teacher}
-data:
-  train: {path: rows.jsonl}
+prompts:
+  path: rows.jsonl
 training:
   steps: 10
 """
 
-HOMES = ("folder", "data.train.path", "teacher.chat_template", "teacher.model.path", "student.model.local_copy")
+HOMES = ("folder", "prompts.path", "teacher.chat_template", "teacher.model.path", "student.model.local_copy")
 
 Load = Callable[..., LoadedRun]
 Refused = Callable[..., str]
@@ -75,8 +75,8 @@ def test_five_mistakes_are_reported_together_each_at_its_line(refused: Refused) 
       ranks: two
     teacher:
       model: {path: models/teacher}
+    prompts: {path: rows.jsonl}
     data:
-      train: {path: rows.jsonl}
       on_too_long: dorp
     training:
       steps: 0
@@ -97,7 +97,7 @@ def test_five_mistakes_are_reported_together_each_at_its_line(refused: Refused) 
 
 
 CASES = {
-    "a required section is missing": ("name: x\n", [], ["'student' is missing", "'data' is missing", "run.yaml:1"]),
+    "a required section is missing": ("name: x\n", [], ["'student' is missing", "'prompts' is missing", "run.yaml:1"]),
     "a plug-in that does not exist": (GOOD + "labels: topkk\n", [], ["unknown kind 'topkk'; did you mean 'topk'?"]),
     "a kind that is no text": (GOOD + "labels: {kind: 3}\n", [], ["labels.kind = 3", "needs a kind", "topk"]),
     "a parameter the plug-in does not have": (GOOD + "labels: {kind: topk, kk: 3}\n", [], ["unknown key 'kk'"]),
@@ -109,7 +109,7 @@ CASES = {
     "no is text in YAML 1.2": (GOOD + "report: {tensorboard: no}\n", [], ["= 'no'", "must be true or false"]),
     "half a number": (GOOD + "optimizer: {learning_rate: 1e-4x}\n", [], ["'1e-4x'", "must be a number"]),
     "not finite": (GOOD + "optimizer: {learning_rate: .inf}\n", [], ["must be a finite number"]),
-    "a path for a dataset": (GOOD.replace("{path: rows.jsonl}", "rows.jsonl"), [], ["here {path: rows.jsonl}"]),
+    "a path for a dataset": (GOOD, ["prompts=rows.jsonl"], ["here {path: rows.jsonl}"]),
     "a list that is too short": (GOOD + "optimizer: {betas: [0.9]}\n", [], ["item 1 of the list is missing"]),
     "an empty objective": (GOOD + "objective: []\n", [], ["must be a list that is not empty"]),
     "a key of another section": (GOOD + "learning_rate: 1e-3\n", [], ["it belongs in optimizer.learning_rate"]),
@@ -126,9 +126,13 @@ CASES = {
     "jsd without beta": (GOOD + "objective: [{loss: jsd}]\n", [], ["objective.0.beta", "beta: 0.5"]),
     "beta without jsd": (GOOD + "objective: [{loss: forward_kl, beta: 0.5}]\n", [], ["remove beta"]),
     "a term twice": (GOOD + "objective: [{loss: forward_kl}, {loss: forward_kl}]\n", [], ["is a term already"]),
-    "labeling without a writer": (GOOD + "elicitation: labeling\n", [], ["teacher.writer", "writer: {}"]),
-    "a writer that nobody asks": (GOOD, ["teacher.writer={}"], ["remove writer, or write elicitation: labeling"]),
-    "prompts without anybody who answers": (GOOD, ["data.train.format=prompt"], ["needs rows with answers"]),
+    "a teacher without a generator": (
+        GOOD + "answers: teacher\n",
+        [],
+        ["teacher.generator", "generator: {}"],
+    ),
+    "a generator that nobody asks": (GOOD, ["teacher.generator={}"], ["remove generator, or write answers: teacher"]),
+    "prompts without anybody who answers": (GOOD, ["prompts.format=prompt"], ["needs rows with answers"]),
     "offload of parameters at stage 2": (GOOD, ["student.offload=optimizer_and_parameters"], ["zero_stage: 3"]),
     "a micro-batch that no sequence fits": (GOOD, ["training.micro_batch_tokens=64"], ["data.max_length: 2048"]),
     "all steps are warm-up": (GOOD, ["optimizer.warmup_steps=10"], ["write at most 9"]),
@@ -201,7 +205,7 @@ WORDS = {
     "teacher.model.license=mit": "teacher.model.licence=mit",
     "labels.top_k=4": "labels.k=4",
     "training.k=4": "labels.k=4",
-    "data.train.format=text data.max_seq_length=64": "data.train.format=text data.max_length=64",
+    "prompts.format=text data.max_seq_length=64": "prompts.format=text data.max_length=64",
 }
 
 
@@ -305,7 +309,7 @@ def test_the_hash_changes_with_what_is_learnt_and_with_nothing_else(load: Load) 
         *moved,
     ):
         assert config_hash(load(GOOD, same).run) == base, same
-    for other in ("data.train.max_rows=5", "labels.k=32", "optimizer.learning_rate=2e-4", "seed=1", "student.ranks=2"):
+    for other in ("prompts.max_rows=5", "labels.k=32", "optimizer.learning_rate=2e-4", "seed=1", "student.ranks=2"):
         assert config_hash(load(GOOD, other).run) != base, other
 
 
@@ -368,3 +372,19 @@ def test_a_path_may_begin_at_home_and_an_unknown_home_is_refused(load: Load, ref
     assert load(GOOD, "teacher.model.path=~/x").run.teacher.model.path == str(Path.home() / "x")
     for key in HOMES:
         assert "there is no user 'nosuchuser' here" in refused(GOOD, f"{key}=~nosuchuser/x")
+
+
+OLD = {
+    "elicitation=labeling": "it is now written answers, at the top level",
+    "data.train={path: x}": "it is now written prompts, at the top level",
+    "teacher.writer={}": "it is now written generator",
+    "answers=labeling": "the kind labeling is now called teacher; write teacher",
+    "answers.kind=feature": "the kind feature is now called dataset; write dataset",
+}
+
+
+@pytest.mark.parametrize("override", OLD)
+def test_the_spelling_of_older_versions_is_refused_with_that_of_today(override: str, refused: Refused) -> None:
+    message = refused(GOOD, override)
+    assert f"--set {override}: {override.partition('=')[0]}" in message
+    assert OLD[override] in message

@@ -30,7 +30,7 @@ ESCAPES = [
 def written(folder: Path, **names: str) -> Path:
     file = folder / "run.yaml"
     file.write_text(
-        f'name: "{names.get("run", "x")}"\nstudent: {{model: {{path: a}}}}\ndata: {{train: {{path: c}}}}\n'
+        f'name: "{names.get("run", "x")}"\nstudent: {{model: {{path: a}}}}\nprompts: {{path: c}}\n'
         f'teacher: {{name: "{names.get("teacher", "t")}", model: {{path: b}}}}\ntraining: {{steps: 3}}\n'
     )
     return file

@@ -12,17 +12,17 @@ from configs.load import config_hash
 from configs.schema import Run
 
 
-def run(*, writer: bool = False, **changes: Any) -> Run:
+def run(*, generator: bool = False, **changes: Any) -> Run:
     tree: dict[str, Any] = {
         "name": "placed",
         "student": {"model": {"path": "models/student"}, "ranks": 4},
         "teacher": {"model": {"path": "models/teacher"}, "scorer": {"replicas": 2}},
-        "data": {"train": {"path": "rows.jsonl"}},
+        "prompts": {"path": "rows.jsonl"},
         "training": {"steps": 10},
     }
-    if writer:
-        tree["teacher"]["writer"] = {}
-        tree["elicitation"] = {"kind": "labeling", "max_new_tokens": 8}
+    if generator:
+        tree["teacher"]["generator"] = {}
+        tree["answers"] = {"kind": "teacher", "max_new_tokens": 8}
     for path, value in changes.items():
         *parents, last = path.split("__")
         section = tree
@@ -60,15 +60,15 @@ def test_a_placement_that_cannot_be_is_refused(changes: dict[str, Any], said: st
 
 
 def test_where_a_run_runs_is_no_part_of_what_it_learns() -> None:
-    here = run(writer=True)
+    here = run(generator=True)
     elsewhere = run(
-        writer=True,
+        generator=True,
         student__placement={"strategy": "spread"},
         teacher__scorer={"replicas": 2, "may_span_nodes": True, "placement": {"node_labels": {"pool": "a"}}},
-        teacher__writer={"placement": {"strategy": "spread"}},
+        teacher__generator={"placement": {"strategy": "spread"}},
         teacher__model={"path": "models/teacher", "local_copy": "scratch"},
     )
     assert config_hash(here) == config_hash(elsewhere)
-    changed = [run(writer=True, seed=1), run(writer=True, student__ranks=2), run()]
+    changed = [run(generator=True, seed=1), run(generator=True, student__ranks=2), run()]
     hashes = [config_hash(one) for one in (here, *changed)]
     assert all(a != b for a, b in itertools.combinations(hashes, 2))

@@ -59,12 +59,12 @@ def test_a_configuration_with_a_secret_is_refused_without_showing_it(
     path = "rows.jsonl" if by_override else value
     file.write_text(
         "name: x\nstudent: {model: {path: a}}\nteacher: {model: {path: b}}\n"
-        f"data:\n  train:\n    path: {path}\nlabels: topk\ntraining: {{steps: 3}}\n"
+        f"prompts:\n  path: {path}\nlabels: topk\ntraining: {{steps: 3}}\n"
     )
     with pytest.raises(ConfigError) as refused:
-        load_run(file, [f"data.train.path={value}"] if by_override else [])
+        load_run(file, [f"prompts.path={value}"] if by_override else [])
     message = str(refused.value)
     assert part not in message
-    assert "data.train.path" in message
+    assert "prompts.path" in message
     assert "environment variable" in message
     assert message.startswith(f"{file}: 1 problem")

@@ -44,7 +44,7 @@ RUN = """\
 name: x
 student: {model: {path: a}}
 teacher: {model: {path: b}}
-data: {train: {path: c}}
+prompts: {path: c}
 training: {steps: 1}
 """
 

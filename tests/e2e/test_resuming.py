@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
 TEN_ROWS = {
     "runtime": "in_process",
     "student": {"ranks": 1},
-    "data": {"train": {"max_rows": 10}},
+    "prompts": {"max_rows": 10},
     "training": {"steps": None, "epochs": 1, "sequences_per_step": 4, "save_every": 0},
 }
 

@@ -92,10 +92,10 @@ def test_a_planted_secret_is_nowhere_to_be_found(
 
 def test_a_password_in_a_data_path_is_refused_and_shown_nowhere(tmp_path: Path) -> None:
     url = "https://reader:planted-password-07@data.example.org/rows.jsonl"
-    config = tiny_run(tmp_path / "place", {"data": {"train": {"path": url}}})
+    config = tiny_run(tmp_path / "place", {"prompts": {"path": url}})
     process = start(config)
     code, output = finish(process)
     assert code == 2, output
-    assert "data.train.path" in output
+    assert "prompts.path" in output
     assert "planted-password-07" not in output
     assert not (tmp_path / "place" / "run").exists()

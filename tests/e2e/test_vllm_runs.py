@@ -43,7 +43,7 @@ def test_the_demo_learns_in_a_handful_of_steps_and_vllm_loads_its_student(
         "training.evaluate_every": "0",
         "optimizer.warmup_steps": "1",
         "data.evaluation.max_rows": "4",
-        "elicitation.max_new_tokens": "24",
+        "answers.max_new_tokens": "24",
         "report.generate": "1",
         "report.generate_tokens": "8",
     }

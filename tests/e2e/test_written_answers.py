@@ -18,8 +18,8 @@ def writing_run(folder: Path, *, end_ids: list[int]) -> Path:
     changes = {
         "runtime": "in_process",
         "student": {"ranks": 1},
-        "teacher": {"writer": {"engine": {"kind": "hf"}, "dtype": "float32"}},
-        "elicitation": {"kind": "labeling", "max_new_tokens": 6},
+        "teacher": {"generator": {"engine": {"kind": "hf"}, "dtype": "float32"}},
+        "answers": {"kind": "teacher", "max_new_tokens": 6},
         "optimizer": {"warmup_steps": 1},
         "training": {"steps": 3, "sequences_per_step": 4, "save_every": 1},
         "report": {"generate": 0},

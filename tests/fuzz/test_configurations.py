@@ -30,13 +30,13 @@ teacher:
   model: {path: models/teacher}
   chat_template: template.jinja
   scorer: {engine: {kind: vllm, kv_cache_bytes: 33554432}, replicas: 2, tensor_parallel_size: 2}
-  writer: {engine: {kind: hf}}
+  generator: {engine: {kind: hf}}
+prompts: {path: rows.jsonl, format: prompt, max_rows: 10}
 data:
-  train: {path: rows.jsonl, format: prompt, max_rows: 10}
   evaluation: {path: held_out.jsonl}
   max_length: 256
   on_too_long: drop
-elicitation: {kind: labeling, max_new_tokens: 16, temperature: 0.7}
+answers: {kind: teacher, max_new_tokens: 16, temperature: 0.7}
 labels: {kind: topk, k: 8}
 objective: [{loss: forward_kl, weight: 0.5}, {loss: jsd, beta: 0.5}]
 optimizer: {learning_rate: 1e-3, betas: [0.9, 0.95], schedule: linear, warmup_steps: 1}

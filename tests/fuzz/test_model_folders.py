@@ -23,7 +23,8 @@ def run_of(teacher: Path, student: Path, rows: Path) -> Run:
         "folder": str(rows.parent / "out"),
         "student": {"model": {"path": str(student)}},
         "teacher": {"model": {"path": str(teacher)}, "scorer": {"engine": "hf"}},
-        "data": {"train": {"path": str(rows)}, "max_length": 64},
+        "prompts": {"path": str(rows)},
+        "data": {"max_length": 64},
         "training": {"steps": 2, "micro_batch_tokens": 64},
     }
     return Run.model_validate(config)

@@ -33,7 +33,7 @@ CONFIG = """\
 name: run
 student: {model: {path: small, licence: mit}}
 teacher: {model: {path: owner/Large}}
-data: {train: {path: rows.jsonl}}
+prompts: {path: rows.jsonl}
 training: {steps: 8}
 """
 

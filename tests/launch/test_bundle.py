@@ -39,7 +39,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "name": "small",
         "student": {"model": {"path": "models/student"}},
         "teacher": {"model": {"path": "models/teacher"}, "chat_template": "chat.jinja"},
-        "data": {"train": {"path": "data/train.jsonl"}, "evaluation": {"path": "data/eval.jsonl"}},
+        "prompts": {"path": "data/train.jsonl"},
+        "data": {"evaluation": {"path": "data/eval.jsonl"}},
         "training": {"steps": 3},
     }
     with (folder / "run.yaml").open("w") as file:
@@ -67,7 +68,7 @@ def test_rows_and_template_travel_and_everything_else_is_named_absolutely(
     run = load_run(bundle.folder / "run.yaml").run
     assert run == bundle.run
     for path, source in (
-        (run.data.train.path, "data/train.jsonl"),
+        (run.prompts.path, "data/train.jsonl"),
         (run.data.evaluation.path, "data/eval.jsonl"),
         (run.teacher.chat_template, "chat.jinja"),
     ):
@@ -86,14 +87,14 @@ def test_equal_inputs_give_equal_bytes_and_changed_rows_another_name(
     assert contents(first.folder) == contents(again.folder)
     (project / "data/train.jsonl").write_text('{"text": "c"}\n')
     changed = bundled(name="three")
-    assert changed.run.data.train.path != first.run.data.train.path
+    assert changed.run.prompts.path != first.run.prompts.path
     assert config_hash(changed.run) == config_hash(first.run), "what rows hold is compared with the checkpoint's"
 
 
 def test_a_folder_of_rows_travels_whole(bundled: Callable[..., Bundle], project: Path) -> None:
     (project / "data/.notes").write_text("hidden")
-    run = bundled("data.train.path=data").run
-    place = project.parent / "bundle" / run.data.train.path
+    run = bundled("prompts.path=data").run
+    place = project.parent / "bundle" / run.prompts.path
     assert contents(place) == {"eval.jsonl": b'{"text": "b"}\n', "train.jsonl": b'{"text": "a"}\n'}
 
 
@@ -101,27 +102,27 @@ def test_what_is_no_row_stays_here_and_is_named_and_links_out_are_refused(
     bundled: Callable[..., Bundle], project: Path
 ) -> None:
     (project / "data/id_rsa").write_text("private")
-    bundle = bundled("data.train.path=data")
+    bundle = bundled("prompts.path=data")
     assert bundle.left_out == ("data/id_rsa",)
     assert not any("id_rsa" in name for name in contents(bundle.folder))
     (project / "data/more.jsonl").symlink_to("/etc/passwd")
-    with pytest.raises(ConfigError, match=r"data\.train\.path: data/more.jsonl is a link to /etc/passwd"):
-        bundled("data.train.path=data", name="again")
+    with pytest.raises(ConfigError, match=r"prompts\.path: data/more.jsonl is a link to /etc/passwd"):
+        bundled("prompts.path=data", name="again")
     (project / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no files of rows"):
-        bundled("data.train.path=empty", name="again")
+        bundled("prompts.path=empty", name="again")
 
 
 def test_names_of_a_hub_and_absolute_paths_of_the_nodes_stay(bundled: Callable[..., Bundle]) -> None:
-    run = bundled("data.train.path=owner/rows", "student.model.path=/models/a", "teacher.model.path=owner/model").run
-    assert run.data.train.path == "owner/rows"
+    run = bundled("prompts.path=owner/rows", "student.model.path=/models/a", "teacher.model.path=owner/model").run
+    assert run.prompts.path == "owner/rows"
     assert run.student.model.path == "/models/a"
     assert run.teacher.model.path == "owner/model"
 
 
 def test_rows_in_a_shared_folder_are_named_and_not_sent(bundled: Callable[..., Bundle], project: Path) -> None:
     bundle = bundled(shared=[project / "data"])
-    assert bundle.run.data.train.path == str(project / "data/train.jsonl")
+    assert bundle.run.prompts.path == str(project / "data/train.jsonl")
     assert [file.path for file in bundle.files if file.path.startswith("prompts/")] == [
         bundle.run.teacher.chat_template
     ]
@@ -131,8 +132,8 @@ def test_rows_in_a_shared_folder_are_named_and_not_sent(bundled: Callable[..., B
 def test_a_path_that_leads_nowhere_is_refused_before_anything_is_sent(
     bundled: Callable[..., Bundle], path: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"data\.train\.path: {path} does not exist .*needs an absolute path"):
-        bundled(f"data.train.path={path}")
+    with pytest.raises(ConfigError, match=rf"prompts\.path: {path} does not exist .*needs an absolute path"):
+        bundled(f"prompts.path={path}")
 
 
 def test_a_large_upload_is_refused_with_its_largest_files_named(bundled: Callable[..., Bundle], project: Path) -> None:
@@ -141,7 +142,7 @@ def test_a_large_upload_is_refused_with_its_largest_files_named(bundled: Callabl
         bundled(max_bytes=4 * 2**20)
     lines = str(caught.value).splitlines()
     assert "MiB, more than the 4 MiB allowed" in lines[0]
-    assert lines[1].split() == ["5.0", "MiB", "data/train.jsonl", "(data.train.path)"]
+    assert lines[1].split() == ["5.0", "MiB", "data/train.jsonl", "(prompts.path)"]
     assert "--shared" in lines[-1]
     assert not (project.parent / "bundle").exists()
     assert bundled(max_bytes=8 * 2**20, name="larger").num_bytes > 5 * 2**20

@@ -38,8 +38,8 @@ def make(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> Make:
             "folder": str(tmp_path / "out"),
             "student": {"model": {"path": str(student), "licence": "apache-2.0"}},
             "teacher": {"model": {"path": str(teacher), "licence": "mit"}, "scorer": {"engine": "hf"}},
+            "prompts": {"path": str(tmp_path / "rows.jsonl")},
             "data": {
-                "train": {"path": str(tmp_path / "rows.jsonl")},
                 "evaluation": {"path": str(tmp_path / "rows.jsonl")},
                 "max_length": 256,
             },
@@ -57,7 +57,7 @@ def test_special_tokens_in_rows_are_told_until_it_is_said_what_they_mean(make: M
     file = make(ROW, row)
     said = [finding.text for finding in collect_problems(loaded(file)) if "special tokens" in finding.text]
     assert len(said) == 2, "training and held-out rows are the same file here"
-    assert "data.train: 1 of 2 rows contain special tokens" in said[0]
+    assert "prompts: 1 of 2 rows contain special tokens" in said[0]
     assert "rows.jsonl:2: messages[1].content: '<|im_end|>'" in said[0]
     for wanted in ("allow", "escape"):
         findings = collect_problems(loaded(file, f"data.special_tokens_in_text={wanted}"))
@@ -79,12 +79,12 @@ def test_folders_whose_names_are_patterns_elsewhere_are_refused(make: Make, tmp_
 
 def test_answers_behind_a_hundred_prompts_are_seen(make: Make) -> None:
     rows = [{"prompt": "the quick"}] * 100 + [{"prompt": "the quick", "completion": " fox"}] * 20
-    labeling = (
-        "elicitation={kind: labeling, max_new_tokens: 9}",
-        "teacher.writer={engine: hf}",
+    writing = (
+        "answers={kind: teacher, max_new_tokens: 9}",
+        "teacher.generator={engine: hf}",
         "data.evaluation=null",
     )
-    assert not problems(make(*rows), *labeling)
+    assert not problems(make(*rows), *writing)
     said = only_problem(make(*rows), "data.evaluation=null").text
     assert "100 of 120 rows cannot be used" in said
     assert "rows.jsonl:1: completion: is missing" in said
@@ -300,9 +300,9 @@ def test_different_tokenizers_are_refused(make: Make, tmp_path: Path, tiny_stude
 def test_an_empty_dataset_and_one_of_bad_rows_are_refused(make: Make, tmp_path: Path) -> None:
     file = make()
     (tmp_path / "empty.jsonl").write_text("")
-    assert "has no rows" in only_problem(file, f"data.train.path={tmp_path}/empty.jsonl").text
+    assert "has no rows" in only_problem(file, f"prompts.path={tmp_path}/empty.jsonl").text
     (tmp_path / "bad.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps({"messages": "hello"}) + "\n")
-    bad = f"data.train.path={tmp_path}/bad.jsonl"
+    bad = f"prompts.path={tmp_path}/bad.jsonl"
     assert f"{tmp_path}/bad.jsonl:2: messages" in only_problem(file, bad).text
     skipping = collect_problems(loaded(file, bad, "data.on_bad_row=skip"))
     assert [(f.status, "1 of 2 rows" in f.text) for f in skipping] == [("warning", True)]
@@ -353,7 +353,7 @@ def test_generation_settings_that_a_writer_does_not_apply_are_told(
     (teacher / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [2, 40], "repetition_penalty": 1.05, "do_sample": True, "temperature": 0.6})
     )
-    writing = ("teacher.writer={engine: hf}", "elicitation=labeling", "data.train.format=prompt")
+    writing = ("teacher.generator={engine: hf}", "answers=teacher", "prompts.format=prompt")
     rows = [{"prompt": "who is it?", "completion": "the quick fox"}] * 3
     (warning,) = (
         f for f in examine(loaded(make(*rows, teacher=teacher), *writing)) if f.subject.endswith("generation")

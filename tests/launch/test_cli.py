@@ -132,7 +132,7 @@ def test_control_c_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
 def test_the_shown_configuration_loads_back(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
-        "name: x\nstudent: {model: {path: a}}\nteacher: {model: {path: b}}\ndata: {train: {path: c}}\n"
+        "name: x\nstudent: {model: {path: a}}\nteacher: {model: {path: b}}\nprompts: {path: c}\n"
         "labels: topk\ntraining: {steps: 3}\n"
     )
     shown = run("config", "show", str(file), "--set", "training.steps=4")

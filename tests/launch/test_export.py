@@ -31,7 +31,7 @@ def write_run(path: Path, student: Path, **changes: Any) -> RunFolder:
             "name": "one",
             "student": {"model": {"path": str(student)}, **changes},
             "teacher": {"model": {"path": "owner/teacher"}},
-            "data": {"train": {"path": "x.jsonl"}},
+            "prompts": {"path": "x.jsonl"},
             "training": {"steps": 2},
         }
     )

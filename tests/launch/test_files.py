@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def names(folder: Path) -> list[str]:
-    return [name for name, _ in files_in(folder, subject="data.train.path")]
+    return [name for name, _ in files_in(folder, subject="prompts.path")]
 
 
 def test_files_come_in_order_and_hidden_ones_stay(folder: Path) -> None:
@@ -36,7 +36,7 @@ def test_files_come_in_order_and_hidden_ones_stay(folder: Path) -> None:
 @pytest.mark.parametrize("place", ["loop", "more/loop"])
 def test_a_link_that_leads_out_or_nowhere_is_refused_by_name(folder: Path, place: str, target: str) -> None:
     (folder / place).symlink_to(target if target.startswith("/") or place == "loop" else f"../{target}")
-    with pytest.raises(ConfigError, match=r"data\.train\.path: .*loop is a link to .*outside of the folder"):
+    with pytest.raises(ConfigError, match=r"prompts\.path: .*loop is a link to .*outside of the folder"):
         names(folder)
 
 
@@ -48,7 +48,7 @@ def test_a_link_inside_the_folder_is_a_file_like_others(folder: Path) -> None:
 def test_only_files_that_can_hold_rows_are_rows_and_the_others_are_named(folder: Path) -> None:
     for name in ("id_rsa", "notes.docx", "README.md", "kept.CSV", "archive.gz"):
         (folder / name).write_text("x")
-    chosen, left_out = row_files(folder, subject="data.train.path")
+    chosen, left_out = row_files(folder, subject="prompts.path")
     assert [name for name, _ in chosen] == ["README.md", "a.jsonl", "kept.CSV", "more/b.parquet.gz"]
     assert left_out == ["archive.gz", "id_rsa", "notes.docx"]
 
@@ -69,13 +69,13 @@ def test_rows_with_the_name_of_a_secret_are_refused(folder: Path, name: str) -> 
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("x")
     with pytest.raises(ConfigError, match=f"{name} has the name of a secret"):
-        row_files(folder, subject="data.train.path")
+        row_files(folder, subject="prompts.path")
 
 
 @pytest.mark.parametrize("name", ["tokenized.parquet", "tokens-per-row.jsonl", "passages.jsonl", "keys.jsonl"])
 def test_names_that_only_resemble_secrets_are_rows(folder: Path, name: str) -> None:
     (folder / name).write_text("x")
-    assert name in [chosen for chosen, _ in row_files(folder, subject="data.train.path")[0]]
+    assert name in [chosen for chosen, _ in row_files(folder, subject="prompts.path")[0]]
 
 
 def test_named_files_and_folders_alone_are_copied(folder: Path, tmp_path: Path) -> None:

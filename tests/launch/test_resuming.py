@@ -93,9 +93,9 @@ def last_two_swapped(content: bytes) -> bytes:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "rows replaced": (lambda f: write_rows(f / "train.jsonl", [chat_row(i) for i in range(50, 90)]), "data.train"),
-    "rows in another order": (lambda f: rewritten(f / "train.jsonl", last_two_swapped), "data.train"),
-    "a letter of a row": (lambda f: rewritten(f / "train.jsonl", lambda b: b.replace(b"fox", b"box", 1)), "data.train"),
+    "rows replaced": (lambda f: write_rows(f / "train.jsonl", [chat_row(i) for i in range(50, 90)]), "prompts"),
+    "rows in another order": (lambda f: rewritten(f / "train.jsonl", last_two_swapped), "prompts"),
+    "a letter of a row": (lambda f: rewritten(f / "train.jsonl", lambda b: b.replace(b"fox", b"box", 1)), "prompts"),
     "held-out rows": (lambda f: rewritten(f / "held_out.jsonl", last_two_swapped), "data.evaluation"),
     "teacher weights": (lambda f: scaled(f / "teacher/model.safetensors"), "teacher.model/model.safetensors"),
     "teacher config": (
@@ -127,13 +127,13 @@ def test_an_input_that_changed_at_its_path_is_refused_and_named_or_noted(stopped
 def test_what_a_library_caches_beside_the_rows_is_no_change_of_them(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     Dataset.from_list([chat_row(i) for i in range(8)]).save_to_disk(folder)
-    place = Place(tmp_path / "one", {"data": {"train": {"path": str(folder)}}})
+    place = Place(tmp_path / "one", {"prompts": {"path": str(folder)}})
     place.stop_at(4)
     load_from_disk(folder).map(lambda row: row, load_from_cache_file=False)
     assert list(folder.glob("cache-*.arrow"))
     assert place.look().changed == ()
     rewritten(next(folder.glob("data-*.arrow")), lambda content: content.replace(b"fox", b"box", 1))
-    with pytest.raises(ConfigError, match=r"data.train/data-.*arrow"):
+    with pytest.raises(ConfigError, match=r"prompts/data-.*arrow"):
         place.look()
 
 
@@ -172,7 +172,7 @@ def test_moved_and_copied_inputs_of_the_same_content_go_on(stopped: Place, tmp_p
     found = stopped.look(
         f"teacher.model.path={moved}/teacher",
         f"student.model.path={moved}/student",
-        f"data.train.path={moved}/renamed.jsonl",
+        f"prompts.path={moved}/renamed.jsonl",
     )
     assert found.after is not None
     assert found.changed == ()
@@ -183,11 +183,11 @@ def test_a_folder_of_rows_is_told_by_its_files(tmp_path: Path) -> None:
     rows.mkdir()
     for i in range(3):
         write_rows(rows / f"{i}.jsonl", [chat_row(10 * i + j) for j in range(10)])
-    place = Place(tmp_path / "one", {"data": {"train": {"path": str(rows)}}})
+    place = Place(tmp_path / "one", {"prompts": {"path": str(rows)}})
     place.stop_at(2)
     assert place.look().changed == ()
     (rows / "0.jsonl").rename(rows / "3.jsonl")
-    with pytest.raises(ConfigError, match=r"data.train/0.jsonl \(.*rows\): not there, was \d+ bytes"):
+    with pytest.raises(ConfigError, match=r"prompts/0.jsonl \(.*rows\): not there, was \d+ bytes"):
         place.look()
 
 
@@ -199,9 +199,9 @@ def test_check_refuses_what_train_refuses_and_says_where_a_run_goes_on(
     assert check(stopped.file, ["training.steps=3"]) == 2
     rewritten(stopped.folder / "train.jsonl", last_two_swapped)
     assert check(stopped.file, []) == 2
-    assert "data.train" in capsys.readouterr().out
+    assert "prompts" in capsys.readouterr().out
     assert check(stopped.file, ["training.on_changed_inputs=note"]) == 0
-    assert "warning      earlier steps: changed since step 4: data.train" in capsys.readouterr().out
+    assert "warning      earlier steps: changed since step 4: prompts" in capsys.readouterr().out
 
 
 def test_check_tells_of_a_damaged_checkpoint_from_which_a_run_cannot_go_on(
@@ -308,11 +308,11 @@ def test_a_run_of_epochs_has_as_many_steps_wherever_it_goes_on_and_more_after_a_
 def test_a_manifest_that_knows_nothing_of_contents_is_gone_on_from(stopped: Place) -> None:
     manifest = stopped.folder / "run/checkpoints/step_000004/MANIFEST.json"
     content = json.loads(manifest.read_text())
-    assert "data.train" in content["state"]["contents"]
+    assert "prompts" in content["state"]["contents"]
     after = Checkpoints(manifest.parent.parent, keep=1).peek()
     assert after is not None
     after.contents.clear()
-    run, now = load_run(stopped.file).run, {"data.train": "40 bytes, aa", "known.later": "1 byte, bb"}
+    run, now = load_run(stopped.file).run, {"prompts": "40 bytes, aa", "known.later": "1 byte, bb"}
     assert refuse_changes(run, RunFolder(run_folder(run)), after, now) == []
-    after.contents["data.train"] = "40 bytes, aa"
+    after.contents["prompts"] = "40 bytes, aa"
     assert refuse_changes(run, RunFolder(run_folder(run)), after, now) == []

@@ -50,7 +50,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "name": "small",
         "student": {"model": {"path": "models/student"}},
         "teacher": {"model": {"path": "models/teacher"}},
-        "data": {"train": {"path": "rows.jsonl"}},
+        "prompts": {"path": "rows.jsonl"},
         "training": {"steps": 3},
     }
     with (folder / "run.yaml").open("w") as file:
@@ -162,7 +162,7 @@ def test_a_wrong_configuration_and_a_large_upload_are_refused_before_the_cluster
     assert_refused(stillhouse("submit", "run.yaml", *to_ray, "--set", "training.step=1"), "unknown key 'step'")
     (project / "rows.jsonl").write_bytes(b"x" * (3 * 2**20))
     result = stillhouse("submit", "run.yaml", *to_ray, "--max-upload", "2")
-    assert_refused(result, "more than the 2 MiB allowed", "rows.jsonl (data.train.path)")
+    assert_refused(result, "more than the 2 MiB allowed", "rows.jsonl (prompts.path)")
     assert dashboard.changes == []
     assert not (project / "runs").exists()
 

@@ -141,7 +141,7 @@ def test_roles_are_bound_to_their_group_by_labels_in_the_words_of_the_configurat
     run = load_run(ROOT / "configs" / "demo.yaml", overrides).run
     assert run.student.placement.node_labels == {"stillhouse.io/group": "students"}
     assert run.teacher.scorer.placement.node_labels == {"stillhouse.io/group": "teachers"}
-    assert run.teacher.writer.placement.node_labels == {"stillhouse.io/group": "teachers"}
+    assert run.teacher.generator.placement.node_labels == {"stillhouse.io/group": "teachers"}
     assert words[words.index("--wait-for-nodes") + 1] == "3"
 
 
@@ -153,7 +153,7 @@ def test_labels_that_the_run_asks_for_are_given_to_the_group(bundle: Bundle) -> 
     students = documents(shipment)[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"][1]
     assert students["labels"] == {"stillhouse.io/group": "students", "disk": "fast"}
     assert "student.placement" not in shipment.files["run.sh"]
-    both = ["teacher.scorer.placement.node_labels={disk: a}", "teacher.writer.placement.node_labels={disk: b}"]
+    both = ["teacher.scorer.placement.node_labels={disk: a}", "teacher.generator.placement.node_labels={disk: b}"]
     run = load_run(ROOT / "configs" / "demo.yaml", [*given, *both]).run
     with pytest.raises(ConfigError, match="write the same for both"):
         load_target("kuberay").prepare(Bundle(bundle.folder, run, "0" * 16, bundle.files), options(), JOB)

@@ -48,7 +48,8 @@ def make_run(folder: Path, **changes: Any) -> Run:
         "seed": 5,
         "student": {"model": {"path": str(folder / "llama")}, "ranks": 1, "loss_chunk_rows": 16},
         "teacher": {"model": {"path": str(folder / "teacher")}},
-        "data": {"train": {"path": "unused.jsonl"}, "max_length": 40},
+        "prompts": {"path": "unused.jsonl"},
+        "data": {"max_length": 40},
         "labels": {"kind": "topk", "k": 8},
         "objective": [{"loss": "forward_kl"}, {"loss": "cross_entropy", "weight": 0.25}],
         # A large eps: Adam otherwise turns the sign of rounding noise into a full step.

@@ -72,8 +72,8 @@ def tiny_run(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
             "model": {"path": str(folder / "teacher"), "licence": "apache-2.0"},
             "scorer": {"engine": {"kind": "hf"}, "dtype": "float32"},
         },
+        "prompts": {"path": str(folder / "train.jsonl")},
         "data": {
-            "train": {"path": str(folder / "train.jsonl")},
             "evaluation": {"path": str(folder / "held_out.jsonl")},
             "max_length": 128,
         },

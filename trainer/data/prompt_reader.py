@@ -56,7 +56,7 @@ class PromptReader:
         if room_for_answer >= data.max_length:
             raise ConfigError(
                 f"an answer of up to {room_for_answer} tokens leaves no room for a prompt in data.max_length "
-                f"{data.max_length}: raise data.max_length or lower elicitation.max_new_tokens"
+                f"{data.max_length}: raise data.max_length or lower answers.max_new_tokens"
             )
         return cls(rows, data, template, vocabulary.size, needs_answer, room_for_answer, rewrite)
 

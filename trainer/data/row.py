@@ -142,7 +142,7 @@ def parse_row(value: Mapping[str, Any], *, row_format: RowFormat, needs_answer: 
     if completion is None and needs_answer:
         raise RowProblem(
             f"completion: is {'null' if 'completion' in value else 'missing'}, and answers are needed here (with "
-            "elicitation: labeling and teacher.writer: {} the teacher writes those of data.train)"
+            "answers: teacher and teacher.generator: {} the teacher writes those of prompts)"
         )
     return (_parse_chat_pair if isinstance(value.get("prompt"), list) else _parse_text_pair)(value, completion)
 

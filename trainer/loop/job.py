@@ -43,7 +43,7 @@ class Inputs:
     vocabulary: SharedVocabulary
     tokenizer: PreTrainedTokenizerBase
     template: Template
-    strategy: Any  # the elicitation plug-in's `Strategy`
+    answers: Any  # the `AnswerSource` of the run
     teacher_end_ids: tuple[int, ...] = ()  # after which the teacher's own generation settings end a text
 
     @property
@@ -77,14 +77,14 @@ class Job:
 
 
 def read_inputs(run: Run) -> Inputs:
-    """Tokenizers, template and elicitation. Raises ConfigError where the pair does not fit."""
+    """Tokenizers, template and who writes the answers. Raises ConfigError where the pair does not fit."""
     tokenizer = load_tokenizer(run.teacher.model)
     vocabulary = check_pair(run.teacher.model, run.student.model, tokenizer=tokenizer)
     return Inputs(
         vocabulary=vocabulary,
         tokenizer=tokenizer,
         template=Template.of(tokenizer, run.teacher.chat_template),
-        strategy=ANSWERS.load(run.elicitation),
+        answers=ANSWERS.load(run.answers),
         teacher_end_ids=end_ids(run.teacher.model),
     )
 
@@ -112,7 +112,7 @@ def make_job(
         stream=stream,
         evaluation=held_out_rows(run, inputs),
         samples=sample_rows(run, inputs),
-        bind_elicitation=lambda writers: inputs.strategy.bind(writers, end_of_turn_ids=inputs.stop_ids),
+        bind_elicitation=lambda writers: inputs.answers.bind(writers, end_of_turn_ids=inputs.stop_ids),
         encoding=run.labels,
         loop=loop_settings(run, inputs, teacher_dtype, rows_per_epoch=stream.rows_per_epoch, after=after),
         skip_self_test=skip_self_test,
@@ -121,14 +121,14 @@ def make_job(
 
 def open_stream(run: Run, inputs: Inputs, *, quarantine: Path | None) -> PromptStream:
     return PromptStream.open(
-        run.data.train,
+        run.prompts,
         data=run.data,
         template=inputs.template,
         vocabulary=inputs.vocabulary,
         seed=run.seed,
-        needs_answer=inputs.strategy.needs_answer,
-        room_for_answer=inputs.strategy.room_for_answer,
-        rewrite=inputs.strategy.rewrite,
+        needs_answer=inputs.answers.needs_answer,
+        room_for_answer=inputs.answers.room_for_answer,
+        rewrite=inputs.answers.rewrite,
         quarantine=quarantine,
         num_epochs=run.training.epochs,
     )

@@ -295,7 +295,7 @@ class Loops:
         self._answers = self._answers.plus(ready.answers)
         answers = ready.cursor.answers.plus(self._answers)
         if answers.cut_off and not before.cut_off:
-            text = f"step {ready.step} has answers that the teacher did not end (elicitation.max_new_tokens)"
+            text = f"step {ready.step} has answers that the teacher did not end (answers.max_new_tokens)"
             self._observer.event("note", text=f"{text}; answers/cut_off in metrics.jsonl counts them")
         if answers.empty and not before.empty:
             text = f"step {ready.step} has prompts that the teacher answered with nothing"

@@ -20,7 +20,7 @@ SAMPLING = ("temperature", "top_p", "min_p", "top_k", "top_h", "typical_p", "eps
 _FILE = "generation_config.json"
 
 _OF_THE_RUN = {"do_sample", "temperature", "top_p", "max_length", "max_new_tokens"}
-"""Settings that the elicitation of a run decides."""
+"""Settings that `answers` of a run decides."""
 
 # fmt: off
 _WITHOUT_EFFECT = {
@@ -72,7 +72,7 @@ def end_ids(source: ModelSource) -> tuple[int, ...]:
 
 def unused_settings(source: ModelSource, *, temperature: float) -> Mapping[str, Any]:
     """What a teacher's generation_config.json says and a writer does not do, by name: whatever changes the text beside
-    the end ids, which a writer follows, and beside what the elicitation decides. Settings of sampling count where
+    the end ids, which a generator follows, and beside what `answers` decides. Settings of sampling count where
     `temperature` is not 0. Those that transformers itself does not know are among them."""
     settings = _settings(source)
     ignored = _OF_THE_RUN | _WITHOUT_EFFECT | {"eos_token_id"}

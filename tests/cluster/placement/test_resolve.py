@@ -37,7 +37,8 @@ def make_run(**changes: Any) -> Run:
         "name": "golden",
         "teacher": {"model": {"path": "/models/teacher", "revision": "main"}},
         "student": {"model": {"path": "/models/student"}},
-        "data": {"train": {"path": "/data/train.jsonl"}, "max_length": 4096},
+        "prompts": {"path": "/data/train.jsonl"},
+        "data": {"max_length": 4096},
         "training": {"steps": 100},
     }
     for path, value in changes.items():
@@ -49,7 +50,7 @@ def make_run(**changes: Any) -> Run:
     return Run.model_validate(tree)
 
 
-WRITER = {"teacher__writer": {}, "elicitation": {"kind": "labeling", "max_new_tokens": 96, "temperature": 0.7}}
+WRITER = {"teacher__generator": {}, "answers": {"kind": "teacher", "max_new_tokens": 96, "temperature": 0.7}}
 DEMO = make_run(student__ranks=2, data__max_length=512, **WRITER)
 
 SCENARIOS: dict[str, tuple[Run, str, dict[str, int] | None]] = {

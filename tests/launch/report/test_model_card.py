@@ -19,7 +19,8 @@ def run(**changes: Any) -> Run:
         "name": "small-one",
         "student": {"model": {"path": "/home/somebody/secret/student-20", "licence": "Apache-2.0"}},
         "teacher": {"model": {"path": "owner/Large-Instruct", "licence": "llama3.3"}},
-        "data": {"train": {"path": "owner/prompts"}, "evaluation": {"path": "/data/held_out.jsonl"}},
+        "prompts": {"path": "owner/prompts"},
+        "data": {"evaluation": {"path": "/data/held_out.jsonl"}},
         "objective": [{"loss": "forward_kl", "weight": 0.9}, {"loss": "jsd", "beta": 0.5}],
         "training": {"steps": 100},
     }

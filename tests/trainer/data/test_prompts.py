@@ -41,7 +41,7 @@ def open_stream(dataset: Dataset, *, seed: int = 5, needs_answer: bool = True, *
     given = {k: options.pop(k) for k in ("room_for_answer", "rewrite", "quarantine", "num_epochs") if k in options}
     return PromptStream.open(
         dataset,
-        data=Data(train=dataset, **options),
+        data=Data(**options),
         template=TEMPLATE,
         vocabulary=VOCABULARY,
         seed=seed,
@@ -53,7 +53,7 @@ def open_stream(dataset: Dataset, *, seed: int = 5, needs_answer: bool = True, *
 def check(dataset: Dataset, *, budget: int = 1000, needs_answer: bool = True, room_for_answer: int = 0, **options):
     return check_rows(
         dataset,
-        data=Data(train=dataset, **options),
+        data=Data(**options),
         template=TEMPLATE,
         vocabulary=VOCABULARY,
         needs_answer=needs_answer,
@@ -102,7 +102,7 @@ def test_the_rows_of_the_first_page_are_read_as_they_stand(tmp_path: Path) -> No
         dataset = write(tmp_path / str(number), [row])
         stream = PromptStream.open(
             dataset,
-            data=Data(train=dataset),
+            data=Data(),
             template=Template.of(tokenizer),
             vocabulary=SharedVocabulary(size=len(tokenizer), fingerprint="", teacher_rows=999, student_rows=999),
             seed=0,
@@ -313,7 +313,7 @@ def test_rewriting_asks_again_for_the_last_answer(tmp_path: Path) -> None:
 
 def test_prompts_without_answers_need_a_writer(tmp_path: Path) -> None:
     dataset = write(tmp_path, [{"prompt": "the fox"}])
-    with pytest.raises(DataError, match=r"rows.jsonl:1: completion: is missing.*labeling and teacher.writer: {}"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: completion: is missing.*teacher and teacher.generator: {}"):
         open_stream(dataset).take(1)
     assert open_stream(dataset, needs_answer=False).take(1)[0].loss_mask is None
 
@@ -321,9 +321,7 @@ def test_prompts_without_answers_need_a_writer(tmp_path: Path) -> None:
 def test_ids_outside_the_shared_vocabulary_are_errors(tmp_path: Path) -> None:
     dataset = write(tmp_path, [talk(0)])
     small = SharedVocabulary(size=50, fingerprint="", teacher_rows=320, student_rows=320)
-    stream = PromptStream.open(
-        dataset, data=Data(train=dataset), template=TEMPLATE, vocabulary=small, seed=0, needs_answer=True
-    )
+    stream = PromptStream.open(dataset, data=Data(), template=TEMPLATE, vocabulary=small, seed=0, needs_answer=True)
     with pytest.raises(DataError, match=r"rows.jsonl:1: token id \d+ is outside the shared vocabulary 0..49"):
         stream.take(1)
 
@@ -332,7 +330,7 @@ def test_a_template_problem_is_a_configuration_error_even_where_bad_rows_are_ski
     dataset = write(tmp_path, [talk(0)])
     stream = PromptStream.open(
         dataset,
-        data=Data(train=dataset, on_bad_row="skip"),
+        data=Data(on_bad_row="skip"),
         template=Template(TOKENIZER, None),
         vocabulary=VOCABULARY,
         seed=0,
@@ -346,7 +344,7 @@ def test_a_template_that_refuses_all_rows_leaves_none_usable(tmp_path: Path) -> 
     dataset = write(tmp_path, [talk(0), talk(1)])
     stream = PromptStream.open(
         dataset,
-        data=Data(train=dataset, on_bad_row="skip"),
+        data=Data(on_bad_row="skip"),
         template=Template(TOKENIZER, "{{ raise_exception('not today') }}"),
         vocabulary=VOCABULARY,
         seed=0,

@@ -32,7 +32,7 @@ def talk(question: str, answer: str) -> dict:
 def options(folder: Path, rows: list[dict], tokenizer: PreTrainedTokenizerBase, **data: object) -> dict:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset = Dataset(path=str(folder / "rows.jsonl"))
-    settings = Data(train=dataset, shuffle=False, **data)
+    settings = Data(shuffle=False, **data)
     return {
         "dataset": dataset,
         "data": settings,

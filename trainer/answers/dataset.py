@@ -1,4 +1,4 @@
-"""Elicitation `feature`: the dataset's own answers, which the teacher judges token by token."""
+"""Answers `dataset`: the dataset's own answers, which the teacher judges token by token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.protocols import Elicitation, Writers
 from trainer.types import AnswerCounters, Collected, Prompt, Sequence
 
 
-class Strategy(DatasetAnswers):
+class AnswerSource(DatasetAnswers):
     """Every row needs an answer."""
 
     rewrite: ClassVar[bool] = False
@@ -37,6 +37,6 @@ def answered_by_dataset(prompt: Prompt) -> Sequence:
     """The sequence of a prompt that came with its answer."""
     if prompt.loss_mask is None:
         raise DataError(
-            f"{prompt.origin}: has no answer; elicitation: labeling and teacher.writer: {{}} let the teacher write it"
+            f"{prompt.origin}: has no answer; answers: teacher and teacher.generator: {{}} let the teacher write it"
         )
     return Sequence(prompt.id, prompt.token_ids, prompt.loss_mask, provenance="dataset")

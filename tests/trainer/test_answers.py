@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs.answers import ANSWERS
-from trainer.elicitation import feature, labeling
+from trainer.answers import dataset, teacher
 from trainer.errors import DataError
 from trainer.types import AnswerCounters, Prompt
 
@@ -35,21 +35,21 @@ def prompt(prompt_id: str, ids: list[int], mask: list[bool] | None = None) -> Pr
 ANSWERED = prompt("a", [1, 2, 3, 4], [False, True, True, False])
 
 
-def test_feature_takes_the_answers_of_the_dataset() -> None:
-    strategy = feature.Strategy()
-    assert (strategy.needs_writer, strategy.needs_answer) == (False, True)
+def test_answers_of_the_dataset_are_taken() -> None:
+    strategy = dataset.AnswerSource()
+    assert (strategy.needs_generator, strategy.needs_answer) == (False, True)
     bound = strategy.bind(None)
     (sequence,) = asyncio.run(bound.collect([ANSWERED])).sequences
     assert (sequence.id, sequence.provenance) == ("a", "dataset")
     assert sequence.token_ids is ANSWERED.token_ids
     assert sequence.spans() == ((1, 3),)
-    with pytest.raises(DataError, match=r"rows.jsonl:b: has no answer.*labeling and teacher.writer: {}"):
+    with pytest.raises(DataError, match=r"rows.jsonl:b: has no answer.*teacher and teacher.generator: {}"):
         asyncio.run(bound.collect([prompt("b", [1])]))
 
 
-def test_labeling_writes_what_is_missing_in_the_order_of_the_prompts() -> None:
+def test_the_teacher_writes_what_is_missing_in_the_order_of_the_prompts() -> None:
     writers = Echo({"b": [7, 8, 9], "c": [6]})
-    bound = labeling.Strategy().bind(writers)
+    bound = teacher.AnswerSource().bind(writers)
     sequences = asyncio.run(bound.collect([prompt("b", [1, 2]), ANSWERED, prompt("c", [5])])).sequences
     assert writers.asked == ["b", "c"]
     assert [(s.id, s.provenance) for s in sequences] == [("b", "teacher"), ("a", "dataset"), ("c", "teacher")]
@@ -58,7 +58,7 @@ def test_labeling_writes_what_is_missing_in_the_order_of_the_prompts() -> None:
 
 
 def test_the_first_written_token_is_predicted_by_the_last_row_of_the_prompt() -> None:
-    sequence = labeling.answered_by_teacher(prompt("b", [1, 2, 3]), np.array([7, 8], dtype=np.int32))
+    sequence = teacher.answered_by_teacher(prompt("b", [1, 2, 3]), np.array([7, 8], dtype=np.int32))
     assert sequence.loss_mask.tolist() == [False, False, True, True, False]
     assert sequence.token_ids[1:][sequence.loss_mask[:-1]].tolist() == [7, 8]
 
@@ -69,53 +69,51 @@ def test_empty_answers_are_left_out_those_cut_off_as_configured_and_all_are_coun
 ) -> None:
     writers = Echo({"b": [], "c": [2], "d": [9, 2], "e": [9, 8], "f": [7, 40]})
     prompts = [ANSWERED, *(prompt(name, [1]) for name in "bcdef")]
-    bound = labeling.Strategy(on_cut_off=on_cut_off).bind(writers, end_of_turn_ids=(2, 40))
+    bound = teacher.AnswerSource(on_cut_off=on_cut_off).bind(writers, end_of_turn_ids=(2, 40))
     collected = asyncio.run(bound.collect(prompts))
     assert [s.id for s in collected.sequences] == ["a", *kept]
     assert collected.answers == AnswerCounters(written=5, empty=2, cut_off=1, dropped=dropped)
 
 
 def test_where_no_end_token_is_known_none_is_missing() -> None:
-    bound = labeling.Strategy(on_cut_off="drop").bind(Echo({"b": [], "c": [2]}))
+    bound = teacher.AnswerSource(on_cut_off="drop").bind(Echo({"b": [], "c": [2]}))
     collected = asyncio.run(bound.collect([prompt(name, [1]) for name in "bc"]))
     assert [s.id for s in collected.sequences] == ["c"]
     assert collected.answers == AnswerCounters(written=2, empty=1, cut_off=0, dropped=1)
 
 
 def test_too_many_answers_of_no_use_are_an_error_of_the_data() -> None:
-    bound = labeling.Strategy(max_dropped_fraction=0.25, on_cut_off="drop", max_new_tokens=64).bind(Echo({}))
+    bound = teacher.AnswerSource(max_dropped_fraction=0.25, on_cut_off="drop", max_new_tokens=64).bind(Echo({}))
     bound.judge(AnswerCounters(written=40, empty=10, dropped=10), last=False)
     bound.judge(AnswerCounters(), last=True)
     with pytest.raises(
         DataError, match=r"11 of the 40 answers .* \(9 empty, 2 cut off at max_new_tokens: 64\), more than"
     ):
         bound.judge(AnswerCounters(written=40, empty=9, cut_off=5, dropped=11), last=False)
-    few = AnswerCounters(
-        written=labeling.MIN_JUDGED - 1, empty=labeling.MIN_JUDGED - 1, dropped=labeling.MIN_JUDGED - 1
-    )
+    few = AnswerCounters(written=teacher.MIN_JUDGED - 1, empty=teacher.MIN_JUDGED - 1, dropped=teacher.MIN_JUDGED - 1)
     bound.judge(few, last=False)
-    with pytest.raises(DataError, match=r"elicitation\.max_dropped_fraction: 0\.25") as error:
+    with pytest.raises(DataError, match=r"answers\.max_dropped_fraction: 0\.25") as error:
         bound.judge(few, last=True)
     assert error.value.exit_code == 3
-    labeling.Strategy(max_dropped_fraction=1.0).bind(Echo({})).judge(few, last=True)
+    teacher.AnswerSource(max_dropped_fraction=1.0).bind(Echo({})).judge(few, last=True)
 
 
 def test_no_writer_is_asked_for_nothing() -> None:
     writers = Echo({})
-    assert asyncio.run(labeling.Strategy().bind(writers).collect([ANSWERED])).answers == AnswerCounters()
+    assert asyncio.run(teacher.AnswerSource().bind(writers).collect([ANSWERED])).answers == AnswerCounters()
     assert writers.asked == []
 
 
 def test_rewriting_needs_prompts_without_their_old_answers() -> None:
-    bound = labeling.Strategy(rewrite=True).bind(Echo({}))
+    bound = teacher.AnswerSource(rewrite=True).bind(Echo({}))
     with pytest.raises(DataError, match="open the prompt stream with rewrite"):
         asyncio.run(bound.collect([ANSWERED]))
 
 
 def test_parameters_are_read_and_bounded_by_the_configuration() -> None:
-    chosen = ANSWERS.validate({"kind": "labeling", "max_new_tokens": 64})
-    assert ANSWERS.load(chosen) == labeling.Strategy(max_new_tokens=64)
-    assert ANSWERS.load(ANSWERS.validate("feature")) == feature.Strategy()
+    chosen = ANSWERS.validate({"kind": "teacher", "max_new_tokens": 64})
+    assert ANSWERS.load(chosen) == teacher.AnswerSource(max_new_tokens=64)
+    assert ANSWERS.load(ANSWERS.validate("dataset")) == dataset.AnswerSource()
     for wrong in (
         {"max_new_tokens": 0},
         {"temperature": -1},
@@ -126,4 +124,4 @@ def test_parameters_are_read_and_bounded_by_the_configuration() -> None:
         {"max_dropped_fraction": 2},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            ANSWERS.validate({"kind": "labeling", **wrong})
+            ANSWERS.validate({"kind": "teacher", **wrong})
