@@ -346,7 +346,7 @@ def test_a_licence_is_taken_from_the_model_card_or_missed(make: Make, tmp_path: 
     assert licence_of(source) == "apache-2.0"
 
 
-def test_generation_settings_that_a_writer_does_not_apply_are_told(
+def test_generation_settings_that_a_generator_does_not_apply_are_told(
     make: Make, tmp_path: Path, tiny_teacher: Path
 ) -> None:
     teacher = copied(tiny_teacher, tmp_path / "teacher")
@@ -359,7 +359,7 @@ def test_generation_settings_that_a_writer_does_not_apply_are_told(
         f for f in examine(loaded(make(*rows, teacher=teacher), *writing)) if f.subject.endswith("generation")
     )
     assert warning.status == "warning"
-    assert f"{teacher}/generation_config.json sets repetition_penalty: 1.05, which a writer does not" in warning.text
+    assert f"{teacher}/generation_config.json sets repetition_penalty: 1.05, which a generator does not" in warning.text
     silent = examine(loaded(make(*rows, teacher=tiny_teacher), *writing))
     assert not [f for f in silent if f.subject.endswith("generation")]
     (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
