@@ -26,9 +26,9 @@ from cluster.students.group import StudentJob
 from configs.load import config_hash, run_folder
 from configs.schema import Run
 from launch.report.metrics import MetricsLog, Timeline
+from launch.report.observer import RunObserver
 from launch.report.progress import Progress
 from launch.train import resolve_run
-from launch.watch import Watch
 from trainer.loop.job import Inputs, make_job, read_inputs
 from trainer.loop.loops import Loops, first_error
 from trainer.run_folder import RunFolder
@@ -55,25 +55,25 @@ class Segment:
 class Ledger:
     """A run's usual observer, remembering processes and steps. Implements `trainer.loop.loops.Observer`."""
 
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+    def __init__(self, observer: RunObserver) -> None:
+        self._observer = observer
         self.processes: dict[str, int] = {}  # pid of each role
         self.steps: list[StepMetrics] = []
 
     def step(self, metrics: StepMetrics) -> None:
         self.steps.append(metrics)
-        self._watch.step(metrics)
+        self._observer.step(metrics)
 
     def evaluation(self, evaluation: Any) -> None:
-        self._watch.evaluation(evaluation)
+        self._observer.evaluation(evaluation)
 
     def event(self, name: str, **fields: Any) -> None:
         if name == "process":
             self.processes[fields["role"]] = fields["pid"]
-        self._watch.event(name, **fields)
+        self._observer.event(name, **fields)
 
     def span(self, lane: str, kind: Any, start_s: float, stop_s: float, label: str = "") -> None:
-        self._watch.span(lane, kind, start_s, stop_s, label)
+        self._observer.span(lane, kind, start_s, stop_s, label)
 
 
 class Pipeline:
@@ -99,9 +99,9 @@ class Pipeline:
             skip_self_test=True,
         )
         progress = self._closing.enter_context(Progress(0, console=Console(file=io.StringIO()), plain=True))
-        watch = Watch(metrics=MetricsLog(folder), timeline=Timeline(folder), progress=progress)
-        self._closing.callback(watch.close)
-        self._ledger = Ledger(watch)
+        observer = RunObserver(metrics=MetricsLog(folder), timeline=Timeline(folder), progress=progress)
+        self._closing.callback(observer.close)
+        self._ledger = Ledger(observer)
         student = StudentJob(
             run=self.run,
             plan=self.resolved.student,

@@ -1,6 +1,6 @@
 """A run that gets no further ends: what everything waits for is written down, what was trained is saved, exit code 4.
 
-    Watch.work grows with every finished piece of work   --looked at by a thread-->   nothing for `timeout_s`:
+    RunObserver.work grows with every finished piece of work   --looked at by a thread-->   nothing for `timeout_s`:
     stall.txt  ->  ask the run to stop, which saves  ->  cancel it  ->  end the process
 
 Every call of a run has its deadline, so this is for what nobody foresaw: a task that died unheard, a disk that does not
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Faults
+from launch.report.observer import RunObserver
 from launch.stopping import StopRequest
-from launch.watch import Watch
 from trainer.errors import InfrastructureError, StillhouseError
 
 TICKS = 50  # in a timeout
@@ -45,11 +45,11 @@ class StallWatch:
     that wait for a dead file server for example, has as long as a run that was cancelled."""
 
     def __init__(
-        self, watch: Watch, *, timeout_s: float, save_s: float, file: Path, ended: Callable[[int, str], None]
+        self, observer: RunObserver, *, timeout_s: float, save_s: float, file: Path, ended: Callable[[int, str], None]
     ) -> None:
         """`save_s`: how long a checkpoint may take. `ended(code, reason)` notes how the run ended where the process
         has to be ended from here."""
-        self._watch = watch
+        self._observer = observer
         self._timeout_s = timeout_s
         self._save_s = save_s
         self._file = file
@@ -91,7 +91,7 @@ class StallWatch:
             f"nothing was scored, trained or saved for {self._timeout_s:.0f} s (faults.stall_timeout_s): what the run "
             f"was waiting for is in {self._file}"
         )
-        text = f"{self.reason}\n\n{state_of(loop, self._watch)}"
+        text = f"{self.reason}\n\n{state_of(loop, self._observer)}"
         if not _within(WRITE_S, lambda: self._file.write_text(text)):
             print(text, file=sys.stderr, flush=True)
 
@@ -105,10 +105,10 @@ class StallWatch:
 
     def _stalls(self) -> bool:
         """Waits until nothing has happened for as long as allowed, and is True; False when the run is over."""
-        tick_s, seen, idle = self._timeout_s / TICKS, self._watch.work, 0
+        tick_s, seen, idle = self._timeout_s / TICKS, self._observer.work, 0
         while not self._over.wait(tick_s):
-            idle = idle + 1 if self._watch.work == seen else 0
-            seen = self._watch.work
+            idle = idle + 1 if self._observer.work == seen else 0
+            seen = self._observer.work
             if idle >= TICKS:
                 return True
         return False
@@ -130,10 +130,10 @@ class StallWatch:
         os._exit(code)
 
 
-def state_of(loop: asyncio.AbstractEventLoop, watch: Watch) -> str:
+def state_of(loop: asyncio.AbstractEventLoop, observer: RunObserver) -> str:
     """What each role did last, where every task of the loop waits, and where every thread is."""
     now = time.time()
-    last = [f"  {lane}: {what}, {now - at:.0f} s ago" for lane, (what, at) in sorted(watch.last.items())]
+    last = [f"  {lane}: {what}, {now - at:.0f} s ago" for lane, (what, at) in sorted(observer.last.items())]
     tasks = [f"  {task.get_name()}\n{_awaits(task)}" for task in _tasks(loop)]
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     threads = [

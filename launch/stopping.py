@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
+from launch.report.observer import RunObserver
 from launch.terminal import leave_dead_terminal
-from launch.watch import Watch
 from trainer.errors import Preempted
 
 SCHEDULED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -52,9 +52,9 @@ def heard(signals: Sequence[signal.Signals]) -> list[signal.Signals]:
 class StopRequest:
     """One run's."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, observer: RunObserver) -> None:
         self.requested = asyncio.Event()
-        self._watch = watch
+        self._observer = observer
         self._task: asyncio.Task[Any] | None = None
         self._can_wait: Callable[[], bool] = lambda: False
         self._watcher: asyncio.Task[None] | None = None
@@ -117,4 +117,4 @@ class StopRequest:
             ) from None
 
     def _note(self, text: str) -> None:
-        self._watch.event("note", text=text)
+        self._observer.event("note", text=text)

@@ -34,11 +34,11 @@ from launch.export import ADAPTER, stored_dtype
 from launch.quiet import quiet_libraries
 from launch.record import Record
 from launch.report.metrics import MetricsLog, TensorBoardSink, Timeline, read_metrics
+from launch.report.observer import RunObserver
 from launch.report.progress import Progress
 from launch.resuming import Standing, new_length, refuse_changes, standing
 from launch.stall import SAVE_GRACE_S, StallWatch, stall_timeout_s
 from launch.stopping import StopRequest, preemptible
-from launch.watch import Watch
 from trainer.checks.label_check import teacher_truth
 from trainer.errors import ConfigError, InfrastructureError, StillhouseError
 from trainer.loop.controller import Controller
@@ -173,10 +173,10 @@ def _train(
         length = new_length(run, here.after, job.loop.total_steps)
         progress = stack.enter_context(Progress(job.loop.total_steps))
         sinks = [TensorBoardSink(folder)] if run.report.tensorboard else []
-        watch = Watch(
+        observer = RunObserver(
             metrics=MetricsLog(folder, sinks, tell=progress.note), timeline=Timeline(folder), progress=progress
         )
-        stack.callback(watch.close)
+        stack.callback(observer.close)
         for text in (
             *warnings,
             *changed,
@@ -186,11 +186,11 @@ def _train(
             *resolved.warnings,
             *(cluster.warnings if cluster else ()),
         ):
-            watch.event("note", text=text)
+            observer.event("note", text=text)
         record.begin(job, resolved, started=started, changed=changed, goes_on=here.after is not None)
         shared = cluster is not None and not cluster.owned
-        with stall_watch(job, resolved, watch, record) as stall:
-            controller = asyncio.run(_drive(job, resolved, watch, record, stall, shared=shared))
+        with stall_watch(job, resolved, observer, record) as stall:
+            controller = asyncio.run(_drive(job, resolved, observer, record, stall, shared=shared))
         progress.close()
         record.finish(controller)
 
@@ -247,16 +247,16 @@ def _weight_bytes(source: ModelSource) -> int | None:
 
 
 async def _drive(
-    job: Job, resolved: Resolved, watch: Watch, record: Record, stall: StallWatch | None, *, shared: bool
+    job: Job, resolved: Resolved, observer: RunObserver, record: Record, stall: StallWatch | None, *, shared: bool
 ) -> Controller:
     """Open the session, run the controller, and close the session whatever happened. `shared`: the cluster was there
     before the run, so its nodes are checked first and watched for notices that they will be taken away."""
 
     def phase(text: str) -> None:
         record.phase(text)
-        watch.phase(text)
+        observer.phase(text)
 
-    stop = StopRequest(watch)
+    stop = StopRequest(observer)
     student = StudentJob(
         run=job.run,
         plan=resolved.student,
@@ -265,13 +265,13 @@ async def _drive(
     )
     session: Any
     if job.run.runtime == "in_process":
-        session = InProcessSession(student, resolved, observer=watch)
+        session = InProcessSession(student, resolved, observer=observer)
     else:
-        session = RaySession(student, resolved, folder=job.folder, observer=watch, shared=shared)
+        session = RaySession(student, resolved, folder=job.folder, observer=observer, shared=shared)
     controller = Controller(
         job,
         session,
-        watch,
+        observer,
         stop_requested=stop.requested,
         read_block=session.read_block,
         restart_after=_restart_after(job.run),
@@ -305,14 +305,14 @@ async def _drive(
 
 
 def stall_watch(
-    job: Job, resolved: Resolved, watch: Watch, record: Record
+    job: Job, resolved: Resolved, observer: RunObserver, record: Record
 ) -> contextlib.AbstractContextManager[StallWatch | None]:
     """None with `runtime: in_process`: there a step blocks everything else, and somebody may sit in a debugger."""
     if job.run.runtime == "in_process":
         return contextlib.nullcontext()
     faults, plans = job.run.faults, (resolved.student, resolved.scorer, resolved.writer)
     return StallWatch(
-        watch,
+        observer,
         timeout_s=stall_timeout_s(faults, start_timeout_s=max(plan.start_timeout_s for plan in plans if plan)),
         save_s=faults.step_timeout_s + SAVE_GRACE_S,
         file=job.folder.path / "stall.txt",

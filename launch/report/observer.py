@@ -1,88 +1,161 @@
-"""The watcher of a run: it hands what the loops report to log, timeline and terminal, and adds speed and wait shares.
+"""The observer of a run: hands every event to the metrics log (with TensorBoard), the timeline and the terminal.
 
-loops, teachers --step, evaluation, event, span--> RunObserver --> metrics.jsonl, sinks
-                                                              --> timeline.jsonl
-                                                              --> Progress
+loops, teachers, students --step, evaluation, event, span--> RunObserver --> metrics.jsonl and its sinks
+                                                                         --> timeline.jsonl
+                                                                         --> Progress
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from configs.secrets import without_secrets
 from launch.report.intervals import Interval, seconds_inside, union
 from launch.report.metrics import STUDENT_WAIT, TEACHER_WAIT, TOKENS, TOKENS_PER_S, MetricsLog, SpanKind, Timeline
 from launch.report.progress import Progress
 from trainer.types import Evaluation, StepMetrics
+
+SHOWN = {
+    "resumed": "resumed after step {from_step}",
+    "redispatch": "{what} goes to another replica after attempt {attempt} on {replica} ({error})",
+    "teacher_restart": "{replica} is restarted ({reason})",
+    "teacher_lost": "{replica} is given up after {restarts} restarts ({reason})",
+    "students_lost": "the student group is lost in step {at_step} ({reason})",
+    "students_restarted": "the student group goes on after step {from_step}",
+    "labels_lost": "the labels of {units} were lost and are scored again",
+    "save_failed": "the checkpoint of step {at_step} failed: {error}",
+    "non_finite_step": "step {at_step} was skipped: its loss or gradient is not finite",
+    "empty_step": "step {at_step} taught nothing: none of its rows and answers could be used",
+    "self_test_skipped": "self-tests skipped, as asked",
+    "note": "{text}",
+}
+"""Events that are printed, and how; all are in metrics.jsonl."""
 
 _WINDOW_STEPS = 10
 _KEPT_SPANS = 512
 
 
 class RunObserver:
-    """Implements `trainer.loop.loops.Observer`. Waiting is of the last ten steps, without evaluation and saving."""
+    """Implements `trainer.loop.loops.Observer`. A disk that is full, or a file server that is away for a moment, is
+    told once and ends nothing; as much as files buffer is written when there is room again."""
 
     def __init__(
         self,
         *,
-        log: MetricsLog,
+        metrics: MetricsLog,
         timeline: Timeline,
         progress: Progress,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._log = log
+        self._metrics = metrics
         self._timeline = timeline
         self._progress = progress
         self._clock = clock
-        self._spans: dict[str, deque[tuple[str, float, float]]] = defaultdict(lambda: deque(maxlen=_KEPT_SPANS))
-        self._steps: deque[Interval] = deque(maxlen=_WINDOW_STEPS)
+        self._waits = _Waits(clock)
+        self._fails = False
+        self.work = 0
+        """Pieces of work that were finished so far: a run in which it does not grow gets no further."""
+        self.last: dict[str, tuple[str, float]] = {}
+        """What each role finished last, and when."""
+
+    def phase(self, text: str) -> None:
+        self._finished("run", f"came to: {text}")
+        self._progress.phase(text)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Adds what the spans say about this step; a loop reports a step's spans before the step."""
-        values = dict(metrics.values)
-        student = self._spans["student"]
-        trained = [(start, stop) for kind, start, stop in student if kind == "train"]
-        if trained:
-            waited = [(start, stop) for kind, start, stop in student if kind == "wait" and stop <= trained[-1][0]]
-            began = min(trained[-1][0], waited[-1][0]) if waited else trained[-1][0]
-            if not self._steps or began >= self._steps[-1][1]:
-                self._steps.append((began, trained[-1][1]))
-            if TOKENS in values:
-                values[TOKENS_PER_S] = values[TOKENS] / max(trained[-1][1] - began, 1e-9)
-            window = list(self._steps)
-            values[STUDENT_WAIT] = 1.0 - seconds_inside(trained, window) / _length(window)
-            teacher = self._teacher_wait(window)
-            if teacher is not None:
-                values[TEACHER_WAIT] = teacher
-        metrics = StepMetrics(step=metrics.step, values=values)
-        self._log.step(metrics)
+        """Adds speed and wait shares; a loop reports a step's spans before the step."""
+        self._finished("steps", f"step {metrics.step}")
+        metrics = StepMetrics(step=metrics.step, values={**metrics.values, **self._waits.of_step(metrics.values)})
+        with self._told_once():
+            self._metrics.step(metrics)
         self._progress.step(metrics)
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        self._log.evaluation(evaluation)
-        before = self._log.first_evaluation
+        self._finished("evaluations", f"after step {evaluation.step}")
+        with self._told_once():
+            self._metrics.evaluation(evaluation)
+        before = self._metrics.first_evaluation
         if before is not None and before is not evaluation:
             self._progress.compare_with(before)
         self._progress.evaluation(evaluation, first=before is evaluation)
 
     def event(self, name: str, **fields: Any) -> None:
-        """Logged, and shown as a line: whatever is an event is rare."""
-        self._log.event(name, **fields)
-        details = ", ".join(f"{key} {value}" for key, value in fields.items())
-        self._progress.note(f"{name.replace('_', ' ')}: {details}" if details else name.replace("_", " "))
+        """Raises OSError for `resumed` and `students_restarted` alone: what cannot be removed from the log would stand
+        in it twice."""
+        # texts of libraries, which may hold an address with a password, or worse
+        fields = {k: without_secrets(v, environment=os.environ) if isinstance(v, str) else v for k, v in fields.items()}
+        if name in ("resumed", "students_restarted"):
+            self._metrics.resume(fields["from_step"])
+        with self._told_once():
+            self._metrics.event(name, **fields)
+        if name == "self_test":
+            verdict = "passed" if fields["passed"] else "FAILED"
+            self._progress.note(f"self-test {verdict}: {fields['test']}: {fields['numbers']}")
+        elif name in SHOWN:
+            self._progress.note(SHOWN[name].format(**fields))
 
     def span(self, lane: str, kind: SpanKind, start_s: float, stop_s: float, label: str = "") -> None:
-        self._timeline.span(lane, kind, start_s, stop_s, label)
-        self._spans[lane].append((kind, start_s, stop_s))
+        self._finished(lane, f"{kind} {label}".strip())
+        self._waits.add(lane, kind, start_s, stop_s)
+        with self._told_once():
+            self._timeline.span(lane, kind, start_s, stop_s, label)
 
     def close(self) -> None:
-        self._log.close()
-        self._timeline.close()
-        self._progress.close()
+        """Of the files; the progress belongs to whoever made it."""
+        for file in (self._metrics, self._timeline):
+            with self._told_once():
+                file.close()
 
-    def _teacher_wait(self, window: list[Interval]) -> float | None:
+    def _finished(self, role: str, what: str) -> None:
+        self.work += 1
+        self.last[role] = (what, self._clock())
+
+    @contextlib.contextmanager
+    def _told_once(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._fails:
+                self._progress.note(f"the run's records cannot be written, and will have a gap: {error}")
+            self._fails = True
+        else:
+            self._fails = False
+
+
+class _Waits:
+    """Speed of a step and wait shares of the last ten steps, evaluation and saving left out, from the newest spans."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._spans: dict[str, deque[tuple[str, float, float]]] = defaultdict(lambda: deque(maxlen=_KEPT_SPANS))
+        self._steps: deque[Interval] = deque(maxlen=_WINDOW_STEPS)
+
+    def add(self, lane: str, kind: str, start_s: float, stop_s: float) -> None:
+        self._spans[lane].append((kind, start_s, stop_s))
+
+    def of_step(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Values to add to those of a step whose spans are known."""
+        student = self._spans["student"]
+        trained = [(start, stop) for kind, start, stop in student if kind == "train"]
+        if not trained:
+            return {}
+        waited = [(start, stop) for kind, start, stop in student if kind == "wait" and stop <= trained[-1][0]]
+        began = min(trained[-1][0], waited[-1][0]) if waited else trained[-1][0]
+        if not self._steps or began >= self._steps[-1][1]:
+            self._steps.append((began, trained[-1][1]))
+        window = list(self._steps)
+        found = {STUDENT_WAIT: 1.0 - seconds_inside(trained, window) / _length(window)}
+        if TOKENS in values:
+            found[TOKENS_PER_S] = values[TOKENS] / max(trained[-1][1] - began, 1e-9)
+        teacher = self._of_teachers(window)
+        return found if teacher is None else {**found, TEACHER_WAIT: teacher}
+
+    def _of_teachers(self, window: list[Interval]) -> float | None:
         """Mean over the replicas that have worked; None before any has.
 
         A unit is known when it is finished. Each lane's window therefore ends before the longest of its recent units

@@ -101,7 +101,7 @@ def test_durations_are_written_for_people(seconds: float, text: str) -> None:
 def test_the_observer_adds_speed_and_wait_shares_by_hand_computed_values(tmp_path: Path) -> None:
     folder, clock = RunFolder.create(tmp_path / "run"), Clock()
     observer = RunObserver(
-        log=MetricsLog(folder),
+        metrics=MetricsLog(folder),
         timeline=Timeline(folder),
         progress=Progress(3, console=Console(file=io.StringIO()), clock=clock),
         clock=clock,
@@ -130,5 +130,5 @@ def test_a_resumed_run_compares_with_the_evaluation_of_its_first_attempt(tmp_pat
     log, text = MetricsLog(folder), io.StringIO()
     log.resume(1)
     progress = Progress(2, console=Console(file=text))
-    RunObserver(log=log, timeline=Timeline(folder), progress=progress).evaluation(evaluation(2, 1.0))
+    RunObserver(metrics=log, timeline=Timeline(folder), progress=progress).evaluation(evaluation(2, 1.0))
     assert "KL 6.000 -> 1.000" in text.getvalue()
