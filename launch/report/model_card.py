@@ -5,15 +5,15 @@ It says only what the run knows. A licence nobody stated is "not stated", a loca
 
 from __future__ import annotations
 
-import io
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from ruamel.yaml import YAML
 
 from configs.losses import Term
 from configs.schema import Run
@@ -66,7 +66,7 @@ def model_card(
     )
     environment.filters["cell"] = _cell
     return environment.get_template("model_card.jinja").render(
-        front=_front_matter(run, known["student"], adapter=adapter),
+        front=_front_matter(run, known["student"], records, adapter=adapter),
         run=run,
         adapter=adapter,
         base=public_name(run.student.model.path),
@@ -92,25 +92,36 @@ def is_hub_name(path: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) is not None and not Path(path).expanduser().exists()
 
 
-def _front_matter(run: Run, licence: str | None, *, adapter: bool) -> str:
-    fields: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+def _front_matter(run: Run, licence: str | None, records: Records, *, adapter: bool) -> str:
+    """The hub's metadata, as YAML; held-out numbers of the exported student are evaluation results."""
+    card = ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["distillation", "knowledge-distillation", "stillhouse", *(["lora"] if adapter else [])],
+        model_name=run.name,
+        eval_results=_results(run, records),
+    )
     if is_hub_name(run.student.model.path):
-        fields["base_model"] = run.student.model.path
-        fields["base_model_relation"] = "adapter" if adapter else "finetune"
+        card.base_model, card.base_model_relation = run.student.model.path, "adapter" if adapter else "finetune"
     if licence is not None:
         known = licence.lower() in _HUB_LICENCES.split()
-        fields |= {"license": licence.lower()} if known else {"license": "other", "license_name": licence}
+        card.license, card.license_name = (licence.lower(), None) if known else ("other", licence)
     datasets = [d.path for d in (run.prompts, run.data.evaluation) if d is not None and is_hub_name(d.path)]
-    if datasets:
-        fields["datasets"] = list(dict.fromkeys(datasets))
-    fields["tags"] = ["distillation", "knowledge-distillation", "stillhouse", *(["lora"] if adapter else [])]
-    text = io.StringIO()
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.allow_unicode = True
-    yaml.sort_base_mapping_type_on_output = False
-    yaml.dump(fields, text)
-    return text.getvalue().rstrip()
+    card.datasets = list(dict.fromkeys(datasets)) or None
+    return card.to_yaml()
+
+
+def _results(run: Run, records: Records) -> list[EvalResult] | None:
+    if not records.evaluations or run.data.evaluation is None:
+        return None
+    last, data = records.evaluations[-1], run.data.evaluation
+    values = {"forward_kl": last.forward_kl, "agreement": last.agreement, "perplexity": last.perplexity}
+    results = [
+        EvalResult("text-generation", public_name(data.path), public_name(data.path), name, round(value, 6))
+        for name, value in values.items()
+        if math.isfinite(value)
+    ]
+    return results or None
 
 
 def _quality(records: Records) -> list[Row]:

@@ -67,6 +67,22 @@ def test_the_card_names_teacher_data_settings_and_quality() -> None:
         "license": "apache-2.0",
         "datasets": ["owner/prompts"],
         "tags": ["distillation", "knowledge-distillation", "stillhouse"],
+        "model-index": [
+            {
+                "name": "small-one",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"name": "held_out.jsonl", "type": "held_out.jsonl"},
+                        "metrics": [
+                            {"type": "forward_kl", "value": 1.05},
+                            {"type": "agreement", "value": 0.5},
+                            {"type": "perplexity", "value": 12.0},
+                        ],
+                    }
+                ],
+            }
+        ],
     }
     for line in (
         "| teacher | owner/Large-Instruct | llama3.3 |",
