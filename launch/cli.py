@@ -114,10 +114,13 @@ def train(
         int | None,
         typer.Option("--wait-for-nodes", metavar="N", min=1, help="Begin when N nodes of the Ray cluster are alive."),
     ] = None,
+    ending: Annotated[Path | None, typer.Option("--ending", metavar="FILE", hidden=True)] = None,
 ) -> None:
     """Run a distillation on this machine, or on the Ray cluster that RAY_ADDRESS names.
 
     The same command again resumes it from the last checkpoint in its run folder.
+    \f
+    A job that was submitted notes in `ending` how the command ended, for `stillhouse status`.
     """
     from configs.errors import StillhouseError
     from launch.border import system_errors
@@ -129,9 +132,9 @@ def train(
 
             code = run_training(config, overrides or [], skip_self_test=skip_self_test, wait_for_nodes=wait_for_nodes)
     except StillhouseError as error:
-        _tell_exit_code(error.exit_code)
+        _note_ending(ending, error.exit_code, str(error))
         raise
-    _tell_exit_code(code)
+    _note_ending(ending, code, "")
     raise typer.Exit(code)
 
 
@@ -311,14 +314,11 @@ def prepare(
     typer.echo(prepare_command(name, target))
 
 
-def _tell_exit_code(code: int) -> None:
-    """One last line for who reads the output from afar: not every scheduler keeps the code."""
-    import atexit
+def _note_ending(file: Path | None, code: int, reason: str) -> None:
+    if file is not None:
+        from launch.jobs import note_ending
 
-    if sys.stderr.isatty():
-        return
-
-    atexit.register(lambda: print(f"stillhouse train: exit code {code}", file=sys.stderr, flush=True))
+        note_ending(file, code, reason)
 
 
 @app.command(epilog="Example: stillhouse doctor configs/demo.yaml --address 10.0.0.5:6379")

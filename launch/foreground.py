@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import socket
 from collections.abc import Iterator
 
 import psutil
 
 from configs.paths import named_path
-from launch.jobs import RECORD, RUNS, known, last_lines
+from launch.jobs import RECORD, RUNS, readable, steps_of
 from launch.report.artifacts import read_manifest
 from launch.targets import JobStatus, State
 from trainer.errors import Preempted
 from trainer.run_folder import Ending, Owner, RunFolder
 
 KIND = "here"
-_STEP = re.compile(r'"kind": "step", "step": (\d{1,18})\b')
 _ENDINGS: dict[int, State] = {0: "succeeded", 130: "stopped", Preempted.exit_code: "preempted"}
 
 
@@ -37,16 +35,15 @@ def runs_here() -> Iterator[RunFolder]:
 
 def status_of(folder: RunFolder) -> JobStatus:
     """`job` says which process runs it, or did. Of a run on another machine only what it wrote is known."""
-    owner, ended, manifest = known(folder.owner), known(folder.ending), read_manifest(folder)
+    owner, ended, manifest = readable(folder.owner), readable(folder.ending), read_manifest(folder)
     state, message = _state(owner, ended)
-    step = next(iter(reversed(_STEP.findall(last_lines(folder.metrics)))), None)
-    total = manifest.get("total_steps")
+    step, total = steps_of(folder)
     counted = total is not None and (step is not None or state == "running")
     return JobStatus(
         job=f"pid {owner.pid}" if owner is not None and state in ("running", "unknown") else "-",
         state=state,
         exit_code=None if ended is None or state in ("running", "unknown") else ended.code,
-        step=int(step or 0) if counted else None,
+        step=step or 0 if counted else None,
         steps=total if counted else None,
         message=message,
         name=folder.path.absolute().name,

@@ -1,4 +1,4 @@
-"""What is remembered of submitted jobs, and what can be told about one from its run folder or the end of its output.
+"""What is remembered of submitted jobs, and what can be told about one from its run folder.
 
 A record lies beside the run on the machine it was submitted from, `runs/<name>/submission.json`, so that later commands
 need the run's name and nothing else. It names no secret, and is readable by its owner alone all the same.
@@ -6,6 +6,8 @@ need the run's name and nothing else. It names no secret, and is readable by its
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import secrets
 import shutil
@@ -17,12 +19,13 @@ from typing import TypeVar
 
 from configs.paths import named_path
 from configs.refusal import did_you_mean
+from configs.secrets import without_secrets
 from launch.files import copy_files
 from launch.report.artifacts import read_manifest
 from launch.targets import JobRecord
 from trainer.errors import ConfigError, InfrastructureError
 from trainer.records import ignore, read_record
-from trainer.run_folder import RunFolder, write_json
+from trainer.run_folder import Ending, RunFolder, write_json
 
 T = TypeVar("T")
 
@@ -43,11 +46,9 @@ PAPERS = (
 FETCHED = (*PAPERS, "student")
 """What `fetch` brings from a run folder, where it is there: files, and one folder."""
 
-TAIL_LINES = 60
-_STEP = re.compile(r"^step (\d{1,18})/(\d{1,18}) ", re.MULTILINE)
-_EXIT = re.compile(r"^stillhouse train: exit code (\d{1,3})\b", re.MULTILINE)
-_ERROR = re.compile(r"^error: (.*?)(?=^stillhouse train: exit code|\Z)", re.MULTILINE | re.DOTALL)
-_MAX_MESSAGE = 1000
+METRICS_LINES = 50
+_STEP = re.compile(r'"kind": "step", "step": (\d{1,18})\b')
+_MAX_REASON = 1000
 
 
 def new_job(run_name: str) -> str:
@@ -117,26 +118,51 @@ def all_records(*, tell: Callable[[str], None] = ignore) -> list[JobRecord]:
     return sorted(found, key=lambda record: record.submitted, reverse=True)
 
 
-# --- what the end of the driver's output tells ------------------------------------------------------------------------
+# --- what a run writes of itself --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Tail:
-    """What the last lines of the driver's output say."""
+class Told:
+    """What the files of a run folder say of a job."""
 
     step: int | None = None
     steps: int | None = None
-    exit_code: int | None = None
-    error: str = ""
+    exit_code: int | None = None  # of the job's command, once it has ended
+    reason: str = ""  # why it ended so, where it failed or was stopped
 
-    @classmethod
-    def of(cls, text: str) -> Tail:
-        step = next(iter(reversed(_STEP.findall(text))), None)
-        ended = next(iter(reversed(_EXIT.findall(text))), None)
-        error = next(iter(reversed(_ERROR.findall(text))), "").strip()
-        if step is None:
-            return cls(exit_code=None if ended is None else int(ended), error=error[:_MAX_MESSAGE])
-        return cls(int(step[0]), int(step[1]), None if ended is None else int(ended), error[:_MAX_MESSAGE])
+    @property
+    def counted(self) -> dict[str, int | None]:
+        """Fields of a `JobStatus`."""
+        return {"step": self.step, "steps": self.steps}
+
+
+def ending_file(run: Path, job: str) -> Path:
+    """Where the command of a job notes how it ended, in the run folder: `launch train --ending FILE`."""
+    return run / "submissions" / job / "exit.json"
+
+
+def note_ending(file: Path, code: int, reason: str) -> None:
+    """Write such a file, where it can be written: the exit code itself is more important."""
+    said = without_secrets(reason, environment=os.environ)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_json(file, asdict(Ending(code, said, time.time())))
+
+
+def told(run: Path, job: str) -> Told:
+    """Of a job, from its run folder or a copy of some of its files."""
+    folder = RunFolder(run)
+    ending = readable(lambda: read_record(ending_file(run, job), Ending))
+    step, steps = steps_of(folder)
+    if ending is None:
+        return Told(step, steps)
+    return Told(step, steps, ending.code, ending.reason[:_MAX_REASON] if ending.code else "")
+
+
+def steps_of(folder: RunFolder) -> tuple[int | None, int | None]:
+    """(last step trained, steps in all), each where it is known."""
+    step = next(iter(reversed(_STEP.findall(last_lines(folder.metrics)))), None)
+    return (None if step is None else int(step)), read_manifest(folder).get("total_steps")
 
 
 def last_lines(file: Path, *, max_bytes: int = 64 * 1024) -> str:
@@ -159,19 +185,12 @@ def visible_folder(record: JobRecord) -> Path | None:
 
     A folder of that path may also be this machine's own, so that existing is not enough.
     """
-    folder = RunFolder(Path(record.folder))
-    ending = known(folder.ending)
-    written = [read_manifest(folder).get("started") or 0.0, 0.0 if ending is None else ending.time]
-    return folder.path if max(written) > record.submitted else None
+    folder = Path(record.folder)
+    began = read_manifest(RunFolder(folder)).get("started") or 0.0
+    return folder if began > record.submitted or ending_file(folder, record.job).exists() else None
 
 
-def exit_code_in(folder: Path, *, since: float) -> int | None:
-    """The exit code in exit.json, where the run has ended after a time."""
-    ending = known(RunFolder(folder).ending)
-    return ending.code if ending is not None and ending.time > since else None
-
-
-def known(read: Callable[[], T]) -> T | None:
+def readable(read: Callable[[], T]) -> T | None:
     """What a file of a run folder says; None where it cannot be read."""
     try:
         return read()
@@ -180,7 +199,9 @@ def known(read: Callable[[], T]) -> T | None:
 
 
 def copy_results(source: Path, destination: Path) -> None:
-    """Copy what `fetch` brings from a run folder that is visible here."""
+    """Copy what `fetch` brings from a run folder of this machine. Raises `InfrastructureError` where there is none."""
+    if not source.is_dir():
+        raise InfrastructureError(f"the run folder {source} does not exist here (yet)")
     if source.resolve() == destination.resolve():
         return
     refuse_run_folder(destination)

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 from configs.refusal import did_you_mean
 from configs.section import NAME, Section
 from configs.stations import import_plugin
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, Preempted
 from trainer.records import Moment
 
 if TYPE_CHECKING:
@@ -31,6 +31,11 @@ KINDS = ("kuberay", "local", "ray", "skypilot", "slurm")
 
 State = Literal["pending", "running", "succeeded", "failed", "stopped", "preempted", "unknown"]
 OVER: frozenset[State] = frozenset({"succeeded", "failed", "stopped", "preempted"})
+
+
+def state_of(exit_code: int | None) -> State:
+    """Of a run that is over; None: it was killed."""
+    return {0: "succeeded", Preempted.exit_code: "preempted"}.get(exit_code, "failed")  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True)

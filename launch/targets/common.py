@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 import shlex
@@ -17,6 +18,8 @@ from pydantic import Field, field_validator
 from cluster.ray_session import RAY_SETTINGS
 from configs.refusal import refusal
 from configs.schema import Run, Section
+from launch.bundle import COMMAND
+from launch.jobs import ending_file
 from trainer.errors import ConfigError, InfrastructureError
 
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
@@ -25,6 +28,14 @@ COMMAND_TIMEOUT_S = 60
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Python = Annotated[str, Field(pattern=r"^[^\s'\"]+$")]
 Line = Annotated[str, Field(pattern=r"^[^\r\n]*$")]
+
+
+class Unreachable(ConfigError):
+    """Nobody answers; of an address that did answer a moment ago, it may be busy."""
+
+
+class NotFound(InfrastructureError):
+    """The cluster does not know what was asked for."""
 
 
 class WithEnvironment(Section):
@@ -44,6 +55,12 @@ class WithEnvironment(Section):
             if re.fullmatch(cls.RESERVED, name):
                 raise refusal((name,), value, "is set by submit itself; remove it")
         return environment
+
+
+def train_command(run: Run, job: str) -> tuple[str, ...]:
+    """What a job executes with its Python, in the bundle's folder."""
+    assert run.folder is not None
+    return (*COMMAND, "--ending", str(ending_file(run.folder, job)))
 
 
 def refuse_in_process(run: Run, kind: str) -> None:
@@ -134,3 +151,10 @@ def wait_until(over: Callable[[], bool], *, seconds: float, poll_s: float) -> bo
 def names(parts: Sequence[str], folder: Path) -> dict[str, Path]:
     """Of the parts of a bundle, those that are there."""
     return {part: folder / part for part in parts if (folder / part).exists()}
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

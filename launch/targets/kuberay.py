@@ -18,13 +18,14 @@ import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from launch.bundle import Bundle
-from launch.jobs import copy_results, visible_folder, waited_too_long
-from launch.targets import OVER, JobRecord, JobStatus, Shipment, State, options_of
+from launch.jobs import copy_results, told, visible_folder, waited_too_long
+from launch.targets import OVER, JobRecord, JobStatus, Shipment, State, options_of, state_of
 from launch.targets.common import (
     missing_command,
     names,
@@ -55,17 +56,11 @@ LOST = r"connection to the server|Unable to connect|refused|timed? ?out|no such 
 KINDS = "rayjobs.ray.io,configmaps,networkpolicies"
 
 STATES: dict[str, State] = {
-    "": "pending",
-    "Initializing": "pending",
-    "Waiting": "pending",
-    "Retrying": "pending",
-    "Suspending": "pending",
-    "Suspended": "pending",
     "Running": "running",
     "Complete": "succeeded",
     "Failed": "failed",
 }
-"""KubeRay's jobDeploymentStatus."""
+"""KubeRay's jobDeploymentStatus; any other is of a job that does not run yet."""
 
 
 class Target:
@@ -110,7 +105,14 @@ class Target:
                 return record.status("stopped", message="the RayJob was deleted")
             raise
         with _readable():
-            return _status(json.loads(text))
+            found = _status(json.loads(text))
+        folder = visible_folder(record)
+        if folder is None:
+            return found
+        said = told(folder, record.job)
+        if not found.over or found.state == "stopped" or said.exit_code is None:
+            return replace(found, **said.counted)
+        return record.status(state_of(said.exit_code), said.exit_code, message=said.reason, **said.counted)
 
     def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
         """Of the pod that handed the job to Ray: it prints the run's output."""

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 
 from configs.schema import Run
-from launch.bundle import COMMAND, Bundle
-from launch.targets.common import ray_environment, render
+from launch.bundle import Bundle
+from launch.targets.common import ray_environment, render, train_command
 from launch.targets.kuberay_options import Options
 from trainer.errors import ConfigError
 
@@ -66,7 +66,7 @@ def script(run: Run, options: Options, job: str) -> str:
     unplaced = [place for place, labels in _labels_of_roles(run).items() if not labels]  # they get their group's
     wanted = [f"--set={place}.placement.node_labels={{{GROUP_LABEL}: {_group(place)}}}" for place in unplaced]
     nodes = 1 + options.teachers.replicas + options.students.replicas
-    train = shlex.join([options.python, *COMMAND, "--wait-for-nodes", str(nodes), *wanted])
+    train = shlex.join([options.python, *train_command(run, job), "--wait-for-nodes", str(nodes), *wanted])
     verdict = f"{run.folder}/submissions/{job}/exit_code"
     return render("kuberay.sh.jinja", home=HOME, verdict=verdict, train=train)
 

@@ -20,19 +20,11 @@ import psutil
 from pydantic import PositiveInt
 
 from configs.schema import Section
-from launch.bundle import COMMAND, Bundle
-from launch.jobs import (
-    Tail,
-    all_records,
-    copy_results,
-    exit_code_in,
-    last_lines,
-    record_folder,
-    waited_too_long,
-)
-from launch.targets import JobRecord, JobStatus, Shipment, State, options_of
-from launch.targets.common import wait_until
-from trainer.errors import ConfigError, InfrastructureError, Preempted
+from launch.bundle import Bundle
+from launch.jobs import all_records, copy_results, record_folder, told, waited_too_long
+from launch.targets import JobRecord, JobStatus, Shipment, options_of, state_of
+from launch.targets.common import train_command, wait_until
+from trainer.errors import ConfigError
 from trainer.run_folder import RunFolder
 
 OUTPUT, EXIT_CODE, STOP_ASKED = "output.log", "exit_code", "stop_asked"
@@ -60,7 +52,7 @@ class Target:
         folder = _job_folder(bundle.run.name, job)
         return Shipment(
             files={name: bundle.folder / name for name in names},
-            command=(sys.executable, *COMMAND),
+            command=(sys.executable, *train_command(bundle.run, job)),
             note=f"Runs on this machine, in {folder} with PYTHONPATH={folder / 'code'}, and outlives this terminal. "
             f"Its output goes to {folder / OUTPUT}, its results to {bundle.run.folder}.",
         )
@@ -92,23 +84,17 @@ class Target:
         folder = _job_folder(record.name, record.job)
         alive = _process(record) is not None  # before the exit code is read: it is written first
         code = _exit_code(folder)
-        tail = Tail.of(last_lines(folder / OUTPUT))
-        state: State
-        message = tail.error
-        if code is None and alive:
-            state, message = "running", ""
-        elif code == 0:
-            state = "succeeded"
-        elif (folder / STOP_ASKED).exists():
-            state = "stopped"
-        elif code == Preempted.exit_code:
-            state = "preempted"
-        else:
-            state = "failed"
-            message = message or ("" if code else "its process is gone: killed, or this machine was started again")
+        said = told(Path(record.folder), record.job)
+        message = said.reason
         if code is None and not alive:
-            code = exit_code_in(Path(record.folder), since=record.submitted)
-        return record.status(state, code, step=tail.step, steps=tail.steps, message=message)
+            code = said.exit_code
+            message = message or "its process is gone: killed, or this machine was started again"
+        if code is None and alive:
+            return record.status("running", **said.counted)
+        state = state_of(code)
+        if state != "succeeded" and (folder / STOP_ASKED).exists():
+            state = "stopped"
+        return record.status(state, code, message="" if state == "succeeded" else message, **said.counted)
 
     def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
         file = _job_folder(record.name, record.job) / OUTPUT
@@ -141,8 +127,6 @@ class Target:
         return [self.status(record) for record in all_records() if record.kind == "local"]
 
     def fetch(self, record: JobRecord, destination: Path) -> None:
-        if not Path(record.folder).is_dir():
-            raise InfrastructureError(f"the run folder {record.folder} does not exist (yet); nothing can be fetched")
         copy_results(Path(record.folder), destination)
 
     def _ended(self, record: JobRecord, seconds: float) -> bool:

@@ -11,23 +11,35 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 import json
 import shlex
+import tempfile
 import time
 import urllib.parse
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from launch.bundle import COMMAND, Bundle
-from launch.jobs import TAIL_LINES, Tail, copy_results, exit_code_in, refuse_run_folder, visible_folder, waited_too_long
-from launch.targets import JobRecord, JobStatus, Shipment, State, options_of
-from launch.targets.common import WithEnvironment
-from launch.targets.ray_api import NotFound, RayApi, Unreachable, is_loopback
-from launch.targets.ray_fetch import fetch_results
-from trainer.errors import ConfigError, InfrastructureError, Preempted
+from launch.bundle import Bundle
+from launch.jobs import (
+    METRICS_LINES,
+    Told,
+    copy_results,
+    ending_file,
+    refuse_run_folder,
+    told,
+    visible_folder,
+    waited_too_long,
+)
+from launch.targets import OVER, JobRecord, JobStatus, Shipment, State, options_of, state_of
+from launch.targets.common import NotFound, Unreachable, WithEnvironment, is_loopback, train_command, wait_until
+from trainer.errors import ConfigError, InfrastructureError, Preempted, foreign_errors
+
+if TYPE_CHECKING:
+    from launch.targets.ray_client import Client, JobDetails
 
 STATES: dict[str, State] = {
     "PENDING": "pending",
@@ -67,13 +79,16 @@ class Target:
     Options = Options
 
     def prepare(self, bundle: Bundle, options: Options, job: str) -> Shipment:
+        folder = str(bundle.run.folder)
+        command = (options.python, *train_command(bundle.run, job))
+        seen = f'"$(dirname "$(readlink /proc/$$/fd/1)")"/{_link(job)}'  # the output lies in the log folder
         request = {
-            "entrypoint": f"exec {shlex.join((options.python, *COMMAND))}",
+            "entrypoint": f"ln -sfn {shlex.quote(folder)} {seen}; exec {shlex.join(command)}",
             "submission_id": job,
             "metadata": {
                 "stillhouse": "train",
                 "name": bundle.run.name,
-                "folder": str(bundle.run.folder),
+                "folder": folder,
                 "build": bundle.build,
             },
             "runtime_env": {
@@ -90,10 +105,10 @@ class Target:
             request["entrypoint_resources"] = options.driver_resources
         return Shipment(
             files={"job.json": json.dumps(request, indent=1), "working_dir": bundle.folder},
-            command=(options.python, *COMMAND),
+            command=command,
             note=f"A job for the Ray cluster at {options.address}; working_dir is uploaded, the rest of the request is "
-            f"job.json. The driver runs {_where(options)}; models and the run folder {bundle.run.folder} must be "
-            "visible under these paths on the nodes.",
+            f"job.json. The driver runs {_where(options)}; models and the run folder {folder} must be visible under "
+            "these paths on the nodes.",
             warnings=_warnings(options),
         )
 
@@ -103,83 +118,71 @@ class Target:
                 f"the upload has {bundle.num_bytes / 2**20:.0f} MiB, and Ray takes at most "
                 f"{PACKAGE_LIMIT / 2**20:.0f}: put rows where every node sees them, and name that place with --shared"
             )
-        api = _api(options)
-        api.check()
-        if api.is_open and not options.insecure:
+        client = _client(options)
+        client.check_versions()
+        if client.is_open and not options.insecure:
             raise ConfigError(
                 f"the cluster at {options.address} asks for no token: whoever reaches it runs code on it. Start "
                 "it with RAY_AUTH_MODE=token, or keep its dashboard on 127.0.0.1 and reach it through ssh -L; where "
                 "something else protects it, write --with insecure=true"
             )
-        _refuse_second(api, str(bundle.run.folder))
+        _refuse_second(client, str(bundle.run.folder))
         request = json.loads(str(shipment.files["job.json"]))
         request["runtime_env"]["working_dir"] = str(shipment.files["working_dir"])
-        api.submit(**request)
+        with foreign_errors(f"the cluster at {options.address} did not take the job", error=InfrastructureError):
+            client.submit_job(**request)
         return JobRecord.of(job, "ray", bundle, options, handle=job)
 
     def status(self, record: JobRecord) -> JobStatus:
-        api = _api(_options(record))
+        client = _client(options_of(Target, record))
         try:
-            known = api.job(record.handle)
+            known = client.get_job_info(record.handle)
         except NotFound:
-            return _forgotten(record, api)
-        return _status(record, known, Tail.of(api.output_tail(known, lines=TAIL_LINES)))
+            return _forgotten(record, client)
+        return _status(record, known, _told(client, record, known))
 
     def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
-        api = _api(_options(record))
-        known = _known(api, record)
+        client = _client(options_of(Target, record))
+        known = _known(client, record)
         if not follow:
-            yield from codecs.iterdecode(api.output(known), "utf-8", "replace")
+            if known.driver_node_id:
+                log = client.log_file(known.driver_node_id, f"job-driver-{record.handle}.log")
+                yield from codecs.iterdecode(log, "utf-8", "replace")
             return
         seen, in_vain = 0, 0
         while in_vain < MAX_VAIN_FOLLOWS:
             position, before = 0, seen
-            for piece in _followed(api, record.handle):
+            for piece in _followed(client, record.handle):
                 position += len(piece)
                 if position > seen:
                     yield piece[-(position - seen) :]
                     seen = position
-            if self._is_over(record):
+            if _is_over(client, record):
                 return
             in_vain = in_vain + 1 if seen == before else 0
             time.sleep(POLL_S)  # the connection broke, the job did not
         raise InfrastructureError(
-            f"the output of {record.job} cannot be followed at {api.address} (does a proxy refuse web sockets?); "
+            f"the output of {record.job} cannot be followed at {client.address} (does a proxy refuse web sockets?); "
             f"stillhouse logs {record.name} prints what there is"
         )
 
-    def _is_over(self, record: JobRecord) -> bool:
-        """For callers that ask again: a head that does not answer just now is busy, and says nothing of the job."""
-        try:
-            return self.status(record).over
-        except (Unreachable, InfrastructureError):
-            return False
-
     def stop(self, record: JobRecord) -> None:
-        options = _options(record)
-        api = _api(options)
-        if self.status(record).over:
+        options = options_of(Target, record)
+        client = _client(options)
+        if STATES[_known(client, record).status] in OVER:
             return
-        api.stop(record.handle)
-        deadline = time.monotonic() + options.stop_wait_s + 60
-        while not self._is_over(record):
-            if time.monotonic() > deadline:
-                raise waited_too_long(record.job, options.stop_wait_s + 60, instead="Is the cluster's head alive?")
-            time.sleep(POLL_S)
+        client.stop_job(record.handle)
+        seconds = options.stop_wait_s + 60
+        if not wait_until(lambda: _is_over(client, record), seconds=seconds, poll_s=POLL_S):
+            raise waited_too_long(record.job, seconds, instead="Is the cluster's head alive?")
 
     def list(self, options: Options) -> list[JobStatus]:
-        jobs = [job for job in _api(options).jobs() if (job.get("metadata") or {}).get("stillhouse") == "train"]
-        records = [
-            JobRecord(
-                job=job["submission_id"],
-                kind="ray",
-                name=job["metadata"]["name"],
-                folder=job["metadata"]["folder"],
-                submitted=job["start_time"] / 1000,
-            )
-            for job in jobs
-        ]
-        found = [_status(record, job, Tail()) for record, job in zip(records, jobs, strict=True)]
+        found = []
+        for known in _jobs(_client(options)):
+            name, folder = known.metadata["name"], known.metadata["folder"]
+            began = (known.start_time or 0) / 1000
+            record = JobRecord(known.submission_id, "ray", name, folder, submitted=began)
+            found.append(_status(record, known, Told()))
         return sorted(found, key=lambda status: status.submitted or 0, reverse=True)
 
     def fetch(self, record: JobRecord, destination: Path) -> None:
@@ -187,16 +190,18 @@ class Target:
         if folder is not None:
             copy_results(folder, destination)
             return
+        from launch.targets.ray_fetch import fetch_results
+
         refuse_run_folder(destination)
-        options = _options(record)
-        api = _api(options)
+        options = options_of(Target, record)
+        client = _client(options)
         try:
-            node_id = api.job(record.handle).get("driver_node_id")
+            node_id = client.get_job_info(record.handle).driver_node_id
         except NotFound:
             node_id = None
-        if node_id is not None and node_id not in api.living_nodes():
+        if node_id is not None and node_id not in client.living_nodes():
             node_id = None  # the folder may be shared with the head
-        fetch_results(api, record.folder, destination, python=options.python, node_id=node_id)
+        fetch_results(client, record.folder, destination, python=options.python, node_id=node_id)
 
 
 def _warnings(options: Options) -> tuple[str, ...]:
@@ -216,77 +221,94 @@ def _where(options: Options) -> str:
     return "on a node with " + ", ".join(f"{name}: {amount:g}" for name, amount in held.items())
 
 
-def _options(record: JobRecord) -> Options:
-    return options_of(Target, record)
+def _client(options: Options) -> Client:
+    from launch.targets.ray_client import Client
+
+    return Client(options.address, token_path=options.token_path)
 
 
-def _api(options: Options) -> RayApi:
-    return RayApi(options.address, token_path=options.token_path)
+def _link(job: str) -> str:
+    """What the job's run folder is called in the log folder of the driver's node, whose files Ray serves."""
+    return f"stillhouse-{job}"
 
 
-def _refuse_second(api: RayApi, folder: str) -> None:
+def _jobs(client: Client) -> list[JobDetails]:
+    """Runs, and neither jobs of others nor those of `fetch`."""
+    return [job for job in client.list_jobs() if (job.metadata or {}).get("stillhouse") == "train"]
+
+
+def _refuse_second(client: Client, folder: str) -> None:
     """Raises `ConfigError` where a job of the same run folder is not over."""
-    for job in api.jobs():
-        same = (job.get("metadata") or {}).get("folder") == folder
-        if same and job["status"] in ("PENDING", "RUNNING"):
-            name, state = job["submission_id"], job["status"].lower()
+    for job in _jobs(client):
+        if job.metadata["folder"] == folder and STATES[job.status] not in OVER:
             raise ConfigError(
-                f"folder: the job {name} of the same run folder {folder} is {state} on {api.address}. Watch it with "
-                f"stillhouse logs -f {job['metadata']['name']}, stop it with stillhouse stop, or give this run "
-                "another name"
+                f"folder: the job {job.submission_id} of the same run folder {folder} is {STATES[job.status]} on "
+                f"{client.address}. Watch it with stillhouse logs -f {job.metadata['name']}, stop it with stillhouse "
+                "stop, or give this run another name"
             )
 
 
-def _known(api: RayApi, record: JobRecord) -> dict[str, Any]:
+def _known(client: Client, record: JobRecord) -> JobDetails:
     try:
-        return api.job(record.handle)
+        return client.get_job_info(record.handle)
     except NotFound:
-        raise InfrastructureError(_unknown(record, api)) from None
+        raise InfrastructureError(_unknown(record, client)) from None
 
 
-def _unknown(record: JobRecord, api: RayApi) -> str:
-    return f"the cluster at {api.address} does not know the job {record.handle}: was it started anew since?"
+def _is_over(client: Client, record: JobRecord) -> bool:
+    """For callers that ask again: a head that does not answer just now is busy, and says nothing of the job."""
+    try:
+        return STATES[client.get_job_info(record.handle).status] in OVER
+    except (Unreachable, InfrastructureError):
+        return False
 
 
-def _forgotten(record: JobRecord, api: RayApi) -> JobStatus:
+def _unknown(record: JobRecord, client: Client) -> str:
+    return f"the cluster at {client.address} does not know the job {record.handle}: was it started anew since?"
+
+
+def _forgotten(record: JobRecord, client: Client) -> JobStatus:
     """Of a job whose cluster was started anew: what its run folder says, where that is visible here."""
     folder = visible_folder(record)
-    code = None if folder is None else exit_code_in(folder, since=record.submitted)
-    state: State = "succeeded" if code == 0 else "preempted" if code == Preempted.exit_code else "failed"
-    return JobStatus(
-        record.job, state, code, message=_unknown(record, api), name=record.name, submitted=record.submitted
-    )
+    said = Told() if folder is None else told(folder, record.job)
+    return record.status(state_of(said.exit_code), said.exit_code, message=_unknown(record, client), **said.counted)
 
 
-def _status(record: JobRecord, known: dict[str, Any], tail: Tail) -> JobStatus:
-    state = STATES[known["status"]]
-    code = known.get("driver_exit_code")
+def _told(client: Client, record: JobRecord, known: JobDetails) -> Told:
+    """What the run wrote, brought here through the link that the job made."""
+    if not known.driver_node_id:
+        return Told()
+    ending = ending_file(Path(), record.job)
+    wanted = {"manifest.json": -1, "metrics.jsonl": METRICS_LINES}
+    if STATES[known.status] in OVER:
+        wanted[str(ending)] = -1
+    with tempfile.TemporaryDirectory(prefix="stillhouse-status-") as place:
+        (place / ending).parent.mkdir(parents=True)
+        with contextlib.suppress(Unreachable):  # busy: what the cluster says of the job is known
+            for name, lines in wanted.items():
+                with contextlib.suppress(InfrastructureError):  # not written yet, or the node is gone
+                    content = client.log_text(known.driver_node_id, f"{_link(record.job)}/{name}", lines=lines)
+                    Path(place, name).write_bytes(content)
+        return told(Path(place), record.job)
+
+
+def _status(record: JobRecord, known: JobDetails, said: Told) -> JobStatus:
+    state, code = STATES[known.status], known.driver_exit_code
     if state == "stopped" and code is None:
-        code = tail.exit_code  # Ray keeps none of a job it stopped
+        code = said.exit_code  # Ray keeps none of a job it stopped
         state = "succeeded" if code == 0 else state  # it was at its end
     if state == "failed" and code == Preempted.exit_code:
         state = "preempted"
-    running = state in ("pending", "running")
-    message = "" if running or state == "succeeded" else tail.error or _first_lines(known.get("message") or "")
-    if state == "pending":
-        message = _first_lines(known.get("message") or "")
-    return JobStatus(
-        job=record.job,
-        state=state,
-        exit_code=None if running else code,
-        step=tail.step,
-        steps=tail.steps,
-        message=message,
-        name=record.name,
-        submitted=record.submitted,
-    )
+    from_ray = _first_lines(known.message or "")
+    message = {"pending": from_ray, "running": "", "succeeded": ""}.get(state, said.reason or from_ray)
+    return record.status(state, code if state in OVER else None, message=message, **said.counted)
 
 
 def _first_lines(text: str, limit: int = 500) -> str:
     return text.split("last available logs")[0].strip().rstrip(",")[:limit]
 
 
-def _followed(api: RayApi, job: str) -> Iterator[str]:
+def _followed(client: Client, job: str) -> Iterator[str]:
     """Ray's asynchronous log stream from its beginning, as a plain iterator; ends with the job, or earlier."""
     import aiohttp
 
@@ -295,7 +317,7 @@ def _followed(api: RayApi, job: str) -> Iterator[str]:
 
     with asyncio.Runner() as runner:  # it ends the connection on Ctrl-C, too
         try:
-            stream = api.client().tail_job_logs(job)
+            stream = client.tail_job_logs(job)
             while (piece := runner.run(next_of(stream))) is not None:
                 yield piece
         except (RuntimeError, OSError, aiohttp.ClientError):

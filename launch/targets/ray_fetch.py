@@ -1,7 +1,7 @@
 """Results of a run from a Ray cluster whose file system is not visible here, through the dashboard and its token alone.
 
 here                                  the node that ran the driver
-submit ray_offer.py  -------------->  links to the files under Ray's log folder; names, sizes, hashes in its output
+submit ray_offer.py  -------------->  links to the files under Ray's log folder; paths, sizes, hashes in offer.json
 GET /api/v0/logs/file, one by one <-  the bytes, in pieces
 check size and hash, move into place
 stop the job  --------------------->  the links are removed
@@ -21,45 +21,58 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field
 
 from launch.jobs import FETCHED, is_fetched, new_draft, put_in_place
 from launch.targets import ray_offer
-from launch.targets.ray_api import RayApi
+from launch.targets.common import wait_until
+from launch.targets.ray_client import Client
 from trainer.errors import ConfigError, InfrastructureError, foreign_errors
+from trainer.records import checked
 
 START_TIMEOUT_S = 120.0
 OFFER_TIMEOUT_S = 900.0  # hashing a student of hundreds of GB
 WITHDRAW_TIMEOUT_S = 60.0
-POLL_S = 0.5
+POLL_S = 1.0
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 @dataclass(frozen=True, slots=True)
+class _File:
+    path: str  # in the run folder
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Offer:
-    """Files that can be read now: (path in the run folder, bytes, sha256)."""
+    """What offer.json says."""
 
-    node_id: str
-    box: str
-    files: tuple[tuple[str, int, str], ...]
+    error: str
+    files: list[_File]
 
 
-def fetch_results(api: RayApi, folder: str, destination: Path, *, python: str, node_id: str | None) -> int:
+def fetch_results(client: Client, folder: str, destination: Path, *, python: str, node_id: str | None) -> int:
     """Bring what `fetch` brings of a run folder of the cluster; returns the number of bytes.
 
     `node_id`: the node that sees the folder, None for the head. Memory is bounded by one piece of a file; nothing at
     the destination changes until every file has arrived with the hash that the node computed. Raises
     `InfrastructureError` for a folder that is not there and a file that does not arrive whole.
     """
-    with _offered(api, folder, python=python, node_id=node_id) as offer:
-        if not offer.files:
+    with _offering_job(client, folder, python=python, node_id=node_id) as job:
+        node_id, files = _await_offer(client, job)
+        total = sum(file.bytes for file in files)
+        if not files:
             raise InfrastructureError(f"the run folder {folder} holds no results yet")
         draft = new_draft(destination)
-        refuse_too_large(sum(num_bytes for _, num_bytes, _ in offer.files), draft)
-        for path, num_bytes, digest in offer.files:
-            _download(api, offer, path, num_bytes, digest, draft / path)
+        refuse_too_large(total, draft)
+        for file in files:
+            pieces = client.log_file(node_id, f"{job}/{file.path}") if file.bytes else iter(())
+            _write(pieces, file, draft / file.path)
         put_in_place(draft, destination)
-    return sum(num_bytes for _, num_bytes, _ in offer.files)
+    return total
 
 
 def refuse_too_large(num_bytes: int, destination: Path) -> None:
@@ -73,93 +86,68 @@ def refuse_too_large(num_bytes: int, destination: Path) -> None:
 
 
 @contextmanager
-def _offered(api: RayApi, folder: str, *, python: str, node_id: str | None) -> Iterator[_Offer]:
-    job = f"stillhouse-fetch-{secrets.token_hex(6)}"
-    arguments = [python, Path(ray_offer.__file__).name, folder, *FETCHED]
+def _offering_job(client: Client, folder: str, *, python: str, node_id: str | None) -> Iterator[str]:
+    """Inside, a job offers the folder, in a box that is called as the job."""
+    job, script = f"stillhouse-fetch-{secrets.token_hex(8)}", Path(ray_offer.__file__)
     with tempfile.TemporaryDirectory(prefix="stillhouse-fetch-") as working_dir:
-        shutil.copyfile(ray_offer.__file__, Path(working_dir) / Path(ray_offer.__file__).name)
-        api.submit(
-            entrypoint=f"exec {shlex.join(arguments)}",
-            submission_id=job,
-            runtime_env={"working_dir": working_dir},
-            metadata={"stillhouse": "fetch"},
-            entrypoint_label_selector={"ray.io/node-id": node_id} if node_id else None,
-        )
+        shutil.copyfile(script, Path(working_dir) / script.name)
+        with foreign_errors(f"the cluster at {client.address} did not take a job", error=InfrastructureError):
+            client.submit_job(
+                entrypoint=f"exec {shlex.join([python, script.name, folder, job, *FETCHED])}",
+                submission_id=job,
+                runtime_env={"working_dir": working_dir},
+                metadata={"stillhouse": "fetch"},
+                entrypoint_label_selector={"ray.io/node-id": node_id} if node_id else None,
+            )
     try:
-        yield _await_offer(api, job)
+        yield job
     finally:
-        _withdraw(api, job)
+        with contextlib.suppress(InfrastructureError):  # what was fetched is here, and the offer ends by itself
+            client.stop_job(job)
+            over = lambda: client.get_job_info(job).status in ENDED  # noqa: E731
+            wait_until(over, seconds=WITHDRAW_TIMEOUT_S, poll_s=POLL_S)
 
 
-def _await_offer(api: RayApi, job: str) -> _Offer:
+def _await_offer(client: Client, job: str) -> tuple[str, list[_File]]:
+    """(node, files that can be read there now). What comes from the cluster is believed only as far as it goes."""
     began = time.monotonic()
     while True:
-        known = api.job(job)
-        node_id = known.get("driver_node_id")
-        said = _said(api, known)
-        problem = next((line["error"] for line in said if "error" in line), None)
-        if problem:
-            raise InfrastructureError(str(problem))
-        ready = next((line for line in said if "box" in line), None)
-        if ready:
-            files = [_offered_file(line) for line in said if "path" in line]
-            if len(files) != ready.get("files"):
-                raise InfrastructureError(f"the cluster offers {ready.get('files')} files and names {len(files)}")
-            outside = next((path for path, _, _ in files if not is_fetched(path)), None)
-            if outside is not None:
-                raise InfrastructureError(f"the cluster offers a file that was not asked for: {outside!r}")
-            return _Offer(node_id, str(ready["box"]), tuple(files))
-        if known["status"] in ENDED:
-            raise InfrastructureError(f"the job that offers the results ended: {(known.get('message') or '')[:500]}")
+        known = client.get_job_info(job)
+        if known.driver_node_id:
+            with contextlib.suppress(InfrastructureError):  # not written yet
+                said = client.log_text(known.driver_node_id, f"{job}/{ray_offer.OFFER}")
+                break
+        if known.status in ENDED:
+            raise InfrastructureError(f"the job that offers the results ended: {(known.message or '')[:500]}")
         waited = time.monotonic() - began
-        if waited > (OFFER_TIMEOUT_S if node_id else START_TIMEOUT_S):
-            what = "hash the results" if node_id else "start the job that offers the results"
-            raise InfrastructureError(f"the cluster at {api.address} did not {what} within {waited:.0f} s")
+        if waited > (OFFER_TIMEOUT_S if known.driver_node_id else START_TIMEOUT_S):
+            what = "hash the results" if known.driver_node_id else "start the job that offers the results"
+            raise InfrastructureError(f"the cluster at {client.address} did not {what} within {waited:.0f} s")
         time.sleep(POLL_S)
+    with foreign_errors("the cluster offers the results in a way that cannot be read", error=InfrastructureError):
+        offer = checked(json.loads(said), _Offer)
+    if offer.error:
+        raise InfrastructureError(offer.error)
+    outside = next((file.path for file in offer.files if not is_fetched(file.path)), None)
+    if outside is not None:
+        raise InfrastructureError(f"the cluster offers a file that was not asked for: {outside!r}")
+    return known.driver_node_id, offer.files
 
 
-def _offered_file(line: dict[str, Any]) -> tuple[str, int, str]:
-    """(path, bytes, sha256). Raises `InfrastructureError` for a line of another shape: it came from outside."""
-    path, num_bytes, digest = line.get("path"), line.get("bytes"), line.get("sha256")
-    if not (isinstance(path, str) and isinstance(digest, str) and type(num_bytes) is int and num_bytes >= 0):
-        raise InfrastructureError(f"the cluster offers a file in a way that cannot be read: {line!r:.200}")
-    return path, num_bytes, digest
-
-
-def _said(api: RayApi, known: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the offering job has printed so far, whole lines only."""
-    lines = api.output_tail(known, lines=-1).rpartition("\n")[0].splitlines()
-    said = []
-    for line in lines:
-        if line.startswith(ray_offer.MARK + " {"):
-            with foreign_errors("the cluster's offer of the results cannot be read", error=InfrastructureError):
-                said.append(json.loads(line.removeprefix(ray_offer.MARK)))
-    return said
-
-
-def _download(api: RayApi, offer: _Offer, path: str, num_bytes: int, digest: str, target: Path) -> None:
+def _write(pieces: Iterator[bytes], file: _File, target: Path) -> None:
+    """Raises `InfrastructureError` where what comes is not what was offered."""
     target.parent.mkdir(parents=True, exist_ok=True)
     hashed, received = hashlib.sha256(), 0
-    with target.open("wb") as file:
-        pieces = api.log_file(offer.node_id, f"{offer.box}/{path}") if num_bytes else iter(())
+    with target.open("wb") as content:
         for piece in pieces:
             received += len(piece)
-            if received > num_bytes:  # a file that grew, or a cluster that sends without end
-                raise InfrastructureError(f"{path}: more than its {num_bytes} bytes arrive; fetch again")
-            file.write(piece)
+            if received > file.bytes:  # a file that grew, or a cluster that sends without end
+                raise InfrastructureError(f"{file.path}: more than its {file.bytes} bytes arrive; fetch again")
+            content.write(piece)
             hashed.update(piece)
-    if received != num_bytes:
-        raise InfrastructureError(f"{path}: {received} of {num_bytes} bytes arrived; fetch again")
-    if hashed.hexdigest() != digest:
+    if received != file.bytes:
+        raise InfrastructureError(f"{file.path}: {received} of {file.bytes} bytes arrived; fetch again")
+    if hashed.hexdigest() != file.sha256:
         raise InfrastructureError(
-            f"{path}: its hash is not the one on the node; it was replaced meanwhile, fetch again"
+            f"{file.path}: its hash is not the one on the node; it was replaced meanwhile, fetch again"
         )
-
-
-def _withdraw(api: RayApi, job: str) -> None:
-    """End the offering job, so that its links are removed."""
-    with contextlib.suppress(InfrastructureError):  # what was fetched is here, and the offer ends by itself
-        api.stop(job)
-        deadline = time.monotonic() + WITHDRAW_TIMEOUT_S
-        while api.job(job)["status"] not in ENDED and time.monotonic() < deadline:
-            time.sleep(POLL_S)

@@ -2,7 +2,7 @@
 
 `stillhouse fetch` sends this file alone. It uses nothing but the standard library and works with any Python 3.9.
 
-    python ray_offer.py FOLDER NAME...     prints one line of JSON for each file, then one that says where they are
+    python ray_offer.py FOLDER BOX NAME...     BOX/offer.json says what lies beside it, or that there is nothing
 
 Ray's dashboard serves every file under the log folder of a node, byte for byte and in pieces, to whoever has the
 cluster's token. So results are put there for as long as this job lives: as links where they are large, as copies where
@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import signal
 import sys
@@ -21,26 +20,23 @@ import time
 
 COPIED_BYTES = 32 * 2**20
 LIFETIME_S = 3600.0
-MARK = "stillhouse-offer"
+OFFER = "offer.json"
 
 
-def main(folder, names):
-    """Returns the exit code: 3 where there is nothing to offer."""
-    if not os.path.isdir(folder):
-        say(error=f"the run folder {folder} does not exist on the node {os.uname().nodename}")
-        return 3
+def main(folder, box, names):
     logs = os.path.dirname(os.readlink("/proc/self/fd/1"))  # this job's own output lies in the log folder
-    box = f"{MARK}-{secrets.token_hex(8)}"
     place = os.path.join(logs, box)
     signal.signal(signal.SIGTERM, stop)
     try:
         os.mkdir(place, 0o700)
+        error = "" if os.path.isdir(folder) else f"the run folder {folder} does not exist on {os.uname().nodename}"
         files = [offer(folder, name, place) for name in found(folder, names)]
-        say(box=box, files=len(files))
+        with open(os.path.join(place, "." + OFFER), "w") as file:
+            json.dump({"error": error, "files": files}, file)
+        os.rename(file.name, os.path.join(place, OFFER))
         time.sleep(LIFETIME_S)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    return 0
 
 
 def stop(number, frame):
@@ -63,7 +59,7 @@ def found(folder, names):
 
 
 def offer(folder, name, place):
-    """Put one file into the box and print its size and hash, both of what is in the box now."""
+    """Put one file into the box; returns its size and hash, both of what is in the box now."""
     source, target = os.path.join(folder, name), os.path.join(place, name)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.getsize(source) <= COPIED_BYTES:
@@ -75,14 +71,9 @@ def offer(folder, name, place):
         while piece := file.read(1 << 20):
             digest.update(piece)
             size += len(piece)
-    say(path=name, bytes=size, sha256=digest.hexdigest())
-    return name
-
-
-def say(**fields):
-    print(MARK + " " + json.dumps(fields), flush=True)
+    return {"path": name, "bytes": size, "sha256": digest.hexdigest()}
 
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main(sys.argv[1], sys.argv[2:]))
+        main(sys.argv[1], sys.argv[2], sys.argv[3:])

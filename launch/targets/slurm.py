@@ -18,12 +18,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from launch.bundle import Bundle
-from launch.jobs import Tail, copy_results, exit_code_in, last_lines, waited_too_long
-from launch.targets import OVER, JobRecord, JobStatus, Shipment, State
+from launch.jobs import copy_results, told, waited_too_long
+from launch.targets import OVER, JobRecord, JobStatus, Shipment, State, state_of
 from launch.targets.common import missing_command, refuse_in_process, run_command, wait_until
 from launch.targets.slurm_options import Options
 from launch.targets.slurm_script import MARK, render, submission_folder
-from trainer.errors import ConfigError, InfrastructureError, Preempted
+from trainer.errors import ConfigError, InfrastructureError
 
 SCRIPT, LOG, STOP_ASKED = "job.sbatch", "job.log", "stop_asked"
 
@@ -85,20 +85,20 @@ class Target:
 
     def status(self, record: JobRecord) -> JobStatus:
         folder = _folder_of(record)
-        tail = Tail.of(last_lines(folder / LOG))
+        said = told(Path(record.folder), record.job)
         facts = _job_facts(record.handle)
         word = facts.get("JobState", "").split(",")[0]
         state, code = STATES.get(word, "failed"), None
         if word in ("COMPLETED", "FAILED"):
             code = int(facts["ExitCode"].split(":")[0])
         elif not facts:  # Slurm forgets a job some minutes after its end
-            code = exit_code_in(Path(record.folder), since=record.submitted)
+            code = said.exit_code
         if code is not None:
-            state = "succeeded" if code == 0 else "preempted" if code == Preempted.exit_code else "failed"
+            state = state_of(code)
         if state in ("preempted", "failed") and (folder / STOP_ASKED).exists():
             state = "stopped"
-        message = _message(facts, word, tail.error if state == "failed" else "")
-        return record.status(state, code, step=tail.step, steps=tail.steps, message=message)
+        message = _message(facts, word, said.reason if state == "failed" else "")
+        return record.status(state, code, message=message, **said.counted)
 
     def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
         file, position = _folder_of(record) / LOG, 0
@@ -142,10 +142,6 @@ class Target:
         return sorted(found, key=lambda status: -(status.submitted or 0))
 
     def fetch(self, record: JobRecord, destination: Path) -> None:
-        if not Path(record.folder).is_dir():
-            raise InfrastructureError(
-                f"the run folder {record.folder} does not exist here (yet): it is on the file system of the cluster"
-            )
         copy_results(Path(record.folder), destination)
 
     def _ended(self, record: JobRecord, seconds: float) -> bool:

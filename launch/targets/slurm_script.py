@@ -7,8 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from launch.bundle import COMMAND, Bundle
-from launch.targets.common import ray_environment
+from launch.bundle import Bundle
+from launch.targets.common import ray_environment, train_command
 from launch.targets.common import render as render_template
 from launch.targets.slurm_options import Options
 from trainer.errors import ConfigError
@@ -40,7 +40,7 @@ def render(bundle: Bundle, options: Options, job: str) -> str:
         resources=_resources(options),
         ray_options=f" -- {shlex.join(ray_options)}" if ray_options else "",
         ray_environment=ray_environment(),
-        train=shlex.join(COMMAND),
+        train=shlex.join(train_command(bundle.run, job)),
         **options.model_dump(exclude={"python"}),
         python=options.python or sys.executable,
     )

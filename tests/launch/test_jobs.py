@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 import pytest
 
-from launch.jobs import all_records, exit_code_in, find_record, visible_folder, write_record
+from launch.cli import app, run_app
+from launch.jobs import Told, all_records, ending_file, find_record, told, visible_folder, write_record
 from launch.submit import list_jobs
 from launch.targets import JobRecord, load_target
 from trainer.errors import ConfigError
@@ -70,10 +70,34 @@ def test_a_record_that_names_no_process_or_foreign_options_is_one_message(here: 
 
 
 @pytest.mark.parametrize("text", ["[]", '{"code": "0", "time": 9e9}', '{"code": 0, "time": NaN}', "{", '{"time": 9e9}'])
-def test_an_exit_file_of_another_shape_is_no_exit_code(text: str, tmp_path: Path) -> None:
-    (tmp_path / "exit.json").write_text(text)
-    assert exit_code_in(tmp_path, since=0) is None
-    assert visible_folder(good(tmp_path, submitted=time.time() - 10)) is None
-    (tmp_path / "exit.json").write_text(json.dumps({"code": 5, "time": time.time()}))
-    assert exit_code_in(tmp_path, since=0) == 5
-    assert visible_folder(good(tmp_path, submitted=time.time() - 10)) == tmp_path
+def test_a_note_of_another_shape_is_no_exit_code(text: str, tmp_path: Path) -> None:
+    file = ending_file(tmp_path, "good-1")
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    assert told(tmp_path, "good-1") == Told()
+
+
+def test_a_command_that_was_submitted_notes_how_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ending_file(tmp_path / "run", "good-1")
+    monkeypatch.setenv("HF_TOKEN", "hf_plantedsecret")
+    (tmp_path / "run.yaml").write_text("name: hf_plantedsecret/\n")
+    monkeypatch.setattr("sys.argv", ["stillhouse", "train", str(tmp_path / "run.yaml"), "--ending", str(file)])
+    with pytest.raises(SystemExit):
+        run_app(app)
+    said = told(tmp_path / "run", "good-1")
+    assert said.exit_code == 2
+    assert said.reason
+    assert "plantedsecret" not in file.read_text()
+    assert told(tmp_path / "run", "good-2") == Told()
+    assert visible_folder(good(tmp_path / "run", submitted=time.time() - 10)) == tmp_path / "run"
+    assert visible_folder(good(tmp_path / "run", job="good-2", submitted=time.time() - 10)) is None
+
+
+def test_steps_are_those_of_the_metrics(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"total_steps": 9}')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"time": 1.0, "kind": "step", "step": 4}\n{"time": 2.0, "kind": "event"}\n'
+    )
+    assert told(tmp_path, "good-1") == Told(4, 9)

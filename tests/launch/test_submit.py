@@ -8,7 +8,6 @@ import stat
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import requests
 from fakes.ray_dashboard import FakeDashboard, fake_dashboard
 from ray_head import free_port
 from ruamel.yaml import YAML
@@ -36,6 +36,8 @@ JOB = {
     "driver_node_id": "ab12",
     "driver_exit_code": None,
     "start_time": 1_700_000_000_000,
+    "type": "SUBMISSION",
+    "entrypoint": "exec python -m launch train run.yaml",
     "message": "Job is currently running.",
 }
 
@@ -107,7 +109,8 @@ def test_a_dry_run_prints_the_whole_request_and_contacts_nobody(project: Path, d
     assert result.returncode == 0, result.stderr
     text = result.stdout
     request = json.loads(text.split("----- job.json -----\n")[1].split("\n\n")[0])
-    assert request["entrypoint"] == "exec python -m launch train run.yaml"
+    ending = request["entrypoint"].partition("; exec python -m launch train run.yaml --ending ")[2]
+    assert ending == f"{project}/runs/small/submissions/{request['submission_id']}/exit.json"
     assert request["runtime_env"]["env_vars"]["PYTHONPATH"] == "code"
     assert request["entrypoint_resources"] == {"head": 1}
     assert "seed: 7" in text.split("----- run.yaml -----\n")[1]
@@ -121,7 +124,10 @@ def test_a_dry_run_prints_the_whole_request_and_contacts_nobody(project: Path, d
 def test_a_dry_run_of_the_local_target_leaves_nothing_behind(project: Path) -> None:
     result = stillhouse("submit", "run.yaml", "--to", "local", "--dry-run")
     assert result.returncode == 0, result.stderr
-    assert f"command   {sys.executable} -m launch train run.yaml" in result.stdout
+    assert (
+        f"command   {sys.executable} -m launch train run.yaml --ending {project}/runs/small/submissions/"
+        in result.stdout
+    )
     assert not (project / "runs").exists()
 
 
@@ -224,7 +230,7 @@ def test_another_version_of_ray_or_python_is_refused_and_both_are_named(
 def test_a_cluster_on_the_network_without_a_token_is_refused_unless_asked(
     project: Path, dashboard: FakeDashboard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(urllib.request, "urlopen", _as_if_on_this_machine(dashboard, urllib.request.urlopen))
+    monkeypatch.setattr(requests, "request", _as_if_on_this_machine(dashboard, requests.request))
     command = ["submit", "run.yaml", "--to", "ray", "--with", "address=http://head.cluster:8265"]
     result = stillhouse(*command)
     assert_refused(result, "asks for no token", "insecure=true")
@@ -232,12 +238,11 @@ def test_a_cluster_on_the_network_without_a_token_is_refused_unless_asked(
     assert dashboard.changes == []
 
 
-def _as_if_on_this_machine(dashboard: FakeDashboard, urlopen: Callable[..., Any]) -> Callable[..., Any]:
+def _as_if_on_this_machine(dashboard: FakeDashboard, request: Callable[..., Any]) -> Callable[..., Any]:
     """A name service for one name."""
 
-    def resolved(request: urllib.request.Request, **options: Any) -> Any:
-        request.full_url = request.full_url.replace("http://head.cluster:8265", dashboard.address)
-        return urlopen(request, **options)
+    def resolved(method: str, url: str, **options: Any) -> Any:
+        return request(method, url.replace("http://head.cluster:8265", dashboard.address), **options)
 
     return resolved
 
@@ -260,32 +265,42 @@ def test_a_web_server_that_is_no_dashboard_is_named_as_such(project: Path, dashb
 
 
 @pytest.mark.parametrize(
-    ("fields", "log", "code", "state"),
+    ("fields", "wrote", "code", "state"),
     [
-        ({"status": "RUNNING"}, "step 3/8  12 tokens/s\n", 0, "running, step 3 of 8"),
-        ({"status": "PENDING", "driver_node_id": None}, "", 0, "pending"),
-        ({"status": "SUCCEEDED", "driver_exit_code": 0}, "step 8/8  x\n", 0, "succeeded, exit code 0, step 8 of 8"),
-        ({"status": "FAILED", "driver_exit_code": 3}, "error: row 7\n  is bad\n", 3, "failed, exit code 3"),
-        ({"status": "FAILED", "driver_exit_code": 75}, "", 75, "preempted, exit code 75"),
-        ({"status": "STOPPED"}, "error: saved\nstillhouse train: exit code 75\n", 75, "stopped, exit code 75"),
-        ({"status": "STOPPED"}, "killed\n", 130, "stopped"),
-        ({"status": "STOPPED"}, "stillhouse train: exit code 0\n", 0, "succeeded, exit code 0"),
-        ({"status": "FAILED", "driver_node_id": None, "message": "no such environment"}, "", 4, "failed"),
+        ({"status": "RUNNING"}, {"step": 3}, 0, "running, step 3 of 8"),
+        ({"status": "RUNNING"}, {"step": 3, "code": 75}, 0, "running, step 3 of 8"),
+        ({"status": "PENDING", "driver_node_id": None}, {}, 0, "pending"),
+        ({"status": "SUCCEEDED", "driver_exit_code": 0}, {"step": 8}, 0, "succeeded, exit code 0, step 8 of 8"),
+        (
+            {"status": "FAILED", "driver_exit_code": 3},
+            {"code": 3, "reason": "row 7\n  is bad"},
+            3,
+            "failed, exit code 3",
+        ),
+        ({"status": "FAILED", "driver_exit_code": 75}, {}, 75, "preempted, exit code 75"),
+        ({"status": "STOPPED"}, {"code": 75, "reason": "saved"}, 75, "stopped, exit code 75"),
+        ({"status": "STOPPED"}, {}, 130, "stopped"),
+        ({"status": "STOPPED"}, {"code": 0}, 0, "succeeded, exit code 0"),
+        ({"status": "FAILED", "driver_node_id": None, "message": "no such environment"}, {}, 4, "failed"),
     ],
 )
 def test_status_returns_the_runs_own_exit_code(
-    project: Path, dashboard: FakeDashboard, fields: dict[str, object], log: str, code: int, state: str
+    project: Path, dashboard: FakeDashboard, fields: dict[str, object], wrote: dict[str, Any], code: int, state: str
 ) -> None:
     remember(project, dashboard.address)
     dashboard.jobs = [{**JOB, **fields}]
-    dashboard.logs["job-driver-small-1.log"] = log.encode()
+    seen = "stillhouse-small-1"
+    if "step" in wrote:
+        dashboard.logs[f"{seen}/manifest.json"] = b'{"total_steps": 8}'
+        dashboard.logs[f"{seen}/metrics.jsonl"] = b'{"time": 1.0, "kind": "step", "step": %d}\n' % wrote["step"]
+    if "code" in wrote:
+        dashboard.logs[f"{seen}/submissions/small-1/exit.json"] = json.dumps({"time": 1.0, **wrote}).encode()
     result = stillhouse("status", "small")
     assert result.returncode == code, result.stderr
     assert result.stdout.startswith(f"{state}: small-1 (ray), run folder /cluster/runs/small")
-    if "error: row" in log:
-        assert "row 7\n  is bad" in result.stdout
-    if "such environment" in str(fields.get("message")):
-        assert "no such environment" in result.stdout
+    said = wrote.get("reason") or {**JOB, **fields}["message"]
+    shown = "" if state.startswith(("running", "succeeded")) else said
+    assert result.stdout.splitlines()[1:] == shown.splitlines()
 
 
 def test_a_cluster_that_was_started_anew_no_longer_knows_the_job(project: Path, dashboard: FakeDashboard) -> None:
@@ -337,12 +352,16 @@ def test_fetching_into_the_folder_of_a_local_run_is_refused(project: Path, dashb
 
 
 STAND_IN = """\
-import signal, sys, time
+import pathlib, signal, sys, time
+run, ending = pathlib.Path(sys.argv[-1]).parents[2], pathlib.Path(sys.argv[-1])
 def saved(*_):
-    print("error: saved, run again\\nstillhouse train: exit code 75", flush=True)
+    ending.parent.mkdir(parents=True)
+    ending.write_text('{"code": 75, "reason": "saved, run again"}')
     sys.exit(75)
 signal.signal(signal.SIGTERM, saved)
-print("step 1/9  x", flush=True)
+(run / "manifest.json").write_text('{"total_steps": 9}')
+print("trains", flush=True)
+(run / "metrics.jsonl").write_text('{"kind": "step", "step": 1}\\n')
 while True:
     time.sleep(0.1)
 """
@@ -372,10 +391,11 @@ def shows(text: str, timeout_s: float = 30) -> str:
 def test_a_job_outlives_its_submission_and_saves_when_it_is_stopped(project: Path) -> None:
     start_stand_in(project, STAND_IN)
     assert shows("step 1 of 9").startswith("running, step 1 of 9: small-1 (local)")
-    assert stillhouse("logs", "small").stdout == "step 1/9  x\n"
+    assert stillhouse("logs", "small").stdout == "trains\n"
     stopped = stillhouse("stop", "small")
     assert "asked small-1 to save a checkpoint and end" in stopped.stdout
     assert "stopped, exit code 75" in stopped.stdout
+    assert "saved, run again" in stopped.stdout
     assert stillhouse("status", "small").returncode == 75
     assert stillhouse("stop", "small").returncode == 0
     assert stat.S_IMODE((project / "runs/small/submission.json").stat().st_mode) == 0o600

@@ -20,6 +20,7 @@ from ray_head import RayHead, ray_head
 from runs_under_fault import events, left_running
 from tiny_runs import records, stillhouse, tiny_run, write_rows
 
+from launch.jobs import ending_file
 from trainer.run_folder import read_json
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(2400)]
@@ -60,8 +61,10 @@ def holders_of_the_secret(*places: Path) -> list[str]:
 
 def forget_that_the_folder_is_visible(name: str) -> None:
     """As on another machine: nothing in the run folder counts as written by the job."""
-    record = Path("runs") / name / "submission.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "submitted": time.time() + 3600}))
+    file = Path("runs") / name / "submission.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "submitted": time.time() + 3600}))
+    ending_file(Path(record["folder"]), record["job"]).unlink()
 
 
 def driver_of(run: Path, output: Callable[[], str]) -> psutil.Process:
@@ -102,13 +105,13 @@ def test_a_cluster_without_stillhouse_runs_what_was_submitted_and_gives_it_back(
     assert fetched.returncode == 0, fetched.stdout + fetched.stderr
     for name in ("report.html", "metrics.jsonl", "exit.json", "manifest.json", "student/model.safetensors"):
         assert (here / "got" / name).read_bytes() == (run / name).read_bytes(), name
-    assert not list(head.temp_dir.glob("session_*/logs/stillhouse-offer*"))
+    assert not list(head.temp_dir.glob("session_*/logs/stillhouse-fetch-*"))
 
     assert holders_of_the_secret(tmp_path, head.temp_dir) == []
-    shown = json.dumps(head.api().jobs()) + result.stdout + to(head, "logs", "sent").stdout
+    shown = str(head.client().list_jobs()) + result.stdout + to(head, "logs", "sent").stdout
     assert SECRET not in shown
     assert head.token_path.read_text() not in shown
-    assert {job["status"] for job in head.api().jobs()} == {"SUCCEEDED", "STOPPED"}
+    assert {job.status for job in head.client().list_jobs()} == {"SUCCEEDED", "STOPPED"}
 
 
 def test_a_run_that_fails_on_the_cluster_returns_its_own_code(head: RayHead, here: Path, tmp_path: Path) -> None:

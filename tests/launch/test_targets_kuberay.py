@@ -19,6 +19,7 @@ from cluster.ray_session import METRICS_CLOSED, ray_environment
 from configs.load import load_run, load_section
 from configs.paths import ROOT
 from launch.bundle import Bundle, BundleFile, make_bundle
+from launch.jobs import ending_file, note_ending
 from launch.targets import load_target, options_of
 from launch.targets.kuberay_manifests import archive, config_map, object_name
 from launch.targets.kuberay_room import check_room
@@ -414,6 +415,23 @@ def test_the_words_of_kuberay_are_understood(
     answer(kubectl, deployment, job, message)
     status = target.status(record)
     assert (status.state, status.exit_code, status.name) == (state, code, "demo")
+
+
+def test_what_the_run_noted_on_a_volume_that_is_mounted_here_is_believed(
+    bundle: Bundle, kubectl: Path, tmp_path: Path
+) -> None:
+    run = bundle.run.model_copy(update={"folder": tmp_path / "shared" / "demo"})
+    target, chosen = load_target("kuberay"), options(f"mount={tmp_path}/shared")
+    own = Bundle(bundle.folder, run, "0" * 16, bundle.files)
+    record = target.submit(own, target.prepare(own, chosen, JOB), chosen, JOB)
+    answer(kubectl, "Failed", "FAILED", "the pod of the submitter is gone")
+    assert target.status(record).exit_code is None
+    note_ending(ending_file(run.folder, JOB), 5, "no finite loss")
+    (run.folder / "manifest.json").write_text('{"total_steps": 9}')
+    (run.folder / "metrics.jsonl").write_text('{"time": 1.0, "kind": "step", "step": 4}\n')
+    status = target.status(record)
+    assert (status.state, status.exit_code, status.message) == ("failed", 5, "no finite loss")
+    assert (status.step, status.steps) == (4, 9)
 
 
 def test_what_kubectl_refuses_is_said_in_its_words_and_undone(

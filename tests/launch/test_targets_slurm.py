@@ -15,6 +15,7 @@ from cluster.ray_session import METRICS_CLOSED, ray_environment
 from configs.load import load_run
 from configs.paths import ROOT
 from launch.bundle import Bundle, make_bundle
+from launch.jobs import ending_file, note_ending
 from launch.targets import JobRecord, load_target
 from launch.targets.slurm_options import limit_s
 from trainer.errors import ConfigError, InfrastructureError
@@ -158,6 +159,8 @@ def test_the_exit_code_of_the_job_is_that_of_the_run(script: Path, slurm: SlurmS
     returned, output = ended(slurm.start(script, driver=f"exit {code}"))
     assert returned == code, output
     told = slurm.wait_for_run().split()
+    assert told[1:3] == ["--ending", str(script.parent / "exit.json")]
+    del told[1:3]
     assert told[:3] == ["run.yaml", "--wait-for-nodes", "2"]
     assert told[3].startswith("0.0.0.0:")
     assert told[4:6] == ["token", "600"]
@@ -226,7 +229,7 @@ def test_a_node_that_calls_itself_loopback_is_reached_by_the_address_slurm_uses(
 ) -> None:
     returned, output = ended(slurm.start(script, driver="exit 0", ADDRESS_OF_N1="127.0.1.1"))
     assert returned == 0, output
-    assert slurm.wait_for_run().split()[3].startswith("0.0.0.0:")
+    assert slurm.wait_for_run().split()[5].startswith("0.0.0.0:")
 
 
 # --- the target's verbs -----------------------------------------------------------------------------------------------
@@ -264,14 +267,13 @@ def test_a_submitted_job_is_followed_and_stopped(
     assert slurm.processes_left() == []
 
 
-def test_a_job_that_slurm_forgot_is_known_by_its_run_folder(submitted: JobRecord, slurm: SlurmStandIn) -> None:
+def test_a_job_that_slurm_forgot_is_known_by_what_it_noted(submitted: JobRecord, slurm: SlurmStandIn) -> None:
     subprocess.run(["scancel", "77"], check=True)
     (slurm.state / "word").unlink()
     assert load_target("slurm").status(submitted).exit_code is None
-    ended = {"code": 5, "reason": "diverged", "time": submitted.submitted + 1}
-    (Path(submitted.folder) / "exit.json").write_text(json.dumps(ended))
+    note_ending(ending_file(Path(submitted.folder), submitted.job), 5, "diverged")
     status = load_target("slurm").status(submitted)
-    assert (status.state, status.exit_code) == ("failed", 5)
+    assert (status.state, status.exit_code, status.message) == ("failed", 5, "diverged")
 
 
 def test_what_sbatch_refuses_is_said_in_its_words_and_leaves_nothing(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from launch.targets.ray_api import RayApi
+from launch.targets.ray_client import Client
 from trainer.errors import StillhouseError
 
 START_TIMEOUT_S = 120
@@ -38,8 +38,8 @@ class RayHead:
         """What a client needs to be let in."""
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_path)}
 
-    def api(self) -> RayApi:
-        return RayApi(self.address, token_path=str(self.token_path))
+    def client(self) -> Client:
+        return Client(self.address, token_path=str(self.token_path))
 
 
 def environment_without_stillhouse(folder: Path) -> Path:
@@ -102,12 +102,12 @@ def ray_head(folder: Path, *, num_cpus: int = 4) -> Iterator[RayHead]:
 
 def _wait_for_job_api(port: int, head: psutil.Popen, log: Path, token_path: Path) -> None:
     """The dashboard answers before its parts do: wait until jobs can be listed."""
-    api = RayApi(f"http://127.0.0.1:{port}", token_path=str(token_path))
+    client = Client(f"http://127.0.0.1:{port}", token_path=str(token_path))
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         try:
-            api.jobs()
-            api.check()
+            client.list_jobs()
+            client.check_versions()
             return
         except StillhouseError as error:
             if head.poll() is not None or time.monotonic() > deadline:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -42,7 +43,7 @@ class FakeDashboard:
             found = [job for job in self.jobs if job["submission_id"] == path.rsplit("/", 1)[1]]
             return (200, json.dumps(found[0]).encode()) if found else (404, b"does not exist")
         for name, content in self.logs.items():
-            if path.startswith("/api/v0/logs/file") and name in path:
+            if path.startswith("/api/v0/logs/file") and urllib.parse.quote_plus(name) in path:
                 return 200, content
         return 404, b"not found"
 
