@@ -17,8 +17,9 @@ from pydantic import Field, field_validator
 
 from cluster.ray_session import RAY_SETTINGS
 from configs.refusal import refusal
-from configs.schema import Run, Section
-from launch.bundle import COMMAND
+from configs.schema import Run
+from configs.section import Section
+from launch.bundle import COMMAND, Bundle
 from launch.jobs import ending_file
 from trainer.errors import ConfigError, InfrastructureError
 
@@ -148,9 +149,9 @@ def wait_until(over: Callable[[], bool], *, seconds: float, poll_s: float) -> bo
     return True
 
 
-def names(parts: Sequence[str], folder: Path) -> dict[str, Path]:
-    """Of the parts of a bundle, those that are there."""
-    return {part: folder / part for part in parts if (folder / part).exists()}
+def parts_of(bundle: Bundle, names: Sequence[str]) -> dict[str, Path]:
+    """Of files and folders of a bundle, those that are there."""
+    return {name: bundle.folder / name for name in names if (bundle.folder / name).exists()}
 
 
 def is_loopback(host: str) -> bool:

@@ -25,27 +25,8 @@ from typing import Any
 
 from launch.bundle import Bundle
 from launch.jobs import copy_results, told, visible_folder, waited_too_long
-from launch.targets import OVER, JobRecord, JobStatus, Shipment, State, options_of, state_of
-from launch.targets.common import (
-    missing_command,
-    names,
-    note_of_paths_outside,
-    refuse_in_process,
-    run_command,
-    wait_until,
-)
-from launch.targets.kuberay_manifests import (
-    ARCHIVE,
-    DASHBOARD_PORT,
-    JOB_LABEL,
-    MANAGED_BY,
-    SCRIPT,
-    archive,
-    config_map,
-    manifests,
-    object_name,
-    script,
-)
+from launch.targets import OVER, JobRecord, JobStatus, Shipment, State, common, options_of, state_of
+from launch.targets import kuberay_manifests as manifests
 from launch.targets.kuberay_options import Options
 from launch.targets.kuberay_room import check_room
 from trainer.errors import ConfigError, InfrastructureError, Preempted, foreign_errors
@@ -55,11 +36,7 @@ STOP_MARGIN_S = 120
 LOST = r"connection to the server|Unable to connect|refused|timed? ?out|no such host"
 KINDS = "rayjobs.ray.io,configmaps,networkpolicies"
 
-STATES: dict[str, State] = {
-    "Running": "running",
-    "Complete": "succeeded",
-    "Failed": "failed",
-}
+STATES: dict[str, State] = {"Running": "running", "Complete": "succeeded", "Failed": "failed"}
 """KubeRay's jobDeploymentStatus; any other is of a job that does not run yet."""
 
 
@@ -69,44 +46,45 @@ class Target:
     Options = Options
 
     def prepare(self, bundle: Bundle, options: Options, job: str) -> Shipment:
-        _require(options)
-        run, name = bundle.run, object_name(job)
-        refuse_in_process(run, "kuberay")
-        check_room(run, options)
-        texts = {SCRIPT: script(run, options, job)}
-        content = archive(bundle, texts, with_code=options.code == "configmap")
-        code = ["code"] if options.code == "configmap" else []
+        missing = [name for name in ("image", "claim") if getattr(options, name) is None]
+        if missing:
+            lines = [f"  --with {name}=...: {Options.model_fields[name].description}" for name in missing]
+            raise ConfigError("\n".join(["--to kuberay needs", *lines]))
+        common.refuse_in_process(bundle.run, "kuberay")
+        check_room(bundle.run, options)
+        texts = manifests.texts(bundle.run, options, job)
+        size = len(manifests.archive(bundle, texts, with_code=options.code == "configmap")) / 2**10
         note = (
-            f"run.yaml, run.sh, prompts and code travel as {ARCHIVE} ({len(content) / 2**10:.0f} KiB) in the ConfigMap "
-            f"{name}. Not tried against a cluster by the tests of this project."
-            f"{note_of_paths_outside(run, options.mount)}"
+            f"run.yaml, run.sh, prompts and code travel as {manifests.ARCHIVE} ({size:.0f} KiB) in the ConfigMap "
+            f"{manifests.object_name(job)}. Not tried against a cluster by the tests of this project."
+            f"{common.note_of_paths_outside(bundle.run, options.mount)}"
         )
-        sent = names([*code, "prompts", "run.yaml"], bundle.folder)
+        parts = [*(["code"] if options.code == "configmap" else []), "prompts", "run.yaml"]
+        files = {"rayjob.yaml": manifests.objects(bundle.run, options, job), **texts}
         command = (*_kubectl(options), "create", "--filename", "-")
-        return Shipment({"rayjob.yaml": manifests(run, options, job), **texts, **sent}, command, note)
+        return Shipment(files | common.parts_of(bundle, parts), command, note)
 
     def submit(self, bundle: Bundle, shipment: Shipment, options: Options, job: str) -> JobRecord:
-        texts = {SCRIPT: str(shipment.files[SCRIPT])}
-        content = archive(bundle, texts, with_code=options.code == "configmap")
-        sent = f"{json.dumps(config_map(job, content))}\n---\n{shipment.files['rayjob.yaml']}"
+        texts = {manifests.SCRIPT: str(shipment.files[manifests.SCRIPT])}
+        content = manifests.archive(bundle, texts, with_code=options.code == "configmap")
+        sent = f"{json.dumps(manifests.config_map(job, content))}\n---\n{shipment.files['rayjob.yaml']}"
         try:
             _run(*shipment.command, given=sent)
         except (ConfigError, InfrastructureError):
             with contextlib.suppress(ConfigError, InfrastructureError):  # of which the first one is the news
-                _delete(options, job)
+                _run(*_delete_command(options, job))
             raise
-        return JobRecord.of(job, "kuberay", bundle, options, handle=object_name(job))
+        return JobRecord.of(job, "kuberay", bundle, options, handle=manifests.object_name(job))
 
     def status(self, record: JobRecord) -> JobStatus:
+        options = options_of(Target, record)
         try:
-            text = _run(*_kubectl(_options(record)), "get", "rayjobs.ray.io", record.handle, "--output=json")
+            text = _run(*_kubectl(options), "get", "rayjobs.ray.io", record.handle, "--output=json")
         except ConfigError as error:
             if "not found" in str(error).lower():
                 return record.status("stopped", message="the RayJob was deleted")
             raise
-        with _readable():
-            found = _status(json.loads(text))
-        folder = visible_folder(record)
+        found, folder = _statuses(f'{{"items": [{text}]}}')[0], visible_folder(record)
         if folder is None:
             return found
         said = told(folder, record.job)
@@ -116,11 +94,15 @@ class Target:
 
     def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
         """Of the pod that handed the job to Ray: it prints the run's output."""
-        options = _options(record)
         while follow and self.status(record).state == "pending":
             time.sleep(POLL_S)
-        command = [*_kubectl(options), "logs", *(["--follow"] if follow else []), f"job/{record.handle}"]
-        with _stream(command) as output:
+        kubectl = _kubectl(options_of(Target, record))
+        command = [*kubectl, "logs", *(["--follow"] if follow else []), f"job/{record.handle}"]
+        try:
+            output = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        except FileNotFoundError:
+            raise common.missing_command("kuberay", "kubectl") from None
+        with output:
             assert output.stdout is not None
             yield from output.stdout
         if output.returncode:
@@ -128,30 +110,29 @@ class Target:
 
     def stop(self, record: JobRecord) -> None:
         """`ray job stop` in the head's pod, which has the run save and end; then everything of the job is deleted."""
-        options = _options(record)
+        options = options_of(Target, record)
+        delete = _delete_command(options, record.job)
         if self.status(record).state == "running":
-            chosen = f"--selector=ray.io/node-type=head,{JOB_LABEL}={record.job}"
-            pod = _run(*_kubectl(options), "get", "pods", chosen, "--output=name").split()
-            if pod:
-                ask = ["ray", "job", "stop", "--no-wait", f"--address=http://127.0.0.1:{DASHBOARD_PORT}", record.job]
-                _run(*_kubectl(options), "exec", pod[0], "--container=ray-head", "--", *ask)
+            chosen = f"--selector=ray.io/node-type=head,{manifests.JOB_LABEL}={record.job}"
+            for pod in _run(*_kubectl(options), "get", "pods", chosen, "--output=name").split()[:1]:
+                dashboard = f"--address=http://127.0.0.1:{manifests.DASHBOARD_PORT}"
+                ask = ["ray", "job", "stop", "--no-wait", dashboard, record.job]
+                _run(*_kubectl(options), "exec", pod, "--container=ray-head", "--", *ask)
             seconds = options.grace_s + STOP_MARGIN_S
-            if not wait_until(lambda: self.status(record).over, seconds=seconds, poll_s=POLL_S):
-                instead = f"Delete it without a checkpoint: {shlex.join(_delete_command(options, record.job))}"
+            if not common.wait_until(lambda: self.status(record).over, seconds=seconds, poll_s=POLL_S):
+                instead = f"Delete it without a checkpoint: {shlex.join(delete)}"
                 raise waited_too_long(record.job, seconds, instead=instead)
-        _delete(options, record.job)
+        _run(*delete)
 
     def list(self, options: Options) -> list[JobStatus]:
-        chosen = ",".join(f"{key}={value}" for key, value in MANAGED_BY.items())
-        text = _run(*_kubectl(options), "get", "rayjobs.ray.io", f"--selector={chosen}", "--output=json")
-        with _readable():
-            found = [_status(item) for item in json.loads(text)["items"]]
+        chosen = f"--selector={manifests.MANAGED_BY}"
+        found = _statuses(_run(*_kubectl(options), "get", "rayjobs.ray.io", chosen, "--output=json"))
         return sorted(found, key=lambda status: -(status.submitted or 0))
 
     def fetch(self, record: JobRecord, destination: Path) -> None:
         folder = visible_folder(record)
         if folder is None:
-            options = _options(record)
+            options = options_of(Target, record)
             command = shlex.join([*_kubectl(options), "cp", f"POD:{record.folder}", str(destination)])
             raise ConfigError(
                 f"--to kuberay fetches nothing: {record.folder} is on the volume {options.claim}. From a pod that "
@@ -160,47 +141,32 @@ class Target:
         copy_results(folder, destination)
 
 
-def _require(options: Options) -> None:
-    missing = [name for name in ("image", "claim") if getattr(options, name) is None]
-    if missing:
-        lines = [f"  --with {name}=...: {Options.model_fields[name].description}" for name in missing]
-        raise ConfigError("\n".join(["--to kuberay needs", *lines]))
-
-
-def _readable() -> contextlib.AbstractContextManager[None]:
-    """Around what is made of an answer of the cluster, which may be of another version."""
-    return foreign_errors("kubectl answers with what is no RayJob known here", error=InfrastructureError)
+def _statuses(text: str) -> list[JobStatus]:
+    """Of RayJobs as Kubernetes gives them. Raises `InfrastructureError` for an answer of another version."""
+    with foreign_errors("kubectl answers with what is no RayJob known here", error=InfrastructureError):
+        return [_status(item) for item in json.loads(text)["items"]]
 
 
 def _status(item: Mapping[str, Any]) -> JobStatus:
-    """Of a RayJob as Kubernetes gives it."""
     metadata, status = item["metadata"], item.get("status", {})
-    notes = metadata.get("annotations", {})
     state = STATES.get(status.get("jobDeploymentStatus", ""), "pending")
     said = status.get("message", "")
-    known = re.search(r"exit code (\d+)", said)
+    known = re.search(r"exit code (\d+)", said)  # KubeRay has no field for it
     code = 0 if state == "succeeded" else int(known[1]) if known and state in OVER else None
     if status.get("jobStatus") == "STOPPED" and state in OVER:
         state, code = "stopped", None
-    elif state == "failed" and code == Preempted.exit_code:
+    elif code == Preempted.exit_code:
         state = "preempted"
     failed = status.get("failed") or 0
     parts = [said, f"{failed} failed so far" if failed and state not in OVER else ""]
     return JobStatus(
-        job=metadata["labels"][JOB_LABEL],
+        job=metadata["labels"][manifests.JOB_LABEL],
         state=state,
         exit_code=code,
         message="; ".join(filter(None, parts)),
-        name=notes.get("stillhouse.io/run", ""),
+        name=metadata.get("annotations", {}).get("stillhouse.io/run", ""),
         submitted=datetime.fromisoformat(metadata["creationTimestamp"]).timestamp(),
     )
-
-
-# --- kubectl ----------------------------------------------------------------------------------------------------------
-
-
-def _options(record: JobRecord) -> Options:
-    return options_of(Target, record)
 
 
 def _kubectl(options: Options) -> tuple[str, ...]:
@@ -209,25 +175,15 @@ def _kubectl(options: Options) -> tuple[str, ...]:
 
 
 def _delete_command(options: Options, job: str) -> tuple[str, ...]:
-    return (*_kubectl(options), "delete", KINDS, f"--selector={JOB_LABEL}={job}", "--ignore-not-found", "--wait=false")
-
-
-def _delete(options: Options, job: str) -> None:
-    _run(*_delete_command(options, job))
+    chosen = f"--selector={manifests.JOB_LABEL}={job}"
+    return (*_kubectl(options), "delete", KINDS, chosen, "--ignore-not-found", "--wait=false")
 
 
 def _run(*command: str, given: str | None = None) -> str:
     """What kubectl prints. Raises as `run_command` does."""
     try:
-        return run_command(*command, kind="kuberay", lost=LOST, given=given)
+        return common.run_command(*command, kind="kuberay", lost=LOST, given=given)
     except ConfigError as error:
         if re.search("no matches for kind|the server doesn't have a resource type", str(error)):
             raise ConfigError(f"{error}\nIs KubeRay installed in this cluster?") from None
         raise
-
-
-def _stream(command: list[str]) -> subprocess.Popen[str]:
-    try:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    except FileNotFoundError:
-        raise missing_command("kuberay", "kubectl") from None

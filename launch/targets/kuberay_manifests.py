@@ -20,11 +20,10 @@ HOME = "/stillhouse"  # in every pod: bundle/ (what was sent, unpacked) and home
 ARCHIVE, SCRIPT = "bundle.zip", "run.sh"
 GROUP_LABEL = "stillhouse.io/group"  # of Ray nodes: teachers, students
 JOB_LABEL = "stillhouse.io/job"
-MANAGED_BY = {"app.kubernetes.io/managed-by": "stillhouse"}
+MANAGED_BY = "app.kubernetes.io/managed-by=stillhouse"
 
 CONFIG_MAP_LIMIT = 2**20
 NAME_LIMIT = 47  # KubeRay's: it appends to the names of what it makes
-END_MARGIN_S = 60
 DASHBOARD_PORT = 8265
 
 
@@ -34,7 +33,7 @@ def object_name(job: str) -> str:
     return name if len(name) <= NAME_LIMIT else f"run-{name[-(NAME_LIMIT - 4) :].lstrip('-')}"
 
 
-def manifests(run: Run, options: Options, job: str) -> str:
+def objects(run: Run, options: Options, job: str) -> str:
     """RayJob and, unless it is switched off, NetworkPolicy, as YAML with comments."""
     worker = {
         "HOME": f"{HOME}/home",
@@ -45,30 +44,27 @@ def manifests(run: Run, options: Options, job: str) -> str:
     head = worker | {"RAY_JOB_STOP_WAIT_TIME_S": str(options.grace_s)}
     return render(
         "kuberay.yaml.jinja",
-        run=run.name,
-        folder=str(run.folder),
+        run=run,
         job=job,
         name=object_name(job),
         home=HOME,
         archive=ARCHIVE,
-        script=SCRIPT,
         dashboard_port=DASHBOARD_PORT,
-        end_margin_s=END_MARGIN_S,
         ray_version=version("ray"),
         variables={"ray-head": head | options.environment, "ray-worker": worker | options.environment},
-        node_labels={kind + "s": {GROUP_LABEL: kind + "s", **_wanted(run, kind)} for kind in ("teacher", "student")},
+        node_labels={group: {GROUP_LABEL: group, **_wanted(run, group)} for group in ("teachers", "students")},
         **options.model_dump(mode="json", exclude={"environment"}),
     )
 
 
-def script(run: Run, options: Options, job: str) -> str:
-    """What the RayJob executes, beside Ray's head."""
+def texts(run: Run, options: Options, job: str) -> dict[str, str]:
+    """The script that the RayJob executes, beside Ray's head."""
     unplaced = [place for place, labels in _labels_of_roles(run).items() if not labels]  # they get their group's
     wanted = [f"--set={place}.placement.node_labels={{{GROUP_LABEL}: {_group(place)}}}" for place in unplaced]
     nodes = 1 + options.teachers.replicas + options.students.replicas
     train = shlex.join([options.python, *train_command(run, job), "--wait-for-nodes", str(nodes), *wanted])
     verdict = f"{run.folder}/submissions/{job}/exit_code"
-    return render("kuberay.sh.jinja", home=HOME, verdict=verdict, train=train)
+    return {SCRIPT: render("kuberay.sh.jinja", home=HOME, verdict=verdict, train=train)}
 
 
 def archive(bundle: Bundle, texts: Mapping[str, str], *, with_code: bool) -> bytes:
@@ -77,25 +73,26 @@ def archive(bundle: Bundle, texts: Mapping[str, str], *, with_code: bool) -> byt
     contents = {name: (bundle.folder / name).read_bytes() for name in sent}
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as packed:
-        for name, content in (contents | dict(sorted(texts.items()))).items():
+        for name, content in (contents | dict(texts)).items():
             packed.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
         sizes = sorted(((info.compress_size, info.filename) for info in packed.infolist()), reverse=True)
-    packed_bytes = target.getvalue()
-    if len(packed_bytes) > CONFIG_MAP_LIMIT:
+    content = target.getvalue()
+    if len(content) > CONFIG_MAP_LIMIT:
         largest = "\n".join(f"  {size / 2**10:8.0f} KiB  {name}" for size, name in sizes[:5])
         raise ConfigError(
-            f"what has to travel packs to {len(packed_bytes) / 2**10:.0f} KiB, and a ConfigMap of Kubernetes holds "
+            f"what has to travel packs to {len(content) / 2**10:.0f} KiB, and a ConfigMap of Kubernetes holds "
             f"{CONFIG_MAP_LIMIT / 2**10:.0f}; largest:\n{largest}\nPut the rows on the volume and name that place "
             "with --shared FOLDER, or put the code into the image and write --with code=image"
         )
-    return packed_bytes
+    return content
 
 
 def config_map(job: str, content: bytes) -> dict[str, object]:
     """As JSON values, for `kubectl create`."""
-    metadata = {"name": object_name(job), "labels": {**MANAGED_BY, JOB_LABEL: job}}
-    data = base64.b64encode(content).decode()
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "binaryData": {ARCHIVE: data}}
+    labels = {**dict([MANAGED_BY.split("=")]), JOB_LABEL: job}
+    data = {ARCHIVE: base64.b64encode(content).decode()}
+    metadata = {"name": object_name(job), "labels": labels}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "binaryData": data}
 
 
 def _labels_of_roles(run: Run) -> dict[str, Mapping[str, str]]:
@@ -108,16 +105,16 @@ def _group(place: str) -> str:
     return f"{place.split('.')[0]}s"
 
 
-def _wanted(run: Run, kind: str) -> dict[str, str]:
+def _wanted(run: Run, group: str) -> dict[str, str]:
     """What the nodes of a group must be labelled with for the roles in it. Raises `ConfigError` for a contradiction."""
     wanted: dict[str, str] = {}
     for place, labels in _labels_of_roles(run).items():
-        for key, value in labels.items() if _group(place) == f"{kind}s" else ():
+        for key, value in labels.items() if _group(place) == group else ():
             if wanted.setdefault(key, value) != value:
                 raise ConfigError(
-                    f"{place}.placement.node_labels: {key}: {value} and another role of the group {kind}s asks for "
+                    f"{place}.placement.node_labels: {key}: {value} and another role of the group {group} asks for "
                     f"{wanted[key]}: write the same for both"
                 )
-    if wanted.get(GROUP_LABEL, f"{kind}s") != f"{kind}s":
-        raise ConfigError(f"{GROUP_LABEL}: {wanted[GROUP_LABEL]} is asked for, and the group is {kind}s")
+    if wanted.get(GROUP_LABEL, group) != group:
+        raise ConfigError(f"{GROUP_LABEL}: {wanted[GROUP_LABEL]} is asked for, and the group is {group}")
     return wanted

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 from pydantic import PositiveInt
 
-from configs.schema import Section
+from configs.section import Section
 from launch.bundle import Bundle
 from launch.jobs import all_records, copy_results, record_folder, told, waited_too_long
 from launch.targets import JobRecord, JobStatus, Shipment, options_of, state_of

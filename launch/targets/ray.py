@@ -85,12 +85,7 @@ class Target:
         request = {
             "entrypoint": f"ln -sfn {shlex.quote(folder)} {seen}; exec {shlex.join(command)}",
             "submission_id": job,
-            "metadata": {
-                "stillhouse": "train",
-                "name": bundle.run.name,
-                "folder": folder,
-                "build": bundle.build,
-            },
+            "metadata": {"stillhouse": "train", "name": bundle.run.name, "folder": folder, "build": bundle.build},
             "runtime_env": {
                 "env_vars": {
                     **options.environment,
@@ -103,12 +98,13 @@ class Target:
             request["entrypoint_num_cpus"] = options.driver_cpus
         if options.driver_resources:
             request["entrypoint_resources"] = options.driver_resources
+        where = "where its resources are free" if options.driver_cpus or options.driver_resources else "on the head"
         return Shipment(
             files={"job.json": json.dumps(request, indent=1), "working_dir": bundle.folder},
             command=command,
             note=f"A job for the Ray cluster at {options.address}; working_dir is uploaded, the rest of the request is "
-            f"job.json. The driver runs {_where(options)}; models and the run folder {folder} must be visible under "
-            "these paths on the nodes.",
+            f"job.json. The driver runs {where}; models and the run folder {folder} must be visible under these paths "
+            "on the nodes.",
             warnings=_warnings(options),
         )
 
@@ -137,13 +133,13 @@ class Target:
         client = _client(options_of(Target, record))
         try:
             known = client.get_job_info(record.handle)
-        except NotFound:
-            return _forgotten(record, client)
+        except NotFound as error:
+            return _forgotten(record, str(error))
         return _status(record, known, _told(client, record, known))
 
     def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
         client = _client(options_of(Target, record))
-        known = _known(client, record)
+        known = client.get_job_info(record.handle)
         if not follow:
             if known.driver_node_id:
                 log = client.log_file(known.driver_node_id, f"job-driver-{record.handle}.log")
@@ -169,7 +165,7 @@ class Target:
     def stop(self, record: JobRecord) -> None:
         options = options_of(Target, record)
         client = _client(options)
-        if STATES[_known(client, record).status] in OVER:
+        if STATES[client.get_job_info(record.handle).status] in OVER:
             return
         client.stop_job(record.handle)
         seconds = options.stop_wait_s + 60
@@ -214,13 +210,6 @@ def _warnings(options: Options) -> tuple[str, ...]:
     )
 
 
-def _where(options: Options) -> str:
-    held = {**({"CPU": options.driver_cpus} if options.driver_cpus else {}), **options.driver_resources}
-    if not held:
-        return "on the head"
-    return "on a node with " + ", ".join(f"{name}: {amount:g}" for name, amount in held.items())
-
-
 def _client(options: Options) -> Client:
     from launch.targets.ray_client import Client
 
@@ -248,30 +237,21 @@ def _refuse_second(client: Client, folder: str) -> None:
             )
 
 
-def _known(client: Client, record: JobRecord) -> JobDetails:
-    try:
-        return client.get_job_info(record.handle)
-    except NotFound:
-        raise InfrastructureError(_unknown(record, client)) from None
-
-
 def _is_over(client: Client, record: JobRecord) -> bool:
     """For callers that ask again: a head that does not answer just now is busy, and says nothing of the job."""
     try:
         return STATES[client.get_job_info(record.handle).status] in OVER
+    except NotFound:  # the cluster was started anew
+        return True
     except (Unreachable, InfrastructureError):
         return False
 
 
-def _unknown(record: JobRecord, client: Client) -> str:
-    return f"the cluster at {client.address} does not know the job {record.handle}: was it started anew since?"
-
-
-def _forgotten(record: JobRecord, client: Client) -> JobStatus:
+def _forgotten(record: JobRecord, reason: str) -> JobStatus:
     """Of a job whose cluster was started anew: what its run folder says, where that is visible here."""
     folder = visible_folder(record)
     said = Told() if folder is None else told(folder, record.job)
-    return record.status(state_of(said.exit_code), said.exit_code, message=_unknown(record, client), **said.counted)
+    return record.status(state_of(said.exit_code), said.exit_code, message=reason, **said.counted)
 
 
 def _told(client: Client, record: JobRecord, known: JobDetails) -> Told:
@@ -283,7 +263,7 @@ def _told(client: Client, record: JobRecord, known: JobDetails) -> Told:
     if STATES[known.status] in OVER:
         wanted[str(ending)] = -1
     with tempfile.TemporaryDirectory(prefix="stillhouse-status-") as place:
-        (place / ending).parent.mkdir(parents=True)
+        Path(place, ending).parent.mkdir(parents=True)
         with contextlib.suppress(Unreachable):  # busy: what the cluster says of the job is known
             for name, lines in wanted.items():
                 with contextlib.suppress(InfrastructureError):  # not written yet, or the node is gone
@@ -299,13 +279,9 @@ def _status(record: JobRecord, known: JobDetails, said: Told) -> JobStatus:
         state = "succeeded" if code == 0 else state  # it was at its end
     if state == "failed" and code == Preempted.exit_code:
         state = "preempted"
-    from_ray = _first_lines(known.message or "")
+    from_ray = (known.message or "").split("last available logs")[0].strip().rstrip(",")[:500]
     message = {"pending": from_ray, "running": "", "succeeded": ""}.get(state, said.reason or from_ray)
     return record.status(state, code if state in OVER else None, message=message, **said.counted)
-
-
-def _first_lines(text: str, limit: int = 500) -> str:
-    return text.split("last available logs")[0].strip().rstrip(",")[:limit]
 
 
 def _followed(client: Client, job: str) -> Iterator[str]:

@@ -13,6 +13,7 @@ import os
 import platform
 import urllib.parse
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Client(JobSubmissionClient):
 
     def check_versions(self) -> None:
         """Raises `ConfigError` where the cluster's Ray or Python is not this machine's."""
-        with foreign_errors(f"{self.address} answers, but not as the dashboard of a Ray cluster"):
+        with self._understood():
             found = self._do_request("GET", "/api/v0/cluster_metadata").json()["data"]
             ray, python = str(found["rayVersion"]), str(found["pythonVersion"])
         own_ray, own_python = importlib.metadata.version("ray"), platform.python_version()
@@ -78,10 +79,25 @@ class Client(JobSubmissionClient):
                 f"{_minor(python)} here, or start the cluster with {_minor(own_python)}"
             )
 
+    def get_job_info(self, job_id: str) -> JobDetails:
+        """What the cluster knows of a submission; raises `NotFound`."""
+        try:
+            with self._understood():
+                return super().get_job_info(job_id)
+        except NotFound:
+            raise NotFound(
+                f"the cluster at {self.address} does not know the job {job_id}: was it started anew since?"
+            ) from None
+
+    def list_jobs(self) -> list[JobDetails]:
+        with self._understood():
+            return super().list_jobs()
+
     def living_nodes(self) -> set[str]:
         """Ids of the nodes that are alive."""
-        nodes = self._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
-        return {node["raylet"]["nodeId"] for node in nodes if node["raylet"].get("state") == "ALIVE"}
+        with self._understood():
+            nodes = self._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
+            return {node["raylet"]["nodeId"] for node in nodes if node["raylet"].get("state") == "ALIVE"}
 
     def log_file(self, node_id: str, name: str, *, lines: int = -1) -> Iterator[bytes]:
         """A file under Ray's log folder of a node, byte for byte, in pieces of at most 1 MiB: its last lines, or all.
@@ -95,6 +111,10 @@ class Client(JobSubmissionClient):
     def log_text(self, node_id: str, name: str, *, lines: int = -1) -> bytes:
         """`log_file` in one. Raises `InfrastructureError` where it is larger than any record should be."""
         return self._whole(self.log_file(node_id, name, lines=lines), name)
+
+    def _understood(self) -> AbstractContextManager[None]:
+        """Around what is made of an answer."""
+        return foreign_errors(f"{self.address} answers, but not as the dashboard of a Ray cluster")
 
     def _do_request(self, method: str, endpoint: str, *, stream: bool = False, **given: Any) -> requests.Response:
         """In place of Ray's, which waits for ever; `stream`: the content has not been read yet."""

@@ -14,32 +14,18 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from configs.refusal import refusal
-from configs.schema import Run
 from launch.bundle import COMMAND, Bundle
-from launch.targets import JobRecord, JobStatus, Shipment, options_of
-from launch.targets.common import (
-    Line,
-    Python,
-    Variable,
-    WithEnvironment,
-    missing_command,
-    names,
-    note_of_paths_outside,
-    ray_environment,
-    refuse_in_process,
-    render,
-)
+from launch.targets import JobRecord, JobStatus, Shipment, common, options_of
+from launch.targets.common import Line, Python, Variable, WithEnvironment
 from trainer.errors import ConfigError, InfrastructureError, Preempted
 
 TASK = "task.yaml"
-HOME = "~/stillhouse"
 TOKEN = "STILLHOUSE_RAY_TOKEN"
-RAY_PORT, CLIENT_PORT = 6390, 10101  # SkyPilot's own Ray has 6380, and every machine is the task's alone
 LAUNCH_TIMEOUT_S = 3600
 
 
@@ -84,7 +70,7 @@ class Target:
 
     def prepare(self, bundle: Bundle, options: Options, job: str) -> Shipment:
         run = bundle.run
-        refuse_in_process(run, "skypilot")
+        common.refuse_in_process(run, "skypilot")
         note = "Not tried against a cloud by the tests of this project."
         if not options.shared:
             note += f" No volume is named: {run.folder} is on the machine and goes with it"
@@ -93,13 +79,24 @@ class Target:
                     f"--to skypilot: {options.nodes} nodes need a volume for the run folder and the models: make one "
                     "with sky volumes apply, and write --with shared='{/shared: NAME}'"
                 )
-        note += "".join(note_of_paths_outside(run, mount) for mount in options.shared)
-        parts = names(["code", "prompts", "run.yaml"], bundle.folder)
-        return Shipment({TASK: task(run, options, job, list(parts)), **parts}, _command(options, job), note)
+        note += "".join(common.note_of_paths_outside(run, mount) for mount in options.shared)
+        parts = common.parts_of(bundle, ["code", "prompts", "run.yaml"])
+        task = common.render(
+            "skypilot.yaml.jinja",
+            run=run.name,
+            job=job,
+            preempted=Preempted.exit_code,
+            variables={**common.ray_environment(), **options.environment},
+            parts=list(parts),
+            token=TOKEN,
+            train=shlex.join([options.python, *COMMAND]),
+            **options.model_dump(),
+        )
+        return Shipment({TASK: task, **parts}, _command(options, job), note)
 
     def submit(self, bundle: Bundle, shipment: Shipment, options: Options, job: str) -> JobRecord:
         if shutil.which("sky") is None:
-            raise missing_command("skypilot", "sky")
+            raise common.missing_command("skypilot", "sky")
         missing = [name for name in options.secrets if name not in os.environ]
         if missing:
             raise ConfigError(f"--with secrets: {', '.join(missing)} is not set in this shell, whose values are sent")
@@ -143,47 +140,8 @@ def _instead(verb: str, managed: str, unmanaged: str, record: JobRecord) -> NoRe
     raise ConfigError(f"stillhouse {verb} does not ask SkyPilot. Type: {command}")
 
 
-def _hidden(options: Options) -> tuple[str, ...]:
-    """Variables whose values are in the environment of `sky` alone."""
-    return (TOKEN, *options.secrets)
-
-
 def _command(options: Options, job: str) -> tuple[str, ...]:
-    hidden = [f"--secret={name}" for name in _hidden(options)]
+    hidden = [f"--secret={name}" for name in (TOKEN, *options.secrets)]
     if options.managed:
         return ("sky", "jobs", "launch", "--yes", "--detach-run", f"--name={job}", *hidden, TASK)
     return ("sky", "launch", "--yes", "--detach-run", "--down", f"--cluster={job}", *hidden, TASK)
-
-
-def task(run: Run, options: Options, job: str, parts: list[str]) -> str:
-    """The task as YAML with comments; `parts` of the bundle lie beside it."""
-    return render(
-        "skypilot.yaml.jinja",
-        run=run.name,
-        job=job,
-        resources=_resources(options),
-        preempted=Preempted.exit_code,
-        variables={**ray_environment(), **options.environment},
-        hidden=_hidden(options),
-        parts=parts,
-        home=HOME,
-        token=TOKEN,
-        ray_port=RAY_PORT,
-        client_port=CLIENT_PORT,
-        train=shlex.join([options.python, *COMMAND]),
-        **options.model_dump(),
-    )
-
-
-def _resources(options: Options) -> dict[str, Any]:
-    """Of each node, as SkyPilot calls them."""
-    found = {
-        "infra": options.infra,
-        "accelerators": options.accelerators,
-        "cpus": options.cpus,
-        "memory": options.memory,
-        "disk_size": options.disk_gb,
-        "image_id": options.image,
-        "use_spot": options.use_spot or None,
-    }
-    return {name: value for name, value in found.items() if value is not None}

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from configs.refusal import refusal
-from configs.schema import Section
+from configs.section import Section
 from launch.targets.common import Line, Python
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:@%+/=-]+$")]
