@@ -166,13 +166,13 @@ def steps_of(folder: RunFolder) -> tuple[int | None, int | None]:
 
 
 def last_lines(file: Path, *, max_bytes: int = 64 * 1024) -> str:
-    """The end of a text file, from a line's beginning; "" where there is no file."""
+    """The end of a text file, from a line's beginning; "" where none can be read."""
     try:
         with file.open("rb") as content:
             size = content.seek(0, 2)
             content.seek(max(0, size - max_bytes))
             text = content.read().decode("utf-8", "replace")
-    except FileNotFoundError:
+    except OSError:
         return ""
     return text if size <= max_bytes else text.partition("\n")[2]
 
