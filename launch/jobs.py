@@ -1,4 +1,4 @@
-"""What is remembered of submitted jobs, and what can be told about one from its run folder.
+"""Records of submitted jobs, and the status of a job as its run folder shows it.
 
 A record lies beside the run on the machine it was submitted from, `runs/<name>/submission.json`, so that later commands
 need the run's name and nothing else. It names no secret, and is readable by its owner alone all the same.
@@ -13,7 +13,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ from configs.refusal import did_you_mean
 from configs.secrets import without_secrets
 from launch.files import copy_files
 from launch.report.artifacts import read_manifest
-from launch.targets import JobRecord
+from launch.targets import JobRecord, RunStatus
 from trainer.errors import ConfigError, InfrastructureError
 from trainer.records import ignore, read_record
 from trainer.run_folder import Ending, RunFolder, write_json
@@ -32,7 +32,7 @@ T = TypeVar("T")
 RUNS = Path("runs")
 RECORD = "submission.json"
 
-PAPERS = (
+ARTIFACTS = (
     "report.html",
     "metrics.jsonl",
     "exit.json",
@@ -43,7 +43,7 @@ PAPERS = (
     "generations.json",
     "rejected.jsonl",
 )
-FETCHED = (*PAPERS, "student")
+FETCHED = (*ARTIFACTS, "student")
 """What `fetch` brings from a run folder, where it is there: files, and one folder."""
 
 METRICS_LINES = 50
@@ -108,7 +108,7 @@ def find_record(run: str) -> JobRecord:
 
 
 def all_records(*, tell: Callable[[str], None] = ignore) -> list[JobRecord]:
-    """Every submission remembered here, newest first; `tell` hears of files that are no record."""
+    """Every submission remembered here, newest first; `tell` gets a sentence for each file that is no record."""
     found = []
     for file in RUNS.glob(f"*/{RECORD}"):
         try:
@@ -118,22 +118,7 @@ def all_records(*, tell: Callable[[str], None] = ignore) -> list[JobRecord]:
     return sorted(found, key=lambda record: record.submitted, reverse=True)
 
 
-# --- what a run writes of itself --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What the files of a run folder say of a job."""
-
-    step: int | None = None
-    steps: int | None = None
-    exit_code: int | None = None  # of the job's command, once it has ended
-    reason: str = ""  # why it ended so, where it failed or was stopped
-
-    @property
-    def counted(self) -> dict[str, int | None]:
-        """Fields of a `JobStatus`."""
-        return {"step": self.step, "steps": self.steps}
+# --- status from a run folder ----------------------------------------------------------------------------------------
 
 
 def ending_file(run: Path, job: str) -> Path:
@@ -149,14 +134,14 @@ def note_ending(file: Path, code: int, reason: str) -> None:
         write_json(file, asdict(Ending(code, said, time.time())))
 
 
-def told(run: Path, job: str) -> Told:
+def run_status(run: Path, job: str) -> RunStatus:
     """Of a job, from its run folder or a copy of some of its files."""
     folder = RunFolder(run)
     ending = readable(lambda: read_record(ending_file(run, job), Ending))
     step, steps = steps_of(folder)
     if ending is None:
-        return Told(step, steps)
-    return Told(step, steps, ending.code, ending.reason[:_MAX_REASON] if ending.code else "")
+        return RunStatus(step, steps)
+    return RunStatus(step, steps, ending.code, ending.reason[:_MAX_REASON] if ending.code else "")
 
 
 def steps_of(folder: RunFolder) -> tuple[int | None, int | None]:

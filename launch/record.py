@@ -37,7 +37,7 @@ from trainer.types import Evaluation, Sequence
 
 
 class Record:
-    """The papers of one run."""
+    """The artifacts of one run."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder

@@ -66,9 +66,22 @@ class JobRecord:
         run = bundle.run
         return cls(job, kind, run.name, str(run.folder), handle, options.model_dump(mode="json"))
 
-    def status(self, state: State, exit_code: int | None = None, **more: Any) -> JobStatus:
-        """`JobStatus` of this job."""
-        return JobStatus(self.job, state, exit_code, name=self.name, submitted=self.submitted, **more)
+    def status(
+        self, state: State, exit_code: int | None = None, *, message: str = "", written: RunStatus | None = None
+    ) -> JobStatus:
+        """`JobStatus` of this job, with the steps that its run has `written`."""
+        step, steps = (None, None) if written is None else (written.step, written.steps)
+        return JobStatus(self.job, state, exit_code, step, steps, message, self.name, self.submitted)
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """The status of a job as its run folder shows it (`launch.jobs.run_status`)."""
+
+    step: int | None = None
+    steps: int | None = None
+    exit_code: int | None = None  # of the job's command, once it has ended
+    reason: str = ""  # why it ended so, where it failed or was stopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +136,7 @@ class Target(Protocol):
         ...
 
     def fetch(self, record: JobRecord, destination: Path) -> None:
-        """Bring the report, the metrics, the papers and the student of the run to a folder here."""
+        """Bring the run's artifacts (report, metrics, student and the files beside them) to a folder here."""
         ...
 
 

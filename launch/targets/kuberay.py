@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.bundle import Bundle
-from launch.jobs import copy_results, told, visible_folder, waited_too_long
+from launch.jobs import copy_results, run_status, visible_folder, waited_too_long
 from launch.targets import OVER, JobRecord, JobStatus, Shipment, State, common, options_of, state_of
 from launch.targets import kuberay_manifests as manifests
 from launch.targets.kuberay_options import Options
@@ -87,10 +87,10 @@ class Target:
         found, folder = _statuses(f'{{"items": [{text}]}}')[0], visible_folder(record)
         if folder is None:
             return found
-        said = told(folder, record.job)
-        if not found.over or found.state == "stopped" or said.exit_code is None:
-            return replace(found, **said.counted)
-        return record.status(state_of(said.exit_code), said.exit_code, message=said.reason, **said.counted)
+        written = run_status(folder, record.job)
+        if not found.over or found.state == "stopped" or written.exit_code is None:
+            return replace(found, step=written.step, steps=written.steps)
+        return record.status(state_of(written.exit_code), written.exit_code, message=written.reason, written=written)
 
     def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
         """Of the pod that handed the job to Ray: it prints the run's output."""

@@ -21,7 +21,7 @@ from pydantic import PositiveInt
 
 from configs.section import Section
 from launch.bundle import Bundle
-from launch.jobs import all_records, copy_results, record_folder, told, waited_too_long
+from launch.jobs import all_records, copy_results, record_folder, run_status, waited_too_long
 from launch.targets import JobRecord, JobStatus, Shipment, options_of, state_of
 from launch.targets.common import train_command, wait_until
 from trainer.errors import ConfigError
@@ -84,17 +84,17 @@ class Target:
         folder = _job_folder(record.name, record.job)
         alive = _process(record) is not None  # before the exit code is read: it is written first
         code = _exit_code(folder)
-        said = told(Path(record.folder), record.job)
-        message = said.reason
+        written = run_status(Path(record.folder), record.job)
+        message = written.reason
         if code is None and not alive:
-            code = said.exit_code
+            code = written.exit_code
             message = message or "its process is gone: killed, or this machine was started again"
         if code is None and alive:
-            return record.status("running", **said.counted)
+            return record.status("running", written=written)
         state = state_of(code)
         if state != "succeeded" and (folder / STOP_ASKED).exists():
             state = "stopped"
-        return record.status(state, code, message="" if state == "succeeded" else message, **said.counted)
+        return record.status(state, code, message="" if state == "succeeded" else message, written=written)
 
     def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
         file = _job_folder(record.name, record.job) / OUTPUT

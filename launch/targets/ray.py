@@ -26,15 +26,14 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from launch.bundle import Bundle
 from launch.jobs import (
     METRICS_LINES,
-    Told,
     copy_results,
     ending_file,
     refuse_run_folder,
-    told,
+    run_status,
     visible_folder,
     waited_too_long,
 )
-from launch.targets import OVER, JobRecord, JobStatus, Shipment, State, options_of, state_of
+from launch.targets import OVER, JobRecord, JobStatus, RunStatus, Shipment, State, options_of, state_of
 from launch.targets.common import NotFound, Unreachable, WithEnvironment, is_loopback, train_command, wait_until
 from trainer.errors import ConfigError, InfrastructureError, Preempted, foreign_errors
 
@@ -135,7 +134,7 @@ class Target:
             known = client.get_job_info(record.handle)
         except NotFound as error:
             return _forgotten(record, str(error))
-        return _status(record, known, _told(client, record, known))
+        return _status(record, known, _fetch_run_status(client, record, known))
 
     def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
         client = _client(options_of(Target, record))
@@ -178,7 +177,7 @@ class Target:
             name, folder = known.metadata["name"], known.metadata["folder"]
             began = (known.start_time or 0) / 1000
             record = JobRecord(known.submission_id, "ray", name, folder, submitted=began)
-            found.append(_status(record, known, Told()))
+            found.append(_status(record, known, RunStatus()))
         return sorted(found, key=lambda status: status.submitted or 0, reverse=True)
 
     def fetch(self, record: JobRecord, destination: Path) -> None:
@@ -250,14 +249,14 @@ def _is_over(client: Client, record: JobRecord) -> bool:
 def _forgotten(record: JobRecord, reason: str) -> JobStatus:
     """Of a job whose cluster was started anew: what its run folder says, where that is visible here."""
     folder = visible_folder(record)
-    said = Told() if folder is None else told(folder, record.job)
-    return record.status(state_of(said.exit_code), said.exit_code, message=reason, **said.counted)
+    written = RunStatus() if folder is None else run_status(folder, record.job)
+    return record.status(state_of(written.exit_code), written.exit_code, message=reason, written=written)
 
 
-def _told(client: Client, record: JobRecord, known: JobDetails) -> Told:
+def _fetch_run_status(client: Client, record: JobRecord, known: JobDetails) -> RunStatus:
     """What the run wrote, brought here through the link that the job made."""
     if not known.driver_node_id:
-        return Told()
+        return RunStatus()
     ending = ending_file(Path(), record.job)
     wanted = {"manifest.json": -1, "metrics.jsonl": METRICS_LINES}
     if STATES[known.status] in OVER:
@@ -269,19 +268,19 @@ def _told(client: Client, record: JobRecord, known: JobDetails) -> Told:
                 with contextlib.suppress(InfrastructureError):  # not written yet, or the node is gone
                     content = client.log_text(known.driver_node_id, f"{_link(record.job)}/{name}", lines=lines)
                     Path(place, name).write_bytes(content)
-        return told(Path(place), record.job)
+        return run_status(Path(place), record.job)
 
 
-def _status(record: JobRecord, known: JobDetails, said: Told) -> JobStatus:
+def _status(record: JobRecord, known: JobDetails, written: RunStatus) -> JobStatus:
     state, code = STATES[known.status], known.driver_exit_code
     if state == "stopped" and code is None:
-        code = said.exit_code  # Ray keeps none of a job it stopped
+        code = written.exit_code  # Ray keeps none of a job it stopped
         state = "succeeded" if code == 0 else state  # it was at its end
     if state == "failed" and code == Preempted.exit_code:
         state = "preempted"
     from_ray = (known.message or "").split("last available logs")[0].strip().rstrip(",")[:500]
-    message = {"pending": from_ray, "running": "", "succeeded": ""}.get(state, said.reason or from_ray)
-    return record.status(state, code if state in OVER else None, message=message, **said.counted)
+    message = {"pending": from_ray, "running": "", "succeeded": ""}.get(state, written.reason or from_ray)
+    return record.status(state, code if state in OVER else None, message=message, written=written)
 
 
 def _followed(client: Client, job: str) -> Iterator[str]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from launch.bundle import Bundle
-from launch.jobs import copy_results, told, waited_too_long
+from launch.jobs import copy_results, run_status, waited_too_long
 from launch.targets import OVER, JobRecord, JobStatus, Shipment, State, state_of
 from launch.targets.common import missing_command, refuse_in_process, run_command, wait_until
 from launch.targets.slurm_options import Options
@@ -85,20 +85,20 @@ class Target:
 
     def status(self, record: JobRecord) -> JobStatus:
         folder = _folder_of(record)
-        said = told(Path(record.folder), record.job)
+        written = run_status(Path(record.folder), record.job)
         facts = _job_facts(record.handle)
         word = facts.get("JobState", "").split(",")[0]
         state, code = STATES.get(word, "failed"), None
         if word in ("COMPLETED", "FAILED"):
             code = int(facts["ExitCode"].split(":")[0])
         elif not facts:  # Slurm forgets a job some minutes after its end
-            code = said.exit_code
+            code = written.exit_code
         if code is not None:
             state = state_of(code)
         if state in ("preempted", "failed") and (folder / STOP_ASKED).exists():
             state = "stopped"
-        message = _message(facts, word, said.reason if state == "failed" else "")
-        return record.status(state, code, message=message, **said.counted)
+        message = _message(facts, word, written.reason if state == "failed" else "")
+        return record.status(state, code, message=message, written=written)
 
     def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
         file, position = _folder_of(record) / LOG, 0

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from launch.cli import app, run_app
-from launch.jobs import Told, all_records, ending_file, find_record, told, visible_folder, write_record
+from launch.jobs import all_records, ending_file, find_record, run_status, visible_folder, write_record
 from launch.submit import list_jobs
-from launch.targets import JobRecord, load_target
+from launch.targets import JobRecord, RunStatus, load_target
 from trainer.errors import ConfigError
 
 DAMAGED = {
@@ -74,7 +74,7 @@ def test_a_note_of_another_shape_is_no_exit_code(text: str, tmp_path: Path) -> N
     file = ending_file(tmp_path, "good-1")
     file.parent.mkdir(parents=True)
     file.write_text(text)
-    assert told(tmp_path, "good-1") == Told()
+    assert run_status(tmp_path, "good-1") == RunStatus()
 
 
 def test_a_command_that_was_submitted_notes_how_it_ended(
@@ -86,11 +86,11 @@ def test_a_command_that_was_submitted_notes_how_it_ended(
     monkeypatch.setattr("sys.argv", ["stillhouse", "train", str(tmp_path / "run.yaml"), "--ending", str(file)])
     with pytest.raises(SystemExit):
         run_app(app)
-    said = told(tmp_path / "run", "good-1")
-    assert said.exit_code == 2
-    assert said.reason
+    written = run_status(tmp_path / "run", "good-1")
+    assert written.exit_code == 2
+    assert written.reason
     assert "plantedsecret" not in file.read_text()
-    assert told(tmp_path / "run", "good-2") == Told()
+    assert run_status(tmp_path / "run", "good-2") == RunStatus()
     assert visible_folder(good(tmp_path / "run", submitted=time.time() - 10)) == tmp_path / "run"
     assert visible_folder(good(tmp_path / "run", job="good-2", submitted=time.time() - 10)) is None
 
@@ -100,4 +100,4 @@ def test_steps_are_those_of_the_metrics(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(
         '{"time": 1.0, "kind": "step", "step": 4}\n{"time": 2.0, "kind": "event"}\n'
     )
-    assert told(tmp_path, "good-1") == Told(4, 9)
+    assert run_status(tmp_path, "good-1") == RunStatus(4, 9)
