@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import stat
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from launch.border import ProcessEnd
 from launch.bundle import Bundle
 from launch.cli import main
 from launch.jobs import write_record
-from launch.targets import local, ray
+from launch.targets import local, ray, ray_client
 from trainer.run_folder import RunFolder
 
 SECRET = "hf_" + "plantedsecret" * 3
@@ -309,6 +310,44 @@ def test_a_cluster_that_was_started_anew_no_longer_knows_the_job(project: Path, 
     assert result.returncode == 4
     assert "does not know the job small-1: was it started anew since?" in result.stdout
     assert_refused(stillhouse("logs", "small"), "does not know the job", code=4)
+
+
+@pytest.mark.parametrize("command", [("logs", "-f", "small"), ("stop", "small")], ids=["follow", "stop"])
+def test_waiting_for_a_job_ends_where_its_cluster_is_started_anew(
+    project: Path, dashboard: FakeDashboard, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "POLL_S", 0.01)
+    remember(project, dashboard.address)
+    dashboard.jobs = [JOB]
+    answer, asked = dashboard.answer, []
+
+    def forgetful(path: str, authorization: str | None) -> tuple[int, bytes]:
+        asked.extend([path] if path == "/api/jobs/small-1" else [])
+        if path.endswith("/stop"):
+            return 200, b'{"stopped": true}'
+        return (404, b"does not exist") if len(asked) > 2 and path in asked else answer(path, authorization)
+
+    dashboard.answer = forgetful
+    result = stillhouse(*command)
+    assert "does not know the job small-1" in result.stdout, result.stderr
+    assert "failed: small-1" in result.stdout
+
+
+def test_a_dashboard_that_accepts_and_never_answers_is_given_up(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_client, "TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        remember(project, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert_refused(stillhouse("status", "small"), "no Ray dashboard answers", "timed out")
+
+
+def test_a_password_file_for_the_host_does_not_replace_the_token(project: Path, dashboard: FakeDashboard) -> None:
+    dashboard.token, dashboard.jobs = "right", [JOB]
+    netrc = project / ".netrc"
+    netrc.write_text("machine 127.0.0.1 login me password other\n")
+    netrc.chmod(0o600)
+    remember(project, dashboard.address)
+    found = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "right", "NETRC": str(netrc)}
+    assert "running" in stillhouse("status", "small", **found).stdout
 
 
 def test_logs_come_whole_and_list_names_only_our_jobs(project: Path, dashboard: FakeDashboard) -> None:
