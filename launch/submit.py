@@ -125,7 +125,7 @@ def list_jobs(kind: str | None, given: Sequence[str], target_file: Path | None) 
     else:
         found = [(record.kind, _status_or_reason(record)) for record in all_records(tell=_warn)]
         found += [(foreground.KIND, foreground.status_of(folder)) for folder in foreground.runs_here()]
-        found.sort(key=lambda line: -(line[1].submitted or 0))
+    found.sort(key=lambda line: -(line[1].submitted or 0))
     if not found:
         typer.echo("no jobs" if kind else "no runs in runs/, and none submitted from here; of a scheduler: --to KIND")
     for of_kind, status in found:

@@ -132,7 +132,7 @@ class Target(Protocol):
         ...
 
     def list(self, options: Any) -> list[JobStatus]:
-        """Every job of Stillhouse that the scheduler still knows, newest first."""
+        """Every job of Stillhouse that the scheduler still knows."""
         ...
 
     def fetch(self, record: JobRecord, destination: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import ipaddress
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -147,6 +149,33 @@ def wait_until(over: Callable[[], bool], *, seconds: float, poll_s: float) -> bo
             return False
         time.sleep(poll_s)
     return True
+
+
+def follow_file(file: Path, *, over: Callable[[], bool], poll_s: float) -> Iterator[str]:
+    """The text in a file, and what is added to it until `over`. The file may not be there yet; it is opened anew each
+    time, as shared file systems need it."""
+    decoder, position = codecs.getincrementaldecoder("utf-8")("replace"), 0
+    while True:
+        last = over()  # before reading, so that the end is read too
+        if file.exists():
+            with file.open("rb") as output:
+                output.seek(position)
+                while piece := output.read(1 << 16):
+                    position += len(piece)
+                    yield decoder.decode(piece)
+        if last:
+            return
+        time.sleep(poll_s)
+
+
+def write_files(folder: Path, files: Mapping[str, str | Path]) -> None:
+    """A new folder that only its owner reads, with the files of a shipment."""
+    folder.mkdir(mode=0o700, parents=True)
+    for name, source in files.items():
+        if isinstance(source, str):
+            (folder / name).write_text(source, encoding="utf-8")
+        else:
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
 
 
 def parts_of(bundle: Bundle, names: Sequence[str]) -> dict[str, Path]:

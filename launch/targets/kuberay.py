@@ -126,8 +126,7 @@ class Target:
 
     def list(self, options: Options) -> list[JobStatus]:
         chosen = f"--selector={manifests.MANAGED_BY}"
-        found = _statuses(_run(*_kubectl(options), "get", "rayjobs.ray.io", chosen, "--output=json"))
-        return sorted(found, key=lambda status: -(status.submitted or 0))
+        return _statuses(_run(*_kubectl(options), "get", "rayjobs.ray.io", chosen, "--output=json"))
 
     def fetch(self, record: JobRecord, destination: Path) -> None:
         folder = visible_folder(record)

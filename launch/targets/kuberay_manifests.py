@@ -9,9 +9,11 @@ import shlex
 import zipfile
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 
 from configs.schema import Run
 from launch.bundle import Bundle
+from launch.jobs import ending_file
 from launch.targets.common import ray_environment, render, train_command
 from launch.targets.kuberay_options import Options
 from trainer.errors import ConfigError
@@ -63,8 +65,8 @@ def texts(run: Run, options: Options, job: str) -> dict[str, str]:
     wanted = [f"--set={place}.placement.node_labels={{{GROUP_LABEL}: {_group(place)}}}" for place in unplaced]
     nodes = 1 + options.teachers.replicas + options.students.replicas
     train = shlex.join([options.python, *train_command(run, job), "--wait-for-nodes", str(nodes), *wanted])
-    verdict = f"{run.folder}/submissions/{job}/exit_code"
-    return {SCRIPT: render("kuberay.sh.jinja", home=HOME, verdict=verdict, train=train)}
+    ending = str(ending_file(Path(run.folder or ""), job))
+    return {SCRIPT: render("kuberay.sh.jinja", home=HOME, ending=ending, train=train)}
 
 
 def archive(bundle: Bundle, texts: Mapping[str, str], *, with_code: bool) -> bytes:

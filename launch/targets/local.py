@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from configs.section import Section
 from launch.bundle import Bundle
 from launch.jobs import all_records, copy_results, record_folder, run_status, waited_too_long
 from launch.targets import JobRecord, JobStatus, Shipment, options_of, state_of
-from launch.targets.common import train_command, wait_until
+from launch.targets.common import follow_file, train_command, wait_until, write_files
 from trainer.errors import ConfigError
 from trainer.run_folder import RunFolder
 
@@ -62,10 +60,7 @@ class Target:
         _refuse_used(bundle.run.folder)
         folder = _job_folder(bundle.run.name, job)
         record_folder(bundle.run.name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, parents=True)
-        for name, source in shipment.files.items():
-            assert isinstance(source, Path)
-            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
+        write_files(folder, shipment.files)
         path = os.pathsep.join([str(folder / "code"), *filter(None, [os.environ.get("PYTHONPATH")])])
         with (folder / OUTPUT).open("wb") as output:
             process = subprocess.Popen(
@@ -100,14 +95,8 @@ class Target:
         file = _job_folder(record.name, record.job) / OUTPUT
         if not file.exists():
             raise ConfigError(f"the output of {record.job} is gone: there is no {file}")
-        with file.open(encoding="utf-8", errors="replace") as output:
-            while True:
-                over = not follow or self.status(record).over  # before reading, so that the end is read too
-                while piece := output.read(1 << 16):
-                    yield piece
-                if over:
-                    return
-                time.sleep(POLL_S)
+        over = lambda: not follow or self.status(record).over  # noqa: E731
+        yield from follow_file(file, over=over, poll_s=POLL_S)
 
     def stop(self, record: JobRecord) -> None:
         process = _process(record)

@@ -178,7 +178,7 @@ class Target:
             began = (known.start_time or 0) / 1000
             record = JobRecord(known.submission_id, "ray", name, folder, submitted=began)
             found.append(_status(record, known, RunStatus()))
-        return sorted(found, key=lambda status: status.submitted or 0, reverse=True)
+        return found
 
     def fetch(self, record: JobRecord, destination: Path) -> None:
         folder = visible_folder(record)

@@ -20,7 +20,7 @@ from pathlib import Path
 from launch.bundle import Bundle
 from launch.jobs import copy_results, run_status, waited_too_long
 from launch.targets import OVER, JobRecord, JobStatus, Shipment, State, state_of
-from launch.targets.common import missing_command, refuse_in_process, run_command, wait_until
+from launch.targets.common import follow_file, missing_command, refuse_in_process, run_command, wait_until, write_files
 from launch.targets.slurm_options import Options
 from launch.targets.slurm_script import MARK, render, submission_folder
 from trainer.errors import ConfigError, InfrastructureError
@@ -72,7 +72,13 @@ class Target:
         if shutil.which("sbatch") is None:
             raise missing_command("slurm", "sbatch")
         folder = submission_folder(bundle, job)
-        _write(folder, shipment.files)
+        try:
+            write_files(folder, shipment.files)
+        except OSError as error:
+            raise ConfigError(
+                f"folder: cannot write {folder}: {error.strerror or error}. The run folder must be on a file system "
+                "that this machine and the nodes share: --set folder=/shared/runs/NAME"
+            ) from None
         try:
             answer = _slurm(*shipment.command).strip()
         except (ConfigError, InfrastructureError):
@@ -101,18 +107,8 @@ class Target:
         return record.status(state, code, message=message, written=written)
 
     def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:
-        file, position = _folder_of(record) / LOG, 0
-        while True:
-            over = not follow or self.status(record).over  # before reading, so that the end is read too
-            if file.exists():  # a waiting job has none yet; opened anew each time, as shared file systems like it
-                with file.open("rb") as output:
-                    output.seek(position)
-                    piece = output.read()
-                position += len(piece)
-                yield piece.decode("utf-8", "replace")
-            if over:
-                return
-            time.sleep(POLL_S)
+        over = lambda: not follow or self.status(record).over  # noqa: E731
+        return follow_file(_folder_of(record) / LOG, over=over, poll_s=POLL_S)
 
     def stop(self, record: JobRecord) -> None:
         """TERM to the batch script, which has the run save and end; after `grace_s` and two minutes, scancel."""
@@ -139,7 +135,7 @@ class Target:
                 state, message = STATES.get(word, "failed"), f"Slurm job {handle}: {word}"
                 job = comment.removeprefix(MARK)
                 found.append(JobStatus(job, state, message=message, name=name, submitted=when))
-        return sorted(found, key=lambda status: -(status.submitted or 0))
+        return found
 
     def fetch(self, record: JobRecord, destination: Path) -> None:
         copy_results(Path(record.folder), destination)
@@ -149,22 +145,6 @@ class Target:
 
 
 # --- Slurm's commands -------------------------------------------------------------------------------------------------
-
-
-def _write(folder: Path, files: Mapping[str, str | Path]) -> None:
-    """A new folder that only its owner reads, with what is sent."""
-    try:
-        folder.mkdir(mode=0o700, parents=True)
-        for name, source in files.items():
-            if isinstance(source, str):
-                (folder / name).write_text(source, encoding="utf-8")
-            else:
-                (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / name)
-    except OSError as error:
-        raise ConfigError(
-            f"folder: cannot write {folder}: {error.strerror or error}. The run folder must be on a file system that "
-            "this machine and the nodes share: --set folder=/shared/runs/NAME"
-        ) from None
 
 
 def _slurm(*command: str) -> str:

@@ -11,6 +11,7 @@ from launch.cli import app, run_app
 from launch.jobs import all_records, ending_file, find_record, run_status, visible_folder, write_record
 from launch.submit import list_jobs
 from launch.targets import JobRecord, RunStatus, load_target
+from launch.targets.common import follow_file
 from trainer.errors import ConfigError
 
 DAMAGED = {
@@ -101,3 +102,16 @@ def test_steps_are_those_of_the_metrics(tmp_path: Path) -> None:
         '{"time": 1.0, "kind": "step", "step": 4}\n{"time": 2.0, "kind": "event"}\n'
     )
     assert run_status(tmp_path, "good-1") == RunStatus(4, 9)
+
+
+def test_an_output_that_grows_is_followed_to_its_end_without_breaking_characters(tmp_path: Path) -> None:
+    file, asked = tmp_path / "job.log", []
+    text = "a" + "ü" * 2**16  # longer than what is read at once, with a character on the seam
+
+    def over() -> bool:
+        asked.append(len(asked))
+        with file.open("ab") as output:  # it is written while it is asked for; half a character the first time
+            output.write(text.encode()[:-1] if len(asked) == 1 else text.encode()[-1:] + b"end")
+        return len(asked) == 2
+
+    assert "".join(follow_file(file, over=over, poll_s=0)) == text + "end"

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -323,7 +324,11 @@ def run_script(bundle: Bundle, tmp_path: Path) -> Any:
     here.write_text(text.replace("/stillhouse/bundle", str(bundle.folder)))
 
     def start(code: int) -> tuple[int, int]:
-        (tmp_path / "python").write_text(f"#!/bin/bash\necho x >> {tmp_path}/starts\nexit {code}\n")
+        note = f"from pathlib import Path; from launch.jobs import note_ending; note_ending(Path('$2'), {code}, '')"
+        (tmp_path / "python").write_text(
+            f"#!/bin/bash\necho x >> {tmp_path}/starts\nwhile [[ $1 != --ending ]]; do shift; done\n"
+            f'{sys.executable} -c "{note}"\nexit {code}\n'
+        )
         (tmp_path / "python").chmod(0o755)
         done = subprocess.run(["bash", here], capture_output=True, text=True)
         return done.returncode, len((tmp_path / "starts").read_text().split())
