@@ -112,7 +112,7 @@ def _group_delay_s(count: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Seated:
+class PlacedProcess:
     """One process of a role and the node it sits on."""
 
     role: str  # "student-0", "scorer-1"

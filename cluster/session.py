@@ -19,7 +19,14 @@ from cluster import runtime
 from cluster.drain import watch_for_drain
 from cluster.logs import SharedFolder
 from cluster.node_checks import Question, check_nodes
-from cluster.placement.reserve import PlacedGroup, PlacedGroups, actor_options, create_groups, nodes_of, wait_for_room
+from cluster.placement.reserve import (
+    PlacedGroup,
+    PlacedGroups,
+    actor_options,
+    create_groups,
+    nodes_of,
+    wait_until_placed,
+)
 from cluster.placement.resolve import Resolved
 from cluster.students.group import RankActor, StudentGroup, StudentJob
 from cluster.teachers.actor import TeacherActor
@@ -116,14 +123,14 @@ class RaySession:
 
     def _pool(self, plan: Any, num_replicas: int, observer: Observer) -> ReplicaPool:
         def spawn(index: int, name: str) -> Any:
-            placed, bundle = self._seats(plan.role)[index]
+            placed, bundle = self._actors(plan.role)[index]
             options = actor_options(
                 placed, environment=self._environment(plan.environment), bundle=bundle, name=self._new_name(name)
             )
             return ray.remote(TeacherActor).options(**options).remote(plan, name, self._folder)
 
         async def room(index: int) -> None:
-            await self._room(self._seats(plan.role)[index][0])
+            await self._room(self._actors(plan.role)[index][0])
 
         return ReplicaPool(
             plan,
@@ -136,24 +143,24 @@ class RaySession:
         )
 
     def _spawn_rank(self, index: int, name: str) -> Any:
-        placed, bundle = self._seats(runtime.STUDENT)[index]
+        placed, bundle = self._actors(runtime.STUDENT)[index]
         environment = self._environment(self._resolved.student_environment)
         options = actor_options(placed, environment=environment, bundle=bundle, name=self._new_name(name))
         actor = ray.remote(RankActor).options(**options, max_concurrency=RANK_THREADS)
         return actor.remote(name, self._folder)
 
     async def _room_for_students(self) -> None:
-        await self._room(self._seats(runtime.STUDENT)[0][0])
+        await self._room(self._actors(runtime.STUDENT)[0][0])
 
     async def _room(self, placed: PlacedGroup) -> None:
-        await wait_for_room(placed, timeout_s=self._job.run.faults.room_timeout_s, note=self._note)
+        await wait_until_placed(placed, timeout_s=self._job.run.faults.room_timeout_s, note=self._note)
         if self._shared:  # a node that takes the place of a lost one is as new as the first ones were
             found = await asyncio.to_thread(nodes_of, placed)
             await self._check(dict.fromkeys(found, (placed.group.name,)))
 
-    def _seats(self, role: runtime.Role) -> tuple[tuple[PlacedGroup, int], ...]:
+    def _actors(self, role: runtime.Role) -> tuple[tuple[PlacedGroup, int], ...]:
         assert self._groups is not None, "reserve() comes first"
-        return self._groups.seats_of_role(role)
+        return self._groups.actors_of_role(role)
 
     def _environment(self, table: Any) -> dict[str, str]:
         return {**table, VARIABLE: build_hash()} if self._shared else dict(table)
@@ -166,7 +173,7 @@ class RaySession:
 
     def _processes(self) -> list[Any]:
         pools = [pool for pool in (self.scorers, self.writers) if pool is not None]
-        return [*self.students.seated(), *(one for pool in pools for one in pool.seated())]
+        return [*self.students.placed_processes(), *(one for pool in pools for one in pool.placed_processes())]
 
     def _note(self, text: str) -> None:
         self._observer.event("note", text=text)

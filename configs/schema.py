@@ -61,7 +61,7 @@ class ModelSource(Section):
         return self
 
 
-class Seats(Section):
+class Constraints(Section):
     """On which nodes the processes of a role may sit. Without it: wherever there is room, close together."""
 
     strategy: Literal["pack", "spread", "strict_pack", "strict_spread"] = Field(
@@ -76,7 +76,7 @@ class Seats(Section):
     nodes: Positive | None = Field(None, description="Exactly so many nodes; None: as many as it takes.")
 
     @model_validator(mode="after")
-    def _strict_pack_is_one_node(self) -> Seats:
+    def _strict_pack_is_one_node(self) -> Constraints:
         if self.strategy == "strict_pack" and self.nodes not in (None, 1):
             text = "strategy: strict_pack means one node: write nodes: 1, or another strategy"
             raise refusal(("nodes",), self.nodes, text)
@@ -119,7 +119,7 @@ class Student(Section):
     activation_checkpointing: bool = False
     lora: LoRA | None = None
     loss_chunk_rows: Positive = Field(512, description="Rows whose logits exist at once; bounds loss memory.")
-    placement: Seats = Seats()
+    placement: Constraints = Constraints()
 
     @model_validator(mode="after")
     def _every_node_has_a_rank(self) -> Student:
@@ -141,7 +141,7 @@ class Replicas(Section):
     replicas: Positive = 1
     tensor_parallel_size: Positive = Field(1, description="Devices that hold one copy together.")
     dtype: DType = "auto"
-    placement: Seats = Seats()
+    placement: Constraints = Constraints()
     may_span_nodes: bool = Field(
         False, description="Let one copy be split over nodes where it is larger than each; the network then slows it."
     )

@@ -58,7 +58,7 @@ class EngineDead(InfrastructureError):
     """The engine of one replica broke; every later call to it fails too. Restart its process."""
 
 
-class NoRoom(InfrastructureError):
+class InsufficientResources(InfrastructureError):
     """No node has room for what has to be placed, and the time to wait for one is over."""
 
 

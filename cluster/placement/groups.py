@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.runtime import Accelerator, Role
-from configs.schema import Seats
+from configs.schema import Constraints
 
 Executor = Literal["mp", "ray"]
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
@@ -21,7 +21,7 @@ class RoleRequest:
     count: int
     accelerator: Accelerator
     shards: int = 1  # GPUs (or CPU slots) of one actor
-    seats: Seats = field(default_factory=Seats)
+    constraints: Constraints = field(default_factory=Constraints)
     may_span_nodes: bool = False
 
 
@@ -36,7 +36,7 @@ class Group:
     strategy: Strategy
     executor: Executor = "mp"
     member: Mapping[str, float] = field(default_factory=dict)  # what one actor takes
-    seats: tuple[int, ...] = (0,)  # the bundle of each actor, in the order of ranks or replicas
+    bundle_of_actor: tuple[int, ...] = (0,)  # the bundle of each actor, in the order of ranks or replicas
     labels: Mapping[str, str] = field(default_factory=dict)  # that a node must have
 
     @property
@@ -56,7 +56,7 @@ class Placement:
 
     @property
     def num_slots(self) -> int:
-        """CPUs of Ray's books that the roles need."""
+        """Logical CPUs of Ray that the roles need."""
         return sum(group.num_slots for group in self.groups)
 
     @property
@@ -67,9 +67,9 @@ class Placement:
         """The groups of a role, by index."""
         return tuple(sorted((g for g in self.groups if g.role == role), key=lambda group: natural(group.name)))
 
-    def seats_of_role(self, role: Role) -> tuple[tuple[Group, int], ...]:
+    def actors_of_role(self, role: Role) -> tuple[tuple[Group, int], ...]:
         """Group and bundle of every actor of a role, by rank or replica."""
-        return tuple((group, bundle) for group in self.of_role(role) for bundle in group.seats)
+        return tuple((group, bundle) for group in self.of_role(role) for bundle in group.bundle_of_actor)
 
 
 def natural(name: str) -> tuple[str, int]:

@@ -8,7 +8,7 @@ from cluster.placement.capacity import named_kind
 from cluster.placement.groups import Group, RoleRequest
 from cluster.placement.hardware import Hardware
 from cluster.runtime import GPU, STUDENT
-from configs.schema import Seats
+from configs.schema import Constraints
 
 MAX_NAMED = 8  # nodes in a message
 
@@ -36,19 +36,19 @@ def shape(group: Group) -> str:
         each = f", {max(sizes)} of them together" if max(sizes) > 1 else ""
         text = f"{count_of(sum(sizes), unit)}{each}"
     kind = named_kind(group)
-    return text + conditions(Seats(accelerator_type=kind, node_labels=dict(group.labels)))
+    return text + conditions(Constraints(accelerator_type=kind, node_labels=dict(group.labels)))
 
 
-def conditions(seats: Seats) -> str:
+def conditions(constraints: Constraints) -> str:
     """The conditions on a node, in words."""
-    conditions = [] if seats.accelerator_type is None else [f"accelerator_type {seats.accelerator_type}"]
-    if seats.node_labels:
-        conditions.append("labels " + label_text(seats.node_labels))
+    conditions = [] if constraints.accelerator_type is None else [f"accelerator_type {constraints.accelerator_type}"]
+    if constraints.node_labels:
+        conditions.append("labels " + label_text(constraints.node_labels))
     return f" with {' and '.join(conditions)}" if conditions else ""
 
 
 def advice(group: Group) -> str:
-    """What to change where a group finds no room."""
+    """What to change where a group cannot be placed."""
     if group.role == STUDENT:
         return "Lower student.ranks, change student.placement, or add nodes"
     text = "Choose sizes that divide the nodes, or add a node"

@@ -1,8 +1,8 @@
 """From a pure placement to Ray's placement groups: all requested together, all there before anything starts, all given
 back when one is missing at the deadline.
 
-When a node of a group dies, Ray looks for another place for the bundles that lay there; `wait_for_room` is how long a
-role waits for that.
+When a node of a group dies, Ray looks for another place for the bundles that lay there; a role waits for that in
+`wait_until_placed`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.nodes import alive_nodes
 from cluster.placement.groups import Group, Placement
 from cluster.runtime import GPU, Role
-from trainer.errors import NoRoom
+from trainer.errors import InsufficientResources
 
 POLL_S = 0.1
 SAY_AFTER_S = 10.0
@@ -46,9 +46,9 @@ class PlacedGroups:
         by_name = {placed.group.name: placed for placed in self.groups}
         return tuple(by_name[group.name] for group in Placement(tuple(p.group for p in self.groups)).of_role(role))
 
-    def seats_of_role(self, role: Role) -> tuple[tuple[PlacedGroup, int], ...]:
+    def actors_of_role(self, role: Role) -> tuple[tuple[PlacedGroup, int], ...]:
         """Group and bundle of every actor of a role, by rank or replica."""
-        return tuple((placed, bundle) for placed in self.of_role(role) for bundle in placed.group.seats)
+        return tuple((placed, bundle) for placed in self.of_role(role) for bundle in placed.group.bundle_of_actor)
 
     def nodes(self) -> dict[str, tuple[str, ...]]:
         """Node id -> what sits there: names of groups."""
@@ -67,7 +67,7 @@ class PlacedGroups:
 async def create_groups(
     placement: Placement, *, timeout_s: float, run_id: str = "", note: Callable[[str], None] = lambda text: None
 ) -> PlacedGroups:
-    """Reserve what the run needs. At the deadline raises `NoRoom`: what is needed, registered and free.
+    """Reserve what the run needs. At the deadline raises `InsufficientResources`: what is needed, registered and free.
 
     `run_id` begins the name of every group. `note` is told once where this takes longer than a moment.
     """
@@ -87,10 +87,10 @@ async def create_groups(
     return PlacedGroups(tuple(groups))
 
 
-async def wait_for_room(placed: PlacedGroup, *, timeout_s: float, note: Callable[[str], None]) -> None:
+async def wait_until_placed(placed: PlacedGroup, *, timeout_s: float, note: Callable[[str], None]) -> None:
     """Until every bundle of a group lies on a node that is alive: at once, unless a node died.
 
-    Raises `NoRoom` at the deadline.
+    Raises `InsufficientResources` at the deadline.
     """
     bundles = placed.group.bundles
     needed = {key: sum(bundle.get(key, 0) for bundle in bundles) for key in ("CPU", GPU.upper())}
@@ -109,12 +109,12 @@ async def _all_reserved(
             f"{_amounts(ray.available_resources())} are free beside the run's other groups"
         )
         if waited > timeout_s:
-            raise NoRoom(
-                f"no room for {names} after {timeout_s:.0f} s. {amounts}. Somebody else may use the rest: see "
-                "`ray status`"
+            raise InsufficientResources(
+                f"insufficient resources for {names} after {timeout_s:.0f} s. {amounts}. Somebody else may use "
+                "the rest: see `ray status`"
             )
         if waited > SAY_AFTER_S and not said:
-            note(f"waiting for room for {names}. {amounts}")
+            note(f"waiting for resources for {names}. {amounts}")
             said = True
         await asyncio.sleep(POLL_S)
 

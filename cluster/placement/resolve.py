@@ -140,7 +140,7 @@ def resolve(
 
 def roles_of(run: Run, accelerator: Accelerator) -> tuple[RoleRequest, ...]:
     """The actors of a run."""
-    roles = [RoleRequest(STUDENT, run.student.ranks, accelerator, seats=run.student.placement)]
+    roles = [RoleRequest(STUDENT, run.student.ranks, accelerator, constraints=run.student.placement)]
     for role, replicas in ((SCORER, run.teacher.scorer), (WRITER, run.teacher.generator)):
         if replicas is not None:
             request = RoleRequest(
@@ -148,7 +148,7 @@ def roles_of(run: Run, accelerator: Accelerator) -> tuple[RoleRequest, ...]:
                 replicas.replicas,
                 accelerator,
                 shards=replicas.tensor_parallel_size,
-                seats=replicas.placement,
+                constraints=replicas.placement,
                 may_span_nodes=replicas.may_span_nodes,
             )
             roles.append(request)

@@ -1,4 +1,4 @@
-"""Who sits where: from roles and machines to placement groups, and from placed actors to ranks. Pure: no Ray here.
+"""From roles and machines to placement groups, and from placed actors to ranks. Pure: no Ray here.
 
     student   one group, one bundle a rank
     teachers  one group a replica: a single bundle with its `tp` GPUs, so that it never spans nodes;
@@ -6,7 +6,7 @@
               where it may span nodes and is larger than each, one-GPU bundles, and vLLM's `ray` executor
     nodes: n  one bundle a node, which the ranks or replicas of that node share, each node another
 
-On hosts without GPUs a role is a logical slot: one CPU of Ray's books for a rank, one per shard for a teacher.
+On hosts without GPUs a rank takes one logical CPU of Ray, a teacher one per shard.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ KIND_SHARE = 0.001
 def place(roles: Sequence[RoleRequest], hardware: Hardware) -> Placement:
     """Groups for all roles. Raises `ConfigError` with what is needed, registered and free where they can never fit."""
     for request in roles:
-        _check_seats(request, hardware)
+        _check_constraints(request, hardware)
     groups = [group for request in roles for group in _groups(request, hardware)]
     _check_totals(roles, groups, hardware)
     # The largest bundles first: Ray serves requests in order, and a late large one finds only fragments. Among equal
-    # ones those that may not sit everywhere.
+    # ones those that may not lie everywhere.
     groups.sort(key=lambda group: (-_size(group), not _is_choosy(group), group.role == STUDENT))
     if not fits(groups, hardware):
         raise _insufficient(groups, hardware)
@@ -59,10 +59,10 @@ def number_ranks(placed: Sequence[tuple[int, str, Sequence[str]]]) -> list[RankP
 
 
 def _groups(request: RoleRequest, hardware: Hardware) -> list[Group]:
-    seats, count = request.seats, request.count
+    constraints, count = request.constraints, request.count
     member = {"CPU": float(request.shards)} | ({"GPU": float(request.shards)} if request.accelerator == GPU else {})
-    kind = {} if seats.accelerator_type is None else {KIND_PREFIX + seats.accelerator_type: KIND_SHARE}
-    strategy: Strategy = seats.strategy.upper()
+    kind = {} if constraints.accelerator_type is None else {KIND_PREFIX + constraints.accelerator_type: KIND_SHARE}
+    strategy: Strategy = constraints.strategy.upper()
 
     def group(name: str, shares: Sequence[int], strategy: Strategy) -> Group:
         """One bundle for each number of actors that share a node."""
@@ -73,14 +73,14 @@ def _groups(request: RoleRequest, hardware: Hardware) -> list[Group]:
             bundles=tuple({key: value * share for key, value in member.items()} | kind for share in shares),
             strategy=strategy,
             member=member,
-            seats=tuple(bundle for bundle, share in enumerate(shares) for _ in range(share)),
-            labels=dict(seats.node_labels),
+            bundle_of_actor=tuple(bundle for bundle, share in enumerate(shares) for _ in range(share)),
+            labels=dict(constraints.node_labels),
         )
 
-    if seats.nodes is not None:
-        each, rest = divmod(count, seats.nodes)
-        shares = [each + (node < rest) for node in range(seats.nodes)]
-        return [group(request.role, shares, "STRICT_SPREAD" if seats.nodes > 1 else "STRICT_PACK")]
+    if constraints.nodes is not None:
+        each, rest = divmod(count, constraints.nodes)
+        shares = [each + (node < rest) for node in range(constraints.nodes)]
+        return [group(request.role, shares, "STRICT_SPREAD" if constraints.nodes > 1 else "STRICT_PACK")]
     if request.role == STUDENT:
         return [group(STUDENT, [1] * count, strategy)]
     if strategy != "PACK" and count > 1:
@@ -94,23 +94,21 @@ def _groups(request: RoleRequest, hardware: Hardware) -> list[Group]:
 
 
 def _must_span(request: RoleRequest, hardware: Hardware) -> bool:
-    """Whether a replica is larger than every node it may sit on, and may be split."""
+    """Whether a replica is larger than every node it may lie on, and may be split."""
     if not request.may_span_nodes or request.accelerator != GPU:
         return False
-    return request.shards > max(
-        (len(node.gpus) for node in eligible(hardware, request.seats.node_labels, request.seats.accelerator_type)),
-        default=0,
-    )
+    nodes = eligible(hardware, request.constraints.node_labels, request.constraints.accelerator_type)
+    return request.shards > max((len(node.gpus) for node in nodes), default=0)
 
 
-def _check_seats(request: RoleRequest, hardware: Hardware) -> None:
+def _check_constraints(request: RoleRequest, hardware: Hardware) -> None:
     """Nodes that can never do, before anything is added up."""
-    seats = request.seats
-    found = eligible(hardware, seats.node_labels, seats.accelerator_type)
-    wanted = seats.nodes or (request.count if seats.strategy == "strict_spread" else 1)
+    constraints = request.constraints
+    found = eligible(hardware, constraints.node_labels, constraints.accelerator_type)
+    wanted = constraints.nodes or (request.count if constraints.strategy == "strict_spread" else 1)
     if len(found) < wanted:
         raise ConfigError(
-            f"{request.role} needs {count_of(wanted, 'node')}{conditions(seats)}, and {len(found)} of "
+            f"{request.role} needs {count_of(wanted, 'node')}{conditions(constraints)}, and {len(found)} of "
             f"{len(hardware.nodes)} registered can be used: {registered(hardware)}. Change placement of the role, add "
             "nodes, or start them with `ray start --labels`"
         )

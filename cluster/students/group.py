@@ -21,7 +21,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from cluster import runtime
 from cluster.calls import answer, unwrap
-from cluster.health import Seated
+from cluster.health import PlacedProcess
 from cluster.logs import SharedFolder, last_words, redirect_output
 from cluster.model_files import local_copy
 from cluster.placement.topology import number_ranks
@@ -123,7 +123,7 @@ class StudentGroup:
         observer: Observer,
     ) -> None:
         """`spawn(index, name)` makes a fresh `RankActor` handle in seat `index` of the group's placement, `room()`
-        waits until that lies on living nodes, or raises `NoRoom`. `folder` holds the logs."""
+        waits until that lies on living nodes, or raises `InsufficientResources`. `folder` holds the logs."""
         self._room = room
         self._folder = folder
         self._job = job
@@ -137,7 +137,7 @@ class StudentGroup:
     async def start(self, checkpoint: Path | None) -> Any:
         """Place, number, build, and load a committed checkpoint if one is given. Returns rank 0's `StudentInfo`.
 
-        Raises `NoRoom` where the group's node is gone and no other takes its ranks.
+        Raises `InsufficientResources` where the group's node is gone and no other takes its ranks.
         """
         try:
             return await self._start(checkpoint)
@@ -208,9 +208,9 @@ class StudentGroup:
     async def self_test(self) -> tuple[Any, ...]:
         return (await self._all("self_test", what="the self-test of the student"))[0]
 
-    def seated(self) -> list[Seated]:
+    def placed_processes(self) -> list[PlacedProcess]:
         """Where the ranks are."""
-        return [Seated(f"student-{rank}", process.node) for rank, process in enumerate(self.processes)]
+        return [PlacedProcess(f"student-{rank}", process.node) for rank, process in enumerate(self.processes)]
 
     async def close(self) -> None:
         """Leave the process group in order, then end the processes; bounded."""

@@ -28,10 +28,10 @@ from cluster.health import (
     Failure,
     FailureKind,
     FailurePolicy,
+    PlacedProcess,
     ReplicaLoad,
     RestartReplica,
     RetryUnit,
-    Seated,
     choose_replica,
 )
 from cluster.logs import SharedFolder, last_words
@@ -43,7 +43,7 @@ from trainer.errors import (
     DeadlineExceeded,
     EngineDead,
     InfrastructureError,
-    NoRoom,
+    InsufficientResources,
     StillhouseError,
     TeachersLost,
     UnitRejected,
@@ -95,7 +95,7 @@ class ReplicaPool:
         room: Callable[[int], Awaitable[None]] = placed_for_good,
     ) -> None:
         """`spawn(index, name)` makes a fresh `TeacherActor` handle in the placement of replica `index`; `room(index)`
-        waits until that placement lies on living nodes, or raises `NoRoom`. `folder` holds the logs."""
+        waits until that placement lies on living nodes, or raises `InsufficientResources`. `folder` holds the logs."""
         self._plan = plan
         self._folder = folder
         self._room = room
@@ -270,7 +270,7 @@ class ReplicaPool:
             try:
                 await self._start(index)
                 return
-            except (NoRoom, ConfigError) as error:  # neither gets better by trying again
+            except (InsufficientResources, ConfigError) as error:  # neither gets better by trying again
                 await self._lose(replica, str(error))
                 return
             except (RayError, StillhouseError) as error:
@@ -320,9 +320,9 @@ class ReplicaPool:
         self._observer.span(replica.name, "start", started, time.time())
         await self._set_healthy(replica)
 
-    def seated(self) -> list[Seated]:
+    def placed_processes(self) -> list[PlacedProcess]:
         """Where the replicas are."""
-        return [Seated(one.name, one.process.node) for one in self._replicas if one.process and not one.lost]
+        return [PlacedProcess(one.name, one.process.node) for one in self._replicas if one.process and not one.lost]
 
     async def close(self) -> None:
         """Stop the engines, then the processes; bounded, and silent about replicas that are already gone."""

@@ -21,7 +21,7 @@ def check_room(run: Run, options: Options) -> None:
     for name, group in (("teachers", options.teachers), ("students", options.students)):
         anywhere = {"accelerator_type": None, "node_labels": {}}  # what pods are called is not asked here
         requests = [
-            replace(request, seats=request.seats.model_copy(update=anywhere))
+            replace(request, constraints=request.constraints.model_copy(update=anywhere))
             for request in roles_of(run, GPU if group.gpus else CPU)
             if (request.role == STUDENT) == (name == "students")
         ]
@@ -48,7 +48,7 @@ def _changes(group: Group, requests: Sequence[RoleRequest], needed: int) -> Iter
     """What may help, the least first: CPUs beside the GPUs that are there, more pods, larger ones."""
     if group.gpus:
         yield from ({"cpus": cpus} for cpus in range(group.cpus + 1, needed + 1))
-    most = max(needed, *(request.seats.nodes or 1 for request in requests))
+    most = max(needed, *(request.constraints.nodes or 1 for request in requests))
     yield from ({"replicas": pods} for pods in range(group.replicas + 1, most + 1))
     kind = "gpus" if group.gpus else "cpus"
     for size in range(getattr(group, kind) + 1, needed + 1):

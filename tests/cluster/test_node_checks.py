@@ -23,7 +23,7 @@ from cluster.placement.hardware import Hardware
 from cluster.placement.reserve import create_groups
 from cluster.placement.topology import place
 from cluster.runtime import CPU, SCORER, STUDENT
-from configs.schema import Seats
+from configs.schema import Constraints
 from trainer.build import VARIABLE
 from trainer.errors import ConfigError, InfrastructureError
 
@@ -154,8 +154,8 @@ def test_labels_of_nodes_and_counts_of_nodes_place_roles_where_they_belong(clust
     hardware = Hardware.of_ray()
     assert {node.labels.get("kind") for node in hardware.nodes} == {None, "good", "skewed", "older"}
     roles = [
-        RoleRequest(STUDENT, 2, CPU, seats=Seats(nodes=2)),
-        RoleRequest(SCORER, 1, CPU, seats=Seats(node_labels={"kind": "skewed"})),
+        RoleRequest(STUDENT, 2, CPU, constraints=Constraints(nodes=2)),
+        RoleRequest(SCORER, 1, CPU, constraints=Constraints(node_labels={"kind": "skewed"})),
     ]
     groups = asyncio.run(create_groups(place(roles, hardware), timeout_s=30, run_id="labels"))
     try:

@@ -374,6 +374,6 @@ def test_a_placement_of_the_configuration_reaches_every_role() -> None:
     )
     placement = resolved(run, "8xH100,8xH100").placement
     student, scorer = placement.of_role("student")[0], placement.of_role("scorer")[0]
-    assert (student.strategy, student.seats) == ("STRICT_SPREAD", (0, 0, 1, 1))
-    assert (scorer.strategy, scorer.seats) == ("SPREAD", (0, 1))
+    assert (student.strategy, student.bundle_of_actor) == ("STRICT_SPREAD", (0, 0, 1, 1))
+    assert (scorer.strategy, scorer.bundle_of_actor) == ("SPREAD", (0, 1))
     assert "accelerator_type:H100" in scorer.bundles[0]

@@ -23,7 +23,7 @@ from cluster.teachers.pool import CREDITS, ReplicaPool, placed_for_good
 from configs.engines import ENGINES
 from configs.labels import Labels
 from configs.schema import Faults
-from trainer.errors import InfrastructureError, NoRoom, TeachersLost, UnitRejected
+from trainer.errors import InfrastructureError, InsufficientResources, TeachersLost, UnitRejected
 from trainer.types import Sequence, Unit
 
 pytestmark = pytest.mark.stack
@@ -267,7 +267,7 @@ def test_an_engine_that_never_becomes_ready_ends_the_run_with_what_it_last_said(
 def test_a_replica_without_room_is_given_up_and_the_others_go_on(cluster: Any, tmp_path: Path) -> None:
     async def room(index: int) -> None:
         if started and index == 0:
-            raise NoRoom("no room for scorer-0 after 60 s")
+            raise InsufficientResources("insufficient resources for scorer-0 after 60 s")
 
     started: list[bool] = []
 
