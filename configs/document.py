@@ -7,7 +7,7 @@ rules: `1e-4` is a number, `no` is text, only plain values, no tags that constru
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from configs.refusal import did_you_mean
 from configs.secrets import find_secret, without_secrets
 
 KeyPath = tuple[str | int, ...]
+IsShort = Callable[[KeyPath], bool]
 
 MAX_DEPTH = 32
 MAX_VALUES = 20_000
@@ -62,12 +63,16 @@ class Document:
 
 
 def read_document(
-    file: Path | None, overrides: Sequence[str], *, short_forms: Collection[KeyPath] = (), option: str = "--set"
+    file: Path | None,
+    overrides: Sequence[str],
+    *,
+    short_form: IsShort = lambda path: False,
+    option: str = "--set",
 ) -> Document:
     """The file, or nothing, with the overrides applied in order. Raises `ConfigError` where there is no document to
     speak of; everything else that is wrong is in `problems`.
 
-    At the paths `short_forms` text such as `topk` is short for `{kind: topk}`, so that an override may add to it.
+    Where `short_form` says so of a path, text such as `topk` is short for `{kind: topk}`: an override may add to it.
     `option` is how an override is given.
     """
     document = Document({}, {(): Origin(option, (0, 0))}) if file is None else _read_file(file)
@@ -76,7 +81,7 @@ def read_document(
             document,
             override,
             Origin(f"{option} {_shown(without_secrets(override))}", (1, number)),
-            short_forms,
+            short_form,
             option,
         )
     return document
@@ -211,7 +216,9 @@ class _Reader:
         return self.origin_of_line(node.start_mark.line + 1)
 
 
-def _apply(document: Document, override: str, origin: Origin, short_forms: Collection[KeyPath], option: str) -> None:
+def _apply(
+    document: Document, override: str, origin: Origin, short_form: Callable[[KeyPath], bool], option: str
+) -> None:
     """Set one path. What cannot be set is a problem of the document."""
     name, equals, text = override.partition("=")
     parts = name.strip().split(".")
@@ -242,7 +249,7 @@ def _apply(document: Document, override: str, origin: Origin, short_forms: Colle
                 return refuse(f"{dotted(path)} is not given in the file, so it has no item to change: set it whole")
             holder[key] = {}
             document.origins[path] = origin
-        elif path in short_forms and isinstance(holder[key], str):
+        elif isinstance(holder[key], str) and short_form(path):
             holder[key] = {"kind": holder[key]}
             document.origins[*path, "kind"] = document.origins[path]
         holder = holder[key]

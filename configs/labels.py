@@ -6,16 +6,19 @@ by such an object.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from configs.section import Positive
+from configs.section import Need, Positive
 from configs.stations import Choice, Station
 
 
 class Labels(Choice):
     """Base of all encodings, those of a user's included."""
+
+    gives: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    """What terms of an objective find in them."""
 
     temperature: PositiveFloat = Field(1.0, description="Of teacher and student alike; losses are scaled by T^2.")
 
@@ -43,16 +46,24 @@ class Dense(Labels):
     )
 
 
+class NoLabels(Choice):
+    """No teacher is asked about tokens: for objectives of hard labels alone."""
+
+    kind: Literal["none"] = "none"
+
+    gives: ClassVar[frozenset[Need]] = frozenset()
+
+
 LABELS = Station(
     Labels,
-    (TopK, Hidden, Dense),
+    (TopK, Hidden, Dense, NoLabels),
     package="trainer.labels",
     class_name="Encoding",
     default="topk",
     members=("needs", "layout", "make", "ready", "pair", "mass"),
     contract="trainer/labels/encoding.py",
 )
-AnyLabels = Annotated[Labels, LABELS]
+AnyLabels = Annotated[Labels | NoLabels, LABELS]
 
 HELD_OUT = Hidden()
 """What held-out rows are scored with, whatever the training labels are: exact over the whole vocabulary."""

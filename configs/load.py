@@ -18,43 +18,32 @@ from ruamel.yaml import YAML
 
 from configs.document import KeyPath, Origin, read_document
 from configs.errors import ConfigError
-from configs.problems import find_problems, plugin_paths, render
+from configs.problems import find_problems, is_choice, render
 from configs.schema import Run
 
+_OF_TEACHERS = (
+    *(f"model.{key}" for key in ("path", "revision", "licence", "local_copy")),
+    "chat_template",
+    *(f"{role}.{key}" for role in ("scorer", "generator") for key in ("dtype", "placement", "may_span_nodes")),
+)
 MAY_CHANGE_ON_RESUME = (
-    ("folder",),
-    ("report",),
-    ("faults",),
-    ("training", "steps"),
-    ("training", "epochs"),
-    ("training", "on_changed_inputs"),
-    ("training", "keep_checkpoints"),
-    ("training", "evaluate_every"),
-    ("training", "save_every"),
-    ("training", "save_every_minutes"),
-    ("training", "depth"),
-    ("training", "max_label_bytes"),
-    ("student", "placement"),
-    ("student", "dtype"),
-    ("student", "model", "path"),
-    ("student", "model", "revision"),
-    ("student", "model", "licence"),
-    ("student", "model", "local_copy"),
-    ("teacher", "model", "path"),
-    ("teacher", "model", "revision"),
-    ("teacher", "model", "licence"),
-    ("teacher", "model", "local_copy"),
-    ("teacher", "chat_template"),
-    ("teacher", "scorer", "dtype"),
-    ("teacher", "scorer", "placement"),
-    ("teacher", "scorer", "may_span_nodes"),
-    ("teacher", "generator", "dtype"),
-    ("teacher", "generator", "placement"),
-    ("teacher", "generator", "may_span_nodes"),
-    ("prompts", "path"),
-    ("prompts", "revision"),
-    ("data", "evaluation", "path"),
-    ("data", "evaluation", "revision"),
+    "folder",
+    "report",
+    "faults",
+    "training.steps",
+    "training.epochs",
+    "training.on_changed_inputs",
+    "training.keep_checkpoints",
+    "training.evaluate_every",
+    "training.save_every",
+    "training.save_every_minutes",
+    "training.depth",
+    "training.max_label_bytes",
+    "student.placement",
+    "student.dtype",
+    *(f"student.model.{key}" for key in ("path", "revision", "licence", "local_copy")),
+    *(f"{teacher}.{key}" for teacher in ("teacher", "teachers.*") for key in _OF_TEACHERS),
+    *(f"{rows}.{key}" for rows in ("prompts", "tasks.*.prompts", "data.evaluation") for key in ("path", "revision")),
 )
 """What may be another in a run that goes on. Most of it changes neither the tokens, the labels nor the updates.
 
@@ -81,7 +70,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
     allowed. No type is converted silently: `"3"` is no number and `1` is not true.
     """
     file = Path(path)
-    document = read_document(file, overrides, short_forms=plugin_paths())
+    document = read_document(file, overrides, short_form=is_choice)
     try:
         run = Run.model_validate_json(json.dumps(document.tree), strict=True)
     except ValidationError as error:
@@ -141,10 +130,13 @@ def differences(before: Run, now: Run) -> list[str]:
 def _decisive(run: Run) -> dict[str, Any]:
     resolved = run.model_dump(mode="json")
     for place in MAY_CHANGE_ON_RESUME:
-        holder = resolved
-        for part in place[:-1]:
-            holder = holder[part] or {}  # a section that may be absent
-        holder.pop(place[-1], None)
+        *above, last = place.split(".")
+        holders = [resolved]
+        for part in above:  # "*" is every key; a section may be absent
+            found = [holder.values() if part == "*" else [holder[part]] for holder in holders]
+            holders = [one for group in found for one in group if one]
+        for holder in holders:
+            holder.pop(last, None)
     return resolved
 
 

@@ -10,10 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from configs.section import Section
+from configs.section import Need, Section
 from configs.stations import Station
 
-Need = Literal["labels", "groups", "rewards", "target_logprobs"]
 Exactness = Literal["exact", "lower_bound", "unbiased", "biased", "refused"]
 
 DIVERGENCE: Mapping[str, Exactness] = {"topk": "lower_bound", "hidden": "exact", "dense": "exact"}

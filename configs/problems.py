@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -87,6 +87,8 @@ def _place(tree: Any, location: KeyPath) -> KeyPath:
     path: KeyPath = ()
     node, outside = tree, False
     for part in location:
+        if part == "[key]":
+            continue  # of a mapping: the key itself is wrong, and part of the path already
         if outside or (isinstance(node, dict) and part not in node):
             path, outside = (*path, part), True
         elif isinstance(node, dict) or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
@@ -188,52 +190,70 @@ def _chosen(station: Station, given: Any) -> Any:
 
 
 def _fields(tree: Any, path: KeyPath, model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields that the schema knows at a path, those of the chosen kinds included."""
+    """The fields that the schema knows at a path, those of the chosen kinds included; none for names of a user's."""
     fields: dict[str, FieldInfo] = dict(model.model_fields)
+    annotation: Any = model
     for depth, part in enumerate(path):
-        if isinstance(part, int):
-            continue
-        field = fields.get(part)
-        if field is None:
+        if get_origin(annotation) in (dict, tuple):
+            annotation = next(item for item in reversed(get_args(annotation)) if item is not ...)
+        elif part not in fields:
             return {}
-        station, section = _station(field), _section(field.annotation)
-        if station is not None:
-            items = path[depth + 1 : depth + 2] if get_origin(field.annotation) is tuple else ()
-            kind = _chosen(station, _look(tree, (*path[: depth + 1], *items)))
+        else:
+            annotation = _without_none(fields[str(part)])
+        station, section = _find(annotation, Station), _section(annotation)
+        if get_origin(annotation) in (dict, tuple) or (station is None and section is None):
+            fields = {}
+        elif station is None:
+            fields = dict(section.model_fields)
+        else:
             try:
-                return dict(station.parameters_of(kind).model_fields)
+                fields = dict(station.parameters_of(_chosen(station, _look(tree, path[: depth + 1]))).model_fields)
             except ValueError:  # the kind itself is among the problems
                 return {}
-        if section is None:
-            return {}
-        fields = dict(section.model_fields)
     return fields
 
 
+def _without_none(field: FieldInfo) -> Any:
+    """The annotation of a field with what pydantic took out of it, and without `| None`."""
+    stations = [item for item in field.metadata if isinstance(item, Station)]
+    annotation: Any = Annotated[field.annotation, stations[0]] if stations else field.annotation
+    if get_origin(annotation) in (Union, UnionType):
+        return next(argument for argument in get_args(annotation) if argument is not type(None))
+    return annotation
+
+
+def _find(annotation: Any, wanted: type[Station]) -> Station | None:
+    """The station of an annotation, or of the items of its list."""
+    found = (item for item in getattr(annotation, "__metadata__", ()) if isinstance(item, wanted))
+    inside = get_args(annotation) if get_origin(annotation) in (Union, UnionType, tuple) else ()
+    return next(found, None) or next((one for one in (_find(a, wanted) for a in inside) if one), None)
+
+
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The model inside `Model`, `Model | None` or `tuple[Model, ...]`."""
+    """The model inside `Model`, `Model | None`, `tuple[Model, ...]` or `dict[str, Model]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) in (Union, UnionType, tuple):
+    if get_origin(annotation) in (Union, UnionType, tuple, dict):
         return next((found for found in map(_section, get_args(annotation)) if found is not None), None)
     return None
 
 
 def all_paths(model: type[BaseModel] = Run, above: KeyPath = ()) -> Iterator[tuple[KeyPath, FieldInfo]]:
-    """Every field of the schema with its path, parameters of stations excepted."""
+    """Every field of the schema with its path, parameters of stations and what stands below names of a user's
+    excepted."""
     for name, field in model.model_fields.items():
         yield (*above, name), field
-        section = _section(field.annotation)
-        if section is not None and _station(field) is None:
+        annotation = _without_none(field)
+        section = _section(annotation)
+        if section is not None and _station(field) is None and get_origin(annotation) is not dict:
             yield from all_paths(section, (*above, name))
 
 
-def plugin_paths() -> frozenset[KeyPath]:
-    """Where the schema takes a kind."""
-    return frozenset(path for path, field in all_paths() if _station(field) is not None)
+def is_choice(path: KeyPath, model: type[BaseModel] = Run) -> bool:
+    """Whether the schema takes a kind at a path."""
+    field = _fields({}, path[:-1], model).get(str(path[-1])) if path else None
+    return field is not None and _station(field) is not None
 
 
 def _station(field: FieldInfo) -> Station | None:
-    """The station of a field, or of the items of its list."""
-    inside = [item for argument in get_args(field.annotation) for item in getattr(argument, "__metadata__", ())]
-    return next((item for item in (*field.metadata, *inside) if isinstance(item, Station)), None)
+    return _find(_without_none(field), Station)

@@ -15,8 +15,16 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 def refusal(place: tuple[str | int, ...], value: Any, text: str) -> ValidationError:
     """An error to raise inside a validator; `place` is relative to the model that validates."""
-    problem = PydanticCustomError("rule", "{text}", {"text": text})
-    return ValidationError.from_exception_data("rule", [InitErrorDetails(type=problem, loc=place, input=value)])
+    return refusals([(place, value, text)])
+
+
+def refusals(problems: Iterable[tuple[tuple[str | int, ...], Any, str]]) -> ValidationError:
+    """As `refusal`, for several at once."""
+    details: list[InitErrorDetails] = [
+        InitErrorDetails(type=PydanticCustomError("rule", "{text}", {"text": text}), loc=place, input=value)
+        for place, value, text in problems
+    ]
+    return ValidationError.from_exception_data("rule", details)
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

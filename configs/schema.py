@@ -8,19 +8,22 @@ decided by `cluster/placement/resolve.py`, never here.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, field_validator, model_validator
+from pydantic import Field, PositiveFloat, ValidationInfo, field_validator, model_validator
 
 from configs.answers import AnyAnswers, DatasetAnswers
 from configs.engines import AnyEngine, Hf, Vllm
-from configs.labels import AnyLabels, TopK
+from configs.labels import AnyLabels, Labels, NoLabels, TopK
 from configs.losses import AnyTerm, ForwardKl
 from configs.paths import expand_home
 from configs.prompts import Dataset
-from configs.refusal import refusal
+from configs.refusal import refusal, refusals
+from configs.rules import NO_TEACHER, broken_rules
 from configs.section import MOST_SECONDS, NAME, Bytes, DType, Natural, Positive, Seconds, Section, with_known_home
+from configs.tasks import Name, ResolvedTask, Route, Task, resolve_tasks
 
 LABEL_NAME = r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"
@@ -279,7 +282,7 @@ class Report(Section):
 
 
 class Run(Section):
-    """One run: name and folder, the two models, data, objective, and how it is run."""
+    """One run: name and folder, student and teachers, the stations of its tasks, and how it is run."""
 
     name: str = Field(pattern=NAME, description="Letters, digits, dot, dash, underscore.")
     folder: Path | None = Field(None, description="Run folder; default runs/<name>.")
@@ -289,8 +292,11 @@ class Run(Section):
     )
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: gpu where the cluster has any.")
     student: Student
-    teacher: Teacher
-    prompts: Dataset
+    teacher: Teacher | None = Field(None, description="The only teacher, or one of teachers; none for hard labels.")
+    teachers: dict[Name, Teacher] = Field({}, description="Several teachers by name, instead of teacher.")
+    tasks: dict[Name, Task] = Field({}, description="Several tasks by name; the rest of one stands beside tasks.")
+    route: Route | None = Field(None, description="Which of several teachers is asked about a row.")
+    prompts: Dataset | None = Field(None, description="The rows to train on.")
     data: Data = Data()
     answers: AnyAnswers = DatasetAnswers()
     labels: AnyLabels = TopK()
@@ -307,67 +313,42 @@ class Run(Section):
             raise ValueError("the root of all files is no run folder; name one below it, for example runs/my-run")
         return folder if folder is None else expand_home(folder)
 
-    @model_validator(mode="after")
-    def _no_term_twice(self) -> Run:
-        for index, term in enumerate(self.objective):
-            if any(term.same_as(earlier) for earlier in self.objective[:index]):
-                text = f"{term.loss} is a term already: give one term the sum of both weights"
-                raise refusal(("objective", index, "loss"), term.loss, text)
-        return self
+    @field_validator("teachers")
+    @classmethod
+    def _a_name_is_its_key(cls, teachers: dict[str, Teacher]) -> dict[str, Teacher]:
+        for key, teacher in teachers.items():
+            if "name" in teacher.model_fields_set and teacher.name != key:
+                text = f"the name of a teacher is its key, {key}; remove name"
+                raise refusal((key, "name"), teacher.name, text)
+        return {key: teacher.model_copy(update={"name": key}) for key, teacher in teachers.items()}
+
+    @field_validator("prompts")
+    @classmethod
+    def _there_are_rows(cls, prompts: Dataset | None, info: ValidationInfo) -> Dataset | None:
+        if prompts is None and info.data.get("tasks") == {}:
+            raise ValueError("'prompts' is missing: the rows to train on, for example prompts: {path: rows.jsonl}")
+        return prompts
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_have_a_teacher(cls, labels: Labels | NoLabels, info: ValidationInfo) -> Labels | NoLabels:
+        nobody = info.data.get("tasks") == {} == info.data.get("teachers") and info.data.get("teacher", cls) is None
+        if nobody and not isinstance(labels, NoLabels):
+            raise ValueError(NO_TEACHER)
+        return labels
 
     @model_validator(mode="after")
-    def _in_process_is_one_process(self) -> Run:
-        if self.runtime != "in_process":
-            return self
-        if self.student.ranks != 1:
-            raise refusal(
-                ("student", "ranks"), self.student.ranks, "runtime: in_process has one process: write ranks: 1"
-            )
-        for role, replicas in self.teacher.roles().items():
-            if replicas.replicas != 1:
-                text = "runtime: in_process has one process: write replicas: 1"
-                raise refusal(("teacher", role, "replicas"), replicas.replicas, text)
-            if isinstance(replicas.engine, Vllm):
-                text = "runtime: in_process needs an engine without processes of its own: write engine: hf"
-                raise refusal(("teacher", role, "engine"), "vllm", text)
+    def _sections_hold_together(self) -> Run:
+        if broken := list(broken_rules(self)):
+            raise refusals(broken)
         return self
 
-    @model_validator(mode="after")
-    def _who_writes_the_answers(self) -> Run:
-        kind, generator, rows = self.answers.kind, self.teacher.generator, self.prompts.format
-        writes, needs_answer = self.answers.needs_generator, self.answers.needs_answer
-        if writes and generator is None:
-            text = f"answers: {kind} lets the teacher write: add teacher.generator, if only generator: {{}}"
-            raise refusal(("teacher", "generator"), None, text)
-        if not writes and generator is not None:
-            text = f"answers: {kind} lets nobody write: remove generator, or write answers: teacher"
-            raise refusal(("teacher", "generator"), None, text)
-        if needs_answer and rows == "prompt":
-            text = (
-                f"answers: {kind} needs rows with answers: name another format, or write answers: teacher and "
-                "teacher.generator: {}"
-            )
-            raise refusal(("prompts", "format"), rows, text)
-        if writes and rows == "text":
-            text = f"answers: {kind} answers prompts, and format: text has none; write answers: dataset"
-            raise refusal(("prompts", "format"), rows, text)
-        return self
+    def teachers_by_name(self) -> dict[str, Teacher]:
+        """All teachers; their `name` is their key. Empty for a run that asks none."""
+        if self.teacher is not None:
+            return {self.teacher.name: self.teacher}
+        return dict(self.teachers)
 
-    @model_validator(mode="after")
-    def _a_sequence_fits_a_micro_batch(self) -> Run:
-        budget, longest = self.training.micro_batch_tokens, self.data.max_length
-        if budget < longest:
-            text = f"is less than data.max_length: {longest}; write at least {longest}, or a smaller data.max_length"
-            raise refusal(("training", "micro_batch_tokens"), budget, text)
-        return self
-
-    @model_validator(mode="after")
-    def _steps_hold_together(self) -> Run:
-        steps, warmup, every = self.training.steps, self.optimizer.warmup_steps, self.training.evaluate_every
-        if steps is not None and warmup >= steps:
-            text = f"leaves no step after the warm-up (training.steps: {steps}); write at most {steps - 1}"
-            raise refusal(("optimizer", "warmup_steps"), warmup, text)
-        if every > 0 and self.data.evaluation is None:
-            text = "there is nothing to evaluate on: add data.evaluation, or write evaluate_every: 0"
-            raise refusal(("training", "evaluate_every"), every, text)
-        return self
+    def resolved_tasks(self) -> Mapping[str, ResolvedTask]:
+        """All tasks with every station filled in, by name; `main` alone where the run names none."""
+        return resolve_tasks(self)

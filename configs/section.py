@@ -11,6 +11,9 @@ from configs.paths import expand_home
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 DType = Literal["auto", "bfloat16", "float32"]
 
+Need = Literal["labels", "groups", "rewards", "target_logprobs"]
+"""What a term of an objective may need of a task."""
+
 MOST = 2**31 - 1
 MOST_SECONDS = 30 * 86400
 Positive = Annotated[int, Field(gt=0, le=MOST)]

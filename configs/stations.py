@@ -35,7 +35,7 @@ class Choice(Section):
         return self.model_dump(mode="json")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Station:
     """The kinds of one station; used as `Annotated[Base, STATION]` it validates what a user wrote there."""
 
@@ -73,7 +73,7 @@ class Station:
 
     def validate(self, value: Any) -> Section:
         """A mapping, a bare kind or parameters -> parameters. Raises `ValidationError`."""
-        if isinstance(value, self.base):
+        if isinstance(value, (self.base, *self.built_in)):
             return value
         place: tuple[str, ...] = (self.tag,)
         if isinstance(value, str):

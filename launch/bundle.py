@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.load import dump_run, load_run, run_folder
+from configs.load import dump_run, run_folder
 from configs.paths import named_path
 from configs.schema import Dataset, ModelSource, Run
 from launch.files import row_files
 from launch.own_code import CodeFile, own_code, plugin_code
+from launch.supported import load_supported
 from trainer.build import build_hash
 from trainer.errors import ConfigError
 
@@ -103,7 +104,7 @@ def make_bundle(
     Raises `ConfigError` for a wrong configuration, for links out of a folder of rows, and for a bundle over
     `max_bytes`, naming its largest files; nothing has been written then.
     """
-    loaded = load_run(config, overrides).run
+    loaded = load_supported(config, overrides).run
     run, locals_ = _rewritten(loaded, [named_path("--shared", path).resolve() for path in shared])
     code = [*own_code(), *plugin_code(loaded)]
     sources = [(f"{local.path}{name}", file) for local in locals_ for name, file in local.files]

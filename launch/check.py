@@ -23,8 +23,9 @@ from cluster.placement.resolve import check_rotation, check_split
 from configs.answers import ANSWERS
 from configs.engines import ENGINES, Hf, Vllm
 from configs.labels import LABELS
-from configs.load import load_run, run_folder
+from configs.load import run_folder
 from configs.paths import refuse_pattern
+from configs.rules import place_of_teacher, unused_teachers
 from configs.schema import Dataset, ModelSource, Run, Training
 from configs.stations import Choice, Station
 from launch.contents import contents_of
@@ -32,6 +33,7 @@ from launch.disk import DiskNeed, check_writable, free_bytes, size_text
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
 from launch.quiet import quiet_libraries
 from launch.resuming import Standing, standing
+from launch.supported import load_supported
 from trainer.data.prompts import RowReport, check_rows
 from trainer.errors import ConfigError, DataError, StillhouseError
 from trainer.loop.checkpoint import Checkpoints
@@ -65,7 +67,7 @@ class Finding:
 def check(path: Path, overrides: Sequence[str]) -> int:
     """Print one line for each thing looked at. 0: a run may start; 2, 3: exit code of `ConfigError`, `DataError`."""
     quiet_libraries()
-    run = load_run(path, overrides).run
+    run = load_supported(path, overrides).run
     findings = [Finding("configuration", "ok", f"{path}, run {run.name}")]
     _print(findings[0])
     inputs: list[Inputs] = []
@@ -126,6 +128,7 @@ def examine(run: Run, inputs: list[Inputs] | None = None) -> Iterator[Finding]:
     """Every finding, in the order of the pipeline. What is read of the pair on the way is added to `inputs`."""
     inputs = [] if inputs is None else inputs
     yield from _plugins(run)
+    yield from unused(run)
     facts: dict[str, ModelFacts] = {}
     for role, source, needs_weights in _models(run):
         yield from _model(run, role, source, facts, needs_weights=needs_weights)
@@ -161,6 +164,14 @@ def _plugins(run: Run) -> Iterator[Finding]:
     chosen += [(f"teacher.{role}.engine", ENGINES, r.engine) for role, r in run.teacher.roles().items()]
     for place, station, choice in chosen:
         yield _attempt(place, partial(station.load, choice), partial(str, choice.kind))
+
+
+def unused(run: Run) -> Iterator[Finding]:
+    """Teachers that are started for nothing."""
+    for name in unused_teachers(run):
+        place = ".".join(map(str, place_of_teacher(run, name)))
+        text = f"{place}: no task asks {name} for labels or answers; remove it, or name it in a task"
+        yield Finding("teachers", "warning", text)
 
 
 def _model(

@@ -344,6 +344,6 @@ def doctor(
 
 def _refuse_bad_configuration(config: Path, overrides: list[str] | None) -> None:
     """Before torch is imported, which takes longer than reading the mistakes."""
-    from configs.load import load_run
+    from launch.supported import load_supported
 
-    load_run(config, overrides or [])
+    load_supported(config, overrides or [])

@@ -26,7 +26,7 @@ from cluster.placement.hardware import Hardware
 from cluster.placement.resolve import Resolved, resolve
 from cluster.session import RaySession
 from cluster.students.group import StudentJob
-from configs.load import config_hash, dump_run, load_run, run_folder
+from configs.load import config_hash, dump_run, run_folder
 from configs.schema import ModelSource, Run
 from launch.check import raise_problems
 from launch.contents import contents_of, dtypes_of
@@ -39,6 +39,7 @@ from launch.report.progress import Progress
 from launch.resuming import Standing, new_length, refuse_changes, standing
 from launch.stall import SAVE_GRACE_S, StallWatch, stall_timeout_s
 from launch.stopping import StopRequest, preemptible
+from launch.supported import load_supported
 from trainer.checks.label_check import teacher_truth
 from trainer.errors import ConfigError, InfrastructureError, StillhouseError
 from trainer.loop.controller import Controller
@@ -63,7 +64,7 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
 
 def _train_in_folder(path: Path, overrides: list[str], *, skip_self_test: bool, wait_for_nodes: int | None) -> int:
     """`train`, while the signals of a scheduler are heard."""
-    run = load_run(path, overrides).run
+    run = load_supported(path, overrides).run
     quiet_libraries()
     warnings, inputs = raise_problems(run)
     folder = RunFolder.create(run_folder(run))

@@ -1,0 +1,178 @@
+"""Rules between sections of a run: each yields where it is broken, the value there, and what to write instead.
+
+All of them are looked at, so that all problems come at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from configs.engines import Vllm
+from configs.labels import NoLabels
+from configs.losses import Need, Term
+from configs.refusal import did_you_mean
+from configs.tasks import ResolvedTask, Task
+
+if TYPE_CHECKING:
+    from configs.schema import Run, Teacher
+
+NO_TEACHER = "labels come from a teacher, and the run has none: add teacher, or write labels: none"
+
+Place = tuple[str | int, ...]
+Problem = tuple[Place, Any, str]
+
+
+def broken_rules(run: Run) -> Iterator[Problem]:
+    """Everything that is wrong between the sections of a run, each of which is right in itself."""
+    yield from _names(run)
+    tasks = run.resolved_tasks().values()
+    for task in tasks:
+        yield from _stations(run, task)
+        yield from _objective(run, task)
+    wrong = [problem for task in tasks for problem in _asked(run, task)]
+    yield from wrong or _writers(run)
+    if run.runtime == "in_process":
+        yield from _one_process(run)
+    yield from _steps(run)
+
+
+def place_of_teacher(run: Run, name: str) -> Place:
+    """Where a teacher stands in the configuration."""
+    return ("teacher",) if run.teacher is not None else ("teachers", name)
+
+
+def unused_teachers(run: Run) -> tuple[str, ...]:
+    """Teachers that no task asks for anything."""
+    asked = {name for task in run.resolved_tasks().values() for name in task.teachers}
+    return tuple(name for name in run.teachers_by_name() if name not in asked)
+
+
+def _place(run: Run, task: ResolvedTask, station: str) -> Place:
+    """Where a station of a task was said: in the task, or at the top level."""
+    own = run.tasks.get(task.name, Task())
+    return ("tasks", task.name, station) if getattr(own, station) is not None else (station,)
+
+
+def _names(run: Run) -> Iterator[Problem]:
+    if run.teacher is not None and run.teachers:
+        yield ("teachers",), None, "teacher is given too: keep one of teacher (for one) and teachers (for several)"
+    if run.tasks and not any(task.share for task in run.tasks.values()):
+        text = "every share is 0, so that nothing is trained; give at least one task a share above 0"
+        yield ("tasks", next(iter(run.tasks)), "share"), 0, text
+
+
+def _stations(run: Run, task: ResolvedTask) -> Iterator[Problem]:
+    """What the rows must hold for who writes the answers."""
+    kind = task.answers.kind
+    if task.prompts is None:
+        text = "'prompts' is missing: give the task rows, prompts: {path: rows.jsonl}, here or at the top level"
+        yield ("tasks", task.name, "prompts"), None, text
+        return
+    rows, place = task.prompts.format, (*_place(run, task, "prompts"), "format")
+    if task.answers.needs_answer and rows == "prompt":
+        write = "write answers: teacher and teacher.generator: {}"
+        yield place, rows, f"answers: {kind} needs rows with answers: name another format, or {write}"
+    if task.answers.needs_generator and rows == "text":
+        yield place, rows, f"answers: {kind} answers prompts, and format: text has none; write answers: dataset"
+
+
+def _objective(run: Run, task: ResolvedTask) -> Iterator[Problem]:
+    at = _place(run, task, "objective")
+    for index, term in enumerate(task.objective):
+        place = (*at, index, "loss")
+        if any(term.same_as(earlier) for earlier in task.objective[:index]):
+            yield place, term.loss, f"{term.loss} is a term already: give one term the sum of both weights"
+        missing = term.needs - task.labels.gives
+        if "labels" in missing or "target_logprobs" in missing:
+            yield place, term.loss, _needs(task, term, missing)
+        elif term.exactness.get(task.labels.kind) == "refused":
+            text = f"{term.loss} cannot be computed from labels: {task.labels.kind}; {term.instead}"
+            yield place, term.loss, text
+
+
+def _needs(task: ResolvedTask, term: Term, missing: frozenset[Need]) -> str:
+    what, write = "labels of every token", "labels: topk"
+    if "labels" not in missing:
+        what, write = "a teacher's log-probability of each target id", "labels: token"
+    made = "makes none" if isinstance(task.labels, NoLabels) else "does not hold that"
+    return f"{term.loss} needs {what}, and labels: {task.labels.kind} {made}: write {write}, or loss: cross_entropy"
+
+
+def _asked(run: Run, task: ResolvedTask) -> Iterator[Problem]:
+    """Whether the teachers that a task asks exist, and are as many as it can ask."""
+    known = tuple(run.teachers_by_name())
+    own = run.tasks.get(task.name, Task())
+    if own.teacher is not None and own.route is not None:
+        yield ("tasks", task.name, "route"), None, "teacher is given too: keep one of teacher and route"
+    if own.teacher is not None and own.teacher not in known:
+        yield ("tasks", task.name, "teacher"), own.teacher, _unknown(own.teacher, known)
+    if task.route is not None:
+        place = _place(run, task, "route")
+        for value, name in task.route.map.items():
+            if name not in known:
+                yield (*place, "map", value), name, _unknown(name, known)
+    if task.asks and not known:
+        if not isinstance(task.labels, NoLabels):
+            yield _place(run, task, "labels"), task.labels.kind, NO_TEACHER
+        if task.answers.needs_generator:
+            text = "the run has no teacher to write them: add teacher with generator: {}, or write answers: dataset"
+            yield _place(run, task, "answers"), task.answers.kind, text
+    elif task.asks and not task.teachers:
+        names = ", ".join(known)
+        if run.tasks:
+            text = f"the run has several teachers: write teacher: with one of {names}, or a route"
+            yield ("tasks", task.name, "teacher"), None, text
+        else:
+            text = f"the run has several teachers ({names}), and no task says which is asked: write tasks, or a route"
+            yield ("teachers",), None, text
+
+
+def _unknown(name: str, known: tuple[str, ...]) -> str:
+    return f"there is no teacher '{name}'{did_you_mean(name, known)} (there are: {', '.join(known) or 'none'})"
+
+
+def _writers(run: Run) -> Iterator[Problem]:
+    """A teacher that writes needs generator replicas, and only such a one."""
+    asked: dict[str, str] = {}
+    for task in run.resolved_tasks().values():
+        if task.answers.needs_generator:
+            asked |= dict.fromkeys(task.teachers, task.answers.kind)
+    for name, teacher in run.teachers_by_name().items():
+        place = (*place_of_teacher(run, name), "generator")
+        if name in asked and teacher.generator is None:
+            at = "teacher.generator" if run.teacher is not None else f"teachers.{name}.generator"
+            text = f"answers: {asked[name]} lets the teacher write: add {at}, if only generator: {{}}"
+            yield place, None, text
+        if name not in asked and teacher.generator is not None:
+            text = f"answers: {run.answers.kind} lets nobody write: remove generator, or write answers: teacher"
+            yield place, None, text
+
+
+def _one_process(run: Run) -> Iterator[Problem]:
+    if run.student.ranks != 1:
+        yield ("student", "ranks"), run.student.ranks, "runtime: in_process has one process: write ranks: 1"
+    teachers: Mapping[str, Teacher] = run.teachers_by_name()
+    for name, teacher in teachers.items():
+        for role, replicas in teacher.roles().items():
+            place = (*place_of_teacher(run, name), role)
+            if replicas.replicas != 1:
+                text = "runtime: in_process has one process: write replicas: 1"
+                yield (*place, "replicas"), replicas.replicas, text
+            if isinstance(replicas.engine, Vllm):
+                text = "runtime: in_process needs an engine without processes of its own: write engine: hf"
+                yield (*place, "engine"), "vllm", text
+
+
+def _steps(run: Run) -> Iterator[Problem]:
+    budget, longest = run.training.micro_batch_tokens, run.data.max_length
+    if budget < longest:
+        text = f"is less than data.max_length: {longest}; write at least {longest}, or a smaller data.max_length"
+        yield ("training", "micro_batch_tokens"), budget, text
+    steps, warmup, every = run.training.steps, run.optimizer.warmup_steps, run.training.evaluate_every
+    if steps is not None and warmup >= steps:
+        text = f"leaves no step after the warm-up (training.steps: {steps}); write at most {steps - 1}"
+        yield ("optimizer", "warmup_steps"), warmup, text
+    if every > 0 and run.data.evaluation is None:
+        text = "there is nothing to evaluate on: add data.evaluation, or write evaluate_every: 0"
+        yield ("training", "evaluate_every"), every, text

@@ -1,0 +1,205 @@
+"""Tasks and teachers by name: what a run with several of them is, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from configs.answers import DatasetAnswers, TeacherAnswers
+from configs.errors import ConfigError
+from configs.labels import Hidden, NoLabels, TopK
+from configs.load import config_hash, dump_run, load_run
+from configs.losses import CrossEntropy, ForwardKl
+from configs.rules import unused_teachers
+from configs.schema import Run
+
+ONE = """\
+name: x
+student: {model: {path: models/student}}
+teacher: {name: big, model: {path: models/big}}
+prompts: {path: rows.jsonl}
+training: {steps: 10}
+"""
+TWO = """\
+name: x
+student: {model: {path: models/student}}
+teachers:
+  big: {model: {path: models/big}, generator: {}}
+  code: {model: {path: models/code}}
+prompts: {path: rows.jsonl}
+labels: {kind: topk, k: 32}
+tasks:
+  chat:
+    teacher: big
+    answers: teacher
+    share: 0.25
+  code:
+    prompts: {path: code.jsonl, format: text}
+    labels: hidden
+    objective: [{loss: forward_kl, weight: 0.5}, {loss: cross_entropy}]
+    route: {column: domain, map: {python: code, prose: big}}
+    weight: 2
+training: {steps: 10}
+"""
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., Run]:
+    def load_text(text: str, *overrides: str) -> Run:
+        file = tmp_path / "run.yaml"
+        file.write_text(text)
+        return load_run(file, overrides).run
+
+    return load_text
+
+
+@pytest.fixture
+def refused(load: Callable[..., Run], tmp_path: Path) -> Refused:
+    def message(text: str, *overrides: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load(text, *overrides)
+        return str(caught.value).replace(f"{tmp_path}/", "")
+
+    return message
+
+
+def test_a_run_without_tasks_is_one_task_of_its_stations(load: Callable[..., Run]) -> None:
+    run = load(ONE)
+    assert {name: teacher.model.path for name, teacher in run.teachers_by_name().items()} == {"big": "models/big"}
+    (task,) = run.resolved_tasks().values()
+    assert (task.name, task.teacher, task.teachers, task.prompts) == ("main", "big", ("big",), run.prompts)
+    assert (task.answers, task.labels, task.objective) == (DatasetAnswers(), TopK(), (ForwardKl(),))
+    assert (task.weight, task.share, task.normaliser) == (1.0, 1.0, "run")
+
+
+def test_what_a_task_does_not_say_comes_from_the_top_level(load: Callable[..., Run], tmp_path: Path) -> None:
+    run = load(TWO)
+    chat, code = run.resolved_tasks().values()
+    assert [teacher.name for teacher in run.teachers_by_name().values()] == ["big", "code"]
+    assert (chat.prompts, chat.labels, chat.objective) == (run.prompts, TopK(k=32), (ForwardKl(),))
+    assert (chat.answers, chat.teachers, chat.share) == (TeacherAnswers(), ("big",), 0.25)
+    assert (code.answers, code.labels) == (DatasetAnswers(), Hidden())
+    assert code.objective == (ForwardKl(weight=0.5), CrossEntropy())
+    assert (code.teacher, code.teachers, code.weight) == (None, ("code", "big"), 2.0)
+    assert unused_teachers(run) == ()
+    (tmp_path / "again.yaml").write_text(dump_run(run))
+    assert load_run(tmp_path / "again.yaml").run == run
+
+
+def test_hard_labels_alone_need_no_teacher(load: Callable[..., Run]) -> None:
+    text = ONE.replace("teacher: {name: big, model: {path: models/big}}\n", "labels: none\n")
+    run = load(text, "objective=[{loss: cross_entropy}]")
+    assert run.teachers_by_name() == {}
+    (task,) = run.resolved_tasks().values()
+    assert (task.labels, task.teacher, task.teachers) == (NoLabels(), None, ())
+
+
+def test_a_teacher_that_no_task_asks_is_found(load: Callable[..., Run]) -> None:
+    assert unused_teachers(load(TWO, "tasks.code.route=null", "tasks.code.teacher=big")) == ("code",)
+    assert unused_teachers(load(ONE, "labels=none", "objective=[{loss: cross_entropy}]")) == ("big",)
+
+
+def test_an_override_reaches_into_a_task_and_a_teacher(load: Callable[..., Run]) -> None:
+    run = load(TWO, "tasks.code.labels.temperature=2", "teachers.code.scorer.engine.max_num_seqs=4")
+    assert run.resolved_tasks()["code"].labels == Hidden(temperature=2.0)
+    assert run.teachers["code"].scorer.engine.max_num_seqs == 4
+
+
+NONE = ONE.replace("teacher: {name", "# {name")
+MISTAKES = {
+    "a task without prompts": (TWO.replace("\nprompts: {path: rows.jsonl}", ""), [], "run.yaml:8: tasks.chat.prompts"),
+    "all shares zero": (TWO, ["tasks.chat.share=0", "tasks.code.share=0"], "every share is 0"),
+    "a negative share": (TWO, ["tasks.chat.share=-1"], "tasks.chat.share = -1\n      must be at least 0"),
+    "a weight of zero": (TWO, ["tasks.chat.weight=0"], "must be greater than 0"),
+    "a teacher that does not exist": (
+        TWO.replace("teacher: big", "teacher: bog"),
+        [],
+        "run.yaml:10: tasks.chat.teacher = 'bog'\n      there is no teacher 'bog'; did you mean 'big'?",
+    ),
+    "a route to a teacher that does not exist": (
+        TWO.replace("python: code", "python: coda"),
+        [],
+        "run.yaml:17: tasks.code.route.map.python = 'coda'\n      there is no teacher 'coda'; did you mean 'code'?",
+    ),
+    "teacher and route": (TWO, ["tasks.code.teacher=code"], "keep one of teacher and route"),
+    "teacher and teachers": (ONE + "teachers: {a: {model: {path: a}}}\n", [], "keep one of teacher (for one)"),
+    "several teachers and no choice": (
+        TWO.replace("    teacher: big\n", ""),
+        [],
+        "write teacher: with one of big, code",
+    ),
+    "several teachers and no tasks": (
+        ONE.replace("teacher: {name: big,", "teachers: {a: {model: {path: a}}, b: {").replace("}}\np", "}}}\np"),
+        [],
+        "no task says which is asked",
+    ),
+    "a name beside the key": (TWO, ["teachers.code.name=other"], "the name of a teacher is its key, code"),
+    "no teacher": (
+        NONE,
+        [],
+        "labels\n      labels come from a teacher",
+    ),
+    "nobody to write": (
+        NONE + "labels: none\nobjective: [{loss: cross_entropy}]\nanswers: teacher\n",
+        [],
+        "the run has no teacher to write them",
+    ),
+    "an objective without its labels": (
+        TWO,
+        ["tasks.code.labels=none"],
+        "run.yaml:16: tasks.code.objective.0.loss = 'forward_kl'\n      forward_kl needs labels of every token, and "
+        "labels: none makes none: write labels: topk, or loss: cross_entropy",
+    ),
+    "an objective of the top level without labels": (ONE, ["labels=none"], "objective"),
+    "a teacher that writes without a generator": (TWO, ["teachers.big.generator=null"], "add teachers.big.generator"),
+    "a generator that nobody asks": (TWO, ["teachers.code.generator={}"], "teachers.code.generator"),
+    "text for a teacher that writes": (
+        TWO,
+        ["tasks.code.answers=teacher", "teachers.code.generator={}"],
+        "format: text has none",
+    ),
+    "a term twice in a task": (
+        TWO,
+        ["tasks.code.objective.1.loss=forward_kl"],
+        "objective.1.loss = 'forward_kl'",
+    ),
+    "an unknown station": (
+        TWO,
+        ["tasks.code.label=topk"],
+        "unknown key 'label'; did you mean 'labels'?",
+    ),
+    "an unknown parameter": (TWO, ["tasks.code.labels={kind: topk, kk: 3}"], "unknown key 'kk'"),
+    "an unknown key of a teacher": (
+        TWO,
+        ["teachers.code.scorer.engine.k=3"],
+        "teachers.code.scorer.engine.k = 3",
+    ),
+    "a name that leaves its folder": (TWO.replace("  chat:", "  ../chat:"), [], "letters, digits, dots"),
+    "in one process": (TWO, ["runtime=in_process"], "teachers.code.scorer.engine"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_in_tasks_or_teachers_is_answered_with_what_to_write(case: str, refused: Refused) -> None:
+    text, overrides, part = MISTAKES[case]
+    message = refused(text, *overrides)
+    assert part in message
+    for jargon in ("Input should", "Extra inputs", "pydantic", "Value error", "Traceback", "[key]"):
+        assert jargon not in message
+
+
+def test_all_broken_rules_are_told_at_once(refused: Refused) -> None:
+    message = refused(TWO, "tasks.chat.teacher=a", "tasks.code.route.map.python=b", "training.micro_batch_tokens=64")
+    assert "3 problems" in message
+
+
+def test_where_teachers_and_rows_of_tasks_lie_is_no_part_of_what_is_learnt(load: Callable[..., Run]) -> None:
+    base = config_hash(load(TWO))
+    moved = ("teachers.code.model.path=x", "teachers.big.scorer.placement={nodes: 1}", "tasks.code.prompts.path=y")
+    assert config_hash(load(TWO, *moved)) == base
+    for other in ("tasks.code.share=2", "tasks.code.prompts.max_rows=5", "teachers.code.scorer.replicas=2"):
+        assert config_hash(load(TWO, other)) != base, other
