@@ -190,8 +190,11 @@ def test_sections_of_a_configuration_in_the_pages_are_sections_of_one(folder: Pa
     for block in (b for b in BLOCKS if b.language == "yaml" and not b.text.startswith("# ")):
         run = yaml.load((folder / "my-run.yaml").read_text())
         for section, values in yaml.load(block.text).items():
-            run[section] = {**run[section], **values} if isinstance(values, dict) else values
-        run["teacher"]["scorer"] = {"engine": "vllm", **run["teacher"]["scorer"]}
+            run[section] = {**run.get(section, {}), **values} if isinstance(values, dict) else values
+        if "teachers" in run:
+            del run["teacher"]
+        else:
+            run["teacher"]["scorer"] = {"engine": "vllm", **run["teacher"]["scorer"]}
         with (folder / "merged.yaml").open("w") as file:
             yaml.dump(run, file)
         load_run(folder / "merged.yaml")
