@@ -28,11 +28,12 @@ from configs.schema import Run
 from launch.report.metrics import MetricsLog, Timeline
 from launch.report.observer import RunObserver
 from launch.report.progress import Progress
-from launch.train import resolve_run
+from launch.runtimes import resolve_run
 from trainer.loop.job import Inputs, make_job, read_inputs
-from trainer.loop.loops import Loops, first_error
+from trainer.loop.supply import Supply, first_error
+from trainer.loop.train import Loops
 from trainer.run_folder import RunFolder
-from trainer.types import Cursor, StepMetrics
+from trainer.types import StepMetrics
 
 TEACHER, STUDENT, CONTROLLER, DAEMONS = "teacher", "student", "controller", "Ray's own"
 PARTS = (TEACHER, STUDENT, CONTROLLER, DAEMONS)
@@ -52,28 +53,22 @@ class Segment:
     loss: float  # mean over the steps
 
 
-class Ledger:
-    """A run's usual observer, remembering processes and steps. Implements `trainer.loop.loops.Observer`."""
+class Ledger(RunObserver):
+    """A run's usual observer, remembering processes and steps."""
 
-    def __init__(self, observer: RunObserver) -> None:
-        self._observer = observer
+    def __init__(self, *, metrics: MetricsLog, timeline: Timeline, progress: Progress) -> None:
+        super().__init__(metrics=metrics, timeline=timeline, progress=progress)
         self.processes: dict[str, int] = {}  # pid of each role
         self.steps: list[StepMetrics] = []
 
     def step(self, metrics: StepMetrics) -> None:
         self.steps.append(metrics)
-        self._observer.step(metrics)
-
-    def evaluation(self, evaluation: Any) -> None:
-        self._observer.evaluation(evaluation)
+        super().step(metrics)
 
     def event(self, name: str, **fields: Any) -> None:
         if name == "process":
             self.processes[fields["role"]] = fields["pid"]
-        self._observer.event(name, **fields)
-
-    def span(self, lane: str, kind: Any, start_s: float, stop_s: float, label: str = "") -> None:
-        self._observer.span(lane, kind, start_s, stop_s, label)
+        super().event(name, **fields)
 
 
 class Pipeline:
@@ -99,9 +94,8 @@ class Pipeline:
             skip_self_test=True,
         )
         progress = self._closing.enter_context(Progress(0, console=Console(file=io.StringIO()), plain=True))
-        observer = RunObserver(metrics=MetricsLog(folder), timeline=Timeline(folder), progress=progress)
-        self._closing.callback(observer.close)
-        self._ledger = Ledger(observer)
+        self._ledger = Ledger(metrics=MetricsLog(folder), timeline=Timeline(folder), progress=progress)
+        self._closing.callback(self._ledger.close)
         student = StudentJob(
             run=self.run,
             plan=self.resolved.student,
@@ -110,6 +104,8 @@ class Pipeline:
         )
         self._session = RaySession(student, self.resolved, folder=folder, observer=self._ledger)
         self._closing.push_async_callback(self._session.close)
+        self._teacher = self._session.teachers[self.run.teacher.name]
+        self._source = self._job.source(self._teacher.generator)
         await self._session.reserve()
         try:
             async with asyncio.TaskGroup() as roles:
@@ -121,17 +117,17 @@ class Pipeline:
     async def train(self, steps: int, *, round: int, daemons: Daemons) -> Segment:
         """The next `steps` steps."""
         before, started, first = self._cpu(daemons), time.monotonic(), len(self._ledger.steps)
-        loops = Loops(
-            stream=self._job.stream,
-            elicitation=self._job.bind_elicitation(self._session.writers),
-            scorers=self._session.scorers,
-            students=self._session.students,
-            encoding=self._job.encoding,
-            settings=replace(self._job.loop, total_steps=self._trained + steps),
+        settings, students = replace(self._job.loop, total_steps=self._trained + steps), self._session.students
+        supply = Supply(
+            self._source,
+            self._teacher.scorer,
+            students,
+            labels=self._job.encoding,
+            settings=settings,
             observer=self._ledger,
-            save=_no_checkpoint,
-            stop_requested=asyncio.Event(),
         )
+        stop = asyncio.Event()
+        loops = Loops(supply, students, [], settings=settings, observer=self._ledger, stop_requested=stop)
         await loops.run(self._trained)
         self._trained += steps
         after = self._cpu(daemons)
@@ -177,8 +173,3 @@ class Daemons:
     def cpu(self) -> CpuTime:
         roles = [pid for pipeline in self._pipelines for pid in pipeline.role_pids]
         return cpu_time.of_trees(self._cluster.processes, without=roles)
-
-
-async def _no_checkpoint(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
-    """A benchmark keeps nothing."""
-    return True

@@ -6,9 +6,9 @@ Calls run where they are awaited, one after the other, so a breakpoint anywhere 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,8 +20,12 @@ from cluster.students.group import StudentJob, on_local_copy
 from cluster.teachers.actor import start_engine
 from cluster.teachers.pool import check_report
 from configs.labels import Labels
-from trainer.loop.loops import Observer
+from trainer.protocols import Observer, ScoringEngine, TeacherPools, WritingEngine
 from trainer.types import Evaluation, Prompt, RankBatch, SoftLabelBlock, StepMetrics, Unit, UnitReport
+
+if TYPE_CHECKING:
+    from trainer.checks.self_tests import SelfTestResult
+    from trainer.model.student import StudentInfo, StudentRank
 
 
 class InProcessTeacher:
@@ -31,7 +35,7 @@ class InProcessTeacher:
         self._plan = plan
         self._deadline_s = deadline_s
         self._observer = observer
-        self._engine: Any = None
+        self._engine: ScoringEngine | WritingEngine | None = None
 
     def start(self) -> None:
         self._engine = start_engine(self._plan, f"{self._plan.role}-0")
@@ -57,9 +61,9 @@ class InProcessStudents:
 
     def __init__(self, job: StudentJob) -> None:
         self._job = job
-        self._rank: Any = None
+        self._rank: StudentRank | None = None
 
-    async def start(self, checkpoint: Path | None) -> Any:
+    async def start(self, checkpoint: Path | None) -> StudentInfo:
         place = RankPlace(actor=0, rank=0, local_rank=0, local_size=1, node="here", local_index=0)
         port = runtime.free_port()
         os.environ.update(runtime.student_environment(place, world=1, address="127.0.0.1", port=port))
@@ -106,7 +110,7 @@ class InProcessStudents:
     ) -> list[np.ndarray]:
         return self._rank.generate(prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
 
-    async def self_test(self) -> tuple[Any, ...]:
+    async def self_test(self) -> tuple[SelfTestResult, ...]:
         return self._rank.self_test()
 
     async def close(self) -> None:
@@ -118,27 +122,34 @@ class InProcessStudents:
 
 
 class InProcessSession:
-    """All roles of a run in this process."""
+    """All roles of a run in this process. Implements `trainer.protocols.Session`."""
 
     def __init__(self, job: StudentJob, resolved: Resolved, *, observer: Observer) -> None:
         deadline_s = job.run.faults.score_timeout_s
         os.environ.update({**resolved.scorer.environment, **resolved.student_environment})
-        self.scorers = InProcessTeacher(resolved.scorer, deadline_s=deadline_s, observer=observer)
-        self.writers = (
-            InProcessTeacher(resolved.writer, deadline_s=deadline_s, observer=observer) if resolved.writer else None
-        )
+        plans = [resolved.scorer, *([resolved.writer] if resolved.writer else [])]
+        self._engines = [InProcessTeacher(plan, deadline_s=deadline_s, observer=observer) for plan in plans]
+        scorer, *generators = self._engines
+        self.teachers = {job.run.teacher.name: TeacherPools(scorer, generators[0] if generators else None)}
         self.students = InProcessStudents(job)
 
-    async def start_teachers(self) -> None:
-        self.scorers.start()
-        if self.writers is not None:
-            self.writers.start()
+    async def reserve(self) -> None:
+        """Everything is this process's own."""
 
-    def read_block(self, block: SoftLabelBlock) -> SoftLabelBlock:
-        return block
+    async def check_nodes(self) -> None:
+        """There are none."""
+
+    async def start_teachers(self) -> None:
+        for engine in self._engines:
+            engine.start()
+
+    def read_block(self, ref: SoftLabelBlock) -> SoftLabelBlock:
+        return ref
+
+    async def watch_for_drain(self, stop: Callable[[str], None]) -> None:
+        """Nothing is taken away."""
 
     async def close(self) -> None:
         await self.students.close()
-        self.scorers.close()
-        if self.writers is not None:
-            self.writers.close()
+        for engine in self._engines:
+            engine.close()

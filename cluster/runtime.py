@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Literal
 
 import psutil
 
+from trainer.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
@@ -202,11 +204,16 @@ def _route(towards: str) -> tuple[str, str] | None:
     return None
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+def free_port(preferred: int | None = None) -> int:
+    """A TCP port that nobody listens on now. Raises `ConfigError` where the preferred one is taken."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("", 0))
+        try:
+            probe.bind(("", preferred or 0))
+        except OSError as error:
+            raise ConfigError(
+                f"port {preferred} cannot be used on {socket.gethostname()}: {error.strerror}. Name a free one, or none"
+            ) from None
         return probe.getsockname()[1]
 
 

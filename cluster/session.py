@@ -13,10 +13,13 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from cluster import runtime
 from cluster.drain import watch_for_drain
+from cluster.engines.plan import EnginePlan
+from cluster.health import PlacedProcess
 from cluster.logs import SharedFolder
 from cluster.node_checks import Question, check_nodes
 from cluster.placement.reserve import (
@@ -34,7 +37,7 @@ from cluster.teachers.pool import ReplicaPool
 from configs.engines import Vllm
 from trainer.build import VARIABLE, build_hash
 from trainer.errors import InfrastructureError
-from trainer.loop.loops import Observer
+from trainer.protocols import Observer, TeacherPools
 from trainer.run_folder import RunFolder
 from trainer.types import BlockRef, SoftLabelBlock
 
@@ -61,12 +64,15 @@ class RaySession:
         self.students = StudentGroup(
             job, spawn=self._spawn_rank, room=self._room_for_students, folder=self._folder, observer=observer
         )
-        self.scorers = self._pool(resolved.scorer, job.run.teacher.scorer.replicas, observer)
-        writer = job.run.teacher.generator
-        self.writers = self._pool(resolved.writer, writer.replicas, observer) if writer else None
+        teacher = job.run.teacher
+        scorer = self._pool(resolved.scorer, teacher.scorer.replicas)
+        generator = self._pool(resolved.writer, teacher.generator.replicas) if teacher.generator else None
+        self.teachers = {teacher.name: TeacherPools(scorer, generator)}
+        self._pools = {"scorers": scorer} | ({"writers": generator} if generator else {})
 
     async def reserve(self) -> None:
         """All placement groups at once, or an error that says what is missing."""
+        self._observer.phase("reserving slots for the roles")
         self._groups = await create_groups(
             self._resolved.placement,
             timeout_s=self._job.run.faults.room_timeout_s,
@@ -75,8 +81,11 @@ class RaySession:
         )
 
     async def check_nodes(self) -> None:
-        """Every node of the placement has the software, the models and the run folder of this process, or an error."""
+        """See the protocol; only a cluster that was there before the run has nodes of other software."""
+        if not self._shared:
+            return
         assert self._groups is not None, "reserve() comes first"
+        self._observer.phase("checking the nodes")
         await self._check(self._groups.nodes())
 
     async def _check(self, nodes: Mapping[str, Sequence[str]]) -> None:
@@ -96,7 +105,7 @@ class RaySession:
         self._checked |= new.keys()
 
     async def start_teachers(self) -> None:
-        await asyncio.gather(*(pool.start() for pool in (self.scorers, self.writers) if pool is not None))
+        await asyncio.gather(*(pool.start() for pool in self._pools.values()))
 
     def read_block(self, ref: BlockRef) -> SoftLabelBlock:
         try:
@@ -105,7 +114,9 @@ class RaySession:
             raise InfrastructureError(f"labels could not be fetched from the node that made them: {error}") from None
 
     async def watch_for_drain(self, stop: Callable[[str], None]) -> None:
-        """Until cancelled; see `cluster.drain`."""
+        """See the protocol and `cluster.drain`; a cluster that this run started is not taken away from it."""
+        if not self._shared:
+            return
 
         def roles_on(node: str) -> list[str]:
             return [process.role for process in self._processes() if process.node == node]
@@ -114,15 +125,15 @@ class RaySession:
 
     async def close(self) -> None:
         """Stop every role and give the reservations back, which ends whatever did not stop; bounded."""
-        roles = {"students": self.students, "scorers": self.scorers, "writers": self.writers}
+        closing = {"students": self.students.close()} | {name: pool.close() for name, pool in self._pools.items()}
         try:
-            await close_all({name: role.close() for name, role in roles.items() if role is not None}, note=self._note)
+            await close_all(closing, note=self._note)
         finally:
             if self._groups is not None:
                 self._groups.release()
 
-    def _pool(self, plan: Any, num_replicas: int, observer: Observer) -> ReplicaPool:
-        def spawn(index: int, name: str) -> Any:
+    def _pool(self, plan: EnginePlan, num_replicas: int) -> ReplicaPool:
+        def spawn(index: int, name: str) -> ActorHandle:
             placed, bundle = self._actors(plan.role)[index]
             options = actor_options(
                 placed, environment=self._environment(plan.environment), bundle=bundle, name=self._new_name(name)
@@ -139,10 +150,10 @@ class RaySession:
             room=room,
             faults=self._job.run.faults,
             folder=self._folder,
-            observer=observer,
+            observer=self._observer,
         )
 
-    def _spawn_rank(self, index: int, name: str) -> Any:
+    def _spawn_rank(self, index: int, name: str) -> ActorHandle:
         placed, bundle = self._actors(runtime.STUDENT)[index]
         environment = self._environment(self._resolved.student_environment)
         options = actor_options(placed, environment=environment, bundle=bundle, name=self._new_name(name))
@@ -162,7 +173,7 @@ class RaySession:
         assert self._groups is not None, "reserve() comes first"
         return self._groups.actors_of_role(role)
 
-    def _environment(self, table: Any) -> dict[str, str]:
+    def _environment(self, table: Mapping[str, str]) -> dict[str, str]:
         return {**table, VARIABLE: build_hash()} if self._shared else dict(table)
 
     def _new_name(self, name: str) -> str:
@@ -171,9 +182,11 @@ class RaySession:
         again = f".{self._starts[name]}" if self._starts[name] > 1 else ""
         return f"{self.run_id}/{name}{again}"
 
-    def _processes(self) -> list[Any]:
-        pools = [pool for pool in (self.scorers, self.writers) if pool is not None]
-        return [*self.students.placed_processes(), *(one for pool in pools for one in pool.placed_processes())]
+    def _processes(self) -> list[PlacedProcess]:
+        return [
+            *self.students.placed_processes(),
+            *(one for pool in self._pools.values() for one in pool.placed_processes()),
+        ]
 
     def _note(self, text: str) -> None:
         self._observer.event("note", text=text)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class Record:
         records = sample_records(evaluation.samples, self._job.inputs.tokenizer.decode)
         self._merge(self._folder.samples, {when: records})
 
-    def generation(self, who: str, rows: tuple[Sequence, ...], texts: list[np.ndarray]) -> None:
+    def generation(self, who: str, rows: tuple[Sequence, ...], texts: AbstractSequence[np.ndarray]) -> None:
         """What the student wrote `before` or `after` training, or the `teacher`, to the prompts of held-out rows."""
         assert self._job is not None
         inputs, dataset = self._job.inputs, self._job.run.data.evaluation

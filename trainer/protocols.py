@@ -5,9 +5,11 @@ The consumer owns the interface: nothing here names Ray, vLLM or DeepSpeed.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from trainer.types import (
     Evaluation,
     Prompt,
     RankBatch,
+    Sequence,
     SoftLabelBlock,
     StepMetrics,
     Unit,
@@ -28,6 +31,31 @@ from trainer.types import (
 if TYPE_CHECKING:
     from trainer.checks.self_tests import SelfTestResult
     from trainer.model.student import StudentInfo
+
+
+Moment = Literal["before", "during", "after"]
+"""When an evaluation was made, seen from training; the one of the last step is `after`."""
+
+
+class Observer(Protocol):
+    """What records a run: metrics, progress, timeline, run artifacts. Must not block for long. What a resumed run
+    reports a second time (an evaluation) is the same as the first time."""
+
+    def phase(self, text: str) -> None:
+        """A part of the run begins."""
+        ...
+
+    def step(self, metrics: StepMetrics) -> None: ...
+
+    def evaluation(self, evaluation: Evaluation, when: Moment) -> None: ...
+
+    def generation(self, who: str, rows: tuple[Sequence, ...], texts: AbstractSequence[np.ndarray]) -> None:
+        """Token ids that the student wrote `before` or `after` training, or the `teacher`, to the prompts of `rows`."""
+        ...
+
+    def event(self, name: str, **fields: object) -> None: ...
+
+    def span(self, lane: str, kind: str, start_s: float, stop_s: float, label: str = "") -> None: ...
 
 
 class Scorers(Protocol):
@@ -134,15 +162,48 @@ class StudentGroup(Students, Protocol):
         ...
 
 
-class Session(Protocol):
-    """The roles of one run, wherever they live. Owns every process it starts."""
+@dataclass(frozen=True, slots=True)
+class TeacherPools:
+    """The replicas of one teacher."""
 
-    scorers: Scorers
-    writers: Writers | None
-    students: StudentGroup
+    scorer: Scorers
+    generator: Writers | None
+
+
+class Session(Protocol):
+    """The roles of one run, wherever they run. Owns every process it starts.
+
+    Called in this order: `reserve`, `check_nodes`, `start_teachers` (and `students.start`), ..., `close`.
+    """
+
+    @property
+    def students(self) -> StudentGroup: ...
+
+    @property
+    def teachers(self) -> Mapping[str, TeacherPools]:
+        """By name."""
+        ...
+
+    async def reserve(self) -> None:
+        """Take the slots of all roles, or raise with what is missing."""
+        ...
+
+    async def check_nodes(self) -> None:
+        """Every node has the software, the models and the run folder of this process, or an error. Does nothing where
+        all nodes are this process's own."""
+        ...
 
     async def start_teachers(self) -> None: ...
 
+    def read_block(self, ref: BlockRef) -> SoftLabelBlock:
+        """Bring a block into this process; blocks the thread. Raises `InfrastructureError`."""
+        ...
+
+    async def watch_for_drain(self, stop: Callable[[str], None]) -> None:
+        """Until cancelled, call `stop(why)` when a node is announced to be taken away. Returns at once where no node
+        can be."""
+        ...
+
     async def close(self) -> None:
-        """Stop every role; nothing is left running."""
+        """Stop every role; nothing is left running. Also after an error of any other method."""
         ...

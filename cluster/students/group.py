@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -32,8 +32,12 @@ from configs.schema import Run
 from trainer.build import check_build
 from trainer.data.vocabulary import SharedVocabulary
 from trainer.errors import Defect, LabelsLost, StudentsLost
-from trainer.loop.loops import Observer
+from trainer.protocols import Observer
 from trainer.types import BlockRef, Evaluation, RankBatch, SoftLabelBlock, StepMetrics, StudentPlan, Unit
+
+if TYPE_CHECKING:
+    from trainer.checks.self_tests import SelfTestResult
+    from trainer.model.student import StudentInfo
 
 FAILURE_GRACE_S = 3.0  # after the first rank failed: its peers' errors arrive, and the victim's names the cause
 
@@ -67,8 +71,8 @@ class RankActor:
     def free_port(self) -> int:
         return runtime.free_port()
 
-    def build(self, job: StudentJob, place: RankPlace, world: int, address: str, port: int) -> Any:
-        """Join the group and load the model; collective. Returns `StudentInfo`."""
+    def build(self, job: StudentJob, place: RankPlace, world: int, address: str, port: int) -> StudentInfo:
+        """Join the group and load the model; collective."""
         os.environ.update(runtime.student_environment(place, world=world, address=address, port=port))
         from trainer.model.student import StudentRank
 
@@ -134,7 +138,7 @@ class StudentGroup:
         self.processes: list[ProcessIdentity] = []  # of the ranks, by rank; empty until they are placed
         self.world = job.run.student.ranks
 
-    async def start(self, checkpoint: Path | None) -> Any:
+    async def start(self, checkpoint: Path | None) -> StudentInfo:
         """Place, number, build, and load a committed checkpoint if one is given. Returns rank 0's `StudentInfo`.
 
         Raises `InsufficientResources` where the group's node is gone and no other takes its ranks.
@@ -146,7 +150,7 @@ class StudentGroup:
             told = next((words for words in logs if words.error), logs[0])
             raise type(lost)(told.after(str(lost))) from None
 
-    async def _start(self, checkpoint: Path | None) -> Any:
+    async def _start(self, checkpoint: Path | None) -> StudentInfo:
         await self._room()
         timeout_s, started = self._job.plan.start_timeout_s, time.time()
         actors = [self._spawn(index, f"student-{index}") for index in range(self.world)]
@@ -205,7 +209,7 @@ class StudentGroup:
         keywords = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
         return (await self._all("generate", list(prompts), what="generation", keywords=keywords))[0]
 
-    async def self_test(self) -> tuple[Any, ...]:
+    async def self_test(self) -> tuple[SelfTestResult, ...]:
         return (await self._all("self_test", what="the self-test of the student"))[0]
 
     def placed_processes(self) -> list[PlacedProcess]:

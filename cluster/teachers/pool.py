@@ -48,7 +48,7 @@ from trainer.errors import (
     TeachersLost,
     UnitRejected,
 )
-from trainer.loop.loops import Observer
+from trainer.protocols import Observer
 from trainer.types import BlockRef, Prompt, Unit, UnitReport
 
 MAX_MISSES = 3  # deadlines in a row without an answer: more than `CREDITS`, so that it is not one heavy unit

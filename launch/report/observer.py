@@ -1,24 +1,34 @@
-"""The observer of a run: hands every event to the metrics log (with TensorBoard), the timeline and the terminal.
+"""The observer of a run: hands every event to the metrics log (with TensorBoard), the timeline, the terminal and the
+run artifacts.
 
 loops, teachers, students --step, evaluation, event, span--> RunObserver --> metrics.jsonl and its sinks
-                                                                         --> timeline.jsonl
+                          --phase, generation-->                         --> timeline.jsonl
                                                                          --> Progress
+                                                                         --> Record: manifest, samples, generations
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Sequence as AbstractSequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from configs.secrets import without_secrets
 from launch.report.intervals import Interval, seconds_inside, union
 from launch.report.metrics import STUDENT_WAIT, TEACHER_WAIT, TOKENS, TOKENS_PER_S, MetricsLog, SpanKind, Timeline
 from launch.report.progress import Progress
-from trainer.types import Evaluation, StepMetrics
+from trainer.protocols import Moment
+from trainer.types import Evaluation, Sequence, StepMetrics
+
+if TYPE_CHECKING:
+    from launch.record import Record
 
 SHOWN = {
     "resumed": "resumed after step {from_step}",
@@ -41,7 +51,7 @@ _KEPT_SPANS = 512
 
 
 class RunObserver:
-    """Implements `trainer.loop.loops.Observer`. A disk that is full, or a file server that is away for a moment, is
+    """Implements `trainer.protocols.Observer`. A disk that is full, or a file server that is away for a moment, is
     told once and ends nothing; as much as files buffer is written when there is room again."""
 
     def __init__(
@@ -50,8 +60,11 @@ class RunObserver:
         metrics: MetricsLog,
         timeline: Timeline,
         progress: Progress,
+        record: Record | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`record`: of a run that keeps artifacts; `phase` and `generation` raise where a disk refuses them."""
+        self._record = record
         self._metrics = metrics
         self._timeline = timeline
         self._progress = progress
@@ -65,6 +78,8 @@ class RunObserver:
 
     def phase(self, text: str) -> None:
         self._finished("run", f"came to: {text}")
+        if self._record is not None:
+            self._record.phase(text)
         self._progress.phase(text)
 
     def step(self, metrics: StepMetrics) -> None:
@@ -75,7 +90,7 @@ class RunObserver:
             self._metrics.step(metrics)
         self._progress.step(metrics)
 
-    def evaluation(self, evaluation: Evaluation) -> None:
+    def evaluation(self, evaluation: Evaluation, when: Moment) -> None:
         self._finished("evaluations", f"after step {evaluation.step}")
         with self._told_once():
             self._metrics.evaluation(evaluation)
@@ -83,6 +98,14 @@ class RunObserver:
         if before is not None and before is not evaluation:
             self._progress.compare_with(before)
         self._progress.evaluation(evaluation, first=before is evaluation)
+        if self._record is not None and when != "during" and math.isfinite(evaluation.forward_kl):
+            with self._told_once():  # the checkpoint of the last step comes after this
+                self._record.evaluation(when, evaluation)
+
+    def generation(self, who: str, rows: tuple[Sequence, ...], texts: AbstractSequence[np.ndarray]) -> None:
+        self._finished("generations", f"of {who}")
+        if self._record is not None:
+            self._record.generation(who, rows, texts)
 
     def event(self, name: str, **fields: Any) -> None:
         """Raises OSError for `resumed` and `students_restarted` alone: what cannot be removed from the log would stand

@@ -64,16 +64,16 @@ def test_a_command_that_would_be_another_run_is_refused_and_leaves_the_finished_
 WAITS_AFTER_TRAINING = """
 import asyncio
 from launch.cli import main
-from trainer.loop.controller import Controller
+from trainer.loop.held_out import HeldOut
 
-look = Controller._look
+look = HeldOut.look
 
-async def look_when_told(self, when, step):
+async def look_when_told(self, when, step, **known):
     while when == "after" and not (self._job.folder.path.parent / "go").exists():
         await asyncio.sleep(0.05)
-    await look(self, when, step)
+    await look(self, when, step, **known)
 
-Controller._look = look_when_told
+HeldOut.look = look_when_told
 main()
 """
 

@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from configs.schema import ModelSource
+from trainer.checks.self_tests import SelfTestResult
 from trainer.errors import foreign_errors
 from trainer.labels.encoding import load_encoding
 from trainer.loop.packing import layout_of, pack
@@ -50,15 +51,6 @@ LONGEST_ROW = 8192 + 64
 _BEYOND = 64  # tokens after a length that is crossed
 _BEFORE = 8
 _LONG = "self-test/long"
-
-
-@dataclass(frozen=True, slots=True)
-class LabelCheck:
-    """One question and its answer; `numbers` is shown to the user whether it passed or not."""
-
-    name: str
-    passed: bool
-    numbers: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +116,14 @@ def check_labels(
     dtype: str,
     reference_logits: torch.Tensor | None,
     note: str = "",
-) -> tuple[LabelCheck, ...]:
+) -> tuple[SelfTestResult, ...]:
     """Compare the scorer's two blocks of one unit with each other and with the truth.
 
     `reference_logits` is float32 [N, >= V], transformers' logits of the unit's loss rows in order, or None where the
     teacher is over the budget. `dtype` is the teacher's. `note` of the plan is added to the first answer.
     """
     if unit.num_rows < 2:
-        return (LabelCheck("labels", True, "a single token with an answer: too few to check on"),)
+        return (SelfTestResult("labels", True, "a single token with an answer: too few to check on"),)
     next_ids = torch.from_numpy(np.concatenate([realised_ids(s.token_ids, s.loss_mask) for s in unit.sequences]))
     from_hidden = teacher_head.logits(block_columns(unit, hidden)["hidden"])
     if reference_logits is not None:
@@ -153,7 +145,7 @@ def _compare(
     teacher_head: Head,
     next_ids: torch.Tensor,
     dtype: str,
-) -> LabelCheck:
+) -> SelfTestResult:
     """Labels must be near the truth, and far nearer than the labels of the row before: how far those are is the rows'
     own spread, which is small where a teacher is nearly flat. Where it is so small that rounding hides it, no shift can
     be seen, and none matters."""
@@ -186,7 +178,7 @@ def _compare(
                 f". Neighbouring rows differ by {spread:.1g} nats, and {dtype} rounds by {rounding:.1g}: this teacher "
                 "is too flat for a shift to be seen"
             )
-    return LabelCheck(name=name, passed=aligned <= tolerance and told_apart, numbers=numbers)
+    return SelfTestResult(name=name, passed=aligned <= tolerance and told_apart, numbers=numbers)
 
 
 def _parts(unit: Unit) -> list[int]:
@@ -201,11 +193,11 @@ def _kl(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def _compare_text(logits: torch.Tensor, next_ids: torch.Tensor) -> LabelCheck:
+def _compare_text(logits: torch.Tensor, next_ids: torch.Tensor) -> SelfTestResult:
     logprobs = logits.log_softmax(-1)
     aligned = float(logprobs.gather(-1, next_ids[:, None]).mean())
     moved = float(logprobs[:-1].gather(-1, next_ids[1:, None]).mean())
-    return LabelCheck(
+    return SelfTestResult(
         name="labels against real text",
         passed=aligned >= moved + TEXT_MARGIN,
         numbers=f"mean logprob of the realised token {aligned:.2f}, of labels moved by one row {moved:.2f} on "

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from trainer.data.prompts import PromptStream
 from trainer.data.vocabulary import SharedVocabulary, check_pair, load_tokenizer
 from trainer.errors import ConfigError, DataError
 from trainer.labels.encoding import TeacherShape, load_encoding
-from trainer.loop.loops import LoopSettings
 from trainer.loop.manifest import TrainingState
+from trainer.loop.settings import LoopSettings
+from trainer.loop.sources import SingleSource, Source
 from trainer.model.generation_settings import end_ids
 from trainer.model.head import head_width
 from trainer.model.load import load_config
-from trainer.protocols import Elicitation
+from trainer.protocols import Writers
 from trainer.run_folder import RunFolder
 from trainer.types import Prompt, Sequence
 
@@ -66,10 +67,15 @@ class Job:
     stream: PromptStream
     evaluation: tuple[Sequence, ...]
     samples: tuple[Sequence, ...]  # a few training rows with answers, for the label self-test
-    bind_elicitation: Callable[[Any], Elicitation]  # given the writers, or None
     encoding: Labels
     loop: LoopSettings
+    teacher_dtype: str
     skip_self_test: bool
+
+    def source(self, generator: Writers | None) -> Source:
+        """What the steps are drawn from; `generator` writes the missing answers."""
+        answers = self.inputs.answers.bind(generator, end_of_turn_ids=self.inputs.stop_ids)
+        return SingleSource(self.stream, answers, sequences_per_step=self.loop.sequences_per_step)
 
     def total_steps_after(self, state: TrainingState | None) -> int:
         """Where a run that goes on from there ends."""
@@ -112,9 +118,9 @@ def make_job(
         stream=stream,
         evaluation=held_out_rows(run, inputs),
         samples=sample_rows(run, inputs),
-        bind_elicitation=lambda writers: inputs.answers.bind(writers, end_of_turn_ids=inputs.stop_ids),
         encoding=run.labels,
         loop=loop_settings(run, inputs, teacher_dtype, rows_per_epoch=stream.rows_per_epoch, after=after),
+        teacher_dtype=teacher_dtype,
         skip_self_test=skip_self_test,
     )
 

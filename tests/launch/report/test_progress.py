@@ -130,5 +130,5 @@ def test_a_resumed_run_compares_with_the_evaluation_of_its_first_attempt(tmp_pat
     log, text = MetricsLog(folder), io.StringIO()
     log.resume(1)
     progress = Progress(2, console=Console(file=text))
-    RunObserver(metrics=log, timeline=Timeline(folder), progress=progress).evaluation(evaluation(2, 1.0))
+    RunObserver(metrics=log, timeline=Timeline(folder), progress=progress).evaluation(evaluation(2, 1.0), "during")
     assert "KL 6.000 -> 1.000" in text.getvalue()

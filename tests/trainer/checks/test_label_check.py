@@ -16,12 +16,12 @@ from configs.labels import Hidden, Labels, TopK
 from configs.schema import ModelSource
 from trainer.checks.label_check import (
     CHECK_TOKENS,
-    LabelCheck,
     check_labels,
     plan_check,
     teacher_lengths,
     teacher_truth,
 )
+from trainer.checks.self_tests import SelfTestResult
 from trainer.labels.encoding import load_encoding
 from trainer.model import attention
 from trainer.types import LabelHeader, SoftLabelBlock, Unit
@@ -39,7 +39,7 @@ def _block(unit: Unit, spec: Labels, columns: dict[str, torch.Tensor]) -> SoftLa
 
 def _answers(
     folder: Path, unit: Unit, *, dtype: str = "float32", shift: int = 0, wrong_from: int | None = None
-) -> tuple[LabelCheck, ...]:
+) -> tuple[SelfTestResult, ...]:
     """The self-test of labels that transformers made in this dtype; moved by `shift` rows, or noise from a row on."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager")
     spec = TopK(k=16)

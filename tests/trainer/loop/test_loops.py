@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,12 @@ from trainer.errors import (
     StudentsLost,
     UnitRejected,
 )
-from trainer.loop.loops import Loops, LoopSettings
+from trainer.loop.hooks import Checkpoint, Evaluate, Trained
+from trainer.loop.settings import LoopSettings
+from trainer.loop.sources import SingleSource
+from trainer.loop.supply import Supply
+from trainer.loop.train import Loops
+from trainer.protocols import Moment
 from trainer.types import (
     AnswerCounters,
     Collected,
@@ -87,8 +92,14 @@ class Trace:
     def step(self, metrics: StepMetrics) -> None:
         self.events.append(("step", metrics.step))
 
-    def evaluation(self, evaluation: Evaluation) -> None:
-        self.events.append(("evaluation", evaluation.step))
+    def evaluation(self, evaluation: Evaluation, when: Moment) -> None:
+        self.events.append(("evaluation", evaluation.step, when))
+
+    def generation(self, who: str, rows: tuple[Sequence, ...], texts: list[np.ndarray]) -> None:
+        raise AssertionError("the loops generate nothing")
+
+    def phase(self, text: str) -> None:
+        raise AssertionError("the loops are one phase")
 
     def event(self, name: str, **fields: Any) -> None:
         self.events.append((name, fields))
@@ -148,96 +159,116 @@ class Students:
         return Evaluation(step, 5, 1.0, 0.5, 10.0, 5.0)
 
 
-def make(settings: LoopSettings = SETTINGS, **delays: float) -> tuple[Loops, Trace, Scorers, Students, list]:
-    trace, saved = Trace(), []
+@dataclass
+class Made:
+    """The loops and the fakes around them; a test may replace what the fakes do, and `save`."""
+
+    loops: Loops
+    trace: Trace
+    scorers: Scorers
+    students: Students
+    stream: Stream
+    answers: FromDataset
+    evaluate: Evaluate
+    checkpoint: Checkpoint
+    stop: asyncio.Event
+    save: Callable[[Trained], Awaitable[bool]]
+    saved: list[tuple[int, int]]  # (step, position)
+
+    def run(self, start_step: int = 0) -> None:
+        asyncio.run(asyncio.wait_for(self.loops.run(start_step), 20))
+
+
+def make(settings: LoopSettings = SETTINGS, *, answers: FromDataset | None = None, **delays: float) -> Made:
+    trace, saved, stream = Trace(), [], Stream()
+    answers = answers or FromDataset()
     scorers = Scorers(trace, delay_s=delays.get("score", 0.0))
     students = Students(trace, delay_s=delays.get("train", 0.0))
 
-    async def save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
-        saved.append((step, cursor.position))
+    async def keep(trained: Trained) -> bool:
+        saved.append((trained.step, trained.cursor.position))
         return True
 
-    loops = Loops(
-        stream=Stream(),
-        elicitation=FromDataset(),
-        scorers=scorers,
-        students=students,
-        encoding=TopK(),
-        settings=settings,
-        observer=trace,
-        save=save,
-        stop_requested=asyncio.Event(),
-    )
-    return loops, trace, scorers, students, saved
+    async def save(trained: Trained) -> bool:
+        return await made.save(trained)
+
+    source = SingleSource(stream, answers, sequences_per_step=settings.sequences_per_step)
+    supply = Supply(source, scorers, students, labels=TopK(), settings=settings, observer=trace)
+    checkpoint = Checkpoint(save, trace, settings)
+    evaluate = Evaluate(students, trace, settings, checkpoint)
+    stop = asyncio.Event()
+    loops = Loops(supply, students, [evaluate, checkpoint], settings=settings, observer=trace, stop_requested=stop)
+    made = Made(loops, trace, scorers, students, stream, answers, evaluate, checkpoint, stop, keep, saved)
+    return made
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_each_step_trains_its_own_positions_once_and_in_order_at_every_depth(depth: int) -> None:
-    loops, trace, _, students, saved = make(replace(SETTINGS, depth=depth), score=0.002)
-    asyncio.run(loops.run(0))
-    assert students.trained == [sorted(f"0:{i}" for i in range(4 * s, 4 * s + 4)) for s in range(8)]
-    assert [e[1] for e in trace.events if e[0] == "step"] == list(range(1, 9))
-    assert saved == [(8, 32)]
+    made = make(replace(SETTINGS, depth=depth), score=0.002)
+    made.run()
+    assert made.students.trained == [sorted(f"0:{i}" for i in range(4 * s, 4 * s + 4)) for s in range(8)]
+    assert [e[1] for e in made.trace.events if e[0] == "step"] == list(range(1, 9))
+    assert made.saved == [(8, 32)]
 
 
 def test_depth_zero_scores_nothing_while_a_step_trains() -> None:
-    loops, trace, _, _, _ = make(replace(SETTINGS, depth=0), train=0.005)
-    asyncio.run(loops.run(0))
-    kinds = [e[0] for e in trace.events if e[0] in ("score", "step")]
+    made = make(replace(SETTINGS, depth=0), train=0.005)
+    made.run()
+    kinds = [e[0] for e in made.trace.events if e[0] in ("score", "step")]
     assert kinds == ["score", "score", "step"] * 8
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_supply_runs_ahead_by_exactly_the_depth(depth: int) -> None:
-    loops, trace, _, students, _ = make(replace(SETTINGS, depth=depth), train=0.01)
-    asyncio.run(loops.run(0))
-    scored_at_first_step = trace.events.index(("step", 1))
-    before = {e[1].split("/")[0] for e in trace.events[:scored_at_first_step] if e[0] == "score"}
+    made = make(replace(SETTINGS, depth=depth), train=0.1)
+    made.run()
+    scored_at_first_step = made.trace.events.index(("step", 1))
+    before = {e[1].split("/")[0] for e in made.trace.events[:scored_at_first_step] if e[0] == "score"}
     assert before == {str(step) for step in range(1, depth + 2)}
-    assert students.max_staged <= depth + 1
+    assert made.students.max_staged <= depth + 1
 
 
 def test_a_byte_cap_below_one_step_means_one_step_at_a_time() -> None:
-    loops, _, scorers, students, _ = make(replace(SETTINGS, depth=4, max_label_bytes=1), score=0.003)
-    asyncio.run(loops.run(0))
-    assert len(students.trained) == 8
-    assert students.max_staged == 1
-    assert scorers.max_in_flight == 2  # the two units of one step
+    made = make(replace(SETTINGS, depth=4, max_label_bytes=1), score=0.003)
+    made.run()
+    assert len(made.students.trained) == 8
+    assert made.students.max_staged == 1
+    assert made.scorers.max_in_flight == 2  # the two units of one step
 
 
 def test_lost_labels_are_scored_again_and_only_those() -> None:
-    loops, trace, _, students, _ = make()
-    students.lose_once = {3}
-    asyncio.run(loops.run(0))
-    scored = [e[1] for e in trace.events if e[0] == "score" and e[1].startswith("3/")]
+    made = make()
+    made.students.lose_once = {3}
+    made.run()
+    scored = [e[1] for e in made.trace.events if e[0] == "score" and e[1].startswith("3/")]
     assert len(scored) == 3
     assert len(set(scored)) == 2
-    assert len(students.trained) == 8
+    assert len(made.students.trained) == 8
 
 
 def test_an_error_of_a_scorer_ends_the_run_as_itself_when_its_step_is_due_and_what_was_trained_is_saved() -> None:
-    loops, _, scorers, students, saved = make(train=0.01)
-    scorers.fail = lambda unit: UnitRejected("bad unit") if unit.id.startswith("4/") else None
+    made = make(train=0.01)
+    made.scorers.fail = lambda unit: UnitRejected("bad unit") if unit.id.startswith("4/") else None
     with pytest.raises(UnitRejected, match="bad unit"):
-        asyncio.run(asyncio.wait_for(loops.run(0), 5))
-    assert len(students.trained) == 3
-    assert saved == [(3, 12)]
+        made.run()
+    assert len(made.students.trained) == 3
+    assert made.saved == [(3, 12)]
 
 
 def test_a_bad_row_ends_the_run_when_its_step_is_due_and_what_was_trained_is_saved() -> None:
-    loops, _, _, students, saved = make(train=0.01)
-    take = loops._stream.take
+    made = make(train=0.01)
+    take = made.stream.take
 
     def take_until_the_bad_row(num: int) -> list[Prompt]:
-        if loops._stream.cursor.position == 12:
+        if made.stream.cursor.position == 12:
             raise DataError("train.jsonl:13: no answer")
         return take(num)
 
-    loops._stream.take = take_until_the_bad_row
+    made.stream.take = take_until_the_bad_row
     with pytest.raises(DataError, match="no answer"):
-        asyncio.run(asyncio.wait_for(loops.run(0), 5))
-    assert len(students.trained) == 3
-    assert saved == [(3, 12)]
+        made.run()
+    assert len(made.students.trained) == 3
+    assert made.saved == [(3, 12)]
 
 
 class Panic(BaseException):
@@ -259,8 +290,8 @@ UNFORESEEN = [
 def test_an_error_of_supply_that_nobody_foresaw_ends_the_run_when_its_step_is_due_and_what_was_trained_is_saved(
     where: str, error: BaseException
 ) -> None:
-    loops, _, _, students, saved = make(train=0.01)
-    owner = {"take": loops._stream, "collect": loops._elicitation, "stage": students}[where]
+    made = make(train=0.01)
+    owner = {"take": made.stream, "collect": made.answers, "stage": made.students}[where]
     work = getattr(owner, where)
     calls = 0
 
@@ -273,47 +304,47 @@ def test_an_error_of_supply_that_nobody_foresaw_ends_the_run_when_its_step_is_du
 
     setattr(owner, where, broken_at_the_fourth)
     with pytest.raises((type(error), RuntimeError)) as raised:
-        asyncio.run(asyncio.wait_for(loops.run(0), 5))
+        made.run()
     assert type(error).__name__ in repr(raised.value)
-    assert len(students.trained) == 3
-    assert saved == [(3, 12)]
+    assert len(made.students.trained) == 3
+    assert made.saved == [(3, 12)]
 
 
 def test_nothing_is_left_to_train_and_nothing_is_said(recwarn: pytest.WarningsRecorder) -> None:
-    loops, trace, _, _, saved = make()
-    asyncio.run(loops.run(SETTINGS.total_steps))
+    made = make()
+    made.run(SETTINGS.total_steps)
     gc.collect()  # of a coroutine that was never begun, for example, it is said then
-    assert (trace.events, saved, recwarn.list) == ([], [], [])
+    assert (made.trace.events, made.saved, recwarn.list) == ([], [], [])
 
 
 def test_the_error_that_ends_a_run_is_told_although_saving_fails_as_well() -> None:
-    loops, trace, _, _, _ = make()
+    made = make()
 
-    async def full_disk(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+    async def full_disk(trained: Trained) -> bool:
         raise InfrastructureError("the checkpoint could not be written")
 
     def broken(num: int) -> list[Prompt]:
-        if loops._stream.position == 8:
+        if made.stream.position == 8:
             raise TypeError("a template's")
         return take(num)
 
-    take, loops._stream.take, loops._save = loops._stream.take, broken, full_disk
+    take, made.stream.take, made.save = made.stream.take, broken, full_disk
     with pytest.raises(TypeError, match="a template's"):
-        asyncio.run(asyncio.wait_for(loops.run(0), 5))
-    assert any("could not be written" in event[1].get("text", "") for event in trace.events if event[0] == "note")
+        made.run()
+    assert any("could not be written" in event[1].get("text", "") for event in made.trace.events if event[0] == "note")
 
 
 def test_rows_that_are_not_read_for_ever_do_not_hinder_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.loop.loops.SETTLE_S", 0.1)
+    monkeypatch.setattr("trainer.loop.supply.SETTLE_S", 0.1)
 
     async def scenario() -> list:
-        loops, _, _, _, saved = make()
-        take = loops._stream.take
-        loops._stream.take = lambda num: take(num) if loops._stream.position < 8 else threading.Event().wait()
-        asyncio.get_running_loop().call_later(0.3, loops._stop_requested.set)
+        made = make()
+        take = made.stream.take
+        made.stream.take = lambda num: take(num) if made.stream.position < 8 else threading.Event().wait()
+        asyncio.get_running_loop().call_later(0.3, made.stop.set)
         with pytest.raises(Preempted, match="after step 2"):
-            await asyncio.wait_for(loops.run(0), 5)
-        return saved
+            await asyncio.wait_for(made.loops.run(0), 5)
+        return made.saved
 
     started = time.monotonic()
     assert asyncio.run(scenario()) == [(2, 8)]
@@ -324,8 +355,8 @@ def test_nobody_reads_rows_any_more_when_the_stream_is_moved_after_a_loss() -> N
     reading: list[bool] = []
 
     async def scenario() -> None:
-        loops, _, _, students, _ = make()
-        take = loops._stream.take
+        made = make()
+        take = made.stream.take
 
         def slow(num: int) -> list[Prompt]:
             reading.append(True)
@@ -337,52 +368,52 @@ def test_nobody_reads_rows_any_more_when_the_stream_is_moved_after_a_loss() -> N
             await asyncio.sleep(0.05)
             raise StudentsLost("rank 1 died")
 
-        loops._stream.take, students.step = slow, lost
+        made.stream.take, made.students.step = slow, lost
         with pytest.raises(StudentsLost):
-            await loops.run(0)
+            await made.loops.run(0)
         assert reading == []
 
     asyncio.run(scenario())
 
 
 def test_an_error_of_a_later_step_does_not_end_a_checkpoint_that_is_being_written() -> None:
-    loops, _, scorers, _, _ = make(replace(SETTINGS, save_every=2))
+    made = make(replace(SETTINGS, save_every=2))
     written: list[int] = []
 
-    async def slow_save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+    async def slow_save(trained: Trained) -> bool:
         await asyncio.sleep(0.05)
-        written.append(step)
+        written.append(trained.step)
         return True
 
-    loops._save = slow_save
-    scorers.fail = lambda unit: UnitRejected("bad unit") if unit.id.startswith("4/") else None
+    made.save = slow_save
+    made.scorers.fail = lambda unit: UnitRejected("bad unit") if unit.id.startswith("4/") else None
     with pytest.raises(UnitRejected):
-        asyncio.run(asyncio.wait_for(loops.run(0), 5))
+        made.run()
     assert written == [2, 3]
 
 
 def test_a_lost_group_is_not_asked_for_a_checkpoint() -> None:
-    loops, _, _, students, saved = make()
-    stage = students.stage
+    made = make()
+    stage = made.students.stage
 
     async def lost_at_three(batches: tuple[RankBatch, ...], blocks: list) -> None:
         if batches[0].step == 3:
             raise StudentsLost("rank 1 died")
         await stage(batches, blocks)
 
-    students.stage = lost_at_three  # type: ignore[method-assign]
+    made.students.stage = lost_at_three  # type: ignore[method-assign]
     with pytest.raises(StudentsLost):
-        asyncio.run(asyncio.wait_for(loops.run(0), 5))
-    assert saved == []
+        made.run()
+    assert made.saved == []
 
 
 def test_skipped_steps_are_counted_and_end_the_run_past_the_budget_without_saving() -> None:
-    loops, trace, _, students, saved = make(replace(SETTINGS, save_every=1))
-    students.skipped = {3, 5}
+    made = make(replace(SETTINGS, save_every=1))
+    made.students.skipped = {3, 5}
     with pytest.raises(Diverged, match="2 steps had a non-finite"):
-        asyncio.run(loops.run(0))
-    assert [step for step, _ in saved] == [1, 2, 3, 4]
-    listed = [e[1]["prompts"] for e in trace.events if e[0] == "non_finite_step"]
+        made.run()
+    assert [step for step, _ in made.saved] == [1, 2, 3, 4]
+    listed = [e[1]["prompts"] for e in made.trace.events if e[0] == "non_finite_step"]
     assert listed[0] == [f"0:{i}" for i in range(8, 12)]
 
 
@@ -393,154 +424,155 @@ def test_skipped_steps_are_counted_and_end_the_run_past_the_budget_without_savin
 def test_an_evaluation_that_is_not_finite_ends_the_run_before_the_student_is_saved(
     kl: float, broken: int, saved_before: list[int], kept: str
 ) -> None:
-    loops, trace, _, students, saved = make(replace(SETTINGS, save_every=3, evaluate_every=2))
-    original = students.evaluate
+    made = make(replace(SETTINGS, save_every=3, evaluate_every=2))
+    original = made.students.evaluate
 
     async def evaluate(step: int) -> Evaluation:
         return replace(await original(step), forward_kl=kl if step == broken else 1.0)
 
-    students.evaluate = evaluate  # type: ignore[method-assign]
+    made.students.evaluate = evaluate  # type: ignore[method-assign]
     with pytest.raises(Diverged, match=rf"KL after step {broken} is {kl}.*{kept}"):
-        asyncio.run(loops.run(0))
-    assert [step for step, _ in saved] == saved_before
-    assert ("evaluation", broken) in trace.events, "it is recorded all the same"
+        made.run()
+    assert [step for step, _ in made.saved] == saved_before
+    assert ("evaluation", broken, "after" if broken == 8 else "during") in made.trace.events, (
+        "it is recorded all the same"
+    )
 
 
 def test_a_run_of_which_no_step_was_finite_has_not_trained() -> None:
-    loops, _, _, students, saved = make(replace(SETTINGS, total_steps=2, max_non_finite_steps=3))
-    students.skipped = {1, 2}
+    made = make(replace(SETTINGS, total_steps=2, max_non_finite_steps=3))
+    made.students.skipped = {1, 2}
     with pytest.raises(Diverged, match="2 steps had a non-finite"):
-        asyncio.run(loops.run(0))
-    assert saved == []
-    loops, _, _, students, saved = make(replace(SETTINGS, total_steps=2, max_non_finite_steps=3))
-    students.skipped = {2}
-    asyncio.run(loops.run(0))
-    assert [step for step, _ in saved] == [2]
+        made.run()
+    assert made.saved == []
+    made = make(replace(SETTINGS, total_steps=2, max_non_finite_steps=3))
+    made.students.skipped = {2}
+    made.run()
+    assert [step for step, _ in made.saved] == [2]
 
 
 def test_a_stop_saves_the_last_trained_step_and_its_cursor() -> None:
-    loops, _, _, students, saved = make(train=0.005)
-    original = students.step
+    made = make(train=0.005)
+    original = made.students.step
 
     async def step_then_stop(step: int) -> StepMetrics:
         if step == 3:
-            loops._stop_requested.set()
+            made.stop.set()
         return await original(step)
 
-    students.step = step_then_stop  # type: ignore[method-assign]
+    made.students.step = step_then_stop  # type: ignore[method-assign]
     with pytest.raises(Preempted, match="after step 3"):
-        asyncio.run(loops.run(0))
-    assert saved == [(3, 12)]
+        made.run()
+    assert made.saved == [(3, 12)]
 
 
 def test_a_stop_is_not_overtaken_by_the_error_of_a_step_that_is_not_trained_any_more() -> None:
     async def scenario() -> list:
-        loops, _, scorers, _, saved = make(train=0.01, score=0.002)
-        save = loops._save
+        made = make(train=0.01, score=0.002)
+        save = made.save
 
-        async def slow_save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
+        async def slow_save(trained: Trained) -> bool:
             await asyncio.sleep(0.05)
-            return await save(step, cursor, non_finite_steps)
+            return await save(trained)
 
-        loops._save = slow_save
-        scorers.fail = lambda unit: UnitRejected("bad unit") if unit.id.startswith("4/") else None
-        original = loops._students.step
+        made.save = slow_save
+        made.scorers.fail = lambda unit: UnitRejected("bad unit") if unit.id.startswith("4/") else None
+        original = made.students.step
 
         async def step_then_stop(step: int) -> StepMetrics:
             if step == 2:
-                loops._stop_requested.set()
+                made.stop.set()
             return await original(step)
 
-        loops._students.step = step_then_stop
+        made.students.step = step_then_stop
         with pytest.raises(Preempted, match="after step 2"):
-            await asyncio.wait_for(loops.run(0), 5)
-        return saved
+            await asyncio.wait_for(made.loops.run(0), 5)
+        return made.saved
 
     assert asyncio.run(scenario()) == [(2, 8)]
 
 
 def test_a_stop_whose_checkpoint_cannot_be_written_does_not_claim_that_it_was() -> None:
-    loops, _, _, students, _ = make(replace(SETTINGS, save_every=3))
+    made = make(replace(SETTINGS, save_every=3))
     tried: list[int] = []
 
-    async def full_disk(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
-        tried.append(step)
-        if step == 3:
-            loops._stop_requested.set()
+    async def full_disk(trained: Trained) -> bool:
+        tried.append(trained.step)
+        if trained.step == 3:
+            made.stop.set()
         return False
 
-    loops._save = full_disk
+    made.save = full_disk
     with pytest.raises(InfrastructureError, match="could not be written"):
-        asyncio.run(loops.run(0))
+        made.run()
     assert tried == [3, 3]
-    assert len(students.trained) == 3
+    assert len(made.students.trained) == 3
 
 
 def test_a_checkpoint_holds_the_skipped_steps_counted_until_then() -> None:
-    loops, _, _, students, _ = make(replace(SETTINGS, save_every=2, max_non_finite_steps=5))
-    students.skipped = {1, 4, 7}
+    made = make(replace(SETTINGS, save_every=2, max_non_finite_steps=5))
+    made.students.skipped = {1, 4, 7}
     counts: dict[int, int] = {}
 
-    async def save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
-        counts[step] = non_finite_steps
+    async def save(trained: Trained) -> bool:
+        counts[trained.step] = trained.non_finite_steps
         return True
 
-    loops._save = save
-    asyncio.run(loops.run(0))
+    made.save = save
+    made.run()
     assert counts == {2: 1, 4: 2, 6: 2, 8: 3}
 
 
 def test_an_evaluation_that_a_killed_run_did_not_come_to_is_made_when_it_goes_on() -> None:
-    loops, trace, _, _, _ = make(replace(SETTINGS, evaluate_every=3))
-    asyncio.run(loops.run(3))
-    assert [e[1] for e in trace.events if e[0] == "evaluation"] == [3, 6, 8]
+    made = make(replace(SETTINGS, evaluate_every=3))
+    made.run(3)
+    assert [e[1] for e in made.trace.events if e[0] == "evaluation"] == [3, 6, 8]
 
 
 def test_a_stop_while_the_teacher_is_silent_ends_at_once() -> None:
     async def scenario() -> None:
-        loops, _, _, _, saved = make(score=60.0)
-        asyncio.get_running_loop().call_later(0.05, loops._stop_requested.set)
+        made = make(score=60.0)
+        asyncio.get_running_loop().call_later(0.05, made.stop.set)
         with pytest.raises(Preempted):
-            await asyncio.wait_for(loops.run(0), 2)
-        assert saved == []
+            await asyncio.wait_for(made.loops.run(0), 2)
+        assert made.saved == []
 
     asyncio.run(scenario())
 
 
 def test_labels_lost_for_ever_end_with_the_step_named() -> None:
-    loops, _, _, students, _ = make()
+    made = make()
 
     async def always_lost(batches: tuple[RankBatch, ...], blocks: list) -> None:
         raise LabelsLost([batches[0].units[0].id])
 
-    students.stage = always_lost  # type: ignore[method-assign]
+    made.students.stage = always_lost  # type: ignore[method-assign]
     with pytest.raises(InfrastructureError, match="lost 3 times"):
-        asyncio.run(asyncio.wait_for(loops.run(0), 5))
+        made.run()
 
 
 def test_a_checkpoint_is_saved_by_time_as_well_and_a_failed_one_is_not_tried_again_at_once() -> None:
-    loops, _, _, students, _ = make(replace(SETTINGS, total_steps=9, save_every=5, save_every_s=30.0))
-    loops._clock = lambda: 10.0 * len(students.trained)  # a step takes ten seconds
-    loops._saved_at = 0.0
+    made = make(replace(SETTINGS, total_steps=9, save_every=5, save_every_s=30.0))
+    made.loops._clock = lambda: 10.0 * len(made.students.trained)  # a step takes ten seconds
     tried: list[int] = []
 
-    async def save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
-        assert cursor.position == 4 * step
-        tried.append(step)
-        return step != 3
+    async def save(trained: Trained) -> bool:
+        assert trained.cursor.position == 4 * trained.step
+        tried.append(trained.step)
+        return trained.step != 3
 
-    loops._save = save
-    asyncio.run(loops.run(0))
+    made.save = save
+    made.run()
     assert tried == [3, 5, 8, 9]
-    assert loops.last_saved == 9
+    assert made.checkpoint.saved_step == 9
 
 
 def test_a_run_without_held_out_rows_is_never_evaluated() -> None:
-    loops, trace, _, students, saved = make(replace(SETTINGS, has_held_out_rows=False, evaluate_every=2))
-    asyncio.run(loops.run(0))
-    assert [event for event in trace.events if event[0] == "evaluation"] == []
-    assert loops.last_evaluation is None
-    assert len(students.trained) == saved[-1][0] == SETTINGS.total_steps
+    made = make(replace(SETTINGS, has_held_out_rows=False, evaluate_every=2))
+    made.run()
+    assert [event for event in made.trace.events if event[0] == "evaluation"] == []
+    assert made.evaluate.latest is None
+    assert len(made.students.trained) == made.saved[-1][0] == SETTINGS.total_steps
 
 
 class Written(FromDataset):
@@ -560,48 +592,47 @@ class Written(FromDataset):
             raise DataError(f"{answers.dropped} of {answers.written}")
 
 
-def writing(elicitation: Written, **arguments: Any) -> tuple[Loops, Trace, Students, list[Cursor]]:
-    loops, trace, _, students, _ = make(**arguments)
+def writing(answers: Written, **arguments: Any) -> tuple[Made, list[Cursor]]:
+    made = make(answers=answers, **arguments)
     saved: list[Cursor] = []
 
-    async def save(step: int, cursor: Cursor, non_finite_steps: int) -> bool:
-        saved.append(cursor)
+    async def save(trained: Trained) -> bool:
+        saved.append(trained.cursor)
         return True
 
-    loops._elicitation, loops._save = elicitation, save
-    return loops, trace, students, saved
+    made.save = save
+    return made, saved
 
 
 def test_answers_are_counted_as_their_steps_are_trained_and_saved_with_the_cursor() -> None:
-    elicitation = Written(silent=1)
-    loops, trace, _, saved = writing(elicitation, settings=replace(SETTINGS, total_steps=7, save_every=3, depth=3))
-    asyncio.run(loops.run(0))
+    answers = Written(silent=1)
+    made, saved = writing(answers, settings=replace(SETTINGS, total_steps=7, save_every=3, depth=3))
+    made.run()
     assert [(cursor.position, cursor.answers.written, cursor.answers.empty) for cursor in saved] == [
         (12, 12, 3),
         (24, 24, 6),
         (28, 28, 7),
     ]
-    assert elicitation.judged == [(4 * step, step == 7) for step in range(1, 8)]
-    told = [e for e in trace.events if e[0] == "note"]
+    assert answers.judged == [(4 * step, step == 7) for step in range(1, 8)]
+    told = [e for e in made.trace.events if e[0] == "note"]
     assert [e[1]["text"].split(";")[0] for e in told] == ["step 1 has prompts that the teacher answered with nothing"]
 
-    resumed, _, _, again = writing(Written(silent=1), settings=replace(SETTINGS, total_steps=7, save_every=3))
-    resumed._stream = stream = Stream()
-    stream.position, stream.answers = 12, saved[0].answers
-    asyncio.run(resumed.run(3))
+    resumed, again = writing(Written(silent=1), settings=replace(SETTINGS, total_steps=7, save_every=3))
+    resumed.stream.position, resumed.stream.answers = 12, saved[0].answers
+    resumed.run(3)
     assert again == saved[1:]
 
 
 def test_too_many_answers_of_no_use_end_the_run_after_what_was_trained_is_saved() -> None:
-    loops, _, students, saved = writing(Written(silent=1))
+    made, saved = writing(Written(silent=1))
     with pytest.raises(DataError, match="8 of 32"):  # the eighth step is one too many
-        asyncio.run(loops.run(0))
-    assert len(students.trained) == 7
+        made.run()
+    assert len(made.students.trained) == 7
     assert [cursor.position for cursor in saved] == [28]
 
 
 def test_a_step_without_any_sequence_is_told() -> None:
-    loops, trace, students, _ = writing(Written(silent=4), settings=replace(SETTINGS, total_steps=2))
-    asyncio.run(loops.run(0))
-    assert students.trained == [[], []]
-    assert [e[1] for e in trace.events if e[0] == "empty_step"] == [{"at_step": 1}, {"at_step": 2}]
+    made, _ = writing(Written(silent=4), settings=replace(SETTINGS, total_steps=2))
+    made.run()
+    assert made.students.trained == [[], []]
+    assert [e[1] for e in made.trace.events if e[0] == "empty_step"] == [{"at_step": 1}, {"at_step": 2}]

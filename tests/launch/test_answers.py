@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from write_answers import whole_sentences
+
+from launch.answers import whole_sentences
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,101 @@
+"""`runtime:` of a run: the machines it is resolved on, and the session that holds its roles there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster import nodes, ray_session, runtime
+from cluster.in_process import InProcessSession
+from cluster.model_files import ModelFiles, find_folder
+from cluster.placement.hardware import Hardware
+from cluster.placement.resolve import Resolved, resolve
+from cluster.session import RaySession
+from cluster.students.group import StudentJob
+from configs.schema import ModelSource, Run
+from trainer.errors import ConfigError
+from trainer.loop.job import Inputs, Job
+from trainer.model.load import load_config
+from trainer.protocols import Observer, Session
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a run takes place."""
+
+    resolved: Resolved
+    cluster: ray_session.RayCluster | None  # None: in this process
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return (*self.resolved.warnings, *(self.cluster.warnings if self.cluster else ()))
+
+    @property
+    def start_timeout_s(self) -> float:
+        """Of the slowest role."""
+        plans = (self.resolved.student, self.resolved.scorer, self.resolved.writer)
+        return max(plan.start_timeout_s for plan in plans if plan)
+
+    def open_session(self, job: Job, observer: Observer) -> Session:
+        """Starts nothing yet."""
+        student = StudentJob(
+            run=job.run,
+            plan=self.resolved.student,
+            vocabulary=job.inputs.vocabulary,
+            total_steps=job.loop.total_steps,
+        )
+        if self.cluster is None:
+            return InProcessSession(student, self.resolved, observer=observer)
+        shared = not self.cluster.owned
+        return RaySession(student, self.resolved, folder=job.folder, observer=observer, shared=shared)
+
+
+def open_runtime(run: Run, inputs: Inputs, stack: contextlib.ExitStack, *, wait_for_nodes: int | None) -> Runtime:
+    """With `runtime: ray`, Ray is up afterwards and ends with the stack."""
+    if wait_for_nodes is not None and (run.runtime == "in_process" or not os.environ.get("RAY_ADDRESS")):
+        raise ConfigError(
+            f"--wait-for-nodes {wait_for_nodes} waits for nodes of a Ray cluster, and none is named: set RAY_ADDRESS "
+            "to the address of its head, and keep runtime: ray"
+        )
+    if run.runtime == "in_process":
+        return Runtime(resolve_run(run, inputs, Hardware.local()), None)
+    if os.environ.get("RAY_ADDRESS"):
+        cluster = ray_session.start_ray(num_cpus=0)
+        stack.callback(ray_session.stop_ray, cluster)
+        if wait_for_nodes is not None:
+            nodes.wait_for_nodes(
+                wait_for_nodes,
+                timeout_s=run.faults.start_timeout_s or nodes.JOIN_TIMEOUT_S,
+                note=lambda text: print(text, flush=True),
+            )
+        return Runtime(resolve_run(run, inputs, Hardware.of_ray()), cluster)
+    resolved = resolve_run(run, inputs, Hardware.local())
+    store = ray_session.object_store_bytes(run.training.max_label_bytes)
+    cluster = ray_session.start_ray(num_cpus=resolved.placement.num_slots, object_store_bytes=store)
+    stack.callback(ray_session.stop_ray, cluster)
+    return Runtime(resolved, cluster)
+
+
+def resolve_run(run: Run, inputs: Inputs, hardware: Hardware) -> Resolved:
+    """All that follows from a run, what was read for it, and the machines."""
+    return resolve(
+        run,
+        hardware,
+        vocabulary_size=inputs.vocabulary.size,
+        tokenizer_fingerprint=inputs.vocabulary.fingerprint,
+        stop_token_ids=inputs.stop_ids,
+        student_config=load_config(run.student.model, role="student.model"),
+        teacher_config=load_config(run.teacher.model, role="teacher.model"),
+        teacher_bytes=_weight_bytes(run.teacher.model),
+        student_bytes=_weight_bytes(run.student.model),
+        offline=all(Path(model.path).is_dir() for model in (run.teacher.model, run.student.model)),
+        bytecode_folder=runtime.bytecode_folder(),
+    )
+
+
+def _weight_bytes(source: ModelSource) -> int | None:
+    """None where the weights are not on this machine yet."""
+    folder = find_folder(source.path, source.revision)
+    return None if folder is None else ModelFiles.of(folder).weight_bytes

@@ -1,0 +1,29 @@
+"""What the loops need to know of a run's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """Numbers of one run."""
+
+    total_steps: int
+    sequences_per_step: int
+    micro_batch_tokens: int
+    depth: int
+    max_label_bytes: int
+    label_bytes_per_row: int
+    units_per_rank: int
+    max_unit_attempts: int
+    evaluate_every: int
+    save_every: int
+    max_non_finite_steps: int
+    save_every_s: float = 0.0  # since the last attempt to save; 0: by steps alone
+    has_held_out_rows: bool = True  # False: there is nothing to evaluate on, also not after the last step
+
+
+def every(interval: int, step: int) -> bool:
+    """Whether something that happens every `interval` steps happens after this one; an interval of 0 means never."""
+    return interval > 0 and step % interval == 0

@@ -1,0 +1,236 @@
+"""The supply loop: makes steps ready for training, ahead of the train loop and bounded by permits.
+
+    permit -> source.take -> source.collect -> plan -> score units -> stage on ranks -> ready queue -> next()
+       ^                                                                                                  |
+       +----------------------------- trained(step), after the optimizer step ----------------------------+
+
+A permit is taken before prompts are drawn and returned after the optimizer step. With depth d, d further steps may be
+under way while one is trained; depth 0 is strictly synchronous. An error waits in the queue until its step is due.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from configs.labels import Labels
+from trainer.errors import InfrastructureError, LabelsLost
+from trainer.loop.plan import cut_units, plan_step
+from trainer.loop.settings import LoopSettings
+from trainer.loop.sources import Drawn, Source
+from trainer.protocols import Observer, Scorers, Students
+from trainer.threads import in_thread, wrapped
+from trainer.types import AnswerCounters, BlockRef, Cursor, RankBatch, Unit, UnitReport
+
+_Made = TypeVar("_Made")
+SETTLE_S = 5.0  # for rows that are being read when nobody needs them any more: a thread is better not left behind
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyStep:
+    """A step whose labels are staged on every rank."""
+
+    step: int
+    cursor: Cursor  # after its prompts: what a checkpoint taken after it must hold
+    reports: tuple[UnitReport, ...]
+    sequence_ids: tuple[str, ...]
+    answers: AnswerCounters  # written for it
+
+
+class Permits:
+    """Steps admitted and not yet trained, bounded by number and by bytes of labels.
+
+    The oldest admitted step always gets its bytes, whatever its size: a step over the cap runs alone, none deadlocks.
+    """
+
+    def __init__(self, *, depth: int, max_bytes: int) -> None:
+        self._steps = asyncio.Semaphore(depth + 1)
+        self._max_bytes = max_bytes
+        self._bytes: dict[int, int] = {}
+        self._oldest: list[int] = []
+        self._changed = asyncio.Condition()
+
+    async def admit(self, step: int) -> None:
+        await self._steps.acquire()
+        self._oldest.append(step)
+
+    async def reserve(self, step: int, num_bytes: int) -> None:
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._oldest[0] == step or sum(self._bytes.values()) + num_bytes <= self._max_bytes
+            )
+            self._bytes[step] = num_bytes
+
+    async def give_back(self, step: int) -> None:
+        async with self._changed:
+            self._oldest.remove(step)
+            self._bytes.pop(step, None)
+            self._changed.notify_all()
+        self._steps.release()
+
+
+class Supply:
+    """Ready steps in their order. One attempt: a restarted student group gets a new one over the same source."""
+
+    def __init__(
+        self,
+        source: Source,
+        scorers: Scorers,
+        students: Students,
+        *,
+        labels: Labels,
+        settings: LoopSettings,
+        observer: Observer,
+    ) -> None:
+        self._source = source
+        self._scorers = scorers
+        self._students = students
+        self._labels = labels
+        self._settings = settings
+        self._observer = observer
+        self._permits = Permits(depth=settings.depth, max_bytes=settings.max_label_bytes)
+        self._ready: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
+        self._supplying: list[asyncio.Task[Any]] = []  # the loop itself, then its steps that are not trained yet
+        self._taking: asyncio.Future[Drawn] | None = None  # in a thread: a disk may hang
+        self._answers = AnswerCounters()  # of the steps taken here
+
+    def start(self, start_step: int) -> None:
+        """Begin with the step after `start_step`; the source stands there."""
+        supply = asyncio.create_task(_as_error(self._run, start_step), name="supply")
+        supply.add_done_callback(self._ended)
+        self._supplying.append(supply)
+
+    async def next(self) -> ReadyStep:
+        """The next step, its cursor with the answers of all steps up to it. Raises what kept it from becoming ready,
+        and `DataError` where too many answers are of no use."""
+        task = await self._ready.get()
+        ready = await asyncio.shield(task)
+        self._supplying = [other for other in self._supplying if other is not task]
+        return self._with_answers(ready)
+
+    async def trained(self, step: int) -> None:
+        """Its permit is free again."""
+        await self._permits.give_back(step)
+
+    async def end(self) -> None:
+        """Cancel what is not trained yet; its errors concern nobody any more."""
+        for task in self._supplying:
+            task.cancel()
+        await asyncio.gather(*self._supplying, return_exceptions=True)
+        self._supplying.clear()
+        if self._taking is not None:
+            await asyncio.wait([self._taking], timeout=SETTLE_S)
+        while not self._ready.empty():
+            left = self._ready.get_nowait()
+            if left.done() and not left.cancelled():
+                left.exception()
+
+    async def settle(self) -> None:
+        """After `end`: wait until no thread reads the source, which may then be moved."""
+        if self._taking is not None:
+            await asyncio.wait([self._taking])
+
+    async def _run(self, start_step: int) -> None:
+        for step in range(start_step + 1, self._settings.total_steps + 1):
+            await self._permits.admit(step)
+            self._taking = asyncio.ensure_future(in_thread(self._source.take, step))
+            drawn = await asyncio.shield(self._taking)
+            task = asyncio.create_task(_as_error(self._make_ready, drawn), name=f"step-{step}")
+            self._supplying.append(task)
+            self._ready.put_nowait(task)
+
+    def _ended(self, supply: asyncio.Task[None]) -> None:
+        """An error of the loop itself waits behind the steps that it made."""
+        if not supply.cancelled() and supply.exception() is not None:
+            self._ready.put_nowait(supply)
+
+    async def _make_ready(self, drawn: Drawn) -> ReadyStep:
+        collected = await self._source.collect(drawn)
+        sequences = collected.sequences
+        plan = plan_step(
+            [sequence.num_tokens for sequence in sequences],
+            world=self._students.world,
+            token_budget=self._settings.micro_batch_tokens,
+        )
+        batches = cut_units(sequences, plan, step=drawn.step, units_per_rank=self._settings.units_per_rank)
+        num_bytes = self._settings.label_bytes_per_row * sum(s.num_loss_tokens for s in sequences)
+        await self._permits.reserve(drawn.step, num_bytes)
+        return ReadyStep(
+            step=drawn.step,
+            cursor=drawn.cursor,
+            reports=await self._score_and_stage(batches),
+            sequence_ids=tuple(sequence.id for sequence in sequences),
+            answers=collected.answers,
+        )
+
+    async def _score_and_stage(self, batches: tuple[RankBatch, ...]) -> tuple[UnitReport, ...]:
+        """Score all units at once, then stage. Blocks that were lost on the way are scored again."""
+        scored: dict[str, tuple[UnitReport, BlockRef]] = {}
+        for attempt in range(self._settings.max_unit_attempts):
+            missing = [unit for batch in batches for unit in batch.units if unit.id not in scored]
+            scored.update(await self._score(missing))
+            blocks = [[scored[unit.id][1] for unit in batch.units] for batch in batches]
+            started = time.time()
+            try:
+                await self._students.stage(batches, blocks)
+            except LabelsLost as lost:
+                self._observer.event("labels_lost", units=list(lost.unit_ids), attempt=attempt)
+                for unit_id in lost.unit_ids:
+                    del scored[unit_id]
+                continue
+            self._observer.span("student", "stage", started, time.time(), f"step {batches[0].step}")
+            return tuple(report for report, _ in scored.values())
+        raise InfrastructureError(f"the labels of step {batches[0].step} were lost {attempt + 1} times in a row")
+
+    async def _score(self, units: list[Unit]) -> dict[str, tuple[UnitReport, BlockRef]]:
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {
+                    unit.id: group.create_task(self._scorers.score(unit, self._labels), name=f"unit {unit.id}")
+                    for unit in units
+                }
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from None
+        return {unit_id: task.result() for unit_id, task in tasks.items()}
+
+    def _with_answers(self, ready: ReadyStep) -> ReadyStep:
+        """Answers are counted in the order of the steps, whatever the order in which they were written."""
+        before = ready.cursor.answers.plus(self._answers)
+        self._answers = self._answers.plus(ready.answers)
+        answers = ready.cursor.answers.plus(self._answers)
+        if answers.cut_off and not before.cut_off:
+            text = f"step {ready.step} has answers that the teacher did not end (answers.max_new_tokens)"
+            self._observer.event("note", text=f"{text}; answers/cut_off in metrics.jsonl counts them")
+        if answers.empty and not before.empty:
+            text = f"step {ready.step} has prompts that the teacher answered with nothing"
+            self._observer.event("note", text=f"{text}; answers/empty in metrics.jsonl counts them")
+        self._source.judge(answers, last=ready.step == self._settings.total_steps)
+        if not ready.sequence_ids:
+            self._observer.event("empty_step", at_step=ready.step)
+        return replace(ready, cursor=replace(ready.cursor, answers=answers))
+
+
+async def _as_error(work: Callable[..., Awaitable[_Made]], *arguments: Any) -> _Made:
+    """What `work` returns or raises, always as an `Exception`: a plug-in or a library may raise what would end the
+    loop or look like a request to stop (`sys.exit()`, a cancellation that nobody here asked for)."""
+    try:
+        return await work(*arguments)
+    except (Exception, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as raised:
+        task = asyncio.current_task()
+        if isinstance(raised, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
+        raise wrapped(raised) from raised
+
+
+def first_error(group: BaseExceptionGroup) -> BaseException:
+    """The error that a person should see: the first that is no cancellation, from the innermost group."""
+    for error in group.exceptions:
+        found = first_error(error) if isinstance(error, BaseExceptionGroup) else error
+        if not isinstance(found, asyncio.CancelledError):
+            return found
+    return group.exceptions[0]
