@@ -64,7 +64,7 @@ class InProcessStudents:
         self._rank: StudentRank | None = None
 
     async def start(self, checkpoint: Path | None) -> StudentInfo:
-        place = RankPlace(actor=0, rank=0, local_rank=0, local_size=1, node="here", local_index=0)
+        place = RankPlace(actor=0, rank=0, local_rank=0, local_size=1, node="here")
         port = runtime.free_port()
         os.environ.update(runtime.student_environment(place, world=1, address="127.0.0.1", port=port))
         from trainer.model.student import StudentRank

@@ -133,7 +133,6 @@ class RankPlace:
     local_rank: int  # what LOCAL_RANK must say: among the GPUs the process *sees*, so 0 where Ray masked it to one
     local_size: int  # ranks on this node
     node: str
-    local_index: int  # among the ranks of this node
 
 
 def student_environment(place: RankPlace, *, world: int, address: str, port: int) -> dict[str, str]:

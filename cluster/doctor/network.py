@@ -221,4 +221,4 @@ def _peer(node: str, accelerator: runtime.Accelerator) -> Any:
 
 
 def _place(rank: int, node: str) -> RankPlace:
-    return RankPlace(actor=rank, rank=rank, local_rank=0, local_size=1, node=node, local_index=0)
+    return RankPlace(actor=rank, rank=rank, local_rank=0, local_size=1, node=node)

@@ -52,9 +52,8 @@ def number_ranks(placed: Sequence[tuple[int, str, Sequence[str]]]) -> list[RankP
     sizes = {node: sum(other == node for _, other, _ in by_actor) for node in node_order}
     places: list[RankPlace] = []
     for rank, (actor, node, gpus) in enumerate(ordered):
-        local_index = sum(place.node == node for place in places)
-        local_rank = 0 if gpus else local_index
-        places.append(RankPlace(actor, rank, local_rank, sizes[node], node, local_index))
+        local_rank = 0 if gpus else sum(place.node == node for place in places)
+        places.append(RankPlace(actor, rank, local_rank, sizes[node], node))
     return places
 
 

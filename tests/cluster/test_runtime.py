@@ -25,7 +25,7 @@ HOST_ONLY = {
 
 
 def place(rank: int = 1, local_rank: int = 1, local_size: int = 2) -> RankPlace:
-    return RankPlace(rank, rank, local_rank, local_size, node="a", local_index=local_rank)
+    return RankPlace(rank, rank, local_rank, local_size, node="a")
 
 
 @pytest.mark.parametrize("role", ALL_ROLES)

@@ -114,10 +114,10 @@ def test_whatever_can_be_placed_is_placed(nodes: list[int], ranks: int, shards: 
 def test_ranks_are_numbered_by_node_and_gpu_whatever_the_order_of_actors() -> None:
     placed = [(0, "b", ["3"]), (1, "a", ["10"]), (2, "b", ["0"]), (3, "a", ["2"])]
     assert number_ranks(placed) == [
-        RankPlace(actor=2, rank=0, local_rank=0, local_size=2, node="b", local_index=0),
-        RankPlace(actor=0, rank=1, local_rank=0, local_size=2, node="b", local_index=1),
-        RankPlace(actor=3, rank=2, local_rank=0, local_size=2, node="a", local_index=0),
-        RankPlace(actor=1, rank=3, local_rank=0, local_size=2, node="a", local_index=1),
+        RankPlace(actor=2, rank=0, local_rank=0, local_size=2, node="b"),
+        RankPlace(actor=0, rank=1, local_rank=0, local_size=2, node="b"),
+        RankPlace(actor=3, rank=2, local_rank=0, local_size=2, node="a"),
+        RankPlace(actor=1, rank=3, local_rank=0, local_size=2, node="a"),
     ]
     assert number_ranks(placed[::-1]) == number_ranks(placed)
 
