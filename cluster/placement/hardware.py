@@ -1,5 +1,4 @@
-"""What machines a run may use, as plain values: read from this host, from a Ray cluster, or from a text such as
-`8xH100,8xA100`, so that a plan for a cluster can be made and tested on a laptop.
+"""What machines a run may use, as plain values: read from this host, or from a Ray cluster.
 
 Nothing here creates a CUDA context.
 """
@@ -13,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer.errors import ConfigError, InfrastructureError
+from trainer.errors import InfrastructureError
 
 GPUS_WITHOUT_BFLOAT16 = frozenset({"K80", "P4", "P40", "P100", "V100", "T4"})
 """Ray's names of data-centre GPUs older than Ampere."""
@@ -21,7 +20,6 @@ GPUS_WITHOUT_BFLOAT16 = frozenset({"K80", "P4", "P40", "P100", "V100", "T4"})
 PROBE_TIMEOUT_S = 60.0
 
 _GIB = 2**30
-_PARTS = (r"(?P<gpus>\d+)x(?P<gpu>[A-Za-z].*)", r"(?P<cpus>\d+)cpu(?P<amx>\+amx)?", r"(?P<memory>\d+)GiB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +75,6 @@ class Hardware:
             gpus = ", ".join(f"{count}x{gpu}" for gpu, count in kinds.items()) or "no GPU"
             texts.append(f"{gpus}, {node.num_cpus} cores")
         return f"{len(self.nodes)} node{'s' if len(self.nodes) > 1 else ''}: " + "; ".join(texts)
-
-    @classmethod
-    def parse(cls, text: str) -> Hardware:
-        """Nodes separated by commas, each `8xH100`, `2cpu`, `2cpu+amx`, `8xH100/96cpu` or `8xH100/96cpu/2048GiB`.
-
-        Where not said: 12 cores and 256 GiB a GPU, 8 GiB a core without one. Raises `ConfigError`.
-        """
-        return cls(tuple(_parse_node(part.strip(), index) for index, part in enumerate(text.split(","))))
 
     @classmethod
     def local(cls) -> Hardware:
@@ -144,22 +134,6 @@ def local_node() -> Node:
 
 def _names_gpu(resource: str) -> bool:
     return resource.startswith("accelerator_type:")
-
-
-def _parse_node(text: str, index: int) -> Node:
-    found: dict[str, str] = {}
-    for part in text.split("/"):
-        match = next((m for pattern in _PARTS if (m := re.fullmatch(pattern, part.strip()))), None)
-        if match is None:
-            raise ConfigError(f"hardware: '{text}' is no machine; write 8xH100, 2cpu, 2cpu+amx or 8xH100/96cpu/2048GiB")
-        found |= {key: value for key, value in match.groupdict().items() if value}
-    num_gpus = int(found.get("gpus", 0))
-    num_cpus = int(found.get("cpus", 12 * num_gpus))
-    if num_cpus == 0:
-        raise ConfigError(f"hardware: '{text}' has no cores; write for example 2cpu")
-    memory = int(found.get("memory", 256 * num_gpus or 8 * num_cpus))
-    gpus = (found.get("gpu", ""),) * num_gpus
-    return Node(f"node-{index}", num_cpus, gpus, memory * _GIB, "amx" in found)
 
 
 def _probe(node_ids: Sequence[str]) -> list[Node]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 from fake_gpus import Witness, ray_folder, run_roles
+from machines import machines
 
 from cluster import ray_session
 from cluster.placement.groups import RoleRequest
@@ -85,7 +86,7 @@ def own_handler() -> Iterator[Callable[[int, object], None]]:
 
 def test_one_node_shares_its_gpus_among_ranks_and_replicas(one_node: None) -> None:
     roles = [RoleRequest(STUDENT, 4, GPU), RoleRequest(SCORER, 2, GPU, 2)]
-    places, rank_tables, teacher_places, teacher_tables = run_roles(place(roles, Hardware.parse("8xH100")))
+    places, rank_tables, teacher_places, teacher_tables = run_roles(place(roles, machines("8xH100")))
     assert [p.rank for p in places] == [0, 1, 2, 3]
     visible = [int(table["CUDA_VISIBLE_DEVICES"]) for table in rank_tables]
     assert visible == sorted(visible), "ranks of a node follow its GPUs"
@@ -114,7 +115,7 @@ def test_a_helper_sees_no_gpu_and_would_see_all_without_our_table(one_node: None
 def test_host_roles_on_a_gpu_node_see_no_gpu(one_node: None) -> None:
     import ray
 
-    groups = asyncio.run(create_groups(place([RoleRequest(STUDENT, 2, CPU)], Hardware.parse("2cpu")), timeout_s=60))
+    groups = asyncio.run(create_groups(place([RoleRequest(STUDENT, 2, CPU)], machines("2cpu")), timeout_s=60))
     (student,) = groups.of_role(STUDENT)
     options = actor_options(student, environment=environment(STUDENT, CPU), bundle=1)
     rank = ray.remote(Witness).options(**options).remote()
@@ -127,16 +128,14 @@ def test_host_roles_on_a_gpu_node_see_no_gpu(one_node: None) -> None:
 def test_what_does_not_fit_is_given_back_with_the_numbers(one_node: None) -> None:
     import ray
 
-    hog = asyncio.run(create_groups(place([RoleRequest(SCORER, 1, GPU, 6)], Hardware.parse("8xH100")), timeout_s=60))
-    wanted = place([RoleRequest(STUDENT, 2, GPU), RoleRequest(SCORER, 1, GPU, 4)], Hardware.parse("8xH100"))
+    hog = asyncio.run(create_groups(place([RoleRequest(SCORER, 1, GPU, 6)], machines("8xH100")), timeout_s=60))
+    wanted = place([RoleRequest(STUDENT, 2, GPU), RoleRequest(SCORER, 1, GPU, 4)], machines("8xH100"))
     with pytest.raises(
         InfrastructureError, match=r"insufficient resources for scorer-0 after 10 s.*needs 6 GPUs.*has 8 GPUs.*0 GPUs"
     ):
         asyncio.run(create_groups(wanted, timeout_s=10))
     hog.release()
-    asyncio.run(
-        create_groups(place([RoleRequest(SCORER, 1, GPU, 8)], Hardware.parse("8xH100")), timeout_s=30)
-    ).release()
+    asyncio.run(create_groups(place([RoleRequest(SCORER, 1, GPU, 8)], machines("8xH100")), timeout_s=30)).release()
     assert ray.cluster_resources()["GPU"] == 8
 
 

@@ -8,6 +8,7 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machines import machines
 
 from cluster.placement.groups import Group, RoleRequest
 from cluster.placement.hardware import Hardware, Node
@@ -18,7 +19,7 @@ from trainer.errors import ConfigError
 
 
 def labelled(text: str, *labels: dict[str, str]) -> Hardware:
-    nodes = Hardware.parse(text).nodes
+    nodes = machines(text).nodes
     return Hardware(tuple(dataclasses.replace(node, labels=own) for node, own in zip(nodes, labels, strict=True)))
 
 
@@ -40,29 +41,27 @@ def test_the_strategy_of_the_student_is_that_of_its_group(strategy: str) -> None
 
 
 def test_replicas_share_a_group_only_where_they_have_a_strategy_among_each_other() -> None:
-    alone = place([RoleRequest(SCORER, 2, GPU, 4)], Hardware.parse("8xH100")).groups
+    alone = place([RoleRequest(SCORER, 2, GPU, 4)], machines("8xH100")).groups
     assert bundles_of(alone) == [("scorer-0", (0,), "STRICT_PACK"), ("scorer-1", (0,), "STRICT_PACK")]
     spread = RoleRequest(SCORER, 2, GPU, 4, constraints=Constraints(strategy="strict_spread"))
-    placement = place([spread], Hardware.parse("8xH100,8xH100"))
+    placement = place([spread], machines("8xH100,8xH100"))
     assert bundles_of(placement.groups) == [("scorer", (0, 1), "STRICT_SPREAD")]
     assert [bundle["GPU"] for bundle in placement.groups[0].bundles] == [4, 4], "a replica is whole on its node"
     assert [bundle for _, bundle in placement.actors_of_role(SCORER)] == [0, 1]
     with pytest.raises(ConfigError, match=r"scorer needs 2 nodes, and 1 of 1 registered can be used: node-0: 8xH100"):
-        place([spread], Hardware.parse("8xH100"))
+        place([spread], machines("8xH100"))
 
 
 def test_exactly_so_many_nodes_means_a_bundle_for_each_of_them() -> None:
     request = RoleRequest(STUDENT, 5, GPU, constraints=Constraints(nodes=2))
-    (group,) = place([request], Hardware.parse("8xH100,8xH100,8xH100")).groups
+    (group,) = place([request], machines("8xH100,8xH100,8xH100")).groups
     assert (group.strategy, group.bundle_of_actor) == ("STRICT_SPREAD", (0, 0, 0, 1, 1))
     assert [bundle["GPU"] for bundle in group.bundles] == [3, 2]
     assert group.member == {"CPU": 1.0, "GPU": 1.0}
-    (one,) = place(
-        [RoleRequest(STUDENT, 5, GPU, constraints=Constraints(nodes=1))], Hardware.parse("8xH100,8xH100")
-    ).groups
+    (one,) = place([RoleRequest(STUDENT, 5, GPU, constraints=Constraints(nodes=1))], machines("8xH100,8xH100")).groups
     assert (one.strategy, len(one.bundles), one.bundle_of_actor) == ("STRICT_PACK", 1, (0,) * 5)
     replicas = RoleRequest(SCORER, 4, GPU, 2, constraints=Constraints(nodes=2))
-    (teachers,) = place([replicas], Hardware.parse("8xH100,8xH100")).groups
+    (teachers,) = place([replicas], machines("8xH100,8xH100")).groups
     assert [bundle["GPU"] for bundle in teachers.bundles] == [4, 4]
     assert (teachers.member["GPU"], teachers.bundle_of_actor) == (2, (0, 0, 1, 1))
 
@@ -158,8 +157,8 @@ def test_sizes_that_do_not_divide_are_refused_where_sums_tell_and_left_to_ray_ot
         return [RoleRequest(SCORER, 1, GPU, size) for size in shards]
 
     with pytest.raises(ConfigError, match="beside the other roles"):
-        place(replicas(4, 3, 3, 3, 3), Hardware.parse("8xH100,8xH100"))
-    assert place(replicas(5, 3, 3, 3), Hardware.parse("7xH100,7xH100")).num_gpus == 14, "cannot be, which no sum says"
+        place(replicas(4, 3, 3, 3, 3), machines("8xH100,8xH100"))
+    assert place(replicas(5, 3, 3, 3), machines("7xH100,7xH100")).num_gpus == 14, "cannot be, which no sum says"
 
 
 def test_roles_that_share_labelled_nodes_must_fit_on_those_together() -> None:
@@ -174,14 +173,12 @@ def test_roles_that_share_labelled_nodes_must_fit_on_those_together() -> None:
 def test_teachers_stay_off_the_kind_of_gpu_that_the_student_asks_for() -> None:
     """Ray reserves the teachers first, and would give them what only the student needs."""
     student = RoleRequest(STUDENT, 8, GPU, constraints=Constraints(accelerator_type="A100"))
-    groups = {
-        g.name: g for g in place([student, RoleRequest(SCORER, 2, GPU, 4)], Hardware.parse("8xA100,8xH100")).groups
-    }
+    groups = {g.name: g for g in place([student, RoleRequest(SCORER, 2, GPU, 4)], machines("8xA100,8xH100")).groups}
     assert all("accelerator_type:H100" in groups[name].bundles[0] for name in ("scorer-0", "scorer-1"))
 
 
 def test_two_hundred_and_fifty_six_ranks_are_placed_at_once() -> None:
-    hardware = Hardware.parse(",".join(["8xH100"] * 64))
+    hardware = machines(",".join(["8xH100"] * 64))
     roles = [
         RoleRequest(STUDENT, 256, GPU, constraints=Constraints(nodes=32)),
         RoleRequest(SCORER, 32, GPU, 8),

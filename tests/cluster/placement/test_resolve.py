@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 from architectures import architecture_config
+from machines import machines
 from transformers import LlamaConfig, MistralConfig
 
 from cluster.placement.groups import Group
-from cluster.placement.hardware import Hardware
 from cluster.placement.resolve import Resolved, resolve, roles_of
 from configs.schema import Run
 from configs.stations import Choice
@@ -80,7 +80,7 @@ SCENARIOS: dict[str, tuple[Run, str, dict[str, int] | None]] = {
 def resolved(run: Run, hardware: str, model: dict[str, int] | None = None, **options: Any) -> Resolved:
     return resolve(
         run,
-        Hardware.parse(hardware),
+        machines(hardware),
         vocabulary_size=128_256,
         tokenizer_fingerprint="0" * 16,
         stop_token_ids=(2,),

@@ -7,6 +7,7 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machines import machines
 
 from cluster.placement.groups import RoleRequest
 from cluster.placement.hardware import Hardware, Node, gpu_has_bfloat16
@@ -21,7 +22,7 @@ def sizes(placement: object) -> dict[str, list[float]]:
 
 def test_a_replica_is_one_bundle_and_a_rank_is_one_bundle() -> None:
     roles = [RoleRequest(STUDENT, 4, GPU), RoleRequest(SCORER, 2, GPU, 2)]
-    placement = place(roles, Hardware.parse("8xH100"))
+    placement = place(roles, machines("8xH100"))
     assert sizes(placement) == {"scorer-0": [2], "scorer-1": [2], "student": [1, 1, 1, 1]}
     strategies = {group.name: (group.strategy, group.executor) for group in placement.groups}
     assert strategies["scorer-0"] == ("STRICT_PACK", "mp")
@@ -31,23 +32,23 @@ def test_a_replica_is_one_bundle_and_a_rank_is_one_bundle() -> None:
 
 def test_large_replicas_are_requested_before_small_ones_and_ranks_last() -> None:
     roles = [RoleRequest(STUDENT, 4, GPU), RoleRequest(SCORER, 1, GPU, 8), RoleRequest(WRITER, 2, GPU, 2)]
-    names = [group.name for group in place(roles, Hardware.parse("8xH100,8xH100")).groups]
+    names = [group.name for group in place(roles, machines("8xH100,8xH100")).groups]
     assert names == ["scorer-0", "writer-0", "writer-1", "student"]
 
 
 def test_only_a_replica_larger_than_every_node_spans_nodes_and_only_if_it_may() -> None:
     with pytest.raises(ConfigError, match=r"16 GPUs on one node.*8xH100.*may_span_nodes: true"):
-        place([RoleRequest(SCORER, 1, GPU, 16)], Hardware.parse("8xH100,8xH100"))
+        place([RoleRequest(SCORER, 1, GPU, 16)], machines("8xH100,8xH100"))
     roles = [RoleRequest(SCORER, 1, GPU, 16, may_span_nodes=True)]
-    (group,) = place(roles, Hardware.parse("8xH100,8xH100")).groups
+    (group,) = place(roles, machines("8xH100,8xH100")).groups
     assert (group.executor, group.strategy, len(group.bundles)) == ("ray", "PACK", 16)
-    (group,) = place(roles, Hardware.parse("8xH100,16xH100")).groups
+    (group,) = place(roles, machines("8xH100,16xH100")).groups
     assert (group.executor, len(group.bundles)) == ("mp", 1)
 
 
 def test_host_roles_are_slots_even_where_there_are_fewer_cores() -> None:
     roles = [RoleRequest(STUDENT, 2, CPU), RoleRequest(SCORER, 1, CPU, 2)]
-    placement = place(roles, Hardware.parse("2cpu"))
+    placement = place(roles, machines("2cpu"))
     assert placement.num_slots == 4
     assert placement.num_gpus == 0
     assert all("GPU" not in bundle for group in placement.groups for bundle in group.bundles)
@@ -70,21 +71,21 @@ def test_too_few_gpus_says_what_is_needed_registered_and_free() -> None:
 def test_enough_gpus_in_pieces_that_are_too_small_is_an_error() -> None:
     roles = [RoleRequest(SCORER, 3, GPU, 4)]
     with pytest.raises(ConfigError, match=r"4 GPUs on one node.*per node: 6, 6"):
-        place(roles, Hardware.parse("6xH100,6xH100"))
+        place(roles, machines("6xH100,6xH100"))
 
 
 def test_the_ranks_of_mixed_nodes_are_bound_to_one_kind_of_gpu() -> None:
     roles = [RoleRequest(STUDENT, 8, GPU), RoleRequest(SCORER, 2, GPU, 4)]
     for text in ("8xH100,8xA100", "8xH100,4xA100,8xA100"):
-        groups = {group.name: group for group in place(roles, Hardware.parse(text)).groups}
+        groups = {group.name: group for group in place(roles, machines(text)).groups}
         assert all(bundle["accelerator_type:H100"] == 0.001 for bundle in groups["student"].bundles)
         assert "accelerator_type:A100" in groups["scorer-0"].bundles[0]
-    groups = place(roles, Hardware.parse("8xH100,8xH100")).groups
+    groups = place(roles, machines("8xH100,8xH100")).groups
     assert not any(key.startswith("accelerator_type") for group in groups for key in group.bundles[0])
 
 
 def test_ranks_that_fit_no_single_kind_are_spread() -> None:
-    placement = place([RoleRequest(STUDENT, 12, GPU)], Hardware.parse("8xH100,8xA100"))
+    placement = place([RoleRequest(STUDENT, 12, GPU)], machines("8xH100,8xA100"))
     assert all(set(bundle) == {"CPU", "GPU"} for bundle in placement.groups[0].bundles)
 
 
@@ -133,17 +134,6 @@ def test_a_gpu_given_to_two_ranks_is_refused() -> None:
     assert len(number_ranks([(0, "a", ["1"]), (1, "b", ["1"])])) == 2
     with pytest.raises(ConfigError, match="one GPU each"):
         number_ranks([(0, "a", ["0", "1"]), (1, "a", ["2"])])
-
-
-def test_hardware_is_read_from_a_text() -> None:
-    hardware = Hardware.parse("8xH100/96cpu/2048GiB, 2cpu+amx")
-    assert hardware.num_gpus == 8
-    assert hardware.nodes[0].num_cpus == 96
-    assert hardware.nodes[0].memory_bytes == 2048 * 2**30
-    assert hardware.nodes[1].cpu_has_amx_bf16
-    for wrong in ("", "8", "H100", "8xH100/many", "0cpu"):
-        with pytest.raises(ConfigError, match="hardware"):
-            Hardware.parse(wrong)
 
 
 def test_this_host_is_described() -> None:
