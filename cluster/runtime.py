@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Literal
 
 import psutil
 
-from trainer.errors import ConfigError
-
 if TYPE_CHECKING:
     import torch
 
@@ -203,16 +201,11 @@ def _route(towards: str) -> tuple[str, str] | None:
     return None
 
 
-def free_port(preferred: int | None = None) -> int:
-    """A TCP port that nobody listens on now. Raises `ConfigError` where the preferred one is taken."""
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", preferred or 0))
-        except OSError as error:
-            raise ConfigError(
-                f"port {preferred} cannot be used on {socket.gethostname()}: {error.strerror}. Name a free one, or none"
-            ) from None
+        probe.bind(("", 0))
         return probe.getsockname()[1]
 
 

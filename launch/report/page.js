@@ -22,7 +22,7 @@
       const first = nearest(series[0].x, x);
       const at = series[0].x[first];
       cursor.append(node("line", { x1: at, x2: at, y1: 8, y2: bottom }));
-      const lines = [svg.dataset.xLabel + " " + series[0].step[first]];
+      const lines = ["step " + series[0].step[first]];
       for (const one of series) {
         const i = nearest(one.x, at);
         cursor.append(node("circle", { class: "dot " + one.colour, cx: one.x[i], cy: one.y[i], r: 4 }));

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from launch.report.numbers import Form, axis_texts, compact
 
-WIDTH, RIGHT, TOP, BOTTOM = 400, 14, 12, 36
+WIDTH, HEIGHT, RIGHT, TOP, BOTTOM = 400, 230, 14, 12, 36
 CHARACTER = 8.6
 """Widest advance of a digit at the style sheet's size of chart text."""
 MAX_POINTS = 240
@@ -82,11 +82,9 @@ def line_chart(
     title: str,
     series: Sequence[Series],
     *,
-    height: int = 230,
     from_zero: bool = False,
     logarithmic: bool = False,
     form: Form = compact,
-    x_label: str = "step",
 ) -> Markup:
     """One `<figure>`; empty where no series has a value, and a sentence where no value is finite.
 
@@ -97,9 +95,9 @@ def line_chart(
     drawn = [(one, points) for one, points in thinned if len(points.x)]
     if not drawn:
         return _nothing_finite(title, sum(len(one.y) for one in series))
-    x_axis, y_axis = _scales(thinned, height=height, from_zero=from_zero, logarithmic=logarithmic, form=form)
-    parts = [_grid(x_axis, y_axis, form, x_label, height)]
-    parts += [_line(one, points, x_axis, y_axis, height) for one, points in thinned]
+    x_axis, y_axis = _scales(thinned, from_zero=from_zero, logarithmic=logarithmic, form=form)
+    parts = [_grid(x_axis, y_axis, form)]
+    parts += [_line(one, points, x_axis, y_axis) for one, points in thinned]
     hover = [
         {
             "name": one.name,
@@ -113,8 +111,8 @@ def line_chart(
     ]
     return Markup(
         f'<figure class="chart"><figcaption>{escape(title)}{_legend([one for one, _ in drawn])}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(_describe(title, drawn, form))}" '
-        f'data-hover="{escape(json.dumps(hover))}" data-bottom="{height - BOTTOM}" data-x-label="{escape(x_label)}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(_describe(title, drawn, form))}" '
+        f'data-hover="{escape(json.dumps(hover))}" data-bottom="{HEIGHT - BOTTOM}">'
         f'{"".join(parts)}<g class="cursor"></g></svg></figure>'
     )
 
@@ -155,18 +153,18 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def _scales(
-    drawn: list[tuple[Series, Thinned]], *, height: int, from_zero: bool, logarithmic: bool, form: Form
+    drawn: list[tuple[Series, Thinned]], *, from_zero: bool, logarithmic: bool, form: Form
 ) -> tuple[Scale, Scale]:
     """The axis of steps begins where the numbers of the other one end, whatever they are."""
     finite = [points for _, points in drawn if len(points.x)]
     low, high = min(points.low.min() for points in finite), max(points.high.max() for points in finite)
     if logarithmic and low > 0 and high >= 10 * low:
-        y_axis = Scale(low / 1.2, high * 1.2, height - BOTTOM, TOP, log=True)
+        y_axis = Scale(low / 1.2, high * 1.2, HEIGHT - BOTTOM, TOP, log=True)
     else:
         if from_zero:
             low, high = min(low, 0.0), max(high, 0.0)
         margin = max(0.06 * (high - low), 0.1 * abs(high) if high == low else 1e-6 * max(abs(low), abs(high)), 1e-12)
-        y_axis = Scale(low if from_zero and low == 0 else low - margin, high + margin, height - BOTTOM, TOP)
+        y_axis = Scale(low if from_zero and low == 0 else low - margin, high + margin, HEIGHT - BOTTOM, TOP)
     steps = np.concatenate([of for _, points in drawn for of in (points.x, points.missing)])
     first, last = float(steps.min()), float(steps.max())
     if first == last:
@@ -175,9 +173,9 @@ def _scales(
     return Scale(first, last, max(44.0, 12 + CHARACTER * longest), WIDTH - RIGHT), y_axis
 
 
-def _grid(x_axis: Scale, y_axis: Scale, form: Form, x_label: str, height: int) -> str:
+def _grid(x_axis: Scale, y_axis: Scale, form: Form) -> str:
     parts = []
-    left, right, base = x_axis.start, x_axis.stop, height - BOTTOM
+    left, right, base = x_axis.start, x_axis.stop, HEIGHT - BOTTOM
     values = y_axis.ticks(4)
     for value, text in zip(values, axis_texts(values, form), strict=True):
         y = y_axis(value)
@@ -189,13 +187,13 @@ def _grid(x_axis: Scale, y_axis: Scale, form: Form, x_label: str, height: int) -
         x = min(x_axis(value), WIDTH - half)
         parts.append(f'<text x="{x:.1f}" y="{base + 17}" text-anchor="middle">{escape(text)}</text>')
     parts.append(f'<line class="axis" x1="{left:.1f}" x2="{right}" y1="{base}" y2="{base}"/>')
-    parts.append(f'<text class="dim" x="{right}" y="{height - 3}" text-anchor="end">{escape(x_label)}</text>')
+    parts.append(f'<text class="dim" x="{right}" y="{HEIGHT - 3}" text-anchor="end">step</text>')
     return "".join(parts)
 
 
-def _line(series: Series, points: Thinned, x_axis: Scale, y_axis: Scale, height: int) -> str:
+def _line(series: Series, points: Thinned, x_axis: Scale, y_axis: Scale) -> str:
     if not len(points.x):
-        return _missing(points.missing, x_axis, height - BOTTOM)
+        return _missing(points.missing, x_axis, HEIGHT - BOTTOM)
     xs = [f"{x_axis(float(v)):.1f}" for v in points.x]
     middle = [f"{y_axis(float(v)):.1f}" for v in points.mean]
     parts = []
@@ -210,7 +208,7 @@ def _line(series: Series, points: Thinned, x_axis: Scale, y_axis: Scale, height:
         parts += [
             f'<circle class="dot {series.colour}" cx="{x}" cy="{y}" r="3.5"/>' for x, y in zip(xs, middle, strict=True)
         ]
-    return "".join(parts) + _missing(points.missing, x_axis, height - BOTTOM)
+    return "".join(parts) + _missing(points.missing, x_axis, HEIGHT - BOTTOM)
 
 
 def _missing(steps: np.ndarray, x_axis: Scale, y: int) -> str:

@@ -10,7 +10,6 @@ import pytest
 
 from cluster import runtime
 from cluster.runtime import ALL_ROLES, BOTH, CPU, ENGINES, GPU, SCORER, SETTINGS, STUDENT, RankPlace, environment
-from trainer.errors import ConfigError
 
 HOST_ONLY = {
     "OMP_NUM_THREADS",
@@ -116,15 +115,11 @@ def test_an_engine_names_its_own_address_on_the_way_to_the_head(monkeypatch: pyt
     assert runtime.network_environment(SCORER, towards="no address") == {}
 
 
-def test_a_port_in_use_is_named() -> None:
+def test_a_free_port_is_one_that_nobody_listens_on() -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"port {port} cannot be used"):
-            runtime.free_port(port)
-    assert runtime.free_port(port) == port
-    assert runtime.free_port() != 0
+        assert runtime.free_port() not in (0, taken.getsockname()[1])
 
 
 def test_a_process_that_sees_one_gpu_uses_its_first() -> None:

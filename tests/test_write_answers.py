@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from launch.answers import whole_sentences
+from write_answers import whole_sentences
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`python -m launch.answers`: let a teacher write the missing answers of a jsonl file of chat prompts, in place.
+"""Let a teacher write the missing answers of a jsonl file of chat prompts, in place.
 
 A file because shipped answers must be reproducible: the rows of configs/data were filled by it (configs/data/README.md
 has the commands). Rows are `{"prompt": [...], "completion": [...] or null}`; rows with a completion are left alone.
