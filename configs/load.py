@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
-from configs.document import KeyPath, Origin, read_document
+from configs.document import Document, KeyPath, Origin, read_document
 from configs.errors import ConfigError
 from configs.problems import find_problems, is_choice, render
 from configs.schema import Run
@@ -69,20 +69,16 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
     Raises `ConfigError` listing for every problem file and line (or the override), dotted path, value and what is
     allowed. No type is converted silently: `"3"` is no number and `1` is not true.
     """
-    file = Path(path)
-    document = read_document(file, overrides, short_form=is_choice)
-    try:
-        run = Run.model_validate_json(json.dumps(document.tree), strict=True)
-    except ValidationError as error:
-        raise ConfigError(render(str(file), find_problems(document, error))) from None
-    if document.problems:
-        raise ConfigError(render(str(file), document.problems))
-    return LoadedRun(run, document.origins)
+    document = read_document(Path(path), overrides, short_form=is_choice)
+    return LoadedRun(_validated(Run, document, str(path)), document.origins)
 
 
 def load_section(model: type[S], file: Path | None, overrides: Sequence[str], *, title: str, option: str) -> S:
     """Another section than a run, from a file, or none, and overrides given as `option`; errors as of `load_run`."""
-    document = read_document(file, overrides, option=option)
+    return _validated(model, read_document(file, overrides, option=option), title)
+
+
+def _validated(model: type[S], document: Document, title: str) -> S:
     try:
         section = model.model_validate_json(json.dumps(document.tree), strict=True)
     except ValidationError as error:
@@ -111,20 +107,20 @@ def config_hash(run: Run) -> str:
 
 def differences(before: Run, now: Run) -> list[str]:
     """What of the settings that decide what a run learns is not equal: `training.steps: 50, was 2`."""
-
-    def leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict) and value:
-            for key, item in value.items():
-                yield from leaves(item, f"{place}.{key}" if place else key)
-        else:
-            yield place, value
-
-    old, new = dict(leaves(_decisive(before), "")), dict(leaves(_decisive(now), ""))
+    old, new = dict(_leaves(_decisive(before), "")), dict(_leaves(_decisive(now), ""))
     return [
         f"{place}: {json.dumps(new.get(place))}, was {json.dumps(old.get(place))}"
         for place in dict.fromkeys([*old, *new])
         if old.get(place) != new.get(place)
     ]
+
+
+def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{place}.{key}" if place else key)
+    else:
+        yield place, value
 
 
 def _decisive(run: Run) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -19,6 +18,9 @@ from configs.refusal import did_you_mean
 from configs.schema import Run
 from configs.section import NAME
 from configs.stations import Station
+
+Holder = type[BaseModel] | Station | None
+"""What describes the keys of a mapping."""
 
 EXPECTED = {
     "int": "a whole number",
@@ -159,29 +161,66 @@ def _sentence(document: Document, path: KeyPath, detail: Any, model: type[BaseMo
 
 
 def _unknown_key(document: Document, path: KeyPath, model: type[BaseModel]) -> str:
-    here = list(_fields(document.tree, path[:-1], model))
     keys = _all_keys(document, model)
-    others = keys.get(tuple(part for part in path if isinstance(part, str)))
+    key, others = path[-1], keys.get(tuple(part for part in path if isinstance(part, str)))
     if others:
-        return f"unknown key '{path[-1]}': remove {path[-1]}, only {' and '.join(others)} have it"
-    return f"unknown key '{path[-1]}'{meant(path, here, keys)}"
+        return f"unknown key '{key}': remove {key}, only {' and '.join(others)} have it"
+    return f"unknown key '{key}'{meant(path, list(_fields(document.tree, path[:-1], model)), keys)}"
 
 
 def _all_keys(document: Document, model: type[BaseModel]) -> dict[KeyPath, list[str]]:
     """Every key, and for parameters of kinds that are not chosen the kinds that have them."""
     keys: dict[KeyPath, list[str]] = {}
-    for path, field in all_paths(model):
+    for path, field in _all_paths(model, document.tree):
         keys[path] = []
-        station = _station(field)
-        if station is None:
+        station = _holds(field)
+        if not isinstance(station, Station):
             continue
         chosen = _chosen(station, _look(document.tree, path))
-        having: dict[str, list[str]] = {}
-        for one in station.built_in:
-            for name in one.model_fields:
-                having.setdefault(name, []).append(station.kind_of(one))
-        keys |= {(*path, name): [] if chosen in kinds else kinds for name, kinds in having.items()}
+        for name in dict.fromkeys(name for one in station.built_in for name in one.model_fields):
+            kinds = [station.kind_of(one) for one in station.built_in if name in one.model_fields]
+            keys[*path, name] = [] if chosen in kinds else kinds
     return keys
+
+
+def _all_paths(model: type[BaseModel], tree: Any, above: KeyPath = ()) -> Iterator[tuple[KeyPath, FieldInfo]]:
+    """Every field of the schema with its path, below the names that the tree gives; not the parameters of kinds."""
+    for name, field in model.model_fields.items():
+        path = (*above, name)
+        yield path, field
+        given, inside = _look(tree, path), _holds(field)
+        if isinstance(inside, type):
+            places = (
+                [(*path, key) for key in given or ()] if _by_name(field) and isinstance(given, dict | None) else [path]
+            )
+            for place in places:
+                yield from _all_paths(inside, tree, place)
+
+
+def is_choice(path: KeyPath) -> bool:
+    """Whether a run takes a kind at this path."""
+    return bool(path) and isinstance(_holds(_fields({}, path[:-1], Run).get(str(path[-1]))), Station)
+
+
+def _fields(tree: Any, path: KeyPath, model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields that may stand at a path, those of the chosen kind included; none where the keys are a user's."""
+    holder: Holder = model
+    inside_many = False  # whether the next part is a name or an index, of something that `holder` describes
+    for depth, part in enumerate(path):
+        if not inside_many and not isinstance(part, int):
+            field = _members(holder, _look(tree, path[:depth])).get(part)
+            holder = _holds(field)
+        inside_many = not inside_many and field is not None and _by_name(field)
+    return {} if inside_many else _members(holder, _look(tree, path))
+
+
+def _members(holder: Holder, given: Any) -> dict[str, FieldInfo]:
+    if isinstance(holder, Station):
+        try:
+            holder = holder.parameters_of(_chosen(holder, given))
+        except ValueError:  # the kind itself is among the problems
+            return {}
+    return {} if holder is None else dict(holder.model_fields)
 
 
 def _chosen(station: Station, given: Any) -> Any:
@@ -189,71 +228,20 @@ def _chosen(station: Station, given: Any) -> Any:
     return given.get(station.tag, station.default) if isinstance(given, dict) else given or station.default
 
 
-def _fields(tree: Any, path: KeyPath, model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields that the schema knows at a path, those of the chosen kinds included; none for names of a user's."""
-    fields: dict[str, FieldInfo] = dict(model.model_fields)
-    annotation: Any = model
-    for depth, part in enumerate(path):
-        if get_origin(annotation) in (dict, tuple):
-            annotation = next(item for item in reversed(get_args(annotation)) if item is not ...)
-        elif part not in fields:
-            return {}
-        else:
-            annotation = _without_none(fields[str(part)])
-        station, section = _find(annotation, Station), _section(annotation)
-        if get_origin(annotation) in (dict, tuple) or (station is None and section is None):
-            fields = {}
-        elif station is None:
-            fields = dict(section.model_fields)
-        else:
-            try:
-                fields = dict(station.parameters_of(_chosen(station, _look(tree, path[: depth + 1]))).model_fields)
-            except ValueError:  # the kind itself is among the problems
-                return {}
-    return fields
+def _holds(field: FieldInfo | None) -> Holder:
+    """The section or station of a field, whatever is around it: `None |`, a list, names."""
+
+    def search(annotation: Any) -> Holder:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return annotation
+        station = next((mark for mark in getattr(annotation, "__metadata__", ()) if isinstance(mark, Station)), None)
+        return station or next(filter(None, map(search, get_args(annotation))), None)
+
+    if field is None:
+        return None
+    return next((mark for mark in field.metadata if isinstance(mark, Station)), None) or search(field.annotation)
 
 
-def _without_none(field: FieldInfo) -> Any:
-    """The annotation of a field with what pydantic took out of it, and without `| None`."""
-    stations = [item for item in field.metadata if isinstance(item, Station)]
-    annotation: Any = Annotated[field.annotation, stations[0]] if stations else field.annotation
-    if get_origin(annotation) in (Union, UnionType):
-        return next(argument for argument in get_args(annotation) if argument is not type(None))
-    return annotation
-
-
-def _find(annotation: Any, wanted: type[Station]) -> Station | None:
-    """The station of an annotation, or of the items of its list."""
-    found = (item for item in getattr(annotation, "__metadata__", ()) if isinstance(item, wanted))
-    inside = get_args(annotation) if get_origin(annotation) in (Union, UnionType, tuple) else ()
-    return next(found, None) or next((one for one in (_find(a, wanted) for a in inside) if one), None)
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The model inside `Model`, `Model | None`, `tuple[Model, ...]` or `dict[str, Model]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, UnionType, tuple, dict):
-        return next((found for found in map(_section, get_args(annotation)) if found is not None), None)
-    return None
-
-
-def all_paths(model: type[BaseModel] = Run, above: KeyPath = ()) -> Iterator[tuple[KeyPath, FieldInfo]]:
-    """Every field of the schema with its path, parameters of stations and what stands below names of a user's
-    excepted."""
-    for name, field in model.model_fields.items():
-        yield (*above, name), field
-        annotation = _without_none(field)
-        section = _section(annotation)
-        if section is not None and _station(field) is None and get_origin(annotation) is not dict:
-            yield from all_paths(section, (*above, name))
-
-
-def is_choice(path: KeyPath, model: type[BaseModel] = Run) -> bool:
-    """Whether the schema takes a kind at a path."""
-    field = _fields({}, path[:-1], model).get(str(path[-1])) if path else None
-    return field is not None and _station(field) is not None
-
-
-def _station(field: FieldInfo) -> Station | None:
-    return _find(_without_none(field), Station)
+def _by_name(field: FieldInfo) -> bool:
+    """Whether a field is a mapping whose keys are a user's names."""
+    return dict in (get_origin(field.annotation), *map(get_origin, get_args(field.annotation)))

@@ -172,6 +172,12 @@ MISTAKES = {
         ["tasks.code.label=topk"],
         "unknown key 'label'; did you mean 'labels'?",
     ),
+    "a word of another section of a teacher": (
+        TWO,
+        ["teachers.code.tp=4"],
+        "unknown key 'tp'; it belongs in teachers.code.scorer.tensor_parallel_size or "
+        "teachers.code.generator.tensor_parallel_size",
+    ),
     "an unknown parameter": (TWO, ["tasks.code.labels={kind: topk, kk: 3}"], "unknown key 'kk'"),
     "an unknown key of a teacher": (
         TWO,
