@@ -77,7 +77,7 @@ class Writers(Protocol):
         ...
 
 
-class Elicitation(Protocol):
+class AnswerCollector(Protocol):
     """Who writes the tokens that the teacher judges."""
 
     async def collect(self, prompts: AbstractSequence[Prompt]) -> Collected:

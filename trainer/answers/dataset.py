@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from configs.answers import DatasetAnswers
 from trainer.errors import DataError
-from trainer.protocols import Elicitation, Writers
+from trainer.protocols import AnswerCollector, Writers
 from trainer.types import AnswerCounters, Collected, Prompt, Sequence
 
 
@@ -18,7 +18,7 @@ class AnswerSource(DatasetAnswers):
     rewrite: ClassVar[bool] = False
     room_for_answer: ClassVar[int] = 0
 
-    def bind(self, writers: Writers | None, *, end_of_turn_ids: Collection[int] = ()) -> Elicitation:
+    def bind(self, writers: Writers | None, *, end_of_turn_ids: Collection[int] = ()) -> AnswerCollector:
         return GivenAnswers()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from configs.answers import TeacherAnswers
 from trainer.answers.dataset import answered_by_dataset
 from trainer.errors import DataError
-from trainer.protocols import Elicitation, Writers
+from trainer.protocols import AnswerCollector, Writers
 from trainer.types import AnswerCounters, Collected, Prompt, Sequence
 
 MIN_JUDGED = 20
@@ -28,7 +28,7 @@ class AnswerSource(TeacherAnswers):
         """Tokens that must fit behind a prompt."""
         return self.max_new_tokens
 
-    def bind(self, writers: Writers | None, *, end_of_turn_ids: Collection[int] = ()) -> Elicitation:
+    def bind(self, writers: Writers | None, *, end_of_turn_ids: Collection[int] = ()) -> AnswerCollector:
         """An answer that holds nothing but `end_of_turn_ids` counts as empty."""
         assert writers is not None, "answers: teacher needs generator replicas"
         return WrittenAnswers(writers, self, end_of_turn_ids=end_of_turn_ids)

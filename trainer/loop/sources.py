@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from trainer.data.prompts import PromptStream
-from trainer.protocols import Elicitation
+from trainer.protocols import AnswerCollector
 from trainer.types import AnswerCounters, Collected, Cursor, Prompt
 
 
@@ -47,7 +47,7 @@ class Source(Protocol):
 class SingleSource:
     """One stream of prompts and one way to answer them."""
 
-    def __init__(self, stream: PromptStream, answers: Elicitation, *, sequences_per_step: int) -> None:
+    def __init__(self, stream: PromptStream, answers: AnswerCollector, *, sequences_per_step: int) -> None:
         self._stream = stream
         self._answers = answers
         self._sequences_per_step = sequences_per_step

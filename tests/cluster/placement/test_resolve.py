@@ -184,7 +184,7 @@ def test_the_scorer_is_asked_for_training_labels_and_for_exact_evaluation() -> N
     assert len(resolved(make_run(labels="hidden"), "2cpu").scorer.encodings) == 1
 
 
-def test_the_writer_samples_as_the_elicitation_says() -> None:
+def test_the_generator_samples_as_answers_say() -> None:
     sampling = resolved(DEMO, "2cpu").writer.sampling
     assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (96, 0.7, 1.0)
     assert (sampling.seed, sampling.stop_token_ids) == (0, (2,))
