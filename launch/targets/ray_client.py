@@ -11,6 +11,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import ssl
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -60,7 +61,8 @@ class Client(JobSubmissionClient):
             logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
         # Not JobSubmissionClient's own, which lets RAY_ADDRESS overrule the address: another cluster than was meant.
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        SubmissionClient.__init__(self, self.address, headers=headers)
+        with foreign_errors("the certificates for https cannot be used"):
+            SubmissionClient.__init__(self, self.address, headers=headers, verify=_certificates())
 
     def check_versions(self) -> None:
         """Raises `ConfigError` where the cluster's Ray or Python is not this machine's."""
@@ -127,6 +129,7 @@ class Client(JobSubmissionClient):
                 json=given.get("json_data"),
                 headers=self._headers,
                 auth=lambda request: request,  # else a netrc file would replace the token
+                verify=self._verify,
                 timeout=(seconds, TIMEOUT_S if stream else seconds),
                 stream=True,
             )
@@ -213,6 +216,13 @@ def _read_token(file: Path) -> str:
     if len(words) != 1:
         raise ConfigError(f"Ray's token file {file} {'holds more than a token' if words else 'is empty'}")
     return words[0]
+
+
+def _certificates() -> str | bool:
+    """File or folder of the authorities to trust: those of this system, where it has any, as everything else in Python
+    does; requests would take those of a package. True: let requests choose."""
+    of_system = ssl.get_default_verify_paths()  # SSL_CERT_FILE and SSL_CERT_DIR before the system's own
+    return os.environ.get("REQUESTS_CA_BUNDLE") or of_system.cafile or of_system.capath or True
 
 
 def _cause(error: BaseException) -> str:

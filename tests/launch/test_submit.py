@@ -340,6 +340,26 @@ def test_a_dashboard_that_accepts_and_never_answers_is_given_up(project: Path, m
         assert_refused(stillhouse("status", "small"), "no Ray dashboard answers", "timed out")
 
 
+def test_a_dashboard_behind_https_is_asked_where_the_system_trusts_its_certificate(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=dashboard"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run(command, check=True, capture_output=True)
+    (project / "both.pem").write_text((project / "key.pem").read_text() + (project / "cert.pem").read_text())
+    with fake_dashboard(project / "both.pem") as dashboard:
+        remember(project, dashboard.address)
+        dashboard.jobs = [JOB]
+        assert_refused(stillhouse("status", "small"), "no Ray dashboard answers", "CERTIFICATE_VERIFY_FAILED")
+        for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+            found = stillhouse("status", "small", **{name: str(project / "cert.pem")})
+            assert "running" in found.stdout, found.stderr
+        missing = stillhouse("status", "small", REQUESTS_CA_BUNDLE=str(project / "nothing.pem"))
+        assert_refused(missing, "the certificates for https cannot be used", "nothing.pem")
+
+
 def test_a_password_file_for_the_host_does_not_replace_the_token(project: Path, dashboard: FakeDashboard) -> None:
     dashboard.token, dashboard.jobs = "right", [JOB]
     netrc = project / ".netrc"

@@ -6,10 +6,12 @@ import contextlib
 import importlib.metadata
 import json
 import platform
+import ssl
 import threading
 import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 
@@ -49,8 +51,8 @@ class FakeDashboard:
 
 
 @contextlib.contextmanager
-def fake_dashboard() -> Iterator[FakeDashboard]:
-    """On a free port of the loopback."""
+def fake_dashboard(certificate: Path | None = None) -> Iterator[FakeDashboard]:
+    """On a free port of the loopback; with a certificate (and its key, in one file) behind https."""
     fake = FakeDashboard()
 
     class Handler(BaseHTTPRequestHandler):
@@ -82,6 +84,11 @@ def fake_dashboard() -> Iterator[FakeDashboard]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     fake.address = f"http://127.0.0.1:{server.server_address[1]}"
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        fake.address = fake.address.replace("http:", "https:")
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
