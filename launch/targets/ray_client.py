@@ -15,7 +15,6 @@ import ssl
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import requests
@@ -189,33 +188,27 @@ def find_token(token_path: str | None, environment: Mapping[str, str] = os.envir
 
     Raises `ConfigError` where a token is asked for and cannot be read, or others may read its file.
     """
-    if token_path is not None:
-        return _read_token(named_path("token_path", token_path)), token_path
-    if environment.get(ray_token.MODE, "").lower() == "disabled":
-        return None, ""
-    if environment.get(ray_token.TOKEN):
-        return environment[ray_token.TOKEN].strip(), ray_token.TOKEN
     named = environment.get(ray_token.TOKEN_PATH)
-    if named:  # used without RAY_AUTH_MODE, too: whoever names a token means it
-        return _read_token(named_path(ray_token.TOKEN_PATH, named)), f"{ray_token.TOKEN_PATH}={named}"
-    default = ray_token.named_token_file(environment)
-    if default is None:
+    if token_path is not None:
+        file, source = named_path("token_path", token_path), token_path
+    elif environment.get(ray_token.MODE, "").lower() == "disabled":
         return None, ""
-    if not default.exists():
+    elif environment.get(ray_token.TOKEN):
+        return environment[ray_token.TOKEN].strip(), ray_token.TOKEN
+    elif named:  # used without RAY_AUTH_MODE, too: whoever names a token means it
+        file, source = named_path(ray_token.TOKEN_PATH, named), f"{ray_token.TOKEN_PATH}={named}"
+    elif (default := ray_token.named_token_file(environment)) is None:
+        return None, ""
+    elif not default.exists():
         raise ConfigError(f"RAY_AUTH_MODE=token, but there is no token: {default} does not exist. {HOW_TO_SET_TOKEN}")
-    return _read_token(default), str(default)
-
-
-def _read_token(file: Path) -> str:
+    else:
+        file, source = default, str(default)
     ray_token.refuse_open_token(file)
-    try:
+    with foreign_errors(f"Ray's token file {file} cannot be read"):
         words = file.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise ConfigError(f"Ray's token file {file} cannot be read: {reason}") from None
     if len(words) != 1:
         raise ConfigError(f"Ray's token file {file} {'holds more than a token' if words else 'is empty'}")
-    return words[0]
+    return words[0], source
 
 
 def _certificates() -> str | bool:
