@@ -8,21 +8,22 @@ decided by `cluster/placement/resolve.py`, never here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, ValidationInfo, field_validator, model_validator
 
-from configs.answers import AnyAnswers, DatasetAnswers
-from configs.engines import AnyEngine, Hf, Vllm
-from configs.labels import AnyLabels, Labels, NoLabels, TopK
+from configs.answers import ANSWERS, AnyAnswers, DatasetAnswers
+from configs.engines import ENGINES, AnyEngine, Hf, Vllm
+from configs.labels import LABELS, AnyLabels, Labels, NoLabels, TopK
 from configs.losses import AnyTerm, ForwardKl
 from configs.paths import expand_home
 from configs.prompts import Dataset
 from configs.refusal import refusal, refusals
-from configs.rules import NO_TEACHER, broken_rules
+from configs.rules import NO_TEACHER, broken_rules, place_of_teacher
 from configs.section import MOST_SECONDS, NAME, Bytes, DType, Natural, Positive, Seconds, Section, with_known_home
+from configs.stations import Choice, Station
 from configs.tasks import Name, ResolvedTask, Route, Task, resolve_tasks
 
 LABEL_NAME = r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
@@ -348,6 +349,18 @@ class Run(Section):
         if self.teacher is not None:
             return {self.teacher.name: self.teacher}
         return dict(self.teachers)
+
+    def choices(self) -> Iterator[tuple[str, Station, Choice]]:
+        """Every kind that is chosen and has code behind it: where, of what station, with which parameters."""
+        for name, holder in (("", self), *((f"tasks.{name}.", task) for name, task in self.tasks.items())):
+            if holder.labels is not None and not isinstance(holder.labels, NoLabels):
+                yield f"{name}labels", LABELS, holder.labels
+            if holder.answers is not None:
+                yield f"{name}answers", ANSWERS, holder.answers
+        for name, teacher in self.teachers_by_name().items():
+            place = ".".join(map(str, place_of_teacher(self, name)))
+            for role, replicas in teacher.roles().items():
+                yield f"{place}.{role}.engine", ENGINES, replicas.engine
 
     def resolved_tasks(self) -> Mapping[str, ResolvedTask]:
         """All tasks with every station filled in, by name; `main` alone where the run names none."""

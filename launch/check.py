@@ -20,14 +20,11 @@ import typer
 
 from cluster.engines.vllm_registry import check_architecture, unknown_quantisation
 from cluster.placement.resolve import check_rotation, check_split
-from configs.answers import ANSWERS
-from configs.engines import ENGINES, Hf, Vllm
-from configs.labels import LABELS
+from configs.engines import Hf, Vllm
 from configs.load import run_folder
 from configs.paths import refuse_pattern
 from configs.rules import place_of_teacher, unused_teachers
 from configs.schema import Dataset, ModelSource, Run, Training
-from configs.stations import Choice, Station
 from launch.contents import contents_of
 from launch.disk import DiskNeed, check_writable, free_bytes, size_text
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
@@ -157,12 +154,7 @@ def _models(run: Run) -> list[tuple[str, ModelSource, bool]]:
 
 def _plugins(run: Run) -> Iterator[Finding]:
     """The classes' own checks of their parameters, which need their modules."""
-    chosen: list[tuple[str, Station, Choice]] = [
-        ("labels", LABELS, run.labels),
-        ("answers", ANSWERS, run.answers),
-    ]
-    chosen += [(f"teacher.{role}.engine", ENGINES, r.engine) for role, r in run.teacher.roles().items()]
-    for place, station, choice in chosen:
+    for place, station, choice in run.choices():
         yield _attempt(place, partial(station.load, choice), partial(str, choice.kind))
 
 

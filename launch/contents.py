@@ -91,14 +91,10 @@ def _contents(run: Run, inputs: Inputs) -> Iterator[tuple[str, str]]:
     yield from _model("teacher.model", run.teacher.model)
     yield from _model("student.model", run.student.model)
     yield "teacher.chat_template", _digest(inputs.template.text or "")
-    for family, kind in (
-        ("labels", run.labels.kind),
-        ("answers", run.answers.kind),
-        *((f"teacher.{role}.engine", replicas.engine.kind) for role, replicas in run.teacher.roles().items()),
-    ):
-        found = importlib.util.find_spec(kind) if "." in kind else None
+    for place, _, choice in run.choices():
+        found = importlib.util.find_spec(choice.kind) if "." in choice.kind else None
         if found is not None and found.origin is not None:
-            yield family + CODE, file_content(Path(found.origin), whole_bytes=WHOLE_BYTES, places=PLACES)
+            yield place + CODE, file_content(Path(found.origin), whole_bytes=WHOLE_BYTES, places=PLACES)
 
 
 def _rows(place: str, dataset: Dataset) -> Iterator[tuple[str, str]]:

@@ -49,9 +49,8 @@ def own_code() -> list[CodeFile]:
 def plugin_code(run: Run) -> list[CodeFile]:
     """The user's own plug-ins, chosen as `package.module`: their top-level packages, unless those are installed as
     packages of the environment, which the nodes must have themselves."""
-    chosen = [run.labels, run.answers, *(replicas.engine for replicas in run.teacher.roles().values())]
     found: dict[str, CodeFile] = {}
-    for kind in sorted({plugin.kind for plugin in chosen if "." in plugin.kind}):
+    for kind in sorted({choice.kind for _, _, choice in run.choices() if "." in choice.kind}):
         file = Path(str(import_plugin(kind).__file__))
         root = file.parents[kind.count(".") + (file.name == "__init__.py")]
         if root.resolve() in _installed_places():

@@ -209,3 +209,32 @@ def test_where_teachers_and_rows_of_tasks_lie_is_no_part_of_what_is_learnt(load:
     assert config_hash(load(TWO, *moved)) == base
     for other in ("tasks.code.share=2", "tasks.code.prompts.max_rows=5", "teachers.code.scorer.replicas=2"):
         assert config_hash(load(TWO, other)) != base, other
+
+
+def test_every_kind_that_has_code_is_named_with_its_place(load: Callable[..., Run]) -> None:
+    places = {
+        place: choice.kind
+        for place, _, choice in load(
+            TWO, "tasks.chat.labels=none", "tasks.chat.objective=[{loss: cross_entropy}]"
+        ).choices()
+    }
+    assert places == {
+        "labels": "topk",
+        "answers": "dataset",
+        "tasks.chat.answers": "teacher",
+        "tasks.code.labels": "hidden",
+        "teachers.big.scorer.engine": "vllm",
+        "teachers.big.generator.engine": "vllm",
+        "teachers.code.scorer.engine": "vllm",
+    }
+
+
+def test_the_json_schema_knows_tasks_and_the_parameters_of_their_kinds() -> None:
+    schema = Run.model_json_schema()
+    task = schema["$defs"]["Task"]["properties"]
+    forms = task["labels"]["anyOf"]
+    assert {form.get("title") for form in forms} >= {"topk", "hidden", "dense", "none"}
+    (of_a_name,) = schema["properties"]["tasks"]["patternProperties"].values()
+    assert of_a_name["$ref"].endswith("/Task")
+    losses = {form.get("title"): form for form in task["objective"]["anyOf"][0]["items"]["anyOf"]}
+    assert set(losses["jsd"]["required"]) == {"loss", "beta"}
