@@ -46,6 +46,14 @@ class Dense(Labels):
     )
 
 
+class Token(Labels):
+    """The log-probability of the target id alone: for terms over whole answers."""
+
+    kind: Literal["token"] = "token"
+
+    gives: ClassVar[frozenset[Need]] = frozenset({"labels", "target_logprobs"})
+
+
 class NoLabels(Choice):
     """No teacher is asked about tokens: for objectives of hard labels alone."""
 
@@ -56,7 +64,7 @@ class NoLabels(Choice):
 
 LABELS = Station(
     Labels,
-    (TopK, Hidden, Dense, NoLabels),
+    (TopK, Hidden, Dense, Token, NoLabels),
     package="trainer.labels",
     class_name="Encoding",
     default="topk",

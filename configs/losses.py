@@ -15,8 +15,15 @@ from configs.stations import Station
 
 Exactness = Literal["exact", "lower_bound", "unbiased", "biased", "refused"]
 
-DIVERGENCE: Mapping[str, Exactness] = {"topk": "lower_bound", "hidden": "exact", "dense": "exact"}
+DIVERGENCE: Mapping[str, Exactness] = {
+    "topk": "lower_bound",
+    "hidden": "exact",
+    "dense": "exact",
+    "token": "refused",
+}
 """Of a divergence between two distributions: top-k compares k + 1 events (data processing inequality)."""
+
+INSTEAD = "write labels: topk (some ids of each row) or labels: hidden (exact)"
 
 
 class Term(Section):
@@ -52,6 +59,7 @@ class ForwardKl(Term):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
     exactness: ClassVar[Mapping[str, Exactness]] = DIVERGENCE
+    instead: ClassVar[str] = INSTEAD
 
 
 class ReverseKl(Term):
@@ -61,6 +69,7 @@ class ReverseKl(Term):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
     exactness: ClassVar[Mapping[str, Exactness]] = DIVERGENCE
+    instead: ClassVar[str] = INSTEAD
 
 
 class Jsd(Term):
@@ -73,6 +82,7 @@ class Jsd(Term):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
     exactness: ClassVar[Mapping[str, Exactness]] = DIVERGENCE
+    instead: ClassVar[str] = INSTEAD
 
 
 class CrossEntropy(Term):
@@ -81,5 +91,17 @@ class CrossEntropy(Term):
     loss: Literal["cross_entropy"] = "cross_entropy"
 
 
-LOSSES = Station(Term, (ForwardKl, ReverseKl, Jsd, CrossEntropy), tag="loss")
+class Dpo(Term):
+    """-log sigmoid(beta (difference of log q/p between the chosen and the rejected answer)) (arXiv 2305.18290); the
+    teacher is the reference p."""
+
+    loss: Literal["dpo"] = "dpo"
+    beta: PositiveFloat = Field(0.1, description="strength of the pull towards the reference.")
+
+    form: ClassVar[Literal["row", "sequence"]] = "sequence"
+    needs: ClassVar[frozenset[Need]] = frozenset({"groups", "target_logprobs"})
+    exactness: ClassVar[Mapping[str, Exactness]] = {"token": "exact"}
+
+
+LOSSES = Station(Term, (ForwardKl, ReverseKl, Jsd, CrossEntropy, Dpo), tag="loss")
 AnyTerm = Annotated[Term, LOSSES]

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 NO_TEACHER = "labels come from a teacher, and the run has none: add teacher, or write labels: none"
 
+SINGLE_ANSWERS = ("messages", "prompt_completion", "prompt", "text")
+"""Formats whose rows hold one answer, or none."""
+
 Place = tuple[str | int, ...]
 Problem = tuple[Place, Any, str]
 
@@ -86,6 +89,9 @@ def _objective(run: Run, task: ResolvedTask) -> Iterator[Problem]:
         missing = term.needs - task.labels.gives
         if "labels" in missing or "target_logprobs" in missing:
             yield place, term.loss, _needs(task, term, missing)
+        elif "groups" in term.needs and task.prompts is not None and task.prompts.format in SINGLE_ANSWERS:
+            text = f"{term.loss} compares answers to one prompt, and rows of format: {task.prompts.format} hold one: "
+            yield (*_place(run, task, "prompts"), "format"), task.prompts.format, text + "write format: auto"
         elif term.exactness.get(task.labels.kind) == "refused":
             text = f"{term.loss} cannot be computed from labels: {task.labels.kind}; {term.instead}"
             yield place, term.loss, text

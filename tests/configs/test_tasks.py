@@ -154,6 +154,27 @@ MISTAKES = {
         "run.yaml:16: tasks.code.objective.0.loss = 'forward_kl'\n      forward_kl needs labels of every token, and "
         "labels: none makes none: write labels: topk, or loss: cross_entropy",
     ),
+    "a divergence of one id alone": (
+        TWO,
+        ["tasks.code.labels=token"],
+        "forward_kl cannot be computed from labels: token; write labels: topk (some ids of each row) or labels: hidden",
+    ),
+    "a comparison of answers without log-probabilities": (
+        ONE,
+        ["objective=[{loss: dpo}]"],
+        "dpo needs a teacher's log-probability of each target id, and labels: topk does not hold that: write "
+        "labels: token",
+    ),
+    "a comparison of answers without any labels": (
+        ONE,
+        ["objective=[{loss: dpo}]", "labels=none"],
+        "labels: none makes none: write labels: token",
+    ),
+    "a comparison of rows with one answer": (
+        ONE,
+        ["objective=[{loss: dpo}]", "labels=token", "prompts.format=messages"],
+        "prompts.format = 'messages'\n      dpo compares answers to one prompt",
+    ),
     "an objective of the top level without labels": (ONE, ["labels=none"], "objective"),
     "a teacher that writes without a generator": (TWO, ["teachers.big.generator=null"], "add teachers.big.generator"),
     "a generator that nobody asks": (TWO, ["teachers.code.generator={}"], "teachers.code.generator"),

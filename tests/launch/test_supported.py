@@ -21,6 +21,8 @@ training: {steps: 10}
 CASES = {
     "tasks": (["tasks={chat: {}}"], "tasks cannot be run yet"),
     "teachers": (["teacher=null", "teachers={big: {model: {path: a}}}"], "teachers by name cannot be run yet"),
+    "dpo": (["labels=token", "objective=[{loss: dpo}]"], "loss: dpo cannot be run yet"),
+    "token": (["labels=token", "objective=[{loss: cross_entropy}]"], "labels: token cannot be run yet"),
     "labels": (["labels=none", "objective=[{loss: cross_entropy}]"], "without a teacher's labels cannot be run yet"),
 }
 
