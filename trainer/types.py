@@ -17,9 +17,12 @@ import hashlib
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from configs.tasks import MAIN
 
 if TYPE_CHECKING:
     import torch
@@ -93,14 +96,34 @@ class Prompt:
     origin: str  # "file:line" or "dataset[row]", for messages to people
 
 
+NO_COLUMNS: Mapping[str, np.ndarray] = MappingProxyType({})
+
+
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """A full token row with the rows that count in the loss."""
+    """A full token row with the rows that count in the loss: one answer to one prompt."""
 
-    id: str
+    prompt_id: str
     token_ids: np.ndarray  # int32 [L]
     loss_mask: np.ndarray  # bool [L], shifted (module docstring)
-    provenance: str  # "dataset" or "teacher": who wrote the answer
+    author: str  # of the answer: "dataset", "teacher" or "student"
+    sample: int = 0  # which of the answers to its prompt
+    task: str = MAIN
+    teacher: str = ""  # who scores it; empty where nobody does, or where there is one teacher
+    weight: float = 1.0  # of all its rows in the row terms of the objective
+    reward: float | None = None
+    version: str = ""  # of the author's weights
+    columns: Mapping[str, np.ndarray] = NO_COLUMNS  # float32 [L] each, shifted as the mask is
+
+    @property
+    def id(self) -> str:
+        """Unique in a step."""
+        return f"{self.prompt_id}#{self.sample}" if self.sample else self.prompt_id
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """Equal for the answers to one prompt of one task."""
+        return self.task, self.prompt_id
 
     @property
     def num_tokens(self) -> int:
@@ -132,6 +155,11 @@ class Unit:
     sequences: tuple[Sequence, ...]
 
     @property
+    def kind(self) -> tuple[str, str]:
+        """Task and teacher of all its sequences."""
+        return self.sequences[0].task, self.sequences[0].teacher
+
+    @property
     def num_tokens(self) -> int:
         return sum(s.num_tokens for s in self.sequences)
 
@@ -155,13 +183,16 @@ def hash_tokens(sequences: AbstractSequence[Sequence]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LabelHeader:
-    """What a block's numbers mean. Two blocks may be mixed in a step only if their headers are equal."""
+    """What a block's numbers mean. Blocks of one task and teacher have equal headers but for `weights_version`: a
+    teacher may move while the student learns."""
 
     teacher: str
     weights_version: str
     encoding: Labels  # its parameters
     tokenizer_fingerprint: str
     vocabulary_size: int  # V
+    hidden_size: int  # H, of what the teacher's head reads
+    dtype: str  # of the teacher's hidden states, a name of torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,25 +249,53 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskTotals:
+    """Of one task in one step, over all ranks: what its terms are divided by."""
+
+    num_loss_tokens: int
+    num_groups: int  # prompts with at least one answer
+
+
+@dataclass(frozen=True, slots=True)
 class RankBatch:
     """One rank's share of one optimizer step, without the labels: `blocks[u]` of the call goes with `units[u]`."""
 
     step: int
-    units: tuple[Unit, ...]
+    units: tuple[Unit, ...]  # each of one task and teacher
     micro_batches: tuple[tuple[tuple[int, int], ...], ...]  # [micro-batch] -> (unit, sequence inside it)
-    num_loss_tokens: int  # of the whole step, over all ranks: the normaliser
+    totals: Mapping[str, TaskTotals]  # by task, of the whole step
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Of the whole step, over all ranks and tasks: the normaliser of row terms."""
+        return sum(task.num_loss_tokens for task in self.totals.values())
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPart:
+    """The loss rows of one task and teacher in a micro-batch: a slice of its rows, in the order of the sequences."""
+
+    task: str
+    teacher: str
+    rows: slice  # of the batch's N loss rows; n = its length
+    labels: Mapping[str, torch.Tensor]  # columns of the task's encoding, each [n, width]
+    columns: Mapping[str, torch.Tensor]  # float32 [n] each
+    row_weights: torch.Tensor | None  # float32 [n] of the row terms; None: all 1
+    row_sequences: torch.Tensor  # int64 [n], the sequence of each row, counted from 0 in this part
+    groups: tuple[tuple[int, ...], ...]  # the same numbers: the answers to each prompt, in the order of their samples
+    rewards: tuple[float | None, ...]  # of each sequence of this part
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """One packed micro-batch on the device, its labels aligned to its loss rows."""
+    """One packed micro-batch on the device, its labels aligned to its loss rows. Sequences lie task by task."""
 
     token_ids: torch.Tensor  # int64 [1, T]
     position_ids: torch.Tensor  # int64 [1, T], restarting at each sequence
     sequence_offsets: tuple[int, ...]  # [S + 1] borders inside T
     loss_rows: torch.Tensor  # int64 [N], indices into T
-    next_ids: torch.Tensor  # int64 [N], the realised next token of each loss row
-    labels: Mapping[str, torch.Tensor]  # columns of the encoding, each [N, width]
+    target_ids: torch.Tensor  # int64 [N], the realised next token of each loss row
+    parts: tuple[BatchPart, ...]  # one per task and teacher with sequences here
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,8 @@ class HfScorer:
             deadline_s=deadline_s,
         )
         self._loop.count(num_tokens=unit.num_tokens, num_rows=unit.num_rows)
-        block = label_block(unit, packed, plan=self._plan, spec=encoding, layout=layout)
+        hidden_size = self._shape.hidden_size
+        block = label_block(unit, packed, plan=self._plan, spec=encoding, layout=layout, hidden_size=hidden_size)
         report = unit_report(
             unit,
             block,

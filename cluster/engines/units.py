@@ -92,6 +92,7 @@ def label_block(
     plan: EnginePlan,
     spec: Labels,
     layout: tuple[Column, ...],
+    hidden_size: int,
 ) -> SoftLabelBlock:
     """A block from the packed rows (uint8 [n, bytes]) of each sequence that has loss rows, in order.
 
@@ -109,6 +110,8 @@ def label_block(
         encoding=spec,
         tokenizer_fingerprint=plan.tokenizer_fingerprint,
         vocabulary_size=plan.vocabulary_size,
+        hidden_size=hidden_size,
+        dtype=plan.dtype,
     )
     offsets = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
     return SoftLabelBlock(header=header, tokens_hash=unit.tokens_hash(), columns=columns, row_offsets=offsets)

@@ -239,7 +239,7 @@ class VllmScorer:
         )
         layout = made.layout(teacher_shape(plan, self._hidden_size))
         packed = [output.outputs.data.numpy() for output in finished.outputs]
-        block = label_block(unit, packed, plan=plan, spec=encoding, layout=layout)
+        block = label_block(unit, packed, plan=plan, spec=encoding, layout=layout, hidden_size=self._hidden_size)
         report = unit_report(
             unit,
             block,

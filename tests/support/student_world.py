@@ -108,7 +108,7 @@ def sequences_of(step: int, count: int = 6) -> list[Sequence]:
             mask[length // 3 : length // 2] = True
             mask[length // 2 + 2 : length - 1] = True
         ids = random.integers(3, VOCABULARY_SIZE, length).astype(np.int32)
-        sequences.append(Sequence(id=f"{step}:{index}", token_ids=ids, loss_mask=mask, provenance="dataset"))
+        sequences.append(Sequence(f"{step}:{index}", ids, mask, author="dataset"))
     return sequences
 
 
@@ -137,6 +137,8 @@ class Teacher:
             encoding=spec,
             tokenizer_fingerprint="tiny",
             vocabulary_size=VOCABULARY_SIZE,
+            hidden_size=self._model.config.hidden_size,
+            dtype="float32",
         )
         offsets = np.cumsum([0, *(s.num_loss_tokens for s in unit.sequences)])
         return SoftLabelBlock(header=header, tokens_hash=unit.tokens_hash(), columns=columns, row_offsets=offsets)

@@ -40,7 +40,7 @@ def test_answers_of_the_dataset_are_taken() -> None:
     assert (strategy.needs_generator, strategy.needs_answer) == (False, True)
     bound = strategy.bind(None)
     (sequence,) = asyncio.run(bound.collect([ANSWERED])).sequences
-    assert (sequence.id, sequence.provenance) == ("a", "dataset")
+    assert (sequence.id, sequence.author) == ("a", "dataset")
     assert sequence.token_ids is ANSWERED.token_ids
     assert sequence.spans() == ((1, 3),)
     with pytest.raises(DataError, match=r"rows.jsonl:b: has no answer.*teacher and teacher.generator: {}"):
@@ -52,7 +52,7 @@ def test_the_teacher_writes_what_is_missing_in_the_order_of_the_prompts() -> Non
     bound = teacher.AnswerSource().bind(writers)
     sequences = asyncio.run(bound.collect([prompt("b", [1, 2]), ANSWERED, prompt("c", [5])])).sequences
     assert writers.asked == ["b", "c"]
-    assert [(s.id, s.provenance) for s in sequences] == [("b", "teacher"), ("a", "dataset"), ("c", "teacher")]
+    assert [(s.id, s.author) for s in sequences] == [("b", "teacher"), ("a", "dataset"), ("c", "teacher")]
     assert sequences[0].token_ids.tolist() == [1, 2, 7, 8, 9]
     assert sequences[0].token_ids.dtype == np.int32
 

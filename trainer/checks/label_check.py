@@ -93,7 +93,7 @@ def _cut(row: Sequence) -> Sequence:
     start = min(max(0, first - CHECK_TOKENS // 2), row.num_tokens - CHECK_TOKENS)
     mask = row.loss_mask[start : start + CHECK_TOKENS].copy()
     mask[-1] = False  # its label is that of the token which is cut off
-    return Sequence(row.id, row.token_ids[start : start + CHECK_TOKENS], mask, row.provenance)
+    return Sequence(row.id, row.token_ids[start : start + CHECK_TOKENS], mask, row.author)
 
 
 def _long_row(rows: AbstractSequence[Sequence], crossed: AbstractSequence[int], num_tokens: int) -> Sequence:

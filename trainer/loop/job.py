@@ -173,7 +173,7 @@ def sample_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
 
 def as_sequence(prompt: Prompt) -> Sequence:
     assert prompt.loss_mask is not None
-    return Sequence(prompt.id, prompt.token_ids, prompt.loss_mask, provenance="dataset")
+    return Sequence(prompt.id, prompt.token_ids, prompt.loss_mask, author="dataset")
 
 
 def total_steps(run: Run, *, rows_per_epoch: int, after: TrainingState | None = None) -> int:

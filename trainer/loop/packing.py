@@ -1,29 +1,30 @@
-"""From a rank's units and label blocks to packed micro-batches: check, concatenate, carry to the device.
+"""From a rank's units and label blocks to packed micro-batches: check, concatenate, copy to the device.
 
-    units [sequences] + blocks [rows]  --check_block, pack-->  TokenBatch in host memory  --carry-->  on the device
+    units [sequences] + blocks [rows]  --check_block, pack-->  TokenBatch in host memory  --to_device-->
 
 `pack` copies out of the blocks (which may be read-only views of an object store), in the background of a running step;
-`carry` is all that the step itself waits for.
+`to_device` is all that the step itself waits for.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
 from trainer.errors import UnitRejected
 from trainer.labels.encoding import Column, Encoding, TeacherShape, numpy_dtype
-from trainer.types import LabelHeader, SoftLabelBlock, TokenBatch, Unit
+from trainer.types import BatchPart, LabelHeader, Sequence, SoftLabelBlock, TokenBatch, Unit
 
 
 def check_block(unit: Unit, block: SoftLabelBlock, *, header: LabelHeader) -> None:
     """Raises `UnitRejected` naming the unit unless the block holds labels of exactly its tokens and rows, as meant by
-    `header`."""
-    if block.header != header:
+    `header`; its teacher may have moved on to other weights."""
+    if dataclasses.replace(block.header, weights_version=header.weights_version) != header:
         raise UnitRejected(f"unit {unit.id}: its labels are {block.header}, the others of this run are {header}")
     if block.tokens_hash != unit.tokens_hash():
         raise UnitRejected(f"unit {unit.id}: its labels were made for other tokens ({block.tokens_hash})")
@@ -50,64 +51,109 @@ def check_finite(unit: Unit, block: SoftLabelBlock, *, layout: AbstractSequence[
 
 
 def layout_of(encoding: Encoding, block: SoftLabelBlock) -> tuple[Column, ...]:
-    """The encoding's layout as this block has it.
-
-    Numpy has no bfloat16 and a block does not name the teacher's dtype, so the dtype whose layout fits the columns is
-    taken; `UnitRejected` if none does.
-    """
-    widths = {name: column.shape[1] for name, column in block.columns.items()}
-    for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        for hidden_size in sorted(set(widths.values())) or [1]:
-            shape = TeacherShape(vocabulary_size=block.header.vocabulary_size, hidden_size=hidden_size, dtype=dtype)
-            layout = encoding.layout(shape)
-            if all(_fits(column, block.columns.get(column.name)) for column in layout):
-                return layout
-    described = {name: (column.dtype.name, column.shape[1]) for name, column in block.columns.items()}
-    raise UnitRejected(f"the labels of {block.header.teacher} have columns {described}, not those of {encoding}")
+    """The encoding's layout as the header says it. Raises `UnitRejected` where the columns are others."""
+    header = block.header
+    shape = TeacherShape(
+        vocabulary_size=header.vocabulary_size,
+        hidden_size=header.hidden_size,
+        dtype=getattr(torch, header.dtype),
+    )
+    layout = encoding.layout(shape)
+    if not all(_fits(column, block.columns.get(column.name)) for column in layout):
+        described = {name: (column.dtype.name, column.shape[1]) for name, column in block.columns.items()}
+        raise UnitRejected(f"the labels of {header.teacher} have columns {described}, not those of {encoding}")
+    return layout
 
 
 def _fits(column: Column, values: np.ndarray | None) -> bool:
     return values is not None and values.shape[1] == column.width and values.dtype == numpy_dtype(column.dtype)
 
 
+Layouts = Mapping[tuple[str, str], AbstractSequence[Column]]
+"""By task and teacher (`Unit.kind`); one that is not named has no labels."""
+
+
 def pack(
     units: AbstractSequence[Unit],
     micro_batch: AbstractSequence[tuple[int, int]],
-    blocks: AbstractSequence[SoftLabelBlock],
+    blocks: AbstractSequence[SoftLabelBlock | None],
     *,
-    layout: AbstractSequence[Column] = (),
+    layouts: Layouts = MappingProxyType({}),
     pin: bool = False,
 ) -> TokenBatch:
-    """One micro-batch in host memory: the sequences `(unit, sequence inside it)` one after another.
+    """One micro-batch in host memory: the sequences `(unit, sequence inside it)` one after another, those of one task
+    and teacher together.
 
-    Labels follow the loss rows. An empty micro-batch becomes one token without a loss row, so that every rank runs the
-    same number of forward and backward passes over tensors that kernels accept. `pin` for memory that a device copies.
+    Labels and columns follow the loss rows. An empty micro-batch becomes one token without a loss row, so that every
+    rank runs the same number of forward and backward passes over tensors that kernels accept. `pin` for memory that a
+    device copies. `blocks[u]` is only read where the unit's task and teacher have a layout.
     """
-    sequences = [units[u].sequences[s] for u, s in micro_batch]
+    kinds = list(dict.fromkeys(units[u].kind for u, _ in micro_batch))
+    places = [[place for place in micro_batch if units[place[0]].kind == kind] for kind in kinds]
+    sequences = [units[u].sequences[s] for part in places for u, s in part]
     lengths = [sequence.num_tokens for sequence in sequences] or [1]
     offsets = np.cumsum([0, *lengths])
     tokens = np.concatenate([s.token_ids for s in sequences] or [np.zeros(1)]).astype(np.int64)
     positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
     rows = np.flatnonzero(np.concatenate([s.loss_mask for s in sequences] or [np.zeros(1, dtype=bool)]))
-    labels = {}
-    for column in layout:
-        parts = [_rows_of(blocks[u], s, column.name) for u, s in micro_batch]
-        if parts:
-            labels[column.name] = _to_torch(np.concatenate(parts), column.dtype)
-        else:
-            labels[column.name] = torch.empty(0, column.width, dtype=column.dtype)
+    parts, start = [], 0
+    for kind, part in zip(kinds, places, strict=True):
+        parts.append(_part(units, part, blocks, start=start, layout=layouts.get(kind, ())))
+        start = parts[-1].rows.stop
     batch = TokenBatch(
         token_ids=torch.from_numpy(tokens)[None],
         position_ids=torch.from_numpy(positions)[None],
         sequence_offsets=tuple(offsets.tolist()),
         loss_rows=torch.from_numpy(rows),
-        next_ids=torch.from_numpy(tokens[rows + 1]),
-        labels=labels,
+        target_ids=torch.from_numpy(tokens[rows + 1]),
+        parts=tuple(parts),
     )
     return _each_tensor(batch, torch.Tensor.pin_memory) if pin else batch
 
 
-def carry(batch: TokenBatch, device: torch.device) -> TokenBatch:
+def _part(
+    units: AbstractSequence[Unit],
+    places: AbstractSequence[tuple[int, int]],
+    blocks: AbstractSequence[SoftLabelBlock | None],
+    *,
+    start: int,
+    layout: AbstractSequence[Column],
+) -> BatchPart:
+    """The part of these sequences, whose first loss row is row `start` of the micro-batch."""
+    sequences = [units[u].sequences[s] for u, s in places]
+    counts = [sequence.num_loss_tokens for sequence in sequences]
+    weights = np.array([sequence.weight for sequence in sequences], dtype=np.float32)
+    names = sorted({name for sequence in sequences for name in sequence.columns})
+    members: dict[tuple[str, str], list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        members.setdefault(sequence.group, []).append(index)
+    task, teacher = units[places[0][0]].kind
+    return BatchPart(
+        task=task,
+        teacher=teacher,
+        rows=slice(start, start + sum(counts)),
+        labels={
+            column.name: _to_torch(
+                np.concatenate([_rows_of(blocks[u], s, column.name) for u, s in places]), column.dtype
+            )
+            for column in layout
+        },
+        columns={name: torch.from_numpy(_column(sequences, name)) for name in names},
+        row_weights=None if (weights == 1).all() else torch.from_numpy(np.repeat(weights, counts)),
+        row_sequences=torch.from_numpy(np.repeat(np.arange(len(sequences)), counts)),
+        groups=tuple(tuple(sorted(group, key=lambda i: sequences[i].sample)) for group in members.values()),
+        rewards=tuple(sequence.reward for sequence in sequences),
+    )
+
+
+def _column(sequences: AbstractSequence[Sequence], name: str) -> np.ndarray:
+    """float32 [n]: a column at the loss rows. Raises `ValueError` where only some sequences of a task have it."""
+    if missing := [sequence.id for sequence in sequences if name not in sequence.columns]:
+        raise ValueError(f"column {name}: the sequences {', '.join(missing[:3])} of its task have none")
+    return np.concatenate([s.columns[name][s.loss_mask] for s in sequences]).astype(np.float32)
+
+
+def to_device(batch: TokenBatch, device: torch.device) -> TokenBatch:
     """The batch on the device; copies run behind the caller's back where its memory is pinned."""
     return _each_tensor(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
@@ -124,13 +170,22 @@ def _to_torch(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return tensor.view(dtype) if tensor.dtype != dtype else tensor
 
 
-def _each_tensor(batch: TokenBatch, change) -> TokenBatch:
-    labels: Mapping[str, torch.Tensor] = {name: change(column) for name, column in batch.labels.items()}
+def _each_tensor(batch: TokenBatch, change: Callable[[torch.Tensor], torch.Tensor]) -> TokenBatch:
+    parts = [
+        dataclasses.replace(
+            part,
+            labels={name: change(column) for name, column in part.labels.items()},
+            columns={name: change(column) for name, column in part.columns.items()},
+            row_weights=None if part.row_weights is None else change(part.row_weights),
+            row_sequences=change(part.row_sequences),
+        )
+        for part in batch.parts
+    ]
     return dataclasses.replace(
         batch,
         token_ids=change(batch.token_ids),
         position_ids=change(batch.position_ids),
         loss_rows=change(batch.loss_rows),
-        next_ids=change(batch.next_ids),
-        labels=labels,
+        target_ids=change(batch.target_ids),
+        parts=tuple(parts),
     )

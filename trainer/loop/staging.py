@@ -6,21 +6,23 @@ Nothing here is collective. Staging runs in threads beside a running step, which
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Protocol
 
 import torch
 
 from configs.labels import HELD_OUT, Labels
-from configs.schema import Run
+from configs.schema import Run, Teacher
 from trainer.errors import UnitRejected
 from trainer.labels.encoding import Column, load_encoding
 from trainer.loop.packing import check_block, check_finite, layout_of, pack
 from trainer.loop.plan import plan_step
 from trainer.model.head import Head
 from trainer.model.load import load_teacher_head
-from trainer.types import LabelHeader, RankBatch, SoftLabelBlock, TokenBatch, Unit
+from trainer.types import LabelHeader, RankBatch, SoftLabelBlock, TaskTotals, TokenBatch, Unit
 
 
 class Vocabulary(Protocol):
@@ -36,7 +38,12 @@ class StagedStep:
 
     micro_batches: tuple[TokenBatch, ...]
     num_tokens: int  # of this rank
-    num_loss_tokens: int  # of all ranks
+    totals: Mapping[str, TaskTotals]  # by task, of all ranks
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Of all ranks and tasks."""
+        return sum(task.num_loss_tokens for task in self.totals.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,74 +55,96 @@ class HeldOutBatch:
 
 
 class Staging:
-    """What has arrived at one rank and was not trained yet, its held-out rows, and the teacher's head."""
+    """What has arrived at one rank and was not trained yet, its held-out rows, and the heads of teachers."""
 
     def __init__(self, run: Run, *, vocabulary: Vocabulary, device: torch.device) -> None:
         self._run = run
+        self._tasks = run.resolved_tasks()
+        self._teachers = run.teachers_by_name()
         self._vocabulary = vocabulary
         self._device = device
         self._pin = device.type != torch.empty(0).device.type
         self._lock = threading.Lock()
-        self._headers: dict[str, LabelHeader] = {}  # of the labels to train on, and of the held-out ones
+        self._headers: dict[tuple[str, tuple[str, str]], LabelHeader] = {}  # the first of a purpose, task and teacher
         self._steps: dict[int, StagedStep] = {}
-        self.labels = run.labels
         self.held_out: tuple[HeldOutBatch, ...] = ()
-        self.teacher_head: Head | None = None  # of hidden labels only
+        self._heads: dict[str, Head] = {}  # of the teachers whose hidden states came here
 
     def stage(self, batch: RankBatch, blocks: AbstractSequence[SoftLabelBlock]) -> None:
-        """Keep a step; again replaces it. Raises `UnitRejected` naming the unit whose labels are not what was asked."""
-        layout = self._check("training", batch.units, blocks, self.labels)
+        """Keep a step; again replaces it. `blocks` are those of the units whose task has labels, in order.
+
+        Raises `UnitRejected` naming the unit whose labels are not what was asked.
+        """
+        labels = [self._tasks[unit.kind[0]].labels for unit in batch.units]
+        scored = [isinstance(one, Labels) for one in labels]
+        layouts = self._check("training", list(compress(batch.units, scored)), blocks, list(compress(labels, scored)))
+        given = iter(blocks)
+        aligned = [next(given) if has_labels else None for has_labels in scored]
         packed = tuple(
-            pack(batch.units, members, blocks, layout=layout, pin=self._pin) for members in batch.micro_batches
+            pack(batch.units, members, aligned, layouts=layouts, pin=self._pin) for members in batch.micro_batches
         )
         tokens = sum(unit.num_tokens for unit in batch.units)
-        self._steps[batch.step] = StagedStep(packed, tokens, batch.num_loss_tokens)
+        self._steps[batch.step] = StagedStep(packed, tokens, batch.totals)
 
     def take(self, step: int) -> StagedStep:
         """The step's batches, which are forgotten here."""
         return self._steps.pop(step)
 
+    def teacher_head(self, teacher: str) -> Head | None:
+        """Of the teacher that a part names; None where none of its hidden states came here."""
+        return self._heads.get(teacher)
+
     def stage_held_out(self, units: AbstractSequence[Unit], blocks: AbstractSequence[SoftLabelBlock]) -> None:
-        """Keep the rank's held-out units, packed by the training's token budget."""
-        layout = self._check("evaluation", units, blocks, HELD_OUT)
+        """Keep the rank's held-out units, packed by the training's token budget, each batch of one task and teacher."""
+        layouts = self._check("evaluation", units, blocks, [HELD_OUT] * len(units))
         places = [(u, s) for u, unit in enumerate(units) for s in range(len(unit.sequences))]
-        lengths = [units[u].sequences[s].num_tokens for u, s in places]
-        budget = max(self._run.training.micro_batch_tokens, *lengths, 1)
-        self.held_out = tuple(
-            HeldOutBatch(
-                batch=pack(units, [places[i] for i in group], blocks, layout=layout, pin=self._pin),
-                members=tuple((i, units[places[i][0]], places[i][1]) for i in group),
-            )
-            for group in plan_step(lengths, world=1, token_budget=budget).micro_batches[0]
-            if group
-        )
+        held_out = []
+        for kind in layouts:
+            own = [index for index, (u, _) in enumerate(places) if units[u].kind == kind]
+            lengths = [units[places[i][0]].sequences[places[i][1]].num_tokens for i in own]
+            budget = max(self._run.training.micro_batch_tokens, *lengths, 1)
+            for group in plan_step(lengths, world=1, token_budget=budget).micro_batches[0]:
+                members = [own[i] for i in group]
+                batch = pack(units, [places[i] for i in members], blocks, layouts=layouts, pin=self._pin)
+                held_out.append(HeldOutBatch(batch, tuple((i, units[places[i][0]], places[i][1]) for i in members)))
+        self.held_out = tuple(held_out)
 
     def _check(
-        self, purpose: str, units: AbstractSequence[Unit], blocks: AbstractSequence[SoftLabelBlock], spec: Labels
-    ) -> tuple[Column, ...]:
-        """The layout of the blocks, after checking every one of them."""
+        self,
+        purpose: str,
+        units: AbstractSequence[Unit],
+        blocks: AbstractSequence[SoftLabelBlock],
+        labels: AbstractSequence[Labels],
+    ) -> dict[tuple[str, str], tuple[Column, ...]]:
+        """The layout of each task and teacher, after checking every block against what was asked for its unit."""
         assert len(units) == len(blocks), (len(units), len(blocks))
-        if not blocks:
-            return ()
-        encoding = load_encoding(spec)
-        # The first header of a purpose is held against the run, all later ones against the first.
-        header = self._headers.setdefault(purpose, blocks[0].header)
-        meant = (header.teacher, header.vocabulary_size, header.tokenizer_fingerprint)
-        wanted = (self._run.teacher.name, self._vocabulary.size, self._vocabulary.fingerprint)
-        if header.encoding != spec or meant != wanted:
-            raise UnitRejected(f"unit {units[0].id}: its labels are {header}, this run needs {spec!r} of {wanted}")
-        layout = layout_of(encoding, blocks[0])
-        for unit, block in zip(units, blocks, strict=True):
+        layouts: dict[tuple[str, str], tuple[Column, ...]] = {}
+        for unit, block, wanted in zip(units, blocks, labels, strict=True):
+            # The first header is held against the run, all later ones against the first.
+            header = self._headers.setdefault((purpose, unit.kind), block.header)
+            if unit.kind not in layouts:
+                self._check_header(unit, header, wanted)
+                encoding = load_encoding(wanted)
+                layouts[unit.kind] = layout_of(encoding, block)
+                if encoding.needs == "hidden":
+                    self._load_teacher_head(unit.kind[1], getattr(torch, header.dtype))
             check_block(unit, block, header=header)
-            check_finite(unit, block, layout=layout)
-        if encoding.needs == "hidden":
-            self._load_teacher_head(layout[0].dtype)
-        return layout
+            check_finite(unit, block, layout=layouts[unit.kind])
+        return layouts
 
-    def _load_teacher_head(self, dtype: torch.dtype) -> None:
+    def _check_header(self, unit: Unit, header: LabelHeader, labels: Labels) -> None:
+        meant = (header.teacher, header.vocabulary_size, header.tokenizer_fingerprint)
+        wanted = (self._teacher(unit.kind[1]).name, self._vocabulary.size, self._vocabulary.fingerprint)
+        if header.encoding != labels or meant != wanted:
+            raise UnitRejected(f"unit {unit.id}: its labels are {header}, this run needs {labels!r} of {wanted}")
+
+    def _teacher(self, name: str) -> Teacher:
+        return self._teachers[name] if name else next(iter(self._teachers.values()))
+
+    def _load_teacher_head(self, name: str, dtype: torch.dtype) -> None:
         """Once, in the dtype of the teacher's hidden states, which is that of its own head."""
         with self._lock:
-            if self.teacher_head is None:
-                self.teacher_head = load_teacher_head(
-                    self._run.teacher.model, vocabulary_size=self._vocabulary.size, dtype=dtype, device=self._device
+            if name not in self._heads:
+                self._heads[name] = load_teacher_head(
+                    self._teacher(name).model, vocabulary_size=self._vocabulary.size, dtype=dtype, device=self._device
                 )

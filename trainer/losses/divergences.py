@@ -12,15 +12,16 @@ Student events must be finite, as a log-softmax of finite logits is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import torch
 
+from configs.losses import ForwardKl, Jsd, ReverseKl
 from trainer.labels.encoding import ABSENT
+from trainer.losses.terms import computes
 from trainer.types import PairedLogProbs
 
 
+@computes(ForwardKl)
 def forward_kl(pair: PairedLogProbs) -> torch.Tensor:
     """KL(teacher, student) = sum p (log p - log q), [N]; gradient by the student logits q - p.
 
@@ -30,6 +31,7 @@ def forward_kl(pair: PairedLogProbs) -> torch.Tensor:
     return (teacher.exp() * (teacher - pair.student)).sum(-1)
 
 
+@computes(ReverseKl)
 def reverse_kl(pair: PairedLogProbs) -> torch.Tensor:
     """KL(student, teacher) = sum q (log q - log p), [N]; gradient q (log q/p - KL).
 
@@ -39,6 +41,7 @@ def reverse_kl(pair: PairedLogProbs) -> torch.Tensor:
     return (pair.student.exp() * (pair.student - teacher)).sum(-1)
 
 
+@computes(Jsd)
 def jsd(pair: PairedLogProbs, *, beta: float) -> torch.Tensor:
     """beta KL(p, m) + (1 - beta) KL(q, m) with m = beta p + (1 - beta) q, [N]; at most the entropy of (beta, 1 - beta).
 
@@ -50,9 +53,3 @@ def jsd(pair: PairedLogProbs, *, beta: float) -> torch.Tensor:
     to_teacher = (teacher.exp() * (teacher - mixture)).sum(-1)
     to_student = (pair.student.exp() * (pair.student - mixture)).sum(-1)
     return beta * to_teacher + (1.0 - beta) * to_student
-
-
-DIVERGENCES: Mapping[str, Callable[..., torch.Tensor]] = MappingProxyType(
-    {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}
-)
-"""By the name that a config uses. `jsd` takes `beta` besides the pair."""

@@ -1,70 +1,93 @@
 """lm_head and the objective in one: loss and gradients from hidden states, without the [rows, vocabulary] tensor.
 
-    for a chunk of rows:    hidden @ weight.T  ->  products [chunk, V]          (and the teacher's, if its labels need
-    it)
-      for a block of it:      head shape -> objective -> gradient, written over the products   (all passes in cache)
-                            grad_hidden = products @ weight,  grad_weight += products.T @ hidden
+    a part with sequence terms:   hidden @ weight.T -> log q(target) of each row -> d loss / d log q     (no gradient)
+    for a chunk of its rows:      hidden @ weight.T -> products [chunk, V]       (and the teacher's, for hidden labels)
+      for a block of it:            head shape -> objective -> gradient, written over the products    (all in cache)
+                                  grad_hidden = products @ weight,  grad_weight += products.T @ hidden
 
 A file of its own because it is the one place where gradients are computed in the forward pass: nothing of size V has to
 live until backward, and the weight is not needed there, which is what ZeRO-3's gather hooks allow inside lm_head's
-forward. It knows neither encodings nor divergences, only `Objective.rows`.
+forward. It knows neither encodings nor divergences, only `Objective`.
+
+A sequence term is a function of the answers' log-probabilities, sums over rows. Its gradient by a row's log q(target)
+is that by the sum of the row's answer, so that in the second pass such a row is one of weighted -log q(target), and
+chunking, ZeRO-3 and packing hold as for every other row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from trainer.labels.encoding import Encoding
+from trainer.labels.token import LOGPROB
 from trainer.losses.objective import Objective
+from trainer.losses.terms import SequenceScores
 from trainer.model.fast.matmul import cache_blocks, matmul_nt, whole_rows
 from trainer.model.head import Head, HeadShape
 
 
 @dataclass(frozen=True, slots=True)
+class LossPart:
+    """Rows of one call that share objective and labels, such as those of one task."""
+
+    rows: slice  # of the call's N rows; n = its length
+    labels: Mapping[str, torch.Tensor]  # columns of `encoding`, each [n, width]
+    encoding: Encoding | None
+    objective: Objective
+    scale: float  # of row terms, for example ranks over the step's loss tokens
+    teacher_head: Head | None = None
+    row_weights: torch.Tensor | None = None  # float32 [n] of row terms; None: all 1
+    group_scale: float = 0.0  # of sequence terms, for example ranks over the step's groups
+    row_sequences: torch.Tensor | None = None  # int64 [n], positions in S; for sequence terms, as all below
+    groups: tuple[tuple[int, ...], ...] = ()  # see `SequenceScores`
+    rewards: tuple[float | None, ...] = ()  # [S]
+
+
+@dataclass(frozen=True, slots=True)
 class HeadLoss:
-    """`loss` float32 [], times `scale`, with gradients; `sums` float64 [], each bare term summed over the rows."""
+    """`loss` float32 [], all parts with their scales, with gradients; `sums` float64 [] by part and name: each bare
+    row term summed over its rows with their weights, each bare sequence term summed over its groups."""
 
     loss: torch.Tensor
-    sums: Mapping[str, torch.Tensor]
+    sums: tuple[Mapping[str, torch.Tensor], ...]
 
 
 def head_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    target_ids: torch.Tensor,
     *,
     head_shape: HeadShape,
     vocabulary_size: int,
-    labels: Mapping[str, torch.Tensor],
-    next_ids: torch.Tensor,
-    encoding: Encoding,
-    objective: Objective,
-    teacher_head: Head | None = None,
+    parts: AbstractSequence[LossPart],
     chunk_rows: int = 512,
-    scale: float,
 ) -> HeadLoss:
-    """`scale` * sum over rows of the objective.
+    """The sum over all parts of their objectives, with one gradient of the head.
 
     hidden [N, H], weight [>= V, H], bias [>= V] or None: the student's; rows of weight beyond `vocabulary_size` are
     padding: they enter only the objective's term for them, and where it has none they get gradient exactly zero.
-    labels: columns of `encoding`, each [N, width]; next_ids int64 [N].
+    target_ids int64 [N].
 
-    Gradients flow to whichever of the three asks for one; a frozen weight gets no buffer. `scale` (for example ranks
-    over the step's loss tokens) multiplies before gradients are rounded to the weight's dtype. N = 0 gives a loss of 0
-    whose backward works. Memory beyond weight and its gradient: [chunk_rows, V], once more for hidden labels; on a
-    device that is no CPU a few times that. The gradients are first-order only.
+    Gradients flow to whichever of the three asks for one; a frozen weight gets no buffer. The parts' scales multiply
+    before gradients are rounded to the weight's dtype. N = 0 gives a loss of 0 whose backward works. Memory beyond
+    weight and its gradient: [chunk_rows, V], once more for hidden labels; on a device that is no CPU a few times that.
+    The gradients are first-order only.
     """
-    work = _Work(head_shape, vocabulary_size, labels, next_ids, encoding, objective, teacher_head, chunk_rows, scale)
+    work = _Work(head_shape, vocabulary_size, target_ids, tuple(parts), chunk_rows)
     parameters = (hidden, weight, bias)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
         loss, sums = _GradientsInForward.apply(*parameters, work)
     else:
         loss, sums = work.values(_Accumulator.of(parameters, wanted=(False, False, False)))
-    return HeadLoss(loss, dict(zip(objective.names, sums.unbind(), strict=True)))
+    values = iter(sums.unbind())
+    return HeadLoss(loss, tuple({name: next(values) for name in part.objective.names} for part in parts))
 
 
 class _GradientsInForward(torch.autograd.Function):
@@ -99,59 +122,131 @@ class _Work:
 
     head_shape: HeadShape
     vocabulary_size: int
-    labels: Mapping[str, torch.Tensor]
-    next_ids: torch.Tensor
-    encoding: Encoding
-    objective: Objective
-    teacher_head: Head | None
+    target_ids: torch.Tensor
+    parts: tuple[LossPart, ...]
     chunk_rows: int
-    scale: float
 
     def values(self, accumulator: _Accumulator) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss float32 [], sums float64 [terms]) over all rows; gradients go into the accumulator."""
-        hidden = accumulator.hidden
-        totals = torch.zeros(1 + len(self.objective.names), dtype=torch.float64, device=hidden.device)
-        for start in range(0, hidden.shape[0], self.chunk_rows):
-            totals += self._chunk(slice(start, min(start + self.chunk_rows, hidden.shape[0])), accumulator)
-        return (totals[0] * self.scale).float(), totals[1:]
+        """(loss float32 [], sums float64 [names of all parts]); gradients go into the accumulator."""
+        loss = torch.zeros((), dtype=torch.float64, device=accumulator.hidden.device)
+        sums = [torch.empty(0, dtype=torch.float64, device=loss.device)]
+        for part in self.parts:
+            sequences = self._sequences(part, accumulator) if part.objective.sequence_terms else None
+            totals = torch.zeros(1 + len(part.objective.row_names), dtype=torch.float64, device=loss.device)
+            for chunk in self._chunks(part):
+                row_weights = None if sequences is None else sequences.row_weights
+                totals += self._chunk(part, chunk, row_weights, accumulator)
+            loss = loss + totals[0] * part.scale
+            sums.append(totals[1:])
+            if sequences is not None:
+                loss = loss + sequences.loss
+                sums.append(sequences.sums)
+        return loss.float(), torch.cat(sums)
 
-    def _chunk(self, chunk: slice, accumulator: _Accumulator) -> torch.Tensor:
-        labels = {name: column[chunk] for name, column in self.labels.items()}
-        if self.objective.needs_labels:
-            labels = self.encoding.ready(labels, self.teacher_head)
-        next_ids = self.next_ids[chunk]
-        parts = [accumulator.product(chunk, slice(0, self.vocabulary_size))]
-        if accumulator.weight.shape[0] > self.vocabulary_size and self.objective.padding_weight:
-            parts.append(accumulator.product(chunk, slice(self.vocabulary_size, None)))
-        totals = torch.zeros(1 + len(self.objective.names), dtype=torch.float64, device=parts[0].device)
-        for block in cache_blocks(parts[0][: next_ids.shape[0]]):
-            block_labels = {name: column[block] for name, column in labels.items()}
-            products = [part[block] for part in parts]
-            totals += self._block(products, block_labels, next_ids[block], differentiate=accumulator.wants_any)
+    def _chunks(self, part: LossPart) -> list[slice]:
+        """Slices of the call's rows."""
+        starts = range(part.rows.start, part.rows.stop, self.chunk_rows)
+        return [slice(start, min(start + self.chunk_rows, part.rows.stop)) for start in starts]
+
+    def _sequences(self, part: LossPart, accumulator: _Accumulator) -> _SequenceLoss:
+        """The first pass: the log-probabilities of the part's answers, and what its sequence terms make of them."""
+        logprobs = torch.empty(part.rows.stop - part.rows.start, dtype=torch.float32, device=self.target_ids.device)
+        for chunk in self._chunks(part):
+            ids, start = self.target_ids[chunk], chunk.start - part.rows.start
+            products = accumulator.product(chunk, slice(0, self.vocabulary_size))
+            for block in cache_blocks(products[: ids.shape[0]]):
+                logits = self.head_shape.apply(products[block].float())
+                nats = functional.cross_entropy(logits, ids[block], reduction="none")
+                logprobs[start + block.start : start + block.stop] = -nats
+        summed = [logprobs.double()]
+        if part.objective.needs_reference:
+            summed.append(part.labels[LOGPROB][:, 0].double())
+        num_sequences = len(part.rewards)
+        student, *reference = (rows.new_zeros(num_sequences).index_add_(0, part.row_sequences, rows) for rows in summed)
+        scores = SequenceScores(
+            student=student,
+            reference=reference[0] if reference else None,
+            num_rows=part.row_sequences.bincount(minlength=num_sequences),
+            rewards=part.rewards,
+            groups=part.groups,
+        )
+        loss, gradient, values = part.objective.sequences(scores)
+        row_weights = (-part.group_scale * gradient)[part.row_sequences].float()
+        return _SequenceLoss(loss * part.group_scale, torch.stack(values), row_weights)
+
+    def _chunk(
+        self, part: LossPart, chunk: slice, nll_weights: torch.Tensor | None, accumulator: _Accumulator
+    ) -> torch.Tensor:
+        own = slice(chunk.start - part.rows.start, chunk.stop - part.rows.start)
+        objective = part.objective
+        labels = {name: column[own] for name, column in part.labels.items()}
+        if objective.needs_labels:
+            labels = part.encoding.ready(labels, part.teacher_head)
+        target_ids = self.target_ids[chunk]
+        products = [accumulator.product(chunk, slice(0, self.vocabulary_size))]
+        if accumulator.weight.shape[0] > self.vocabulary_size and objective.padding_weight:
+            products.append(accumulator.product(chunk, slice(self.vocabulary_size, None)))
+        totals = torch.zeros(1 + len(objective.row_names), dtype=torch.float64, device=products[0].device)
+        for block in cache_blocks(products[0][: target_ids.shape[0]]):
+            rows = _Block(
+                products=[product[block] for product in products],
+                labels={name: column[block] for name, column in labels.items()},
+                target_ids=target_ids[block],
+                row_weights=None if part.row_weights is None else part.row_weights[own][block],
+                nll_weights=None if nll_weights is None else nll_weights[own][block],
+            )
+            totals += self._block(part, rows, differentiate=accumulator.wants_any)
         if accumulator.wants_any:
-            accumulator.add(chunk, parts)
+            accumulator.add(chunk, products)
         return totals
 
-    def _block(
-        self,
-        products: list[torch.Tensor],
-        labels: Mapping[str, torch.Tensor],
-        next_ids: torch.Tensor,
-        *,
-        differentiate: bool,
-    ) -> torch.Tensor:
-        """Sums of loss and terms; with `differentiate`, `products` ([n, V], and [n, P] of the padding if it counts)
-        become the gradients by them, times `scale`."""
+    def _block(self, part: LossPart, rows: _Block, *, differentiate: bool) -> torch.Tensor:
+        """Sums of loss and row terms; with `differentiate`, the block's products ([n, V], and [n, P] of the padding if
+        it counts) become the gradients by them, scales and weights included."""
+        objective = part.objective
         with torch.set_grad_enabled(differentiate), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
-            leaves = [part.detach().requires_grad_(differentiate) for part in products]
+            leaves = [product.detach().requires_grad_(differentiate) for product in rows.products]
             logits, *padding = (self.head_shape.apply(leaf.float()) for leaf in leaves)
-            loss, terms = self.objective.rows(logits, labels, next_ids, self.encoding, self.teacher_head, *padding)
+            loss, terms = objective.rows(
+                logits, rows.labels, rows.target_ids, part.encoding, part.teacher_head, *padding
+            )
+            outputs, weights = [], []
+            if loss is not None:
+                outputs.append(loss)
+                scale = torch.full_like(loss, part.scale)
+                weights.append(scale if rows.row_weights is None else scale * rows.row_weights)
+            if rows.nll_weights is not None:
+                outputs.append(functional.cross_entropy(logits, rows.target_ids, reduction="none"))
+                weights.append(rows.nll_weights)
             if differentiate:
-                gradients = torch.autograd.grad(loss, leaves, torch.full_like(loss, self.scale))
+                gradients = torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
         if differentiate:
-            for part, gradient in zip(products, gradients, strict=True):
-                part.copy_(gradient)
-        return torch.stack([loss.detach().double().sum(), *(rows.double().sum() for rows in terms.values())])
+            for product, gradient in zip(rows.products, gradients, strict=True):
+                product.copy_(gradient) if gradient is not None else product.zero_()
+        values = [rows.target_ids.new_zeros(1) if loss is None else loss.detach(), *terms.values()]
+        if rows.row_weights is not None:
+            values = [value * rows.row_weights for value in values]
+        return torch.stack([value.double().sum() for value in values])
+
+
+@dataclass(frozen=True, slots=True)
+class _SequenceLoss:
+    """What the sequence terms of a part give."""
+
+    loss: torch.Tensor  # float64 [], scaled
+    sums: torch.Tensor  # float64 [terms], bare
+    row_weights: torch.Tensor  # float32 [n]: d loss / d (-log q(target)) of each row, scaled
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A few rows of a part."""
+
+    products: list[torch.Tensor]
+    labels: Mapping[str, torch.Tensor]
+    target_ids: torch.Tensor
+    row_weights: torch.Tensor | None
+    nll_weights: torch.Tensor | None
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:

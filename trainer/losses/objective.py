@@ -1,11 +1,15 @@
 """The weighted sum of terms that a student minimises, and the only file that adds rows of different terms together.
 
     loss[row] = sum over divergences  weight * T^2 * D(pair at temperature T)[row]
-              + weight * (-log q(next token))[row]  for cross_entropy, always at T = 1
+              + weight * (-log q(target id))[row]  for cross_entropy, always at T = 1
               + (sum of the weights) * (-log(1 - mass on padding))[row]  for a head with rows beyond the vocabulary
 
 T^2 keeps the size of the gradient when the temperature changes (Hinton et al., arXiv 1503.02531, section 2). Rows are
-summed by `trainer/losses/fused.py` and divided by the *global* number of loss tokens of the step by whoever calls it.
+summed by `trainer/losses/fused.py`, times the rows' own weights, and divided by the *global* number of loss tokens of
+the step by whoever calls it.
+
+Sequence terms are functions of whole answers. `fused.py` asks for their value and their gradient by the rows'
+log-probabilities before it goes through the rows.
 """
 
 from __future__ import annotations
@@ -13,33 +17,43 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
+from configs.losses import CrossEntropy
 from trainer.labels.encoding import Encoding
-from trainer.losses.divergences import DIVERGENCES
+from trainer.losses import divergences, preference  # noqa: F401 - their terms are registered when they are imported
 from trainer.losses.padding import padding_nats
-from trainer.types import PairedLogProbs
+from trainer.losses.terms import SequenceScores, check_complete, computes, function_of
 
 if TYPE_CHECKING:
     from configs.losses import Term
     from trainer.model.head import Head
 
-CROSS_ENTROPY = "cross_entropy"
 PADDING = "padding"
+
+
+@computes(CrossEntropy)
+def cross_entropy(logits: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+    """-log q(target id), [N] from logits [N, V]."""
+    return functional.cross_entropy(logits, target_ids, reduction="none")
+
+
+check_complete()
 
 
 @dataclass(frozen=True, slots=True)
 class WeightedTerm:
-    """One term with everything that multiplies it. `divergence` is None for cross_entropy."""
+    """One term with everything that multiplies it; `function` has its parameters bound."""
 
     name: str
     factor: float
-    divergence: Callable[[PairedLogProbs], torch.Tensor] | None
+    function: Callable[..., torch.Tensor]
+    needs_labels: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,43 +61,67 @@ class Objective:
     """The terms in the order of the config; `padding_weight` is that of `trainer/losses/padding.py`, 0 where the
     student's head has no rows beyond the vocabulary."""
 
-    terms: tuple[WeightedTerm, ...]
+    row_terms: tuple[WeightedTerm, ...]
+    sequence_terms: tuple[WeightedTerm, ...] = ()
     padding_weight: float = 0.0
+    needs_reference: bool = False  # of target ids, by a sequence term
 
     @classmethod
-    def of(cls, terms: AbstractSequence[Term], encoding: Encoding, *, padded: bool = False) -> Objective:
-        """The objective of a config for labels of this encoding (its temperature sets T^2). A loss named twice (jsd at
-        two betas) gets a number: `jsd`, `jsd_2`. `padded`: the student's head has rows beyond the vocabulary."""
-        weighted: list[WeightedTerm] = []
+    def of(cls, terms: AbstractSequence[Term], encoding: Encoding | None, *, padded: bool = False) -> Objective:
+        """The objective of a config for labels of this encoding (its temperature sets T^2), None without labels. A loss
+        named twice (jsd at two betas) gets a number: `jsd`, `jsd_2`. `padded`: the student's head has rows beyond the
+        vocabulary."""
+        weighted: dict[str, list[WeightedTerm]] = {"row": [], "sequence": []}
         for position, term in enumerate(terms):
             nth = 1 + sum(earlier.loss == term.loss for earlier in terms[:position])
-            name = term.loss if nth == 1 else f"{term.loss}_{nth}"
-            if term.loss == CROSS_ENTROPY:
-                weighted.append(WeightedTerm(name, term.weight, None))
-                continue
-            divergence = partial(DIVERGENCES[term.loss], **term.parameters())
-            weighted.append(WeightedTerm(name, term.weight * encoding.temperature**2, divergence))
-        return cls(tuple(weighted), math.fsum(term.weight for term in terms) if padded else 0.0)
+            needs_labels = "labels" in term.needs
+            assert encoding is not None or not term.needs & {"labels", "target_logprobs"}, term
+            weighted[term.form].append(
+                WeightedTerm(
+                    name=term.loss if nth == 1 else f"{term.loss}_{nth}",
+                    factor=term.weight * encoding.temperature**2 if needs_labels else term.weight,
+                    function=partial(function_of(term), **term.parameters()),
+                    needs_labels=needs_labels,
+                )
+            )
+        return cls(
+            row_terms=tuple(weighted["row"]),
+            sequence_terms=tuple(weighted["sequence"]),
+            padding_weight=math.fsum(term.weight for term in terms) if padded else 0.0,
+            needs_reference=any("target_logprobs" in term.needs for term in terms),
+        )
+
+    @property
+    def row_names(self) -> tuple[str, ...]:
+        """Of what `rows` gives, in its order."""
+        return (*(term.name for term in self.row_terms), *((PADDING,) if self.padding_weight else ()))
+
+    @property
+    def sequence_names(self) -> tuple[str, ...]:
+        """Of what `sequences` gives, in its order."""
+        return tuple(term.name for term in self.sequence_terms)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*(term.name for term in self.terms), *((PADDING,) if self.padding_weight else ()))
+        """Of all terms: those of rows first."""
+        return (*self.row_names, *self.sequence_names)
 
     @property
     def needs_labels(self) -> bool:
-        """False for cross_entropy alone: the teacher's labels are then never looked at."""
-        return any(term.divergence is not None for term in self.terms)
+        """Whether a row term looks at the teacher's labels."""
+        return any(term.needs_labels for term in self.row_terms)
 
     def rows(
         self,
         logits: torch.Tensor,
         labels: Mapping[str, torch.Tensor],
-        next_ids: torch.Tensor,
-        encoding: Encoding,
+        target_ids: torch.Tensor,
+        encoding: Encoding | None,
         teacher_head: Head | None = None,
         padding: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """(loss [n] with gradient, {term name: [n] detached}) of student logits [n, V].
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """(loss [n] with gradient, {term name: [n] detached}) of student logits [n, V]; no loss where nothing of the
+        objective is a function of one row.
 
         The values of the terms are bare: nats, at the encoding's temperature, without weight or T^2. `labels` are the
         encoding's columns or what its `ready` made of them. `padding` [n, P] are the student's logits beyond the
@@ -91,15 +129,22 @@ class Objective:
         """
         pair = encoding.pair(logits, labels, teacher_head) if self.needs_labels else None
         loss, values = None, {}
-        for term in self.terms:
-            if term.divergence is None:
-                value = functional.cross_entropy(logits, next_ids, reduction="none")
-            else:
-                value = term.divergence(pair)
+        for term in self.row_terms:
+            value = term.function(pair) if term.needs_labels else term.function(logits, target_ids)
             values[term.name] = value.detach()
             loss = value * term.factor if loss is None else loss + value * term.factor
         if self.padding_weight:
             value = logits.new_zeros(logits.shape[0]) if padding is None else padding_nats(logits, padding)
             values[PADDING] = value.detach()
-            loss = loss + value * self.padding_weight
+            weighted = value * self.padding_weight
+            loss = weighted if loss is None else loss + weighted
         return loss, values
+
+    def sequences(self, scores: SequenceScores) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """(loss [] summed over groups, its gradient by `scores.student` [S], bare sums [] of each sequence term)."""
+        with torch.enable_grad():
+            student = scores.student.detach().requires_grad_()
+            values = [term.function(replace(scores, student=student)).sum() for term in self.sequence_terms]
+            loss = sum(value * term.factor for value, term in zip(values, self.sequence_terms, strict=True))
+            (gradient,) = torch.autograd.grad(loss, student)
+        return loss.detach(), gradient, [value.detach() for value in values]

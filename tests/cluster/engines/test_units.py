@@ -65,7 +65,7 @@ def test_tokens_after_the_last_predicted_one_are_not_read() -> None:
 def block_of(rows: list[int]) -> object:
     packed = [np.full((n, 8), i, dtype=np.uint8) for i, n in enumerate(rows)]
     plan = engine_plan(Engine(), "folder")
-    return label_block(UNIT, packed, plan=plan, spec=Labels(kind="x"), layout=LAYOUT)
+    return label_block(UNIT, packed, plan=plan, spec=Labels(kind="x"), layout=LAYOUT, hidden_size=2)
 
 
 def test_a_block_holds_each_sequences_rows_in_order() -> None:

@@ -65,7 +65,7 @@ class Scorer:
         tokens_hash = "other tokens" if self._engine.garbage else unit.tokens_hash()
         offsets = np.cumsum([0, *(s.num_loss_tokens for s in unit.sequences)])
         values = np.concatenate([s.token_ids[s.loss_mask] for s in unit.sequences]).astype(np.float32)[:, None]
-        header = LabelHeader(self._plan.teacher, self._plan.weights_version, encoding, "fake", 100)
+        header = LabelHeader(self._plan.teacher, self._plan.weights_version, encoding, "fake", 100, 8, "float32")
         block = SoftLabelBlock(header, tokens_hash, {"values": values}, offsets)
         report = UnitReport(
             unit.id,

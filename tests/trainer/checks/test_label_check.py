@@ -31,7 +31,9 @@ UNIT = random_unit("u", (90, [(20, 80)]), (60, [(5, 50)]))
 
 
 def _block(unit: Unit, spec: Labels, columns: dict[str, torch.Tensor]) -> SoftLabelBlock:
-    header = LabelHeader("teacher", "1", spec, "tiny", VOCABULARY)
+    hidden = columns.get("hidden", torch.empty(0, 1))
+    dtype = str(hidden.dtype).removeprefix("torch.")
+    header = LabelHeader("teacher", "1", spec, "tiny", VOCABULARY, hidden.shape[1], dtype)
     as_numpy = {n: (c.view(torch.uint16) if c.dtype == torch.bfloat16 else c).numpy() for n, c in columns.items()}
     offsets = np.cumsum([0, *(s.num_loss_tokens for s in unit.sequences)])
     return SoftLabelBlock(header, unit.tokens_hash(), as_numpy, offsets)

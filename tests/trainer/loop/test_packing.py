@@ -31,7 +31,7 @@ def _sequence(name: str, length: int, rows: tuple[int, ...]) -> Sequence:
     mask = np.zeros(length, dtype=bool)
     mask[list(rows)] = True
     ids = (np.arange(length) * 7 + len(name)).astype(np.int32)
-    return Sequence(id=name, token_ids=ids, loss_mask=mask, provenance="dataset")
+    return Sequence(prompt_id=name, token_ids=ids, loss_mask=mask, author="dataset")
 
 
 def _unit(name: str, *sequences: Sequence) -> Unit:

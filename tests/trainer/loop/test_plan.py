@@ -16,10 +16,10 @@ lengths_and_world = st.tuples(st.lists(st.integers(2, 100), max_size=40), st.int
 def make_sequences(lengths: list[int]) -> list[Sequence]:
     return [
         Sequence(
-            id=f"0:{i}",
+            prompt_id=f"0:{i}",
             token_ids=np.arange(length, dtype=np.int32),
             loss_mask=np.arange(length) < length - 1,
-            provenance="dataset",
+            author="dataset",
         )
         for i, length in enumerate(lengths)
     ]
@@ -63,7 +63,7 @@ def test_a_sequence_over_the_budget_is_refused_with_both_numbers() -> None:
 
 def test_spans_name_the_loss_rows_of_every_answer() -> None:
     mask = np.array([0, 1, 1, 0, 0, 1, 0], dtype=bool)
-    sequence = Sequence(id="0:0", token_ids=np.arange(7, dtype=np.int32), loss_mask=mask, provenance="dataset")
+    sequence = Sequence(prompt_id="0:0", token_ids=np.arange(7, dtype=np.int32), loss_mask=mask, author="dataset")
     assert sequence.spans() == ((1, 3), (5, 6))
     rows = [row for a, b in sequence.spans() for row in range(a, b)]
     assert rows == np.flatnonzero(mask).tolist()

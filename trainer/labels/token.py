@@ -1,0 +1,50 @@
+"""Token labels: the teacher's log-probability of the target id, 4 bytes a row. What a reference is asked for by terms
+that compare whole answers; no divergence can be computed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from configs.labels import Token
+from trainer.labels.encoding import ABSENT, Column, TeacherShape
+from trainer.model.fast.matmul import cache_blocks
+from trainer.types import PairedLogProbs
+
+if TYPE_CHECKING:
+    from trainer.model.head import Head
+
+LOGPROB = "logprob"
+
+
+class Encoding(Token):
+    """Column `logprob` float32 [N, 1], of the whole vocabulary at `temperature`."""
+
+    needs: ClassVar[Literal["logits", "hidden"]] = "logits"
+
+    def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
+        return (Column(LOGPROB, torch.float32, 1),)
+
+    def make(self, source: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """From teacher logits [n, V] of any float dtype."""
+        made = torch.empty(source.shape[0], 1, dtype=torch.float32, device=source.device)
+        with torch.no_grad():
+            for block in cache_blocks(source):
+                logits = source[block].float() / self.temperature
+                made[block] = logits.log_softmax(1).gather(1, next_ids[block, None]).clamp_(min=ABSENT)
+        return {LOGPROB: made}
+
+    def ready(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
+        return labels
+
+    def pair(
+        self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None = None
+    ) -> PairedLogProbs:
+        """There is none: one number is no distribution. `configs/` refuses every term that would ask."""
+        raise ValueError("labels: token hold no distribution; write labels: topk")
+
+    def mass(self, columns: Mapping[str, np.ndarray]) -> float:
+        return float(np.exp(columns[LOGPROB]).mean())
