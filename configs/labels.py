@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, field_validator
 
 from configs.section import Need, Positive
 from configs.stations import Choice, Station
@@ -52,6 +52,13 @@ class Token(Labels):
     kind: Literal["token"] = "token"
 
     gives: ClassVar[frozenset[Need]] = frozenset({"labels", "target_logprobs"})
+
+    @field_validator("temperature")
+    @classmethod
+    def _of_the_model_as_it_is(cls, temperature: float) -> float:
+        if temperature != 1.0:
+            raise ValueError("labels: token are compared with the student's at temperature 1: remove temperature")
+        return temperature
 
 
 class NoLabels(Choice):

@@ -16,8 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,9 +95,6 @@ class Prompt:
     origin: str  # "file:line" or "dataset[row]", for messages to people
 
 
-NO_COLUMNS: Mapping[str, np.ndarray] = MappingProxyType({})
-
-
 @dataclass(frozen=True, slots=True)
 class Sequence:
     """A full token row with the rows that count in the loss: one answer to one prompt."""
@@ -113,7 +109,7 @@ class Sequence:
     weight: float = 1.0  # of all its rows in the row terms of the objective
     reward: float | None = None
     version: str = ""  # of the author's weights
-    columns: Mapping[str, np.ndarray] = NO_COLUMNS  # float32 [L] each, shifted as the mask is
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # float32 [L] each, shifted as the mask is
 
     @property
     def id(self) -> str:

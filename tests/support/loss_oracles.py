@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import torch
 
+from configs.losses import LOSSES, Term
+from trainer.labels.encoding import Encoding
+from trainer.losses.fused import LossPart
+from trainer.losses.objective import Objective
+from trainer.model.head import Head
 
-@dataclass(frozen=True)
-class TermLike:
-    """As configs.losses.Term."""
 
-    loss: str
-    weight: float = 1.0
-    beta: float | None = None
+def term(loss: str, weight: float = 1.0, beta: float | None = None) -> Term:
+    """A term of an objective, as a config gives it."""
+    return LOSSES.validate({"loss": loss, "weight": weight} | ({} if beta is None else {"beta": beta}))
 
-    def parameters(self) -> dict[str, float]:
-        return {} if self.beta is None else {"beta": self.beta}
+
+def one_part(
+    labels: Mapping[str, torch.Tensor],
+    encoding: Encoding,
+    objective: Objective,
+    *,
+    num_rows: int,
+    scale: float,
+    teacher_head: Head | None = None,
+) -> list[LossPart]:
+    """The parts of a call of `head_loss` whose rows are all of one task."""
+    return [LossPart(slice(0, num_rows), labels, encoding, objective, scale, teacher_head)]
 
 
 def forward_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -52,7 +63,7 @@ def lump(p: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def objective(
-    terms: tuple[TermLike, ...],
+    terms: tuple[Term, ...],
     student: torch.Tensor,
     teacher: torch.Tensor,
     next_ids: torch.Tensor,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from trainer.checks.evaluate import EvaluationRows, EvaluationSums, evaluation_rows
-from trainer.loop.packing import carry, pack
+from trainer.loop.packing import pack, to_device
 from trainer.loop.staging import HeldOutBatch
 from trainer.model.collectives import gather_numbers, gather_objects
 from trainer.model.head import Head, HeadShape
@@ -29,34 +29,36 @@ def evaluate_held_out(
     step: int,
     viewer_sequences: int,
     head_shape: HeadShape,
-    teacher_head: Head | None,
+    teacher_head: Callable[[str], Head | None],
     vocabulary_size: int,
     chunk_rows: int,
     device: torch.device,
 ) -> Evaluation:
     """Collective. Equal numbers on all ranks; of each rank's first sequences samples, together `viewer_sequences`.
 
-    A rank may hold none; `teacher_head` is None there. All ranks run the same number of forwards.
+    A rank may hold none. `teacher_head` finds the head of the teacher that a batch names. All ranks run the same number
+    of forwards.
     """
     most = int(gather_numbers(torch.tensor([len(held_out)], device=device)).amax())
     nothing = HeldOutBatch(batch=pack((), (), ()), members=())
     sums, samples = [], {}
     for item in (*held_out, *[nothing] * (most - len(held_out))):
-        batch = carry(item.batch, device)
+        batch = to_device(item.batch, device)
 
         def compare(hidden, weight, bias, batch=batch) -> tuple[torch.Tensor, ...]:
             if not len(batch.loss_rows):
                 empty = hidden.new_empty(0, dtype=torch.float32)
                 return empty, empty.bool(), empty, empty, empty
+            (part,) = batch.parts
             rows = evaluation_rows(
                 hidden,
                 weight,
                 bias,
                 head_shape=head_shape,
                 vocabulary_size=vocabulary_size,
-                teacher_hidden=batch.labels["hidden"],
-                teacher_head=teacher_head,
-                next_ids=batch.next_ids,
+                teacher_hidden=part.labels["hidden"],
+                teacher_head=teacher_head(part.teacher),
+                next_ids=batch.target_ids,
                 chunk_rows=chunk_rows,
             )
             return rows.kl, rows.agree, rows.student_logprob, rows.teacher_logprob, rows.padding_mass

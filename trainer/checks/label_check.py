@@ -209,7 +209,8 @@ def block_columns(unit: Unit, block: SoftLabelBlock) -> Mapping[str, torch.Tenso
     """A block's columns as tensors in host memory, rows in block order."""
     layout = layout_of(load_encoding(block.header.encoding), block)
     sequences = [(0, index) for index in range(len(unit.sequences))]
-    return pack([unit], sequences, [block], layout=layout).labels
+    (part,) = pack([unit], sequences, [block], layouts={unit.kind: layout}).parts
+    return part.labels
 
 
 def realised_ids(token_ids: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:

@@ -8,15 +8,17 @@ student computes otherwise beyond some length that the data reaches, a window fo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 
 from trainer.labels.encoding import Encoding
-from trainer.losses.fused import head_loss
+from trainer.labels.token import LOGPROB
+from trainer.losses.fused import LossPart, head_loss
 from trainer.losses.objective import Objective
+from trainer.losses.terms import SequenceScores
 from trainer.model.attention import REFERENCE, border_arguments
 from trainer.model.attention_choice import lengths_to_cross
 from trainer.model.collectives import add_up, gather_objects
@@ -52,8 +54,7 @@ class Subject:
     module: StudentModule
     forward: Callable[..., tuple[torch.Tensor, ...]]
     attention: str
-    encoding: Encoding
-    objective: Objective
+    losses: Mapping[str, tuple[Encoding | None, Objective]]  # by task
     vocabulary_size: int
     chunk_rows: int
     dtype: torch.dtype
@@ -70,7 +71,8 @@ def run_self_tests(subject: Subject) -> tuple[SelfTestResult, ...]:
     kept = {"devices": []} if on_host else {"devices": [subject.device], "device_type": subject.device.type}
     with torch.random.fork_rng(**kept):
         torch.manual_seed(11)
-        results = (_packing(subject), _logits(subject), _loss(subject), _all_reduce(subject))
+        losses = [_loss(subject, task) for task in subject.losses]
+        results = (_packing(subject), _logits(subject), *losses, _all_reduce(subject))
     ranks = gather_objects(results)
     return tuple(_first_failure(column) for column in zip(*ranks, strict=True))
 
@@ -132,20 +134,33 @@ def _logits(subject: Subject) -> SelfTestResult:
     )
 
 
-def _loss(subject: Subject) -> SelfTestResult:
+def _loss(subject: Subject, task: str) -> SelfTestResult:
     """The chunked loss and its gradient against the plain formula in float32, inside the student's real head."""
-    size = min(subject.vocabulary_size, max(LOSS_VOCABULARY, getattr(subject.encoding, "k", 0) + 1))
-    next_ids = torch.randint(size, (ROWS,)).to(subject.device)
+    encoding, objective = subject.losses[task]
+    size = min(subject.vocabulary_size, max(LOSS_VOCABULARY, getattr(encoding, "k", 0) + 1))
+    target_ids = torch.randint(size, (ROWS,)).to(subject.device)
     found: list[float] = []
 
     def compare(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor]:
-        labels, teacher_head = _random_labels(subject, size, next_ids)
+        labels, teacher_head = _random_labels(subject, encoding, size, target_ids)
+        part = LossPart(
+            rows=slice(0, ROWS),
+            labels=labels,
+            encoding=encoding,
+            objective=objective,
+            scale=1 / ROWS,
+            teacher_head=teacher_head,
+            group_scale=1 / 2,
+            row_sequences=(torch.arange(ROWS) * 4 // ROWS).to(subject.device),
+            groups=((0, 1), (2, 3)),
+            rewards=(1.0, 0.0, 0.5, 0.25),
+        )
         runs = []
         for run in (_fused_loss, _plain_loss):
             h, w = hidden.detach().requires_grad_(), weight[:size].detach().clone().requires_grad_()
             b = None if bias is None else bias[:size].detach()
             with torch.enable_grad():
-                loss = run(subject, h, w, b, labels=labels, teacher_head=teacher_head, next_ids=next_ids, size=size)
+                loss = run(subject, part, h, w, b, target_ids)
                 runs.append((loss.detach(), *torch.autograd.grad(loss, (h, w))))
         for ours, plain in zip(*runs, strict=True):
             found.append(_largest(ours.float() - plain.float()) / max(_largest(plain), 1e-12))
@@ -157,45 +172,55 @@ def _loss(subject: Subject) -> SelfTestResult:
     subject.forward(tokens[None], rows[None], rows, compare, **borders)
     limit = RELATIVE_LIMIT[subject.dtype]
     return SelfTestResult(
-        name="loss kernel",
+        name="loss kernel" if len(subject.losses) == 1 else f"loss kernel of {task}",
         passed=max(found) <= limit,
         numbers=f"against the plain formula on {ROWS} rows, relative: loss {found[0]:.1e}, gradient by hidden states "
         f"{found[1]:.1e}, by the head {found[2]:.1e} (limit {limit:.0e})",
     )
 
 
-def _fused_loss(subject: Subject, hidden, weight, bias, *, labels, teacher_head, next_ids, size) -> torch.Tensor:
+def _fused_loss(subject: Subject, part: LossPart, hidden, weight, bias, target_ids) -> torch.Tensor:
     return head_loss(
         hidden,
         weight,
         bias,
+        target_ids,
         head_shape=subject.module.head_shape,
-        vocabulary_size=size,
-        labels=labels,
-        next_ids=next_ids,
-        encoding=subject.encoding,
-        objective=subject.objective,
-        teacher_head=teacher_head,
+        vocabulary_size=weight.shape[0],
+        parts=[part],
         chunk_rows=min(subject.chunk_rows, ROWS // 3),
-        scale=1 / ROWS,
     ).loss
 
 
-def _plain_loss(subject: Subject, hidden, weight, bias, *, labels, teacher_head, next_ids, size) -> torch.Tensor:
+def _plain_loss(subject: Subject, part: LossPart, hidden, weight, bias, target_ids) -> torch.Tensor:
     logits = torch.nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
     logits = subject.module.head_shape.apply(logits)
-    loss, _ = subject.objective.rows(logits, labels, next_ids, subject.encoding, teacher_head)
-    return loss.sum() / ROWS
+    rows, _ = part.objective.rows(logits, part.labels, target_ids, part.encoding, part.teacher_head)
+    loss = logits.new_zeros(()) if rows is None else rows.sum() * part.scale
+    if part.objective.sequence_terms:
+        logprobs = [-torch.nn.functional.cross_entropy(logits, target_ids, reduction="none")]
+        if part.objective.needs_reference:
+            logprobs.append(part.labels[LOGPROB][:, 0])
+        answers = [torch.stack([rows[part.row_sequences == s].sum() for s in range(4)]).double() for rows in logprobs]
+        student, reference = (*answers, None)[:2]
+        scores = SequenceScores(student, reference, part.row_sequences.bincount(), part.rewards, part.groups)
+        for term in part.objective.sequence_terms:
+            loss = loss + (term.factor * part.group_scale * term.function(scores).sum()).float()
+    return loss
 
 
-def _random_labels(subject: Subject, size: int, next_ids: torch.Tensor) -> tuple[dict[str, torch.Tensor], Head | None]:
+def _random_labels(
+    subject: Subject, encoding: Encoding | None, size: int, target_ids: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], Head | None]:
     """Labels of a made-up teacher, as its worker would make them."""
-    if subject.encoding.needs == "logits":
-        return subject.encoding.make(3 * torch.randn(ROWS, size).to(subject.device), next_ids), None
+    if encoding is None:
+        return {}, None
+    if encoding.needs == "logits":
+        return encoding.make(3 * torch.randn(ROWS, size).to(subject.device), target_ids), None
     width = 32
     weight = torch.randn(size, width).to(subject.device, subject.dtype)
     hidden = torch.randn(ROWS, width).to(subject.device, subject.dtype)
-    return subject.encoding.make(hidden, next_ids), Head(weight, None, HeadShape(), size)
+    return encoding.make(hidden, target_ids), Head(weight, None, HeadShape(), size)
 
 
 def _all_reduce(subject: Subject) -> SelfTestResult:

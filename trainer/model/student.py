@@ -3,7 +3,7 @@
     stage (background)             step (collective)
     ------------------             -----------------
     check blocks against units     for each micro-batch:
-    pack micro-batches into          carry -> base model -> head and loss in one -> backward
+    pack micro-batches into          to_device -> base model -> head and loss in one -> backward
       (pinned) host memory         one optimizer step -> StepMetrics
 
 Loss and gradients are sums over loss rows divided by the step's global number of loss tokens, so neither the number of
@@ -23,14 +23,16 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from configs.labels import NoLabels
 from configs.schema import Run
+from configs.tasks import ResolvedTask
 from trainer.checks.held_out import evaluate_held_out, without_samples
 from trainer.checks.self_tests import SelfTestResult, Subject, run_self_tests
 from trainer.errors import ConfigError
-from trainer.labels.encoding import load_encoding
-from trainer.loop.packing import carry
-from trainer.loop.staging import Staging, Vocabulary
-from trainer.losses.fused import head_loss
+from trainer.labels.encoding import Encoding, load_encoding
+from trainer.loop.packing import to_device
+from trainer.loop.staging import StagedStep, Staging, Vocabulary
+from trainer.losses.fused import LossPart, head_loss
 from trainer.losses.objective import Objective
 from trainer.model.attention import border_arguments
 from trainer.model.attention_choice import changing_lengths, choose_attention
@@ -41,7 +43,17 @@ from trainer.model.generate import generate
 from trainer.model.load import HeadCall, load_config, load_student
 from trainer.model.optimizer import learning_rate
 from trainer.model.zero import ZeroModel, flush_to_disk, num_elements, sharded_loading, start_processes, stop_processes
-from trainer.types import Evaluation, RankBatch, SoftLabelBlock, StepMetrics, StudentPlan, TokenBatch, Unit
+from trainer.types import (
+    BatchPart,
+    Evaluation,
+    RankBatch,
+    SoftLabelBlock,
+    StepMetrics,
+    StudentPlan,
+    TaskTotals,
+    TokenBatch,
+    Unit,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +87,8 @@ class StudentRank:
         self._vocabulary = vocabulary
         self._total_steps = total_steps
         self._staging = Staging(run, vocabulary=vocabulary, device=device)
-        self._encoding = load_encoding(self._staging.labels)
+        self._tasks = run.resolved_tasks()
+        self._encodings = {name: _encoding_of(task) for name, task in self._tasks.items()}
         self._on_accelerator = device.type != torch.empty(0).device.type
         self._owns_processes = False
         self._zero: ZeroModel | None = None  # until it is built
@@ -114,7 +127,10 @@ class StudentRank:
             sharded=sharded_loading(self._plan.deepspeed),
         )
         rows = self._module.config.get_text_config().vocab_size
-        self._objective = Objective.of(self._run.objective, self._encoding, padded=rows > self._vocabulary.size)
+        self._objectives = {
+            name: Objective.of(task.objective, self._encodings[name], padded=rows > self._vocabulary.size)
+            for name, task in self._tasks.items()
+        }
         use_fast_products(self._module.causal.base_model, device=self._device, dtype=self._dtype)
         self._zero = ZeroModel(
             self._module, config=self._plan.deepspeed, optimizer=self._run.optimizer, device=self._device
@@ -153,10 +169,9 @@ class StudentRank:
         staged = self._staging.take(step)
         started = time.perf_counter()
         self._zero.train(True)
-        scale = self._world / max(1, staged.num_loss_tokens)  # DeepSpeed averages over ranks
-        sums = torch.zeros(1 + len(self._objective.names), dtype=torch.float64, device=self._device)
+        sums = torch.zeros(1 + len(self._term_names), dtype=torch.float64, device=self._device)
         for host_batch in staged.micro_batches:
-            sums += self._train_on(carry(host_batch, self._device), scale)
+            sums += self._train_on(to_device(host_batch, self._device), staged)
         self._wait_for_device()
         computed = time.perf_counter()
         rate = learning_rate(step, settings=self._run.optimizer, total_steps=self._total_steps)
@@ -165,12 +180,11 @@ class StudentRank:
         own = [staged.num_tokens, computed - started, time.perf_counter() - computed]
         ranks = gather_numbers(torch.cat([sums, torch.tensor(own, dtype=sums.dtype, device=self._device)]))
         totals, slowest = ranks.sum(0), ranks.amax(0)
-        per_token = totals[1:-3] / staged.num_loss_tokens  # NaN where there is none: a mean of nothing is no zero
         return StepMetrics(
             step=step,
             values={
                 "train/loss": float(totals[0]) / self._world if staged.num_loss_tokens else math.nan,
-                **{f"train/{name}": float(v) for name, v in zip(self._objective.names, per_token, strict=True)},
+                **self._term_means(totals[1:-3].tolist(), staged),
                 "train/grad_norm": outcome.grad_norm,
                 "train/learning_rate": rate,
                 "train/tokens": float(totals[-3]),
@@ -182,32 +196,69 @@ class StudentRank:
             },
         )
 
-    def _train_on(self, batch: TokenBatch, scale: float) -> torch.Tensor:
+    @property
+    def _term_names(self) -> list[tuple[str, str]]:
+        """(task, term), in the order in which terms are summed."""
+        return [(task, name) for task, objective in self._objectives.items() for name in objective.names]
+
+    def _term_means(self, sums: list[float], staged: StagedStep) -> dict[str, float]:
+        """Each bare term over what its task has of it: loss tokens, or groups. NaN where there are none: a mean of
+        nothing is no zero."""
+        means = {}
+        for (task, name), value in zip(self._term_names, sums, strict=True):
+            totals = staged.totals.get(task, TaskTotals(0, 0))
+            of_groups = name in self._objectives[task].sequence_names
+            count = totals.num_groups if of_groups else totals.num_loss_tokens
+            area = "train" if len(self._tasks) == 1 else f"task/{task}"
+            means[f"{area}/{name}"] = value / count if count else math.nan
+        return means
+
+    def _train_on(self, batch: TokenBatch, staged: StagedStep) -> torch.Tensor:
         """Add one micro-batch's gradient; float64 [1 + terms]: the scaled loss and the bare terms, summed over rows."""
+        names = self._term_names
 
         def loss_and_terms(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
             result = head_loss(
                 hidden,
                 weight,
                 bias,
+                batch.target_ids,
                 head_shape=self._module.head_shape,
                 vocabulary_size=self._vocabulary.size,
-                labels=batch.labels,
-                next_ids=batch.next_ids,
-                encoding=self._encoding,
-                objective=self._objective,
-                teacher_head=self._staging.teacher_head,
+                parts=[self._loss_part(part, staged) for part in batch.parts],
                 chunk_rows=self._run.student.loss_chunk_rows,
-                scale=scale,
             )
-            return (result.loss, *result.sums.values())
+            sums = torch.zeros(len(names), dtype=torch.float64, device=self._device)
+            for part, values in zip(batch.parts, result.sums, strict=True):
+                for name, value in values.items():
+                    sums[names.index((part.task, name))] += value
+            return result.loss, sums
 
-        loss, *terms = self._forward(batch, loss_and_terms)
+        loss, sums = self._forward(batch, loss_and_terms)
         # An infinite loss may have a finite gradient. NaN in its place is what DeepSpeed's skip, shared by all ranks,
         # looks for, and no rank has to wait for another before its backward.
         value = loss.detach()
         self._zero.backward(loss * torch.where(value.isfinite(), 1.0, torch.nan))
-        return torch.stack([value.double(), *terms])
+        return torch.cat([value.double()[None], sums])
+
+    def _loss_part(self, part: BatchPart, staged: StagedStep) -> LossPart:
+        """Row terms are divided by the loss tokens of the step (or of the task in it), sequence terms by the groups of
+        the task in the step; times the number of ranks, because DeepSpeed averages over them."""
+        task, totals = self._tasks[part.task], staged.totals[part.task]
+        tokens = totals.num_loss_tokens if task.normaliser == "task" else staged.num_loss_tokens
+        return LossPart(
+            rows=part.rows,
+            labels=part.labels,
+            encoding=self._encodings[part.task],
+            objective=self._objectives[part.task],
+            scale=self._world / max(1, tokens) * task.weight,
+            teacher_head=self._staging.teacher_head(part.teacher),
+            row_weights=part.row_weights,
+            group_scale=self._world / max(1, totals.num_groups) * task.weight,
+            row_sequences=part.row_sequences,
+            groups=part.groups,
+            rewards=part.rewards,
+        )
 
     def _forward(self, batch: TokenBatch, head_call: HeadCall) -> tuple[torch.Tensor, ...]:
         borders = border_arguments(self._attention, batch.sequence_offsets, self._device)
@@ -294,8 +345,7 @@ class StudentRank:
             module=self._module,
             forward=self._zero.forward,
             attention=self._attention,
-            encoding=self._encoding,
-            objective=self._objective,
+            losses={name: (self._encodings[name], objective) for name, objective in self._objectives.items()},
             vocabulary_size=self._vocabulary.size,
             chunk_rows=self._run.student.loss_chunk_rows,
             dtype=self._dtype,
@@ -311,3 +361,7 @@ class StudentRank:
             self._zero.close()
         if self._owns_processes:
             stop_processes()
+
+
+def _encoding_of(task: ResolvedTask) -> Encoding | None:
+    return None if isinstance(task.labels, NoLabels) else load_encoding(task.labels)

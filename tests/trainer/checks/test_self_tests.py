@@ -13,10 +13,11 @@ from architectures import WINDOW, architecture_config, architecture_model
 from tiny_models import tiny_model
 from torch import distributed
 
-from configs.losses import CrossEntropy, ReverseKl
+from configs.losses import CrossEntropy, Dpo, ReverseKl
 from trainer.checks import self_tests
 from trainer.checks.self_tests import Subject, run_self_tests
 from trainer.labels.hidden import Encoding as Hidden
+from trainer.labels.token import Encoding as Token
 from trainer.labels.topk import Encoding as TopK
 from trainer.losses.objective import Objective
 from trainer.model.attention import IMPLEMENTATIONS
@@ -35,6 +36,10 @@ def _group_of_one() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
+def _losses(encoding: Any, objective: Objective | None = None) -> dict[str, tuple[Any, Objective]]:
+    return {"main": (encoding, objective or Objective.of(TERMS, encoding))}
+
+
 def _subject(**changes: Any) -> Subject:
     causal = tiny_model("qwen3")
     causal.config._attn_implementation = IMPLEMENTATIONS["sdpa"]
@@ -43,8 +48,7 @@ def _subject(**changes: Any) -> Subject:
         module=module,
         forward=module,
         attention="sdpa",
-        encoding=TopK(k=16),
-        objective=Objective.of(TERMS, TopK(k=16)),
+        losses=_losses(TopK(k=16)),
         vocabulary_size=283,
         chunk_rows=512,
         dtype=torch.float32,
@@ -60,7 +64,7 @@ def _failed(subject: Subject) -> list[str]:
 
 @pytest.mark.parametrize("encoding", [TopK(k=16), TopK(k=4, temperature=2.0), Hidden()])
 def test_all_pass_on_a_sound_student(encoding: Any) -> None:
-    results = run_self_tests(_subject(encoding=encoding, objective=Objective.of(TERMS, encoding)))
+    results = run_self_tests(_subject(losses=_losses(encoding)))
     assert all(result.passed for result in results), results
     assert all(any(character.isdigit() for character in result.numbers) for result in results)
 
@@ -114,32 +118,33 @@ def test_a_head_that_is_read_wrongly_fails() -> None:
     assert "student logits" in _failed(subject)
 
 
-@dataclasses.dataclass(frozen=True)
-class RowsThatSeeEachOther:
+class RowsThatSeeEachOther(Objective):
     """An objective whose rows depend on which other rows are computed with them, as a broken kernel's would."""
 
-    inner: Objective
-
-    @property
-    def terms(self) -> Any:
-        return self.inner.terms
-
-    @property
-    def names(self) -> Any:
-        return self.inner.names
-
-    @property
-    def needs_labels(self) -> bool:
-        return self.inner.needs_labels
-
     def rows(self, logits: torch.Tensor, *arguments: Any) -> Any:
-        loss, terms = self.inner.rows(logits, *arguments)
+        loss, terms = super().rows(logits, *arguments)
         return loss * (1 + 0.001 * len(loss)), terms
 
 
 def test_a_loss_that_depends_on_its_chunk_fails() -> None:
-    sound = _subject()
-    assert _failed(dataclasses.replace(sound, objective=RowsThatSeeEachOther(sound.objective))) == ["loss kernel"]
+    sound = Objective.of(TERMS, TopK(k=16))
+    broken = RowsThatSeeEachOther(sound.row_terms)
+    assert _failed(_subject(losses=_losses(TopK(k=16), broken))) == ["loss kernel"]
+    assert _failed(_subject(losses=_losses(TopK(k=16), sound))) == []
+
+
+@pytest.mark.parametrize("terms", [(Dpo(),), (Dpo(weight=2.0), CrossEntropy(weight=0.1))])
+def test_terms_that_compare_answers_are_tested_through_both_passes(terms: tuple[Any, ...]) -> None:
+    sound = Objective.of(terms, Token())
+    assert _failed(_subject(losses=_losses(Token(), sound))) == []
+    opposite = dataclasses.replace(sound, sequence_terms=(dataclasses.replace(sound.sequence_terms[0], factor=-1.0),))
+
+    class Opposite(Objective):
+        def sequences(self, scores: Any) -> Any:
+            return opposite.sequences(scores)
+
+    broken = Opposite(sound.row_terms, sound.sequence_terms, needs_reference=True)
+    assert _failed(_subject(losses=_losses(Token(), broken))) == ["loss kernel"]
 
 
 def test_self_tests_leave_the_random_state_alone() -> None:
@@ -152,4 +157,4 @@ def test_self_tests_leave_the_random_state_alone() -> None:
 def test_more_labels_than_the_loss_is_tested_with_by_default_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_tests, "LOSS_VOCABULARY", 64)
     encoding = TopK(k=100)
-    assert _failed(_subject(encoding=encoding, objective=Objective.of(TERMS, encoding))) == []
+    assert _failed(_subject(losses=_losses(encoding))) == []

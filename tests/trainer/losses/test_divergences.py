@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import loss_oracles as oracle
 import pytest
 import torch
 
 from trainer.labels.encoding import ABSENT
-from trainer.losses.divergences import DIVERGENCES, forward_kl, jsd, reverse_kl
+from trainer.losses.divergences import forward_kl, jsd, reverse_kl
+from trainer.losses.terms import function_of
 from trainer.types import PairedLogProbs
 
 TEACHER = oracle.realistic_logits(7, 31, seed=1).double()
 STUDENT = oracle.realistic_logits(7, 31, seed=2).double()
 P, Q = TEACHER.softmax(-1), STUDENT.softmax(-1)
 BETAS = (0.1, 0.5, 0.9)
+TERMS = [oracle.term("forward_kl"), oracle.term("reverse_kl"), oracle.term("jsd", beta=0.3)]
+DIVERGENCES = {one.loss: partial(function_of(one), **one.parameters()) for one in TERMS}
 
 
 def pair(student_logits: torch.Tensor, teacher_logits: torch.Tensor = TEACHER) -> PairedLogProbs:
@@ -67,11 +71,10 @@ def test_jsd_goes_over_into_both_kls_at_its_ends():
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
 def test_equal_distributions_have_divergence_and_gradient_zero(name: str):
-    extra = {"beta": 0.3} if name == "jsd" else {}
     logits = TEACHER.float()
-    value = DIVERGENCES[name](pair(logits, logits), **extra)
+    value = DIVERGENCES[name](pair(logits, logits))
     assert value.abs().max() < 1e-6
-    assert oracle.gradient(lambda z: DIVERGENCES[name](pair(z, logits), **extra), logits).abs().max() < 1e-6
+    assert oracle.gradient(lambda z: DIVERGENCES[name](pair(z, logits)), logits).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("absent", [-math.inf, ABSENT])
@@ -82,7 +85,7 @@ def test_events_the_teacher_gives_no_probability_leave_value_and_gradient_finite
     teacher = torch.cat([kept, torch.full((7, 3), absent)], -1)
 
     def rows(z: torch.Tensor) -> torch.Tensor:
-        return DIVERGENCES[name](PairedLogProbs(z.log_softmax(-1), teacher, exhaustive=True), **extra)
+        return DIVERGENCES[name](PairedLogProbs(z.log_softmax(-1), teacher, exhaustive=True))
 
     value = rows(STUDENT.float())
     assert value.isfinite().all()
@@ -96,6 +99,5 @@ def test_events_absent_on_both_sides_count_for_nothing():
     student = torch.cat([STUDENT.float().log_softmax(-1), torch.full((7, 1), ABSENT)], -1)
     teacher = torch.cat([TEACHER.float().log_softmax(-1), torch.full((7, 1), ABSENT)], -1)
     widened, plain = PairedLogProbs(student, teacher, exhaustive=True), pair(STUDENT.float(), TEACHER.float())
-    for name, function in DIVERGENCES.items():
-        extra = {"beta": 0.3} if name == "jsd" else {}
-        torch.testing.assert_close(function(widened, **extra), function(plain, **extra))
+    for function in DIVERGENCES.values():
+        torch.testing.assert_close(function(widened), function(plain))

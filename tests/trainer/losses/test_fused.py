@@ -9,9 +9,10 @@ from pathlib import Path
 import loss_oracles as oracle
 import pytest
 import torch
-from loss_oracles import TermLike
+from loss_oracles import one_part, term
 from torch.utils.checkpoint import checkpoint
 
+from configs.losses import Term
 from trainer.labels import dense, hidden, topk
 from trainer.losses.fused import HeadLoss, head_loss
 from trainer.losses.objective import Objective
@@ -19,7 +20,7 @@ from trainer.model.head import Head, HeadShape
 
 N, V, PADDED, H, TEACHER_H = 45, 307, 320, 24, 32
 SHAPES = {"plain": HeadShape(), "capped": HeadShape(scale=0.5, soft_cap=4.0)}
-MIX = (TermLike("forward_kl", 0.8), TermLike("reverse_kl", 0.1), TermLike("jsd", 0.3, 0.4), TermLike("cross_entropy"))
+MIX = (term("forward_kl", 0.8), term("reverse_kl", 0.1), term("jsd", 0.3, 0.4), term("cross_entropy"))
 ENCODINGS = {
     "topk": topk.Encoding(k=V - 60, temperature=1.3),
     "hidden": hidden.Encoding(temperature=1.3),
@@ -32,7 +33,7 @@ class Case:
     """A student's head with poisoned padding, a teacher, and labels of one encoding."""
 
     encoding: object
-    terms: tuple[TermLike, ...]
+    terms: tuple[Term, ...]
     shape: HeadShape
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -43,7 +44,7 @@ class Case:
     labels: Mapping[str, torch.Tensor]
 
     @classmethod
-    def of(cls, kind: str, *, terms: tuple[TermLike, ...] = MIX, shape: str = "plain", rows: int = N) -> Case:
+    def of(cls, kind: str, *, terms: tuple[Term, ...] = MIX, shape: str = "plain", rows: int = N) -> Case:
         g = torch.Generator().manual_seed(0)
         encoding = ENCODINGS[kind]
         weight, bias = torch.randn(PADDED, H, generator=g) * 0.6, torch.randn(PADDED, generator=g)
@@ -71,15 +72,18 @@ class Case:
             given["hidden"],
             given["weight"],
             self.bias if bias else None,
+            self.next_ids,
             head_shape=self.shape,
             vocabulary_size=V,
-            labels=given["labels"],
-            next_ids=self.next_ids,
-            encoding=self.encoding,
-            objective=objective,
-            teacher_head=self.teacher_head,
+            parts=one_part(
+                given["labels"],
+                self.encoding,
+                objective,
+                num_rows=len(self.next_ids),
+                scale=scale,
+                teacher_head=self.teacher_head,
+            ),
             chunk_rows=chunk_rows,
-            scale=scale,
         )
 
     def unfused(self, *, scale: float = 0.25, bias: bool = True) -> torch.Tensor:
@@ -116,15 +120,16 @@ def test_value_and_gradients_equal_the_unfused_float64_formula(kind: str, shape:
 
 @pytest.mark.parametrize("terms", [(term,) for term in MIX], ids=lambda terms: terms[0].loss)
 @pytest.mark.parametrize("kind", sorted(ENCODINGS))
-def test_each_term_alone_equals_its_rows_and_reports_its_bare_sum(kind: str, terms: tuple[TermLike, ...]):
+def test_each_term_alone_equals_its_rows_and_reports_its_bare_sum(kind: str, terms: tuple[Term, ...]):
     case = Case.of(kind, terms=terms)
     objective = Objective.of(terms, case.encoding)
     logits = torch.nn.functional.linear(case.hidden, case.weight[:V], case.bias[:V])
     rows, values = objective.rows(logits, case.labels, case.next_ids, case.encoding, case.teacher_head)
     result = case.fused(scale=1.0)
     assert_close(result.loss, rows.sum())
-    assert_close(result.sums[terms[0].loss], values[terms[0].loss].sum())
-    assert result.sums[terms[0].loss].dtype is torch.float64
+    (sums,) = result.sums
+    assert_close(sums[terms[0].loss], values[terms[0].loss].sum())
+    assert sums[terms[0].loss].dtype is torch.float64
     for actual, exact in zip(gradients_of(result.loss, case), gradients_of(rows.sum(), case), strict=True):
         assert_close(actual, exact)
 
@@ -155,7 +160,7 @@ def test_padded_rows_never_enter_and_get_gradient_exactly_zero(kind: str):
 
 
 def test_labels_shifted_by_one_row_change_the_loss_a_lot():
-    case = Case.of("dense", terms=(TermLike("forward_kl"),))
+    case = Case.of("dense", terms=(term("forward_kl"),))
     teacher = case.teacher_head
     twin = {"hidden": case.teacher_hidden, "weight": teacher.weight}
     right = case.fused(bias=False, **twin).loss
@@ -166,7 +171,7 @@ def test_labels_shifted_by_one_row_change_the_loss_a_lot():
 
 @pytest.mark.parametrize("kind", sorted(ENCODINGS))
 def test_a_student_equal_to_its_teacher_stands_still(kind: str):
-    case = Case.of(kind, terms=(TermLike("forward_kl"), TermLike("reverse_kl"), TermLike("jsd", beta=0.5)))
+    case = Case.of(kind, terms=(term("forward_kl"), term("reverse_kl"), term("jsd", beta=0.5)))
     states = case.teacher_hidden.clone().requires_grad_(True)
     weight = case.teacher_head.weight.clone().requires_grad_(True)
     result = case.fused(bias=False, hidden=states, weight=weight, scale=1 / N)
@@ -181,8 +186,9 @@ def test_no_rows_give_a_loss_of_zero_with_a_working_backward():
     result = case.fused()
     result.loss.backward()
     assert result.loss == 0.0
-    assert tuple(result.sums) == ("forward_kl", "reverse_kl", "jsd", "cross_entropy")
-    assert all(value == 0.0 for value in result.sums.values())
+    (sums,) = result.sums
+    assert tuple(sums) == ("forward_kl", "reverse_kl", "jsd", "cross_entropy")
+    assert all(value == 0.0 for value in sums.values())
     assert case.hidden.grad.shape == (0, H)
     assert (case.weight.grad == 0).all()
     assert case.weight.grad.shape == (PADDED, H)
@@ -210,8 +216,8 @@ def test_without_gradients_only_values_are_computed():
         result = case.fused()
     assert not result.loss.requires_grad
     assert_close(result.loss, expected.loss)
-    assert {name: value.item() for name, value in result.sums.items()} == pytest.approx(
-        {name: value.item() for name, value in expected.sums.items()}
+    assert {name: value.item() for name, value in result.sums[0].items()} == pytest.approx(
+        {name: value.item() for name, value in expected.sums[0].items()}
     )
 
 
@@ -256,7 +262,7 @@ class CountingEncoding:
 
 
 def test_an_activation_checkpoint_does_not_make_the_head_compute_twice():
-    case = Case.of("topk", terms=(TermLike("forward_kl"),))
+    case = Case.of("topk", terms=(term("forward_kl"),))
     case.encoding = CountingEncoding(case.encoding)
     checkpoint(lambda h: case.fused(hidden=h, chunk_rows=N).loss, case.hidden, use_reentrant=False).backward()
     assert case.encoding.pairs == 1
@@ -264,8 +270,8 @@ def test_an_activation_checkpoint_does_not_make_the_head_compute_twice():
 
 @pytest.mark.parametrize("kind", ["topk", "hidden"])
 def test_bfloat16_follows_float32_within_its_rounding_whatever_the_scale(kind: str):
-    exact = Case.of(kind, terms=(TermLike("forward_kl"),))
-    half = Case.of(kind, terms=(TermLike("forward_kl"),))
+    exact = Case.of(kind, terms=(term("forward_kl"),))
+    half = Case.of(kind, terms=(term("forward_kl"),))
     for name in ("hidden", "weight", "bias"):
         value = getattr(exact, name).detach()
         with torch.no_grad():
@@ -325,14 +331,11 @@ def test_peak_memory_is_a_few_chunks_however_many_rows_there_are():
             states,
             weight,
             None,
+            torch.zeros(rows, dtype=torch.int64),
             head_shape=HeadShape(),
             vocabulary_size=vocabulary,
-            labels=labels,
-            next_ids=torch.zeros(rows, dtype=torch.int64),
-            encoding=encoding,
-            objective=Objective.of((TermLike("forward_kl"),), encoding),
+            parts=one_part(labels, encoding, Objective.of((term("forward_kl"),), encoding), num_rows=rows, scale=1.0),
             chunk_rows=chunk_rows,
-            scale=1.0,
         ).loss.backward()
         return _status_mb("VmHWM") - before
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import loss_oracles as oracle
 import pytest
 import torch
-from loss_oracles import TermLike
+from loss_oracles import term
 
+from configs.losses import Term
 from trainer.labels import dense, hidden, topk
 from trainer.losses.objective import Objective
 from trainer.model.head import Head, HeadShape
@@ -19,12 +20,12 @@ HEAD = Head(torch.randn(V, H, generator=torch.Generator().manual_seed(6)), None,
 TEACHER = TEACHER_HIDDEN @ HEAD.weight.T
 
 OBJECTIVES = [
-    (TermLike("forward_kl"),),
-    (TermLike("reverse_kl"),),
-    (TermLike("jsd", beta=0.1),),
-    (TermLike("jsd", beta=0.9),),
-    (TermLike("cross_entropy"),),
-    (TermLike("forward_kl", 0.7), TermLike("cross_entropy", 0.3), TermLike("jsd", 2.0, 0.5)),
+    (term("forward_kl"),),
+    (term("reverse_kl"),),
+    (term("jsd", beta=0.1),),
+    (term("jsd", beta=0.9),),
+    (term("cross_entropy"),),
+    (term("forward_kl", 0.7), term("cross_entropy", 0.3), term("jsd", 2.0, 0.5)),
 ]
 ENCODINGS = {"topk": topk.Encoding, "hidden": hidden.Encoding, "dense": dense.Encoding}
 
@@ -36,7 +37,7 @@ def source_of(encoding: object) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
 @pytest.mark.parametrize("terms", OBJECTIVES, ids=lambda terms: "+".join(t.loss for t in terms))
 @pytest.mark.parametrize("kind", sorted(ENCODINGS))
-def test_rows_and_gradients_equal_brute_force(kind: str, terms: tuple[TermLike, ...], temperature: float):
+def test_rows_and_gradients_equal_brute_force(kind: str, terms: tuple[Term, ...], temperature: float):
     encoding = ENCODINGS[kind](temperature=temperature, **({"k": 12} if kind == "topk" else {}))
     labels = encoding.make(source_of(encoding), NEXT_IDS)
     if kind == "topk":  # float16 on the wire is tested elsewhere; here the arithmetic is
@@ -57,7 +58,7 @@ def test_rows_and_gradients_equal_brute_force(kind: str, terms: tuple[TermLike, 
 
 
 @pytest.mark.parametrize("terms", OBJECTIVES[:4], ids=lambda terms: terms[0].loss)
-def test_topk_is_a_lower_bound_that_grows_with_k_up_to_the_full_divergence(terms: tuple[TermLike, ...]):
+def test_topk_is_a_lower_bound_that_grows_with_k_up_to_the_full_divergence(terms: tuple[Term, ...]):
     full = oracle.objective(terms, STUDENT, TEACHER, NEXT_IDS).float()
     previous = torch.zeros(N)
     for k in (1, 2, 8, 32, 128, V - 1, V):
@@ -83,7 +84,7 @@ def test_hidden_and_dense_labels_give_the_same_rows():
 def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(kind: str):
     encoding = ENCODINGS[kind]()
     labels = encoding.make(source_of(encoding), NEXT_IDS)
-    objective = Objective.of((TermLike("forward_kl"), TermLike("reverse_kl"), TermLike("jsd", beta=0.5)), encoding)
+    objective = Objective.of((term("forward_kl"), term("reverse_kl"), term("jsd", beta=0.5)), encoding)
     rows, _ = objective.rows(TEACHER, labels, NEXT_IDS, encoding, HEAD)
     grad = oracle.gradient(lambda z: objective.rows(z, labels, NEXT_IDS, encoding, HEAD)[0], TEACHER)
     tolerance = 1e-4 if kind == "topk" else 1e-5  # float16 log-probabilities
@@ -94,7 +95,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(kind: str):
 @pytest.mark.parametrize("kind", sorted(ENCODINGS))
 def test_labels_shifted_by_one_row_change_the_loss_a_lot(kind: str):
     encoding = ENCODINGS[kind]()
-    objective = Objective.of((TermLike("forward_kl"),), encoding)
+    objective = Objective.of((term("forward_kl"),), encoding)
     labels = encoding.make(source_of(encoding), NEXT_IDS)
     shifted = {name: column.roll(1, 0) for name, column in labels.items()}
     near_teacher = TEACHER + 0.1 * STUDENT
@@ -106,7 +107,7 @@ def test_labels_shifted_by_one_row_change_the_loss_a_lot(kind: str):
 def test_terms_are_reported_bare_and_cross_entropy_stays_at_temperature_one():
     encoding = dense.Encoding(temperature=3.0)
     labels = encoding.make(TEACHER, NEXT_IDS)
-    objective = Objective.of((TermLike("forward_kl", 5.0), TermLike("cross_entropy", 7.0)), encoding)
+    objective = Objective.of((term("forward_kl", 5.0), term("cross_entropy", 7.0)), encoding)
     _, terms = objective.rows(STUDENT, labels, NEXT_IDS, encoding)
     p, q = oracle.probabilities(TEACHER, 3.0), oracle.probabilities(STUDENT, 3.0)
     torch.testing.assert_close(terms["forward_kl"].double(), oracle.forward_kl(p, q), atol=1e-5, rtol=1e-5)
@@ -115,7 +116,7 @@ def test_terms_are_reported_bare_and_cross_entropy_stays_at_temperature_one():
 
 
 def test_a_loss_named_twice_gets_a_number():
-    objective = Objective.of((TermLike("jsd", beta=0.1), TermLike("jsd", beta=0.9)), dense.Encoding())
+    objective = Objective.of((term("jsd", beta=0.1), term("jsd", beta=0.9)), dense.Encoding())
     assert objective.names == ("jsd", "jsd_2")
 
 
@@ -129,7 +130,7 @@ def test_the_schema_s_terms_are_what_an_objective_is_made_of():
 
 def test_cross_entropy_alone_never_looks_at_the_labels():
     encoding = dense.Encoding()
-    objective = Objective.of((TermLike("cross_entropy"),), encoding)
+    objective = Objective.of((term("cross_entropy"),), encoding)
     rows, _ = objective.rows(STUDENT, {}, NEXT_IDS, encoding)
     assert not objective.needs_labels
     assert rows.shape == (N,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import loss_oracles as oracle
 import pytest
 import torch
-from loss_oracles import TermLike
+from loss_oracles import one_part, term
 from tiny_models import tiny_model
 
 from trainer.labels import dense, hidden, topk
@@ -18,7 +18,7 @@ from trainer.model.load import StudentModule
 V, ROWS = 283, 320
 N = 45
 ENCODINGS = {"topk": topk.Encoding(k=16), "hidden": hidden.Encoding(), "dense": dense.Encoding()}
-MIX = (TermLike("forward_kl", 0.8), TermLike("reverse_kl", 0.2), TermLike("jsd", 0.3, 0.4), TermLike("cross_entropy"))
+MIX = (term("forward_kl", 0.8), term("reverse_kl", 0.2), term("jsd", 0.3, 0.4), term("cross_entropy"))
 LOGITS = oracle.realistic_logits(N, ROWS, seed=3)
 TEACHER = oracle.realistic_logits(N, V, seed=4)
 NEXT_IDS = torch.randint(V, (N,), generator=torch.Generator().manual_seed(5))
@@ -42,7 +42,7 @@ def test_value_and_gradient_equal_float64_however_small_or_large_the_mass(shift:
 
 def test_with_forward_kl_and_cross_entropy_it_is_the_loss_over_all_rows() -> None:
     encoding = dense.Encoding()
-    terms = (TermLike("forward_kl", 0.7), TermLike("cross_entropy", 0.3))
+    terms = (term("forward_kl", 0.7), term("cross_entropy", 0.3))
     objective = Objective.of(terms, encoding, padded=True)
     labels = encoding.make(TEACHER, NEXT_IDS)
     everywhere = torch.cat([TEACHER, torch.full((N, ROWS - V), float("-inf"))], 1)  # a teacher without mass there
@@ -66,17 +66,15 @@ def _fused(
     states = torch.randn(N, head.weight.shape[1], generator=torch.Generator().manual_seed(9))
     source = states if kind == "hidden" else head.logits(states)
     given = {"chunk_rows": 16, "padded": True, **changes}
+    objective = Objective.of(MIX, encoding, padded=bool(given["padded"]))
+    labels = encoding.make(source, NEXT_IDS)
     return head_loss(
         *parameters,
+        NEXT_IDS,
         head_shape=shape,
         vocabulary_size=V,
-        labels=encoding.make(source, NEXT_IDS),
-        next_ids=NEXT_IDS,
-        encoding=encoding,
-        objective=Objective.of(MIX, encoding, padded=bool(given["padded"])),
-        teacher_head=head,
+        parts=one_part(labels, encoding, objective, num_rows=N, scale=0.25, teacher_head=head),
         chunk_rows=given["chunk_rows"],
-        scale=0.25,
     )
 
 
@@ -107,7 +105,7 @@ def test_the_fused_loss_and_its_gradients_equal_the_unfused_float64_formula(
     expected = 0.25 * (inside + 2.3 * padding).sum()
     tolerance = 1e-3 if kind == "topk" else 1e-5  # float16 log-probabilities
     torch.testing.assert_close(result.loss.double(), expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(result.sums["padding"], padding.sum().detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.sums[0]["padding"], padding.sum().detach(), rtol=1e-5, atol=1e-5)
     found = torch.autograd.grad(result.loss, parameters)
     for actual, exact in zip(found, torch.autograd.grad(expected, parameters), strict=True):
         torch.testing.assert_close(actual, exact, rtol=tolerance, atol=tolerance * float(exact.abs().max()))
@@ -134,21 +132,17 @@ def _trained(kind: str, *, tied: bool, padded: bool) -> tuple[torch.Tensor, torc
         head = Head(teacher.lm_head.weight[:V], None, HeadShape(), V)
         labels = encoding.make(states if kind == "hidden" else head.logits(states), next_ids)
         theirs = teacher(ids).logits[0].softmax(-1)[:, V:].sum(-1).mean()
-    objective = Objective.of((TermLike("forward_kl"),), encoding, padded=padded)
+    objective = Objective.of((term("forward_kl"),), encoding, padded=padded)
 
     def loss_of(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor]:
         result = head_loss(
             hidden,
             weight,
             bias,
+            next_ids,
             head_shape=module.head_shape,
             vocabulary_size=V,
-            labels=labels,
-            next_ids=next_ids,
-            encoding=encoding,
-            objective=objective,
-            teacher_head=head,
-            scale=1 / 40,
+            parts=one_part(labels, encoding, objective, num_rows=40, scale=1 / 40, teacher_head=head),
         )
         return (result.loss,)
 
