@@ -311,6 +311,8 @@ def test_an_error_of_supply_that_nobody_foresaw_ends_the_run_when_its_step_is_du
 
 
 def test_nothing_is_left_to_train_and_nothing_is_said(recwarn: pytest.WarningsRecorder) -> None:
+    gc.collect()  # what earlier tests left is said now
+    recwarn.clear()
     made = make()
     made.run(SETTINGS.total_steps)
     gc.collect()  # of a coroutine that was never begun, for example, it is said then
