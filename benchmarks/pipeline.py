@@ -90,7 +90,7 @@ class Pipeline:
             self.inputs,
             folder,
             config_hash=config_hash(self.run),
-            teacher_dtype=self.resolved.scorer.dtype,
+            teacher_dtype=self.resolved.teacher_dtype(self.run.teacher.name),
             skip_self_test=True,
         )
         progress = self._closing.enter_context(Progress(0, console=Console(file=io.StringIO()), plain=True))

@@ -147,7 +147,7 @@ def _engine_plan(teacher: Path, work: Path, longest: int) -> tuple[EnginePlan, t
     write_rows(rows, load_tokenizer(ModelSource(path=str(teacher))), Workload(), count=1)
     run = make_run(teacher, student, rows, work / "run", workload, labels="topk", steps=1)
     resolved = resolve_run(run, read_inputs(run), Hardware.local())
-    return resolved.scorer, resolved.reasons
+    return resolved.teachers[run.teacher.name].scorer, resolved.reasons
 
 
 def _stock(plan: EnginePlan) -> EnginePlan:

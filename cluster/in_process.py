@@ -38,7 +38,7 @@ class InProcessTeacher:
         self._engine: ScoringEngine | WritingEngine | None = None
 
     def start(self) -> None:
-        self._engine = start_engine(self._plan, f"{self._plan.role}-0")
+        self._engine = start_engine(self._plan, f"{self._plan.actors}-0")
 
     async def score(self, unit: Unit, encoding: Labels) -> tuple[UnitReport, SoftLabelBlock]:
         report, block = await self._engine.score(unit, encoding, deadline_s=self._deadline_s)
@@ -126,11 +126,21 @@ class InProcessSession:
 
     def __init__(self, job: StudentJob, resolved: Resolved, *, observer: Observer) -> None:
         deadline_s = job.run.faults.score_timeout_s
-        os.environ.update({**resolved.scorer.environment, **resolved.student_environment})
-        plans = [resolved.scorer, *([resolved.writer] if resolved.writer else [])]
-        self._engines = [InProcessTeacher(plan, deadline_s=deadline_s, observer=observer) for plan in plans]
-        scorer, *generators = self._engines
-        self.teachers = {job.run.teacher.name: TeacherPools(scorer, generators[0] if generators else None)}
+        for plan in resolved.engines:
+            os.environ.update(plan.environment)
+        os.environ.update(resolved.student_environment)
+        self._engines: list[InProcessTeacher] = []
+
+        def started(plan: EnginePlan | None) -> InProcessTeacher | None:
+            if plan is None:
+                return None
+            self._engines.append(InProcessTeacher(plan, deadline_s=deadline_s, observer=observer))
+            return self._engines[-1]
+
+        self.teachers = {
+            name: TeacherPools(started(plans.scorer), started(plans.writer))
+            for name, plans in resolved.teachers.items()
+        }
         self.students = InProcessStudents(job)
 
     async def reserve(self) -> None:

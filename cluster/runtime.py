@@ -34,6 +34,11 @@ ALL_ROLES = (*WORKERS, CONTROLLER)
 BOTH = (CPU, GPU)
 
 
+def actors_of(role: Role, teacher: str = "") -> str:
+    """What the actors of a role are called together: `scorer`; in a run with teachers by name `code.scorer`."""
+    return f"{teacher}.{role}" if teacher else role
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One environment variable: for whom, and why."""

@@ -64,11 +64,11 @@ class RaySession:
         self.students = StudentGroup(
             job, spawn=self._spawn_rank, room=self._room_for_students, folder=self._folder, observer=observer
         )
-        teacher = job.run.teacher
-        scorer = self._pool(resolved.scorer, teacher.scorer.replicas)
-        generator = self._pool(resolved.writer, teacher.generator.replicas) if teacher.generator else None
-        self.teachers = {teacher.name: TeacherPools(scorer, generator)}
-        self._pools = {"scorers": scorer} | ({"writers": generator} if generator else {})
+        self._pools: dict[str, ReplicaPool] = {}
+        self.teachers = {
+            name: TeacherPools(self._pool(plans.scorer), self._pool(plans.writer))
+            for name, plans in resolved.teachers.items()
+        }
 
     async def reserve(self) -> None:
         """All placement groups at once, or an error that says what is missing."""
@@ -94,10 +94,10 @@ class RaySession:
         if not new:
             return
         run = self._job.run
-        models = ((model.path, model.revision) for model in (run.teacher.model, run.student.model))
+        started = [run.teachers_by_name()[name].model for name in self._resolved.teachers]
         question = Question(
-            models=tuple(models),
-            needs_plugin=any(isinstance(role.engine, Vllm) for role in run.teacher.roles().values()),
+            models=tuple((model.path, model.revision) for model in (*started, run.student.model)),
+            needs_plugin=any(isinstance(plan.engine, Vllm) for plan in self._resolved.engines),
             folder=self._folder,
         )
         environment = self._environment(runtime.environment(runtime.CONTROLLER, self._resolved.accelerator))
@@ -132,26 +132,30 @@ class RaySession:
             if self._groups is not None:
                 self._groups.release()
 
-    def _pool(self, plan: EnginePlan, num_replicas: int) -> ReplicaPool:
+    def _pool(self, plan: EnginePlan | None) -> ReplicaPool | None:
+        if plan is None:
+            return None
+
         def spawn(index: int, name: str) -> ActorHandle:
-            placed, bundle = self._actors(plan.role)[index]
+            placed, bundle = self._actors(plan.actors)[index]
             options = actor_options(
                 placed, environment=self._environment(plan.environment), bundle=bundle, name=self._new_name(name)
             )
             return ray.remote(TeacherActor).options(**options).remote(plan, name, self._folder)
 
         async def room(index: int) -> None:
-            await self._room(self._actors(plan.role)[index][0])
+            await self._room(self._actors(plan.actors)[index][0])
 
-        return ReplicaPool(
+        pool = self._pools[f"{plan.actors}s"] = ReplicaPool(
             plan,
-            num_replicas=num_replicas,
+            num_replicas=len(self._resolved.placement.actors_of_role(plan.actors)),
             spawn=spawn,
             room=room,
             faults=self._job.run.faults,
             folder=self._folder,
             observer=self._observer,
         )
+        return pool
 
     def _spawn_rank(self, index: int, name: str) -> ActorHandle:
         placed, bundle = self._actors(runtime.STUDENT)[index]
@@ -169,7 +173,7 @@ class RaySession:
             found = await asyncio.to_thread(nodes_of, placed)
             await self._check(dict.fromkeys(found, (placed.group.name,)))
 
-    def _actors(self, role: runtime.Role) -> tuple[tuple[PlacedGroup, int], ...]:
+    def _actors(self, role: str) -> tuple[tuple[PlacedGroup, int], ...]:
         assert self._groups is not None, "reserve() comes first"
         return self._groups.actors_of_role(role)
 

@@ -45,6 +45,11 @@ def place_of_teacher(run: Run, name: str) -> Place:
     return ("teacher",) if run.teacher is not None else ("teachers", name)
 
 
+def teacher_place(run: Run, name: str) -> str:
+    """`teacher`, or `teachers.<name>`: for messages."""
+    return ".".join(map(str, place_of_teacher(run, name)))
+
+
 def unused_teachers(run: Run) -> tuple[str, ...]:
     """Teachers that no task asks for anything."""
     asked = {name for task in run.resolved_tasks().values() for name in task.teachers}

@@ -353,7 +353,7 @@ def _attention(run: Run, *, known: set[str]) -> Iterator[Finding]:
     if "teacher" in known:
 
         def rotate() -> None:
-            check_rotation(run, load_config(run.teacher.model, role="teacher.model"))
+            check_rotation(run, run.teacher.name, load_config(run.teacher.model, role="teacher.model"))
 
         finding = _attempt("teacher attention", rotate, lambda: "the same at every length of the data")
         if finding.fatal:
@@ -367,7 +367,7 @@ def _placement(run: Run, *, known: set[str]) -> Iterator[Finding]:
     if "teacher" in known and max(sizes.values()) > 1:
 
         def look() -> None:
-            check_split(run, load_config(run.teacher.model, role="teacher.model"))
+            check_split(run, run.teacher.name, load_config(run.teacher.model, role="teacher.model"))
 
         text = ", ".join(f"{role} in {size} parts" for role, size in sizes.items())
         yield _attempt("teacher split", look, lambda: text)

@@ -26,6 +26,7 @@ from cluster.model_files import PLACES as WEIGHT_PLACES
 from cluster.model_files import WHOLE_BYTES as WHOLE_WEIGHTS
 from cluster.model_files import find_folder
 from cluster.placement.resolve import Resolved
+from configs.rules import teacher_place
 from configs.schema import Dataset, ModelSource, Run
 from trainer.data.content import file_content, files_below, folder_content
 from trainer.data.row_files import PLACES, WHOLE_BYTES, open_raw_rows
@@ -48,10 +49,10 @@ def contents_of(run: Run, inputs: Inputs) -> dict[str, str]:
         raise ConfigError(f"cannot read an input of the run: {error}") from None
 
 
-def dtypes_of(resolved: Resolved) -> dict[str, str]:
+def dtypes_of(run: Run, resolved: Resolved) -> dict[str, str]:
     """What the devices of this start made of `auto`."""
-    plans = [plan for plan in (resolved.scorer, resolved.writer) if plan is not None]
-    return {"student.dtype": resolved.student.dtype, **{f"teacher.{plan.role}.dtype": plan.dtype for plan in plans}}
+    engines = {f"{teacher_place(run, plan.teacher)}.{plan.role}.dtype": plan.dtype for plan in resolved.engines}
+    return {"student.dtype": resolved.student.dtype, **engines}
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str], run: Run) -> tuple[list[str], list[str]]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from cluster.placement.resolve import Resolved
+from cluster.placement.resolve import Resolved, started_roles
 from configs.schema import Run
 from configs.secrets import without_secrets
 from launch.export import card_of, complete_student
@@ -188,12 +188,11 @@ def roles_of(run: Run, resolved: Resolved) -> dict[str, Any]:
             "zero_stage": run.student.zero_stage,
         }
     }
-    for plan, replicas in ((resolved.scorer, run.teacher.scorer), (resolved.writer, run.teacher.generator)):
-        if plan is not None and replicas is not None:
-            roles[plan.role] = {
-                "engine": plan.engine.kind,
-                "replicas": replicas.replicas,
-                "tensor_parallel_size": plan.tensor_parallel_size,
-                "dtype": plan.dtype,
-            }
+    for plan in resolved.engines:
+        roles[plan.actors] = {
+            "engine": plan.engine.kind,
+            "replicas": started_roles(run)[plan.teacher][plan.role].replicas,
+            "tensor_parallel_size": plan.tensor_parallel_size,
+            "dtype": plan.dtype,
+        }
     return roles

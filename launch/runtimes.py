@@ -11,9 +11,10 @@ from cluster import nodes, ray_session, runtime
 from cluster.in_process import InProcessSession
 from cluster.model_files import ModelFiles, find_folder
 from cluster.placement.hardware import Hardware
-from cluster.placement.resolve import Resolved, resolve
+from cluster.placement.resolve import Resolved, TeacherFacts, resolve
 from cluster.session import RaySession
 from cluster.students.group import StudentJob
+from configs.rules import teacher_place
 from configs.schema import ModelSource, Run
 from trainer.errors import ConfigError
 from trainer.loop.job import Inputs, Job
@@ -35,8 +36,7 @@ class Runtime:
     @property
     def start_timeout_s(self) -> float:
         """Of the slowest role."""
-        plans = (self.resolved.student, self.resolved.scorer, self.resolved.writer)
-        return max(plan.start_timeout_s for plan in plans if plan)
+        return max(plan.start_timeout_s for plan in (self.resolved.student, *self.resolved.engines))
 
     def open_session(self, job: Job, observer: Observer) -> Session:
         """Starts nothing yet."""
@@ -80,17 +80,23 @@ def open_runtime(run: Run, inputs: Inputs, stack: contextlib.ExitStack, *, wait_
 
 def resolve_run(run: Run, inputs: Inputs, hardware: Hardware) -> Resolved:
     """All that follows from a run, what was read for it, and the machines."""
+    teachers = run.teachers_by_name()
     return resolve(
         run,
         hardware,
         vocabulary_size=inputs.vocabulary.size,
         tokenizer_fingerprint=inputs.vocabulary.fingerprint,
-        stop_token_ids=inputs.stop_ids,
         student_config=load_config(run.student.model, role="student.model"),
-        teacher_config=load_config(run.teacher.model, role="teacher.model"),
-        teacher_bytes=_weight_bytes(run.teacher.model),
         student_bytes=_weight_bytes(run.student.model),
-        offline=all(Path(model.path).is_dir() for model in (run.teacher.model, run.student.model)),
+        teachers={
+            name: TeacherFacts(
+                config=load_config(teacher.model, role=f"{teacher_place(run, name)}.model"),
+                num_bytes=_weight_bytes(teacher.model),
+                stop_token_ids=inputs.stop_ids,
+            )
+            for name, teacher in teachers.items()
+        },
+        offline=all(Path(model.path).is_dir() for model in (run.student.model, *(t.model for t in teachers.values()))),
         bytecode_folder=runtime.bytecode_folder(),
     )
 

@@ -139,14 +139,14 @@ def _train(
     write_text(folder.config, dump_run(run))
     with contextlib.ExitStack() as stack:
         runtime = open_runtime(run, start.inputs, stack, wait_for_nodes=wait_for_nodes)
-        dtypes = dtypes_of(runtime.resolved)
+        dtypes = dtypes_of(run, runtime.resolved)
         changed = [*here.changed, *(refuse_changes(run, folder, here.after, dtypes) if here.after else [])]
         job = make_job(
             run,
             start.inputs,
             folder,
             config_hash=config_hash(run),
-            teacher_dtype=runtime.resolved.scorer.dtype,
+            teacher_dtype=runtime.resolved.teacher_dtype(run.teacher.name),
             skip_self_test=skip_self_test,
             contents=start.contents | dtypes,
             after=here.after,

@@ -164,9 +164,9 @@ class StudentGroup(Students, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TeacherPools:
-    """The replicas of one teacher."""
+    """The replicas of one teacher; None where no task asks for what they do."""
 
-    scorer: Scorers
+    scorer: Scorers | None
     generator: Writers | None
 
 

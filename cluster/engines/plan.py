@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cluster.runtime import actors_of
 from configs.engines import Engine
 from configs.labels import Labels
 
@@ -44,3 +45,9 @@ class EnginePlan:
     sampling: Sampling | None = field(default=None)  # writers only
     start_timeout_s: float = 600.0  # until it must be ready, the copy included
     local_copy: str | None = None  # folder of the node where a copy of the model is read from
+    prefix: str = ""  # of the names of its processes; empty where there is one teacher
+
+    @property
+    def actors(self) -> str:
+        """What the replicas are called together."""
+        return actors_of(self.role, self.prefix)

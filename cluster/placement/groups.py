@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cluster.runtime import Accelerator, Role
+from cluster.runtime import Accelerator
 from configs.schema import Constraints
 
 Executor = Literal["mp", "ray"]
@@ -17,7 +17,7 @@ Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 class RoleRequest:
     """All actors of one role: student ranks, or replicas of a teacher."""
 
-    role: Role
+    role: str  # of `actors_of`
     count: int
     accelerator: Accelerator
     shards: int = 1  # GPUs (or CPU slots) of one actor
@@ -30,7 +30,7 @@ class Group:
     """One placement group."""
 
     name: str  # "student", "scorer-0", or "scorer" for all replicas together
-    role: Role
+    role: str  # of `actors_of`
     accelerator: Accelerator
     bundles: tuple[Mapping[str, float], ...]
     strategy: Strategy
@@ -63,11 +63,11 @@ class Placement:
     def num_gpus(self) -> int:
         return sum(group.num_gpus for group in self.groups)
 
-    def of_role(self, role: Role) -> tuple[Group, ...]:
+    def of_role(self, role: str) -> tuple[Group, ...]:
         """The groups of a role, by index."""
         return tuple(sorted((g for g in self.groups if g.role == role), key=lambda group: natural(group.name)))
 
-    def actors_of_role(self, role: Role) -> tuple[tuple[Group, int], ...]:
+    def actors_of_role(self, role: str) -> tuple[tuple[Group, int], ...]:
         """Group and bundle of every actor of a role, by rank or replica."""
         return tuple((group, bundle) for group in self.of_role(role) for bundle in group.bundle_of_actor)
 

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.nodes import alive_nodes
 from cluster.placement.groups import Group, Placement
-from cluster.runtime import GPU, Role
+from cluster.runtime import GPU
 from trainer.errors import InsufficientResources
 
 POLL_S = 0.1
@@ -41,12 +41,12 @@ class PlacedGroups:
 
     groups: tuple[PlacedGroup, ...]
 
-    def of_role(self, role: Role) -> tuple[PlacedGroup, ...]:
+    def of_role(self, role: str) -> tuple[PlacedGroup, ...]:
         """The groups of a role, by index."""
         by_name = {placed.group.name: placed for placed in self.groups}
         return tuple(by_name[group.name] for group in Placement(tuple(p.group for p in self.groups)).of_role(role))
 
-    def actors_of_role(self, role: Role) -> tuple[tuple[PlacedGroup, int], ...]:
+    def actors_of_role(self, role: str) -> tuple[tuple[PlacedGroup, int], ...]:
         """Group and bundle of every actor of a role, by rank or replica."""
         return tuple((placed, bundle) for placed in self.of_role(role) for bundle in placed.group.bundle_of_actor)
 

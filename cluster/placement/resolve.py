@@ -24,14 +24,16 @@ from cluster.runtime import (
     WRITER,
     Accelerator,
     Role,
+    actors_of,
     backend_of,
     device_type_of,
     environment,
 )
 from configs.answers import TeacherAnswers
 from configs.engines import ENGINES, Vllm
-from configs.labels import HELD_OUT
-from configs.schema import ModelSource, Replicas, Run
+from configs.labels import HELD_OUT, Labels
+from configs.rules import teacher_place
+from configs.schema import ModelSource, Replicas, Run, Teacher
 from trainer.errors import ConfigError
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.model.attention_choice import (
@@ -55,17 +57,47 @@ MAX_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherFacts:
+    """What is known of one teacher before it starts."""
+
+    config: Any | None = None  # of transformers: decides how it can be split, and what of it vLLM must not use
+    num_bytes: int | None = None  # of its weights, for the deadlines
+    weights_version: str | None = None  # in label headers; None: its revision
+    stop_token_ids: tuple[int, ...] = ()  # end an answer that it writes
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPlans:
+    """The engines of one teacher; None where no task asks for what it would do."""
+
+    scorer: EnginePlan | None
+    writer: EnginePlan | None
+
+    @property
+    def started(self) -> tuple[EnginePlan, ...]:
+        return tuple(plan for plan in (self.scorer, self.writer) if plan is not None)
+
+
+@dataclass(frozen=True, slots=True)
 class Resolved:
     """All that follows from a run and its machines."""
 
     accelerator: Accelerator
     student: StudentPlan
     student_environment: Mapping[str, str]  # of every rank's process; `student_environment` of runtime.py adds the rank
-    scorer: EnginePlan
-    writer: EnginePlan | None
+    teachers: Mapping[str, TeacherPlans]  # by name; without those that no task asks
     placement: Placement
     reasons: tuple[str, ...]  # one line for each choice made for the user
     warnings: tuple[str, ...]
+
+    @property
+    def engines(self) -> tuple[EnginePlan, ...]:
+        """Of all teachers."""
+        return tuple(plan for plans in self.teachers.values() for plan in plans.started)
+
+    def teacher_dtype(self, name: str) -> str:
+        """What its labels are made in."""
+        return next(plan.dtype for plan in self.teachers[name].started)
 
 
 def resolve(
@@ -74,51 +106,36 @@ def resolve(
     *,
     vocabulary_size: int,
     tokenizer_fingerprint: str,
-    weights_version: str | None = None,
-    stop_token_ids: tuple[int, ...] = (),
     student_config: Any | None = None,
-    teacher_config: Any | None = None,
-    teacher_bytes: int | None = None,
     student_bytes: int | None = None,
+    teachers: Mapping[str, TeacherFacts] | None = None,
     offline: bool = False,
     bytecode_folder: str | None = None,
 ) -> Resolved:
     """Decide everything that depends on the machines. Raises `ConfigError` where they do not allow the run.
 
-    `vocabulary_size` is the true one, without padding. `weights_version` names the teacher's weights in label headers;
-    None: its revision. `stop_token_ids` end an answer of the writer. `student_config`, a transformers config, decides
-    attention "auto" and sizes ZeRO-3's buffers; without it attention stays as written. `teacher_config` decides whether
-    the teacher can be split as asked, and what of it vLLM must not use. `teacher_bytes`, `student_bytes`: of their
-    weights, where known, for the deadlines. `offline`: both models are folders. `bytecode_folder`: of
-    `runtime.bytecode_folder()`.
+    `vocabulary_size` is the true one, without padding. `student_config`, a transformers config, decides attention
+    "auto" and sizes ZeRO-3's buffers; without it attention stays as written. `student_bytes`: of its weights, where
+    known, for the deadline. `teachers`: by name, as far as something is known. `offline`: all models are folders.
+    `bytecode_folder`: of `runtime.bytecode_folder()`.
     """
-    if teacher_config is not None:
-        check_split(run, teacher_config)
-        check_rotation(run, teacher_config)
+    facts = {name: (teachers or {}).get(name, TeacherFacts()) for name in run.teachers_by_name()}
+    for name, known in facts.items():
+        if known.config is not None:
+            check_split(run, name, known.config)
+            check_rotation(run, name, known.config)
     accelerator = _accelerator(run, hardware)
     placement = Placement() if run.runtime == "in_process" else place(roles_of(run, accelerator), hardware)
     dtypes = _Dtypes(hardware, accelerator)
     tables = _Tables(accelerator, _threads(hardware, placement), offline, bytecode_folder)
-    engines = _Engines(
-        run,
-        accelerator,
-        placement=placement,
-        shared={
-            "vocabulary_size": vocabulary_size,
-            "tokenizer_fingerprint": tokenizer_fingerprint,
-            "weights_version": weights_version or run.teacher.model.revision or "unversioned",
-            "start_timeout_s": start_timeout_s(run, run.teacher.model, teacher_bytes),
-            "local_copy": None if run.teacher.model.local_copy is None else str(run.teacher.model.local_copy),
-        },
-        teacher_config=teacher_config,
-    )
+    shared = _Shared(run, accelerator, placement, vocabulary_size, tokenizer_fingerprint)
     student_dtype = dtypes.choose("student", run.student.dtype)
     student = _student_plan(run, accelerator, student_dtype, student_config, num_bytes=student_bytes)
-    scorer = engines.plan(SCORER, run.teacher.scorer, dtypes, tables, sampling=None)
-    writer = None
-    if run.teacher.generator is not None:
-        sampling = _sampling(run, stop_token_ids)
-        writer = engines.plan(WRITER, run.teacher.generator, dtypes, tables, sampling=sampling)
+    plans, reasons = {}, []
+    for name in started_roles(run):
+        engines = _Engines(shared, run.teachers_by_name()[name], facts[name])
+        plans[name] = engines.plans(dtypes, tables)
+        reasons += engines.reasons
     student_threads = None
     if accelerator == GPU and run.student.offload != "none":
         student_threads = _cores_per_gpu(hardware)  # the optimizer runs on the host, on every core there is
@@ -126,25 +143,40 @@ def resolve(
         accelerator=accelerator,
         student=student,
         student_environment=tables.of(STUDENT, threads=student_threads),
-        scorer=scorer,
-        writer=writer,
+        teachers=plans,
         placement=placement,
         reasons=(
             _accelerator_reason(run, hardware, accelerator),
             *dict.fromkeys(dtypes.reasons),
-            *engines.reasons,
+            *reasons,
         ),
         warnings=(*_placement_warnings(hardware, placement, accelerator), *dict.fromkeys(dtypes.warnings)),
     )
 
 
+def started_roles(run: Run) -> dict[str, dict[Role, Replicas]]:
+    """The replicas that a run starts, by teacher and role: scorers where a task takes labels, writers where one takes
+    answers. A teacher that no task asks is left out."""
+    roles: dict[str, dict[Role, Replicas]] = {}
+    for name, teacher in run.teachers_by_name().items():
+        tasks = [task for task in run.resolved_tasks().values() if name in task.teachers]
+        asked: dict[Role, Replicas] = {}
+        if any(isinstance(task.labels, Labels) for task in tasks):
+            asked[SCORER] = teacher.scorer
+        if teacher.generator is not None and any(task.answers.needs_generator for task in tasks):
+            asked[WRITER] = teacher.generator
+        if asked:
+            roles[name] = asked
+    return roles
+
+
 def roles_of(run: Run, accelerator: Accelerator) -> tuple[RoleRequest, ...]:
     """The actors of a run."""
     roles = [RoleRequest(STUDENT, run.student.ranks, accelerator, constraints=run.student.placement)]
-    for role, replicas in ((SCORER, run.teacher.scorer), (WRITER, run.teacher.generator)):
-        if replicas is not None:
+    for name, asked in started_roles(run).items():
+        for role, replicas in asked.items():
             request = RoleRequest(
-                role,
+                actors_of(role, _prefix(run, name)),
                 replicas.replicas,
                 accelerator,
                 shards=replicas.tensor_parallel_size,
@@ -153,6 +185,11 @@ def roles_of(run: Run, accelerator: Accelerator) -> tuple[RoleRequest, ...]:
             )
             roles.append(request)
     return tuple(roles)
+
+
+def _prefix(run: Run, teacher: str) -> str:
+    """What the names of a teacher's processes begin with: nothing where it is the only one."""
+    return teacher if run.teachers else ""
 
 
 def start_timeout_s(run: Run, model: ModelSource, num_bytes: int | None) -> float:
@@ -164,13 +201,14 @@ def start_timeout_s(run: Run, model: ModelSource, num_bytes: int | None) -> floa
     return START_BASE_S + round(reads * (num_bytes or 0) / LOAD_BYTES_PER_S)
 
 
-def check_rotation(run: Run, teacher_config: Any) -> None:
+def check_rotation(run: Run, name: str, teacher_config: Any) -> None:
     """Raises `ConfigError` where vLLM would rotate positions, or see a window, otherwise than transformers' model of
     the teacher."""
-    if any(isinstance(replicas.engine, Vllm) for replicas in run.teacher.roles().values()):
+    teacher = run.teachers_by_name()[name]
+    if any(isinstance(replicas.engine, Vllm) for replicas in teacher.roles().values()):
         why = "vLLM rotates every row as it would the longest, transformers each by its own length"
         refuse_changing_rope(teacher_config, max_length=run.data.max_length, role="teacher", why=why)
-        trusted = run.teacher.model.trust_remote_code
+        trusted = teacher.model.trust_remote_code
         refuse_silent_windows(teacher_config, max_length=run.data.max_length, trust_remote_code=trusted)
 
 
@@ -191,16 +229,16 @@ def vllm_overrides(config: Any, *, trust_remote_code: bool = False) -> dict[str,
     return window if text is config else {"text_config": window}
 
 
-def check_split(run: Run, teacher_config: Any) -> None:
+def check_split(run: Run, name: str, teacher_config: Any) -> None:
     """vLLM splits a model by attention heads. Raises `ConfigError` where tensor_parallel_size does not divide them."""
     text = teacher_config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     shared = getattr(text, "num_key_value_heads", None) or heads
-    for role, replicas in run.teacher.roles().items():
+    for role, replicas in run.teachers_by_name()[name].roles().items():
         shards = replicas.tensor_parallel_size
         if not heads or shards == 1:
             continue
-        place = f"teacher.{role}.tensor_parallel_size: {shards}"
+        place = f"{teacher_place(run, name)}.{role}.tensor_parallel_size: {shards}"
         fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (shared % n == 0 or n % shared == 0)]
         if heads % shards:
             raise ConfigError(f"{place} does not divide the teacher's {heads} attention heads; write one of {fitting}")
@@ -272,54 +310,77 @@ class _Tables:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What all engines of a run have in common."""
+
+    run: Run
+    accelerator: Accelerator
+    placement: Placement
+    vocabulary_size: int
+    tokenizer_fingerprint: str
+
+
 class _Engines:
     """Engine plans of one teacher."""
 
-    def __init__(
-        self,
-        run: Run,
-        accelerator: Accelerator,
-        *,
-        placement: Placement,
-        shared: Mapping[str, Any],
-        teacher_config: Any | None,
-    ) -> None:
+    def __init__(self, shared: _Shared, teacher: Teacher, facts: TeacherFacts) -> None:
+        self._shared, self._teacher, self._facts = shared, teacher, facts
         self.reasons: list[str] = []
-        trusted = run.teacher.model.trust_remote_code
-        self._overrides = {} if teacher_config is None else vllm_overrides(teacher_config, trust_remote_code=trusted)
-        text = None if teacher_config is None else teacher_config.get_text_config()
+        self._tasks = [t for t in shared.run.resolved_tasks().values() if teacher.name in t.teachers]
+        labels = [task.labels for task in self._tasks if isinstance(task.labels, Labels)]
+        self._encodings = tuple(dict.fromkeys((*labels, HELD_OUT)))
+        self._overrides = {}
+        if facts.config is None:
+            return
+        self._overrides = vllm_overrides(facts.config, trust_remote_code=teacher.model.trust_remote_code)
+        text = facts.config.get_text_config()
         if self._overrides and text.model_type not in WIDER_IN_VLLM:
             self.reasons.append(
-                f"teacher: attends without a window: {text.model_type} has none in transformers, whatever its "
-                f"configuration says (sliding_window: {text.sliding_window})"
+                f"{teacher_place(shared.run, teacher.name)}: attends without a window: {text.model_type} has none in "
+                f"transformers, whatever its configuration says (sliding_window: {text.sliding_window})"
             )
-        self._run = run
-        self._accelerator = accelerator
-        self._placement = placement
-        self._shared = shared
-        self._encodings = tuple(dict.fromkeys((run.labels, HELD_OUT)))
 
-    def plan(
-        self, role: Role, replicas: Replicas, dtypes: _Dtypes, tables: _Tables, *, sampling: Sampling | None
-    ) -> EnginePlan:
-        run, model = self._run, self._run.teacher.model
-        dtype = dtypes.choose(f"teacher.{role}", replicas.dtype)
+    def plans(self, dtypes: _Dtypes, tables: _Tables) -> TeacherPlans:
+        asked = started_roles(self._shared.run)[self._teacher.name]
+        made = {role: self._plan(role, replicas, dtypes, tables) for role, replicas in asked.items()}
+        return TeacherPlans(made.get(SCORER), made.get(WRITER))
+
+    def _plan(self, role: Role, replicas: Replicas, dtypes: _Dtypes, tables: _Tables) -> EnginePlan:
+        run, model = self._shared.run, self._teacher.model
+        dtype = dtypes.choose(f"{teacher_place(run, self._teacher.name)}.{role}", replicas.dtype)
         return EnginePlan(
             role=role,
+            prefix=_prefix(run, self._teacher.name),
             engine=replicas.engine,
             model=model.path,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             dtype=dtype,
-            device_type=device_type_of(self._accelerator),
+            device_type=device_type_of(self._shared.accelerator),
             tensor_parallel_size=replicas.tensor_parallel_size,
             max_length=run.data.max_length,
             arguments=self._arguments(role, replicas, dtype),
             environment=tables.of(role),
-            teacher=run.teacher.name,
+            teacher=self._teacher.name,
+            weights_version=self._facts.weights_version or model.revision or "unversioned",
+            tokenizer_fingerprint=self._shared.tokenizer_fingerprint,
+            vocabulary_size=self._shared.vocabulary_size,
             encodings=self._encodings if role == SCORER else (),
-            sampling=sampling,
-            **self._shared,
+            sampling=self._sampling() if role == WRITER else None,
+            start_timeout_s=start_timeout_s(run, model, self._facts.num_bytes),
+            local_copy=None if model.local_copy is None else str(model.local_copy),
+        )
+
+    def _sampling(self) -> Sampling:
+        answers = next(task.answers for task in self._tasks if task.answers.needs_generator)
+        assert isinstance(answers, TeacherAnswers), answers
+        return Sampling(
+            max_new_tokens=answers.max_new_tokens,
+            temperature=answers.temperature,
+            top_p=answers.top_p,
+            seed=self._shared.run.seed,
+            stop_token_ids=self._facts.stop_token_ids,
         )
 
     def _arguments(self, role: Role, replicas: Replicas, dtype: str) -> dict[str, Any]:
@@ -328,11 +389,12 @@ class _Engines:
             role=role,
             dtype=dtype,
             tensor_parallel_size=replicas.tensor_parallel_size,
-            max_length=self._run.data.max_length,
-            accelerator=self._accelerator,
+            max_length=self._shared.run.data.max_length,
+            accelerator=self._shared.accelerator,
             kept_events=self._kept_events(),
         )
-        if any(group.executor == "ray" for group in self._placement.of_role(role)):
+        actors = actors_of(role, _prefix(self._shared.run, self._teacher.name))
+        if any(group.executor == "ray" for group in self._shared.placement.of_role(actors)):
             arguments["distributed_executor_backend"] = "ray"  # a replica larger than every node
         if self._overrides and isinstance(replicas.engine, Vllm):
             arguments["hf_overrides"] = arguments.get("hf_overrides", {}) | self._overrides
@@ -340,11 +402,10 @@ class _Engines:
 
     def _kept_events(self) -> int:
         """The largest number of ids of a row that a label of this run names; 0 where labels name none."""
-        labels = load_encoding(self._encodings[0])
-        if labels.needs != "logits":
-            return 0
-        shape = _any_shape(self._shared["vocabulary_size"])
-        return max(column.width for column in labels.layout(shape))
+        made = [load_encoding(labels) for labels in self._encodings]
+        shape = _any_shape(self._shared.vocabulary_size)
+        layouts = [encoding.layout(shape) for encoding in made if encoding.needs == "logits"]
+        return max((column.width for layout in layouts for column in layout), default=0)
 
 
 def _any_shape(vocabulary_size: int) -> TeacherShape:
@@ -384,18 +445,6 @@ def _student_plan(
         ),
         collective_timeout_s=run.faults.step_timeout_s,
         start_timeout_s=start_timeout_s(run, run.student.model, num_bytes),
-    )
-
-
-def _sampling(run: Run, stop_token_ids: tuple[int, ...]) -> Sampling:
-    answers = run.answers
-    assert isinstance(answers, TeacherAnswers), answers
-    return Sampling(
-        max_new_tokens=answers.max_new_tokens,
-        temperature=answers.temperature,
-        top_p=answers.top_p,
-        seed=run.seed,
-        stop_token_ids=tuple(stop_token_ids),
     )
 
 

@@ -103,7 +103,7 @@ class ReplicaPool:
         self._faults = faults
         self._observer = observer
         self._policy = FailurePolicy.of_teachers(faults)
-        self._replicas = [Replica(name=f"{plan.role}-{index}") for index in range(num_replicas)]
+        self._replicas = [Replica(name=f"{plan.actors}-{index}") for index in range(num_replicas)]
         self._changed = asyncio.Condition()
         self._watchers: list[asyncio.Task[None]] = []
         self._last_error = ""

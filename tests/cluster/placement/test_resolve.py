@@ -20,7 +20,7 @@ from machines import machines
 from transformers import LlamaConfig, MistralConfig
 
 from cluster.placement.groups import Group
-from cluster.placement.resolve import Resolved, resolve, roles_of
+from cluster.placement.resolve import Resolved, TeacherFacts, resolve, roles_of
 from configs.schema import Run
 from configs.stations import Choice
 from trainer.errors import ConfigError
@@ -77,14 +77,23 @@ SCENARIOS: dict[str, tuple[Run, str, dict[str, int] | None]] = {
 }
 
 
-def resolved(run: Run, hardware: str, model: dict[str, int] | None = None, **options: Any) -> Resolved:
+def resolved(
+    run: Run,
+    hardware: str,
+    model: dict[str, int] | None = None,
+    *,
+    teacher_config: Any = None,
+    teacher_bytes: int | None = None,
+    **options: Any,
+) -> Resolved:
+    facts = TeacherFacts(config=teacher_config, num_bytes=teacher_bytes, stop_token_ids=(2,))
     return resolve(
         run,
         machines(hardware),
         vocabulary_size=128_256,
         tokenizer_fingerprint="0" * 16,
-        stop_token_ids=(2,),
         student_config=LlamaConfig(**model) if model else None,
+        teachers=dict.fromkeys(run.teachers_by_name(), facts),
         **options,
     )
 
@@ -106,7 +115,7 @@ def test_settings_equal_the_golden_file(name: str) -> None:
 def test_settings_for_hosts_and_for_gpus_never_mix(name: str) -> None:
     result = resolved(*SCENARIOS[name])
     on_gpu = result.accelerator == "gpu"
-    engines = [plan for plan in (result.scorer, result.writer) if plan]
+    engines = result.engines
     environments = [result.student_environment, *(plan.environment for plan in engines)]
     for plan in engines:
         assert plan.arguments["enforce_eager"] == (not on_gpu)
@@ -126,7 +135,7 @@ def test_dtype_follows_the_capability_and_says_why() -> None:
     cases = {"2cpu": "float32", "2cpu+amx": "bfloat16", "2xH100": "bfloat16", "2xV100": "float32"}
     for hardware, dtype in cases.items():
         result = resolved(make_run(), hardware)
-        assert (result.student.dtype, result.scorer.dtype) == (dtype, dtype), hardware
+        assert (result.student.dtype, result.teachers["teacher"].scorer.dtype) == (dtype, dtype), hardware
         assert any(dtype in reason for reason in result.reasons)
         assert result.student.deepspeed["bf16"]["enabled"] == (dtype == "bfloat16")
     assert any("no amx_bf16" in reason for reason in resolved(make_run(), "2cpu").reasons)
@@ -135,7 +144,7 @@ def test_dtype_follows_the_capability_and_says_why() -> None:
 def test_a_named_dtype_is_kept_refused_or_warned_about() -> None:
     run = make_run(student__dtype="bfloat16", teacher__scorer={"dtype": "float32"})
     result = resolved(run, "2cpu")
-    assert (result.student.dtype, result.scorer.dtype) == ("bfloat16", "float32")
+    assert (result.student.dtype, result.teachers["teacher"].scorer.dtype) == ("bfloat16", "float32")
     assert any("slower" in warning for warning in result.warnings)
     with pytest.raises(ConfigError, match=r"student: dtype: bfloat16, and V100 has no bfloat16"):
         resolved(run, "2xV100")
@@ -156,39 +165,45 @@ def test_more_processes_than_cores_is_a_warning_and_one_thread_each() -> None:
     assert result.student_environment["OMP_NUM_THREADS"] == "1"
     roomy = resolved(make_run(student__ranks=2), "12cpu")
     assert not roomy.warnings
-    assert roomy.student_environment["OMP_NUM_THREADS"] == roomy.scorer.environment["OMP_NUM_THREADS"] == "4"
+    assert (
+        roomy.student_environment["OMP_NUM_THREADS"]
+        == roomy.teachers["teacher"].scorer.environment["OMP_NUM_THREADS"]
+        == "4"
+    )
 
 
 def test_the_offloaded_optimizer_gets_the_cores_of_its_gpu() -> None:
     run = make_run(student__offload="optimizer")
     assert resolved(run, "8xH100/96cpu").student_environment["OMP_NUM_THREADS"] == "12"
     assert "OMP_NUM_THREADS" not in resolved(make_run(), "8xH100/96cpu").student_environment
-    assert "OMP_NUM_THREADS" not in resolved(run, "8xH100/96cpu").scorer.environment
+    assert "OMP_NUM_THREADS" not in resolved(run, "8xH100/96cpu").teachers["teacher"].scorer.environment
 
 
 def test_a_replica_larger_than_a_node_takes_the_ray_executor_and_no_other_does() -> None:
     large = make_run(teacher__scorer={"tensor_parallel_size": 16, "may_span_nodes": True})
     result = resolved(large, "8xH100,8xH100,8xH100")
-    assert result.scorer.arguments["distributed_executor_backend"] == "ray"
+    assert result.teachers["teacher"].scorer.arguments["distributed_executor_backend"] == "ray"
     assert {group.executor for group in result.placement.of_role("scorer")} == {"ray"}
     whole = resolved(make_run(teacher__scorer={"tensor_parallel_size": 8}), "8xH100,8xH100")
-    assert whole.scorer.arguments["distributed_executor_backend"] == "mp"
+    assert whole.teachers["teacher"].scorer.arguments["distributed_executor_backend"] == "mp"
 
 
 def test_the_scorer_is_asked_for_training_labels_and_for_exact_evaluation() -> None:
-    encodings = resolved(make_run(labels={"kind": "topk", "k": 16}), "2cpu").scorer.encodings
+    encodings = resolved(make_run(labels={"kind": "topk", "k": 16}), "2cpu").teachers["teacher"].scorer.encodings
     assert [encoding.kind for encoding in encodings] == ["topk", "hidden"]
     assert encodings[0].k == 16
-    warm = resolved(make_run(labels={"kind": "hidden", "temperature": 2.0}), "2cpu").scorer.encodings
+    warm = (
+        resolved(make_run(labels={"kind": "hidden", "temperature": 2.0}), "2cpu").teachers["teacher"].scorer.encodings
+    )
     assert [encoding.temperature for encoding in warm] == [2.0, 1.0]
-    assert len(resolved(make_run(labels="hidden"), "2cpu").scorer.encodings) == 1
+    assert len(resolved(make_run(labels="hidden"), "2cpu").teachers["teacher"].scorer.encodings) == 1
 
 
 def test_the_generator_samples_as_answers_say() -> None:
-    sampling = resolved(DEMO, "2cpu").writer.sampling
+    sampling = resolved(DEMO, "2cpu").teachers["teacher"].writer.sampling
     assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (96, 0.7, 1.0)
     assert (sampling.seed, sampling.stop_token_ids) == (0, (2,))
-    assert resolved(make_run(), "2cpu").writer is None
+    assert resolved(make_run(), "2cpu").teachers["teacher"].writer is None
 
 
 def test_in_process_runs_need_no_placement() -> None:
@@ -289,14 +304,14 @@ def test_the_plan_of_a_role_survives_a_trip_between_processes() -> None:
 def test_deadlines_grow_with_the_weights_unless_they_are_given() -> None:
     run = make_run()
     small = resolved(run, "2xH100", teacher_bytes=2 * 10**9, student_bytes=10**8)
-    assert (small.scorer.start_timeout_s, small.student.start_timeout_s) == (620, 601)
+    assert (small.teachers["teacher"].scorer.start_timeout_s, small.student.start_timeout_s) == (620, 601)
     large = resolved(run, "2xH100", teacher_bytes=140 * 10**9)
-    assert (large.scorer.start_timeout_s, large.student.start_timeout_s) == (2000, 600)
+    assert (large.teachers["teacher"].scorer.start_timeout_s, large.student.start_timeout_s) == (2000, 600)
     copied = make_run(teacher__model={"path": "/models/teacher", "local_copy": "/scratch"})
-    plan = resolved(copied, "2xH100", teacher_bytes=140 * 10**9).scorer
+    plan = resolved(copied, "2xH100", teacher_bytes=140 * 10**9).teachers["teacher"].scorer
     assert (plan.start_timeout_s, plan.local_copy) == (3400, "/scratch")
     given = make_run(faults={"start_timeout_s": 45})
-    assert resolved(given, "2xH100", teacher_bytes=140 * 10**9).scorer.start_timeout_s == 45
+    assert resolved(given, "2xH100", teacher_bytes=140 * 10**9).teachers["teacher"].scorer.start_timeout_s == 45
 
 
 @pytest.mark.parametrize(
@@ -316,7 +331,10 @@ def test_a_split_that_does_not_divide_the_heads_is_refused(
     run = make_run(teacher__scorer={"tensor_parallel_size": shards})
     config = LlamaConfig(hidden_size=heads * 8, num_attention_heads=heads, num_key_value_heads=shared)
     if said is None:
-        assert resolved(run, "64xH100,8xH100", teacher_config=config).scorer.tensor_parallel_size == shards
+        assert (
+            resolved(run, "64xH100,8xH100", teacher_config=config).teachers["teacher"].scorer.tensor_parallel_size
+            == shards
+        )
         return
     with pytest.raises(ConfigError, match=said):
         resolved(run, "64xH100,8xH100", teacher_config=config)
@@ -332,21 +350,27 @@ def test_the_line_between_splits_is_that_of_vllm() -> None:
             allowed = heads % shards == 0 and (shared % shards == 0 if shared >= shards else shards % shared == 0)
             run = make_run(teacher__scorer={"tensor_parallel_size": shards})
             if allowed:
-                check_split(run, config)
+                check_split(run, "teacher", config)
             else:
                 with pytest.raises(ConfigError):
-                    check_split(run, config)
+                    check_split(run, "teacher", config)
 
 
 def test_vllm_sees_as_far_back_as_transformers_does() -> None:
     ignored = resolved(make_run(), "8xH100", teacher_config=LlamaConfig(**ONE_B, sliding_window=64))
-    assert ignored.scorer.arguments["hf_overrides"] == {"head_dtype": "model", "sliding_window": None}
+    assert ignored.teachers["teacher"].scorer.arguments["hf_overrides"] == {
+        "head_dtype": "model",
+        "sliding_window": None,
+    }
     assert "teacher: attends without a window: llama has none" in "\n".join(ignored.reasons)
     wider = resolved(make_run(), "8xH100", teacher_config=architecture_config("cohere2"))
-    assert wider.scorer.arguments["hf_overrides"] == {"head_dtype": "model", "sliding_window": 23}, "vLLM adds one"
+    assert wider.teachers["teacher"].scorer.arguments["hf_overrides"] == {
+        "head_dtype": "model",
+        "sliding_window": 23,
+    }, "vLLM adds one"
     assert not [reason for reason in wider.reasons if "window" in reason]
     used = resolved(make_run(), "8xH100", teacher_config=MistralConfig(**ONE_B, sliding_window=64))
-    assert used.scorer.arguments["hf_overrides"] == {"head_dtype": "model"}
+    assert used.teachers["teacher"].scorer.arguments["hf_overrides"] == {"head_dtype": "model"}
 
 
 def test_a_teacher_whose_rotation_changes_within_the_rows_is_refused_for_vllm_alone() -> None:
