@@ -30,6 +30,7 @@ from launch.report.observer import RunObserver
 from launch.report.progress import Progress
 from launch.runtimes import resolve_run
 from trainer.loop.job import Inputs, make_job, read_inputs
+from trainer.loop.scoring import UnitScorers
 from trainer.loop.supply import Supply, first_error
 from trainer.loop.train import Loops
 from trainer.run_folder import RunFolder
@@ -90,7 +91,7 @@ class Pipeline:
             self.inputs,
             folder,
             config_hash=config_hash(self.run),
-            teacher_dtype=self.resolved.teacher_dtype(self.run.teacher.name),
+            teacher_dtypes=self.resolved.teacher_dtypes,
             skip_self_test=True,
         )
         progress = self._closing.enter_context(Progress(0, console=Console(file=io.StringIO()), plain=True))
@@ -104,8 +105,7 @@ class Pipeline:
         )
         self._session = RaySession(student, self.resolved, folder=folder, observer=self._ledger)
         self._closing.push_async_callback(self._session.close)
-        self._teacher = self._session.teachers[self.run.teacher.name]
-        self._source = self._job.source(self._teacher.generator)
+        self._source = self._job.source(self._session.teachers)
         await self._session.reserve()
         try:
             async with asyncio.TaskGroup() as roles:
@@ -120,9 +120,8 @@ class Pipeline:
         settings, students = replace(self._job.loop, total_steps=self._trained + steps), self._session.students
         supply = Supply(
             self._source,
-            self._teacher.scorer,
+            UnitScorers(self._session.teachers, self._job.labels),
             students,
-            labels=self._job.encoding,
             settings=settings,
             observer=self._ledger,
         )

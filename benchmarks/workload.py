@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from configs.paths import ROOT
 from configs.schema import ModelSource, Run
+from configs.tasks import MAIN
+from trainer.answers.dataset import answered_by_dataset
 from trainer.data.vocabulary import load_tokenizer
-from trainer.loop.job import Inputs, as_sequence, open_stream, read_inputs
+from trainer.loop.job import Inputs, open_stream, read_inputs
 from trainer.types import Sequence
 
 TEXT = ROOT / "configs" / "data" / "demo_train.jsonl"
@@ -112,6 +114,6 @@ def make_run(
 
 def same_sequences(run: Run, inputs: Inputs | None = None) -> list[Sequence]:
     """What the run's stream will give, in its order, for all its steps."""
-    stream = open_stream(run, inputs or read_inputs(run), quarantine=None)
+    stream = open_stream(run, run.resolved_tasks()[MAIN], inputs or read_inputs(run), quarantine=None)
     count = (run.training.steps or 0) * run.training.sequences_per_step
-    return [as_sequence(prompt) for prompt in stream.take(count)]
+    return [answered_by_dataset(prompt) for prompt in stream.take(count)]

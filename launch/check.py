@@ -217,7 +217,9 @@ def _label_bytes(run: Run, inputs: Inputs) -> Iterator[Finding]:
     num_bytes: list[int] = []
 
     def look() -> None:
-        num_bytes.append(label_bytes_per_row(run, inputs, teacher_dtype="float32"))
+        num_bytes.append(
+            label_bytes_per_row(run, inputs, teacher_dtypes=dict.fromkeys(run.teachers_by_name(), "float32"))
+        )
 
     yield _attempt("label size", look, lambda: f"{run.labels.kind}: at most {num_bytes[0]} bytes a loss token")
 

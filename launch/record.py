@@ -67,7 +67,7 @@ class Record:
             "warnings": list(resolved.warnings),
             "changed_inputs": [*before.get("changed_inputs", []), *changed],
             "data": {
-                "train_rows": job.stream.rows_per_epoch,
+                "train_rows": job.rows_per_epoch,
                 "evaluation_rows": len(job.evaluation),
                 "vocabulary_size": job.inputs.vocabulary.size,
                 "stop_ids": list(job.inputs.stop_ids),
@@ -111,7 +111,7 @@ class Record:
         complete_student(self._folder.student, job.run, stop_ids=job.inputs.stop_ids)
         self._manifest |= {
             "finished": time.time(),
-            "counters": counted(read_metrics(self._folder)) | asdict(job.stream.counters),
+            "counters": counted(read_metrics(self._folder)) | asdict(job.counters),
             "self_tests": [{"name": r.name, "passed": r.passed, "numbers": r.numbers} for r in controller.self_tests],
             "resumed_from": controller.resumed_from,
             "student": asdict(controller.student_info),

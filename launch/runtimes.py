@@ -92,13 +92,19 @@ def resolve_run(run: Run, inputs: Inputs, hardware: Hardware) -> Resolved:
             name: TeacherFacts(
                 config=load_config(teacher.model, role=f"{teacher_place(run, name)}.model"),
                 num_bytes=_weight_bytes(teacher.model),
-                stop_token_ids=inputs.stop_ids,
+                stop_token_ids=_stop_ids(run, inputs, name),
             )
             for name, teacher in teachers.items()
         },
         offline=all(Path(model.path).is_dir() for model in (run.student.model, *(t.model for t in teachers.values()))),
         bytecode_folder=runtime.bytecode_folder(),
     )
+
+
+def _stop_ids(run: Run, inputs: Inputs, teacher: str) -> tuple[int, ...]:
+    """Of what a teacher writes: those of the first task that asks it."""
+    tasks = run.resolved_tasks().values()
+    return next((inputs.tasks[task.name].stop_ids for task in tasks if teacher in task.teachers), ())
 
 
 def _weight_bytes(source: ModelSource) -> int | None:

@@ -146,14 +146,19 @@ def _train(
             start.inputs,
             folder,
             config_hash=config_hash(run),
-            teacher_dtype=runtime.resolved.teacher_dtype(run.teacher.name),
+            teacher_dtypes=runtime.resolved.teacher_dtypes,
             skip_self_test=skip_self_test,
             contents=start.contents | dtypes,
             after=here.after,
         )
         length = new_length(run, here.after, job.loop.total_steps)
         observer = _observer(job, record, stack)
-        notes = [*start.warnings, *changed, *([length] if length else []), *job.stream.notes]
+        notes = [
+            *start.warnings,
+            *changed,
+            *([length] if length else []),
+            *(note for stream in job.streams.values() for note in stream.notes),
+        ]
         for text in (*notes, *runtime.resolved.reasons, *runtime.warnings):
             observer.event("note", text=text)
         record.begin(job, runtime.resolved, started=started, changed=changed, goes_on=here.after is not None)

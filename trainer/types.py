@@ -79,6 +79,7 @@ class Cursor:
     seed: int
     counters: StreamCounters = StreamCounters()  # what was met on the way there, over all attempts
     answers: AnswerCounters = AnswerCounters()  # likewise, of what was written for the prompts
+    tasks: dict[str, Cursor] = field(default_factory=dict)  # of each, where there are several: the rest is their sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,8 @@ class Prompt:
     token_ids: np.ndarray  # int32 [L]
     loss_mask: np.ndarray | None  # bool [L]
     origin: str  # "file:line" or "dataset[row]", for messages to people
+    task: str = MAIN
+    teacher: str = ""  # who is asked about it; empty where nobody is, or where there is one teacher
 
 
 @dataclass(frozen=True, slots=True)

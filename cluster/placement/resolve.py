@@ -95,9 +95,10 @@ class Resolved:
         """Of all teachers."""
         return tuple(plan for plans in self.teachers.values() for plan in plans.started)
 
-    def teacher_dtype(self, name: str) -> str:
-        """What its labels are made in."""
-        return next(plan.dtype for plan in self.teachers[name].started)
+    @property
+    def teacher_dtypes(self) -> dict[str, str]:
+        """What the labels of each teacher are made in."""
+        return {name: plans.started[0].dtype for name, plans in self.teachers.items()}
 
 
 def resolve(

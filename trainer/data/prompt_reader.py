@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from configs.schema import Data, Dataset
+from configs.tasks import MAIN, Route
 from trainer.data.chat import Template, TooManyTokens
 from trainer.data.row import ChatRow, CorpusRow, Row, preview, texts_of
 from trainer.data.row_files import BadRow
@@ -27,6 +28,15 @@ class TooLong(BadRow):
     """A row that `data.on_too_long` decides about; `reason` says the length, the limit and the choices."""
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """For which task rows are read, and which teacher is asked about them."""
+
+    task: str = MAIN
+    teacher: str = ""
+    route: Route | None = None  # instead of `teacher`: by a column of the row
+
+
 @dataclass(frozen=True)
 class PromptReader:
     """Rows of one dataset as prompts, whatever the order. One rule for `PromptStream` and `check_rows`."""
@@ -38,6 +48,7 @@ class PromptReader:
     needs_answer: bool
     room_for_answer: int
     rewrite: bool
+    asks: Asked = Asked()
 
     @classmethod
     def open(
@@ -50,6 +61,7 @@ class PromptReader:
         needs_answer: bool,
         room_for_answer: int = 0,
         rewrite: bool = False,
+        asks: Asked | None = None,
     ) -> PromptReader:
         """Raises `ConfigError` or `DataError` where the dataset as a whole cannot give what is asked."""
         rows = Rows.open(dataset)
@@ -58,7 +70,7 @@ class PromptReader:
                 f"an answer of up to {room_for_answer} tokens leaves no room for a prompt in data.max_length "
                 f"{data.max_length}: raise data.max_length or lower answers.max_new_tokens"
             )
-        return cls(rows, data, template, vocabulary.size, needs_answer, room_for_answer, rewrite)
+        return cls(rows, data, template, vocabulary.size, needs_answer, room_for_answer, rewrite, asks or Asked())
 
     def read(self, row: int, prompt_id: str) -> tuple[Prompt, bool]:
         """The prompt of a row, and whether it was truncated. Raises `TooLong` or `BadRow`; `ConfigError` for a template
@@ -80,7 +92,22 @@ class PromptReader:
         if problem is not None:
             raise BadRow(origin, problem, preview(self.rows.raw.raw(row)))
         ids, mask, truncated = self._fit(ids, mask, origin)
-        return Prompt(id=prompt_id, token_ids=ids, loss_mask=mask, origin=origin), truncated
+        teacher = self._teacher(row, origin)
+        prompt = Prompt(prompt_id, token_ids=ids, loss_mask=mask, origin=origin, task=self.asks.task, teacher=teacher)
+        return prompt, truncated
+
+    def _teacher(self, row: int, origin: str) -> str:
+        """Raises `BadRow` for a row whose column says no teacher."""
+        route = self.asks.route
+        if route is None:
+            return self.asks.teacher
+        raw = self.rows.raw.raw(row)
+        value = raw.get(route.column)
+        if isinstance(value, str) and value in route.map:
+            return route.map[value]
+        what = f"is {value!r}, which" if route.column in raw else "is missing, and"
+        known = ", ".join(route.map)
+        raise BadRow(origin, f"{route.column}: {what} is not in route.map (there are: {known})", preview(raw))
 
     def special_token(self, row: int) -> str | None:
         """The first special token in the text of a row, with its place. Raises `BadRow`."""

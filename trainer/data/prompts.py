@@ -19,7 +19,7 @@ import numpy as np
 
 from configs.schema import Data, Dataset
 from trainer.data.chat import Template
-from trainer.data.prompt_reader import PromptReader, TooLong
+from trainer.data.prompt_reader import Asked, PromptReader, TooLong
 from trainer.data.row_files import BadRow
 from trainer.data.vocabulary import SharedVocabulary
 from trainer.errors import ConfigError, DataError
@@ -105,6 +105,7 @@ class PromptStream:
         rewrite: bool = False,
         quarantine: Path | None = None,
         num_epochs: int | None = None,
+        asks: Asked | None = None,
     ) -> PromptStream:
         """A stream at its beginning, which ends after `num_epochs`, or never.
 
@@ -122,6 +123,7 @@ class PromptStream:
             needs_answer=needs_answer,
             room_for_answer=room_for_answer,
             rewrite=rewrite,
+            asks=asks,
         )
         return cls(reader, seed=seed, quarantine=quarantine, num_epochs=num_epochs)
 
@@ -240,6 +242,7 @@ def check_rows(
     needs_answer: bool,
     room_for_answer: int = 0,
     rewrite: bool = False,
+    asks: Asked | None = None,
     budget: int,
 ) -> RowReport:
     """Reads up to `budget` rows exactly as training would: all of them, or evenly spread ones of a larger dataset.
@@ -254,6 +257,7 @@ def check_rows(
         needs_answer=needs_answer,
         room_for_answer=room_for_answer,
         rewrite=rewrite,
+        asks=asks,
     )
     num_rows = len(reader.rows)
     chosen = np.arange(num_rows) if num_rows <= budget else np.linspace(0, num_rows - 1, budget).astype(int)

@@ -19,6 +19,7 @@ from trainer.loop.checkpoint import Checkpoints, Committed
 from trainer.loop.held_out import HeldOut
 from trainer.loop.hooks import Checkpoint, CheckpointWriter, Evaluate
 from trainer.loop.job import Job
+from trainer.loop.scoring import UnitScorers
 from trainer.loop.start_checks import check_start
 from trainer.loop.supply import Supply, first_error
 from trainer.loop.train import Loops
@@ -72,8 +73,7 @@ class Controller:
             note=lambda text: observer.event("note", text=text),
         )
         self._held_out = HeldOut(job, session, observer)
-        self._teacher = session.teachers[job.run.teacher.name]
-        self._source = job.source(self._teacher.generator)
+        self._source = job.source(session.teachers)
         write = CheckpointWriter(job, self._checkpoints, session.students, observer)
         self._checkpoint = Checkpoint(write, observer, job.loop)
         self._evaluate = Evaluate(session.students, observer, job.loop, self._checkpoint)
@@ -146,9 +146,8 @@ class Controller:
         job, students = self._job, self._session.students
         supply = Supply(
             self._source,
-            self._teacher.scorer,
+            UnitScorers(self._session.teachers, job.labels),
             students,
-            labels=job.encoding,
             settings=job.loop,
             observer=self._observer,
         )

@@ -10,12 +10,13 @@ import numpy as np
 from configs.labels import HELD_OUT
 from trainer.data.readable import prompt_of
 from trainer.errors import ConfigError, Diverged, InfrastructureError, LabelsLost, StillhouseError
-from trainer.loop.job import Job
+from trainer.loop.job import Job, evaluating_task
 from trainer.loop.plan import cut_units, plan_step
+from trainer.loop.scoring import scorer_of
 from trainer.model.teacher_answers import teacher_answers
 from trainer.protocols import Moment, Observer, Session
 from trainer.threads import in_thread
-from trainer.types import BlockRef, Evaluation, Prompt, Unit
+from trainer.types import BlockRef, Evaluation, Prompt, Unit, UnitReport
 
 
 class HeldOut:
@@ -23,7 +24,7 @@ class HeldOut:
 
     def __init__(self, job: Job, session: Session, observer: Observer) -> None:
         self._job = job
-        self._teacher = session.teachers[job.run.teacher.name]
+        self._teachers = session.teachers
         self._students = session.students
         self._observer = observer
         self._units: list[list[Unit]] = []  # by rank
@@ -32,7 +33,10 @@ class HeldOut:
     async def prepare(self) -> None:
         """Score the rows once, with hidden labels: evaluation is exact whatever the training encoding."""
         rows = self._job.evaluation
-        if rows:
+        if rows and not self._job.loop.has_held_out_rows:
+            text = "no task takes labels of a teacher, so there is no held-out KL: data.evaluation is only answered"
+            self._observer.event("note", text=text)
+        elif rows:
             budget = max(self._job.loop.micro_batch_tokens, *(row.num_tokens for row in rows))
             plan = plan_step([row.num_tokens for row in rows], world=self._students.world, token_budget=budget)
             batches = cut_units(rows, plan, step=0, units_per_rank=plan.num_micro_batches)
@@ -45,7 +49,7 @@ class HeldOut:
             return
         for _ in range(self._job.loop.max_unit_attempts):
             missing = [unit for units in self._units for unit in units if unit.id not in self._blocks]
-            scored = await asyncio.gather(*(self._teacher.scorer.score(unit, HELD_OUT) for unit in missing))
+            scored = await asyncio.gather(*(self._score(unit) for unit in missing))
             self._blocks.update((unit.id, block) for unit, (_, block) in zip(missing, scored, strict=True))
             blocks = [[self._blocks[unit.id] for unit in units] for units in self._units]
             try:
@@ -57,6 +61,9 @@ class HeldOut:
         raise InfrastructureError(
             "the held-out labels were lost again and again while they were handed to the students"
         )
+
+    async def _score(self, unit: Unit) -> tuple[UnitReport, BlockRef]:
+        return await scorer_of(self._teachers, unit.kind[1]).score(unit, HELD_OUT)
 
     async def look(self, when: Moment, step: int, *, evaluated: bool = False) -> None:
         """Quality and generations before and after training; `evaluated`: the loops did the former."""
@@ -95,7 +102,7 @@ class HeldOut:
         """The teacher's own answers to the prompts of the report, by its generator where there is one. A run does not
         depend on them: what stands in their way is noted."""
         rows = self._job.evaluation[: self._job.run.report.generate]
-        if not rows:
+        if not rows or not self._teachers:
             return
         prompts = [prompt_of(row) for row in rows]
         try:
@@ -107,13 +114,14 @@ class HeldOut:
             self._observer.generation("teacher", rows, texts)
 
     async def _written(self, prompts: list[np.ndarray], ids: list[str]) -> list[np.ndarray] | None:
-        if self._teacher.generator is not None:
+        name = evaluating_task(self._job.run).teachers[0]  # of a route one teacher, for all prompts
+        if self._teachers[name].generator is not None:
             asked = [Prompt(one, prompt, None, "data.evaluation") for one, prompt in zip(ids, prompts, strict=True)]
-            return await self._teacher.generator.write(asked)
+            return await self._teachers[name].generator.write(asked)
         return await in_thread(
             teacher_answers,
             prompts,
-            self._job.run.teacher.model,
+            self._job.run.teachers_by_name()[name].model,
             max_new_tokens=self._job.run.report.generate_tokens,
             stop_ids=self._job.inputs.stop_ids,
         )

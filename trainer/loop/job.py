@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,43 +17,68 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from configs.answers import ANSWERS
-from configs.labels import Labels
+from configs.labels import Labels, NoLabels
+from configs.rules import teacher_place
 from configs.schema import ModelSource, Run
+from configs.tasks import MAIN, ResolvedTask
+from trainer.answers.dataset import answered_by_dataset
 from trainer.data.chat import Template
+from trainer.data.prompt_reader import Asked
 from trainer.data.prompts import PromptStream
 from trainer.data.vocabulary import SharedVocabulary, check_pair, load_tokenizer
 from trainer.errors import ConfigError, DataError
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.loop.manifest import TrainingState
 from trainer.loop.settings import LoopSettings
-from trainer.loop.sources import SingleSource, Source
+from trainer.loop.sources import SharedSource, SingleSource, Source
 from trainer.model.generation_settings import end_ids
 from trainer.model.head import head_width
 from trainer.model.load import load_config
-from trainer.protocols import Writers
+from trainer.protocols import TeacherPools
 from trainer.run_folder import RunFolder
-from trainer.types import Prompt, Sequence
+from trainer.types import Sequence, StreamCounters
 
 SAMPLE_ROWS = 16  # training rows looked at for the label self-test
 MAX_EVALUATION_ROWS = 4096
 
 
 @dataclass(frozen=True)
+class TaskInputs:
+    """How text becomes tokens in one task, and who writes the answers."""
+
+    template: Template  # of its teacher
+    answers: Any  # the `AnswerSource` of the task
+    stop_ids: tuple[int, ...]
+    """The ids after which nothing more is written: those of the chat template and the tokenizer, and those of the
+    teacher's generation settings. Padding among the latter is left out: it is never written."""
+
+
+@dataclass(frozen=True)
 class Inputs:
-    """The tokenizer both models share, and how text becomes tokens."""
+    """The tokenizer that all models share, and the tasks by name."""
 
     vocabulary: SharedVocabulary
     tokenizer: PreTrainedTokenizerBase
-    template: Template
-    answers: Any  # the `AnswerSource` of the run
-    teacher_end_ids: tuple[int, ...] = ()  # after which the teacher's own generation settings end a text
+    tasks: Mapping[str, TaskInputs]
+
+    @property
+    def _first(self) -> TaskInputs:
+        return next(iter(self.tasks.values()))
+
+    @property
+    def template(self) -> Template:
+        """Of the first task: that of the student, and of the held-out rows."""
+        return self._first.template
+
+    @property
+    def answers(self) -> Any:
+        """Of the first task."""
+        return self._first.answers
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids after which nothing more is written: those of the chat template and the tokenizer, and those of the
-        teacher's generation settings. Padding among the latter is left out: it is never written."""
-        known = (one for one in self.teacher_end_ids if one < self.vocabulary.size)
-        return tuple(dict.fromkeys([*self.template.stop_ids, *known]))
+        """Of the first task."""
+        return self._first.stop_ids
 
 
 @dataclass(frozen=True)
@@ -64,35 +90,84 @@ class Job:
     config_hash: str
     contents: Mapping[str, str]  # what the run's inputs hold, by place
     inputs: Inputs
-    stream: PromptStream
+    streams: Mapping[str, PromptStream]  # by task
     evaluation: tuple[Sequence, ...]
-    samples: tuple[Sequence, ...]  # a few training rows with answers, for the label self-test
-    encoding: Labels
+    samples: tuple[Sequence, ...]  # a few training rows with answers of every task, for the label self-test
     loop: LoopSettings
-    teacher_dtype: str
+    teacher_dtypes: Mapping[str, str]  # by teacher
     skip_self_test: bool
 
-    def source(self, generator: Writers | None) -> Source:
-        """What the steps are drawn from; `generator` writes the missing answers."""
-        answers = self.inputs.answers.bind(generator, end_of_turn_ids=self.inputs.stop_ids)
-        return SingleSource(self.stream, answers, sequences_per_step=self.loop.sequences_per_step)
+    @property
+    def tasks(self) -> Mapping[str, ResolvedTask]:
+        return self.run.resolved_tasks()
+
+    @property
+    def labels(self) -> Mapping[str, Labels | NoLabels]:
+        """By task."""
+        return {name: task.labels for name, task in self.tasks.items()}
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Of all tasks together."""
+        return sum(stream.rows_per_epoch for stream in self.streams.values())
+
+    @property
+    def counters(self) -> StreamCounters:
+        """Of all tasks together, as far as they are drawn."""
+        counters = StreamCounters()
+        for stream in self.streams.values():
+            counters = counters.plus(stream.counters)
+        return counters
+
+    def source(self, teachers: Mapping[str, TeacherPools]) -> Source:
+        """What the steps are drawn from; the teachers' generators write the missing answers."""
+        answers = {}
+        for name, task in self.tasks.items():
+            inputs = self.inputs.tasks[name]
+            generator = teachers[task.teachers[0]].generator if task.answers.needs_generator else None
+            answers[name] = inputs.answers.bind(generator, end_of_turn_ids=inputs.stop_ids)
+        num = self.loop.sequences_per_step
+        if not self.run.tasks:
+            return SingleSource(self.streams[MAIN], answers[MAIN], sequences_per_step=num)
+        shares = {name: task.share for name, task in self.tasks.items()}
+        return SharedSource(self.streams, answers, shares, sequences_per_step=num)
 
     def total_steps_after(self, state: TrainingState | None) -> int:
         """Where a run that goes on from there ends."""
-        return total_steps(self.run, rows_per_epoch=self.stream.rows_per_epoch, after=state)
+        return total_steps(self.run, rows_per_epoch=self.rows_per_epoch, after=state)
 
 
 def read_inputs(run: Run) -> Inputs:
-    """Tokenizers, template and who writes the answers. Raises ConfigError where the pair does not fit."""
-    tokenizer = load_tokenizer(run.teacher.model)
-    vocabulary = check_pair(run.teacher.model, run.student.model, tokenizer=tokenizer)
-    return Inputs(
-        vocabulary=vocabulary,
-        tokenizer=tokenizer,
-        template=Template.of(tokenizer, run.teacher.chat_template),
-        answers=ANSWERS.load(run.answers),
-        teacher_end_ids=end_ids(run.teacher.model),
-    )
+    """Tokenizers, templates and who writes the answers. Raises ConfigError where models do not fit together."""
+    teachers = run.teachers_by_name()
+    sources = {name: teacher.model for name, teacher in teachers.items()} or {"": run.student.model}
+    tokenizers = {name: load_tokenizer(source) for name, source in sources.items()}
+    vocabularies = [
+        check_pair(source, run.student.model, tokenizer=tokenizers[name]) for name, source in sources.items()
+    ]
+    tasks = {name: _task_inputs(run, task, tokenizers, vocabularies[0]) for name, task in run.resolved_tasks().items()}
+    return Inputs(vocabularies[0], next(iter(tokenizers.values())), tasks)
+
+
+def _task_inputs(
+    run: Run, task: ResolvedTask, tokenizers: Mapping[str, PreTrainedTokenizerBase], vocabulary: SharedVocabulary
+) -> TaskInputs:
+    """Raises ConfigError where the teachers of a route read conversations by different templates."""
+    teachers = run.teachers_by_name()
+    names = task.teachers or tuple(teachers)[:1]
+    if not names:
+        template, ends = Template.of(tokenizers[""]), end_ids(run.student.model)
+    else:
+        templates = [Template.of(tokenizers[name], teachers[name].chat_template) for name in names]
+        template, ends = templates[0], end_ids(teachers[names[0]].model)
+        for name, other in zip(names, templates, strict=True):
+            if other.text != template.text:
+                raise ConfigError(
+                    f"the teachers {names[0]} and {name} of one route have different chat templates: give them the "
+                    "same teachers.<name>.chat_template, or each a task of its own"
+                )
+    known = (one for one in ends if one < vocabulary.size)
+    return TaskInputs(template, ANSWERS.load(task.answers), tuple(dict.fromkeys([*template.stop_ids, *known])))
 
 
 def make_job(
@@ -101,43 +176,66 @@ def make_job(
     folder: RunFolder,
     *,
     config_hash: str,
-    teacher_dtype: str,
+    teacher_dtypes: Mapping[str, str],
     skip_self_test: bool,
     contents: Mapping[str, str] | None = None,
     after: TrainingState | None = None,
 ) -> Job:
     """Open the streams and read the held-out rows; `after`: of the checkpoint that the run goes on from. Raises
     DataError for rows that cannot be used."""
-    stream = open_stream(run, inputs, quarantine=folder.rejected)
+    streams = {
+        name: open_stream(run, task, inputs, quarantine=folder.rejected) for name, task in run.resolved_tasks().items()
+    }
+    rows_per_epoch = sum(stream.rows_per_epoch for stream in streams.values())
     return Job(
         run=run,
         folder=folder,
         config_hash=config_hash,
         contents=contents or {},
         inputs=inputs,
-        stream=stream,
+        streams=streams,
         evaluation=held_out_rows(run, inputs),
         samples=sample_rows(run, inputs),
-        encoding=run.labels,
-        loop=loop_settings(run, inputs, teacher_dtype, rows_per_epoch=stream.rows_per_epoch, after=after),
-        teacher_dtype=teacher_dtype,
+        loop=loop_settings(run, inputs, teacher_dtypes, rows_per_epoch=rows_per_epoch, after=after),
+        teacher_dtypes=teacher_dtypes,
         skip_self_test=skip_self_test,
     )
 
 
-def open_stream(run: Run, inputs: Inputs, *, quarantine: Path | None) -> PromptStream:
+def open_stream(run: Run, task: ResolvedTask, inputs: Inputs, *, quarantine: Path | None) -> PromptStream:
+    of_task = inputs.tasks[task.name]
     return PromptStream.open(
-        run.prompts,
+        task.prompts,
         data=run.data,
-        template=inputs.template,
+        template=of_task.template,
         vocabulary=inputs.vocabulary,
-        seed=run.seed,
-        needs_answer=inputs.answers.needs_answer,
-        room_for_answer=inputs.answers.room_for_answer,
-        rewrite=inputs.answers.rewrite,
+        seed=seed_of(run, task.name),
+        needs_answer=of_task.answers.needs_answer,
+        room_for_answer=of_task.answers.room_for_answer,
+        rewrite=of_task.answers.rewrite,
         quarantine=quarantine,
         num_epochs=run.training.epochs,
+        asks=asked(run, task),
     )
+
+
+def seed_of(run: Run, task: str) -> int:
+    """Of the order of a task's rows: each of several has another one."""
+    if not run.tasks:
+        return run.seed
+    digest = hashlib.blake2b(f"{run.seed}/{task}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def asked(run: Run, task: ResolvedTask) -> Asked:
+    """Which teacher is asked about the rows of a task."""
+    return Asked(task.name, (task.teacher or "") if run.teachers else "", task.route)
+
+
+def evaluating_task(run: Run) -> ResolvedTask:
+    """The task whose teacher scores the held-out rows: the first that takes labels, or the first."""
+    tasks = list(run.resolved_tasks().values())
+    return next((task for task in tasks if isinstance(task.labels, Labels)), tasks[0])
 
 
 def held_out_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
@@ -152,28 +250,27 @@ def held_out_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
         vocabulary=inputs.vocabulary,
         seed=0,
         needs_answer=True,
+        asks=asked(run, evaluating_task(run)),
     )
     if stream.rows_per_epoch > MAX_EVALUATION_ROWS:
         raise ConfigError(
             f"data.evaluation has {stream.rows_per_epoch} rows; their labels stay in memory, so at most "
             f"{MAX_EVALUATION_ROWS} are used: set data.evaluation.max_rows"
         )
-    rows = tuple(as_sequence(prompt) for prompt in stream.take(stream.rows_per_epoch))
+    rows = tuple(answered_by_dataset(prompt) for prompt in stream.take(stream.rows_per_epoch))
     if not rows:
         raise DataError(f"data.evaluation: no row of {run.data.evaluation.path} can be used; rows need an answer")
     return rows
 
 
 def sample_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
-    """Some training rows that have answers; possibly none, where the teacher writes them all."""
-    stream = open_stream(run, inputs, quarantine=None)
-    prompts = stream.take(min(SAMPLE_ROWS, stream.rows_per_epoch))
-    return tuple(as_sequence(prompt) for prompt in prompts if prompt.loss_mask is not None)
-
-
-def as_sequence(prompt: Prompt) -> Sequence:
-    assert prompt.loss_mask is not None
-    return Sequence(prompt.id, prompt.token_ids, prompt.loss_mask, author="dataset")
+    """Some training rows of every task that have answers; possibly none, where the teacher writes them all."""
+    rows = []
+    for task in run.resolved_tasks().values():
+        stream = open_stream(run, task, inputs, quarantine=None)
+        prompts = stream.take(min(SAMPLE_ROWS, stream.rows_per_epoch))
+        rows += [answered_by_dataset(prompt) for prompt in prompts if prompt.loss_mask is not None]
+    return tuple(rows)
 
 
 def total_steps(run: Run, *, rows_per_epoch: int, after: TrainingState | None = None) -> int:
@@ -199,41 +296,48 @@ def total_steps(run: Run, *, rows_per_epoch: int, after: TrainingState | None = 
 
 
 def loop_settings(
-    run: Run, inputs: Inputs, teacher_dtype: str, *, rows_per_epoch: int, after: TrainingState | None
+    run: Run, inputs: Inputs, teacher_dtypes: Mapping[str, str], *, rows_per_epoch: int, after: TrainingState | None
 ) -> LoopSettings:
-    training = run.training
+    training, tasks = run.training, run.resolved_tasks().values()
+    labelled = {name: task for task in tasks if isinstance(task.labels, Labels) for name in task.teachers}
+    replicas = [run.teachers_by_name()[name].scorer.replicas for name in labelled]
     return LoopSettings(
         total_steps=total_steps(run, rows_per_epoch=rows_per_epoch, after=after),
         sequences_per_step=training.sequences_per_step,
         micro_batch_tokens=training.micro_batch_tokens,
         depth=training.depth,
         max_label_bytes=training.max_label_bytes,
-        label_bytes_per_row=label_bytes_per_row(run, inputs, teacher_dtype=teacher_dtype),
-        units_per_rank=math.ceil(run.teacher.scorer.replicas / run.student.ranks),
+        label_bytes_per_row=label_bytes_per_row(run, inputs, teacher_dtypes=teacher_dtypes),
+        units_per_rank=math.ceil(max(replicas, default=1) / run.student.ranks),
         max_unit_attempts=run.faults.max_unit_attempts,
         evaluate_every=training.evaluate_every,
         save_every=training.save_every,
         save_every_s=60.0 * training.save_every_minutes,
         max_non_finite_steps=training.max_non_finite_steps,
-        has_held_out_rows=run.data.evaluation is not None,
+        has_held_out_rows=run.data.evaluation is not None and bool(labelled),
     )
 
 
-def label_bytes_per_row(run: Run, inputs: Inputs, *, teacher_dtype: str) -> int:
-    """Size of one row of this run's labels. Raises `ConfigError` where they do not fit the teacher."""
-    shape = TeacherShape(
-        vocabulary_size=inputs.vocabulary.size,
-        hidden_size=hidden_size_of(run.teacher.model),
-        dtype=getattr(torch, teacher_dtype),
-    )
-    try:
-        layout = load_encoding(run.labels).layout(shape)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return sum(column.num_bytes for column in layout)
+def label_bytes_per_row(run: Run, inputs: Inputs, *, teacher_dtypes: Mapping[str, str]) -> int:
+    """Size of one row of labels, of the task where it is largest; 0 where no task has labels. Raises `ConfigError`
+    where labels do not fit their teacher."""
+    sizes = [0]
+    for task in run.resolved_tasks().values():
+        for name in task.teachers if isinstance(task.labels, Labels) else ():
+            shape = TeacherShape(
+                vocabulary_size=inputs.vocabulary.size,
+                hidden_size=hidden_size_of(run.teachers_by_name()[name].model, place=teacher_place(run, name)),
+                dtype=getattr(torch, teacher_dtypes[name]),
+            )
+            try:
+                layout = load_encoding(task.labels).layout(shape)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+            sizes.append(sum(column.num_bytes for column in layout))
+    return max(sizes)
 
 
-def hidden_size_of(source: ModelSource) -> int:
+def hidden_size_of(source: ModelSource, *, place: str = "teacher") -> int:
     """Width of the hidden states that the teacher's head reads."""
-    config = load_config(source, role="teacher.model")
+    config = load_config(source, role=f"{place}.model")
     return head_width(config, trust_remote_code=source.trust_remote_code)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import replace
 
 from configs.labels import HELD_OUT, Labels, TopK
 from trainer.checks.label_check import check_labels, plan_check, teacher_lengths, teacher_truth
@@ -10,6 +12,7 @@ from trainer.checks.self_tests import SelfTestResult
 from trainer.errors import SelfTestError
 from trainer.loop.job import Job
 from trainer.protocols import Observer, Session
+from trainer.types import Sequence
 
 
 async def check_start(job: Job, session: Session, observer: Observer) -> tuple[SelfTestResult, ...]:
@@ -32,32 +35,48 @@ async def check_start(job: Job, session: Session, observer: Observer) -> tuple[S
 
 
 async def _check_labels(job: Job, session: Session) -> tuple[SelfTestResult, ...]:
-    run, scorer = job.run, session.teachers[job.run.teacher.name].scorer
-    lengths = await asyncio.to_thread(teacher_lengths, run.teacher.model)
-    plan = plan_check(job.samples or job.evaluation, lengths=lengths, max_length=run.data.max_length)
+    """Of every teacher whose labels a task takes: by the first such task."""
+    results: list[SelfTestResult] = []
+    for name, pools in session.teachers.items():
+        tasks = [task for task in job.tasks.values() if name in task.teachers and isinstance(task.labels, Labels)]
+        if pools.scorer is None or not tasks:
+            continue
+        rows = [row for row in (job.samples or job.evaluation) if not row.teacher or row.teacher == name]
+        found = await _check_teacher(job, session, name, tasks[0].labels, rows)
+        results += [replace(one, name=f"{one.name} of {name}") for one in found] if job.run.teachers else found
+    return tuple(results)
+
+
+async def _check_teacher(
+    job: Job, session: Session, name: str, labels: Labels, rows: AbstractSequence[Sequence]
+) -> tuple[SelfTestResult, ...]:
+    run, scorer = job.run, session.teachers[name].scorer
+    model, dtype = run.teachers_by_name()[name].model, job.teacher_dtypes[name]
+    lengths = await asyncio.to_thread(teacher_lengths, model)
+    plan = plan_check(rows, lengths=lengths, max_length=run.data.max_length)
     if plan is None:
         return (SelfTestResult("labels", True, "no row with an answer to check on"),)
     unit = plan.unit
-    (_, hidden), (_, labels) = await asyncio.gather(
-        scorer.score(unit, HELD_OUT), scorer.score(unit, _checked_encoding(job))
+    (_, hidden), (_, checked) = await asyncio.gather(
+        scorer.score(unit, HELD_OUT), scorer.score(unit, _checked_encoding(job, labels))
     )
     head, logits = await asyncio.to_thread(
-        teacher_truth, unit, run.teacher.model, vocabulary_size=job.inputs.vocabulary.size, dtype=job.teacher_dtype
+        teacher_truth, unit, model, vocabulary_size=job.inputs.vocabulary.size, dtype=dtype
     )
     return check_labels(
         unit,
         hidden=await asyncio.to_thread(session.read_block, hidden),
-        labels=await asyncio.to_thread(session.read_block, labels),
+        labels=await asyncio.to_thread(session.read_block, checked),
         teacher_head=head,
-        dtype=job.teacher_dtype,
+        dtype=dtype,
         reference_logits=logits,
         note=plan.note,
     )
 
 
-def _checked_encoding(job: Job) -> Labels:
-    """What is held against hidden states: the run's labels, or where those are hidden states some logits, so that the
+def _checked_encoding(job: Job, labels: Labels) -> Labels:
+    """What is held against hidden states: a task's labels, or where those are hidden states some logits, so that the
     teacher's head as it is known here is held against the engine's."""
-    if job.encoding.kind != HELD_OUT.kind:
-        return job.encoding
+    if labels.kind != HELD_OUT.kind:
+        return labels
     return TopK(k=min(64, job.inputs.vocabulary.size - 1))

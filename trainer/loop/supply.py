@@ -16,12 +16,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from configs.labels import Labels
 from trainer.errors import InfrastructureError, LabelsLost
 from trainer.loop.plan import cut_units, plan_step
+from trainer.loop.scoring import UnitScorers
 from trainer.loop.settings import LoopSettings
 from trainer.loop.sources import Drawn, Source
-from trainer.protocols import Observer, Scorers, Students
+from trainer.protocols import Observer, Students
 from trainer.threads import in_thread, wrapped
 from trainer.types import AnswerCounters, BlockRef, Cursor, RankBatch, Unit, UnitReport
 
@@ -78,17 +78,15 @@ class Supply:
     def __init__(
         self,
         source: Source,
-        scorers: Scorers,
+        scorers: UnitScorers,
         students: Students,
         *,
-        labels: Labels,
         settings: LoopSettings,
         observer: Observer,
     ) -> None:
         self._source = source
         self._scorers = scorers
         self._students = students
-        self._labels = labels
         self._settings = settings
         self._observer = observer
         self._permits = Permits(depth=settings.depth, max_bytes=settings.max_label_bytes)
@@ -172,7 +170,7 @@ class Supply:
         for attempt in range(self._settings.max_unit_attempts):
             missing = [unit for batch in batches for unit in batch.units if unit.id not in scored]
             scored.update(await self._score(missing))
-            blocks = [[scored[unit.id][1] for unit in batch.units] for batch in batches]
+            blocks = [[scored[u.id][1] for u in batch.units if self._scorers.has_labels(u)] for batch in batches]
             started = time.time()
             try:
                 await self._students.stage(batches, blocks)
@@ -189,8 +187,9 @@ class Supply:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = {
-                    unit.id: group.create_task(self._scorers.score(unit, self._labels), name=f"unit {unit.id}")
+                    unit.id: group.create_task(self._scorers.score(unit), name=f"unit {unit.id}")
                     for unit in units
+                    if self._scorers.has_labels(unit)
                 }
         except BaseExceptionGroup as errors:
             raise first_error(errors) from None

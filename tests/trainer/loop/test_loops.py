@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from configs.labels import Labels, TopK
+from configs.tasks import MAIN
 from trainer.errors import (
     DataError,
     Diverged,
@@ -24,11 +25,12 @@ from trainer.errors import (
     UnitRejected,
 )
 from trainer.loop.hooks import Checkpoint, Evaluate, Trained
+from trainer.loop.scoring import UnitScorers
 from trainer.loop.settings import LoopSettings
 from trainer.loop.sources import SingleSource
 from trainer.loop.supply import Supply
 from trainer.loop.train import Loops
-from trainer.protocols import Moment
+from trainer.protocols import Moment, TeacherPools
 from trainer.types import (
     AnswerCounters,
     Collected,
@@ -193,7 +195,8 @@ def make(settings: LoopSettings = SETTINGS, *, answers: FromDataset | None = Non
         return await made.save(trained)
 
     source = SingleSource(stream, answers, sequences_per_step=settings.sequences_per_step)
-    supply = Supply(source, scorers, students, labels=TopK(), settings=settings, observer=trace)
+    unit_scorers = UnitScorers({"teacher": TeacherPools(scorers, None)}, {MAIN: TopK()})
+    supply = Supply(source, unit_scorers, students, settings=settings, observer=trace)
     checkpoint = Checkpoint(save, trace, settings)
     evaluate = Evaluate(students, trace, settings, checkpoint)
     stop = asyncio.Event()
