@@ -15,6 +15,7 @@ from configs.refusal import did_you_mean
 from configs.tasks import ResolvedTask, Task
 
 if TYPE_CHECKING:
+    from configs.prompts import Dataset
     from configs.schema import Run, Teacher
 
 NO_TEACHER = "labels come from a teacher, and the run has none: add teacher, or write labels: none"
@@ -48,6 +49,17 @@ def place_of_teacher(run: Run, name: str) -> Place:
 def teacher_place(run: Run, name: str) -> str:
     """`teacher`, or `teachers.<name>`: for messages."""
     return ".".join(map(str, place_of_teacher(run, name)))
+
+
+def teachers_by_place(run: Run) -> dict[str, Teacher]:
+    """Every teacher by its place in the configuration."""
+    return {teacher_place(run, name): teacher for name, teacher in run.teachers_by_name().items()}
+
+
+def prompts_by_place(run: Run) -> dict[str, Dataset]:
+    """All rows to train on, each once, by their place in the configuration."""
+    places = {".".join(map(str, _place(run, task, "prompts"))): task for task in run.resolved_tasks().values()}
+    return {place: task.prompts for place, task in places.items() if task.prompts is not None}
 
 
 def unused_teachers(run: Run) -> tuple[str, ...]:
@@ -180,6 +192,9 @@ def _steps(run: Run) -> Iterator[Problem]:
     if budget < longest:
         text = f"is less than data.max_length: {longest}; write at least {longest}, or a smaller data.max_length"
         yield ("training", "micro_batch_tokens"), budget, text
+    if run.tasks and run.training.epochs is not None:
+        text = "tasks come to their ends at different times: write steps, the number of optimizer steps, instead"
+        yield ("training", "epochs"), run.training.epochs, text
     steps, warmup, every = run.training.steps, run.optimizer.warmup_steps, run.training.evaluate_every
     if steps is not None and warmup >= steps:
         text = f"leaves no step after the warm-up (training.steps: {steps}); write at most {steps - 1}"

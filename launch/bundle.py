@@ -17,7 +17,8 @@ from pathlib import Path
 
 from configs.load import dump_run, run_folder
 from configs.paths import named_path
-from configs.schema import Dataset, ModelSource, Run
+from configs.schema import Dataset, ModelSource, Run, Teacher
+from configs.tasks import Task
 from launch.files import row_files
 from launch.own_code import CodeFile, own_code, plugin_code
 from launch.supported import load_supported
@@ -151,16 +152,20 @@ def _rewritten(run: Run, shared: list[Path]) -> tuple[Run, list[_Local]]:
             return source
         return source.model_copy(update={"path": str(place.absolute())})
 
-    template = run.teacher.chat_template
-    teacher = {
-        "model": model("teacher.model.path", run.teacher.model),
-        "chat_template": template and sent("teacher.chat_template", template),
-    }
+    def teacher(place: str, one: Teacher) -> Teacher:
+        template = one.chat_template and sent(f"{place}.chat_template", one.chat_template)
+        return one.model_copy(update={"model": model(f"{place}.model.path", one.model), "chat_template": template})
+
+    def task(name: str, one: Task) -> Task:
+        return one.model_copy(update={"prompts": dataset(f"tasks.{name}.prompts", one.prompts)})
+
     held_out = dataset("data.evaluation", run.data.evaluation)
     changes = {
         "folder": run_folder(run).expanduser().absolute(),
         "student": run.student.model_copy(update={"model": model("student.model.path", run.student.model)}),
-        "teacher": run.teacher.model_copy(update=teacher),
+        "teacher": run.teacher and teacher("teacher", run.teacher),
+        "teachers": {name: teacher(f"teachers.{name}", one) for name, one in run.teachers.items()},
+        "tasks": {name: task(name, one) for name, one in run.tasks.items()},
         "prompts": dataset("prompts", run.prompts),
         "data": run.data.model_copy(update={"evaluation": held_out}),
     }

@@ -19,12 +19,15 @@ from typing import Literal
 import typer
 
 from cluster.engines.vllm_registry import check_architecture, unknown_quantisation
-from cluster.placement.resolve import check_rotation, check_split
+from cluster.placement.resolve import check_rotation, check_split, started_roles
+from cluster.runtime import actors_of
 from configs.engines import Hf, Vllm
+from configs.labels import Labels
 from configs.load import run_folder
 from configs.paths import refuse_pattern
-from configs.rules import place_of_teacher, unused_teachers
-from configs.schema import Dataset, ModelSource, Run, Training
+from configs.rules import place_of_teacher, teacher_place, teachers_by_place, unused_teachers
+from configs.schema import Dataset, ModelSource, Run, Teacher, Training
+from configs.tasks import ResolvedTask
 from launch.contents import contents_of
 from launch.disk import DiskNeed, check_writable, free_bytes, size_text
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
@@ -34,7 +37,7 @@ from launch.supported import load_supported
 from trainer.data.prompts import RowReport, check_rows
 from trainer.errors import ConfigError, DataError, StillhouseError
 from trainer.loop.checkpoint import Checkpoints
-from trainer.loop.job import Inputs, label_bytes_per_row, read_inputs, total_steps
+from trainer.loop.job import Inputs, asked, evaluating_task, label_bytes_per_row, read_inputs, total_steps
 from trainer.model.attention_choice import refuse_unpackable
 from trainer.model.generation_settings import unused_settings
 from trainer.model.load import load_config
@@ -129,17 +132,18 @@ def examine(run: Run, inputs: list[Inputs] | None = None) -> Iterator[Finding]:
     facts: dict[str, ModelFacts] = {}
     for role, source, needs_weights in _models(run):
         yield from _model(run, role, source, facts, needs_weights=needs_weights)
-    if len(facts) == 2:
+    if len(facts) == len(_models(run)):
         yield from _tokenizers(run, inputs)
     else:
-        yield Finding("tokenizers", "not checked", "they need both models")
+        yield Finding("tokenizers", "not checked", "they need all models")
     if inputs:
         yield from _label_bytes(run, inputs[0])
     yield from _rows(run, inputs[0] if inputs else None)
-    if "teacher" in facts:
-        yield from _engine(run)
-    if "teacher" in facts and run.teacher.generator is not None:
-        yield from _generation(run)
+    for place, teacher in teachers_by_place(run).items():
+        if place in facts:
+            yield from _engine(place, teacher)
+        if place in facts and teacher.generator is not None:
+            yield from _generation(run, place, teacher)
     yield from _attention(run, known=set(facts))
     yield from _placement(run, known=set(facts))
     yield from _licences(run)
@@ -148,8 +152,12 @@ def examine(run: Run, inputs: list[Inputs] | None = None) -> Iterator[Finding]:
 
 def _models(run: Run) -> list[tuple[str, ModelSource, bool]]:
     """(role, source, whether its weights are read)."""
-    made_up = all(isinstance(r.engine, Vllm) and r.engine.load_format == "dummy" for r in run.teacher.roles().values())
-    return [("teacher", run.teacher.model, not made_up), ("student", run.student.model, True)]
+    models = []
+    for place, teacher in teachers_by_place(run).items():
+        engines = [replicas.engine for replicas in teacher.roles().values()]
+        made_up = all(isinstance(engine, Vllm) and engine.load_format == "dummy" for engine in engines)
+        models.append((place, teacher.model, not made_up))
+    return [*models, ("student", run.student.model, True)]
 
 
 def _plugins(run: Run) -> Iterator[Finding]:
@@ -175,14 +183,12 @@ def _model(
     def look() -> None:
         nonlocal where
         where = find_model(source, path_name=place, needs_weights=needs_weights)
-        if (
-            where == "folder"
-            and role == "teacher"
-            and any(not isinstance(r.engine, Hf) for r in run.teacher.roles().values())
-        ):
+        teacher = teachers_by_place(run).get(role)
+        other = teacher is not None and any(not isinstance(r.engine, Hf) for r in teacher.roles().values())
+        if where == "folder" and other:
             refuse_pattern(place, Path(source.path).expanduser(), reader="vLLM")
             if source.local_copy is not None:
-                refuse_pattern("teacher.model.local_copy", source.local_copy.expanduser(), reader="vLLM")
+                refuse_pattern(f"{role}.model.local_copy", source.local_copy.expanduser(), reader="vLLM")
         student = run.student if role == "student" else None
         facts[role] = read_facts(source, path_name=place, student=student, needs_weights=needs_weights)
         longest = facts[role].max_length
@@ -221,72 +227,96 @@ def _label_bytes(run: Run, inputs: Inputs) -> Iterator[Finding]:
             label_bytes_per_row(run, inputs, teacher_dtypes=dict.fromkeys(run.teachers_by_name(), "float32"))
         )
 
-    yield _attempt("label size", look, lambda: f"{run.labels.kind}: at most {num_bytes[0]} bytes a loss token")
+    labels = [task.labels for task in run.resolved_tasks().values() if isinstance(task.labels, Labels)]
+    kinds = ", ".join(dict.fromkeys(one.kind for one in labels)) or "none"
+    yield _attempt("label size", look, lambda: f"{kinds}: at most {num_bytes[0]} bytes a loss token")
 
 
-def _engine(run: Run) -> Iterator[Finding]:
+def _engine(place: str, teacher: Teacher) -> Iterator[Finding]:
     """Whether vLLM has a model for the teacher, as far as that can be known without starting one."""
-    if all(not isinstance(replicas.engine, Vllm) for replicas in run.teacher.roles().values()):
+    if all(not isinstance(replicas.engine, Vllm) for replicas in teacher.roles().values()):
         return
-    path = run.teacher.model.path
-    config = load_config(run.teacher.model, role="teacher.model")
-    found = _attempt("teacher engine", partial(check_architecture, config, place=f"teacher.model.path: {path}"), str)
+    path = teacher.model.path
+    config = load_config(teacher.model, role=f"{place}.model")
+    look = partial(check_architecture, config, place=f"{place}.model.path: {path}")
+    found = _attempt(f"{place} engine", look, str)
     if found.fatal:
         yield found
     quantisation = unknown_quantisation(config)
     if quantisation is not None:
         text = f"{path} is quantised by {quantisation}, which the vLLM here does not name; its engine may refuse it"
-        yield Finding("teacher engine", "warning", f"teacher.model.path: {text}")
+        yield Finding(f"{place} engine", "warning", f"{place}.model.path: {text}")
 
 
-def _generation(run: Run) -> Iterator[Finding]:
+def _generation(run: Run, place: str, teacher: Teacher) -> Iterator[Finding]:
     """Which of the teacher's own generation settings its writers do not apply."""
-    place = f"{run.teacher.model.path}/generation_config.json"
+    writing = [t.answers for t in run.resolved_tasks().values() if teacher.name in t.teachers]
+    temperature = next((getattr(one, "temperature", 1) for one in writing if one.needs_generator), 1)
     unused: dict[str, object] = {}
 
     def look() -> None:
-        unused.update(unused_settings(run.teacher.model, temperature=getattr(run.answers, "temperature", 1)))
+        unused.update(unused_settings(teacher.model, temperature=temperature))
 
-    found = _attempt("teacher generation", look, lambda: "as configured")
+    found = _attempt(f"{place} generation", look, lambda: "as configured")
     if found.fatal:
         yield found
     if not unused:
         return
     named = ", ".join(f"{name}: {str(value)[:60]}" for name, value in unused.items())
     text = (
-        f"{place} sets {named}, which a generator does not apply: its answers follow the temperature and top_p of "
-        "`answers`, and end at the ids of eos_token_id. Where it matters, let the answers be written elsewhere and "
-        "give them as rows"
+        f"{teacher.model.path}/generation_config.json sets {named}, which a generator does not apply: its answers "
+        "follow the temperature and top_p of `answers`, and end at the ids of eos_token_id. Where it matters, let the "
+        "answers be written elsewhere and give them as rows"
     )
-    yield Finding("teacher generation", "warning", text)
+    yield Finding(f"{place} generation", "warning", text)
 
 
 def _rows(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
-    for name, dataset in (("train", run.prompts), ("evaluation", run.data.evaluation)):
-        if dataset is None:
-            yield Finding(
-                f"{name} rows", "warning", "data.evaluation: none, so the run cannot tell how good the student is"
-            )
-        elif inputs is None:
-            yield Finding(f"{name} rows", "not checked", "they need the tokenizer")
-        else:
-            yield from _dataset(run, name, dataset, inputs)
+    tasks = run.resolved_tasks().values()
+    for task in tasks:
+        subject = f"{task.name} rows" if run.tasks else "train rows"
+        place = f"tasks.{task.name}.prompts" if run.tasks else "prompts"
+        if inputs is None:
+            yield Finding(subject, "not checked", "they need the tokenizer")
+        elif task.prompts is not None:
+            yield from _dataset(run, subject, place, task.prompts, inputs, task)
+    subject, place, held_out = "evaluation rows", "data.evaluation", run.data.evaluation
+    if held_out is None:
+        yield Finding(subject, "warning", "data.evaluation: none, so the run cannot tell how good the student is")
+    elif inputs is None:
+        yield Finding(subject, "not checked", "they need the tokenizer")
+    else:
+        yield from _dataset(run, subject, place, held_out, inputs, None)
+    if run.tasks:
+        total = sum(task.share for task in tasks)
+        yield from (Finding(f"task {task.name}", "ok", _task(task, total)) for task in tasks)
 
 
-def _dataset(run: Run, name: str, dataset: Dataset, inputs: Inputs) -> Iterator[Finding]:
+def _task(task: ResolvedTask, total: float) -> str:
+    objective = " + ".join(term.loss for term in task.objective)
+    teachers = ", ".join(task.teachers) or "none"
+    return f"{task.share / total:.1%} of the sequences, weight {task.weight:g}, {objective}, teacher: {teachers}"
+
+
+def _dataset(
+    run: Run, subject: str, place: str, dataset: Dataset, inputs: Inputs, task: ResolvedTask | None
+) -> Iterator[Finding]:
+    """`task`: None for held-out rows."""
     reports: list[RowReport] = []
-    training = name == "train"
-    subject, place = f"{name} rows", "prompts" if training else "data.evaluation"
+    training = task is not None
+    reading = task or evaluating_task(run)
+    own = inputs.tasks[reading.name]
 
     def read() -> None:
         report = check_rows(
             dataset,
             data=run.data,
-            template=inputs.template,
+            template=own.template,
             vocabulary=inputs.vocabulary,
-            needs_answer=inputs.answers.needs_answer if training else True,
-            room_for_answer=inputs.answers.room_for_answer if training else 0,
-            rewrite=inputs.answers.rewrite if training else False,
+            needs_answer=own.answers.needs_answer if training else True,
+            room_for_answer=own.answers.room_for_answer if training else 0,
+            rewrite=own.answers.rewrite if training else False,
+            asks=asked(run, reading),
             budget=ROW_BUDGET,
         )
         reports.append(report)
@@ -352,27 +382,34 @@ def _attention(run: Run, *, known: set[str]) -> Iterator[Finding]:
             refuse_unpackable(config, max_length=run.data.max_length, trust_remote_code=trusted)
 
         yield _attempt("student attention", look, lambda: "its sequences can be packed")
-    if "teacher" in known:
-
-        def rotate() -> None:
-            check_rotation(run, run.teacher.name, load_config(run.teacher.model, role="teacher.model"))
-
-        finding = _attempt("teacher attention", rotate, lambda: "the same at every length of the data")
+    for name, teacher in run.teachers_by_name().items():
+        place = teacher_place(run, name)
+        if place not in known:
+            continue
+        rotate = partial(_rotation, run, name, teacher.model, f"{place}.model")
+        finding = _attempt(f"{place} attention", rotate, lambda: "the same at every length of the data")
         if finding.fatal:
             yield finding
+
+
+def _rotation(run: Run, name: str, source: ModelSource, role: str) -> None:
+    check_rotation(run, name, load_config(source, role=role))
+
+
+def _split(run: Run, name: str, source: ModelSource, role: str) -> None:
+    check_split(run, name, load_config(source, role=role))
 
 
 def _placement(run: Run, *, known: set[str]) -> Iterator[Finding]:
     """What the run asks for, and what of the placement follows from the models alone; the rest needs the machines."""
     yield Finding("devices", "ok", devices_text(run))
-    sizes = {role: replicas.tensor_parallel_size for role, replicas in run.teacher.roles().items()}
-    if "teacher" in known and max(sizes.values()) > 1:
-
-        def look() -> None:
-            check_split(run, run.teacher.name, load_config(run.teacher.model, role="teacher.model"))
-
-        text = ", ".join(f"{role} in {size} parts" for role, size in sizes.items())
-        yield _attempt("teacher split", look, lambda: text)
+    for name, teacher in run.teachers_by_name().items():
+        place = teacher_place(run, name)
+        sizes = {role: replicas.tensor_parallel_size for role, replicas in teacher.roles().items()}
+        if place in known and max(sizes.values()) > 1:
+            text = ", ".join(f"{role} in {size} parts" for role, size in sizes.items())
+            look = partial(_split, run, name, teacher.model, f"{place}.model")
+            yield _attempt(f"{place} split", look, partial(str, text))
     for role, source, _ in _models(run):
         if source.local_copy is not None and not Path(source.path).expanduser().is_dir():
             text = f"{role}.model.local_copy copies a folder, and {source.path} is none here; the hub has its own cache"
@@ -384,7 +421,9 @@ def devices_text(run: Run) -> str:
     if run.runtime == "in_process":
         return "one process for student and teacher"
     counts = {"student": (run.student.ranks, 1)}
-    counts |= {role: (r.replicas, r.tensor_parallel_size) for role, r in run.teacher.roles().items()}
+    for name, roles in started_roles(run).items():
+        prefix = name if run.teachers else ""
+        counts |= {actors_of(role, prefix): (r.replicas, r.tensor_parallel_size) for role, r in roles.items()}
     total = sum(num * size for num, size in counts.values())
     parts = ", ".join(f"{role} {num}" + (f" x {size}" if size > 1 else "") for role, (num, size) in counts.items())
     kind = {"auto": "GPUs, or as many cores where there is no GPU", "gpu": "GPUs", "cpu": "cores"}[run.accelerator]

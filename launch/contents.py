@@ -26,7 +26,7 @@ from cluster.model_files import PLACES as WEIGHT_PLACES
 from cluster.model_files import WHOLE_BYTES as WHOLE_WEIGHTS
 from cluster.model_files import find_folder
 from cluster.placement.resolve import Resolved
-from configs.rules import teacher_place
+from configs.rules import prompts_by_place, teacher_place, teachers_by_place
 from configs.schema import Dataset, ModelSource, Run
 from trainer.data.content import file_content, files_below, folder_content
 from trainer.data.row_files import PLACES, WHOLE_BYTES, open_raw_rows
@@ -75,23 +75,27 @@ def _decides(place: str, run: Run) -> bool:
 
 def _where(place: str, run: Run) -> str:
     paths = {
-        "prompts": run.prompts.path,
         "data.evaluation": run.data.evaluation.path if run.data.evaluation else None,
-        "teacher.model": run.teacher.model.path,
         "student.model": run.student.model.path,
-        "teacher.chat_template": run.teacher.chat_template,
     }
+    paths |= {name: dataset.path for name, dataset in prompts_by_place(run).items()}
+    for name, teacher in teachers_by_place(run).items():
+        paths |= {f"{name}.model": teacher.model.path, f"{name}.chat_template": teacher.chat_template}
     path = paths.get(place.partition("/")[0])
     return "" if path is None else f" ({path})"
 
 
 def _contents(run: Run, inputs: Inputs) -> Iterator[tuple[str, str]]:
-    yield from _rows("prompts", run.prompts)
+    for place, dataset in prompts_by_place(run).items():
+        yield from _rows(place, dataset)
     if run.data.evaluation is not None:
         yield from _rows("data.evaluation", run.data.evaluation)
-    yield from _model("teacher.model", run.teacher.model)
+    for place, teacher in teachers_by_place(run).items():
+        yield from _model(f"{place}.model", teacher.model)
     yield from _model("student.model", run.student.model)
-    yield "teacher.chat_template", _digest(inputs.template.text or "")
+    for task in run.resolved_tasks().values():
+        for name in task.teachers:
+            yield f"{teacher_place(run, name)}.chat_template", _digest(inputs.tasks[task.name].template.text or "")
     for place, _, choice in run.choices():
         found = importlib.util.find_spec(choice.kind) if "." in choice.kind else None
         if found is not None and found.origin is not None:

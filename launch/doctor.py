@@ -25,6 +25,7 @@ from cluster.doctor.finding import Finding, Look, examine, ok, problem, warning
 from cluster.ray_session import object_store_bytes
 from configs.engines import Vllm
 from configs.load import run_folder
+from configs.rules import teachers_by_place
 from configs.schema import ModelSource, Run
 from launch.identity import HOME
 from launch.supported import load_supported
@@ -105,9 +106,10 @@ class Needs:
 def _needs(run: Run | None) -> Needs:
     if run is None:
         return Needs()
-    sources = (run.teacher.model, run.student.model)
+    teachers = run.teachers_by_name().values()
+    sources = (*(teacher.model for teacher in teachers), run.student.model)
     return Needs(
-        vllm=any(isinstance(replicas.engine, Vllm) for replicas in run.teacher.roles().values()),
+        vllm=any(isinstance(replicas.engine, Vllm) for teacher in teachers for replicas in teacher.roles().values()),
         disk_bytes=_disk_bytes(run),
         object_store_bytes=object_store_bytes(run.training.max_label_bytes),
         models=tuple((source.path, source.revision) for source in sources),
@@ -132,7 +134,8 @@ def _disk_bytes(run: Run) -> int | None:
 def models(run: Run) -> list[Finding]:
     """Folders that are whole and hold safetensors; names of the hub are looked up in its cache only."""
     found = []
-    for role, source in (("teacher", run.teacher.model), ("student", run.student.model)):
+    sources = {place: teacher.model for place, teacher in teachers_by_place(run).items()}
+    for role, source in (sources | {"student": run.student.model}).items():
         found.append(_model(f"{role} model", source, path_name=f"{role}.model.path"))
     return found
 

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.load import load_run
+from configs.rules import teachers_by_place
 from configs.schema import Run
 from launch.files import copy_files, files_in
 from launch.model_folder import licence_of
@@ -87,7 +88,10 @@ def card_of(folder: RunFolder, run: Run, *, adapter: bool, weights: Path) -> str
         records=read_metrics(folder),
         adapter=adapter,
         stored_dtype=stored_dtype(weights),
-        licences={"student": licence_of(run.student.model), "teacher": licence_of(run.teacher.model)},
+        licences={
+            "student": licence_of(run.student.model),
+            **{place: licence_of(teacher.model) for place, teacher in teachers_by_place(run).items()},
+        },
     )
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 
 from cluster.placement.resolve import Resolved, started_roles
+from configs.rules import teachers_by_place
 from configs.schema import Run
 from configs.secrets import without_secrets
 from launch.export import card_of, complete_student
@@ -72,7 +73,10 @@ class Record:
                 "vocabulary_size": job.inputs.vocabulary.size,
                 "stop_ids": list(job.inputs.stop_ids),
             },
-            "models": {"teacher": run.teacher.model.model_dump(), "student": run.student.model.model_dump()},
+            "models": {
+                **{place: teacher.model.model_dump() for place, teacher in teachers_by_place(run).items()},
+                "student": run.student.model.model_dump(),
+            },
         }
         self._write_manifest()
 

@@ -6,15 +6,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.labels import NoLabels, Token
+from configs.answers import Answers
+from configs.labels import Token
 from configs.load import LoadedRun, load_run
 from configs.schema import Run
 from trainer.errors import ConfigError
 
 
 def load_supported(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
-    """As `load_run`. Raises `ConfigError` also for several teachers or tasks, and for a run without a teacher's
-    labels."""
+    """As `load_run`. Raises `ConfigError` also for terms and labels whose code is not there yet, and for several
+    ways of one teacher to write."""
     loaded = load_run(path, overrides)
     if what := _unsupported(loaded.run):
         raise ConfigError(f"{path}: {what}")
@@ -22,14 +23,16 @@ def load_supported(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun
 
 
 def _unsupported(run: Run) -> str:
-    if run.tasks or run.teachers or run.route:
-        what = "tasks" if run.tasks else "teachers by name"
-        return f"{what} cannot be run yet: write one teacher, and the stations at the top level"
-    if run.teacher is None or isinstance(run.labels, NoLabels):
-        return "an objective without a teacher's labels cannot be run yet: write teacher and labels: topk"
-    for term in run.objective:
-        if term.form == "sequence":
-            return f"loss: {term.loss} cannot be run yet: write another loss"
-    if isinstance(run.labels, Token):
-        return "labels: token cannot be run yet: write labels: topk"
+    written: dict[str, Answers] = {}
+    for task in run.resolved_tasks().values():
+        if task.answers.needs_generator and task.route is not None:
+            return "answers of a teacher that `route` names cannot be written yet: give each teacher a task of its own"
+        for name in task.teachers if task.answers.needs_generator else ():
+            if written.setdefault(name, task.answers) != task.answers:
+                return f"teacher {name} writes for several tasks: give them the same answers, or a teacher each"
+        for term in task.objective:
+            if term.form == "sequence":
+                return f"loss: {term.loss} cannot be run yet: write another loss"
+        if isinstance(task.labels, Token):
+            return "labels: token cannot be run yet: write labels: topk"
     return ""

@@ -16,8 +16,10 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.losses import Term
-from configs.schema import Run
+from configs.rules import prompts_by_place, teachers_by_place
+from configs.schema import Dataset, Run
 from configs.stations import Choice
+from configs.tasks import ResolvedTask
 from launch.report.metrics import NOTICEABLE_PADDING, Records
 from launch.report.numbers import fixed, share
 
@@ -55,7 +57,9 @@ def model_card(
 
     `licences` holds what is known beyond the configuration, for the keys `student` (its base) and `teacher`.
     """
-    known = {"student": run.student.model.licence, "teacher": run.teacher.model.licence, **(licences or {})}
+    teachers = teachers_by_place(run)
+    own = {place: teacher.model.licence for place, teacher in teachers.items()}
+    known = {"student": run.student.model.licence, **own, **(licences or {})}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -70,16 +74,29 @@ def model_card(
         run=run,
         adapter=adapter,
         base=public_name(run.student.model.path),
-        teacher=public_name(run.teacher.model.path),
-        datasets=[(d, public_name(d.path)) for d in (run.prompts, run.data.evaluation) if d is not None],
+        teacher=", ".join(public_name(one.model.path) for one in teachers.values()) or "none: hard labels",
+        teachers=[
+            (
+                "teacher" if run.teacher else f"teacher {one.name}",
+                public_name(one.model.path),
+                one.model.revision,
+                known[place] or NOT_STATED,
+            )
+            for place, one in teachers.items()
+        ],
+        datasets=[(d, public_name(d.path)) for d in _datasets(run)],
         base_licence=known["student"] or NOT_STATED,
-        teacher_licence=known["teacher"] or NOT_STATED,
         quality=_quality(records),
         evaluated=records.evaluations[-1] if records.evaluations else None,
         settings=_settings(run, manifest, records, stored_dtype=stored_dtype),
         versions=manifest.get("versions") or {},
         NOT_STATED=NOT_STATED,
     )
+
+
+def _datasets(run: Run) -> list[Dataset]:
+    held_out = [] if run.data.evaluation is None else [run.data.evaluation]
+    return [*prompts_by_place(run).values(), *held_out]
 
 
 def public_name(path: str) -> str:
@@ -106,7 +123,7 @@ def _front_matter(run: Run, licence: str | None, records: Records, *, adapter: b
     if licence is not None:
         known = licence.lower() in _HUB_LICENCES.split()
         card.license, card.license_name = (licence.lower(), None) if known else ("other", licence)
-    datasets = [d.path for d in (run.prompts, run.data.evaluation) if d is not None and is_hub_name(d.path)]
+    datasets = [d.path for d in _datasets(run) if is_hub_name(d.path)]
     card.datasets = list(dict.fromkeys(datasets)) or None
     return card.to_yaml()
 
@@ -138,13 +155,23 @@ def _quality(records: Records) -> list[Row]:
     ]
 
 
+def _stations(run: Run, task: ResolvedTask) -> list[tuple[str, str]]:
+    rows = [
+        ("objective", " + ".join(_term(term) for term in task.objective)),
+        ("soft labels", _choice(task.labels)),
+        ("answers written by", _choice(task.answers)),
+    ]
+    if not run.tasks:
+        return rows
+    rows += [("weight, share", f"{task.weight:g}, {task.share:g}"), ("teachers", ", ".join(task.teachers))]
+    return [(f"{task.name}: {name}", text) for name, text in rows]
+
+
 def _settings(run: Run, manifest: Mapping[str, Any], records: Records, *, stored_dtype: str) -> list[tuple[str, str]]:
     counters = manifest.get("counters") or {}
     training, optimizer, lora = run.training, run.optimizer, run.student.lora
     rows = [
-        ("objective", " + ".join(_term(term) for term in run.objective)),
-        ("soft labels", _choice(run.labels)),
-        ("answers written by", _choice(run.answers)),
+        *(row for task in run.resolved_tasks().values() for row in _stations(run, task)),
         ("answers of the teacher", _answers(counters)),
         ("optimizer steps", f"{records.steps[-1].step:,}" if records.steps else ""),
         ("sequences per step", f"{training.sequences_per_step:,}"),

@@ -84,7 +84,7 @@ def note_of_paths_outside(run: Run, mount: str) -> str:
             f"folder: the run folder {run.folder} is not on what the nodes share, which they have at {mount}: write "
             f"--set folder={root / 'runs' / run.name}"
         )
-    paths = [run.teacher.model.path, run.student.model.path]
+    paths = [*(teacher.model.path for teacher in run.teachers_by_name().values()), run.student.model.path]
     outside = [path for path in paths if path.startswith("/") and not Path(path).is_relative_to(root)]
     return f" Not on the volume, so the image must hold it: {', '.join(outside)}." if outside else ""
 

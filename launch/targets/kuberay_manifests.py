@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+from configs.rules import teachers_by_place
 from configs.schema import Run
 from launch.bundle import Bundle
 from launch.jobs import ending_file
@@ -100,7 +101,9 @@ def config_map(job: str, content: bytes) -> dict[str, object]:
 def _labels_of_roles(run: Run) -> dict[str, Mapping[str, str]]:
     """The node labels that each role of the run asks for, by the role's place in the configuration."""
     found = {"student": run.student.placement.node_labels}
-    return found | {f"teacher.{name}": role.placement.node_labels for name, role in run.teacher.roles().items()}
+    for place, teacher in teachers_by_place(run).items():
+        found |= {f"{place}.{name}": role.placement.node_labels for name, role in teacher.roles().items()}
+    return found
 
 
 def _group(place: str) -> str:

@@ -19,11 +19,24 @@ prompts: {path: rows.jsonl}
 training: {steps: 10}
 """
 CASES = {
-    "tasks": (["tasks={chat: {}}"], "tasks cannot be run yet"),
-    "teachers": (["teacher=null", "teachers={big: {model: {path: a}}}"], "teachers by name cannot be run yet"),
+    "routed answers": (
+        [
+            "teacher=null",
+            "teachers={a: {model: {path: a}, generator: {}}}",
+            "route={column: c, map: {x: a}}",
+            "answers=teacher",
+        ],
+        "answers of a teacher that `route` names cannot be written yet",
+    ),
+    "two ways to write": (
+        [
+            "teacher.generator={}",
+            "tasks={a: {answers: teacher}, b: {answers: {kind: teacher, temperature: 1}}}",
+        ],
+        "teacher big writes for several tasks",
+    ),
     "dpo": (["labels=token", "objective=[{loss: dpo}]"], "loss: dpo cannot be run yet"),
     "token": (["labels=token", "objective=[{loss: cross_entropy}]"], "labels: token cannot be run yet"),
-    "labels": (["labels=none", "objective=[{loss: cross_entropy}]"], "without a teacher's labels cannot be run yet"),
 }
 
 
@@ -39,6 +52,6 @@ def test_what_cannot_be_run_yet_is_refused(tmp_path: Path, case: str) -> None:
 def test_a_teacher_that_nobody_asks_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(ONE)
     assert list(unused(load_run(tmp_path / "run.yaml").run)) == []
-    run = load_run(tmp_path / "run.yaml", CASES["labels"][0]).run
+    run = load_run(tmp_path / "run.yaml", ["labels=none", "objective=[{loss: cross_entropy}]"]).run
     (finding,) = unused(run)
     assert (finding.status, "no task asks big for labels or answers" in finding.text) == ("warning", True)

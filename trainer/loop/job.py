@@ -48,9 +48,13 @@ class TaskInputs:
 
     template: Template  # of its teacher
     answers: Any  # the `AnswerSource` of the task
-    stop_ids: tuple[int, ...]
-    """The ids after which nothing more is written: those of the chat template and the tokenizer, and those of the
-    teacher's generation settings. Padding among the latter is left out: it is never written."""
+    end_ids: tuple[int, ...]  # after which the teacher's own generation settings end a text; none is padding
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids after which nothing more is written: those of the chat template and the tokenizer, and those of the
+        teacher's generation settings."""
+        return tuple(dict.fromkeys([*self.template.stop_ids, *self.end_ids]))
 
 
 @dataclass(frozen=True)
@@ -166,8 +170,8 @@ def _task_inputs(
                     f"the teachers {names[0]} and {name} of one route have different chat templates: give them the "
                     "same teachers.<name>.chat_template, or each a task of its own"
                 )
-    known = (one for one in ends if one < vocabulary.size)
-    return TaskInputs(template, ANSWERS.load(task.answers), tuple(dict.fromkeys([*template.stop_ids, *known])))
+    known = tuple(one for one in ends if one < vocabulary.size)
+    return TaskInputs(template, ANSWERS.load(task.answers), known)
 
 
 def make_job(
