@@ -191,6 +191,8 @@ def test_sections_of_a_configuration_in_the_pages_are_sections_of_one(folder: Pa
         run = yaml.load((folder / "my-run.yaml").read_text())
         for section, values in yaml.load(block.text).items():
             run[section] = {**run.get(section, {}), **values} if isinstance(values, dict) else values
+        if "tasks" in run and run["training"].pop("epochs", None):
+            run["training"]["steps"] = 100
         if "teachers" in run:
             del run["teacher"]
         else:
