@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from leftovers import GONE_WITHIN_S, leftovers
-from runs_under_fault import assert_same_result, events, finish, held, left_running, losses, start, when
+from runs_under_fault import assert_same_result, events, finish, held, left_running, losses, newest, start, when
 from tiny_runs import records, stillhouse, tiny_run
 
 from trainer.run_folder import read_json
@@ -98,11 +98,6 @@ def test_a_student_rank_killed_in_the_middle_and_one_killed_after_the_last_step_
     assert "the student group goes on after step 8" in output
     assert_same_result(run, golden)
     assert left_running(run) == []
-
-
-def newest(run: Path, role: str) -> int:
-    """The pid of a role's newest process."""
-    return [event["pid"] for event in events(run, "process") if event["role"] == role][-1]
 
 
 def test_a_killed_job_goes_on_with_the_same_command(golden: Path, tmp_path: Path) -> None:

@@ -46,6 +46,11 @@ def assert_same_result(run: Path, golden: Path) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
+def newest(run: Path, role: str) -> int:
+    """The pid of a role's newest process."""
+    return [event["pid"] for event in events(run, "process") if event["role"] == role][-1]
+
+
 def counted(run: Path) -> dict[str, int]:
     """What the manifest says was read and trained, events aside."""
     counters = json.loads((run / "manifest.json").read_text())["counters"]

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from configs.tasks import MAIN
 from trainer.errors import InfrastructureError, LabelsLost
 from trainer.loop.plan import cut_units, plan_step
 from trainer.loop.scoring import UnitScorers
@@ -23,7 +25,7 @@ from trainer.loop.settings import LoopSettings
 from trainer.loop.sources import Drawn, Source
 from trainer.protocols import Observer, Students
 from trainer.threads import in_thread, wrapped
-from trainer.types import AnswerCounters, BlockRef, Cursor, RankBatch, Unit, UnitReport
+from trainer.types import AnswerCounters, BlockRef, Cursor, RankBatch, Sequence, Unit, UnitReport
 
 _Made = TypeVar("_Made")
 SETTLE_S = 5.0  # for rows that are being read when nobody needs them any more: a thread is better not left behind
@@ -38,6 +40,7 @@ class ReadyStep:
     reports: tuple[UnitReport, ...]
     sequence_ids: tuple[str, ...]
     answers: AnswerCounters  # written for it
+    parts: Mapping[str, float]  # metrics of tasks and teachers by name; empty where there is one of each
 
 
 class Permits:
@@ -162,6 +165,7 @@ class Supply:
             reports=await self._score_and_stage(batches),
             sequence_ids=tuple(sequence.id for sequence in sequences),
             answers=collected.answers,
+            parts=_parts(sequences),
         )
 
     async def _score_and_stage(self, batches: tuple[RankBatch, ...]) -> tuple[UnitReport, ...]:
@@ -210,6 +214,18 @@ class Supply:
         if not ready.sequence_ids:
             self._observer.event("empty_step", at_step=ready.step)
         return replace(ready, cursor=replace(ready.cursor, answers=answers))
+
+
+def _parts(sequences: tuple[Sequence, ...]) -> dict[str, float]:
+    """What of a step is of each task and of each teacher, where they have names."""
+    parts: Counter[str] = Counter()
+    for sequence in sequences:
+        if sequence.task != MAIN:
+            parts[f"task/{sequence.task}/sequences"] += 1
+            parts[f"task/{sequence.task}/loss_tokens"] += sequence.num_loss_tokens
+        if sequence.teacher:
+            parts[f"teacher/{sequence.teacher}/tokens"] += sequence.num_tokens
+    return {name: float(count) for name, count in parts.items()}
 
 
 async def _as_error(work: Callable[..., Awaitable[_Made]], *arguments: Any) -> _Made:

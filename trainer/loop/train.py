@@ -161,6 +161,7 @@ def _with_supply(metrics: StepMetrics, ready: ReadyStep, *, waited_s: float, ste
     rows = sum(report.num_rows for report in ready.reports)
     values = {
         **metrics.values,
+        **ready.parts,
         "student/wait_s": waited_s,
         "student/step_s": step_s,
         "step/seconds": waited_s + step_s,
