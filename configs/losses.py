@@ -47,6 +47,11 @@ class Term(Section):
         """Whether both are one term but for their weights."""
         return self.model_copy(update={"weight": other.weight}) == other
 
+    @property
+    def compares_answers(self) -> bool:
+        """Whether it is a function of several answers to one prompt, which must then meet in one micro-batch."""
+        return "groups" in self.needs
+
     def parameters(self) -> dict[str, Any]:
         """Keyword arguments of the function that computes the term: its own fields."""
         return {name: value for name, value in self if name not in Term.model_fields}

@@ -15,9 +15,10 @@ class Dataset(Section):
     path: str = Field(min_length=1, description="jsonl, json, parquet or arrow file, a folder of them, or a hub name.")
     revision: str | None = None
     split: str = "train"
-    format: Literal["auto", "messages", "prompt_completion", "prompt", "text"] = Field(
+    format: Literal["auto", "messages", "prompt_completion", "prompt", "preference", "text"] = Field(
         "auto",
-        description="auto: told by each row's own fields, and the same for all rows. prompt: answers are not read.",
+        description="auto: told by each row's own fields, and the same for all rows. prompt: answers are not read. "
+        "preference: prompt, chosen and rejected, for terms that compare answers.",
     )
     max_rows: Positive | None = Field(None, description="Read only the first rows.")
 

@@ -34,6 +34,7 @@ def broken_rules(run: Run) -> Iterator[Problem]:
     for task in tasks:
         yield from _stations(run, task)
         yield from _objective(run, task)
+        yield from _pairs(run, task)
     wrong = [problem for task in tasks for problem in _asked(run, task)]
     yield from wrong or _writers(run)
     if run.runtime == "in_process":
@@ -112,6 +113,23 @@ def _objective(run: Run, task: ResolvedTask) -> Iterator[Problem]:
         elif term.exactness.get(task.labels.kind) == "refused":
             text = f"{term.loss} cannot be computed from labels: {task.labels.kind}; {term.instead}"
             yield place, term.loss, text
+
+
+def _pairs(run: Run, task: ResolvedTask) -> Iterator[Problem]:
+    """What terms that compare answers need of rows and of micro-batches."""
+    compared = next((term.loss for term in task.objective if term.compares_answers), None)
+    if compared is None or task.prompts is None:
+        return
+    rows, budget = task.prompts.format, run.training.micro_batch_tokens
+    if rows not in ("auto", "preference"):
+        text = f"{compared} compares two answers to each prompt: write format: preference, whose rows have them"
+        yield (*_place(run, task, "prompts"), "format"), rows, text
+    if task.answers.kind != "dataset":
+        text = f"{compared} compares the answers of preference rows: write answers: dataset"
+        yield _place(run, task, "answers"), task.answers.kind, text
+    if budget < 2 * run.data.max_length:
+        text = f"{compared} compares two answers in one micro-batch: write at least {2 * run.data.max_length}, twice "
+        yield ("training", "micro_batch_tokens"), budget, text + "data.max_length, or a smaller data.max_length"
 
 
 def _needs(task: ResolvedTask, term: Term, missing: frozenset[Need]) -> str:

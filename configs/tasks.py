@@ -70,6 +70,11 @@ class ResolvedTask:
         return not isinstance(self.labels, NoLabels) or self.answers.needs_generator
 
     @property
+    def compares_answers(self) -> bool:
+        """Whether a term of the objective needs several answers to each prompt."""
+        return any(term.compares_answers for term in self.objective)
+
+    @property
     def teachers(self) -> tuple[str, ...]:
         """The names of all teachers that are asked."""
         if not self.asks:

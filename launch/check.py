@@ -316,7 +316,7 @@ def _dataset(
             needs_answer=own.answers.needs_answer if training else True,
             room_for_answer=own.answers.room_for_answer if training else 0,
             rewrite=own.answers.rewrite if training else False,
-            asks=asked(run, reading),
+            asks=asked(run, reading, training=training),
             budget=ROW_BUDGET,
         )
         reports.append(report)

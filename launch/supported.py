@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.answers import Answers
-from configs.labels import Token
 from configs.load import LoadedRun, load_run
 from configs.schema import Run
 from trainer.errors import ConfigError
@@ -30,9 +29,4 @@ def _unsupported(run: Run) -> str:
         for name in task.teachers if task.answers.needs_generator else ():
             if written.setdefault(name, task.answers) != task.answers:
                 return f"teacher {name} writes for several tasks: give them the same answers, or a teacher each"
-        for term in task.objective:
-            if term.form == "sequence":
-                return f"loss: {term.loss} cannot be run yet: write another loss"
-        if isinstance(task.labels, Token):
-            return "labels: token cannot be run yet: write labels: topk"
     return ""

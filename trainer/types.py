@@ -96,6 +96,7 @@ class Prompt:
     origin: str  # "file:line" or "dataset[row]", for messages to people
     task: str = MAIN
     teacher: str = ""  # who is asked about it; empty where nobody is, or where there is one teacher
+    alternatives: tuple[tuple[np.ndarray, np.ndarray], ...] = ()  # further answers: (token_ids, loss_mask) of each
 
 
 @dataclass(frozen=True, slots=True)

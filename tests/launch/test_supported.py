@@ -35,8 +35,6 @@ CASES = {
         ],
         "teacher big writes for several tasks",
     ),
-    "dpo": (["labels=token", "objective=[{loss: dpo}]"], "loss: dpo cannot be run yet"),
-    "token": (["labels=token", "objective=[{loss: cross_entropy}]"], "labels: token cannot be run yet"),
 }
 
 

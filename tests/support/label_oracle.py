@@ -58,6 +58,8 @@ def label_errors(
     if kind == "hidden":
         logits = head.logits(torch.from_numpy(columns["hidden"]))
         return {"logprobs": float(np.abs(logits.double().log_softmax(-1).numpy() - oracle).max())}
+    if kind == "token":
+        return {"logprob": float(np.abs(columns["logprob"] - oracle[rows, next_ids[:, None]]).max())}
     ids = columns["ids"].astype(np.int64)
     k = ids.shape[1]
     rest = oracle.copy()

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fakes.poisoned_labels import MARKS
 from rank_processes import Place
@@ -27,9 +28,11 @@ from student_world import (
     labels_of,
     make_plan,
     make_run,
+    make_run_of_tasks,
     sequences_of,
     stage,
     train,
+    train_on_tasks,
 )
 
 from configs.labels import Hidden
@@ -73,6 +76,28 @@ def case_steps(place: Place) -> dict[str, Any]:
             rank.close()
             found[zero_stage, budget] = (metrics, folder)
     return found
+
+
+def case_tasks(place: Place) -> dict[str, Any]:
+    """Three steps of two tasks at each stage, in one micro-batch and in several; a control whose reference is moved."""
+    found = {}
+    for zero_stage in STAGES if place.world == 2 else (2,):
+        for budget in (4096, 2 * SMALL_BUDGET):
+            rank = build(make_run_of_tasks(place.folder.parent, zero_stage=zero_stage), place)
+            metrics = train_on_tasks(rank, place, 3, token_budget=budget)
+            found[zero_stage, budget] = (metrics, _export(rank, place, f"tasks{zero_stage}-{budget}"))
+            rank.close()
+    if place.world == 1:
+        rank = build(make_run_of_tasks(place.folder.parent), place)
+        found["moved"] = train_on_tasks(rank, place, 1, token_budget=4096, change=_moved)
+        rank.close()
+    return found
+
+
+def _moved(unit: Unit) -> Unit:
+    """The same rows, each about the token after its own."""
+    moved = [dataclasses.replace(s, token_ids=np.roll(s.token_ids, -1)) for s in unit.sequences]
+    return dataclasses.replace(unit, sequences=tuple(moved))
 
 
 def case_resume(place: Place) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import torch
 from rank_processes import Place
 from tiny_models import tiny_folder, tiny_model
 
-from configs.labels import Labels
+from configs.labels import Labels, Token
 from configs.schema import Run
 from trainer.labels.encoding import load_encoding
-from trainer.loop.plan import cut_units, plan_step
+from trainer.loop.plan import cut_units, groups_of, plan_step
 from trainer.model.student import StudentInfo, StudentRank
 from trainer.model.zero_config import deepspeed_config
 from trainer.types import LabelHeader, RankBatch, Sequence, SoftLabelBlock, StudentPlan, Unit
@@ -58,7 +58,8 @@ def make_run(folder: Path, **changes: Any) -> Run:
     }
     for name, change in changes.items():
         section = sections.get(name)
-        sections[name] = {**section, **change} if isinstance(change, Mapping) and name != "labels" else change
+        merged = isinstance(section, Mapping) and isinstance(change, Mapping) and name != "labels"
+        sections[name] = {**section, **change} if merged else change
     return Run.model_validate(sections)
 
 
@@ -170,16 +171,99 @@ def train(
     return metrics
 
 
-def train_by_hand(run: Run, steps: int, rates: list[float]) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    """The same steps in float64 with transformers, torch's AdamW and the formulas written out, nothing packed."""
-    model = tiny_model("llama", seed=2).double()
+def make_run_of_tasks(folder: Path, **student: Any) -> Run:
+    """A task that compares answers with a reference, and one of weighted hard labels that asks no teacher."""
+    pairs = {"labels": "token", "objective": [{"loss": "dpo", "beta": 0.5}], "weight": 0.7}
+    plain = {"labels": "none", "objective": [{"loss": "cross_entropy", "weight": 0.5}], "teacher": "teacher"}
+    return make_run(folder, student=student, tasks={"pairs": pairs, "plain": plain})
+
+
+def sequences_of_tasks(step: int) -> list[Sequence]:
+    """Four pairs of answers, and three weighted sequences."""
+    drawn = [s for s in sequences_of(step + 200, count=12) if s.num_loss_tokens]
+    pairs = [replace(s, prompt_id=f"{step}:{i // 2}", sample=i % 2, task="pairs") for i, s in enumerate(drawn[:8])]
+    weights = (1.0, 0.5, 2.0)
+    return pairs + [replace(s, task="plain", weight=w) for s, w in zip(drawn[8:11], weights, strict=True)]
+
+
+def train_on_tasks(
+    rank: StudentRank, place: Place, steps: int, *, token_budget: int, change: Callable[[Unit], Unit] = lambda u: u
+) -> list[dict[str, float]]:
+    """Stage and step. `change`: of what the reference is shown in place of a unit, for controls."""
+    teacher, metrics = Teacher(), []
+    for step in range(1, steps + 1):
+        sequences = sequences_of_tasks(step)
+        groups = groups_of(sequences, compared={"pairs"})
+        lengths = [s.num_tokens for s in sequences]
+        plan = plan_step(lengths, world=place.world, token_budget=token_budget, groups=groups)
+        batch = cut_units(sequences, plan, step=step, units_per_rank=2)[place.rank]
+        scored = [unit for unit in batch.units if unit.kind[0] == "pairs"]
+        blocks = [teacher.label(change(unit), Token()) for unit in scored]
+        blocks = [replace(b, tokens_hash=u.tokens_hash()) for b, u in zip(blocks, scored, strict=True)]
+        rank.stage(batch, blocks)
+        metrics.append(dict(rank.step(step).values))
+    return metrics
+
+
+def train_on_tasks_by_hand(
+    run: Run, rates: list[float], *, swapped: bool = False
+) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """The same in float64 with transformers and the formulas written out, one sequence at a time. `swapped`: the
+    rejected answer is preferred, for a control."""
+    model, reference = (tiny_model("llama", seed=seed).double() for seed in (2, 1))
+    optimizer = _adamw(model, run)
+    records = []
+    for step, rate in enumerate(rates, start=1):
+        sequences = sequences_of_tasks(step)
+        count = sum(s.num_loss_tokens for s in sequences)
+        answers, loss = {}, torch.zeros((), dtype=torch.float64)
+        cross_entropy = torch.zeros((), dtype=torch.float64)
+        for sequence in sequences:
+            ids = torch.from_numpy(sequence.token_ids.astype(np.int64))
+            rows = torch.from_numpy(np.flatnonzero(sequence.loss_mask))
+
+            def logprob(of: torch.nn.Module, ids=ids, rows=rows) -> tuple[torch.Tensor, torch.Tensor]:
+                probabilities = of(input_ids=ids[None], use_cache=False).logits[0, rows].softmax(-1)
+                inside = probabilities[:, :VOCABULARY_SIZE].sum(1)
+                return (probabilities.gather(1, ids[rows + 1][:, None])[:, 0] / inside).log().sum(), inside.log().sum()
+
+            given, inside = logprob(model)
+            if sequence.task == "pairs":
+                answers[sequence.prompt_id, sequence.sample] = given - logprob(reference)[0].detach()
+                loss = loss - 0.7 * inside / count
+            else:
+                cross_entropy = cross_entropy - sequence.weight * given
+                loss = loss - 0.5 * sequence.weight * (given + inside) / count
+        prompts = sorted({prompt for prompt, _ in answers})
+        margins = torch.stack([answers[prompt, 0] - answers[prompt, 1] for prompt in prompts])
+        dpo = -((-0.5 if swapped else 0.5) * margins).sigmoid().log()
+        loss = loss + 0.7 * dpo.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        own = sum(s.num_loss_tokens for s in sequences if s.task == "plain")
+        record = {"train/loss": loss.item(), "task/pairs/dpo": dpo.mean().item(), "train/grad_norm": float(norm)}
+        records.append({**record, "task/plain/cross_entropy": cross_entropy.item() / own})
+    return {name: p.detach() for name, p in model.named_parameters()}, records
+
+
+def _adamw(model: torch.nn.Module, run: Run) -> torch.optim.AdamW:
     model.config._attn_implementation = "eager"
     settings = run.optimizer
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps)
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps)
+
+
+def train_by_hand(run: Run, steps: int, rates: list[float]) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """The same steps in float64 with transformers, torch's AdamW and the formulas written out, nothing packed."""
+    model, settings = tiny_model("llama", seed=2).double(), run.optimizer
+    optimizer = _adamw(model, run)
     teacher, records = Teacher(), []
     for step in range(1, steps + 1):
         sequences = sequences_of(step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from collections.abc import Sequence as AbstractSequence
+from dataclasses import replace
 from typing import ClassVar
 
 from configs.answers import DatasetAnswers
@@ -26,11 +27,18 @@ class GivenAnswers:
     """Prompts that have answers, unchanged."""
 
     async def collect(self, prompts: AbstractSequence[Prompt]) -> Collected:
-        """One sequence per prompt. Raises `DataError` for a prompt without an answer."""
-        return Collected(tuple(answered_by_dataset(prompt) for prompt in prompts))
+        """The sequences of all answers. Raises `DataError` for a prompt without an answer."""
+        return Collected(tuple(sequence for prompt in prompts for sequence in answers_of_dataset(prompt)))
 
     def judge(self, answers: AnswerCounters, *, last: bool) -> None:
         """Nothing is written here."""
+
+
+def answers_of_dataset(prompt: Prompt) -> list[Sequence]:
+    """One sequence per answer of the row: of a preference the chosen one is sample 0, the rejected one sample 1."""
+    first = answered_by_dataset(prompt)
+    others = enumerate(prompt.alternatives, start=1)
+    return [first, *(replace(first, token_ids=ids, loss_mask=mask, sample=sample) for sample, (ids, mask) in others)]
 
 
 def answered_by_dataset(prompt: Prompt) -> Sequence:

@@ -13,6 +13,7 @@ All comparisons are forward KL in nats over the events of the encoding, so they 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from configs.schema import ModelSource
 from trainer.checks.self_tests import SelfTestResult
 from trainer.errors import foreign_errors
 from trainer.labels.encoding import load_encoding
+from trainer.labels.token import LOGPROB
 from trainer.loop.packing import layout_of, pack
 from trainer.losses.divergences import forward_kl
 from trainer.model.attention import REFERENCE
@@ -150,6 +152,8 @@ def _compare(
     own spread, which is small where a teacher is nearly flat. Where it is so small that rounding hides it, no shift can
     be seen, and none matters."""
     encoding = load_encoding(block.header.encoding)
+    if LOGPROB in block.columns:
+        return _compare_targets(name, truth, block_columns(unit, block)[LOGPROB][:, 0], next_ids, dtype)
     columns = encoding.ready(block_columns(unit, block), teacher_head)
     kept = len(truth) - 1
 
@@ -179,6 +183,22 @@ def _compare(
                 "is too flat for a shift to be seen"
             )
     return SelfTestResult(name=name, passed=aligned <= tolerance and told_apart, numbers=numbers)
+
+
+def _compare_targets(
+    name: str, truth: torch.Tensor, given: torch.Tensor, target_ids: torch.Tensor, dtype: str
+) -> SelfTestResult:
+    """Log-probabilities of target ids, which are no distribution: their mean difference from the truth, in nats, must
+    be small, and far smaller than that of the row before. A KL of t allows one of about sqrt(2 t)."""
+    expected = truth.log_softmax(-1).gather(-1, target_ids[:, None])[:, 0]
+    limit = math.sqrt(2 * TOLERANCE[dtype])
+    aligned, moved = (float(x.abs().mean()) for x in (given - expected, given[:-1] - expected[1:]))
+    return SelfTestResult(
+        name=name,
+        passed=aligned <= limit and moved >= max(limit, math.sqrt(CONTROL_FACTOR) * aligned),
+        numbers=f"mean difference {aligned:.2e} nats (limit {limit:.0e}) on {len(given)} rows; control, labels moved "
+        f"by one row: {moved:.2g}",
+    )
 
 
 def _parts(unit: Unit) -> list[int]:

@@ -12,7 +12,7 @@ import numpy as np
 from configs.schema import Data, Dataset
 from configs.tasks import MAIN, Route
 from trainer.data.chat import Template, TooManyTokens
-from trainer.data.row import ChatRow, CorpusRow, Row, preview, texts_of
+from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, Row, preview, texts_of
 from trainer.data.row_files import BadRow
 from trainer.data.rows import Rows
 from trainer.data.vocabulary import SharedVocabulary
@@ -23,6 +23,12 @@ MAX_CHARACTERS = 256
 """For each token that is allowed. No text has tokens of that length on average: a row of more is too long, and need not
 be tokenised to know it, which takes seconds and gigabytes for the longest lines."""
 
+_PAIR = (
+    "is a pair of a chosen and a rejected answer, and no term of the objective compares answers; write loss: dpo, or "
+    "the answer to learn as completion"
+)
+_NO_PAIR = "is no pair of answers, and the objective compares them; a preference has prompt, chosen and rejected"
+
 
 class TooLong(BadRow):
     """A row that `data.on_too_long` decides about; `reason` says the length, the limit and the choices."""
@@ -30,11 +36,12 @@ class TooLong(BadRow):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """For which task rows are read, and which teacher is asked about them."""
+    """For which task rows are read, which teacher is asked about them, and whether they must be preferences."""
 
     task: str = MAIN
     teacher: str = ""
     route: Route | None = None  # instead of `teacher`: by a column of the row
+    pairs: bool = False  # every row is a preference; else none may be
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,25 @@ class PromptReader:
         num_characters = sum(len(text) for _, text in texts_of(parsed))
         if num_characters > MAX_CHARACTERS * self.data.max_length and self.data.on_too_long != "truncate":
             raise self._too_long(origin, f"{num_characters} characters")
+        if isinstance(parsed, PreferenceRow) != self.asks.pairs:
+            raise BadRow(origin, _NO_PAIR if self.asks.pairs else _PAIR, preview(self.rows.raw.raw(row)))
+        answers = (parsed.chosen, parsed.rejected) if isinstance(parsed, PreferenceRow) else (parsed,)
+        read = [self._read_answer(row, one, origin) for one in answers]
+        (ids, mask, truncated), *others = read
+        alternatives = tuple((ids, mask) for ids, mask, _ in others if mask is not None)
+        prompt = Prompt(
+            prompt_id,
+            token_ids=ids,
+            loss_mask=mask,
+            origin=origin,
+            task=self.asks.task,
+            teacher=self._teacher(row, origin),
+            alternatives=alternatives,
+        )
+        return prompt, truncated or any(cut for _, _, cut in others)
+
+    def _read_answer(self, row: int, parsed: Row, origin: str) -> tuple[np.ndarray, np.ndarray | None, bool]:
+        """Token ids, loss mask, and whether they were truncated."""
         try:
             ids, mask = self._tokenise(self._without_control(parsed))
         except TooManyTokens as error:
@@ -91,10 +117,7 @@ class PromptReader:
         problem = self._id_problem(ids, mask)
         if problem is not None:
             raise BadRow(origin, problem, preview(self.rows.raw.raw(row)))
-        ids, mask, truncated = self._fit(ids, mask, origin)
-        teacher = self._teacher(row, origin)
-        prompt = Prompt(prompt_id, token_ids=ids, loss_mask=mask, origin=origin, task=self.asks.task, teacher=teacher)
-        return prompt, truncated
+        return self._fit(ids, mask, origin)
 
     def _teacher(self, row: int, origin: str) -> str:
         """Raises `BadRow` for a row whose column says no teacher."""

@@ -4,6 +4,7 @@ format             fields                                   in the loss
 messages           messages: [{role, content}, ...]         every assistant turn that is not marked as context
 prompt_completion  prompt, completion: both text or chat    the completion (of a chat: its assistant turns)
 prompt             prompt: text or chat                     nothing yet: the answer is to be written
+preference         prompt, chosen, rejected: as above       both answers, one row each
 text               text                                     every token but the first
 """
 
@@ -27,7 +28,7 @@ from trainer.data.row_fields import (
     refuse_unread_answer,
 )
 
-RowFormat = Literal["messages", "prompt_completion", "prompt", "text"]
+RowFormat = Literal["messages", "prompt_completion", "prompt", "preference", "text"]
 
 MAX_TURNS = 100_000
 """Of a conversation: more are a file in the wrong format."""
@@ -63,7 +64,15 @@ class CorpusRow:
     text: str
 
 
-Row = ChatRow | TextRow | CorpusRow
+@dataclass(frozen=True, slots=True)
+class PreferenceRow:
+    """A prompt with a better and a worse answer, each as the row that the prompt makes with it."""
+
+    chosen: ChatRow | TextRow
+    rejected: ChatRow | TextRow
+
+
+Row = ChatRow | TextRow | CorpusRow | PreferenceRow
 
 
 def texts_of(row: Row) -> list[tuple[str, str]]:
@@ -73,6 +82,8 @@ def texts_of(row: Row) -> list[tuple[str, str]]:
             return [("text", row.text)]
         case TextRow():
             return [("prompt", row.prompt), ("completion", row.completion or "")]
+        case PreferenceRow():
+            return [*texts_of(row.chosen), *texts_of(row.rejected)]
     return [
         (f"messages[{index}].{key}", value)
         for index, message in enumerate(row.messages)
@@ -125,8 +136,8 @@ class _TextFields(_Fields):
 
 def parse_row(value: Mapping[str, Any], *, row_format: RowFormat, needs_answer: bool) -> Row:
     """A validated row. Raises `RowProblem`."""
-    refuse_row_fields(value, chat=row_format != "text")
-    for field in ("messages", "prompt", "completion", "text"):
+    refuse_row_fields(value, chat=row_format != "text", pairs=row_format == "preference")
+    for field in ("messages", "prompt", "completion", "chosen", "rejected", "text"):
         if isinstance(value.get(field), list) and len(value[field]) > MAX_TURNS:
             raise RowProblem(
                 f"{field}: has {len(value[field])} turns, the limit is {MAX_TURNS}; split the conversation"
@@ -136,6 +147,11 @@ def parse_row(value: Mapping[str, Any], *, row_format: RowFormat, needs_answer: 
         return CorpusRow(_text("text", _validate(_TextFields, value).text))
     if row_format == "messages":
         return _chat("messages", _validate(_MessagesFields, value).messages, needs_answer=needs_answer)
+    if row_format == "preference":
+        chosen, rejected = (_parse_answer(value, field) for field in ("chosen", "rejected"))
+        if chosen == rejected:
+            raise RowProblem("rejected: is the chosen answer, so there is nothing to prefer; leave such rows out")
+        return PreferenceRow(chosen, rejected)
     completion = value.get("completion") if row_format == "prompt_completion" else None
     if completion is None and row_format == "prompt_completion":
         refuse_unread_answer(value)
@@ -145,6 +161,19 @@ def parse_row(value: Mapping[str, Any], *, row_format: RowFormat, needs_answer: 
             "answers: teacher and teacher.generator: {} the teacher writes those of prompts)"
         )
     return (_parse_chat_pair if isinstance(value.get("prompt"), list) else _parse_text_pair)(value, completion)
+
+
+def _parse_answer(value: Mapping[str, Any], field: str) -> ChatRow | TextRow:
+    """The row of a prompt with the answer in this field."""
+    answer = value.get(field)
+    if answer is None:
+        found = "null" if field in value else "missing"
+        raise RowProblem(f"{field}: is {found}; a preference has prompt, chosen and rejected")
+    parse = _parse_chat_pair if isinstance(value.get("prompt"), list) else _parse_text_pair
+    try:
+        return parse({**value, "completion": answer}, answer)
+    except RowProblem as problem:
+        raise RowProblem(str(problem).replace("completion", field)) from problem
 
 
 def preview(value: Any, limit: int = 200) -> str:

@@ -31,8 +31,10 @@ _ALWAYS = dict.fromkeys(("tools", "functions", "function_call", "tool_calls", "t
 _IN_ROWS = _ALWAYS | {
     "chat_template_kwargs": "options of single rows are not handed to the chat template; write them into a template of "
     "your own and name it with teacher.chat_template",
-    "rejected": "pairs of a better and a worse answer are not supported; write the answer to learn as completion and "
-    "remove the other",
+}
+_REJECTED = {
+    "rejected": "pairs of a better and a worse answer are read from rows with prompt, chosen and rejected (format: "
+    "preference); to learn one of them, write it as completion and remove the other",
 }
 _IN_CHATS = {
     "system": "is not read here; write it as the first message, with role: system",
@@ -55,7 +57,7 @@ _OTHER_FORMATS = (
      "completion"),
     (("query", "response"), "ms-swift's format: rename query to prompt and response to completion"),
     (("question", "answer"), "rename question to prompt and answer to completion"),
-    (("chosen", "rejected"), "pairs of a better and a worse answer: write the one to learn as messages"),
+    (("chosen", "rejected"), "pairs of a better and a worse answer: write what both answer as prompt"),
     (("segments",), "axolotl's segments: write prompt and completion"),
     (("input_ids",), "tokens: give the text, which is tokenised here"),
 )  # fmt: skip
@@ -66,9 +68,9 @@ def is_absent(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
 
-def refuse_row_fields(value: Mapping[str, Any], *, chat: bool) -> None:
+def refuse_row_fields(value: Mapping[str, Any], *, chat: bool, pairs: bool = False) -> None:
     """Raises `RowProblem` for a field of a row that changes its meaning and is not honoured."""
-    _refuse(value, _IN_ROWS | (_IN_CHATS if chat else {}), place="")
+    _refuse(value, _IN_ROWS | (_IN_CHATS if chat else {}) | ({} if pairs else _REJECTED), place="")
     for field in _ROW_WEIGHTS:
         if value.get(field) is not None and value[field] != 1:
             raise RowProblem(

@@ -1,7 +1,8 @@
 """Rows of a dataset by number, and the format that tells how they are read (`trainer/data/row.py`).
 
 With `auto` every row is read by its own fields: the first of messages, prompt and text that it has (null is absent). A
-prompt is answered where the row has a completion. All rows must be alike in this; one that is not is a bad row.
+prompt is answered where the row has a completion, and twice where it has chosen and rejected. All rows must be alike in
+this; one that is not is a bad row.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ def _first_format(raw: RawRows) -> RowFormat:
 
 
 def _own_format(value: Mapping[str, Any]) -> RowFormat | None:
-    return next((row_format for field, row_format in _AUTO.items() if value.get(field) is not None), None)
+    found = next((row_format for field, row_format in _AUTO.items() if value.get(field) is not None), None)
+    pair = found == "prompt_completion" and value.get("chosen") is not None and value.get("rejected") is not None
+    return "preference" if pair else found
 
 
 def _no_format(value: Mapping[str, Any]) -> str:
@@ -95,7 +98,7 @@ def _check_own_format(value: Mapping[str, Any], expected: RowFormat) -> None:
     found = _own_format(value)
     if found is None or found == expected:
         return
-    fields = {row_format: field for field, row_format in _AUTO.items()}
+    fields = {row_format: field for field, row_format in _AUTO.items()} | {"preference": "chosen and rejected"}
     raise RowProblem(
         f"{fields[found]}: the row is of another format than the first one, which is read by its {fields[expected]}; "
         "give each format a dataset of its own, or name the one to read with format"

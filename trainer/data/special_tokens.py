@@ -18,7 +18,7 @@ from functools import cached_property
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from trainer.data.row import ChatRow, CorpusRow, Row, TextRow, texts_of
+from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, Row, TextRow, texts_of
 from trainer.errors import ConfigError, DataError, foreign_errors
 
 MARK = "\ufdd0"  # these code points are no characters and stand in no text
@@ -52,6 +52,8 @@ class SpecialTokens:
         match row:
             case CorpusRow():
                 return CorpusRow(self._marked(row.text))
+            case PreferenceRow():
+                return PreferenceRow(self.escaped(row.chosen), self.escaped(row.rejected))
             case TextRow():
                 completion = None if row.completion is None else self._marked(row.completion)
                 return TextRow(self._marked(row.prompt), completion)

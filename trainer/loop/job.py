@@ -231,9 +231,10 @@ def seed_of(run: Run, task: str) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def asked(run: Run, task: ResolvedTask) -> Asked:
-    """Which teacher is asked about the rows of a task."""
-    return Asked(task.name, (task.teacher or "") if run.teachers else "", task.route)
+def asked(run: Run, task: ResolvedTask, *, training: bool = True) -> Asked:
+    """How the rows of a task are read, to be trained on or held out."""
+    teacher = (task.teacher or "") if run.teachers else ""
+    return Asked(task.name, teacher, task.route, pairs=training and task.compares_answers)
 
 
 def evaluating_task(run: Run) -> ResolvedTask:
@@ -254,7 +255,7 @@ def held_out_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
         vocabulary=inputs.vocabulary,
         seed=0,
         needs_answer=True,
-        asks=asked(run, evaluating_task(run)),
+        asks=asked(run, evaluating_task(run), training=False),
     )
     if stream.rows_per_epoch > MAX_EVALUATION_ROWS:
         raise ConfigError(
@@ -318,6 +319,7 @@ def loop_settings(
         save_every=training.save_every,
         save_every_s=60.0 * training.save_every_minutes,
         max_non_finite_steps=training.max_non_finite_steps,
+        compared=frozenset(name for name, task in run.resolved_tasks().items() if task.compares_answers),
         has_held_out_rows=run.data.evaluation is not None and bool(labelled),
     )
 

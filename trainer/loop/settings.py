@@ -21,6 +21,7 @@ class LoopSettings:
     save_every: int
     max_non_finite_steps: int
     save_every_s: float = 0.0  # since the last attempt to save; 0: by steps alone
+    compared: frozenset[str] = frozenset()  # tasks with terms that compare the answers to a prompt
     has_held_out_rows: bool = True  # False: there is nothing to evaluate on, also not after the last step
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from configs.tasks import MAIN
 from trainer.errors import InfrastructureError, LabelsLost
-from trainer.loop.plan import cut_units, plan_step
+from trainer.loop.plan import cut_units, groups_of, plan_step
 from trainer.loop.scoring import UnitScorers
 from trainer.loop.settings import LoopSettings
 from trainer.loop.sources import Drawn, Source
@@ -155,6 +155,7 @@ class Supply:
             [sequence.num_tokens for sequence in sequences],
             world=self._students.world,
             token_budget=self._settings.micro_batch_tokens,
+            groups=groups_of(sequences, compared=self._settings.compared) if self._settings.compared else None,
         )
         batches = cut_units(sequences, plan, step=drawn.step, units_per_rank=self._settings.units_per_rank)
         num_bytes = self._settings.label_bytes_per_row * sum(s.num_loss_tokens for s in sequences)

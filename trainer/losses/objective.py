@@ -136,8 +136,9 @@ class Objective:
         if self.padding_weight:
             value = logits.new_zeros(logits.shape[0]) if padding is None else padding_nats(logits, padding)
             values[PADDING] = value.detach()
-            weighted = value * self.padding_weight
-            loss = weighted if loss is None else loss + weighted
+            if padding is not None:
+                weighted = value * self.padding_weight
+                loss = weighted if loss is None else loss + weighted
         return loss, values
 
     def sequences(self, scores: SequenceScores) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:

@@ -16,7 +16,7 @@ from vllm_process import engine_plan
 
 from cluster.engines.hf import Engine, draw
 from cluster.engines.plan import Sampling
-from configs.labels import Dense, Hidden, Labels, TopK
+from configs.labels import Dense, Hidden, Labels, Token, TopK
 from configs.schema import ModelSource
 from trainer.errors import ConfigError, DeadlineExceeded, UnitRejected, foreign_errors
 from trainer.model.attention_choice import packable_layers
@@ -30,7 +30,7 @@ UNIT = random_unit("0:0", (60, [(5, 20), (31, 59)]), (90, [(60, 80)]), (12, []),
     ("family", "options"),
     [("llama", {}), ("llama", {"tied": False}), ("qwen2", {}), ("qwen3", {"tied": False}), ("gemma2", {})],
 )
-@pytest.mark.parametrize("spec", [TopK(k=8), Dense(), Hidden()])
+@pytest.mark.parametrize("spec", [TopK(k=8), Dense(), Hidden(), Token()])
 def test_labels_equal_transformers(tmp_path: Path, family: str, options: dict[str, object], spec: Labels) -> None:
     folder = tiny_folder(tmp_path / family, family, **options)
     scorer = Engine().start_scorer(engine_plan(Engine(), folder), "hf-0")

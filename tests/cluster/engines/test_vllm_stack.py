@@ -18,14 +18,14 @@ from tiny_models import tiny_folder
 from cluster.engines.hf import Engine as HfEngine
 from cluster.engines.plan import Sampling
 from cluster.engines.vllm import Engine
-from configs.labels import Dense, Hidden, TopK
+from configs.labels import Dense, Hidden, Token, TopK
 from trainer.errors import ConfigError, EngineDead
 from trainer.types import Prompt
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 UNIT = random_unit("0:0", (60, [(5, 20), (31, 59)]), (90, [(60, 80)]), (7, [(0, 3)]), (12, []), (33, [(0, 32)]))
-SPECS = (TopK(k=8), Dense(), Hidden())
+SPECS = (TopK(k=8), Dense(), Hidden(), Token())
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,10 @@ def check(folder: Path, answers: list[tuple[object, dict[str, np.ndarray]]]) -> 
         assert (report.num_rows, report.num_tokens) == (UNIT.num_rows, UNIT.num_tokens)
         assert report.num_bytes == sum(column.nbytes for column in columns.values())
         assert report.num_non_finite == 0
-        kept = np.exp(-np.sort(-oracle, axis=1)[:, :8]).sum(1).mean() if spec.kind == "topk" else 1.0
+        kept = {
+            "topk": np.exp(-np.sort(-oracle, axis=1)[:, :8]).sum(1).mean(),
+            "token": np.exp(oracle[np.arange(len(oracle)), next_ids]).mean(),
+        }.get(spec.kind, 1.0)
         assert report.mean_mass == pytest.approx(kept, abs=1e-4)
 
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from configs.schema import Dataset
-from trainer.data.row import ChatRow, CorpusRow, TextRow
+from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, TextRow
 from trainer.data.row_files import BadRow
 from trainer.data.rows import Rows
 from trainer.errors import ConfigError, DataError
 
 USER = {"role": "user", "content": "What drips?"}
 ANSWER = {"role": "assistant", "content": "The still."}
+OTHER = {**ANSWER, "content": "no"}
 SYSTEM = {"role": "system", "content": ""}
 GOOD = {"messages": [USER, ANSWER]}
 
@@ -51,6 +52,16 @@ def problem(rows: Rows, row: int, *, needs_answer: bool = True) -> str:
         ({"prompt": "a"}, "prompt_completion", TextRow("a", None)),
         ({"prompt": [SYSTEM, USER]}, "prompt_completion", ChatRow((SYSTEM, USER), 0)),
         ({"text": "drip"}, "text", CorpusRow("drip")),
+        (
+            {"prompt": "a", "chosen": " b", "rejected": " c"},
+            "preference",
+            PreferenceRow(TextRow("a", " b"), TextRow("a", " c")),
+        ),
+        (
+            {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]},
+            "preference",
+            PreferenceRow(ChatRow((USER, ANSWER), 1), ChatRow((USER, OTHER), 1)),
+        ),
         ({"text": "x", "prompt": "y", **GOOD}, "messages", ChatRow((USER, ANSWER), 0)),
     ],
 )
@@ -161,7 +172,7 @@ def test_an_answer_marked_as_not_to_be_learnt_is_context(tmp_path: Path, flag: s
         ({**GOOD, "system": "Be rude."}, "system: is not read here; write it as the first message"),
         ({**GOOD, "weight": 0.3}, "weight: rows cannot be weighted"),
         ({**GOOD, "chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: options of single rows"),
-        ({"prompt": "a", "chosen": " b", "rejected": " c"}, "rejected: pairs of a better and a worse answer"),
+        ({**GOOD, "chosen": " b", "rejected": " c"}, "rejected: pairs of a better and a worse answer"),
         ({"prompt": "a", "completion": " b", "label": False}, "label: false marks an answer that must not be learnt"),
         ({"prompt": "a", "response": " b"}, "response: looks like the answer, and only completion is read; rename it"),
         ({"messages": [{"from": "human", "value": "a"}]}, "messages[0].role: is missing (from and value are "),
@@ -487,3 +498,19 @@ def test_a_file_whose_rows_are_all_broken_says_why(tmp_path: Path) -> None:
 def test_a_table_row_is_named_by_its_number(tmp_path: Path) -> None:
     datasets.Dataset.from_list([GOOD, {"messages": [USER]}]).to_parquet(tmp_path / "a.parquet")
     assert "a.parquet[row 1]: messages: no assistant turn" in problem(open_rows(tmp_path / "a.parquet"), 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"prompt": "a", "chosen": " b", "rejected": " b"}, "rejected: is the chosen answer"),
+        ({"prompt": "a", "chosen": " b", "rejected": ""}, "rejected: is empty"),
+        ({"prompt": "a", "chosen": [ANSWER], "rejected": " c"}, "chosen: is a list of messages but prompt is text"),
+        ({"prompt": [USER], "chosen": [USER], "rejected": [ANSWER]}, "chosen[0].role: the turn after 'user' must be"),
+        ({"prompt": "a", "chosen": " b"}, "rejected: is missing; a preference has prompt, chosen and rejected"),
+        ({"chosen": " b", "rejected": " c"}, "prompt: is missing"),
+    ],
+)
+def test_half_a_preference_is_a_bad_row_that_names_the_field(tmp_path: Path, row: dict, text: str) -> None:
+    rows = open_rows(write_lines(tmp_path / "rows.jsonl", [row]), format="preference")
+    assert problem(rows, 0).startswith(f"{tmp_path / 'rows.jsonl'}:1: {text}")

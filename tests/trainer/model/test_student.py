@@ -13,7 +13,15 @@ import torch
 from peft import PeftModel
 from rank_processes import run_cases
 from safetensors.torch import load_file
-from student_world import VOCABULARY_SIZE, make_models, make_run, sequences_of, train_by_hand
+from student_world import (
+    VOCABULARY_SIZE,
+    make_models,
+    make_run,
+    make_run_of_tasks,
+    sequences_of,
+    train_by_hand,
+    train_on_tasks_by_hand,
+)
 from transformers import AutoModelForCausalLM
 
 from trainer.loop.manifest import TrainingState, read_manifest, write_manifest
@@ -84,6 +92,28 @@ def test_training_moved_the_weights_and_both_ranks_tell_the_same_numbers(
     assert max(float((after[name] - before[name]).abs().max()) for name in before) > 1e-2
     for key, (metrics, _) in pair[0]["steps"].items():
         assert metrics == pair[1]["steps"][key][0]
+
+
+def test_compared_answers_and_weighted_rows_of_two_tasks_train_what_is_worked_out_by_hand(
+    world: Path, pair: list[dict[str, Any]], single: dict[str, Any]
+) -> None:
+    runs = {(2, *key): value for key, value in pair[0]["tasks"].items()}
+    runs |= {(1, *key): value for key, value in single["tasks"].items() if key != "moved"}
+    assert len(runs) == 8
+    rates = [metrics["train/learning_rate"] for metrics in single["tasks"][2, 4096][0]]
+    weights, records = train_on_tasks_by_hand(make_run_of_tasks(world), rates)
+    for key, (metrics, folder) in runs.items():
+        for ours, theirs in zip(metrics, records, strict=True):
+            assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=2e-4), key
+        for name, weight in weights.items():
+            torch.testing.assert_close(
+                _weights(folder)[name].double(), weight, rtol=1e-3, atol=2e-5, msg=f"{key} {name}"
+            )
+    assert pair[0]["tasks"][2, 96][0][0]["train/micro_batches"] > 1
+    moved = single["tasks"]["moved"][0]["task/pairs/dpo"]
+    assert moved != pytest.approx(records[0]["task/pairs/dpo"], rel=1e-2), "a reference about other tokens is seen"
+    _, swapped = train_on_tasks_by_hand(make_run_of_tasks(world), rates[:1], swapped=True)
+    assert swapped[0]["task/pairs/dpo"] != pytest.approx(records[0]["task/pairs/dpo"], rel=1e-2)
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage3", "lora", "lora3"])
