@@ -238,3 +238,9 @@ def test_the_exit_codes_of_the_page_are_those_of_the_errors() -> None:
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.M)}
     raised = {value.exit_code for value in vars(errors).values() if hasattr(value, "exit_code")}
     assert raised | {0, 130} <= codes
+
+
+def test_the_page_of_terms_is_what_the_registry_says() -> None:
+    from launch.terms_table import terms_table
+
+    assert (ROOT / "docs" / "objectives.md").read_text() == terms_table()

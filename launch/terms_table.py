@@ -1,0 +1,40 @@
+"""docs/objectives.md, made from the registry of terms: `python -m launch.terms_table > docs/objectives.md`."""
+
+from __future__ import annotations
+
+from configs.labels import LABELS
+from configs.losses import LOSSES, Term
+
+HEAD = """# Terms of an objective
+
+Made from `configs/losses.py` by `python -m launch.terms_table`. An objective is a list of terms, each with a `weight`:
+`objective: [{loss: forward_kl}, {loss: cross_entropy, weight: 0.2}]`. What a cell says of a term with these `labels`:
+**exact**, the value over the whole vocabulary; **lower bound** of it; **unbiased**, **biased** estimates of it;
+**refused** by `check`, which says what to use instead; **-**, the labels are not looked at.
+
+`dpo` is trained on rows with `prompt`, `chosen` and `rejected`. Its reference is the teacher that the task names,
+mostly the student before training: `teacher: {model: {path: models/student}}`, `labels: token`.
+"""
+
+
+def terms_table() -> str:
+    """The page."""
+    kinds = [kind for kind in LABELS.kinds() if kind != "none"]
+    lines = [HEAD, f"| loss | form | needs | {' | '.join(kinds)} |", "|---" * (3 + len(kinds)) + "|"]
+    lines += [_row(term, kinds) for term in LOSSES.built_in]
+    lines += [
+        "",
+        *(f"- `{LOSSES.kind_of(term)}`: {' '.join((term.__doc__ or '').split())}" for term in LOSSES.built_in),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(term: type[Term], kinds: list[str]) -> str:
+    needs = ", ".join(sorted(need.replace("_", " ") for need in term.needs)) or "nothing"
+    looked_at = bool(term.needs & {"labels", "target_logprobs"})
+    cells = [term.exactness.get(kind, "refused").replace("_", " ") if looked_at else "-" for kind in kinds]
+    return f"| `{LOSSES.kind_of(term)}` | {term.form} | {needs} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    print(terms_table(), end="")
