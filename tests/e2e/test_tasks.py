@@ -77,3 +77,23 @@ def test_hard_labels_alone_need_no_teacher(tmp_path: Path) -> None:
     assert trained[12] < trained[1]
     assert records(tmp_path / "run", "evaluation") == []
     assert "there is no held-out KL" in result.stdout
+
+
+def test_two_halves_of_a_dataset_as_tasks_train_as_the_whole_does(tmp_path: Path) -> None:
+    changes = {"runtime": "in_process", "student": {"ranks": 1}, "data": {"shuffle": False}, "training": {"steps": 5}}
+    whole = tiny_run(tmp_path / "whole", changes)
+    halves: dict[str, Any] = {}
+    lines = (tmp_path / "whole/train.jsonl").read_text().splitlines(keepends=True)
+    for name, first in (("even", 0), ("odd", 1)):
+        rows = tmp_path / f"{name}.jsonl"
+        rows.write_text("".join(lines[first::2]))
+        halves[name] = {"prompts": {"path": str(rows)}}
+    unequal = {**halves, "odd": {**halves["odd"], "weight": 2.0}}
+    found = {}
+    for name, tasks in (("whole", {}), ("halves", halves), ("unequal", unequal)):
+        config = tiny_run(tmp_path / name, {**changes, "tasks": tasks}) if tasks else whole
+        result = stillhouse("train", str(config))
+        assert result.returncode == 0, result.stdout + result.stderr
+        found[name] = losses(tmp_path / name / "run")
+    assert found["halves"] == pytest.approx(found["whole"], rel=1e-5)
+    assert found["unequal"] != pytest.approx(found["whole"], rel=1e-2), "negative control: weights count"
