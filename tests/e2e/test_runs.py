@@ -57,7 +57,7 @@ def test_a_command_that_would_be_another_run_is_refused_and_leaves_the_finished_
     result = stillhouse("train", str(golden.parent / "run.yaml"), *overrides)
     assert result.returncode == 2, result.stdout
     assert "optimizer.learning_rate: 0.5, was 0.003\n" in result.stderr
-    assert len(result.stderr.splitlines()) == 4, result.stderr
+    assert len(result.stderr.splitlines()) == 3, result.stderr
     assert files() == before
 
 

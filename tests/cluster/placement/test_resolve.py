@@ -252,14 +252,15 @@ def test_vllm_makes_its_whole_configuration_of_the_engine_arguments(
     monkeypatch.setenv(vllm_labels.ARCHITECTURE_VARIABLE, "LlamaForCausalLM")
     vllm_labels.register()
     golden = json.loads((GOLDEN / f"{name}.json").read_text())
-    for plan in filter(None, (golden["scorer"], golden["writer"])):
+    (teacher,) = golden["teachers"].values()
+    for plan in filter(None, (teacher["scorer"], teacher["writer"])):
         made = vllm.EngineArgs(model=str(teacher_70b), **plan["arguments"]).create_engine_config()
         assert made.model_config.runner_type == {"scorer": "pooling", "writer": "generate"}[plan["role"]]
         assert str(made.model_config.dtype) == f"torch.{plan['dtype']}"
         assert made.model_config.max_model_len == plan["max_length"]
         assert made.parallel_config.tensor_parallel_size == plan["tensor_parallel_size"]
     with pytest.raises(TypeError):
-        vllm.EngineArgs(model=str(teacher_70b), **golden["scorer"]["arguments"], no_such_argument=1)
+        vllm.EngineArgs(model=str(teacher_70b), **teacher["scorer"]["arguments"], no_such_argument=1)
 
 
 @pytest.mark.stack
