@@ -30,7 +30,7 @@ setup(
     packages=find_packages(include=[*PACKAGES, *(f"{name}.*" for name in PACKAGES)]),
     package_data={
         "": ["*.jinja", "*.html", "*.css", "*.js"],
-        "configs": ["*.yaml", "data/*.jsonl", "data/*.md"],
+        "configs": ["*.yaml", "recipes/*.yaml", "data/*.jsonl", "data/*.md"],
     },
     install_requires=[
         "torch>=2.11",

@@ -262,13 +262,13 @@ def test_the_json_schema_knows_tasks_and_the_parameters_of_their_kinds() -> None
 
 
 def test_the_recipe_of_two_teachers_is_a_run() -> None:
-    run = load_run(Path(__file__).parents[2] / "configs/two_teachers.yaml").run
+    run = load_run(Path(__file__).parents[2] / "configs/recipes/two_teachers.yaml").run
     tasks = run.resolved_tasks()
     assert {name: task.teachers for name, task in tasks.items()} == {"chat": ("prose",), "code": ("code",)}
     assert [task.share for task in tasks.values()] == [3, 1]
 
 
 def test_tasks_are_trained_by_steps() -> None:
-    recipe = Path(__file__).parents[2] / "configs/two_teachers.yaml"
+    recipe = Path(__file__).parents[2] / "configs/recipes/two_teachers.yaml"
     with pytest.raises(ConfigError, match=r"training.epochs = 2\n.*write steps"):
         load_run(recipe, ["training.steps=null", "training.epochs=2"])
