@@ -12,9 +12,9 @@ from launch.report.metrics import (
     LOSS,
     STUDENT_WAIT,
     TEACHER_WAIT,
-    TERMS,
     TOKENS_PER_S,
     Records,
+    is_term,
 )
 from launch.report.numbers import percent
 from launch.report.plots import Series, line_chart
@@ -65,12 +65,17 @@ def _training(records: Records) -> list[Markup]:
 
 def _losses(records: Records) -> Sequence[Series]:
     """The total, and its terms where there are several."""
-    names = sorted({name for step in records.steps for name in step.values if name.startswith(TERMS)})
+    names = sorted({name for step in records.steps for name in step.values if is_term(name)})
     total = _logged(records, LOSS, "total")
     if len(names) < 2:
         return [total]
     terms = (
-        _logged(records, name, name.removeprefix("train/").replace("_", " "), colour=_COLOURS[i % len(_COLOURS)])
+        _logged(
+            records,
+            name,
+            name.removeprefix("train/").removeprefix("task/").replace("_", " "),
+            colour=_COLOURS[i % len(_COLOURS)],
+        )
         for i, name in enumerate(names)
     )
     return [total, *terms]

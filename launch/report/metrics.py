@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
+from configs.losses import LOSSES
 from trainer.errors import ConfigError
 from trainer.records import MAX_INTEGER, append_lines, ignore, read_lines
 from trainer.run_folder import RunFolder, plain, write_text
@@ -23,8 +25,7 @@ SpanKind = Literal["score", "write", "train", "wait", "evaluate", "save", "start
 
 LOSS = "train/loss"
 """Names of step values that people are shown."""
-TERMS = ("train/forward_kl", "train/reverse_kl", "train/jsd", "train/cross_entropy")
-"""The terms of the objective by name, unweighted, mean per loss token; a second term of a kind has `_2` behind it."""
+_TERM = re.compile(rf"(?:train|task/[^/]+)/(?:{'|'.join(LOSSES.kinds())})(?:_\d+)?")
 TOKENS = "train/tokens"
 LEARNING_RATE = "train/learning_rate"
 GRAD_NORM = "train/grad_norm"
@@ -38,6 +39,12 @@ _LARGEST = 1e100
 EVALUATION_FIELDS = ("num_rows", "forward_kl", "agreement", "perplexity", "teacher_perplexity", "padding_mass")
 NOTICEABLE_PADDING = 5e-4
 """The share of a student's probability on ids that do not exist from which on people are shown it."""
+
+
+def is_term(name: str) -> bool:
+    """Whether a step value is a term of an objective, unweighted: `train/jsd`, a second one
+    of its kind `train/jsd_2`, of a task among several `task/chat/jsd`."""
+    return _TERM.fullmatch(name) is not None
 
 
 class Sink(Protocol):

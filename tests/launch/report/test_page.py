@@ -76,6 +76,16 @@ def write_run(path: Path, *, text: str = "a plain text", steps: int = 8, finishe
     return folder
 
 
+def test_the_loss_chart_has_the_terms_of_every_kind_and_task_and_nothing_else(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    terms = {"task/pairs/dpo": 0.7, "task/plain/cross_entropy": 2.0, "task/plain/jsd_2": 0.1}
+    others = {"task/pairs/loss_tokens": 5.0, "train/jsd_of_mine": 1.0, "train/dpos": 1.0}
+    MetricsLog(folder).step(StepMetrics(9, {"train/loss": 3.0} | terms | others))
+    legend = {text.strip() for text in Page(write_report(folder).read_text()).text}
+    assert {"total", "pairs/dpo", "plain/cross entropy", "plain/jsd 2"} <= legend
+    assert not legend & {"pairs/loss tokens", "jsd of mine", "dpos"}
+
+
 def test_probability_on_ids_that_do_not_exist_is_a_tile_where_there_is_some(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     assert "On ids that do not exist" not in write_report(folder).read_text()
