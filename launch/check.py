@@ -37,7 +37,7 @@ from launch.supported import load_supported
 from trainer.data.prompts import RowReport, check_rows
 from trainer.errors import ConfigError, DataError, StillhouseError
 from trainer.loop.checkpoint import Checkpoints
-from trainer.loop.job import Inputs, asked, evaluating_task, label_bytes_per_row, read_inputs, total_steps
+from trainer.loop.job import Inputs, label_bytes_per_row, open_reader, read_inputs, total_steps
 from trainer.model.attention_choice import refuse_unpackable
 from trainer.model.generation_settings import unused_settings
 from trainer.model.load import load_config
@@ -304,21 +304,9 @@ def _dataset(
     """`task`: None for held-out rows."""
     reports: list[RowReport] = []
     training = task is not None
-    reading = task or evaluating_task(run)
-    own = inputs.tasks[reading.name]
 
     def read() -> None:
-        report = check_rows(
-            dataset,
-            data=run.data,
-            template=own.template,
-            vocabulary=inputs.vocabulary,
-            needs_answer=own.answers.needs_answer if training else True,
-            room_for_answer=own.answers.room_for_answer if training else 0,
-            rewrite=own.answers.rewrite if training else False,
-            asks=asked(run, reading, training=training),
-            budget=ROW_BUDGET,
-        )
+        report = check_rows(open_reader(run, inputs, task), budget=ROW_BUDGET)
         reports.append(report)
         if report.num_ok == 0 or (report.problems and run.data.on_bad_row == "error"):
             raise DataError(_bad_rows(place, report))

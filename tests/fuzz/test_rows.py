@@ -16,6 +16,7 @@ from tiny_models import tiny_tokenizer
 
 from configs.schema import Data, Dataset
 from trainer.data.chat import Template
+from trainer.data.prompt_reader import PromptReader
 from trainer.data.prompts import RowReport, check_rows
 from trainer.data.vocabulary import SharedVocabulary, fingerprint
 from trainer.errors import ConfigError, DataError
@@ -60,7 +61,8 @@ def look(file: Path, **options: Any) -> RowReport:
     """As `stillhouse check` does."""
     dataset = Dataset(path=str(file), **options)
     data = Data(max_length=64, on_bad_row="skip")
-    report = check_rows(dataset, data=data, template=TEMPLATE, vocabulary=VOCABULARY, needs_answer=True, budget=200)
+    reader = PromptReader.open(dataset, data=data, template=TEMPLATE, vocabulary=VOCABULARY, needs_answer=True)
+    report = check_rows(reader, budget=200)
     assert report.num_checked == report.num_ok + report.num_dropped + len(report.problems)
     assert all(problem.startswith(str(file)) and len(problem) < 2000 for problem in report.problems), report.problems
     return report

@@ -70,7 +70,11 @@ class PromptReader:
         rewrite: bool = False,
         asks: Asked | None = None,
     ) -> PromptReader:
-        """Raises `ConfigError` or `DataError` where the dataset as a whole cannot give what is asked."""
+        """Without `needs_answer`, rows that have no answer become prompts without a loss mask, short enough for
+        `room_for_answer` further tokens; with `rewrite`, so do the rows that have one.
+
+        Raises `ConfigError` or `DataError` where the dataset as a whole cannot give what is asked.
+        """
         rows = Rows.open(dataset)
         if room_for_answer >= data.max_length:
             raise ConfigError(

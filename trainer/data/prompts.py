@@ -17,11 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import Data, Dataset
-from trainer.data.chat import Template
-from trainer.data.prompt_reader import Asked, PromptReader, TooLong
+from trainer.data.prompt_reader import PromptReader, TooLong
 from trainer.data.row_files import BadRow
-from trainer.data.vocabulary import SharedVocabulary
 from trainer.errors import ConfigError, DataError
 from trainer.records import append_lines, read_lines
 from trainer.types import Cursor, Prompt, StreamCounters
@@ -81,8 +78,10 @@ class PromptStream:
     """
 
     def __init__(
-        self, reader: PromptReader, *, seed: int, quarantine: Path | None, num_epochs: int | None = None
+        self, reader: PromptReader, *, seed: int, quarantine: Path | None = None, num_epochs: int | None = None
     ) -> None:
+        """At its beginning; it ends after `num_epochs`, or never. `quarantine` is the file that lists rejected and
+        dropped rows, each once, also over resumed runs."""
         self._reader = reader
         self._num_epochs = num_epochs
         self._cursor = Cursor(epoch=0, position=0, seed=seed)
@@ -90,42 +89,6 @@ class PromptStream:
         self._unusable_in_a_row = 0
         self._first_problem = ""
         self._quarantine = None if quarantine is None else Quarantine(quarantine)
-
-    @classmethod
-    def open(
-        cls,
-        dataset: Dataset,
-        *,
-        data: Data,
-        template: Template,
-        vocabulary: SharedVocabulary,
-        seed: int,
-        needs_answer: bool,
-        room_for_answer: int = 0,
-        rewrite: bool = False,
-        quarantine: Path | None = None,
-        num_epochs: int | None = None,
-        asks: Asked | None = None,
-    ) -> PromptStream:
-        """A stream at its beginning, which ends after `num_epochs`, or never.
-
-        Without `needs_answer`, rows that have no answer become prompts without a loss mask, short enough for
-        `room_for_answer` further tokens; with `rewrite`, so do the rows that have one. `quarantine` is the file that
-        lists rejected and dropped rows, each once, also over resumed runs.
-
-        Raises `ConfigError` or `DataError` where the dataset as a whole cannot be used.
-        """
-        reader = PromptReader.open(
-            dataset,
-            data=data,
-            template=template,
-            vocabulary=vocabulary,
-            needs_answer=needs_answer,
-            room_for_answer=room_for_answer,
-            rewrite=rewrite,
-            asks=asks,
-        )
-        return cls(reader, seed=seed, quarantine=quarantine, num_epochs=num_epochs)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -233,32 +196,11 @@ class PromptStream:
         return self._order[1]
 
 
-def check_rows(
-    dataset: Dataset,
-    *,
-    data: Data,
-    template: Template,
-    vocabulary: SharedVocabulary,
-    needs_answer: bool,
-    room_for_answer: int = 0,
-    rewrite: bool = False,
-    asks: Asked | None = None,
-    budget: int,
-) -> RowReport:
+def check_rows(reader: PromptReader, *, budget: int) -> RowReport:
     """Reads up to `budget` rows exactly as training would: all of them, or evenly spread ones of a larger dataset.
 
-    Raises what `PromptStream.open` raises, and `ConfigError` for a chat template that cannot be used.
+    Raises `ConfigError` for a chat template that cannot be used.
     """
-    reader = PromptReader.open(
-        dataset,
-        data=data,
-        template=template,
-        vocabulary=vocabulary,
-        needs_answer=needs_answer,
-        room_for_answer=room_for_answer,
-        rewrite=rewrite,
-        asks=asks,
-    )
     num_rows = len(reader.rows)
     chosen = np.arange(num_rows) if num_rows <= budget else np.linspace(0, num_rows - 1, budget).astype(int)
     problems, lengths, num_dropped, num_truncated, num_loss_tokens = [], [], 0, 0, 0
@@ -267,7 +209,7 @@ def check_rows(
         try:
             prompt, truncated = reader.read(int(row), f"0:{row}")
         except BadRow as problem:
-            if isinstance(problem, TooLong) and data.on_too_long != "error":
+            if isinstance(problem, TooLong) and reader.data.on_too_long != "error":
                 num_dropped += 1
             else:
                 problems.append(str(problem))

@@ -23,7 +23,7 @@ from configs.schema import ModelSource, Run
 from configs.tasks import MAIN, ResolvedTask
 from trainer.answers.dataset import answered_by_dataset
 from trainer.data.chat import Template
-from trainer.data.prompt_reader import Asked
+from trainer.data.prompt_reader import Asked, PromptReader
 from trainer.data.prompts import PromptStream
 from trainer.data.vocabulary import SharedVocabulary, check_pair, load_tokenizer
 from trainer.errors import ConfigError, DataError
@@ -206,21 +206,34 @@ def make_job(
     )
 
 
-def open_stream(run: Run, task: ResolvedTask, inputs: Inputs, *, quarantine: Path | None) -> PromptStream:
+def open_reader(run: Run, inputs: Inputs, task: ResolvedTask | None) -> PromptReader:
+    """The rows of a task, or the held-out ones where no task is given; training and `check` read them by this."""
+    if task is None:
+        assert run.data.evaluation is not None
+        return PromptReader.open(
+            run.data.evaluation,
+            data=run.data.model_copy(update={"shuffle": False}),
+            template=inputs.template,
+            vocabulary=inputs.vocabulary,
+            needs_answer=True,
+            asks=asked(run, evaluating_task(run), training=False),
+        )
     of_task = inputs.tasks[task.name]
-    return PromptStream.open(
+    return PromptReader.open(
         task.prompts,
         data=run.data,
         template=of_task.template,
         vocabulary=inputs.vocabulary,
-        seed=seed_of(run, task.name),
         needs_answer=of_task.answers.needs_answer,
         room_for_answer=of_task.answers.room_for_answer,
         rewrite=of_task.answers.rewrite,
-        quarantine=quarantine,
-        num_epochs=run.training.epochs,
         asks=asked(run, task),
     )
+
+
+def open_stream(run: Run, task: ResolvedTask, inputs: Inputs, *, quarantine: Path | None) -> PromptStream:
+    reader = open_reader(run, inputs, task)
+    return PromptStream(reader, seed=seed_of(run, task.name), quarantine=quarantine, num_epochs=run.training.epochs)
 
 
 def seed_of(run: Run, task: str) -> int:
@@ -247,16 +260,7 @@ def held_out_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
     """The evaluation rows as sequences, in file order. Empty where the run names none."""
     if run.data.evaluation is None:
         return ()
-    data = run.data.model_copy(update={"shuffle": False})
-    stream = PromptStream.open(
-        run.data.evaluation,
-        data=data,
-        template=inputs.template,
-        vocabulary=inputs.vocabulary,
-        seed=0,
-        needs_answer=True,
-        asks=asked(run, evaluating_task(run), training=False),
-    )
+    stream = PromptStream(open_reader(run, inputs, None), seed=0)
     if stream.rows_per_epoch > MAX_EVALUATION_ROWS:
         raise ConfigError(
             f"data.evaluation has {stream.rows_per_epoch} rows; their labels stay in memory, so at most "

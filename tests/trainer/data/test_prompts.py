@@ -13,6 +13,7 @@ from tokenizers.trainers import BpeTrainer
 
 from configs.schema import Data, Dataset
 from trainer.data.chat import Template
+from trainer.data.prompt_reader import PromptReader
 from trainer.data.prompts import PromptStream, check_rows
 from trainer.data.vocabulary import SharedVocabulary, fingerprint
 from trainer.errors import ConfigError, DataError
@@ -38,28 +39,22 @@ def write(folder: Path, rows: list[object]) -> Dataset:
 
 
 def open_stream(dataset: Dataset, *, seed: int = 5, needs_answer: bool = True, **options: object) -> PromptStream:
-    given = {k: options.pop(k) for k in ("room_for_answer", "rewrite", "quarantine", "num_epochs") if k in options}
-    return PromptStream.open(
-        dataset,
-        data=Data(**options),
-        template=TEMPLATE,
-        vocabulary=VOCABULARY,
-        seed=seed,
-        needs_answer=needs_answer,
-        **given,
+    of_stream, of_reader = (
+        {k: options.pop(k) for k in names if k in options}
+        for names in (("quarantine", "num_epochs"), ("room_for_answer", "rewrite"))
     )
+    reader = open_reader(dataset, data=Data(**options), needs_answer=needs_answer, **of_reader)
+    return PromptStream(reader, seed=seed, **of_stream)
+
+
+def open_reader(dataset: Dataset, **options: object) -> PromptReader:
+    given = {"template": TEMPLATE, "vocabulary": VOCABULARY, "needs_answer": True, **options}
+    return PromptReader.open(dataset, **given)
 
 
 def check(dataset: Dataset, *, budget: int = 1000, needs_answer: bool = True, room_for_answer: int = 0, **options):
-    return check_rows(
-        dataset,
-        data=Data(**options),
-        template=TEMPLATE,
-        vocabulary=VOCABULARY,
-        needs_answer=needs_answer,
-        room_for_answer=room_for_answer,
-        budget=budget,
-    )
+    given = {"needs_answer": needs_answer, "room_for_answer": room_for_answer}
+    return check_rows(open_reader(dataset, data=Data(**options), **given), budget=budget)
 
 
 def same(first: list[Prompt], second: list[Prompt]) -> bool:
@@ -100,14 +95,9 @@ def test_the_rows_of_the_first_page_are_read_as_they_stand(tmp_path: Path) -> No
     for number, row in enumerate([*rows, split_inside_a_token]):
         (tmp_path / str(number)).mkdir()
         dataset = write(tmp_path / str(number), [row])
-        stream = PromptStream.open(
-            dataset,
-            data=Data(),
-            template=Template.of(tokenizer),
-            vocabulary=SharedVocabulary(size=len(tokenizer), fingerprint="", teacher_rows=999, student_rows=999),
-            seed=0,
-            needs_answer=True,
-        )
+        vocabulary = SharedVocabulary(size=len(tokenizer), fingerprint="", teacher_rows=999, student_rows=999)
+        reader = open_reader(dataset, data=Data(), template=Template.of(tokenizer), vocabulary=vocabulary)
+        stream = PromptStream(reader, seed=0)
         if row is split_inside_a_token:
             with pytest.raises(DataError, match="merges into one token"):
                 stream.take(1)
@@ -321,35 +311,23 @@ def test_prompts_without_answers_need_a_writer(tmp_path: Path) -> None:
 def test_ids_outside_the_shared_vocabulary_are_errors(tmp_path: Path) -> None:
     dataset = write(tmp_path, [talk(0)])
     small = SharedVocabulary(size=50, fingerprint="", teacher_rows=320, student_rows=320)
-    stream = PromptStream.open(dataset, data=Data(), template=TEMPLATE, vocabulary=small, seed=0, needs_answer=True)
+    stream = PromptStream(open_reader(dataset, data=Data(), vocabulary=small), seed=0)
     with pytest.raises(DataError, match=r"rows.jsonl:1: token id \d+ is outside the shared vocabulary 0..49"):
         stream.take(1)
 
 
 def test_a_template_problem_is_a_configuration_error_even_where_bad_rows_are_skipped(tmp_path: Path) -> None:
     dataset = write(tmp_path, [talk(0)])
-    stream = PromptStream.open(
-        dataset,
-        data=Data(on_bad_row="skip"),
-        template=Template(TOKENIZER, None),
-        vocabulary=VOCABULARY,
-        seed=0,
-        needs_answer=True,
-    )
+    template = Template(TOKENIZER, None)
+    stream = PromptStream(open_reader(dataset, data=Data(on_bad_row="skip"), template=template), seed=0)
     with pytest.raises(ConfigError, match=r"rows.jsonl:1: .*no chat template"):
         stream.take(1)
 
 
 def test_a_template_that_refuses_all_rows_leaves_none_usable(tmp_path: Path) -> None:
     dataset = write(tmp_path, [talk(0), talk(1)])
-    stream = PromptStream.open(
-        dataset,
-        data=Data(on_bad_row="skip"),
-        template=Template(TOKENIZER, "{{ raise_exception('not today') }}"),
-        vocabulary=VOCABULARY,
-        seed=0,
-        needs_answer=True,
-    )
+    template = Template(TOKENIZER, "{{ raise_exception('not today') }}")
+    stream = PromptStream(open_reader(dataset, data=Data(on_bad_row="skip"), template=template), seed=0)
     with pytest.raises(DataError, match=r"0 of 2 rows .* are usable; for example .*not today"):
         stream.take(2)
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from configs.schema import Data, Dataset
 from trainer.data.chat import Template
+from trainer.data.prompt_reader import PromptReader
 from trainer.data.prompts import PromptStream, check_rows
 from trainer.data.row import ChatRow
 from trainer.data.vocabulary import SharedVocabulary
@@ -46,7 +47,7 @@ def prompts(
     folder: Path, rows: list[dict], tokenizer: PreTrainedTokenizerBase | None = None, **data: object
 ) -> list[Prompt]:
     given = options(folder, rows, tokenizer or tiny_tokenizer(), **data)
-    return PromptStream.open(given.pop("dataset"), seed=0, **given).take(len(rows))
+    return PromptStream(PromptReader.open(**given), seed=0).take(len(rows))
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
@@ -129,7 +130,7 @@ def test_a_row_is_refused_with_place_and_token_where_that_is_wanted(tmp_path: Pa
 
 def test_checking_counts_the_rows_and_names_the_first(tmp_path: Path) -> None:
     rows = [talk("a", "b"), talk("a", "<pad>"), talk(ATTACK, "b")]
-    report = check_rows(**options(tmp_path, rows, tiny_tokenizer()), budget=10)
+    report = check_rows(PromptReader.open(**options(tmp_path, rows, tiny_tokenizer())), budget=10)
     assert (report.num_special, report.num_ok) == (2, 3)
     assert report.first_special == f"{tmp_path}/rows.jsonl:2: messages[1].content: '<pad>'"
 
