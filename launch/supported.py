@@ -13,8 +13,8 @@ from trainer.errors import ConfigError
 
 
 def load_supported(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
-    """As `load_run`. Raises `ConfigError` also for terms and labels whose code is not there yet, and for several
-    ways of one teacher to write."""
+    """As `load_run`. Raises `ConfigError` also where a route would say who writes the answers, and where one teacher
+    would write in several ways."""
     loaded = load_run(path, overrides)
     if what := _unsupported(loaded.run):
         raise ConfigError(f"{path}: {what}")

@@ -126,6 +126,11 @@ class Sequence:
         return self.task, self.prompt_id
 
     @property
+    def kind(self) -> tuple[str, str]:
+        """Task and teacher, which all sequences of a unit share."""
+        return self.task, self.teacher
+
+    @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
@@ -157,7 +162,7 @@ class Unit:
     @property
     def kind(self) -> tuple[str, str]:
         """Task and teacher of all its sequences."""
-        return self.sequences[0].task, self.sequences[0].teacher
+        return self.sequences[0].kind
 
     @property
     def num_tokens(self) -> int:

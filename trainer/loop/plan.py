@@ -137,7 +137,7 @@ def _rank_batch(
 ) -> RankBatch:
     kinds: dict[tuple[str, str], list[int]] = {}
     for index in (index for batch in batches for index in batch):
-        kinds.setdefault((sequences[index].task, sequences[index].teacher), []).append(index)
+        kinds.setdefault(sequences[index].kind, []).append(index)
     units, place = [], {}
     for indices in kinds.values():
         lengths = [sequences[index].num_tokens for index in indices]

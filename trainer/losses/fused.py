@@ -80,6 +80,7 @@ def head_loss(
     weight and its gradient: [chunk_rows, V], once more for hidden labels; on a device that is no CPU a few times that.
     The gradients are first-order only.
     """
+    assert sum(part.rows.stop - part.rows.start for part in parts) == len(target_ids), "every row is in one part"
     work = _Work(head_shape, vocabulary_size, target_ids, tuple(parts), chunk_rows)
     parameters = (hidden, weight, bias)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
