@@ -24,7 +24,7 @@ from benchmarks.workload import Workload, corpus, make_run, make_student, write_
 from cluster.engines.plan import EnginePlan
 from cluster.placement.hardware import Hardware
 from configs.labels import Hidden, Labels, TopK
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from launch.runtimes import resolve_run
 from trainer.data.vocabulary import load_tokenizer
 from trainer.errors import ConfigError

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from configs.models import ModelSource
 from configs.paths import ROOT
-from configs.schema import ModelSource, Run
-from configs.tasks import MAIN
+from configs.schema import Run
+from configs.section import MAIN
 from trainer.answers.dataset import answered_by_dataset
 from trainer.data.vocabulary import load_tokenizer
 from trainer.loop.job import Inputs, open_stream, read_inputs

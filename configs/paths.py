@@ -30,6 +30,12 @@ def expand_home(path: str | Path) -> Path:
     return Path(expanded)
 
 
+def with_known_home(path: str) -> str:
+    """The path as it is, `~` included: whoever opens it expands it. Raises `ValueError` where that would fail."""
+    expand_home(path)
+    return path
+
+
 def named_path(place: str, path: str | Path) -> Path:
     """`expand_home` for a path that comes from a command line or an environment variable, `place`. Raises
     `ConfigError`."""

@@ -1,12 +1,14 @@
-"""Prompts: where the input comes from."""
+"""Prompts: where the input comes from, and how rows become token sequences."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from configs.section import Positive, Section, with_known_home
+from configs.paths import with_known_home
+from configs.refusal import refusal
+from configs.section import Positive, Section
 
 
 class Dataset(Section):
@@ -26,3 +28,24 @@ class Dataset(Section):
     @classmethod
     def _path_has_a_home(cls, path: str) -> str:
         return with_known_home(path)
+
+
+class Data(Section):
+    """Rows and how they become token sequences."""
+
+    evaluation: Dataset | None = Field(None, description="Held-out rows with answers; scored once, at start.")
+    max_length: Positive = Field(2048, description="Tokens of prompt and answer together.")
+    on_too_long: Literal["error", "drop", "truncate"] = "error"
+    on_bad_row: Literal["error", "skip"] = Field("error", description="skip: counted and listed in rejected.jsonl.")
+    special_tokens_in_text: Literal["warn", "allow", "escape", "error"] = Field(
+        "warn",
+        description="Strings such as </s> in a row's text. warn, allow: they become control tokens, and check tells or "
+        "does not; escape: they are read as plain text; error: the row is bad.",
+    )
+    shuffle: bool = True
+
+    @model_validator(mode="after")
+    def _evaluation_has_answers(self) -> Data:
+        if self.evaluation is not None and self.evaluation.format == "prompt":
+            raise refusal(("evaluation", "format"), "prompt", "held-out rows need answers: name another format")
+        return self

@@ -12,11 +12,11 @@ from configs.engines import Vllm
 from configs.labels import NoLabels
 from configs.losses import Need, Term
 from configs.refusal import did_you_mean
-from configs.tasks import ResolvedTask, Task
 
 if TYPE_CHECKING:
     from configs.prompts import Dataset
     from configs.schema import Run, Teacher
+    from configs.tasks import ResolvedTask
 
 NO_TEACHER = "labels come from a teacher, and the run has none: add teacher, or write labels: none"
 
@@ -71,8 +71,8 @@ def unused_teachers(run: Run) -> tuple[str, ...]:
 
 def _place(run: Run, task: ResolvedTask, station: str) -> Place:
     """Where a station of a task was said: in the task, or at the top level."""
-    own = run.tasks.get(task.name, Task())
-    return ("tasks", task.name, station) if getattr(own, station) is not None else (station,)
+    own = run.tasks.get(task.name)
+    return (station,) if own is None or getattr(own, station) is None else ("tasks", task.name, station)
 
 
 def _names(run: Run) -> Iterator[Problem]:
@@ -143,11 +143,12 @@ def _needs(task: ResolvedTask, term: Term, missing: frozenset[Need]) -> str:
 def _asked(run: Run, task: ResolvedTask) -> Iterator[Problem]:
     """Whether the teachers that a task asks exist, and are as many as it can ask."""
     known = tuple(run.teachers_by_name())
-    own = run.tasks.get(task.name, Task())
-    if own.teacher is not None and own.route is not None:
-        yield ("tasks", task.name, "route"), None, "teacher is given too: keep one of teacher and route"
-    if own.teacher is not None and own.teacher not in known:
-        yield ("tasks", task.name, "teacher"), own.teacher, _unknown(own.teacher, known)
+    own = run.tasks.get(task.name)
+    if own is not None and own.teacher is not None:
+        if own.route is not None:
+            yield ("tasks", task.name, "route"), None, "teacher is given too: keep one of teacher and route"
+        if own.teacher not in known:
+            yield ("tasks", task.name, "teacher"), own.teacher, _unknown(own.teacher, known)
     if task.route is not None:
         place = _place(run, task, "route")
         for value, name in task.route.map.items():

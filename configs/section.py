@@ -6,10 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from configs.paths import expand_home
-
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
+HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?"
 DType = Literal["auto", "bfloat16", "float32"]
+
+MAIN = "main"
+"""The name of the only task, where the stations stand at the top level."""
 
 Need = Literal["labels", "groups", "rewards", "target_logprobs"]
 """What a term of an objective may need of a task."""
@@ -28,9 +30,3 @@ class Section(BaseModel):
     """Frozen; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-def with_known_home(path: str) -> str:
-    """The path as it is, `~` included: whoever opens it expands it. Raises `ValueError` where that would fail."""
-    expand_home(path)
-    return path

@@ -12,14 +12,12 @@ from configs.answers import Answers, AnyAnswers
 from configs.labels import AnyLabels, Labels, NoLabels
 from configs.losses import AnyTerm, Term
 from configs.prompts import Dataset
-from configs.section import NAME, Section
+from configs.section import MAIN, NAME, Section
 
 if TYPE_CHECKING:
     from configs.schema import Run
 
 Name = Annotated[str, Field(pattern=NAME)]
-MAIN = "main"
-"""The name of the only task where the stations stand at the top level."""
 
 
 class Route(Section):

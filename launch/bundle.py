@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.load import dump_run, run_folder
+from configs.models import ModelSource, Teacher
 from configs.paths import named_path
-from configs.schema import Dataset, ModelSource, Run, Teacher
+from configs.prompts import Dataset
+from configs.schema import Run
 from configs.tasks import Task
 from launch.files import row_files
 from launch.own_code import CodeFile, own_code, plugin_code

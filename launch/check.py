@@ -24,9 +24,11 @@ from cluster.runtime import actors_of
 from configs.engines import Hf, Vllm
 from configs.labels import Labels
 from configs.load import run_folder
+from configs.models import ModelSource, Teacher
 from configs.paths import refuse_pattern
+from configs.prompts import Dataset
 from configs.rules import place_of_teacher, teacher_place, teachers_by_place, unused_teachers
-from configs.schema import Dataset, ModelSource, Run, Teacher, Training
+from configs.schema import Run, Training
 from configs.tasks import ResolvedTask
 from launch.contents import contents_of
 from launch.disk import DiskNeed, check_writable, free_bytes, size_text

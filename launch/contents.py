@@ -26,8 +26,10 @@ from cluster.model_files import PLACES as WEIGHT_PLACES
 from cluster.model_files import WHOLE_BYTES as WHOLE_WEIGHTS
 from cluster.model_files import find_folder
 from cluster.placement.resolve import Resolved
+from configs.models import ModelSource
+from configs.prompts import Dataset
 from configs.rules import prompts_by_place, teacher_place, teachers_by_place
-from configs.schema import Dataset, ModelSource, Run
+from configs.schema import Run
 from trainer.data.content import file_content, files_below, folder_content
 from trainer.data.row_files import PLACES, WHOLE_BYTES, open_raw_rows
 from trainer.errors import ConfigError

@@ -25,8 +25,9 @@ from cluster.doctor.finding import Finding, Look, examine, ok, problem, warning
 from cluster.ray_session import object_store_bytes
 from configs.engines import Vllm
 from configs.load import run_folder
+from configs.models import ModelSource
 from configs.rules import teachers_by_place
-from configs.schema import ModelSource, Run
+from configs.schema import Run
 from launch.identity import HOME
 from launch.supported import load_supported
 from trainer.errors import StillhouseError

@@ -16,7 +16,7 @@ from huggingface_hub import constants as hub
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
-from configs.schema import LoRA, ModelSource, Student
+from configs.models import LoRA, ModelSource, Student
 from trainer.errors import ConfigError
 from trainer.model.config_bounds import config_file
 from trainer.model.load import add_adapters, build_on_meta, load_config

@@ -14,8 +14,9 @@ from cluster.placement.hardware import Hardware
 from cluster.placement.resolve import Resolved, TeacherFacts, resolve
 from cluster.session import RaySession
 from cluster.students.group import StudentJob
+from configs.models import ModelSource
 from configs.rules import teacher_place
-from configs.schema import ModelSource, Run
+from configs.schema import Run
 from trainer.errors import ConfigError
 from trainer.loop.job import Inputs, Job
 from trainer.model.load import load_config

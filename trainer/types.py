@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from configs.tasks import MAIN
+from configs.section import MAIN
 
 if TYPE_CHECKING:
     import torch

@@ -31,7 +31,7 @@ from cluster.engines.units import (
 )
 from configs.engines import Hf
 from configs.labels import Labels
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from trainer.errors import ConfigError, DeadlineExceeded
 from trainer.labels.encoding import Column, Encoding, load_encoding, pack_rows
 from trainer.model.attention import REFERENCE

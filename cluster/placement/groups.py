@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.runtime import Accelerator
-from configs.schema import Constraints
+from configs.models import Constraints
 
 Executor = Literal["mp", "ray"]
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]

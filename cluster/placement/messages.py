@@ -8,7 +8,7 @@ from cluster.placement.capacity import named_kind
 from cluster.placement.groups import Group, RoleRequest
 from cluster.placement.hardware import Hardware
 from cluster.runtime import GPU, STUDENT
-from configs.schema import Constraints
+from configs.models import Constraints
 
 MAX_NAMED = 8  # nodes in a message
 

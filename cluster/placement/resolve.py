@@ -32,8 +32,9 @@ from cluster.runtime import (
 from configs.answers import TeacherAnswers
 from configs.engines import ENGINES, Vllm
 from configs.labels import HELD_OUT, Labels
+from configs.models import ModelSource, Replicas, Teacher
 from configs.rules import teacher_place
-from configs.schema import ModelSource, Replicas, Run, Teacher
+from configs.schema import Run
 from trainer.errors import ConfigError
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.model.attention_choice import (

@@ -16,8 +16,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.losses import Term
+from configs.prompts import Dataset
 from configs.rules import prompts_by_place, teachers_by_place
-from configs.schema import Dataset, Run
+from configs.schema import Run
 from configs.stations import Choice
 from configs.tasks import ResolvedTask
 from launch.report.metrics import NOTICEABLE_PADDING, Records

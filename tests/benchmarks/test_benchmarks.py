@@ -26,7 +26,7 @@ from benchmarks.scoring import PREFILL, Batch, Measured, ScoringResult
 from benchmarks.scoring_worker import Cost
 from benchmarks.worker import Worker
 from benchmarks.workload import Workload, make_run, make_student, same_sequences, write_rows
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from trainer.data.vocabulary import load_tokenizer
 from trainer.errors import ConfigError, DeadlineExceeded, InfrastructureError
 

@@ -23,7 +23,7 @@ from cluster.placement.hardware import Hardware
 from cluster.placement.reserve import create_groups
 from cluster.placement.topology import place
 from cluster.runtime import CPU, SCORER, STUDENT
-from configs.schema import Constraints
+from configs.models import Constraints
 from trainer.build import VARIABLE
 from trainer.errors import ConfigError, InfrastructureError
 

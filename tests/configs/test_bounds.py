@@ -12,7 +12,7 @@ from configs.document import MAX_BYTES
 from configs.errors import ConfigError
 from configs.load import dump_run, load_run
 from configs.paths import named_path
-from configs.schema import MOST_SECONDS
+from configs.section import MOST_SECONDS
 
 BASE = """\
 name: x

@@ -14,7 +14,7 @@ import pytest
 from mutations import Damage, outcomes
 from tiny_models import tiny_tokenizer
 
-from configs.schema import Data, Dataset
+from configs.prompts import Data, Dataset
 from trainer.data.chat import Template
 from trainer.data.prompt_reader import PromptReader
 from trainer.data.prompts import RowReport, check_rows

@@ -16,7 +16,8 @@ from tiny_models import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.load import load_run
-from configs.schema import LoRA, ModelSource, Run, Student
+from configs.models import LoRA, ModelSource, Student
+from configs.schema import Run
 from launch.check import Finding, check, collect_problems, examine, raise_problems
 from launch.disk import DiskNeed, check_writable, free_bytes
 from launch.model_folder import find_model, licence_of, read_facts

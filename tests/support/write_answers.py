@@ -18,7 +18,7 @@ import typer
 
 from cluster.engines.plan import EnginePlan, Sampling
 from cluster.runtime import CPU, WRITER, environment
-from configs.schema import ModelSource
+from configs.models import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from trainer.checks.self_tests import SelfTestResult
 from trainer.errors import foreign_errors
 from trainer.labels.encoding import load_encoding

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from configs.schema import Data, Dataset
-from configs.tasks import MAIN, Route
+from configs.prompts import Data, Dataset
+from configs.section import MAIN
+from configs.tasks import Route
 from trainer.data.chat import Template, TooManyTokens
 from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, Row, preview, texts_of
 from trainer.data.row_files import BadRow

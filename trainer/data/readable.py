@@ -7,7 +7,7 @@ from collections.abc import Sequence as AbstractSequence
 import numpy as np
 from typing_extensions import TypedDict
 
-from configs.schema import Dataset
+from configs.prompts import Dataset
 from trainer.data.chat import Template
 from trainer.data.row import ChatRow, CorpusRow, Row
 from trainer.data.rows import Rows

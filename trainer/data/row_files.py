@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from configs.paths import expand_home, refuse_pattern
-from configs.schema import HUB_NAME, Dataset
+from configs.prompts import Dataset
+from configs.section import HUB_NAME
 from trainer.data.content import files_below, folder_content
 from trainer.errors import ConfigError, DataError, foreign_errors, reason_of
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from configs.schema import Dataset
+from configs.prompts import Dataset
 from trainer.data.row import Row, RowFormat, parse_row, preview
 from trainer.data.row_fields import RowProblem, other_format
 from trainer.data.row_files import BadRow, RawRows, open_raw_rows

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from trainer.errors import ConfigError, foreign_errors
 
 _PROBES = (

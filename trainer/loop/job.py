@@ -18,9 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from configs.answers import ANSWERS
 from configs.labels import Labels, NoLabels
+from configs.models import ModelSource
 from configs.rules import teacher_place
-from configs.schema import ModelSource, Run
-from configs.tasks import MAIN, ResolvedTask
+from configs.schema import Run
+from configs.section import MAIN
+from configs.tasks import ResolvedTask
 from trainer.answers.dataset import answered_by_dataset
 from trainer.data.chat import Template
 from trainer.data.prompt_reader import Asked, PromptReader

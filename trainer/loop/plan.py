@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from collections.abc import Sequence as AbstractSequence
 
-from configs.tasks import MAIN
+from configs.section import MAIN
 from trainer.errors import DataError
 from trainer.types import RankBatch, Sequence, StepPlan, TaskTotals, Unit
 

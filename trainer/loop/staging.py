@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 
 from configs.labels import HELD_OUT, Labels
-from configs.schema import Run, Teacher
+from configs.models import Teacher
+from configs.schema import Run
 from trainer.errors import UnitRejected
 from trainer.labels.encoding import Column, load_encoding
 from trainer.loop.packing import check_block, check_finite, layout_of, pack

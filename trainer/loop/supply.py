@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from configs.tasks import MAIN
+from configs.section import MAIN
 from trainer.errors import InfrastructureError, LabelsLost
 from trainer.loop.plan import cut_units, groups_of, plan_step
 from trainer.loop.scoring import UnitScorers

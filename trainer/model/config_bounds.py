@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from trainer.errors import ConfigError, foreign_errors
 
 _MOST_LAYERS = 1_000

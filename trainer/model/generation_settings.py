@@ -11,7 +11,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import cached_file
 
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from trainer.errors import ConfigError, foreign_errors
 from trainer.model.load import load_config
 

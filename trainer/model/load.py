@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from configs.schema import LoRA, ModelSource
+from configs.models import LoRA, ModelSource
 from trainer.errors import ConfigError, foreign_errors
 from trainer.model.attention import IMPLEMENTATIONS, ONE_A_ROW, Borders, told
 from trainer.model.config_bounds import refuse_absurd_sizes

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from trainer.errors import ConfigError, foreign_errors
 from trainer.model.weights import is_quantised, read_table, refuse_other_tensors, shard_names
 

@@ -16,7 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from trainer.errors import ConfigError, foreign_errors
 from trainer.model.load import load_causal
 

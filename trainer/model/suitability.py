@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from configs.schema import Student
+from configs.models import Student
 from trainer.errors import ConfigError
 from trainer.model.weights import is_quantised
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from trainer.errors import foreign_errors
 from trainer.model.weights import weight_bytes
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from trainer.errors import ConfigError, foreign_errors
 
 if TYPE_CHECKING:

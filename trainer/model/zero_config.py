@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from configs.schema import Optimizer, Student
+from configs.models import Student
+from configs.schema import Optimizer
 
 _HOST = "cpu"  # DeepSpeed's word for the memory that offloaded state goes to, whatever the device
 _BUCKET_ELEMENTS = {True: 200_000_000, False: 20_000_000}  # by on_accelerator: elements reduced or gathered at once

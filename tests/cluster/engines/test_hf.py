@@ -17,7 +17,7 @@ from vllm_process import engine_plan
 from cluster.engines.hf import Engine, draw
 from cluster.engines.plan import Sampling
 from configs.labels import Dense, Hidden, Labels, Token, TopK
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from trainer.errors import ConfigError, DeadlineExceeded, UnitRejected, foreign_errors
 from trainer.model.attention_choice import packable_layers
 from trainer.model.load import load_teacher_head

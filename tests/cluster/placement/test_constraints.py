@@ -14,7 +14,7 @@ from cluster.placement.groups import Group, RoleRequest
 from cluster.placement.hardware import Hardware, Node
 from cluster.placement.topology import place
 from cluster.runtime import CPU, GPU, SCORER, STUDENT, WRITER
-from configs.schema import Constraints
+from configs.models import Constraints
 from trainer.errors import ConfigError
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from configs.labels import Hidden, Labels, TopK
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from trainer.checks.label_check import (
     CHECK_TOKENS,
     check_labels,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from configs.schema import Dataset
+from configs.prompts import Dataset
 from trainer.data.content import BLOCK_BYTES, file_content, files_below, folder_content
 from trainer.data.row_files import open_raw_rows
 

@@ -11,7 +11,7 @@ from tiny_models import tiny_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from configs.schema import Data, Dataset
+from configs.prompts import Data, Dataset
 from trainer.data.chat import Template
 from trainer.data.prompt_reader import PromptReader
 from trainer.data.prompts import PromptStream, check_rows

@@ -14,7 +14,7 @@ from tiny_runs import chat_row, tiny_run, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.load import load_run
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from launch.quiet import quiet_libraries
 from trainer.data.readable import answer_of, prompt_of, readable_prompts
 from trainer.loop.job import Inputs, held_out_rows, read_inputs

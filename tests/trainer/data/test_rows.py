@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 
-from configs.schema import Dataset
+from configs.prompts import Dataset
 from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, TextRow
 from trainer.data.row_files import BadRow
 from trainer.data.rows import Rows

@@ -13,7 +13,7 @@ from tiny_models import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from configs.schema import Data, Dataset
+from configs.prompts import Data, Dataset
 from trainer.data.chat import Template
 from trainer.data.prompt_reader import PromptReader
 from trainer.data.prompts import PromptStream, check_rows

@@ -10,7 +10,7 @@ import pytest
 from tiny_models import SMALL, tiny_tokenizer
 from transformers import AutoConfig
 
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from trainer.data.vocabulary import check_pair, fingerprint, load_tokenizer
 from trainer.errors import ConfigError
 

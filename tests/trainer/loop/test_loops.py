@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from configs.labels import Labels, TopK
-from configs.tasks import MAIN
+from configs.section import MAIN
 from trainer.errors import (
     DataError,
     Diverged,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_folder
 
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from launch.model_folder import read_facts
 from trainer.errors import ConfigError
 from trainer.model.load import load_config

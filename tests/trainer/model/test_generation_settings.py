@@ -17,7 +17,7 @@ from vllm_process import engine_plan
 from cluster.engines.hf import Engine
 from cluster.engines.plan import Sampling
 from configs.load import load_run
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from trainer.errors import ConfigError
 from trainer.loop.job import read_inputs
 from trainer.model.generation_settings import end_ids, unused_settings

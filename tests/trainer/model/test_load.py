@@ -11,7 +11,7 @@ from architectures import architecture_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_folder, tiny_model
 
-from configs.schema import LoRA, ModelSource
+from configs.models import LoRA, ModelSource
 from trainer.errors import ConfigError
 from trainer.model.attention import border_arguments
 from trainer.model.load import StudentModule, load_student, load_teacher_head

@@ -12,7 +12,7 @@ import torch
 from every_architecture import ARCHITECTURES, save_architecture, tiny_config
 from tiny_models import tiny_folder
 
-from configs.schema import ModelSource, Student
+from configs.models import ModelSource, Student
 from launch.model_folder import read_facts
 from trainer.errors import ConfigError
 from trainer.model.attention import border_arguments

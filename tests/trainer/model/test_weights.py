@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from vllm_process import engine_plan
 
 from cluster.engines.hf import Engine, load_model
-from configs.schema import ModelSource
+from configs.models import ModelSource
 from launch.model_folder import find_model, read_facts
 from trainer.checks.label_check import teacher_truth
 from trainer.errors import ConfigError

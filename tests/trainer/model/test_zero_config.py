@@ -10,7 +10,8 @@ import sys
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from configs.schema import ModelSource, Optimizer, Student
+from configs.models import ModelSource, Student
+from configs.schema import Optimizer
 from trainer.model.zero_config import deepspeed_config
 
 SETTINGS = [
