@@ -1,7 +1,7 @@
 """The one place with environment variables, ports and device rules; those of Ray itself are in `ray_session`.
 
 Everything that differs between a CPU and a GPU process, or between a laptop and a cluster, is a row or a function here,
-so that a reader can check in one sitting what a GPU role is told. No other file names a device.
+so that a reader can check in one sitting what a GPU role is told. No other file names a kind of GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import psutil
+
+from trainer.build import FAST
 
 if TYPE_CHECKING:
     import torch
@@ -108,6 +110,11 @@ def environment(
     if bytecode_folder is not None:
         rows["PYTHONPYCACHEPREFIX"] = bytecode_folder
     return dict(sorted(rows.items()))
+
+
+def handed_on() -> dict[str, str]:
+    """What this process was told about this project's own code, for all processes of its run, on other nodes too."""
+    return {name: os.environ[name] for name in (FAST,) if name in os.environ}
 
 
 def cache_folder() -> Path:

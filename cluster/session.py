@@ -178,7 +178,8 @@ class RaySession:
         return self._groups.actors_of_role(role)
 
     def _environment(self, table: Mapping[str, str]) -> dict[str, str]:
-        return {**table, VARIABLE: build_hash()} if self._shared else dict(table)
+        shared = {VARIABLE: build_hash()} if self._shared else {}
+        return {**table, **runtime.handed_on(), **shared}
 
     def _new_name(self, name: str) -> str:
         """Of an actor: a process that is still dying keeps its name, so the next start of a role takes another."""

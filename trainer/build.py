@@ -22,6 +22,9 @@ SUFFIXES = frozenset({".py", ".jinja", ".html", ".css", ".js"})
 VARIABLE = "STILLHOUSE_BUILD"
 """In the environment of every process of a run: the hash of the controller's code."""
 
+FAST = "STILLHOUSE_FAST"
+"""0 in the environment of a run: all its processes compute the plain formulas (`trainer/model/fast`)."""
+
 
 @functools.cache
 def build_hash() -> str:

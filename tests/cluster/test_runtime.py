@@ -10,6 +10,7 @@ import pytest
 
 from cluster import runtime
 from cluster.runtime import ALL_ROLES, BOTH, CPU, ENGINES, GPU, SCORER, SETTINGS, STUDENT, RankPlace, environment
+from trainer.build import FAST
 
 HOST_ONLY = {
     "OMP_NUM_THREADS",
@@ -129,3 +130,11 @@ def test_a_process_that_sees_one_gpu_uses_its_first() -> None:
     assert (host.type, host.index) == ("cpu", None)
     runtime.enter_device(host)
     assert (runtime.backend_of(GPU), runtime.backend_of(CPU)) == ("nccl", "gloo")
+
+
+def test_the_switch_of_the_fast_code_is_handed_on_where_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FAST, raising=False)
+    assert runtime.handed_on() == {}
+    monkeypatch.setenv(FAST, "0")
+    monkeypatch.setenv("ANOTHER", "1")
+    assert runtime.handed_on() == {"STILLHOUSE_FAST": "0"}

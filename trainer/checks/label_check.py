@@ -243,8 +243,9 @@ def teacher_truth(
 ) -> tuple[Head, torch.Tensor | None]:
     """The teacher's head in host memory, and transformers' logits of the unit's loss rows, float32 [N, rows of the
     head]: None where the teacher's weights are over `REFERENCE_BYTES`."""
-    host = torch.empty(0).device
-    head = load_teacher_head(source, vocabulary_size=vocabulary_size, dtype=getattr(torch, dtype), device=host)
+    head = load_teacher_head(
+        source, vocabulary_size=vocabulary_size, dtype=getattr(torch, dtype), device=torch.device("cpu")
+    )
     if weight_bytes(source) > REFERENCE_BYTES:
         return head, None
     model = _reference(source)

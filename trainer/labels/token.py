@@ -11,7 +11,7 @@ import torch
 
 from configs.labels import Token
 from trainer.labels.encoding import ABSENT, Column, TeacherShape
-from trainer.model.fast.matmul import cache_blocks
+from trainer.model.fast import cache_blocks
 from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ Both tails are sums over the ids that are not kept, never 1 - sum: in float16 or
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,7 +17,7 @@ import torch
 
 from configs.labels import TopK
 from trainer.labels.encoding import ABSENT, Column, TeacherShape
-from trainer.model.fast.matmul import cache_blocks
+from trainer.model.fast import cache_blocks, softmax_and_log_sum_exp, top_k
 from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:
@@ -102,25 +101,6 @@ class Encoding(TopK):
         }
 
 
-def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of each row of [n, V] and their columns, largest first.
-
-    On a CPU in two levels: the k largest lie in the k groups with the largest maxima, so the maxima of groups of about
-    sqrt(V / k) columns say where to look (80 us a row in one level at V = 49152, k = 64, 55 us in two).
-    """
-    n, v = logits.shape
-    depth = math.isqrt(v // k)
-    if not logits.is_cpu or depth < 4:
-        return logits.topk(k, dim=1)
-    width = v // depth  # group j is the columns j, j + width, j + 2 width, ...
-    groups = logits[:, : depth * width].unflatten(1, (depth, width)).amax(1).topk(k, dim=1, sorted=False).indices
-    strides = torch.arange(depth, device=logits.device) * width
-    leftover = torch.arange(depth * width, v, device=logits.device).expand(n, -1)
-    columns = torch.cat([(groups[:, None, :] + strides[:, None]).flatten(1), leftover], dim=1)
-    values, places = logits.gather(1, columns).topk(k, dim=1)
-    return values, columns.gather(1, places)
-
-
 def _kept_and_tail(logits: torch.Tensor, ids: torch.Tensor, temperature: float) -> torch.Tensor:
     """Unnormalised log-probabilities [n, K + 1] of the kept ids and of everything else; differentiable by `logits`."""
     if ids.shape[1] == logits.shape[1]:
@@ -132,15 +112,12 @@ def _kept_and_tail(logits: torch.Tensor, ids: torch.Tensor, temperature: float) 
 def _rest(logits: torch.Tensor, ids: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax [n, V] over the ids that are *not* in `ids` (exactly 0 at those that are), and their log-sum-exp [n, 1].
 
-    One fused softmax gives both: its largest entry is 1 / sum exp(z - max). It is half the price of `exp` or of
-    `logsumexp` on a CPU. finfo.min and not -inf fills the gaps, so that a row whose rest is all -inf stays finite.
+    finfo.min and not -inf fills the gaps, so that a row whose rest is all -inf stays finite.
     """
     rest = logits.scatter(1, ids, torch.finfo(logits.dtype).min)
     if temperature != 1.0:
         rest.div_(temperature)
-    largest = rest.amax(1, keepdim=True)
-    rest = rest.softmax(1)
-    return rest, largest - rest.amax(1, keepdim=True).log()
+    return softmax_and_log_sum_exp(rest)
 
 
 class _KeptAndTail(torch.autograd.Function):

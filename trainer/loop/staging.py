@@ -64,7 +64,7 @@ class Staging:
         self._teachers = run.teachers_by_name()
         self._vocabulary = vocabulary
         self._device = device
-        self._pin = device.type != torch.empty(0).device.type
+        self._pin = device.type != "cpu"
         self._lock = threading.Lock()
         self._headers: dict[tuple[str, tuple[str, str]], LabelHeader] = {}  # the first of a purpose, task and teacher
         self._steps: dict[int, StagedStep] = {}

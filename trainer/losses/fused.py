@@ -28,7 +28,7 @@ from trainer.labels.encoding import Encoding
 from trainer.labels.token import LOGPROB
 from trainer.losses.objective import Objective
 from trainer.losses.terms import SequenceScores
-from trainer.model.fast.matmul import cache_blocks, matmul_nt, whole_rows
+from trainer.model.fast import cache_blocks, known_to_be_one, matmul_nt, whole_rows
 from trainer.model.head import Head, HeadShape
 
 
@@ -112,7 +112,7 @@ class _GradientsInForward(torch.autograd.Function):
             raise RuntimeError("head_loss: backward a second time; its gradients are handed out once, to save memory")
         if grad_loss is None:
             return None, None, None, None
-        if not (grad_loss.is_cpu and grad_loss.item() == 1.0):  # elsewhere reading it would wait for the device
+        if not known_to_be_one(grad_loss):
             gradients = tuple(None if g is None else g.mul_(grad_loss.to(g.dtype)) for g in gradients)
         return *gradients, None
 

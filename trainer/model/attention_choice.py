@@ -150,7 +150,7 @@ def _original_length(rope: dict[str, Any], config: Any) -> int:
 
 
 def _varlen_obstacle(device_type: str, dtype: str, layers: Sequence[LayerAttention], dropout: float) -> str | None:
-    if _is_host(device_type) or dtype not in _HALF:
+    if device_type == "cpu" or dtype not in _HALF:
         return f"it runs on accelerators in 16 bits, not on {device_type} in {dtype}"
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"torch {torch.__version__} does not have it"
@@ -168,7 +168,7 @@ def _varlen_obstacle(device_type: str, dtype: str, layers: Sequence[LayerAttenti
 
 
 def _flash_obstacle(device_type: str, dtype: str, layers: Sequence[LayerAttention]) -> str | None:
-    if _is_host(device_type) or dtype not in _HALF:
+    if device_type == "cpu" or dtype not in _HALF:
         return f"it runs on accelerators in 16 bits, not on {device_type} in {dtype}"
     if importlib.util.find_spec("flash_attn") is None:
         return "the package flash_attn is not installed"
@@ -179,7 +179,3 @@ def _flash_obstacle(device_type: str, dtype: str, layers: Sequence[LayerAttentio
                 f"one of {layer.window or 'all'}"
             )
     return None
-
-
-def _is_host(device_type: str) -> bool:
-    return device_type == torch.empty(0).device.type

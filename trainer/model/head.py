@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trainer.errors import foreign_errors
-from trainer.model.fast.matmul import matmul_nt, whole_rows
+from trainer.model.fast import matmul_nt, whole_rows
 
 
 @dataclass(frozen=True, slots=True)

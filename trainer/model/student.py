@@ -38,7 +38,7 @@ from trainer.model.attention import border_arguments
 from trainer.model.attention_choice import changing_lengths, choose_attention
 from trainer.model.collectives import gather_numbers, gather_objects
 from trainer.model.export import export_student
-from trainer.model.fast.linear import use_fast_products
+from trainer.model.fast import use_fast_products
 from trainer.model.generate import generate
 from trainer.model.load import HeadCall, load_config, load_student
 from trainer.model.optimizer import learning_rate
@@ -89,7 +89,7 @@ class StudentRank:
         self._staging = Staging(run, vocabulary=vocabulary, device=device)
         self._tasks = run.resolved_tasks()
         self._encodings = {name: _encoding_of(task) for name, task in self._tasks.items()}
-        self._on_accelerator = device.type != torch.empty(0).device.type
+        self._on_accelerator = device.type != "cpu"
         self._owns_processes = False
         self._zero: ZeroModel | None = None  # until it is built
 

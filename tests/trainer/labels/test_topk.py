@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainer.labels.encoding import ABSENT, TeacherShape, pack_rows, unpack_rows
-from trainer.labels.topk import Encoding, top_k
+from trainer.labels.topk import Encoding
 
 
 def shape(v: int) -> TeacherShape:
@@ -33,20 +33,6 @@ def test_columns_are_the_teachers_best_ids_their_logprobs_and_the_exact_rest(v: 
     torch.testing.assert_close(made["tail"].double(), rest, atol=1e-5, rtol=1e-5)
     realised = p.gather(1, next_ids[:, None]).log()
     torch.testing.assert_close(made["realised"].double(), realised, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("v", "k"), [(1000, 3), (997, 7), (4096, 64), (49_152, 64), (64, 64), (513, 32)])
-def test_the_two_level_search_finds_what_a_sort_finds(v: int, k: int):
-    for logits in (
-        torch.randn(6, v, generator=torch.Generator().manual_seed(2)),
-        torch.randint(5, (6, v), generator=torch.Generator().manual_seed(3)).float(),  # ties everywhere
-        torch.arange(6 * v).view(6, v).float(),  # the best are the last, in the leftover columns
-        torch.full((6, v), -math.inf).scatter(1, torch.tensor([[v - 1]] * 6), 0.0),
-    ):
-        values, ids = top_k(logits, k)
-        assert torch.equal(values, logits.sort(dim=1, descending=True).values[:, :k])
-        assert torch.equal(values, logits.gather(1, ids))
-        assert all(len(set(row.tolist())) == k for row in ids)
 
 
 def test_the_tail_is_carried_where_one_minus_the_sum_would_be_noise():

@@ -1,4 +1,4 @@
-"""Heads against the logits of real architectures, and the matrix products under them."""
+"""Heads against the logits of real architectures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 from transformers import AutoConfig
 
-from trainer.model.fast.matmul import cache_blocks, matmul_nt, whole_rows
 from trainer.model.head import Head, HeadShape
 
 V = 283
@@ -55,31 +54,3 @@ def test_a_bias_is_added_and_its_padding_is_not():
     weight, bias, states = torch.randn(10, 4), torch.randn(10), torch.randn(3, 4)
     logits = Head(weight, bias, HeadShape(), 8).logits(states)
     torch.testing.assert_close(logits, states @ weight[:8].T + bias[:8])
-
-
-@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 100])
-def test_matrix_products_equal_float64_also_of_transposed_views(n: int):
-    g = torch.Generator().manual_seed(n)
-    rows, weight, states = (torch.randn(a, b, generator=g) for a, b in ((n, 65), (65, 24), (n, 24)))
-    for a, b in ((states, weight), (rows, weight.t()), (rows.t(), states.t())):
-        expected = (a.double() @ b.double().T).float()
-        torch.testing.assert_close(matmul_nt(a, b), expected, atol=1e-4, rtol=1e-5)
-    assert matmul_nt(rows[:0], weight.t()).shape == (0, 24)
-
-
-def test_whole_rows_appends_zeros_only_where_rows_are_missing():
-    rows = torch.randn(33, 5)
-    padded = whole_rows(rows)
-    assert padded.shape == (64, 5)
-    assert torch.equal(padded[:33], rows)
-    assert (padded[33:] == 0).all()
-    assert whole_rows(padded) is padded
-
-
-def test_cache_blocks_cover_every_row_once_in_order():
-    for n, width in ((0, 10), (1, 10), (100, 50_000), (3, 10_000_000)):
-        covered = [i for block in cache_blocks(torch.empty(n, width, device="meta")) for i in range(n)[block]]
-        assert covered == list(range(n))
-    blocks = list(cache_blocks(torch.empty(50, 49_152)))
-    assert [i for block in blocks for i in range(50)[block]] == list(range(50))
-    assert len(blocks) == 5

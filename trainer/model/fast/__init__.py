@@ -1,2 +1,39 @@
-"""What makes products fast on one kind of CPU. Results equal the plain ones, and nothing else in trainer/ depends on
-the hardware."""
+"""What makes products and top-k fast on one kind of processor, chosen when a process starts.
+
+    plain.py    each function as its formula, on every device
+    cpu.py      the same functions for tensors in host memory; tensors elsewhere go to plain.py
+    linear.py   the linear layers of a student's body through those products
+
+Both give equal results up to the rounding of float32 sums in another order. STILLHOUSE_FAST=0 in the environment
+chooses plain.py everywhere, to tell a fault of the fast code from one of the mathematics.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from types import ModuleType
+
+from trainer.build import FAST
+from trainer.errors import ConfigError
+from trainer.model.fast import cpu, plain
+
+
+def choose(environment: Mapping[str, str]) -> ModuleType:
+    """The module whose functions a process with this environment uses. Raises `ConfigError` for an unknown value."""
+    modules = {"1": cpu, "0": plain}
+    value = environment.get(FAST, "1")
+    if value not in modules:
+        raise ConfigError(f"the environment variable {FAST} is {value!r}: write 1 (the default) or 0")
+    return modules[value]
+
+
+chosen = choose(os.environ)
+cache_blocks = chosen.cache_blocks
+log_sum_exp = chosen.log_sum_exp
+known_to_be_one = chosen.known_to_be_one
+matmul_nt = chosen.matmul_nt
+softmax_and_log_sum_exp = chosen.softmax_and_log_sum_exp
+top_k = chosen.top_k
+use_fast_products = chosen.use_fast_products
+whole_rows = chosen.whole_rows

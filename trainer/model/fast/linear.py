@@ -1,7 +1,7 @@
 """Linear layers of the student's body on CPUs, where the default float32 product is half as fast as it could be.
 
 `torch.nn.functional.linear` in float32 goes to MKL, which on AMD processors takes an older code path; oneDNN does not
-(`trainer/model/fast/matmul.py` has the figures). Elsewhere, and in bfloat16, the layers stay as they are.
+(`trainer/model/fast/cpu.py` has the figures). Elsewhere, and in bfloat16, the layers stay as they are.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainer.model.fast.matmul import matmul_nt, whole_rows
+from trainer.model.fast.product import matmul_nt, whole_rows
 
 FEWEST_ROWS = 32
 """Below, reading the weight is the cost, and padding to whole rows would only add work."""
@@ -21,7 +21,7 @@ def use_fast_products(body: torch.nn.Module, *, device: torch.device, dtype: tor
 
     Weights, names and hooks stay, so sharding, adapters and checkpoints see the same module.
     """
-    if device.type != torch.empty(0).device.type or dtype is not torch.float32:
+    if device.type != "cpu" or dtype is not torch.float32:
         return 0
     layers = [module for module in body.modules() if type(module) is torch.nn.Linear]
     for layer in layers:

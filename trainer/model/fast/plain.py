@@ -1,0 +1,50 @@
+"""The functions of this folder as their formulas: right on every device, and what the fast ones are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+
+def matmul_nt(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b.T`, [n, m] from a [n, k] and b [m, k] of one dtype; both may be transposed views. Carries no gradient."""
+    return torch.mm(a.detach(), b.detach().t())
+
+
+def whole_rows(rows: torch.Tensor) -> torch.Tensor:
+    """[n, width], with zero rows appended where products of some row counts are faster."""
+    return rows
+
+
+def cache_blocks(rows: torch.Tensor) -> Iterator[slice]:
+    """Slices over the rows of [n, width], for several element-wise passes: all at once, since each call costs a kernel
+    launch."""
+    if rows.shape[0]:
+        yield slice(0, rows.shape[0])
+
+
+def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of each row of [n, V] and their columns, largest first."""
+    return logits.topk(k, dim=1)
+
+
+def softmax_and_log_sum_exp(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax [n, V] and log-sum-exp [n, 1] of the rows of z [n, V]. Carries no gradient."""
+    z = z.detach()
+    return z.softmax(1), z.logsumexp(1, keepdim=True)
+
+
+def log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
+    """[n] from [n, V], with gradient."""
+    return logits.logsumexp(1)
+
+
+def known_to_be_one(factor: torch.Tensor) -> bool:
+    """Whether a scalar is 1, where reading it does not wait for a device."""
+    return False
+
+
+def use_fast_products(body: torch.nn.Module, *, device: torch.device, dtype: torch.dtype) -> int:
+    """Give linear layers of `body` a faster forward; returns how many were changed."""
+    return 0
