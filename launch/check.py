@@ -18,8 +18,9 @@ from typing import Literal
 
 import typer
 
+from cluster.engines.vllm_limits import check_rotation, check_split
 from cluster.engines.vllm_registry import check_architecture, unknown_quantisation
-from cluster.placement.resolve import check_rotation, check_split, started_roles
+from cluster.placement.roles import started_roles
 from cluster.runtime import actors_of
 from configs.engines import Hf, Vllm
 from configs.labels import Labels

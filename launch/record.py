@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from cluster.placement.resolve import Resolved, started_roles
+from cluster.placement.resolve import Resolved
+from cluster.placement.roles import started_roles
 from configs.rules import teachers_by_place
 from configs.schema import Run
 from configs.secrets import without_secrets

@@ -10,8 +10,9 @@ from pathlib import Path
 from cluster import nodes, ray_session, runtime
 from cluster.in_process import InProcessSession
 from cluster.model_files import ModelFiles, find_folder
+from cluster.placement.facts import KnownModel, RunFacts
 from cluster.placement.hardware import Hardware
-from cluster.placement.resolve import Resolved, TeacherFacts, resolve
+from cluster.placement.resolve import Resolved, resolve
 from cluster.session import RaySession
 from cluster.students.group import StudentJob
 from configs.models import ModelSource
@@ -82,24 +83,23 @@ def open_runtime(run: Run, inputs: Inputs, stack: contextlib.ExitStack, *, wait_
 def resolve_run(run: Run, inputs: Inputs, hardware: Hardware) -> Resolved:
     """All that follows from a run, what was read for it, and the machines."""
     teachers = run.teachers_by_name()
-    return resolve(
-        run,
-        hardware,
+    models = (run.student.model, *(teacher.model for teacher in teachers.values()))
+    facts = RunFacts(
         vocabulary_size=inputs.vocabulary.size,
         tokenizer_fingerprint=inputs.vocabulary.fingerprint,
-        student_config=load_config(run.student.model, role="student.model"),
-        student_bytes=_weight_bytes(run.student.model),
+        student=_known(run.student.model, "student.model"),
         teachers={
-            name: TeacherFacts(
-                config=load_config(teacher.model, role=f"{teacher_place(run, name)}.model"),
-                num_bytes=_weight_bytes(teacher.model),
-                stop_token_ids=_stop_ids(run, inputs, name),
-            )
+            name: _known(teacher.model, f"{teacher_place(run, name)}.model", _stop_ids(run, inputs, name))
             for name, teacher in teachers.items()
         },
-        offline=all(Path(model.path).is_dir() for model in (run.student.model, *(t.model for t in teachers.values()))),
+        offline=all(Path(model.path).is_dir() for model in models),
         bytecode_folder=runtime.bytecode_folder(),
     )
+    return resolve(run, hardware, facts)
+
+
+def _known(source: ModelSource, role: str, stop_token_ids: tuple[int, ...] = ()) -> KnownModel:
+    return KnownModel(load_config(source, role=role), _weight_bytes(source), stop_token_ids)
 
 
 def _stop_ids(run: Run, inputs: Inputs, teacher: str) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from cluster.placement.resolve import roles_of
+from cluster.placement.roles import roles_of
 from cluster.runtime import GPU
 from configs.load import load_run, load_section
 from launch.check import devices_text

@@ -1,4 +1,4 @@
-"""What one engine process is told to run: made by `placement/resolve.py`, read by the files of `engines/`."""
+"""What one engine process is told to run: made by `placement/plans.py`, read by the files of `engines/`."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from cluster.placement.groups import RoleRequest
 from cluster.placement.hardware import Hardware, Node
-from cluster.placement.resolve import roles_of
+from cluster.placement.roles import roles_of
 from cluster.placement.topology import place
 from cluster.runtime import CPU, GPU, STUDENT
 from configs.schema import Run

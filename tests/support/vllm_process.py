@@ -22,7 +22,7 @@ from label_oracle import VOCABULARY, random_unit
 from transformers import AutoConfig
 
 from cluster.engines.plan import EnginePlan, Sampling
-from cluster.placement.resolve import vllm_overrides
+from cluster.engines.vllm_limits import vllm_overrides
 from cluster.runtime import environment
 from configs.labels import LABELS, Hidden, Labels
 from trainer.errors import DeadlineExceeded, EngineDead

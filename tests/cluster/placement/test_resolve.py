@@ -19,8 +19,11 @@ from architectures import architecture_config
 from machines import machines
 from transformers import LlamaConfig, MistralConfig
 
+from cluster.engines.vllm_limits import check_split
+from cluster.placement.facts import KnownModel, RunFacts
 from cluster.placement.groups import Group
-from cluster.placement.resolve import Resolved, TeacherFacts, resolve, roles_of
+from cluster.placement.resolve import Resolved, resolve
+from cluster.placement.roles import roles_of
 from configs.schema import Run
 from configs.stations import Choice
 from trainer.errors import ConfigError
@@ -84,18 +87,15 @@ def resolved(
     *,
     teacher_config: Any = None,
     teacher_bytes: int | None = None,
-    **options: Any,
+    student_bytes: int | None = None,
 ) -> Resolved:
-    facts = TeacherFacts(config=teacher_config, num_bytes=teacher_bytes, stop_token_ids=(2,))
-    return resolve(
-        run,
-        machines(hardware),
+    facts = RunFacts(
         vocabulary_size=128_256,
         tokenizer_fingerprint="0" * 16,
-        student_config=LlamaConfig(**model) if model else None,
-        teachers=dict.fromkeys(run.teachers_by_name(), facts),
-        **options,
+        student=KnownModel(LlamaConfig(**model) if model else None, student_bytes),
+        teachers=dict.fromkeys(run.teachers_by_name(), KnownModel(teacher_config, teacher_bytes, (2,))),
     )
+    return resolve(run, machines(hardware), facts)
 
 
 def to_json(settings: Resolved) -> str:
@@ -343,8 +343,6 @@ def test_a_split_that_does_not_divide_the_heads_is_refused(
 
 def test_the_line_between_splits_is_that_of_vllm() -> None:
     """Against the two assertions of its attention layers, for every split of a few shapes."""
-    from cluster.placement.resolve import check_split
-
     for heads, shared in ((32, 8), (12, 4), (9, 3), (16, 16), (24, 2)):
         config = LlamaConfig(hidden_size=heads * 8, num_attention_heads=heads, num_key_value_heads=shared)
         for shards in range(2, heads + 1):

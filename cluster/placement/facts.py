@@ -1,0 +1,28 @@
+"""What is known of a run's models before anything is resolved or started."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """What is known of a model before it is loaded."""
+
+    config: Any | None = None  # of transformers: how it can be split, and how it attends
+    num_bytes: int | None = None  # of its weights, for the deadlines; None: not on this machine yet
+    stop_token_ids: tuple[int, ...] = ()  # of a teacher: what ends an answer
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What was read for a run."""
+
+    vocabulary_size: int  # the true one, without padding
+    tokenizer_fingerprint: str
+    student: KnownModel = field(default_factory=KnownModel)  # without a config its attention stays as written
+    teachers: Mapping[str, KnownModel] = field(default_factory=dict)  # by name, as far as something is known
+    offline: bool = False  # all models are folders
+    bytecode_folder: str | None = None  # of `runtime.bytecode_folder()`

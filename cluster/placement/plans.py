@@ -1,0 +1,196 @@
+"""What each process of a run is told: the plan of the student's ranks, and those of each teacher's engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cluster.engines.plan import EnginePlan, Sampling
+from cluster.engines.vllm_limits import WIDER_IN_VLLM, vllm_overrides
+from cluster.placement.choices import Choices
+from cluster.placement.facts import KnownModel
+from cluster.placement.roles import prefix_of, started_roles
+from cluster.runtime import GPU, SCORER, WRITER, Role, actors_of, backend_of, device_type_of
+from configs.answers import TeacherAnswers
+from configs.engines import ENGINES, Vllm
+from configs.labels import HELD_OUT, Labels
+from configs.models import ModelSource, Replicas, Teacher
+from configs.rules import teacher_place
+from configs.schema import Run
+from trainer.labels.encoding import TeacherShape, load_encoding
+from trainer.model.attention_choice import choose_attention, refuse_unpackable
+from trainer.model.zero_config import deepspeed_config
+from trainer.types import StudentPlan
+
+START_BASE_S = 600.0
+"""Until a role must be ready, beside what its model's size asks for: processes, imports, compiling, a busy machine."""
+
+LOAD_BYTES_PER_S = 100e6
+"""The slowest reading of weights that is still taken for progress: a network disk that several nodes share."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPlans:
+    """The engines of one teacher; None where no task asks for what it would do."""
+
+    scorer: EnginePlan | None
+    writer: EnginePlan | None
+
+    @property
+    def started(self) -> tuple[EnginePlan, ...]:
+        return tuple(plan for plan in (self.scorer, self.writer) if plan is not None)
+
+
+def student_plan(choices: Choices) -> StudentPlan:
+    """What every rank is told."""
+    run, model = choices.run, choices.run.student.model
+    known, device_type = choices.facts.student, device_type_of(choices.accelerator)
+    dtype = choices.dtypes.choose("student", run.student.dtype)
+    attention, hidden_size = run.student.attention, None
+    if known.config is not None:
+        hidden_size = known.config.get_text_config().hidden_size
+        trusted = model.trust_remote_code
+        refuse_unpackable(known.config, max_length=run.data.max_length, trust_remote_code=trusted)
+        attention = choose_attention(
+            attention, device_type=device_type, dtype=dtype, config=known.config, trust_remote_code=trusted
+        )
+    return StudentPlan(
+        dtype=dtype,
+        device_type=device_type,
+        backend=backend_of(choices.accelerator),
+        attention=attention,
+        deepspeed=deepspeed_config(
+            student=run.student,
+            optimizer=run.optimizer,
+            dtype=dtype,
+            on_accelerator=choices.accelerator == GPU,
+            hidden_size=hidden_size,
+        ),
+        collective_timeout_s=run.faults.step_timeout_s,
+        start_timeout_s=_start_timeout_s(run, model, known.num_bytes),
+    )
+
+
+def teacher_plans(choices: Choices, name: str) -> TeacherPlans:
+    """What the engines of a teacher are told."""
+    teacher = _Teacher(choices, choices.run.teachers_by_name()[name])
+    made = {role: teacher.plan(role, replicas) for role, replicas in started_roles(choices.run)[name].items()}
+    return TeacherPlans(made.get(SCORER), made.get(WRITER))
+
+
+def wanted_dtypes(run: Run) -> Iterator[tuple[str, str]]:
+    """(role, dtype as configured) of every role that a run starts."""
+    yield "student", run.student.dtype
+    for name, roles in started_roles(run).items():
+        for role, replicas in roles.items():
+            yield f"{teacher_place(run, name)}.{role}", replicas.dtype
+
+
+def unused_window(choices: Choices, name: str) -> str | None:
+    """Says where a teacher's configuration has a window that its architecture does not use."""
+    known = choices.facts.teachers.get(name, KnownModel())
+    if not _overrides(known, choices.run.teachers_by_name()[name].model):
+        return None
+    text = known.config.get_text_config()
+    if text.model_type in WIDER_IN_VLLM:
+        return None
+    return (
+        f"{teacher_place(choices.run, name)}: attends without a window: {text.model_type} has none in transformers, "
+        f"whatever its configuration says (sliding_window: {text.sliding_window})"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Teacher:
+    """One teacher of a run."""
+
+    choices: Choices
+    teacher: Teacher
+
+    def plan(self, role: Role, replicas: Replicas) -> EnginePlan:
+        choices, run, model = self.choices, self.choices.run, self.teacher.model
+        dtype = choices.dtypes.choose(f"{teacher_place(run, self.teacher.name)}.{role}", replicas.dtype)
+        return EnginePlan(
+            role=role,
+            prefix=prefix_of(run, self.teacher.name),
+            engine=replicas.engine,
+            model=model.path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=dtype,
+            device_type=device_type_of(choices.accelerator),
+            tensor_parallel_size=replicas.tensor_parallel_size,
+            max_length=run.data.max_length,
+            arguments=self._arguments(role, replicas, dtype),
+            environment=choices.environment(role),
+            teacher=self.teacher.name,
+            weights_version=model.revision or "unversioned",
+            tokenizer_fingerprint=choices.facts.tokenizer_fingerprint,
+            vocabulary_size=choices.facts.vocabulary_size,
+            encodings=self._encodings() if role == SCORER else (),
+            sampling=self._sampling() if role == WRITER else None,
+            start_timeout_s=_start_timeout_s(run, model, self._known.num_bytes),
+            local_copy=None if model.local_copy is None else str(model.local_copy),
+        )
+
+    @property
+    def _known(self) -> KnownModel:
+        return self.choices.facts.teachers.get(self.teacher.name, KnownModel())
+
+    def _arguments(self, role: Role, replicas: Replicas, dtype: str) -> dict[str, Any]:
+        arguments = ENGINES.load(replicas.engine).arguments(
+            role=role,
+            dtype=dtype,
+            tensor_parallel_size=replicas.tensor_parallel_size,
+            max_length=self.choices.run.data.max_length,
+            accelerator=self.choices.accelerator,
+            kept_events=self._kept_events(),
+        )
+        actors = actors_of(role, prefix_of(self.choices.run, self.teacher.name))
+        if any(group.executor == "ray" for group in self.choices.placement.of_role(actors)):
+            arguments["distributed_executor_backend"] = "ray"  # a replica larger than every node
+        if isinstance(replicas.engine, Vllm) and (overrides := _overrides(self._known, self.teacher.model)):
+            arguments["hf_overrides"] = arguments.get("hf_overrides", {}) | overrides
+        return arguments
+
+    def _encodings(self) -> tuple[Labels, ...]:
+        """Of the tasks that ask this teacher, and of the held-out rows."""
+        tasks = [task for task in self.choices.run.resolved_tasks().values() if self.teacher.name in task.teachers]
+        labels = [task.labels for task in tasks if isinstance(task.labels, Labels)]
+        return tuple(dict.fromkeys((*labels, HELD_OUT)))
+
+    def _kept_events(self) -> int:
+        """The largest number of ids of a row that a label of this run names; 0 where labels name none."""
+        made = [load_encoding(labels) for labels in self._encodings()]
+        # No label of logits depends on the hidden width.
+        shape = TeacherShape(self.choices.facts.vocabulary_size, hidden_size=1, dtype=torch.float32)
+        layouts = [encoding.layout(shape) for encoding in made if encoding.needs == "logits"]
+        return max((column.width for layout in layouts for column in layout), default=0)
+
+    def _sampling(self) -> Sampling:
+        tasks = [task for task in self.choices.run.resolved_tasks().values() if self.teacher.name in task.teachers]
+        answers = next(task.answers for task in tasks if task.answers.needs_generator)
+        assert isinstance(answers, TeacherAnswers), answers
+        return Sampling(
+            max_new_tokens=answers.max_new_tokens,
+            temperature=answers.temperature,
+            top_p=answers.top_p,
+            seed=self.choices.run.seed,
+            stop_token_ids=self._known.stop_token_ids,
+        )
+
+
+def _overrides(known: KnownModel, source: ModelSource) -> dict[str, Any]:
+    return {} if known.config is None else vllm_overrides(known.config, trust_remote_code=source.trust_remote_code)
+
+
+def _start_timeout_s(run: Run, model: ModelSource, num_bytes: int | None) -> float:
+    """Until a role with this model must be ready: as configured, else longer for larger weights, twice where they are
+    copied to the node first. Where the size is not known, weights of the hub that are not here yet, the base alone."""
+    if run.faults.start_timeout_s is not None:
+        return run.faults.start_timeout_s
+    reads = 1 if model.local_copy is None else 2
+    return START_BASE_S + round(reads * (num_bytes or 0) / LOAD_BYTES_PER_S)

@@ -1,0 +1,47 @@
+"""Which roles a run starts, and how many actors of each."""
+
+from __future__ import annotations
+
+from cluster.placement.groups import RoleRequest
+from cluster.runtime import SCORER, STUDENT, WRITER, Accelerator, Role, actors_of
+from configs.labels import Labels
+from configs.models import Replicas
+from configs.schema import Run
+
+
+def started_roles(run: Run) -> dict[str, dict[Role, Replicas]]:
+    """The replicas that a run starts, by teacher and role: scorers where a task takes labels, writers where one takes
+    answers. A teacher that no task asks is left out."""
+    roles: dict[str, dict[Role, Replicas]] = {}
+    for name, teacher in run.teachers_by_name().items():
+        tasks = [task for task in run.resolved_tasks().values() if name in task.teachers]
+        asked: dict[Role, Replicas] = {}
+        if any(isinstance(task.labels, Labels) for task in tasks):
+            asked[SCORER] = teacher.scorer
+        if teacher.generator is not None and any(task.answers.needs_generator for task in tasks):
+            asked[WRITER] = teacher.generator
+        if asked:
+            roles[name] = asked
+    return roles
+
+
+def roles_of(run: Run, accelerator: Accelerator) -> tuple[RoleRequest, ...]:
+    """The actors of a run."""
+    roles = [RoleRequest(STUDENT, run.student.ranks, accelerator, constraints=run.student.placement)]
+    for name, asked in started_roles(run).items():
+        for role, replicas in asked.items():
+            request = RoleRequest(
+                actors_of(role, prefix_of(run, name)),
+                replicas.replicas,
+                accelerator,
+                shards=replicas.tensor_parallel_size,
+                constraints=replicas.placement,
+                may_span_nodes=replicas.may_span_nodes,
+            )
+            roles.append(request)
+    return tuple(roles)
+
+
+def prefix_of(run: Run, teacher: str) -> str:
+    """What the names of a teacher's processes begin with: nothing where it is the only one."""
+    return teacher if run.teachers else ""
