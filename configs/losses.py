@@ -15,16 +15,6 @@ from configs.stations import Station
 
 Exactness = Literal["exact", "lower_bound", "unbiased", "biased", "refused"]
 
-DIVERGENCE: Mapping[str, Exactness] = {
-    "topk": "lower_bound",
-    "hidden": "exact",
-    "dense": "exact",
-    "token": "refused",
-}
-"""Of a divergence between two distributions: top-k compares k + 1 events (data processing inequality)."""
-
-INSTEAD = "write labels: topk (some ids of each row) or labels: hidden (exact)"
-
 
 class Term(Section):
     """Base of all terms."""
@@ -57,27 +47,33 @@ class Term(Section):
         return {name: value for name, value in self if name not in Term.model_fields}
 
 
-class ForwardKl(Term):
+class Divergence(Term):
+    """Base of distances between the distributions of teacher and student. Top-k compares k + 1 events, a lower bound of
+    the value over the vocabulary for every f-divergence (data processing inequality)."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    exactness: ClassVar[Mapping[str, Exactness]] = {
+        "topk": "lower_bound",
+        "hidden": "exact",
+        "dense": "exact",
+        "token": "refused",
+    }
+    instead: ClassVar[str] = "write labels: topk (some ids of each row) or labels: hidden (exact)"
+
+
+class ForwardKl(Divergence):
     """KL(teacher, student) (arXiv 1503.02531): covers all modes of the teacher."""
 
     loss: Literal["forward_kl"] = "forward_kl"
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
-    exactness: ClassVar[Mapping[str, Exactness]] = DIVERGENCE
-    instead: ClassVar[str] = INSTEAD
 
-
-class ReverseKl(Term):
+class ReverseKl(Divergence):
     """KL(student, teacher) (MiniLLM, arXiv 2306.08543): seeks modes."""
 
     loss: Literal["reverse_kl"] = "reverse_kl"
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
-    exactness: ClassVar[Mapping[str, Exactness]] = DIVERGENCE
-    instead: ClassVar[str] = INSTEAD
 
-
-class Jsd(Term):
+class Jsd(Divergence):
     """The generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649)."""
 
     loss: Literal["jsd"] = "jsd"
@@ -85,9 +81,12 @@ class Jsd(Term):
         description="weight of the teacher in the mixture, for example beta: 0.5."
     )
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
-    exactness: ClassVar[Mapping[str, Exactness]] = DIVERGENCE
-    instead: ClassVar[str] = INSTEAD
+
+class SkewForwardKl(Divergence):
+    """KL(teacher, alpha teacher + (1 - alpha) student) (DistiLLM, arXiv 2402.03898): forward_kl, bounded."""
+
+    loss: Literal["skew_forward_kl"] = "skew_forward_kl"
+    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="weight of the teacher in the mixture.")
 
 
 class CrossEntropy(Term):
@@ -108,5 +107,5 @@ class Dpo(Term):
     exactness: ClassVar[Mapping[str, Exactness]] = {"token": "exact"}
 
 
-LOSSES = Station(Term, (ForwardKl, ReverseKl, Jsd, CrossEntropy, Dpo), tag="loss")
+LOSSES = Station(Term, (ForwardKl, ReverseKl, Jsd, SkewForwardKl, CrossEntropy, Dpo), tag="loss")
 AnyTerm = Annotated[Term, LOSSES]

@@ -14,9 +14,9 @@ from trainer.losses.objective import Objective
 from trainer.model.head import Head
 
 
-def term(loss: str, weight: float = 1.0, beta: float | None = None) -> Term:
+def term(loss: str, weight: float = 1.0, beta: float | None = None, **parameters: float) -> Term:
     """A term of an objective, as a config gives it."""
-    return LOSSES.validate({"loss": loss, "weight": weight} | ({} if beta is None else {"beta": beta}))
+    return LOSSES.validate({"loss": loss, "weight": weight} | ({} if beta is None else {"beta": beta}) | parameters)
 
 
 def one_part(
@@ -45,7 +45,13 @@ def jsd(p: torch.Tensor, q: torch.Tensor, beta: float) -> torch.Tensor:
     return beta * forward_kl(p, m) + (1 - beta) * forward_kl(q, m)
 
 
-DIVERGENCES: dict[str, Callable[..., torch.Tensor]] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}
+def skew_forward_kl(p: torch.Tensor, q: torch.Tensor, alpha: float) -> torch.Tensor:
+    return forward_kl(p, alpha * p + (1 - alpha) * q)
+
+
+DIVERGENCES: dict[str, Callable[..., torch.Tensor]] = {
+    function.__name__: function for function in (forward_kl, reverse_kl, jsd, skew_forward_kl)
+}
 
 
 def probabilities(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from configs.losses import ForwardKl, Jsd, ReverseKl
+from configs.losses import ForwardKl, Jsd, ReverseKl, SkewForwardKl
 from trainer.labels.encoding import ABSENT
 from trainer.losses.terms import computes
 from trainer.types import PairedLogProbs
@@ -53,3 +53,14 @@ def jsd(pair: PairedLogProbs, *, beta: float) -> torch.Tensor:
     to_teacher = (teacher.exp() * (teacher - mixture)).sum(-1)
     to_student = (pair.student.exp() * (pair.student - mixture)).sum(-1)
     return beta * to_teacher + (1.0 - beta) * to_student
+
+
+@computes(SkewForwardKl)
+def skew_forward_kl(pair: PairedLogProbs, *, alpha: float) -> torch.Tensor:
+    """KL(p, m) with m = alpha p + (1 - alpha) q, [N]; at most -log alpha; gradient (1 - alpha) q (E_q[p/m] - p/m).
+
+    DistiLLM, arXiv 2402.03898, equation 5; -> forward_kl as alpha -> 0.
+    """
+    teacher = pair.teacher.clamp(min=ABSENT)
+    mixture = torch.logaddexp(teacher + math.log(alpha), pair.student + math.log1p(-alpha))
+    return (teacher.exp() * (teacher - mixture)).sum(-1)

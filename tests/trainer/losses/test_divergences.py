@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trainer.labels.encoding import ABSENT
-from trainer.losses.divergences import forward_kl, jsd, reverse_kl
+from trainer.losses.divergences import forward_kl, jsd, reverse_kl, skew_forward_kl
 from trainer.losses.terms import function_of
 from trainer.types import PairedLogProbs
 
@@ -18,7 +18,12 @@ TEACHER = oracle.realistic_logits(7, 31, seed=1).double()
 STUDENT = oracle.realistic_logits(7, 31, seed=2).double()
 P, Q = TEACHER.softmax(-1), STUDENT.softmax(-1)
 BETAS = (0.1, 0.5, 0.9)
-TERMS = [oracle.term("forward_kl"), oracle.term("reverse_kl"), oracle.term("jsd", beta=0.3)]
+TERMS = [
+    oracle.term("forward_kl"),
+    oracle.term("reverse_kl"),
+    oracle.term("jsd", beta=0.3),
+    oracle.term("skew_forward_kl", alpha=0.2),
+]
 DIVERGENCES = {one.loss: partial(function_of(one), **one.parameters()) for one in TERMS}
 
 
@@ -35,6 +40,7 @@ def test_values_equal_the_definitions():
     close(reverse_kl(pair(STUDENT)), (Q * (Q / P).log()).sum(-1))
     for beta in BETAS:
         close(jsd(pair(STUDENT), beta=beta), oracle.jsd(P, Q, beta))
+        close(skew_forward_kl(pair(STUDENT), alpha=beta), (P * (P / (beta * P + (1 - beta) * Q)).log()).sum(-1))
 
 
 def test_the_gradient_of_forward_kl_is_q_minus_p():
@@ -51,6 +57,21 @@ def test_the_gradient_of_jsd_is_its_closed_form(beta: float):
     log_ratio = (Q / (beta * P + (1 - beta) * Q)).log()
     expected = (1 - beta) * Q * (log_ratio - (Q * log_ratio).sum(-1, keepdim=True))
     close(oracle.gradient(lambda z: jsd(pair(z), beta=beta), STUDENT), expected)
+
+
+@pytest.mark.parametrize("alpha", BETAS)
+def test_the_gradient_of_skew_forward_kl_is_its_closed_form(alpha: float):
+    ratio = P / (alpha * P + (1 - alpha) * Q)
+    expected = (1 - alpha) * Q * ((Q * ratio).sum(-1, keepdim=True) - ratio)
+    close(oracle.gradient(lambda z: skew_forward_kl(pair(z), alpha=alpha), STUDENT), expected)
+
+
+@pytest.mark.parametrize("alpha", BETAS)
+def test_skew_forward_kl_is_bounded_and_goes_over_into_forward_kl(alpha: float):
+    one, other = torch.tensor([[50.0, 0.0]]), torch.tensor([[0.0, 50.0]])
+    assert skew_forward_kl(pair(one, other), alpha=alpha).item() == pytest.approx(-math.log(alpha), rel=1e-6)
+    small = skew_forward_kl(pair(STUDENT), alpha=1e-14)
+    torch.testing.assert_close(small, forward_kl(pair(STUDENT)), rtol=1e-4, atol=0.0)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -80,7 +101,7 @@ def test_equal_distributions_have_divergence_and_gradient_zero(name: str):
 @pytest.mark.parametrize("absent", [-math.inf, ABSENT])
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
 def test_events_the_teacher_gives_no_probability_leave_value_and_gradient_finite(name: str, absent: float):
-    extra = {"beta": 0.3} if name == "jsd" else {}
+    (extra,) = (one.parameters() for one in TERMS if one.loss == name)
     kept = TEACHER[:, :-3].float().log_softmax(-1)
     teacher = torch.cat([kept, torch.full((7, 3), absent)], -1)
 

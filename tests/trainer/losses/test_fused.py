@@ -20,7 +20,13 @@ from trainer.model.head import Head, HeadShape
 
 N, V, PADDED, H, TEACHER_H = 45, 307, 320, 24, 32
 SHAPES = {"plain": HeadShape(), "capped": HeadShape(scale=0.5, soft_cap=4.0)}
-MIX = (term("forward_kl", 0.8), term("reverse_kl", 0.1), term("jsd", 0.3, 0.4), term("cross_entropy"))
+MIX = (
+    term("forward_kl", 0.8),
+    term("reverse_kl", 0.1),
+    term("jsd", 0.3, 0.4),
+    term("skew_forward_kl", 0.4, alpha=0.2),
+    term("cross_entropy"),
+)
 ENCODINGS = {
     "topk": topk.Encoding(k=V - 60, temperature=1.3),
     "hidden": hidden.Encoding(temperature=1.3),
@@ -187,7 +193,7 @@ def test_no_rows_give_a_loss_of_zero_with_a_working_backward():
     result.loss.backward()
     assert result.loss == 0.0
     (sums,) = result.sums
-    assert tuple(sums) == ("forward_kl", "reverse_kl", "jsd", "cross_entropy")
+    assert tuple(sums) == ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "cross_entropy")
     assert all(value == 0.0 for value in sums.values())
     assert case.hidden.grad.shape == (0, H)
     assert (case.weight.grad == 0).all()

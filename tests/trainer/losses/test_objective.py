@@ -24,6 +24,7 @@ OBJECTIVES = [
     (term("reverse_kl"),),
     (term("jsd", beta=0.1),),
     (term("jsd", beta=0.9),),
+    (term("skew_forward_kl", alpha=0.1),),
     (term("cross_entropy"),),
     (term("forward_kl", 0.7), term("cross_entropy", 0.3), term("jsd", 2.0, 0.5)),
 ]
@@ -57,7 +58,7 @@ def test_rows_and_gradients_equal_brute_force(kind: str, terms: tuple[Term, ...]
     )
 
 
-@pytest.mark.parametrize("terms", OBJECTIVES[:4], ids=lambda terms: terms[0].loss)
+@pytest.mark.parametrize("terms", OBJECTIVES[:5], ids=lambda terms: terms[0].loss)
 def test_topk_is_a_lower_bound_that_grows_with_k_up_to_the_full_divergence(terms: tuple[Term, ...]):
     full = oracle.objective(terms, STUDENT, TEACHER, NEXT_IDS).float()
     previous = torch.zeros(N)
