@@ -22,7 +22,7 @@ from benchmarks.pipeline import Daemons, Pipeline, Segment
 from benchmarks.plain import TUNED_ALLOCATOR, PlainAnswer, PlainSetup, PlainSteps, Text
 from benchmarks.worker import Worker
 from benchmarks.workload import LEARNING_RATE, Workload, make_run, make_student, same_sequences, write_rows
-from cluster import ray_session
+from cluster.lifecycle import ray_session
 from configs.models import ModelSource
 from trainer.data.vocabulary import load_tokenizer
 from trainer.types import Sequence as TokenSequence

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks import cpu_time
 from benchmarks.cpu_time import CpuTime
-from cluster import ray_session
+from cluster.lifecycle import ray_session
 from cluster.placement.hardware import Hardware
 from cluster.placement.resolve import Resolved
 from cluster.session import RaySession

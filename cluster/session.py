@@ -17,11 +17,10 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from cluster import runtime
-from cluster.drain import watch_for_drain
 from cluster.engines.plan import EnginePlan
-from cluster.health import PlacedProcess
-from cluster.logs import SharedFolder
-from cluster.node_checks import Question, check_nodes
+from cluster.lifecycle.drain import watch_for_drain
+from cluster.lifecycle.health import PlacedProcess
+from cluster.lifecycle.logs import SharedFolder
 from cluster.placement.reserve import (
     PlacedGroup,
     PlacedGroups,
@@ -31,6 +30,7 @@ from cluster.placement.reserve import (
     wait_until_placed,
 )
 from cluster.placement.resolve import Resolved
+from cluster.preflight.node_checks import Question, check_nodes
 from cluster.students.group import RankActor, StudentGroup, StudentJob
 from cluster.teachers.actor import TeacherActor
 from cluster.teachers.pool import ReplicaPool
@@ -114,7 +114,7 @@ class RaySession:
             raise InfrastructureError(f"labels could not be fetched from the node that made them: {error}") from None
 
     async def watch_for_drain(self, stop: Callable[[str], None]) -> None:
-        """See the protocol and `cluster.drain`; a cluster that this run started is not taken away from it."""
+        """See the protocol and `cluster.lifecycle.drain`; a cluster that this run started is not taken away from it."""
         if not self._shared:
             return
 

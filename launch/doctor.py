@@ -1,7 +1,7 @@
 """`stillhouse doctor`: is this machine, or this cluster, fit for a run? One line a thing: ok, or what to do.
 
-software, machine, models   here, each look with a deadline        cluster/doctor/{software,machine}.py
-cluster                     in a child process that can be killed  launch/doctor_cluster.py -> cluster/doctor/
+software, machine, models   here, each look with a deadline        cluster/preflight/{software,machine}.py
+cluster                     in a child process that can be killed  launch/doctor_cluster.py -> cluster/preflight/
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 
 import typer
 
-from cluster.doctor import machine, software
-from cluster.doctor.finding import Finding, Look, examine, ok, problem, warning
-from cluster.ray_session import object_store_bytes
+from cluster.lifecycle.ray_session import object_store_bytes
+from cluster.preflight import machine, software
+from cluster.preflight.finding import Finding, Look, examine, ok, problem, warning
 from configs.engines import Vllm
 from configs.load import run_folder
 from configs.models import ModelSource

@@ -12,7 +12,7 @@ import os
 import sys
 from dataclasses import asdict
 
-from cluster.doctor.finding import Finding, problem
+from cluster.preflight.finding import Finding, problem
 from trainer.errors import StillhouseError
 
 
@@ -24,8 +24,8 @@ def main() -> None:
     def say(where: str, finding: Finding) -> None:
         findings.write(json.dumps({"where": where, **asdict(finding)}) + "\n")
 
-    from cluster.doctor.members import CLUSTER, Asked, examine_members
-    from cluster.ray_session import start_ray, stop_ray
+    from cluster.lifecycle.ray_session import start_ray, stop_ray
+    from cluster.preflight.members import CLUSTER, Asked, examine_members
 
     try:
         cluster = start_ray(num_cpus=0, address=question["address"])

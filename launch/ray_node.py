@@ -23,8 +23,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from cluster.guard import Guard
-from cluster.ray_session import METRICS_CLOSED, ray_folder, session_folder
+from cluster.lifecycle.guard import Guard
+from cluster.lifecycle.ray_session import METRICS_CLOSED, ray_folder, session_folder
 from trainer.errors import InfrastructureError, StillhouseError
 
 FIRST_PORT, LAST_PORT = 20_000, 30_000

@@ -7,8 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import nodes, ray_session, runtime
+from cluster import runtime
 from cluster.in_process import InProcessSession
+from cluster.lifecycle import nodes, ray_session
 from cluster.model_files import ModelFiles, find_folder
 from cluster.placement.facts import KnownModel, RunFacts
 from cluster.placement.hardware import Hardware

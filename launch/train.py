@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.health import Failure, FailurePolicy, RestartGroup
+from cluster.lifecycle.health import Failure, FailurePolicy, RestartGroup
 from configs.load import config_hash, dump_run, run_folder
 from configs.schema import Run
 from launch.check import raise_problems

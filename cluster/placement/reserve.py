@@ -18,7 +18,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.nodes import alive_nodes
+from cluster.lifecycle.nodes import alive_nodes
 from cluster.placement.groups import Group, Placement
 from cluster.runtime import GPU
 from trainer.errors import InsufficientResources
@@ -125,7 +125,7 @@ def actor_options(
     """For `ActorClass.options(**...)`: where an actor of a group runs, what it may use, and what it starts with.
 
     `name` must be new on the cluster. Actors are never restarted by Ray, nor their calls repeated:
-    `cluster/health.py` decides both.
+    `cluster/lifecycle/health.py` decides both.
     """
     group = placed.group
     # The ray executor starts its own workers in the group: the engine's process leaves the GPUs to them.

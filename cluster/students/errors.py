@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from cluster.calls import brief, unwrap
+from cluster.lifecycle.calls import brief, unwrap
 from trainer.errors import ConfigError, DeadlineExceeded, Defect, InfrastructureError, StillhouseError, StudentsLost
 
 DEFECTS = (

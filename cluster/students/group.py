@@ -20,12 +20,12 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from cluster import runtime
-from cluster.calls import answer, unwrap
-from cluster.health import PlacedProcess
-from cluster.logs import SharedFolder, last_words, redirect_output
+from cluster.lifecycle.calls import answer, unwrap
+from cluster.lifecycle.health import PlacedProcess
+from cluster.lifecycle.logs import SharedFolder, last_words, redirect_output
+from cluster.lifecycle.processes import ProcessIdentity, kill_actor, this_process, wait_killed
 from cluster.model_files import local_copy
 from cluster.placement.topology import number_ranks
-from cluster.processes import ProcessIdentity, kill_actor, this_process, wait_killed
 from cluster.runtime import RankPlace
 from cluster.students.errors import group_error
 from configs.schema import Run

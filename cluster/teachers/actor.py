@@ -12,9 +12,9 @@ import numpy as np
 
 from cluster import runtime
 from cluster.engines.plan import EnginePlan
-from cluster.logs import SharedFolder, redirect_output
+from cluster.lifecycle.logs import SharedFolder, redirect_output
+from cluster.lifecycle.processes import ProcessIdentity, own_shared_memory, this_process
 from cluster.model_files import local_copy
-from cluster.processes import ProcessIdentity, own_shared_memory, this_process
 from configs.engines import ENGINES
 from configs.labels import Labels
 from trainer.build import check_build

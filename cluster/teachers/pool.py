@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from ray.exceptions import RayError
 
-from cluster.calls import answer, brief, unwrap
 from cluster.engines.plan import EnginePlan
 from cluster.engines.refusals import start_failure
-from cluster.health import (
+from cluster.lifecycle.calls import answer, brief, unwrap
+from cluster.lifecycle.health import (
     Failure,
     FailureKind,
     FailurePolicy,
@@ -34,8 +34,8 @@ from cluster.health import (
     RetryUnit,
     choose_replica,
 )
-from cluster.logs import SharedFolder, last_words
-from cluster.processes import ProcessIdentity, kill_actor, wait_killed
+from cluster.lifecycle.logs import SharedFolder, last_words
+from cluster.lifecycle.processes import ProcessIdentity, kill_actor, wait_killed
 from configs.labels import Labels
 from configs.schema import Faults
 from trainer.errors import (

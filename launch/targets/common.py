@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar
 import jinja2
 from pydantic import Field, field_validator
 
-from cluster.ray_session import RAY_SETTINGS
+from cluster.lifecycle.ray_session import RAY_SETTINGS
 from configs.refusal import refusal
 from configs.schema import Run
 from configs.section import Section

@@ -22,7 +22,7 @@ from ray.dashboard.modules.dashboard_sdk import SubmissionClient
 from ray.job_submission import JobDetails as JobDetails
 from ray.job_submission import JobSubmissionClient
 
-from cluster import ray_token
+from cluster.lifecycle import ray_token
 from configs.paths import named_path
 from launch.targets.common import NotFound, Unreachable, is_loopback
 from trainer.errors import ConfigError, InfrastructureError, foreign_errors

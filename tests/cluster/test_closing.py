@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from cluster.calls import answer
+from cluster.lifecycle.calls import answer
 from cluster.session import close_all
 
 

@@ -17,7 +17,7 @@ import pytest
 from fake_gpus import Witness, ray_folder, run_roles
 from machines import machines
 
-from cluster import ray_session
+from cluster.lifecycle import ray_session
 from cluster.placement.groups import RoleRequest
 from cluster.placement.hardware import Hardware
 from cluster.placement.reserve import actor_options, create_groups

@@ -9,7 +9,7 @@ import pytest
 from fake_gpus import run_roles
 from raylets import OBJECT_STORE_BYTES, ray_cluster
 
-from cluster import ray_session
+from cluster.lifecycle import ray_session
 from cluster.placement.groups import RoleRequest
 from cluster.placement.hardware import Hardware
 from cluster.placement.topology import place

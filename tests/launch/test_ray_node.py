@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.ray_session import METRICS_CLOSED
+from cluster.lifecycle.ray_session import METRICS_CLOSED
 from launch.ray_node import address_towards, free_ports, head_command, main, node_environment, run_ray, wait_for
 from trainer.errors import InfrastructureError
 

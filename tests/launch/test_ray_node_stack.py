@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.ray_session import RAY_SETTINGS
+from cluster.lifecycle.ray_session import RAY_SETTINGS
 from launch.ray_node import free_ports, wait_for
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]

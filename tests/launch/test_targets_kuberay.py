@@ -16,7 +16,7 @@ import pytest
 from launch_schemas import RAY_JOB
 from ruamel.yaml import YAML
 
-from cluster.ray_session import METRICS_CLOSED, ray_environment
+from cluster.lifecycle.ray_session import METRICS_CLOSED, ray_environment
 from configs.load import load_run, load_section
 from configs.paths import ROOT
 from launch.bundle import Bundle, BundleFile, make_bundle

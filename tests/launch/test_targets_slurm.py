@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from slurm_stand_in import SlurmStandIn
 
-from cluster.ray_session import METRICS_CLOSED, ray_environment
+from cluster.lifecycle.ray_session import METRICS_CLOSED, ray_environment
 from configs.load import load_run
 from configs.paths import ROOT
 from launch.bundle import Bundle, make_bundle

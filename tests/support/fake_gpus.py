@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import ray_session, runtime
+from cluster import runtime
+from cluster.lifecycle import ray_session
 from cluster.placement.groups import Placement
 from cluster.placement.reserve import PlacedGroups, actor_options, create_groups
 from cluster.placement.topology import number_ranks

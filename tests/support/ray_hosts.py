@@ -13,7 +13,7 @@ from typing import Any
 from hosts import Host, Process
 from leftovers import once_gone
 
-from cluster import ray_session
+from cluster.lifecycle import ray_session
 
 GCS_PORT = 6379
 JOBS_PORT = 8265

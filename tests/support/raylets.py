@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fake_gpus import ray_folder
 
-from cluster import ray_session
+from cluster.lifecycle import ray_session
 
 OBJECT_STORE_BYTES = 80 * 2**20
 NODE_TIMEOUT_S = 180

@@ -15,9 +15,9 @@ import psutil
 import pytest
 import ray
 
-from cluster import ray_session
 from cluster.engines.plan import EnginePlan
-from cluster.logs import SharedFolder
+from cluster.lifecycle import ray_session
+from cluster.lifecycle.logs import SharedFolder
 from cluster.teachers.actor import TeacherActor
 from cluster.teachers.pool import CREDITS, ReplicaPool, placed_for_good
 from configs.engines import ENGINES

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from cluster import shared_memory
+from cluster.lifecycle import shared_memory
 
 SESSION = "STILLHOUSE_SESSION"
 """In the environment of every process that belongs to the session: its folder."""
@@ -44,7 +44,8 @@ class Guard:
         """Watch over the session in `folder` from now on."""
         # Ray and vLLM write titles over their environment, by which their processes could not be found again.
         os.environ.update({SESSION: folder, "SPT_NOENV": "1"})
-        program = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); from cluster import guard; "
+        home = str(Path(__file__).parents[2])
+        program = f"import sys; sys.path.insert(0, {home!r}); from cluster.lifecycle import guard; "
         arguments = (folder, os.getpid(), grace_s)
         command = [sys.executable, "-I", "-S", "-c", f"{program}guard.main(*{arguments!r})"]
         # A session of its own: Ctrl-C and whatever else ends the owner's group does not end the guard.

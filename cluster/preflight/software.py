@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from cluster.doctor.finding import Finding, Look, ok, problem, warning
+from cluster.preflight.finding import Finding, Look, ok, problem, warning
 from cluster.runtime import CPU, GPU
 
 DISTRIBUTION = "stillhouse"

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cluster.nodes import alive_nodes, draining_nodes
+from cluster.lifecycle.nodes import alive_nodes, draining_nodes
 
 POLL_S = 2.0
 

@@ -6,7 +6,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from cluster.doctor import software
+from cluster.preflight import software
 
 ASKED = [
     "torch>=2.11",

@@ -23,7 +23,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import runtime
-from cluster.doctor.finding import Finding, ok, problem, warning
+from cluster.preflight.finding import Finding, ok, problem, warning
 from cluster.runtime import RankPlace
 
 START_TIMEOUT_S = 90.0

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster import ray_session, runtime
+from cluster import runtime
+from cluster.lifecycle import ray_session
 from launch.stopping import preemptible
 from trainer.errors import ConfigError, InfrastructureError, Preempted
 

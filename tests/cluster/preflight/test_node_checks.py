@@ -14,14 +14,16 @@ from typing import Any
 import pytest
 from raylets import Raylets, raylets
 
-from cluster import node_checks, ray_session, runtime
-from cluster.logs import SharedFolder
-from cluster.node_checks import Question, check_nodes, differences, facts_of, plain
-from cluster.nodes import wait_for_nodes
+from cluster import runtime
+from cluster.lifecycle import ray_session
+from cluster.lifecycle.logs import SharedFolder
+from cluster.lifecycle.nodes import wait_for_nodes
 from cluster.placement.groups import RoleRequest
 from cluster.placement.hardware import Hardware
 from cluster.placement.reserve import create_groups
 from cluster.placement.topology import place
+from cluster.preflight import node_checks
+from cluster.preflight.node_checks import Question, check_nodes, differences, facts_of, plain
 from cluster.runtime import CPU, SCORER, STUDENT
 from configs.models import Constraints
 from trainer.build import VARIABLE

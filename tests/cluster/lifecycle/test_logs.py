@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.logs import MARK, START, SharedFolder, last_words
+from cluster.lifecycle.logs import MARK, START, SharedFolder, last_words
 from trainer.errors import ConfigError
 
 
@@ -35,7 +35,7 @@ def test_another_folder_at_the_same_path_is_refused(tmp_path: Path) -> None:
 def test_output_of_the_process_and_of_its_children_is_appended_to_the_log(tmp_path: Path) -> None:
     folder = SharedFolder.of(tmp_path)
     code = (
-        "import os, sys; from pathlib import Path; from cluster.logs import SharedFolder, redirect_output;"
+        "import os, sys; from pathlib import Path; from cluster.lifecycle.logs import SharedFolder, redirect_output;"
         f"redirect_output(SharedFolder(Path({str(tmp_path)!r}), {folder.mark!r}), 'scorer-0');"
         "print('from python', flush=True); os.system('echo from a child 1>&2')"
     )

@@ -18,7 +18,8 @@ import psutil
 import pytest
 from raylets import Raylets, raylets
 
-from cluster import joining, ray_token
+from cluster.lifecycle import ray_token
+from cluster.preflight import joining
 from trainer.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(900)
@@ -93,7 +94,7 @@ def cluster() -> Iterator[Raylets]:
 def join(address: str, **environment: str) -> tuple[str, float]:
     """What a process with this environment is told, and after how long."""
     code = (
-        "import os, time\nos.environ.update(CHANGES)\nimport ray\nfrom cluster import ray_session\n"
+        "import os, time\nos.environ.update(CHANGES)\nimport ray\nfrom cluster.lifecycle import ray_session\n"
         "from trainer.errors import ConfigError\nstarted = time.monotonic()\n"
         "try:\n    ray_session.start_ray(num_cpus=0)\n    said = 'joined'\n"
         "except ConfigError as error:\n    said = str(error)\n"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.drain import Drain, drain_effect, watch_for_drain
+from cluster.lifecycle.drain import Drain, drain_effect, watch_for_drain
 
 
 @pytest.mark.parametrize(

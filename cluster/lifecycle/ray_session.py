@@ -1,7 +1,7 @@
 """Ray as a run needs it: what its processes are told, and how a cluster is started, joined and left.
 
 no address   ->  a Ray of this machine alone, in a folder of its own, ended to the last process
-an address   ->  a cluster that was there before, checked first (`cluster.joining`), left as it was
+an address   ->  a cluster that was there before, checked first (`cluster.preflight.joining`), left as it was
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import psutil
 
-from cluster import ray_token
-from cluster.guard import Guard
-from cluster.joining import check_cluster
+from cluster.lifecycle import ray_token
+from cluster.lifecycle.guard import Guard
+from cluster.preflight.joining import check_cluster
 from cluster.runtime import cache_folder
 from trainer.errors import ConfigError, InfrastructureError, StillhouseError
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from cluster import ray_token
+from cluster.lifecycle import ray_token
 from trainer.errors import ConfigError
 
 CONNECT_TIMEOUT_S = 10.0

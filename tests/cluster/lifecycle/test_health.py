@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.health import (
+from cluster.lifecycle.health import (
     BACKOFF_LONGEST_S,
     Failure,
     FailurePolicy,

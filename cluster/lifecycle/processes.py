@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster import guard, shared_memory
+from cluster.lifecycle import guard, shared_memory
 
 KILL_TIMEOUT_S = 20.0
 LEAVING_S = 1.0

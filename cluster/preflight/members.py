@@ -1,7 +1,7 @@
 """The nodes of a Ray cluster that this process has joined: each by itself, and against each other.
 
-A node is first asked what it runs, by a function that is sent by value (`cluster/node_checks.py`); only one with this
-very code is then asked the rest, which is sent by name.
+A node is first asked what it runs, by a function that is sent by value (`node_checks.py`); only one with this very code
+is then asked the rest, which is sent by name.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster import node_checks, runtime
-from cluster.doctor import machine, software
-from cluster.doctor.finding import Finding, examine, ok, problem, warning
-from cluster.doctor.network import answers, examine_network
-from cluster.logs import SharedFolder
-from cluster.nodes import alive_nodes, draining_nodes
-from cluster.ray_token import WITHOUT_TOKEN, uses_token
+from cluster import runtime
+from cluster.lifecycle.logs import SharedFolder
+from cluster.lifecycle.nodes import alive_nodes, draining_nodes
+from cluster.lifecycle.ray_token import WITHOUT_TOKEN, uses_token
+from cluster.preflight import machine, node_checks, software
+from cluster.preflight.finding import Finding, examine, ok, problem, warning
+from cluster.preflight.network import answers, examine_network
 
 NODE_TIMEOUT_S = 120.0
 HTTP_TIMEOUT_S = 5.0

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import psutil
 
-from cluster import ray_token
-from cluster.doctor.finding import Finding, Look, ok, problem, warning
-from cluster.doctor.software import torch_cuda
+from cluster.lifecycle import ray_token
 from cluster.placement.hardware import Node, local_node
+from cluster.preflight.finding import Finding, Look, ok, problem, warning
+from cluster.preflight.software import torch_cuda
 from cluster.runtime import cache_folder
 from trainer.errors import ConfigError
 

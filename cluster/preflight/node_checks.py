@@ -20,10 +20,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.calls import answer
-from cluster.logs import SharedFolder
+from cluster.lifecycle.calls import answer
+from cluster.lifecycle.logs import SharedFolder
+from cluster.lifecycle.nodes import alive_nodes
 from cluster.model_files import ModelFiles
-from cluster.nodes import alive_nodes
 from trainer.errors import ConfigError, DeadlineExceeded, InfrastructureError
 
 CHECK_TIMEOUT_S = 120.0
@@ -197,7 +197,7 @@ def facts_of(
         facts["build"] = trainer.build.build_hash()
         facts["code"] = str(Path(trainer.build.__file__).parents[1])
 
-        from cluster.logs import SharedFolder
+        from cluster.lifecycle.logs import SharedFolder
         from cluster.model_files import ModelFiles, find_folder
         from trainer.errors import StillhouseError
     except (ImportError, AttributeError) as error:

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import shared_memory
-from cluster.guard import SESSION, Guard, members, remember
+from cluster.lifecycle import shared_memory
+from cluster.lifecycle.guard import SESSION, Guard, members, remember
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(300)"]
 
@@ -59,7 +59,7 @@ def test_letting_go_removes_the_folder_and_ends_what_belongs_to_it(session: Path
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_the_guard_of_an_owner_that_is_killed_with_its_group_does_the_same(session: Path, number: int) -> None:
     code = (
-        "import subprocess, sys, time; from cluster.guard import Guard; "
+        "import subprocess, sys, time; from cluster.lifecycle.guard import Guard; "
         f"Guard.of({str(session)!r}, grace_s=0.2); "
         f"print(subprocess.Popen({SLEEP!r}, start_new_session=True).pid, flush=True); time.sleep(300)"
     )

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.doctor import machine
-from cluster.doctor.finding import Finding, Look, examine, ok
 from cluster.placement.hardware import Node
+from cluster.preflight import machine
+from cluster.preflight.finding import Finding, Look, examine, ok
 
 HOST = Node("n", num_cpus=8, memory_bytes=2**36)
 GPUS = Node("n", num_cpus=8, gpus=("H100",) * 4)
