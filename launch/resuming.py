@@ -1,5 +1,6 @@
 """What a run folder holds of a run that is started: nothing, a part of it, all of it, or another run.
 
+other tasks              refused: each has a cursor of its own in the checkpoint
 another configuration    refused: it would be another run in the same folder
 other inputs             refused, or noted with training.on_changed_inputs: note
 more steps or epochs     goes on, and says what becomes of the learning rate; fewer than are trained are refused
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from configs.load import config_hash, differences, load_run
 from configs.schema import Run
+from configs.section import MAIN
 from launch.contents import changes
 from trainer.errors import ConfigError
 from trainer.loop.checkpoint import Checkpoints
@@ -40,6 +42,8 @@ def standing(run: Run, folder: RunFolder, contents: Mapping[str, str]) -> Standi
         after = Checkpoints(folder.checkpoints, keep=1).peek()
     except OSError as error:
         raise ConfigError(f"folder: the checkpoints of {folder.path} cannot be read: {error}") from None
+    if after is not None:
+        _refuse_other_tasks(run, folder, after)
     before, finished = _before(folder), _was_finished(folder)
     _refuse_another_configuration(run, before, folder, after, finished=finished)
     told = refuse_changes(run, folder, after, contents) if after is not None else []
@@ -117,6 +121,16 @@ def _was_finished(folder: RunFolder) -> bool:
 
 def _length(run: Run) -> tuple[int | None, int | None]:
     return run.training.steps, run.training.epochs
+
+
+def _refuse_other_tasks(run: Run, folder: RunFolder, after: TrainingState) -> None:
+    was, now = (tuple(tasks) or (MAIN,) for tasks in (after.cursor.tasks, run.tasks))
+    if set(was) == set(now):
+        return
+    was, now = ("one task alone" if names == (MAIN,) else f"the tasks {', '.join(names)}" for names in (was, now))
+    raise ConfigError(
+        f"the run in {folder.path} was trained on {was}, and this one has {now}: put them back, or {ANOTHER}"
+    )
 
 
 def _refuse_another_configuration(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,16 @@ class Place:
         run = load_run(self.file, list(overrides)).run
         return standing(run, RunFolder(run_folder(run)), contents_of(run, read_inputs(run)))
 
-    def stop_at(self, step: int, *, total: int = 8, epoch: int = 0, position: int = 0, finished: bool = False) -> None:
+    def stop_at(
+        self,
+        step: int,
+        *,
+        total: int = 8,
+        epoch: int = 0,
+        position: int = 0,
+        finished: bool = False,
+        tasks: Sequence[str] = (),
+    ) -> None:
         """Leave what a run leaves that was stopped, or had finished, at a step."""
         run = load_run(self.file).run
         folder = RunFolder.create(run_folder(run))
@@ -54,7 +63,7 @@ class Place:
             (draft / name).write_text("shard")
         state = TrainingState(
             step=step,
-            cursor=Cursor(epoch=epoch, position=position, seed=0),
+            cursor=Cursor(epoch, position, seed=0, tasks={name: Cursor(0, step, seed=0) for name in tasks}),
             config_hash=config_hash(run),
             world=1,
             non_finite_steps=0,
@@ -316,3 +325,40 @@ def test_a_manifest_that_knows_nothing_of_contents_is_gone_on_from(stopped: Plac
     assert refuse_changes(run, RunFolder(run_folder(run)), after, now) == []
     after.contents["prompts"] = "40 bytes, aa"
     assert refuse_changes(run, RunFolder(run_folder(run)), after, now) == []
+
+
+def with_tasks(folder: Path) -> Place:
+    """A run of two tasks, the second with rows of its own, that was stopped at step 4."""
+    rows = write_rows(folder.parent / "more.jsonl", [chat_row(60 + i) for i in range(10)])
+    place = Place(folder, {"tasks": {"chat": {"share": 3}, "more": {"prompts": {"path": str(rows)}}}})
+    place.stop_at(4, tasks=("chat", "more"))
+    assert place.look().after is not None
+    return place
+
+
+def test_a_run_goes_on_with_its_own_tasks_only(tmp_path: Path) -> None:
+    place = with_tasks(tmp_path / "one")
+    for tasks, now in (
+        ("{chat: {}}", "the tasks chat"),
+        ("{chat: {}, more: {}, third: {}}", "the tasks chat, more, third"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            place.look(f"tasks={tasks}")
+        assert f"was trained on the tasks chat, more, and this one has {now}: put them back, or " in str(refused.value)
+        assert "give this one another name or folder" in str(refused.value)
+    with pytest.raises(ConfigError, match=r"on the tasks chat, more, and this one has one task alone"):
+        place.look("tasks={}")
+    place.stop_at(4)
+    with pytest.raises(ConfigError, match=r"on one task alone, and this one has the tasks chat, more"):
+        place.look()
+
+
+def test_other_shares_or_rows_of_a_task_are_refused_and_named(tmp_path: Path) -> None:
+    place = with_tasks(tmp_path / "one")
+    with pytest.raises(ConfigError, match=r"tasks.chat.share: 2.0, was 3.0\ngive this one another name or folder"):
+        place.look("tasks.chat.share=2")
+    rewritten(tmp_path / "more.jsonl", last_two_swapped)
+    with pytest.raises(ConfigError, match=r"tasks.more.prompts \(.*more.jsonl\): .*\n.*put back what was there; or"):
+        place.look()
+    told = place.look("training.on_changed_inputs=note").changed
+    assert any(text.startswith("changed since step 4: tasks.more.prompts ") for text in told)

@@ -21,7 +21,6 @@ from configs.labels import Labels, NoLabels
 from configs.models import ModelSource
 from configs.rules import teacher_place
 from configs.schema import Run
-from configs.section import MAIN
 from configs.tasks import ResolvedTask
 from trainer.answers.dataset import answered_by_dataset
 from trainer.data.chat import Template
@@ -32,7 +31,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.loop.manifest import TrainingState
 from trainer.loop.settings import LoopSettings
-from trainer.loop.sources import SharedSource, SingleSource, Source
+from trainer.loop.sources import Source
 from trainer.model.generation_settings import end_ids
 from trainer.model.head import head_width
 from trainer.model.load import load_config
@@ -132,11 +131,8 @@ class Job:
             inputs = self.inputs.tasks[name]
             generator = teachers[task.teachers[0]].generator if task.answers.needs_generator else None
             answers[name] = inputs.answers.bind(generator, end_of_turn_ids=inputs.stop_ids)
-        num = self.loop.sequences_per_step
-        if not self.run.tasks:
-            return SingleSource(self.streams[MAIN], answers[MAIN], sequences_per_step=num)
         shares = {name: task.share for name, task in self.tasks.items()}
-        return SharedSource(self.streams, answers, shares, sequences_per_step=num)
+        return Source(self.streams, answers, shares, sequences_per_step=self.loop.sequences_per_step)
 
     def total_steps_after(self, state: TrainingState | None) -> int:
         """Where a run that goes on from there ends."""

@@ -1,12 +1,12 @@
-"""Where a step draws its prompts, and how they become sequences: from one task, or from several by their shares."""
+"""Where a step draws its prompts, from each task by its share, and how they become sequences."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
+from configs.section import MAIN
 from trainer.data.prompts import PromptStream
 from trainer.errors import ConfigError
 from trainer.loop.shares import counts_of_step
@@ -23,59 +23,8 @@ class Drawn:
     cursor: Cursor
 
 
-class Source(Protocol):
-    """What the supply asks for the sequences of a step."""
-
-    @property
-    def cursor(self) -> Cursor:
-        """After what was drawn so far."""
-        ...
-
-    def seek(self, cursor: Cursor) -> None:
-        """The next step is drawn from there. Not while `take` runs."""
-        ...
-
-    def take(self, step: int) -> Drawn:
-        """Called in the order of the steps, in a thread, never twice at once. Raises `DataError` for a bad row."""
-        ...
-
-    async def collect(self, drawn: Drawn) -> Collected:
-        """The sequences of the step; several steps may be collected at once."""
-        ...
-
-    def judge(self, answers: AnswerCounters, *, last: bool) -> None:
-        """Raises `DataError` where too many answers of the run so far could not be trained on. `last`: none follow."""
-        ...
-
-
-class SingleSource:
-    """One stream of prompts and one way to answer them."""
-
-    def __init__(self, stream: PromptStream, answers: AnswerCollector, *, sequences_per_step: int) -> None:
-        self._stream = stream
-        self._answers = answers
-        self._sequences_per_step = sequences_per_step
-
-    @property
-    def cursor(self) -> Cursor:
-        return self._stream.cursor
-
-    def seek(self, cursor: Cursor) -> None:
-        self._stream.seek(cursor)
-
-    def take(self, step: int) -> Drawn:
-        prompts = self._stream.take(self._sequences_per_step)
-        return Drawn(step, tuple(prompts), self._stream.cursor)
-
-    async def collect(self, drawn: Drawn) -> Collected:
-        return await self._answers.collect(drawn.prompts)
-
-    def judge(self, answers: AnswerCounters, *, last: bool) -> None:
-        self._answers.judge(answers, last=last)
-
-
-class SharedSource:
-    """Several tasks, each with a stream, a way to answer and a share of the sequences.
+class Source:
+    """Tasks, each with a stream, a way to answer and a share of the sequences; a run with one task is the case of one.
 
     Positions are drawn, so that what a step holds depends on no row: one that is left out is not refilled.
     """
@@ -97,13 +46,16 @@ class SharedSource:
 
     @property
     def cursor(self) -> Cursor:
-        return summed({name: stream.cursor for name, stream in self._streams.items()}, self._written)
+        """After what was drawn so far: of the only stream where the run names no tasks, else the sum of all."""
+        cursors = {name: stream.cursor for name, stream in self._streams.items()}
+        return cursors[MAIN] if cursors.keys() == {MAIN} else summed(cursors, self._written)
 
     def seek(self, cursor: Cursor) -> None:
-        """Raises `ConfigError` for a cursor of other tasks."""
-        tasks = cursor.tasks
+        """The next step is drawn from there. Not while `take` runs. Raises `ConfigError` for a cursor of other
+        tasks."""
+        tasks = cursor.tasks or {MAIN: cursor}
         if tasks.keys() != self._streams.keys():
-            was, now = ", ".join(tasks) or "one task", ", ".join(self._streams)
+            was, now = ", ".join(tasks), ", ".join(self._streams)
             raise ConfigError(
                 f"the checkpoint was trained on the tasks {was}, and the run has {now}: a run goes on with its own "
                 "tasks only; put them back, or give this one another name or folder"
@@ -113,13 +65,14 @@ class SharedSource:
         self._written = cursor.answers
 
     def take(self, step: int) -> Drawn:
+        """Called in the order of the steps, in a thread, never twice at once. Raises `DataError` for a bad row."""
         drawn = {name: stream.cursor.counters.read for name, stream in self._streams.items()}
         counts = counts_of_step(self._shares, drawn, self._sequences_per_step)
         prompts = [prompt for name, count in counts.items() for prompt in self._streams[name].take(count)]
         return Drawn(step, tuple(prompts), self.cursor)
 
     async def collect(self, drawn: Drawn) -> Collected:
-        """In the order of the tasks."""
+        """The sequences of the step, in the order of the tasks; several steps may be collected at once."""
         of_tasks = [[prompt for prompt in drawn.prompts if prompt.task == name] for name in self._answers]
         collected = await asyncio.gather(
             *(answers.collect(prompts) for answers, prompts in zip(self._answers.values(), of_tasks, strict=True))
@@ -130,7 +83,8 @@ class SharedSource:
         return Collected(tuple(sequence for one in collected for sequence in one.sequences), counters)
 
     def judge(self, answers: AnswerCounters, *, last: bool) -> None:
-        """All answers together are judged by the rule of each task."""
+        """All answers of the run so far are judged by the rule of each task: raises `DataError` where too many could
+        not be trained on. `last`: none follow."""
         for collector in self._answers.values():
             collector.judge(answers, last=last)
 

@@ -27,7 +27,7 @@ from trainer.errors import (
 from trainer.loop.hooks import Checkpoint, Evaluate, Trained
 from trainer.loop.scoring import UnitScorers
 from trainer.loop.settings import LoopSettings
-from trainer.loop.sources import SingleSource
+from trainer.loop.sources import Source
 from trainer.loop.supply import Supply
 from trainer.loop.train import Loops
 from trainer.protocols import Moment, TeacherPools
@@ -194,7 +194,7 @@ def make(settings: LoopSettings = SETTINGS, *, answers: FromDataset | None = Non
     async def save(trained: Trained) -> bool:
         return await made.save(trained)
 
-    source = SingleSource(stream, answers, sequences_per_step=settings.sequences_per_step)
+    source = Source({MAIN: stream}, {MAIN: answers}, {MAIN: 1.0}, sequences_per_step=settings.sequences_per_step)
     unit_scorers = UnitScorers({"teacher": TeacherPools(scorers, None)}, {MAIN: TopK()})
     supply = Supply(source, unit_scorers, students, settings=settings, observer=trace)
     checkpoint = Checkpoint(save, trace, settings)

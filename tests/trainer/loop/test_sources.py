@@ -15,7 +15,7 @@ from configs.schema import Run
 from trainer.answers.dataset import GivenAnswers
 from trainer.errors import ConfigError, DataError
 from trainer.loop.job import open_stream, read_inputs, seed_of
-from trainer.loop.sources import SharedSource
+from trainer.loop.sources import Source
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     ).run
 
 
-def source_of(run: Run) -> SharedSource:
+def source_of(run: Run) -> Source:
     inputs = read_inputs(run)
     streams = {name: open_stream(run, task, inputs, quarantine=None) for name, task in run.resolved_tasks().items()}
     shares = {name: task.share for name, task in run.resolved_tasks().items()}
-    return SharedSource(streams, dict.fromkeys(streams, GivenAnswers()), shares, sequences_per_step=6)
+    return Source(streams, dict.fromkeys(streams, GivenAnswers()), shares, sequences_per_step=6)
 
 
-def drawn(source: SharedSource, steps: range) -> list[list[tuple[str, str, str]]]:
+def drawn(source: Source, steps: range) -> list[list[tuple[str, str, str]]]:
     return [[(p.task, p.id, p.teacher) for p in source.take(step).prompts] for step in steps]
 
 
