@@ -27,9 +27,6 @@ from launch.supported import load_supported
 from trainer.build import build_hash
 from trainer.errors import ConfigError
 
-COMMAND = ("-m", "launch", "train", "run.yaml")
-"""What a job executes with its Python, in the bundle's folder."""
-
 MAX_BYTES = 100 * 2**20
 """Of an upload, unless the user allows more: Ray keeps uploads in the memory of the cluster's head."""
 
@@ -108,7 +105,8 @@ def make_bundle(
     `max_bytes`, naming its largest files; nothing has been written then.
     """
     loaded = load_supported(config, overrides).run
-    run, locals_ = _rewritten(loaded, [named_path("--shared", path).resolve() for path in shared])
+    paths = _Paths([named_path("--shared", path).resolve() for path in shared])
+    run, locals_ = paths.rewritten(loaded), paths.sent
     code = [*own_code(), *plugin_code(loaded)]
     sources = [(f"{local.path}{name}", file) for local in locals_ for name, file in local.files]
     _refuse_large(code, locals_, max_bytes)
@@ -130,48 +128,56 @@ def _place(file: Path) -> Path:
     return file
 
 
-def _rewritten(run: Run, shared: list[Path]) -> tuple[Run, list[_Local]]:
-    """The run with the paths of its new home, and what has to be there."""
-    locals_: list[_Local] = []
+class _Paths:
+    """Rewrites the paths of a run to those of where it will be executed, and collects what has to be sent there."""
 
-    def sent(setting: str, path: str) -> str:
-        source = Path(path).expanduser()
-        if not source.exists():
-            _refuse_missing(setting, path)
-            return path  # a hub name, or a path of the nodes
-        if any(source.resolve().is_relative_to(place) for place in shared):
-            return str(source.absolute())
-        locals_.append(_Local.of(setting, source))
-        return locals_[-1].path
+    def __init__(self, shared: Sequence[Path]) -> None:
+        self._shared = shared
+        self.sent: list[_Local] = []
 
-    def dataset(setting: str, value: Dataset | None) -> Dataset | None:
-        return value and value.model_copy(update={"path": sent(f"{setting}.path", value.path)})
+    def rewritten(self, run: Run) -> Run:
+        changes = {
+            "folder": run_folder(run).expanduser().absolute(),
+            "student": run.student.model_copy(update={"model": self._model("student.model.path", run.student.model)}),
+            "teacher": run.teacher and self._teacher("teacher", run.teacher),
+            "teachers": {name: self._teacher(f"teachers.{name}", one) for name, one in run.teachers.items()},
+            "tasks": {name: self._task(name, one) for name, one in run.tasks.items()},
+            "prompts": self._dataset("prompts", run.prompts),
+            "data": run.data.model_copy(
+                update={"evaluation": self._dataset("data.evaluation", run.data.evaluation)},
+            ),
+        }
+        return run.model_copy(update=changes)
 
-    def model(setting: str, source: ModelSource) -> ModelSource:
+    def _task(self, name: str, task: Task) -> Task:
+        return task.model_copy(update={"prompts": self._dataset(f"tasks.{name}.prompts", task.prompts)})
+
+    def _dataset(self, setting: str, dataset: Dataset | None) -> Dataset | None:
+        return dataset and dataset.model_copy(update={"path": self._file(f"{setting}.path", dataset.path)})
+
+    def _teacher(self, place: str, teacher: Teacher) -> Teacher:
+        template = teacher.chat_template and self._file(f"{place}.chat_template", teacher.chat_template)
+        model = self._model(f"{place}.model.path", teacher.model)
+        return teacher.model_copy(update={"model": model, "chat_template": template})
+
+    def _model(self, setting: str, source: ModelSource) -> ModelSource:
+        """Weights are not sent: a folder here must exist there."""
         place = Path(source.path).expanduser()
         if not place.is_dir():
             _refuse_missing(setting, source.path)
             return source
         return source.model_copy(update={"path": str(place.absolute())})
 
-    def teacher(place: str, one: Teacher) -> Teacher:
-        template = one.chat_template and sent(f"{place}.chat_template", one.chat_template)
-        return one.model_copy(update={"model": model(f"{place}.model.path", one.model), "chat_template": template})
-
-    def task(name: str, one: Task) -> Task:
-        return one.model_copy(update={"prompts": dataset(f"tasks.{name}.prompts", one.prompts)})
-
-    held_out = dataset("data.evaluation", run.data.evaluation)
-    changes = {
-        "folder": run_folder(run).expanduser().absolute(),
-        "student": run.student.model_copy(update={"model": model("student.model.path", run.student.model)}),
-        "teacher": run.teacher and teacher("teacher", run.teacher),
-        "teachers": {name: teacher(f"teachers.{name}", one) for name, one in run.teachers.items()},
-        "tasks": {name: task(name, one) for name, one in run.tasks.items()},
-        "prompts": dataset("prompts", run.prompts),
-        "data": run.data.model_copy(update={"evaluation": held_out}),
-    }
-    return run.model_copy(update=changes), locals_
+    def _file(self, setting: str, path: str) -> str:
+        """Of rows or a template, which are sent unless they lie in a shared folder."""
+        source = Path(path).expanduser()
+        if not source.exists():
+            _refuse_missing(setting, path)
+            return path  # a hub name, or a path of the nodes
+        if any(source.resolve().is_relative_to(place) for place in self._shared):
+            return str(source.absolute())
+        self.sent.append(_Local.of(setting, source))
+        return self.sent[-1].path
 
 
 def _refuse_missing(setting: str, path: str) -> None:

@@ -47,6 +47,13 @@ TargetOptions = Annotated[
 TargetFile = Annotated[
     Path | None, typer.Option("--target-file", metavar="FILE", help="YAML file with options of the target.")
 ]
+Shared = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--shared", metavar="FOLDER", help="Every node sees it at the same path: rows in it are not uploaded."
+    ),
+]
+MaxUpload = Annotated[float, typer.Option("--max-upload", metavar="MIB", min=0, help="Refuse to send more than this.")]
 JobRun = Annotated[str, typer.Argument(metavar="RUN", help="Name or run folder of a run submitted from this folder.")]
 AnyRun = Annotated[str, typer.Argument(metavar="RUN", help="Name or run folder of a run of this folder.")]
 RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, for example runs/demo.")]
@@ -55,7 +62,7 @@ RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run fold
 def main() -> None:
     """Entry point of the command. Ends the process with the exit codes of the help."""
     refuse_foreign_packages()
-    from launch.border import ProcessEnd, prepare_streams
+    from launch.process import ProcessEnd, prepare_streams
 
     end = ProcessEnd()
     prepare_streams()
@@ -69,7 +76,7 @@ def run_app(commands: typer.Typer, *, name: str = "stillhouse") -> NoReturn:
     traceback, and exit code 1."""
     from configs.errors import StillhouseError, without_controls
     from configs.secrets import without_secrets
-    from launch.border import system_errors, tell_defect
+    from launch.process import system_errors, tell_defect
     from trainer.errors import Preempted
 
     sys.excepthook = tell_defect
@@ -123,7 +130,7 @@ def train(
     A job that was submitted notes in `ending` how the command ended, for `stillhouse status`.
     """
     from configs.errors import StillhouseError
-    from launch.border import system_errors
+    from launch.process import system_errors
 
     try:
         with system_errors():
@@ -155,34 +162,19 @@ def submit(
     follow: Annotated[
         bool, typer.Option("--follow", help="Print its output until it ends, and return its exit code.")
     ] = False,
-    shared: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--shared", metavar="FOLDER", help="Every node sees it at the same path: rows in it are not uploaded."
-        ),
-    ] = None,
-    max_upload: Annotated[
-        float, typer.Option("--max-upload", metavar="MIB", min=0, help="Refuse to send more than this.")
-    ] = 100,
+    shared: Shared = None,
+    max_upload: MaxUpload = 100,
 ) -> None:
     """Send a run to a cluster, a scheduler or the background, with the code and the rows that lie here.
 
     Nothing needs to be installed there but the packages that Stillhouse uses. The same command again resumes the run.
     """
+    from launch.submit import Destination
     from launch.submit import submit as send
 
+    place, max_bytes = Destination(kind, given or [], target_file), int(max_upload * 2**20)
     raise typer.Exit(
-        send(
-            config,
-            overrides or [],
-            kind=kind,
-            given=given or [],
-            target_file=target_file,
-            dry_run=dry_run,
-            follow=follow,
-            max_bytes=int(max_upload * 2**20),
-            shared=shared or [],
-        )
+        send(config, overrides or [], place, dry_run=dry_run, follow=follow, max_bytes=max_bytes, shared=shared or [])
     )
 
 
@@ -219,9 +211,9 @@ def stop(run: JobRun) -> None:
 @app.command("list", epilog="Examples: stillhouse list · stillhouse list --to ray --with address=http://head:8265")
 def list_(kind: OptionalKind = None, given: TargetOptions = None, target_file: TargetFile = None) -> None:
     """List the runs of this folder, or with --to all jobs of Stillhouse that a scheduler knows."""
-    from launch.submit import list_jobs
+    from launch.submit import Destination, list_jobs
 
-    raise typer.Exit(list_jobs(kind, given or [], target_file))
+    raise typer.Exit(list_jobs(None if kind is None else Destination(kind, given or [], target_file)))
 
 
 @app.command(epilog="Example: stillhouse fetch demo --into results/demo")

@@ -19,6 +19,7 @@ import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,7 +34,9 @@ from configs.schema import Run
 from trainer.data.content import file_content, files_below, folder_content
 from trainer.data.row_files import PLACES, WHOLE_BYTES, open_raw_rows
 from trainer.errors import ConfigError
-from trainer.loop.job import Inputs
+
+if TYPE_CHECKING:
+    from trainer.loop.job import Inputs
 
 WEIGHTS = ".safetensors"
 TOKENIZER_FILES = (".json", ".jinja", ".model", ".tiktoken", ".py")

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -32,11 +32,13 @@ from launch.report.metrics import Records, read_metrics
 from launch.report.page import BEFORE_START, sample_records, write_report
 from trainer.data.readable import answer_of, readable_prompts
 from trainer.errors import InfrastructureError
-from trainer.loop.controller import Controller
 from trainer.loop.job import Job
 from trainer.records import read_parts
 from trainer.run_folder import RunFolder, write_json, write_text
 from trainer.types import Evaluation, Sequence
+
+if TYPE_CHECKING:
+    from trainer.loop.controller import Controller
 
 
 class Record:

@@ -1,9 +1,9 @@
-"""A run that gets no further ends: what everything waits for is written down, what was trained is saved, exit code 4.
+"""A run without progress is ended: what it waits for is written down, what was trained is saved, exit code 4.
 
-    RunObserver.work grows with every finished piece of work   --looked at by a thread-->   nothing for `timeout_s`:
+    RunObserver.work counts finished pieces of work   --watched by a thread-->   unchanged for `timeout_s`:
     stall.txt  ->  ask the run to stop, which saves  ->  cancel it  ->  end the process
 
-Every call of a run has its deadline, so this is for what nobody foresaw: a task that died unheard, a disk that does not
+Every call of a run has its deadline, so this is for the unexpected: a task that died silently, a disk that does not
 answer. The thread counts its own ticks, not hours: a process that was stopped, or slept with its machine, is no stall.
 """
 
@@ -26,7 +26,7 @@ from launch.stopping import StopRequest
 from trainer.errors import InfrastructureError, StillhouseError
 
 TICKS = 50  # in a timeout
-HEARD_S = 30.0  # for an event loop to take up what it is told: longer, and it is blocked
+TAKEN_UP_S = 30.0  # for an event loop to run a callback: longer, and it is blocked
 SAVE_GRACE_S = 30.0  # for a run that was asked to stop, beside what a checkpoint may take
 CLOSE_S = 180.0  # for a cancelled run to end: more than its roles may take
 WRITE_S = 10.0  # for stall.txt: the disk may be what does not answer
@@ -41,14 +41,14 @@ def stall_timeout_s(faults: Faults, *, start_timeout_s: float) -> float:
 
 
 class StallWatch:
-    """One run's: `with` it around `asyncio.run`, and `over` inside. What keeps the loop when the run is over, threads
-    that wait for a dead file server for example, has as long as a run that was cancelled."""
+    """Watches one run: `with` it around `asyncio.run`, and `over` inside. What delays the loop's end after the run,
+    such as threads that wait for a dead file server, has as much time as a run that was cancelled."""
 
     def __init__(
         self, observer: RunObserver, *, timeout_s: float, save_s: float, file: Path, ended: Callable[[int, str], None]
     ) -> None:
-        """`save_s`: how long a checkpoint may take. `ended(code, reason)` notes how the run ended where the process
-        has to be ended from here."""
+        """`save_s`: how long a checkpoint may take. `ended(code, reason)` records the end of a run whose process is
+        ended from here."""
         self._observer = observer
         self._timeout_s = timeout_s
         self._save_s = save_s
@@ -56,8 +56,8 @@ class StallWatch:
         self._ended = ended
         self._over = threading.Event()
         self._gone = threading.Event()
-        self._heard = threading.Event()
-        self.reason: str | None = None  # what is said once it has come to that
+        self._taken_up = threading.Event()
+        self.reason: str | None = None  # why the run was ended here
 
     def __enter__(self) -> StallWatch:
         return self
@@ -70,7 +70,7 @@ class StallWatch:
         """Inside, the current task is watched; a stall ends it with `InfrastructureError`."""
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None
-        threading.Thread(target=self._look, args=(loop, task, stop), daemon=True, name="stall-watch").start()
+        threading.Thread(target=self._watch, args=(loop, task, stop), daemon=True, name="stall-watch").start()
         try:
             yield
         except (StillhouseError, asyncio.CancelledError) as error:
@@ -80,7 +80,7 @@ class StallWatch:
         finally:
             self._over.set()
 
-    def _look(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], stop: StopRequest) -> None:
+    def _watch(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], stop: StopRequest) -> None:
         if self._stalls():
             self._end_run(loop, task, stop)
         if not self._over.is_set() or not self._gone.wait(CLOSE_S):
@@ -96,15 +96,15 @@ class StallWatch:
             print(text, file=sys.stderr, flush=True)
 
         def ask() -> None:
-            self._heard.set()
+            self._taken_up.set()
             stop.ask("a stall")
 
-        if self._told(loop, ask) and not self._over.wait(self._save_s):
-            self._told(loop, task.cancel)
+        if self._run_in(loop, ask) and not self._over.wait(self._save_s):
+            self._run_in(loop, task.cancel)
             self._over.wait(CLOSE_S)
 
     def _stalls(self) -> bool:
-        """Waits until nothing has happened for as long as allowed, and is True; False when the run is over."""
+        """True once nothing has happened for as long as allowed, False when the run is over."""
         tick_s, seen, idle = self._timeout_s / TICKS, self._observer.work, 0
         while not self._over.wait(tick_s):
             idle = idle + 1 if self._observer.work == seen else 0
@@ -113,16 +113,16 @@ class StallWatch:
                 return True
         return False
 
-    def _told(self, loop: asyncio.AbstractEventLoop, what: Callable[[], object]) -> bool:
-        """Whether the loop has taken it up."""
+    def _run_in(self, loop: asyncio.AbstractEventLoop, what: Callable[[], object]) -> bool:
+        """Whether the loop has run it."""
         try:
             loop.call_soon_threadsafe(what)
         except RuntimeError:  # it is closed
             return False
-        return self._heard.wait(HEARD_S)
+        return self._taken_up.wait(TAKEN_UP_S)
 
     def _end_process(self) -> None:
-        """The way out where the run's own thread does not come back: Ray, or the guard, ends what it has started."""
+        """For a main thread that does not return: Ray, or the guard process, ends what it has started."""
         code = InfrastructureError.exit_code
         reason = self.reason or f"the run was over, and threads of its process did not end within {CLOSE_S:.0f} s"
         print(f"error: {reason}. The process is ended from outside of its loop", file=sys.stderr, flush=True)

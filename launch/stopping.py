@@ -1,4 +1,4 @@
-"""How a run is asked to stop, by signals and by notices, and what becomes of it.
+"""How a run is asked to stop, by signals and by preemption notices, and what follows.
 
 while steps are trained    the step ends, a checkpoint is saved, exit 75
 at any other time          nothing would be saved that is not, so it ends at once: exit 75, or 130 for Ctrl-C
@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
+from launch.process import leave_dead_terminal
 from launch.report.observer import RunObserver
-from launch.terminal import leave_dead_terminal
 from trainer.errors import Preempted
 
 SCHEDULED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -35,7 +35,7 @@ def preemptible() -> Iterator[None]:
             f"stopped by {signal.Signals(number).name} while no step was trained; run the same command again to go on"
         )
 
-    before = {number: signal.signal(number, stop) for number in heard(SCHEDULED)}
+    before = {number: signal.signal(number, stop) for number in handled(SCHEDULED)}
     try:
         yield
     finally:
@@ -43,10 +43,10 @@ def preemptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def heard(signals: Sequence[signal.Signals]) -> list[signal.Signals]:
-    """Without SIGHUP where it was ignored when the process began: `nohup` means that the run outlives its terminal."""
-    deaf = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [number for number in signals if not (deaf and number == signal.SIGHUP)]
+def handled(signals: Sequence[signal.Signals]) -> list[signal.Signals]:
+    """Without SIGHUP where the process was started with it ignored: under `nohup` a run outlives its terminal."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in signals if not (ignored and number == signal.SIGHUP)]
 
 
 class StopRequest:
@@ -63,10 +63,10 @@ class StopRequest:
 
     @contextlib.contextmanager
     def on_signals(self, *, can_wait: Callable[[], bool]) -> Iterator[None]:
-        """Inside, signals ask the current task to stop. `can_wait()`: it looks at `requested` by itself now."""
+        """Inside, signals ask the current task to stop. `can_wait()`: whether it checks `requested` by itself now."""
         loop = asyncio.get_running_loop()
         self._task, self._can_wait = asyncio.current_task(), can_wait
-        before = {number: signal.getsignal(number) for number in heard(SIGNALS)}
+        before = {number: signal.getsignal(number) for number in handled(SIGNALS)}
         for number in before:
             loop.add_signal_handler(number, self.ask, number.name)
         try:
@@ -82,7 +82,7 @@ class StopRequest:
         leave_dead_terminal()
         first = self._asked.setdefault(why, time.monotonic())
         if self.requested.is_set():
-            # Schedulers send several kinds of signals, and some twice at once: only a repeated one means it.
+            # Schedulers send several kinds of signals, and some twice at once: only a later repetition counts.
             if why in SIGNAL_NAMES and time.monotonic() - first > REPEATED_S:
                 self._ended_by = signal.SIGINT.name
                 self._task.cancel()
@@ -98,19 +98,19 @@ class StopRequest:
     def watch(self, notices: Coroutine[Any, Any, None]) -> None:
         """Run something that will call `ask` beside the run; `leave` ends it."""
         self._watcher = asyncio.create_task(notices)
-        self._watcher.add_done_callback(self._told_if_failed)
+        self._watcher.add_done_callback(self._note_failure)
 
-    def _told_if_failed(self, watcher: asyncio.Task[None]) -> None:
+    def _note_failure(self, watcher: asyncio.Task[None]) -> None:
         if not watcher.cancelled() and (error := watcher.exception()) is not None:
-            self._note(f"notices of nodes that will be taken away are not heard any more: {error!r}")
+            self._note(f"preemption notices of nodes are no longer watched: {error!r}")
 
     def leave(self) -> None:
-        """The run is over: what is asked now changes nothing."""
+        """The run is over: end the watcher."""
         if self._watcher is not None:
             self._watcher.cancel()
 
     def explain(self) -> None:
-        """For a cancelled run: raises `Preempted` where a scheduler asked, and nothing where a person did."""
+        """For a cancelled run: raises `Preempted` where a scheduler asked for the stop; returns where a person did."""
         if self._ended_by and self._ended_by != signal.SIGINT.name:
             raise Preempted(
                 f"stopped by {self._ended_by} while no step was trained; run the same command again to go on"

@@ -10,7 +10,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -18,7 +20,7 @@ from configs.load import load_section
 from launch import foreground
 from launch.bundle import Bundle, make_bundle
 from launch.jobs import all_records, find_record, look_up, new_job, record_folder, write_record
-from launch.targets import JobRecord, JobStatus, Shipment, load_target
+from launch.targets import JobRecord, JobStatus, Shipment, Target, load_target
 from trainer.errors import InfrastructureError, StillhouseError, without_controls
 
 INTERRUPTED = 130
@@ -32,24 +34,41 @@ COLOURS = {
     "unknown": typer.colors.MAGENTA,
 }
 
+NEXT_COMMANDS = (
+    ("logs -f", "watch it"),
+    ("status", "how far it is"),
+    ("stop", "save a checkpoint and end"),
+    ("fetch", "bring report and student here"),
+)
 STATUS_ATTEMPTS, STATUS_WAIT_S = 4, 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A target as a command line names it."""
+
+    kind: str  # --to
+    given: Sequence[str] = ()  # --with
+    file: Path | None = None  # --target-file
+
+    def load(self) -> tuple[Target, Any]:
+        """The target and its options. Raises `ConfigError` for an unknown kind, and for all wrong options at once."""
+        target, title = load_target(self.kind), f"options of --to {self.kind}"
+        return target, load_section(target.Options, self.file, self.given, title=title, option="--with")
 
 
 def submit(
     config: Path,
     overrides: Sequence[str],
+    destination: Destination,
     *,
-    kind: str,
-    given: Sequence[str] = (),
-    target_file: Path | None = None,
-    dry_run: bool = False,
-    follow: bool = False,
+    dry_run: bool,
+    follow: bool,
     max_bytes: int,
-    shared: Sequence[Path] = (),
+    shared: Sequence[Path],
 ) -> int:
     """Send a run to a target. Returns 0, or with `follow` the exit code of the run itself."""
-    target = load_target(kind)
-    options = load_section(target.Options, target_file, given, title=f"options of --to {kind}", option="--with")
+    target, options = destination.load()
     with tempfile.TemporaryDirectory(prefix="stillhouse-bundle-") as folder:
         bundle = make_bundle(
             config, list(overrides), folder=Path(folder) / "bundle", max_bytes=max_bytes, shared=shared
@@ -59,21 +78,16 @@ def submit(
         for warning in shipment.warnings:
             _warn(warning)
         if dry_run:
-            typer.echo(describe(bundle, shipment, kind=kind, job=job))
+            typer.echo(describe(bundle, shipment, kind=destination.kind, job=job))
             return 0
         record = target.submit(bundle, shipment, options, job)
     write_record(record)
-    typer.echo(f"submitted {record.job} to {kind} ({bundle.num_bytes / 2**20:.1f} MiB sent)")
+    typer.echo(f"submitted {record.job} to {record.kind} ({bundle.num_bytes / 2**20:.1f} MiB sent)")
     for line in left_out_lines(bundle):
         typer.echo(line)
     if follow:
         return follow_job(record)
-    for command, purpose in (
-        ("logs -f", "watch it"),
-        ("status", "how far it is"),
-        ("stop", "save a checkpoint and end"),
-        ("fetch", "bring report and student here"),
-    ):
+    for command, purpose in NEXT_COMMANDS:
         typer.echo(f"  stillhouse {command} {record.name:<20}  {purpose}")
     return 0
 
@@ -115,19 +129,20 @@ def stop(run: str) -> int:
     return 0
 
 
-def list_jobs(kind: str | None, given: Sequence[str], target_file: Path | None) -> int:
-    """Print one line a job: of a scheduler, or without `kind` of every run submitted from or made in this folder."""
-    if kind is not None:
-        target = load_target(kind)
-        title = f"options of --to {kind}"
-        options = load_section(target.Options, target_file, given, title=title, option="--with")
-        found = [(kind, status) for status in target.list(options)]
+def list_jobs(destination: Destination | None = None) -> int:
+    """Print one line a job: of a scheduler, or without `destination` of every run submitted from or made in this
+    folder."""
+    if destination is not None:
+        target, options = destination.load()
+        found = [(destination.kind, status) for status in target.list(options)]
     else:
         found = [(record.kind, _status_or_reason(record)) for record in all_records(tell=_warn)]
         found += [(foreground.KIND, foreground.status_of(folder)) for folder in foreground.runs_here()]
     found.sort(key=lambda line: -(line[1].submitted or 0))
     if not found:
-        typer.echo("no jobs" if kind else "no runs in runs/, and none submitted from here; of a scheduler: --to KIND")
+        typer.echo(
+            "no jobs" if destination else "no runs in runs/, and none submitted from here; of a scheduler: --to KIND"
+        )
     for of_kind, status in found:
         typer.secho(f"{status.state:<10}", fg=COLOURS[status.state], nl=False)
         steps = f"{status.step}/{status.steps}" if status.step is not None else ""

@@ -25,12 +25,20 @@ from typing import Annotated, Any
 
 from filelock import FileLock, Timeout
 from pydantic import Field
+from typing_extensions import TypedDict
 
 from trainer.errors import ConfigError
 from trainer.records import Moment, read_record
 from trainer.records import append_lines as append_lines
 from trainer.records import read_json as read_json
 from trainer.records import read_lines as read_lines
+
+
+class Turn(TypedDict):
+    """Of a prompt in generations.json; role "" where the row is no conversation."""
+
+    role: str
+    content: str
 
 
 @dataclass(frozen=True, slots=True)

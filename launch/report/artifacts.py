@@ -12,9 +12,8 @@ from typing import Any
 from pydantic import ConfigDict, NonNegativeInt
 from typing_extensions import TypedDict
 
-from trainer.data.readable import Turn
 from trainer.records import Moment, ignore, read_parts
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, Turn
 
 Tell = Callable[[str], None]
 

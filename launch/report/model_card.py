@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.losses import Term
 from configs.prompts import Dataset
@@ -21,6 +20,7 @@ from configs.rules import prompts_by_place, teachers_by_place
 from configs.schema import Run
 from configs.stations import Choice
 from configs.tasks import ResolvedTask
+from launch import templates
 from launch.report.metrics import NOTICEABLE_PADDING, Records
 from launch.report.numbers import fixed, share
 
@@ -61,32 +61,21 @@ def model_card(
     teachers = teachers_by_place(run)
     own = {place: teacher.model.licence for place, teacher in teachers.items()}
     known = {"student": run.student.model.licence, **own, **(licences or {})}
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # Markdown; every text passes the `cell` filter
-    )
-    environment.filters["cell"] = _cell
-    return environment.get_template("model_card.jinja").render(
+    return templates.render(
+        Path(__file__).with_name("model_card.jinja"),
+        {"cell": _cell},
         front=_front_matter(run, known["student"], records, adapter=adapter),
         run=run,
         adapter=adapter,
         base=public_name(run.student.model.path),
+        base_licence=known["student"] or NOT_STATED,
         teacher=", ".join(public_name(one.model.path) for one in teachers.values()) or "none: hard labels",
         teachers=[
-            (
-                "teacher" if run.teacher else f"teacher {one.name}",
-                public_name(one.model.path),
-                one.model.revision,
-                known[place] or NOT_STATED,
-            )
+            (f"teacher {one.name}" if run.teachers else "teacher", one.model, known[place] or NOT_STATED)
             for place, one in teachers.items()
         ],
-        datasets=[(d, public_name(d.path)) for d in _datasets(run)],
-        base_licence=known["student"] or NOT_STATED,
+        datasets=_datasets(run),
+        public_name=public_name,
         quality=_quality(records),
         evaluated=records.evaluations[-1] if records.evaluations else None,
         settings=_settings(run, manifest, records, stored_dtype=stored_dtype),
@@ -95,9 +84,10 @@ def model_card(
     )
 
 
-def _datasets(run: Run) -> list[Dataset]:
-    held_out = [] if run.data.evaluation is None else [run.data.evaluation]
-    return [*prompts_by_place(run).values(), *held_out]
+def _datasets(run: Run) -> list[tuple[str, Dataset]]:
+    """(what for, dataset)."""
+    held_out = [] if run.data.evaluation is None else [("held out", run.data.evaluation)]
+    return [*(("training", dataset) for dataset in prompts_by_place(run).values()), *held_out]
 
 
 def public_name(path: str) -> str:
@@ -124,7 +114,7 @@ def _front_matter(run: Run, licence: str | None, records: Records, *, adapter: b
     if licence is not None:
         known = licence.lower() in _HUB_LICENCES.split()
         card.license, card.license_name = (licence.lower(), None) if known else ("other", licence)
-    datasets = [d.path for d in _datasets(run) if is_hub_name(d.path)]
+    datasets = [dataset.path for _, dataset in _datasets(run) if is_hub_name(dataset.path)]
     card.datasets = list(dict.fromkeys(datasets)) or None
     return card.to_yaml()
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from configs.document import read_document
+from launch import templates
 from launch.report.artifacts import Tell, read_manifest
 from launch.report.charts import charts
 from launch.report.metrics import NOTICEABLE_PADDING, TOKENS_PER_S, Records, read_metrics
@@ -77,11 +77,10 @@ def render(folder: RunFolder) -> str:
     status = _status(folder, config, manifest, records, tell=damage.append)
     shares = wait_shares(spans)
     script = (_HERE / "page.js").read_text(encoding="utf-8")
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"percent": percent, "nats": lambda value: "-" if value is None else compact(value)}
-    return environment.get_template("page.jinja").render(
+    return templates.render(
+        _HERE / "page.jinja",
+        {"percent": percent, "nats": lambda value: "-" if value is None else compact(value)},
+        html=True,
         title=config.get("name") or folder.path.name,
         subtitle=_subtitle(config),
         status=status,

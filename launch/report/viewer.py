@@ -25,9 +25,8 @@ import numpy as np
 
 from launch.report import artifacts
 from launch.report.artifacts import Tell
-from trainer.data.readable import Turn
 from trainer.records import ignore
-from trainer.run_folder import RunFolder, plain
+from trainer.run_folder import RunFolder, Turn, plain
 from trainer.types import SampleTokens
 
 

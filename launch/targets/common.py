@@ -12,18 +12,23 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import jinja2
 from pydantic import Field, field_validator
 
 from cluster.lifecycle.ray_session import RAY_SETTINGS
 from configs.refusal import refusal
-from configs.schema import Run
 from configs.section import Section
-from launch.bundle import COMMAND, Bundle
+from launch import templates
 from launch.jobs import ending_file
 from trainer.errors import ConfigError, InfrastructureError
+
+if TYPE_CHECKING:
+    from configs.schema import Run
+    from launch.bundle import Bundle
+
+COMMAND = ("-m", "launch", "train", "run.yaml")
+"""What a job executes with its Python, in the bundle's folder."""
 
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 COMMAND_TIMEOUT_S = 60
@@ -91,17 +96,7 @@ def note_of_paths_outside(run: Run, mount: str) -> str:
 
 def render(template: str, **values: Any) -> str:
     """A template beside this file, with two filters: `sh` quotes a text for a shell, `yaml` writes a value as YAML."""
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        comment_start_string="{##",  # bash writes ${#list[@]}
-        comment_end_string="##}",
-    )
-    environment.filters |= {"sh": shlex.quote, "yaml": _yaml}
-    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
-    return environment.from_string(text).render(**values)
+    return templates.render(Path(__file__).with_name(template), {"sh": shlex.quote, "yaml": _yaml}, **values)
 
 
 def _yaml(value: Any) -> str:

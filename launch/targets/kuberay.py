@@ -21,15 +21,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from launch.bundle import Bundle
 from launch.jobs import copy_results, run_status, visible_folder, waited_too_long
 from launch.targets import OVER, JobRecord, JobStatus, Shipment, State, common, options_of, state_of
 from launch.targets import kuberay_manifests as manifests
-from launch.targets.kuberay_options import Options
-from launch.targets.kuberay_room import check_room
+from launch.targets.kuberay_capacity import check_capacity
+from launch.targets.kuberay_manifests import Options
 from trainer.errors import ConfigError, InfrastructureError, Preempted, foreign_errors
+
+if TYPE_CHECKING:
+    from launch.bundle import Bundle
 
 POLL_S = 2.0
 STOP_MARGIN_S = 120
@@ -51,7 +53,7 @@ class Target:
             lines = [f"  --with {name}=...: {Options.model_fields[name].description}" for name in missing]
             raise ConfigError("\n".join(["--to kuberay needs", *lines]))
         common.refuse_in_process(bundle.run, "kuberay")
-        check_room(bundle.run, options)
+        check_capacity(bundle.run, options)
         texts = manifests.texts(bundle.run, options, job)
         size = len(manifests.archive(bundle, texts, with_code=options.code == "configmap")) / 2**10
         note = (

@@ -13,17 +13,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from pydantic import PositiveInt
 
 from configs.section import Section
-from launch.bundle import Bundle
 from launch.jobs import all_records, copy_results, record_folder, run_status, waited_too_long
 from launch.targets import JobRecord, JobStatus, Shipment, options_of, state_of
 from launch.targets.common import follow_file, train_command, wait_until, write_files
 from trainer.errors import ConfigError
 from trainer.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from launch.bundle import Bundle
 
 OUTPUT, EXIT_CODE, STOP_ASKED = "output.log", "exit_code", "stop_asked"
 

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from launch.bundle import Bundle
 from launch.jobs import (
     METRICS_LINES,
     copy_results,
@@ -38,6 +37,7 @@ from launch.targets.common import NotFound, Unreachable, WithEnvironment, is_loo
 from trainer.errors import ConfigError, InfrastructureError, Preempted, foreign_errors
 
 if TYPE_CHECKING:
+    from launch.bundle import Bundle
     from launch.targets.ray_client import Client, JobDetails
 
 STATES: dict[str, State] = {
@@ -80,9 +80,8 @@ class Target:
     def prepare(self, bundle: Bundle, options: Options, job: str) -> Shipment:
         folder = str(bundle.run.folder)
         command = (options.python, *train_command(bundle.run, job))
-        seen = f'"$(dirname "$(readlink /proc/$$/fd/1)")"/{_link(job)}'  # the output lies in the log folder
         request = {
-            "entrypoint": f"ln -sfn {shlex.quote(folder)} {seen}; exec {shlex.join(command)}",
+            "entrypoint": f"{linking_command(folder, job)}; exec {shlex.join(command)}",
             "submission_id": job,
             "metadata": {"stillhouse": "train", "name": bundle.run.name, "folder": folder, "build": bundle.build},
             "runtime_env": {
@@ -196,7 +195,7 @@ class Target:
             node_id = None
         if node_id is not None and node_id not in client.living_nodes():
             node_id = None  # the folder may be shared with the head
-        fetch_results(client, record.folder, destination, python=options.python, node_id=node_id)
+        fetch_results(client, record, destination, python=options.python, node_id=node_id)
 
 
 def _warnings(options: Options) -> tuple[str, ...]:
@@ -215,9 +214,14 @@ def _client(options: Options) -> Client:
     return Client(options.address, token_path=options.token_path)
 
 
-def _link(job: str) -> str:
+def run_folder_link(job: str) -> str:
     """What the job's run folder is called in the log folder of the driver's node, whose files Ray serves."""
     return f"stillhouse-{job}"
+
+
+def linking_command(folder: str, job: str) -> str:
+    """For the shell of an entrypoint: make that link. Its own output lies in the log folder."""
+    return f'ln -sfn {shlex.quote(folder)} "$(dirname "$(readlink /proc/$$/fd/1)")"/{run_folder_link(job)}'
 
 
 def _jobs(client: Client) -> list[JobDetails]:
@@ -266,7 +270,9 @@ def _fetch_run_status(client: Client, record: JobRecord, known: JobDetails) -> R
         with contextlib.suppress(Unreachable):  # busy: what the cluster says of the job is known
             for name, lines in wanted.items():
                 with contextlib.suppress(InfrastructureError):  # not written yet, or the node is gone
-                    content = client.log_text(known.driver_node_id, f"{_link(record.job)}/{name}", lines=lines)
+                    content = client.log_text(
+                        known.driver_node_id, f"{run_folder_link(record.job)}/{name}", lines=lines
+                    )
                     Path(place, name).write_bytes(content)
         return run_status(Path(place), record.job)
 

@@ -14,15 +14,17 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from configs.refusal import refusal
-from launch.bundle import COMMAND, Bundle
 from launch.targets import JobRecord, JobStatus, Shipment, common, options_of
-from launch.targets.common import Line, Python, Variable, WithEnvironment
+from launch.targets.common import COMMAND, Line, Python, Variable, WithEnvironment
 from trainer.errors import ConfigError, InfrastructureError, Preempted
+
+if TYPE_CHECKING:
+    from launch.bundle import Bundle
 
 TASK = "task.yaml"
 TOKEN = "STILLHOUSE_RAY_TOKEN"

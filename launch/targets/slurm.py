@@ -16,14 +16,16 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launch.bundle import Bundle
 from launch.jobs import copy_results, run_status, waited_too_long
 from launch.targets import OVER, JobRecord, JobStatus, Shipment, State, state_of
 from launch.targets.common import follow_file, missing_command, refuse_in_process, run_command, wait_until, write_files
-from launch.targets.slurm_options import Options
-from launch.targets.slurm_script import MARK, render, submission_folder
+from launch.targets.slurm_script import MARK, Options, render, submission_folder
 from trainer.errors import ConfigError, InfrastructureError
+
+if TYPE_CHECKING:
+    from launch.bundle import Bundle
 
 SCRIPT, LOG, STOP_ASKED = "job.sbatch", "job.log", "stop_asked"
 

@@ -98,7 +98,7 @@ def read_damaged(whole: Path, here: Path, seed: int) -> None:
     damage_files(folder.path, Damage(seed))
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         assert write_report(folder).read_text().endswith("</html>")
-        assert list_jobs(None, (), None) == 0
+        assert list_jobs() == 0
         assert status_of(folder).state
         counted(read_metrics(folder))
     quarantine = Quarantine(folder.rejected)

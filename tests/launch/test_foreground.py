@@ -45,7 +45,7 @@ def test_a_run_that_works_is_running_with_its_step_and_process(
             f"running, step 12 of 400: pid {os.getpid()} (here), run folder runs/small\n",
         )
         assert said(str(folder.path), capsys)[1].startswith("running")
-        submit.list_jobs(None, [], None)
+        submit.list_jobs()
     line = capsys.readouterr().out
     assert line.split()[:2] == ["running", "here"]
     assert "small" in line
@@ -97,7 +97,7 @@ def test_a_run_of_another_machine_is_not_called_running_or_dead(folder: RunFolde
 def test_broken_records_end_no_listing(folder: RunFolder, capsys: pytest.CaptureFixture[str], damage: str) -> None:
     for file in (folder.lock_owner, folder.exit, folder.manifest):
         file.write_text(damage)
-    assert submit.list_jobs(None, [], None) == 0
+    assert submit.list_jobs() == 0
     assert "small" in capsys.readouterr().out
 
 

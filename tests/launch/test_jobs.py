@@ -46,7 +46,7 @@ def test_a_damaged_record_is_told_and_the_others_are_listed(
     assert [record.name for record in all_records(tell=told.append)] == ["good"]
     assert len(told) == 1
     assert told[0].startswith("runs/bad/submission.json")
-    assert list_jobs(None, (), None) == 0
+    assert list_jobs() == 0
     shown = capsys.readouterr()
     assert "good-1" in shown.out
     assert shown.err.startswith("warning: runs/bad/submission.json")
@@ -67,7 +67,7 @@ def test_a_record_that_names_no_process_or_foreign_options_is_one_message(here: 
     else:
         with pytest.raises(ConfigError, match="the record of good-1 names no process"):
             target.status(record)
-    assert list_jobs(None, (), None) == 0
+    assert list_jobs() == 0
 
 
 @pytest.mark.parametrize("text", ["[]", '{"code": "0", "time": 9e9}', '{"code": 0, "time": NaN}', "{", '{"time": 9e9}'])

@@ -124,7 +124,7 @@ from launch import stall
 from test_stall import Watch
 from launch.stopping import StopRequest
 
-stall.HEARD_S = stall.CLOSE_S = 1.0
+stall.TAKEN_UP_S = stall.CLOSE_S = 1.0
 folder = Path(sys.argv[2])
 
 def blocks_the_loop():

@@ -23,10 +23,10 @@ from ruamel.yaml import YAML
 
 from configs.load import load_run
 from launch import submit
-from launch.border import ProcessEnd
 from launch.bundle import Bundle
 from launch.cli import main
 from launch.jobs import write_record
+from launch.process import ProcessEnd
 from launch.targets import local, ray, ray_client
 from trainer.run_folder import RunFolder
 

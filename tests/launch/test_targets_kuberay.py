@@ -22,8 +22,8 @@ from configs.paths import ROOT
 from launch.bundle import Bundle, BundleFile, make_bundle
 from launch.jobs import ending_file, note_ending
 from launch.targets import load_target, options_of
+from launch.targets.kuberay_capacity import check_capacity
 from launch.targets.kuberay_manifests import archive, config_map, object_name
-from launch.targets.kuberay_room import check_room
 from trainer.errors import ConfigError, InfrastructureError
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="extra dev: kubernetes-validate")
@@ -229,7 +229,7 @@ def test_a_group_that_is_too_small_is_refused_before_anything_is_sent(bundle: Bu
         load_target("kuberay").prepare(bundle, options("students.gpus=1"), JOB)
 
 
-ROOMS = [
+CAPACITIES = [
     # given to the run, pods, what is said, the words of the advice
     (
         ("teacher.scorer.tensor_parallel_size=8",),
@@ -268,14 +268,14 @@ ROOMS = [
 ]
 
 
-@pytest.mark.parametrize(("given", "pods", "said", "advice"), ROOMS)
+@pytest.mark.parametrize(("given", "pods", "said", "advice"), CAPACITIES)
 def test_advice_on_pods_is_one_that_helps(given: tuple[str, ...], pods: str, said: str, advice: str) -> None:
     run = load_run(ROOT / "configs" / "demo.yaml", ["folder=/shared/runs/demo", *given]).run
-    room = ["teachers.gpus=8", "teachers.cpus=99", "students.gpus=8", "students.cpus=99", *pods.split()]
+    given_pods = ["teachers.gpus=8", "teachers.cpus=99", "students.gpus=8", "students.cpus=99", *pods.split()]
     with pytest.raises(ConfigError, match=said) as refused:
-        check_room(run, options(*room))
+        check_capacity(run, options(*given_pods))
     assert f"--with {advice}" in str(refused.value)
-    check_room(run, options(*room, *advice.split(" --with ")))
+    check_capacity(run, options(*given_pods, *advice.split(" --with ")))
 
 
 def test_a_run_folder_off_the_volume_is_refused_with_the_words_to_write(bundle: Bundle) -> None:

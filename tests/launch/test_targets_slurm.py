@@ -17,7 +17,7 @@ from configs.paths import ROOT
 from launch.bundle import Bundle, make_bundle
 from launch.jobs import ending_file, note_ending
 from launch.targets import JobRecord, load_target
-from launch.targets.slurm_options import limit_s
+from launch.targets.slurm_script import limit_s
 from trainer.errors import ConfigError, InfrastructureError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

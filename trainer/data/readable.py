@@ -5,23 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence as AbstractSequence
 
 import numpy as np
-from typing_extensions import TypedDict
 
 from configs.prompts import Dataset
 from trainer.data.chat import Template
 from trainer.data.row import ChatRow, CorpusRow, Row
 from trainer.data.rows import Rows
+from trainer.run_folder import Turn
 from trainer.types import Sequence
 
 TURNS_TRIED = 8
 """Answers of a conversation that may be the first one in the loss; longer given context is shown as its tokens read."""
-
-
-class Turn(TypedDict):
-    """Of a prompt; role "" where the row is no conversation."""
-
-    role: str
-    content: str
 
 
 def prompt_of(sequence: Sequence) -> np.ndarray:

@@ -98,6 +98,15 @@ def test_the_card_names_teacher_data_settings_and_quality() -> None:
         assert line in card.splitlines()
 
 
+def test_the_rows_of_every_task_are_training_data() -> None:
+    objective = [{"loss": "forward_kl"}]
+    tasks = {name: {"prompts": {"path": f"owner/{name}"}, "objective": objective} for name in ("chat", "code")}
+    fields = run().model_dump(exclude={"prompts", "objective"}, exclude_unset=True)
+    card = model_card(Run.model_validate(fields | {"tasks": tasks}), manifest={}, records=RECORDS)
+    lines = [line.split(",")[0] for line in card.splitlines() if line.startswith(("- training", "- held out"))]
+    assert lines == ["- training: owner/chat", "- training: owner/code", "- held out: held\\_out.jsonl"]
+
+
 def test_a_card_does_not_tell_where_files_lay() -> None:
     card = model_card(run(), manifest={}, records=RECORDS)
     assert "somebody" not in card

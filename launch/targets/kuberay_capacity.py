@@ -1,4 +1,4 @@
-"""Whether the pods of `--to kuberay` hold the roles of a run: asked of the placement, before anything is sent."""
+"""Whether the pods of `--to kuberay` have the capacity for the roles of a run, asked of the run's own placement."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from cluster.placement.roles import roles_of
 from cluster.placement.topology import place
 from cluster.runtime import CPU, GPU, STUDENT
 from configs.schema import Run
-from launch.targets.kuberay_options import Group, Options
+from launch.targets.kuberay_manifests import Group, Options
 from trainer.errors import ConfigError
 
 
-def check_room(run: Run, options: Options) -> None:
-    """Raises `ConfigError` where the pods of a group are too few or too small for its roles, with options that do. On
-    pods without GPUs a seat is a CPU; a process on a GPU takes a CPU as well."""
+def check_capacity(run: Run, options: Options) -> None:
+    """Raises `ConfigError` where the pods of a group are too few or too small for its roles, with options that suffice.
+    On pods without GPUs a process takes a CPU; on those with GPUs it takes a GPU and a CPU."""
     for name, group in (("teachers", options.teachers), ("students", options.students)):
-        anywhere = {"accelerator_type": None, "node_labels": {}}  # what pods are called is not asked here
+        anywhere = {"accelerator_type": None, "node_labels": {}}  # labels are given to the pods elsewhere
         requests = [
             replace(request, constraints=request.constraints.model_copy(update=anywhere))
             for request in roles_of(run, GPU if group.gpus else CPU)
@@ -41,11 +41,11 @@ def _refusal(name: str, group: Group, requests: Sequence[RoleRequest]) -> str:
             words = " ".join(f"--with {name}.{option}={value}" for option, value in new.items())
             smaller = ", a smaller tensor_parallel_size" if largest > 1 else ""
             return f"{text}{words}{smaller}, or lower replicas or ranks of the run"
-    return f"{text}another placement: no such pods seat them as it is"
+    return f"{text}another placement: no number or size of pods fits this one"
 
 
 def _changes(group: Group, requests: Sequence[RoleRequest], needed: int) -> Iterator[dict[str, int]]:
-    """What may help, the least first: CPUs beside the GPUs that are there, more pods, larger ones."""
+    """Candidates, smallest change first: more CPUs beside the GPUs, more pods, larger pods."""
     if group.gpus:
         yield from ({"cpus": cpus} for cpus in range(group.cpus + 1, needed + 1))
     most = max(needed, *(request.constraints.nodes or 1 for request in requests))

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.border import DEFECT, DISK_ERRORS, PATH_ERRORS, system_errors
 from launch.cli import app, run_app
+from launch.process import DEFECT, DISK_ERRORS, PATH_ERRORS, system_errors
 from trainer.errors import ConfigError, InfrastructureError
 
 LONG = "x" * 300
@@ -137,7 +137,7 @@ print("said")
 def test_a_thread_that_is_inside_native_code_does_not_change_the_exit_code() -> None:
     for code in (0, 5):
         mended = BUSY_THREAD.format(
-            before="from launch.border import ProcessEnd\nend = ProcessEnd()",
+            before="from launch.process import ProcessEnd\nend = ProcessEnd()",
             end=f"with end.noted(): sys.exit({code})",
         )
         for _ in range(3):
@@ -147,7 +147,7 @@ def test_a_thread_that_is_inside_native_code_does_not_change_the_exit_code() -> 
 
 def test_without_a_code_python_ends_the_process_and_exit_handlers_run_before() -> None:
     before = (
-        "import atexit, sys\nfrom launch.border import ProcessEnd\nend = ProcessEnd()\natexit.register(print, 'bye')\n"
+        "import atexit, sys\nfrom launch.process import ProcessEnd\nend = ProcessEnd()\natexit.register(print, 'bye')\n"
     )
     assert [python(before + f"with end.noted(): {last}").returncode for last in ("sys.exit('x')", "1 / 0")] == [1, 1]
     done = python(before + "with end.noted(): sys.exit()")

@@ -1,7 +1,6 @@
-"""The border between the command and the system it runs on: its streams, the errors of files, and errors nobody
-foresaw.
+"""The process of a command: its standard streams, errors of the operating system, unexpected exceptions, and its exit.
 
-A file of its own because every command needs it, before anything heavy is imported.
+Every command needs this before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 from configs.errors import ConfigError, StillhouseError
@@ -25,39 +24,51 @@ PATH_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.ENXIO, errno.ENODEV, errno.EXDEV),
 )
 DEFECT = (
-    "error: nobody foresaw this. It is a defect of Stillhouse or of a plug-in: please report it with the lines above"
+    "error: this was not expected. It is a defect of Stillhouse or of a plug-in: please report it with the lines above"
 )
 
 
-class PatientText(io.TextIOWrapper):
-    """A standard stream whose reader may leave (`| head`, a terminal that hangs up): what is written afterwards goes
-    nowhere, and a run goes on."""
+class StandardStream(io.TextIOWrapper):
+    """stdout or stderr whose reader may leave (`| head`, a terminal that hangs up): later output is discarded, and a
+    run goes on."""
 
     def write(self, text: str) -> int:
         try:
             return super().write(text)
         except OSError as error:
-            self._go_nowhere(error)
+            self._discard(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             super().flush()
         except OSError as error:
-            self._go_nowhere(error)
+            self._discard(error)
 
-    def _go_nowhere(self, error: OSError) -> None:
+    def _discard(self, error: OSError) -> None:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise error
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.fileno())
-        os.close(nowhere)
+        _redirect_to_null([self.fileno()])
+
+
+_TERMINALS = tuple(number for number in (1, 2) if os.isatty(number))
+
+
+def leave_dead_terminal() -> None:
+    """Discard what is written to a terminal that is gone; it would raise OSError."""
+    _redirect_to_null([number for number in _TERMINALS if not os.isatty(number)])
+
+
+def _redirect_to_null(descriptors: Sequence[int]) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    for number in descriptors:
+        os.dup2(null, number)
+    os.close(null)
 
 
 def prepare_streams() -> None:
-    """Streams that take every text, whoever reads them: a character that the terminal's encoding lacks is written as
-    its number; a stream that is closed is opened to nowhere, or the next file would get its number, and what is
-    printed."""
+    """Make stdout and stderr take every text: a character that the terminal's encoding lacks is written as its number.
+    A standard stream that is closed is opened to /dev/null: the next file would get its number, and the output."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -69,15 +80,15 @@ def prepare_streams() -> None:
             stream = os.fdopen(number, "w", encoding="utf-8", closefd=False)
         if type(stream) is io.TextIOWrapper:
             options = {"encoding": stream.encoding, "line_buffering": stream.line_buffering or number == 2}
-            setattr(sys, name, PatientText(stream.detach(), errors="backslashreplace", **options))
+            setattr(sys, name, StandardStream(stream.detach(), errors="backslashreplace", **options))
 
 
 class ProcessEnd:
     """Ends the process after its exit handlers and before the interpreter is torn down.
 
     A daemon thread that is inside native code by then (a teacher that still generates for a run that has failed) would
-    be unwound through C++, which aborts the process: exit code -6 in place of the run's own. Registered before
-    everything else, so that it runs after every other exit handler; threads that are not daemons have been joined.
+    be unwound through C++, which aborts the process: exit code -6 in place of the run's own. Registered first, so that
+    it runs after every other exit handler; threads that are not daemons have been joined.
     """
 
     def __init__(self) -> None:
@@ -101,15 +112,15 @@ class ProcessEnd:
         try:
             sys.stdout.flush()
             sys.stderr.flush()
-        except (OSError, ValueError):  # a full disk, a closed stream: Python tells, and ends with 120
+        except (OSError, ValueError):  # a full disk, a closed stream: Python reports it, and exits with 120
             return
         os._exit(self._code)
 
 
 @contextlib.contextmanager
 def system_errors() -> Iterator[None]:
-    """Inside, what the system says about a file becomes one message: `ConfigError` for a path that cannot be used,
-    `InfrastructureError` for a disk that is full or away. Anything else passes."""
+    """Inside, an OSError about a file becomes one message: `ConfigError` for a path that cannot be used,
+    `InfrastructureError` for a disk that is full or unavailable. Any other error passes."""
     from trainer.errors import InfrastructureError
 
     try:
@@ -124,7 +135,7 @@ def system_errors() -> Iterator[None]:
 
 
 def tell_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """For `sys.excepthook`: the traceback without secrets, and whose turn it is."""
+    """For `sys.excepthook`: the traceback without secrets, and that it should be reported."""
     text = "".join(traceback.format_exception(kind, error, trace))
     print(without_secrets(text, environment=os.environ), end="", file=sys.stderr)
     if not isinstance(error, StillhouseError | KeyboardInterrupt):
