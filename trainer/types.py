@@ -97,6 +97,7 @@ class Prompt:
     task: str = MAIN
     teacher: str = ""  # who is asked about it; empty where nobody is, or where there is one teacher
     alternatives: tuple[tuple[np.ndarray, np.ndarray], ...] = ()  # further answers: (token_ids, loss_mask) of each
+    weight: float = 1.0  # of its answer's rows in the row terms of the objective
 
 
 @dataclass(frozen=True, slots=True)

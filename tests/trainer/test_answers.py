@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -55,6 +55,17 @@ def test_the_teacher_writes_what_is_missing_in_the_order_of_the_prompts() -> Non
     assert [(s.id, s.author) for s in sequences] == [("b", "teacher"), ("a", "dataset"), ("c", "teacher")]
     assert sequences[0].token_ids.tolist() == [1, 2, 7, 8, 9]
     assert sequences[0].token_ids.dtype == np.int32
+
+
+def test_the_weight_of_a_row_is_that_of_its_answer_whoever_writes_it() -> None:
+    bound = teacher.AnswerSource().bind(Echo({"b": [7]}))
+    prompts = [
+        replace(ANSWERED, weight=0.25),
+        replace(prompt("b", [1]), weight=3.0),
+        prompt("a", [1, 2], [True, False]),
+    ]
+    sequences = asyncio.run(bound.collect(prompts)).sequences
+    assert [sequence.weight for sequence in sequences] == [0.25, 3.0, 1.0]
 
 
 def test_the_first_written_token_is_predicted_by_the_last_row_of_the_prompt() -> None:

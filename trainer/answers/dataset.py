@@ -48,5 +48,11 @@ def answered_by_dataset(prompt: Prompt) -> Sequence:
             f"{prompt.origin}: has no answer; answers: teacher and teacher.generator: {{}} let the teacher write it"
         )
     return Sequence(
-        prompt.id, prompt.token_ids, prompt.loss_mask, author="dataset", task=prompt.task, teacher=prompt.teacher
+        prompt.id,
+        prompt.token_ids,
+        prompt.loss_mask,
+        author="dataset",
+        task=prompt.task,
+        teacher=prompt.teacher,
+        weight=prompt.weight,
     )

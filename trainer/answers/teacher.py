@@ -87,4 +87,12 @@ def answered_by_teacher(prompt: Prompt, answer: np.ndarray) -> Sequence:
     token_ids = np.concatenate([prompt.token_ids, np.asarray(answer, dtype=np.int32)])
     loss_mask = np.zeros(len(token_ids), dtype=bool)
     loss_mask[len(prompt.token_ids) - 1 : -1] = True
-    return Sequence(prompt.id, token_ids, loss_mask, author="teacher", task=prompt.task, teacher=prompt.teacher)
+    return Sequence(
+        prompt.id,
+        token_ids,
+        loss_mask,
+        author="teacher",
+        task=prompt.task,
+        teacher=prompt.teacher,
+        weight=prompt.weight,
+    )

@@ -106,6 +106,7 @@ class PromptReader:
             task=self.asks.task,
             teacher=self._teacher(row, origin),
             alternatives=alternatives,
+            weight=1.0 if isinstance(parsed, PreferenceRow) else parsed.weight,
         )
         return prompt, truncated or any(cut for _, _, cut in others)
 

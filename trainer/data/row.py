@@ -6,6 +6,8 @@ prompt_completion  prompt, completion: both text or chat    the completion (of a
 prompt             prompt: text or chat                     nothing yet: the answer is to be written
 preference         prompt, chosen, rejected: as above       both answers, one row each
 text               text                                     every token but the first
+
+Every format but preference may have a field `weight`, which multiplies the loss of the row.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,6 +28,7 @@ from trainer.data.row_fields import (
     refuse_row_fields,
     refuse_turn_fields,
     refuse_unread_answer,
+    row_weight,
 )
 
 RowFormat = Literal["messages", "prompt_completion", "prompt", "preference", "text"]
@@ -42,6 +45,7 @@ class ChatRow:
     messages: tuple[Mapping[str, Any], ...]
     loss_from: int
     context: frozenset[int] = frozenset()
+    weight: float = 1.0
 
     @property
     def answered(self) -> bool:
@@ -55,6 +59,7 @@ class TextRow:
 
     prompt: str
     completion: str | None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,7 @@ class CorpusRow:
     """Plain text, all of it to be learnt."""
 
     text: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +141,15 @@ class _TextFields(_Fields):
 
 
 def parse_row(value: Mapping[str, Any], *, row_format: RowFormat, needs_answer: bool) -> Row:
-    """A validated row. Raises `RowProblem`."""
-    refuse_row_fields(value, chat=row_format != "text", pairs=row_format == "preference")
+    """A validated row, with its weight in the loss. Raises `RowProblem`."""
+    pairs = row_format == "preference"
+    refuse_row_fields(value, chat=row_format != "text", pairs=pairs)
+    weight = row_weight(value, pairs=pairs)
+    row = _parse_text_fields(value, row_format=row_format, needs_answer=needs_answer)
+    return row if weight == 1.0 else replace(row, weight=weight)
+
+
+def _parse_text_fields(value: Mapping[str, Any], *, row_format: RowFormat, needs_answer: bool) -> Row:
     for field in ("messages", "prompt", "completion", "chosen", "rejected", "text"):
         if isinstance(value.get(field), list) and len(value[field]) > MAX_TURNS:
             raise RowProblem(

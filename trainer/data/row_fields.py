@@ -48,7 +48,8 @@ _IN_TURNS = _ALWAYS | {
     "prefix": "an answer that begins with given text is not supported; leave such rows out",
     "partial": "an answer that begins with given text is not supported; leave such rows out",
 }
-_ROW_WEIGHTS = ("weight", "loss_weight", "loss_scale", "sample_weight")
+_OTHER_WEIGHTS = ("loss_weight", "loss_scale", "sample_weight")
+_LARGEST_WEIGHT = 1e6
 _ANSWERS = ("chosen", "response", "answer", "output")
 _OTHER_FORMATS = (
     (("conversations",), "ShareGPT's format: rename conversations to messages, from to role (human to user, gpt to "
@@ -71,13 +72,26 @@ def is_absent(value: Any) -> bool:
 def refuse_row_fields(value: Mapping[str, Any], *, chat: bool, pairs: bool = False) -> None:
     """Raises `RowProblem` for a field of a row that changes its meaning and is not honoured."""
     _refuse(value, _IN_ROWS | (_IN_CHATS if chat else {}) | ({} if pairs else _REJECTED), place="")
-    for field in _ROW_WEIGHTS:
+    for field in _OTHER_WEIGHTS:
         if value.get(field) is not None and value[field] != 1:
-            raise RowProblem(
-                f"{field}: rows cannot be weighted, here it is {value[field]!r}; remove the field or the row"
-            )
+            raise RowProblem(f"{field}: is not read, here it is {value[field]!r}; the weight of a row is named weight")
     if value.get("label") is False and "completion" in value:
         raise RowProblem("label: false marks an answer that must not be learnt; leave such rows out")
+
+
+def row_weight(value: Mapping[str, Any], *, pairs: bool) -> float:
+    """What the field `weight` of a row says; 1 where it says nothing. Raises `RowProblem`."""
+    weight = value.get("weight")
+    if weight is None or weight == 1:
+        return 1.0
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= _LARGEST_WEIGHT:
+        raise RowProblem(
+            f"weight: must be a number above 0 and up to {_LARGEST_WEIGHT:.0f}, not {ascii(weight)[:40]}; leave out rows "
+            "that are not to be learnt"
+        )
+    if pairs:
+        raise RowProblem(f"weight: a pair of answers cannot be weighted, here it is {weight!r}; remove the field")
+    return float(weight)
 
 
 def refuse_unread_answer(value: Mapping[str, Any]) -> None:

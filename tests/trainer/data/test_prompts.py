@@ -139,6 +139,11 @@ def test_an_answer_of_weight_zero_is_in_no_loss(tmp_path: Path) -> None:
         open_stream(write(tmp_path, [{"messages": [question, bad]}])).take(1)
 
 
+def test_the_weight_of_a_row_goes_with_its_prompt(tmp_path: Path) -> None:
+    stream = open_stream(write(tmp_path, [talk(0), {**talk(1), "weight": 0.5}]))
+    assert {prompt.id: prompt.weight for prompt in stream.take(2)} == {"0:0": 1.0, "0:1": 0.5}
+
+
 def test_a_prompt_holds_the_ids_the_mask_and_the_line(tmp_path: Path) -> None:
     dataset = write(tmp_path, [talk(i) for i in range(3)])
     prompt = open_stream(dataset, shuffle=False).take(3)[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -170,7 +171,14 @@ def test_an_answer_marked_as_not_to_be_learnt_is_context(tmp_path: Path, flag: s
         ({**GOOD, "functions": [{}]}, "functions: tool calls are not supported"),
         ({**GOOD, "images": ["a.png"]}, "images: only text is supported"),
         ({**GOOD, "system": "Be rude."}, "system: is not read here; write it as the first message"),
-        ({**GOOD, "weight": 0.3}, "weight: rows cannot be weighted"),
+        ({**GOOD, "weight": 0}, "weight: must be a number above 0 and up to 1000000, not 0; leave out rows"),
+        ({**GOOD, "weight": -0.5}, "weight: must be a number above 0"),
+        ({**GOOD, "weight": float("nan")}, "weight: must be a number above 0"),
+        ({**GOOD, "weight": 1e7}, "weight: must be a number above 0"),
+        ({**GOOD, "weight": "0.5"}, "weight: must be a number above 0"),
+        ({**GOOD, "weight": False}, "weight: must be a number above 0"),
+        ({**GOOD, "loss_weight": 0.3}, "loss_weight: is not read, here it is 0.3; the weight of a row is named weight"),
+        ({"prompt": "a", "chosen": " b", "rejected": " c", "weight": 0.5}, "weight: a pair of answers cannot be"),
         ({**GOOD, "chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: options of single rows"),
         ({**GOOD, "chosen": " b", "rejected": " c"}, "rejected: pairs of a better and a worse answer"),
         ({"prompt": "a", "completion": " b", "label": False}, "label: false marks an answer that must not be learnt"),
@@ -186,6 +194,14 @@ def test_a_field_that_changes_the_meaning_is_refused(tmp_path: Path, row: dict, 
     said = problem(open_rows(path), 0)
     assert said.startswith(f"{path}:1: {message}")
     said.encode()
+
+
+@pytest.mark.parametrize("row", [GOOD, {"messages": [USER, ANSWER]}, {"text": "a"}, {"prompt": "a"}])
+def test_a_row_of_any_format_may_have_a_weight(tmp_path: Path, row: dict) -> None:
+    rows = open_rows(write_lines(tmp_path / "rows.jsonl", [row, {**row, "weight": 0.3}, {**row, "weight": 2}]))
+    read = [rows.read(number, needs_answer=False) for number in range(3)]
+    assert [one.weight for one in read] == [1.0, 0.3, 2.0]
+    assert [replace(one, weight=1.0) for one in read] == [read[0]] * 3
 
 
 def test_fields_that_say_nothing_and_metadata_change_nothing(tmp_path: Path) -> None:
