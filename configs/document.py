@@ -1,32 +1,41 @@
-"""A YAML file plus `--set` overrides as plain values that remember where each of them came from.
+"""A YAML file plus `--set` overrides as plain values, and where each of them was written.
 
-A file of its own because origins are tracked here, while reading, and nowhere guessed afterwards. YAML by the 1.2 core
-rules: `1e-4` is a number, `no` is text, only plain values, no tags that construct objects, no key twice.
+YAML by the 1.2 core rules: `1e-4` is a number, `no` is text; plain values only, no tags, no key twice.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from ruamel.yaml import YAML, MappingNode, Node, ScalarNode, SequenceNode
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import YAMLError
 
 from configs.errors import ConfigError
+from configs.keys import KeyPath, dotted, tag_at
 from configs.refusal import did_you_mean
 from configs.secrets import find_secret, without_secrets
-
-KeyPath = tuple[str | int, ...]
-IsShort = Callable[[KeyPath], bool]
 
 MAX_DEPTH = 32
 MAX_VALUES = 20_000
 MAX_BYTES = 128 * 2**10
 """Of a file: YAML is read in Python, some seconds for so much."""
+
 _TAG = "tag:yaml.org,2002:"
+_SCALARS = YAML(typ="safe", pure=True).constructor
+_READ: dict[str, Callable[[ScalarNode], Any]] = {
+    "null": lambda node: None,
+    "bool": _SCALARS.construct_yaml_bool,
+    "int": _SCALARS.construct_yaml_int,
+    "float": lambda node: float(_SCALARS.construct_yaml_float(node)),
+    "str": lambda node: node.value,
+    "timestamp": lambda node: node.value,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,56 +72,76 @@ class Document:
 
 
 def read_document(
-    file: Path | None,
-    overrides: Sequence[str],
-    *,
-    short_form: IsShort = lambda path: False,
-    option: str = "--set",
+    file: Path | None, overrides: Sequence[str], *, model: type[BaseModel] | None = None, option: str = "--set"
 ) -> Document:
-    """The file, or nothing, with the overrides applied in order. Raises `ConfigError` where there is no document to
-    speak of; everything else that is wrong is in `problems`.
+    """The file, or nothing, with the overrides applied in order; `option` is how one is given. Raises `ConfigError`
+    where there is no document to speak of; everything else that is wrong is in `problems`.
 
-    Where `short_form` says so of a path, text such as `topk` is short for `{kind: topk}`: an override may add to it.
-    `option` is how an override is given.
+    Where `model` has a choice, text such as `topk` is short for `{kind: topk}`: an override may add to it.
     """
-    document = Document({}, {(): Origin(option, (0, 0))}) if file is None else _read_file(file)
+    document = Document({}, {(): Origin(option if file is None else f"{file}:1", (0, 0))})
+    if file is not None:
+        document.tree.update(_values(document, _root(file), (), partial(_origin, file)))
     for number, override in enumerate(overrides):
-        _apply(
-            document,
-            override,
-            Origin(f"{option} {_shown(without_secrets(override))}", (1, number)),
-            short_form,
-            option,
-        )
+        name, equals, text = override.partition("=")
+        parts = tuple(name.strip().split("."))
+        origin = Origin(f"{option} {show(without_secrets(override), str, longest=200)}", (1, number))
+        try:
+            if not equals or not all(parts):
+                example = ", for example --set training.steps=100" if option == "--set" else ""
+                raise ValueError(f"write {option} path.to.key=value{example}")
+            _set(document, parts, _compose(text), origin, model)
+        except ValueError as error:
+            document.problems.append(Problem(origin, parts if equals else (), None, str(error)))
     return document
 
 
-def _read_file(file: Path) -> Document:
-    text = _read_text(file)
+def dump(values: Any, stream: Any) -> None:
+    """Write plain values as YAML that `read_document` reads back."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.allow_unicode = True
+    yaml.dump(values, stream)
+
+
+def show(value: Any, form: Callable[[Any], str] = repr, *, longest: int = 60) -> str:
+    """The value as text, cut where it would drown the message."""
+    text = form(value)
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def _origin(file: Path, node: Node) -> Origin:
+    line = node.start_mark.line + 1
+    return Origin(f"{file}:{line}", (0, line))
+
+
+def _root(file: Path) -> MappingNode:
     try:
-        node = _compose(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{file}:{mark.line + 1}" if mark else str(file)
-        raise ConfigError(f"{place}: this is not YAML: {error.problem or error.context}") from None
-    except YAMLError as error:
-        raise ConfigError(f"{file}: this is not YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ConfigError(f"{file}: nested too deeply (at most {MAX_DEPTH} levels)") from None
+        node = _compose(_read_text(file), str(file))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if node is None:
         needs = "name, student, teacher, prompts and training"
         raise ConfigError(f"{file}: the file is empty; a run needs at least {needs}")
     if not isinstance(node, MappingNode):
         raise ConfigError(f"{file}:{node.start_mark.line + 1}: a configuration is a mapping, lines of `key: value`")
-    document = Document({}, {(): Origin(f"{file}:1", (0, 0))})
-    reader = _Reader(document, lambda line: Origin(f"{file}:{line}", (0, line)))
-    document.tree.update(reader.value(node, ()))
-    return document
+    return node
 
 
-def _compose(text: str) -> Node | None:
-    with warnings.catch_warnings(action="ignore"):  # a name of an anchor may be used again
-        return YAML(typ="safe", pure=True).compose(text)
+def _compose(text: str, name: str = "") -> Node | None:
+    """The text of a file as nodes, or that of an override, which has no name. Raises `ValueError` that begins with the
+    name and the number of the line."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # a name of an anchor may be used again
+            return YAML(typ="safe", pure=True).compose(text)
+    except RecursionError:
+        raise ValueError(f"{name}: nested too deeply (at most {MAX_DEPTH} levels)".removeprefix(": ")) from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        reason = getattr(error, "problem", None) or getattr(error, "context", None) or " ".join(str(error).split())
+        place = f"{name}:{mark.line + 1}" if mark and name else name
+        raise ValueError(f"{place}: this is not YAML: {reason}".removeprefix(": ")) from None
 
 
 def _read_text(file: Path) -> str:
@@ -124,169 +153,110 @@ def _read_text(file: Path) -> str:
         return text.decode("utf-8-sig")
     except FileNotFoundError:
         folder = file.parent
-        siblings = [f.name for f in folder.glob("[!.]*.y*ml")] if folder.is_dir() else []
-        hint = did_you_mean(file.name, siblings)
-        if not hint and siblings:
-            hint = f" (in {folder}: {', '.join(sorted(siblings)[:8])})"
-        where = "" if folder.is_dir() else f" (the folder {folder} does not exist either)"
-        raise ConfigError(f"{file}: there is no such file{where}{hint}") from None
+        if not folder.is_dir():
+            raise ConfigError(f"{file}: there is no such file, and no folder {folder}") from None
+        siblings = sorted(f.name for f in folder.glob("[!.]*.y*ml"))
+        others = f" (in {folder}: {', '.join(siblings[:8])})" if siblings else ""
+        raise ConfigError(f"{file}: there is no such file{did_you_mean(file.name, siblings) or others}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-class _Reader:
-    """Turns nodes into plain values, noting origins and problems in the document."""
+def _values(document: Document, node: Node, path: KeyPath, origin_of: Callable[[Node], Origin]) -> Any:
+    """The plain values of a node; their origins and problems are noted in the document."""
+    if len(document.origins) > MAX_VALUES or len(path) > MAX_DEPTH:
+        most = f"more than {MAX_VALUES} values or {MAX_DEPTH} levels (an alias that contains itself?)"
+        raise ConfigError(f"{origin_of(node).text}: {most}")
+    if isinstance(node, MappingNode) and node.tag == _TAG + "map":
+        return dict(_items(document, node, path, origin_of))
+    if isinstance(node, SequenceNode) and node.tag == _TAG + "seq":
+        document.origins.update({(*path, index): origin_of(item) for index, item in enumerate(node.value)})
+        return [_values(document, item, (*path, index), origin_of) for index, item in enumerate(node.value)]
+    try:
+        return _plain(node)
+    except ValueError as error:
+        value = show(without_secrets(node.value)) if isinstance(node, ScalarNode) else None
+        document.problems.append(Problem(origin_of(node), path, value, str(error)))
 
-    def __init__(self, document: Document, origin_of_line: Any) -> None:
-        self.document = document
-        self.origin_of_line = origin_of_line
-        self.scalars = YAML(typ="safe", pure=True).constructor
-        self.num_values = 0
 
-    def value(self, node: Node, path: KeyPath) -> Any:
-        self.num_values += 1
-        if self.num_values > MAX_VALUES or len(path) > MAX_DEPTH:
-            raise ConfigError(
-                f"{self._origin(node).text}: more than {MAX_VALUES} values or {MAX_DEPTH} levels "
-                "(an alias that contains itself?)"
-            )
-        if isinstance(node, MappingNode) and node.tag == _TAG + "map":
-            return self._mapping(node, path)
-        if isinstance(node, SequenceNode) and node.tag == _TAG + "seq":
-            return [self._noted(item, (*path, index), item) for index, item in enumerate(node.value)]
-        if isinstance(node, ScalarNode):
-            return self._scalar(node, path)
-        return self._refuse(node, path, str(node.tag), "tags are refused: write a plain value")
-
-    def _mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        first_line: dict[str, int] = {}
-        for key_node, value_node in node.value:
-            if not isinstance(key_node, ScalarNode):
-                self._refuse(key_node, path, None, "a key must be text")
-                continue
-            key = self._scalar(ScalarNode(_TAG + "str", key_node.value, key_node.start_mark), path)
-            if key in found:
-                text = f"the key '{key}' is given twice, first in line {first_line[key]}; keep one"
-                self._refuse(key_node, (*path, key), None, text)
-                continue
-            first_line[key] = key_node.start_mark.line + 1
-            found[key] = self._noted(value_node, (*path, key), key_node)
-        return found
-
-    def _noted(self, node: Node, path: KeyPath, place: Node) -> Any:
-        self.document.origins[path] = self._origin(place)
-        return self.value(node, path)
-
-    def _scalar(self, node: ScalarNode, path: KeyPath) -> Any:
-        kind = str(node.tag).removeprefix(_TAG)
+def _items(
+    document: Document, node: MappingNode, path: KeyPath, origin_of: Callable[[Node], Origin]
+) -> Iterator[tuple[str, Any]]:
+    for key_node, value in node.value:
+        place, at = origin_of(key_node), path
         try:
-            if kind == "null":
-                return None
-            if kind == "bool":
-                return self.scalars.construct_yaml_bool(node)
-            if kind == "int":
-                number = self.scalars.construct_yaml_int(node)
-                if abs(number) >= 2**63:
-                    return self._refuse(node, path, node.value, "is too large: a whole number has at most 63 bits")
-                return number
-            if kind == "float":
-                return float(self.scalars.construct_yaml_float(node))
-        except (ValueError, KeyError):
-            return self._refuse(node, path, node.value, f"cannot be read as {kind}; put it in quotes if it is text")
-        if kind not in ("str", "timestamp"):
-            return self._refuse(node, path, node.tag, f"tags such as {node.tag} are refused: write a plain value")
-        if "\0" in node.value or any("\ud800" <= letter <= "\udfff" for letter in node.value):
-            return self._refuse(node, path, node.value, "holds a character that no text has (NUL or half a surrogate)")
-        secret = find_secret(node.value)
-        if secret is not None:
-            text = (
-                f"is {secret}, and a configuration is written into the run folder, its report and the model card: take "
-                "it out, and give it as an environment variable (HF_TOKEN) or in ~/.netrc on the run's machines"
-            )
-            return self._refuse(node, path, without_secrets(node.value), text)
-        return node.value
-
-    def _refuse(self, node: Node, path: KeyPath, value: Any, text: str) -> None:
-        self.document.problems.append(Problem(self._origin(node), path, None if value is None else show(value), text))
-
-    def _origin(self, node: Node) -> Origin:
-        return self.origin_of_line(node.start_mark.line + 1)
+            if not isinstance(key_node, ScalarNode):
+                raise ValueError("a key must be text")
+            key = _plain(ScalarNode(_TAG + "str", key_node.value))
+            at = (*path, key)
+            if at in document.origins:
+                raise ValueError(f"the key '{key}' is given twice, first in {document.origins[at].text}; keep one")
+        except ValueError as error:
+            document.problems.append(Problem(place, at, None, str(error)))
+            continue
+        document.origins[at] = place
+        yield key, _values(document, value, at, origin_of)
 
 
-def _apply(
-    document: Document, override: str, origin: Origin, short_form: Callable[[KeyPath], bool], option: str
+def _plain(node: Node) -> Any:
+    """What a scalar means. Raises `ValueError` with what is wrong with it."""
+    kind = str(node.tag).removeprefix(_TAG)
+    if kind not in _READ or not isinstance(node, ScalarNode):
+        raise ValueError(f"tags such as {node.tag} are refused: write a plain value")
+    try:
+        value = _READ[kind](node)
+    except (ValueError, KeyError):
+        raise ValueError(f"cannot be read as {kind}; put it in quotes if it is text") from None
+    if kind == "int" and abs(value) >= 2**63:
+        raise ValueError("is too large: a whole number has at most 63 bits")
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)):
+        raise ValueError("holds a character that no text has (NUL or half a surrogate)")
+    secret = find_secret(value) if isinstance(value, str) else None
+    if secret is not None:
+        raise ValueError(
+            f"is {secret}, and a configuration is written into the run folder, its report and the model card: take "
+            "it out, and give it as an environment variable (HF_TOKEN) or in ~/.netrc on the run's machines"
+        )
+    return value
+
+
+def _set(
+    document: Document, parts: Sequence[str], node: Node | None, origin: Origin, model: type[BaseModel] | None
 ) -> None:
-    """Set one path. What cannot be set is a problem of the document."""
-    name, equals, text = override.partition("=")
-    parts = name.strip().split(".")
+    """Set one path. Raises `ValueError` where there is no such place."""
     holder: Any = document.tree
     path: KeyPath = ()
-
-    def refuse(reason: str) -> None:
-        document.problems.append(Problem(origin, tuple(parts) if equals else (), None, reason))
-
-    if not equals or not all(parts):
-        example = ", for example --set training.steps=100" if option == "--set" else ""
-        return refuse(f"write {option} path.to.key=value{example}")
-    try:
-        node = _compose(text)
-    except MarkedYAMLError as error:
-        return refuse(f"the value is not YAML: {error.problem or error.context}")
-    except (YAMLError, RecursionError):
-        return refuse("the value is not YAML")
-    for position, part in enumerate(parts):
-        key = _key(holder, part)
-        if key is None:
-            return refuse(_no_place(path, holder, part))
-        path = (*path, key)
-        if position == len(parts) - 1:
+    for part, following in zip(parts, (*parts[1:], None), strict=True):
+        path = (*path, _key(holder, part, path))
+        if following is None:
             break
-        if isinstance(holder, dict) and holder.get(key) is None:
-            if parts[position + 1].isdecimal():
-                return refuse(f"{dotted(path)} is not given in the file, so it has no item to change: set it whole")
-            holder[key] = {}
+        given = holder.get(part) if isinstance(holder, dict) else holder[path[-1]]
+        tag = tag_at(path, model, document.tree) if isinstance(given, str) and model is not None else None
+        if given is None and isinstance(holder, dict):
+            if following.isdecimal():
+                raise ValueError(f"{dotted(path)} is not given in the file, so it has no item to change: set it whole")
+            holder[part] = {}
             document.origins[path] = origin
-        elif isinstance(holder[key], str) and short_form(path):
-            holder[key] = {"kind": holder[key]}
-            document.origins[*path, "kind"] = document.origins[path]
-        holder = holder[key]
+        elif tag is not None:
+            holder[path[-1]] = {tag: given}
+            document.origins[*path, tag] = document.origins[path]
+        holder = holder[path[-1]]
     for inside in [known for known in document.origins if known[: len(path)] == path]:
         del document.origins[inside]
     document.origins[path] = origin
-    holder[path[-1]] = None if node is None else _Reader(document, lambda line: origin).value(node, path)
-    return None
+    holder[path[-1]] = None if node is None else _values(document, node, path, lambda _: origin)
 
 
-def _key(holder: Any, part: str) -> str | int | None:
+def _key(holder: Any, part: str, path: KeyPath) -> str | int:
     if isinstance(holder, dict):
         return part
-    if isinstance(holder, list) and part.isdecimal() and int(part) < len(holder):
-        return int(part)
-    return None
-
-
-def _no_place(path: KeyPath, holder: Any, part: str) -> str:
     where = dotted(path)
-    if isinstance(holder, list):
-        return (
-            f"{where} is a list of {len(holder)}: use 0 to {len(holder) - 1} in place of '{part}', or set {where} whole"
-        )
-    return f"{where} is {show(holder)}, which holds no '{part}'; set {where} whole, for example {where}={{{part}: ...}}"
-
-
-def dotted(path: KeyPath) -> str:
-    """`objective.0.weight`."""
-    return ".".join(str(part) for part in path)
-
-
-def _shown(override: str) -> str:
-    return override if len(override) <= 200 else override[:197] + "..."
-
-
-def show(value: Any) -> str:
-    """`repr`, cut where it would drown the message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    if not isinstance(holder, list):
+        example = f"set {where} whole, for example {where}={{{part}: ...}}"
+        raise ValueError(f"{where} is {show(holder)}, which holds no '{part}'; {example}")
+    if not part.isdecimal() or int(part) >= len(holder):
+        use = f"use 0 to {len(holder) - 1} in place of '{part}', or set {where} whole"
+        raise ValueError(f"{where} is a list of {len(holder)}: {use}")
+    return int(part)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from ruamel.yaml import YAML
 
-from configs.document import Document, KeyPath, Origin, read_document
+from configs.document import Document, Origin, dump, read_document
 from configs.errors import ConfigError
-from configs.problems import find_problems, is_choice, render
+from configs.keys import KeyPath
+from configs.problems import find_problems, render
 from configs.schema import Run
 
 _OF_TEACHERS = (
@@ -69,13 +69,13 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
     Raises `ConfigError` listing for every problem file and line (or the override), dotted path, value and what is
     allowed. No type is converted silently: `"3"` is no number and `1` is not true.
     """
-    document = read_document(Path(path), overrides, short_form=is_choice)
+    document = read_document(Path(path), overrides, model=Run)
     return LoadedRun(_validated(Run, document, str(path)), document.origins)
 
 
 def load_section(model: type[S], file: Path | None, overrides: Sequence[str], *, title: str, option: str) -> S:
     """Another section than a run, from a file, or none, and overrides given as `option`; errors as of `load_run`."""
-    return _validated(model, read_document(file, overrides, option=option), title)
+    return _validated(model, read_document(file, overrides, model=model, option=option), title)
 
 
 def _validated(model: type[S], document: Document, title: str) -> S:
@@ -91,11 +91,7 @@ def _validated(model: type[S], document: Document, title: str) -> S:
 def dump_run(run: Run) -> str:
     """The run with all defaults as YAML; `load_run` of it gives an equal run."""
     text = io.StringIO()
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
-    yaml.allow_unicode = True
-    yaml.dump(run.model_dump(mode="json"), text)
+    dump(run.model_dump(mode="json"), text)
     return text.getvalue()
 
 

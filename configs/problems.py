@@ -1,77 +1,58 @@
-"""What pydantic found wrong, said to a person: place, value, what is allowed, and the word that was probably meant.
-
-A file of its own so that no message ever speaks of validators, inputs or extra fields.
-"""
+"""What pydantic found wrong, said to a person: place, value, what is allowed, and the word that was probably meant."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any, get_args, get_origin
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
-from configs.document import Document, KeyPath, Problem, dotted, show
-from configs.meant import meant
+from configs.document import Document, Problem, show
+from configs.keys import Key, KeyPath, dotted, keys_of, unknown_key
 from configs.refusal import did_you_mean
-from configs.schema import Run
 from configs.section import NAME
-from configs.stations import Station
 
-Holder = type[BaseModel] | Station | None
-"""What describes the keys of a mapping."""
-
-EXPECTED = {
-    "int": "a whole number",
-    "float": "a number",
-    "finite_number": "a finite number",
-    "bool": "true or false",
-    "string": "text",
-    "path": "a path",
-    "tuple": "a list",
-    "list": "a list",
-    "dict": "a mapping",
-    "model": "a mapping, lines of `key: value`",
-    "none_required": "null",
+PLAINLY = {
+    r"^\w+ should (?=have|be|match)": "must ",
+    r"^Input is not ": "must be ",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "a valid string": "text",
+    "a valid (array|list|tuple)": "a list",
+    "an object|a valid dictionary": "a mapping, lines of `key: value`",
+    "less than or equal to": "at most",
+    "greater than or equal to": "at least",
+    " after validation, not .*": "",
+    re.escape(f"match pattern '{NAME}'"): "be 1 to 80 letters, digits, dots, dashes and underscores, beginning with a "
+    "letter or digit",
 }
-BOUNDS = {
-    "greater_than": ("gt", "greater than"),
-    "greater_than_equal": ("ge", "at least"),
-    "less_than": ("lt", "less than"),
-    "less_than_equal": ("le", "at most"),
-    "multiple_of": ("multiple_of", "a multiple of"),
-}
-PATTERNS = {NAME: "1 to 80 letters, digits, dots, dashes and underscores, beginning with a letter or digit"}
+"""Words of pydantic, and what to say instead."""
 
 
-def find_problems(document: Document, error: ValidationError, model: type[BaseModel] = Run) -> list[Problem]:
+def find_problems(document: Document, error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     """Everything wrong with the document as an instance of `model`; the alternatives that one place allows are one
     problem."""
-    expected: dict[KeyPath, list[str]] = {}
-    found = list(document.problems)
-    known = {problem.path for problem in found}
+    keys = list(keys_of(model, document.tree))
+    known = {problem.path for problem in document.problems}
     details = error.errors(include_url=False)
     holders = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
+    found: dict[tuple[KeyPath, str], Problem] = {}
     for detail in details:
         path = _place(document.tree, detail["loc"])
         if path in known or (detail["type"] == "too_short" and detail["loc"] in holders):
             continue  # said already; a list is also called too short when its items are wrong
-        allowed = _expected(detail)
-        if allowed is None:
-            value = None if detail["type"] == "missing" else _value(document.tree, path, detail["input"])
-            found.append(Problem(document.origin(path), path, value, _sentence(document, path, detail, model)))
-        elif path in expected:
-            expected[path].append(allowed)
-        else:
-            expected[path] = [allowed]
-    for path, alternatives in expected.items():
-        value = _look(document.tree, path)
-        text = "must be " + " or ".join(dict.fromkeys(alternatives)) + _hint(value, alternatives)
-        if isinstance(value, str) and "path" in _fields(document.tree, path, model):
-            text += f", here {{path: {value}}}"
-        found.append(Problem(document.origin(path), path, show(value), text))
-    return found
+        given = _look(document.tree, path)
+        value = detail["input"] if given is None and detail["type"] != "missing" else given
+        shown = None if isinstance(value, dict | BaseModel | None) else show(value)
+        text = _sentence(path, detail, keys)
+        one = path, "must be" if text.startswith("must be ") else text
+        if one in found and text not in found[one].text:
+            text = f"{found[one].text} or {text.removeprefix('must be ')}"
+        found[one] = Problem(document.origin(path), path, shown, text)
+    return [*document.problems, *(_with_hints(problem, document.tree, keys) for problem in found.values())]
 
 
 def render(title: str, problems: Sequence[Problem]) -> str:
@@ -85,18 +66,13 @@ def render(title: str, problems: Sequence[Problem]) -> str:
 
 
 def _place(tree: Any, location: KeyPath) -> KeyPath:
-    """pydantic's location without the branches of unions it tried, which are no part of the path."""
+    """pydantic's location without the branches of unions it tried, and without "[key]": the key is in it already."""
     path: KeyPath = ()
-    node, outside = tree, False
     for part in location:
-        if part == "[key]":
-            continue  # of a mapping: the key itself is wrong, and part of the path already
-        if outside or (isinstance(node, dict) and part not in node):
-            path, outside = (*path, part), True
-        elif isinstance(node, dict) or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
-            path, node = (*path, part), node[part]
-        elif isinstance(node, list) and isinstance(part, int):
-            path, outside = (*path, part), True
+        holds = isinstance(tree, dict) or (isinstance(tree, list) and isinstance(part, int))
+        if holds and part != "[key]":
+            inside = _look(tree, (part,))
+            path, tree = (*path, part), {} if inside is None else inside  # below what is missing, all parts count
     return path
 
 
@@ -109,139 +85,31 @@ def _look(tree: Any, path: KeyPath) -> Any:
     return tree
 
 
-def _value(tree: Any, path: KeyPath, given: Any) -> str | None:
-    value = _look(tree, path)
-    value = given if value is None else value
-    return None if isinstance(value, dict | list | BaseModel) or value is None else show(value)
-
-
-def _expected(detail: Any) -> str | None:
-    """What would have been allowed, where the problem is of that sort; to be joined by "or"."""
-    kind, context = detail["type"], detail.get("ctx", {})
-    if kind == "literal_error":
-        return context["expected"]
-    if kind in BOUNDS:
-        key, phrase = BOUNDS[kind]
-        return f"{phrase} {context[key]:.15g}"
-    if kind == "string_pattern_mismatch":
-        return PATTERNS.get(context["pattern"], f"text that matches {context['pattern']}")
-    if kind in ("string_too_short", "too_short"):
-        least = context["min_length"]
-        return ("text" if kind.startswith("string") else "a list") + (
-            " that is not empty" if least == 1 else f" of at least {least}"
-        )
-    if kind in ("string_too_long", "too_long"):
-        return f"at most {context['max_length']} long"
-    stem = re.sub(r"_(type|parsing|parsing_size|from_float|attributes_type|sub_type)$", "", kind)
-    return EXPECTED.get(stem)
-
-
-def _hint(value: Any, alternatives: list[str]) -> str:
-    if "text" in alternatives and isinstance(value, bool | int | float):
-        return f" (in quotes: '{value}')"
-    if isinstance(value, str) and any("number" in a for a in alternatives) and re.fullmatch(r"[-+\d.eE]+", value):
-        return " (without quotes)"
-    words = [word for text in alternatives for word in re.findall(r"'([^']*)'", text)]
-    return did_you_mean(value, words) if isinstance(value, str) else ""
-
-
-def _sentence(document: Document, path: KeyPath, detail: Any, model: type[BaseModel]) -> str:
+def _sentence(path: KeyPath, detail: Any, keys: Sequence[Key]) -> str:
     kind = detail["type"]
     if kind == "extra_forbidden":
-        return _unknown_key(document, path, model)
+        return unknown_key(path, keys)
     if kind == "missing" and isinstance(path[-1], int):
         return f"item {path[-1]} of the list is missing"
     if kind == "missing":
-        field = _fields(document.tree, path[:-1], model).get(str(path[-1]))
-        meaning = f": {field.description}" if field is not None and field.description else ""
+        meaning = next((f": {key.field.description}" for key in keys if key.path == path and key.field.description), "")
         return f"'{path[-1]}' is missing; it is required{meaning}"
-    if kind == "value_error":
-        return str(detail["ctx"]["error"])
-    return detail["msg"]
+    if kind in ("value_error", "rule"):
+        return str(detail["ctx"].get("error", detail["msg"]))
+    text = detail["msg"]
+    for pattern, plain in PLAINLY.items():
+        text = re.sub(pattern, plain, text)
+    return text
 
 
-def _unknown_key(document: Document, path: KeyPath, model: type[BaseModel]) -> str:
-    keys = _all_keys(document, model)
-    key, others = path[-1], keys.get(tuple(part for part in path if isinstance(part, str)))
-    if others:
-        return f"unknown key '{key}': remove {key}, only {' and '.join(others)} have it"
-    return f"unknown key '{key}'{meant(path, list(_fields(document.tree, path[:-1], model)), keys)}"
-
-
-def _all_keys(document: Document, model: type[BaseModel]) -> dict[KeyPath, list[str]]:
-    """Every key, and for parameters of kinds that are not chosen the kinds that have them."""
-    keys: dict[KeyPath, list[str]] = {}
-    for path, field in _all_paths(model, document.tree):
-        keys[path] = []
-        station = _holds(field)
-        if not isinstance(station, Station):
-            continue
-        chosen = _chosen(station, _look(document.tree, path))
-        for name in dict.fromkeys(name for one in station.built_in for name in one.model_fields):
-            kinds = [station.kind_of(one) for one in station.built_in if name in one.model_fields]
-            keys[*path, name] = [] if chosen in kinds else kinds
-    return keys
-
-
-def _all_paths(model: type[BaseModel], tree: Any, above: KeyPath = ()) -> Iterator[tuple[KeyPath, FieldInfo]]:
-    """Every field of the schema with its path, below the names that the tree gives; not the parameters of kinds."""
-    for name, field in model.model_fields.items():
-        path = (*above, name)
-        yield path, field
-        given, inside = _look(tree, path), _holds(field)
-        if isinstance(inside, type):
-            places = (
-                [(*path, key) for key in given or ()] if _by_name(field) and isinstance(given, dict | None) else [path]
-            )
-            for place in places:
-                yield from _all_paths(inside, tree, place)
-
-
-def is_choice(path: KeyPath) -> bool:
-    """Whether a run takes a kind at this path."""
-    return bool(path) and isinstance(_holds(_fields({}, path[:-1], Run).get(str(path[-1]))), Station)
-
-
-def _fields(tree: Any, path: KeyPath, model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields that may stand at a path, those of the chosen kind included; none where the keys are a user's."""
-    holder: Holder = model
-    inside_many = False  # whether the next part is a name or an index, of something that `holder` describes
-    for depth, part in enumerate(path):
-        if not inside_many and not isinstance(part, int):
-            field = _members(holder, _look(tree, path[:depth])).get(part)
-            holder = _holds(field)
-        inside_many = not inside_many and field is not None and _by_name(field)
-    return {} if inside_many else _members(holder, _look(tree, path))
-
-
-def _members(holder: Holder, given: Any) -> dict[str, FieldInfo]:
-    if isinstance(holder, Station):
-        try:
-            holder = holder.parameters_of(_chosen(holder, given))
-        except ValueError:  # the kind itself is among the problems
-            return {}
-    return {} if holder is None else dict(holder.model_fields)
-
-
-def _chosen(station: Station, given: Any) -> Any:
-    """The kind that is meant by what was written."""
-    return given.get(station.tag, station.default) if isinstance(given, dict) else given or station.default
-
-
-def _holds(field: FieldInfo | None) -> Holder:
-    """The section or station of a field, whatever is around it: `None |`, a list, names."""
-
-    def search(annotation: Any) -> Holder:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            return annotation
-        station = next((mark for mark in getattr(annotation, "__metadata__", ()) if isinstance(mark, Station)), None)
-        return station or next(filter(None, map(search, get_args(annotation))), None)
-
-    if field is None:
-        return None
-    return next((mark for mark in field.metadata if isinstance(mark, Station)), None) or search(field.annotation)
-
-
-def _by_name(field: FieldInfo) -> bool:
-    """Whether a field is a mapping whose keys are a user's names."""
-    return dict in (get_origin(field.annotation), *map(get_origin, get_args(field.annotation)))
+def _with_hints(problem: Problem, tree: Any, keys: Sequence[Key]) -> Problem:
+    text, value = problem.text, _look(tree, problem.path)
+    if not text.startswith("must be "):
+        return problem
+    if "text" in text.split() and isinstance(value, bool | int | float):
+        text += f" (in quotes: '{value}')"
+    if isinstance(value, str):
+        text += " (without quotes)" if "number" in text and re.fullmatch(r"[-+\d.eE]+", value) else ""
+        text += did_you_mean(value, re.findall(r"'([^']*)'", text))
+        text += f", here {{path: {value}}}" if any(key.path == (*problem.path, "path") for key in keys) else ""
+    return replace(problem, text=text)

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 NO_TEACHER = "labels come from a teacher, and the run has none: add teacher, or write labels: none"
 
-SINGLE_ANSWERS = ("messages", "prompt_completion", "prompt", "text")
-"""Formats whose rows hold one answer, or none."""
-
 Place = tuple[str | int, ...]
 Problem = tuple[Place, Any, str]
 
@@ -107,9 +104,6 @@ def _objective(run: Run, task: ResolvedTask) -> Iterator[Problem]:
         missing = term.needs - task.labels.gives
         if "labels" in missing or "target_logprobs" in missing:
             yield place, term.loss, _needs(task, term, missing)
-        elif "groups" in term.needs and task.prompts is not None and task.prompts.format in SINGLE_ANSWERS:
-            text = f"{term.loss} compares answers to one prompt, and rows of format: {task.prompts.format} hold one: "
-            yield (*_place(run, task, "prompts"), "format"), task.prompts.format, text + "write format: auto"
         elif term.exactness.get(task.labels.kind) == "refused":
             text = f"{term.loss} cannot be computed from labels: {task.labels.kind}; {term.instead}"
             yield place, term.loss, text
@@ -122,8 +116,8 @@ def _pairs(run: Run, task: ResolvedTask) -> Iterator[Problem]:
         return
     rows, budget = task.prompts.format, run.training.micro_batch_tokens
     if rows not in ("auto", "preference"):
-        text = f"{compared} compares two answers to each prompt: write format: preference, whose rows have them"
-        yield (*_place(run, task, "prompts"), "format"), rows, text
+        text = f"{compared} compares two answers to each prompt, and rows of format: {rows} hold one at most: write "
+        yield (*_place(run, task, "prompts"), "format"), rows, text + "format: preference"
     if task.answers.kind != "dataset":
         text = f"{compared} compares the answers of preference rows: write answers: dataset"
         yield _place(run, task, "answers"), task.answers.kind, text

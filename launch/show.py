@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.document import KeyPath, dotted
+from configs.keys import KeyPath, dotted
 from configs.load import LoadedRun, dump_run, load_run
 from configs.schema import Run
 

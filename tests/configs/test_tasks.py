@@ -173,7 +173,8 @@ MISTAKES = {
     "a comparison of rows with one answer": (
         ONE,
         ["objective=[{loss: dpo}]", "labels=token", "prompts.format=messages"],
-        "prompts.format = 'messages'\n      dpo compares answers to one prompt",
+        "prompts.format = 'messages'\n      dpo compares two answers to each prompt, and rows of format: messages hold "
+        "one at most: write format: preference",
     ),
     "an objective of the top level without labels": (ONE, ["labels=none"], "objective"),
     "a teacher that writes without a generator": (TWO, ["teachers.big.generator=null"], "add teachers.big.generator"),
