@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from configs.document import Document, Origin, dump, read_document
 from configs.errors import ConfigError
-from configs.keys import KeyPath
+from configs.keys import KeyPath, dotted
 from configs.problems import find_problems, render
 from configs.schema import Run
 
@@ -62,6 +63,18 @@ class LoadedRun:
     run: Run
     origins: Mapping[KeyPath, Origin]
 
+    def located(self, text: str) -> str:
+        """A message with file and line before every line that begins with a key of the configuration."""
+        known = {dotted(path): origin.text for path, origin in self.origins.items() if path}
+
+        def with_origin(found: re.Match[str]) -> str:
+            place = found[2]
+            while place and place not in known:  # a default is where the section around it is
+                place = place.rpartition(".")[0]
+            return f"{found[1]}{known[place]}: {found[2]}" if place else found[0]
+
+        return re.sub(r"^( *)(\w[\w.-]*)(?=:)", with_origin, text, flags=re.MULTILINE)
+
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
     """Read a configuration. `overrides` are `a.b=c` with a YAML value, later ones win, list items by index.
@@ -103,20 +116,19 @@ def config_hash(run: Run) -> str:
 
 def differences(before: Run, now: Run) -> list[str]:
     """What of the settings that decide what a run learns is not equal: `training.steps: 50, was 2`."""
-    old, new = dict(_leaves(_decisive(before), "")), dict(_leaves(_decisive(now), ""))
-    return [
-        f"{place}: {json.dumps(new.get(place))}, was {json.dumps(old.get(place))}"
-        for place in dict.fromkeys([*old, *new])
-        if old.get(place) != new.get(place)
-    ]
+    return list(_differences(_decisive(before), _decisive(now), ()))
 
 
-def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _leaves(item, f"{place}.{key}" if place else key)
-    else:
-        yield place, value
+def _differences(old: Any, new: Any, path: KeyPath) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from _differences(old.get(key), new.get(key), (*path, key))
+    elif old is None and isinstance(new, dict):
+        yield f"{dotted(path)}: added"
+    elif new is None and isinstance(old, dict):
+        yield f"{dotted(path)}: removed"
+    elif old != new:
+        yield f"{dotted(path)}: {json.dumps(new)}, was {json.dumps(old)}"
 
 
 def _decisive(run: Run) -> dict[str, Any]:

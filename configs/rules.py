@@ -97,16 +97,18 @@ def _stations(run: Run, task: ResolvedTask) -> Iterator[Problem]:
 
 def _objective(run: Run, task: ResolvedTask) -> Iterator[Problem]:
     at = _place(run, task, "objective")
+    by_default = at == ("objective",) and "objective" not in run.model_fields_set
     for index, term in enumerate(task.objective):
-        place = (*at, index, "loss")
+        place: Place = _place(run, task, "labels") if by_default else (*at, index, "loss")
+        value = task.labels.kind if by_default else term.loss
         if any(term.same_as(earlier) for earlier in task.objective[:index]):
             yield place, term.loss, f"{term.loss} is a term already: give one term the sum of both weights"
         missing = term.needs - task.labels.gives
         if "labels" in missing or "target_logprobs" in missing:
-            yield place, term.loss, _needs(task, term, missing)
+            yield place, value, _needs(task, term, missing)
         elif term.exactness.get(task.labels.kind) == "refused":
             text = f"{term.loss} cannot be computed from labels: {task.labels.kind}; {term.instead}"
-            yield place, term.loss, text
+            yield place, value, text
 
 
 def _pairs(run: Run, task: ResolvedTask) -> Iterator[Problem]:
@@ -131,7 +133,9 @@ def _needs(task: ResolvedTask, term: Term, missing: frozenset[Need]) -> str:
     if "labels" not in missing:
         what, write = "a teacher's log-probability of each target id", "labels: token"
     made = "makes none" if isinstance(task.labels, NoLabels) else "does not hold that"
-    return f"{term.loss} needs {what}, and labels: {task.labels.kind} {made}: write {write}, or loss: cross_entropy"
+    return (
+        f"{term.loss} needs {what}, and labels: {task.labels.kind} {made}: write {write}, or objective: [cross_entropy]"
+    )
 
 
 def _asked(run: Run, task: ResolvedTask) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,11 +24,11 @@ from cluster.placement.roles import started_roles
 from cluster.runtime import actors_of
 from configs.engines import Hf, Vllm
 from configs.labels import Labels
-from configs.load import run_folder
+from configs.load import LoadedRun, run_folder
 from configs.models import ModelSource, Teacher
 from configs.paths import refuse_pattern
 from configs.prompts import Dataset
-from configs.rules import place_of_teacher, teacher_place, teachers_by_place, unused_teachers
+from configs.rules import teacher_place, teachers_by_place, unused_teachers
 from configs.schema import Run, Training
 from configs.tasks import ResolvedTask
 from launch.contents import contents_of
@@ -70,12 +70,13 @@ class Finding:
 def check(path: Path, overrides: Sequence[str]) -> int:
     """Print one line for each thing looked at. 0: a run may start; 2, 3: exit code of `ConfigError`, `DataError`."""
     quiet_libraries()
-    run = load_supported(path, overrides).run
+    loaded = load_supported(path, overrides)
+    run = loaded.run
     findings = [Finding("configuration", "ok", f"{path}, run {run.name}")]
     _print(findings[0])
     inputs: list[Inputs] = []
     for finding in chain(examine(run, inputs), _standing(run, inputs)):
-        _print(finding)
+        _print(replace(finding, text=loaded.located(finding.text)))
         findings.append(finding)
     problems = [finding for finding in findings if finding.fatal]
     if problems:
@@ -113,18 +114,18 @@ def collect_problems(run: Run, inputs: list[Inputs] | None = None) -> list[Findi
     return [finding for finding in examine(run, inputs) if finding.status in ("warning", "problem")]
 
 
-def raise_problems(run: Run) -> tuple[list[str], Inputs]:
+def raise_problems(loaded: LoadedRun) -> tuple[list[str], Inputs]:
     """The warnings of a run, and what was read for it.
 
     Raises one `ConfigError`, or `DataError` where only rows are wrong, with all problems.
     """
     inputs: list[Inputs] = []
-    found = collect_problems(run, inputs)
+    found = collect_problems(loaded.run, inputs)
     problems = [finding for finding in found if finding.fatal]
     if problems:
-        text = "\n".join(["the run cannot start:", *(f"  {problem.text}" for problem in problems)])
+        text = loaded.located("\n".join(["the run cannot start:", *(f"  {problem.text}" for problem in problems)]))
         raise (ConfigError if any(p.exit_code == ConfigError.exit_code for p in problems) else DataError)(text)
-    return [finding.text for finding in found], inputs[0]
+    return [loaded.located(finding.text) for finding in found], inputs[0]
 
 
 def examine(run: Run, inputs: list[Inputs] | None = None) -> Iterator[Finding]:
@@ -172,8 +173,7 @@ def _plugins(run: Run) -> Iterator[Finding]:
 def unused(run: Run) -> Iterator[Finding]:
     """Teachers that are started for nothing."""
     for name in unused_teachers(run):
-        place = ".".join(map(str, place_of_teacher(run, name)))
-        text = f"{place}: no task asks {name} for labels or answers; remove it, or name it in a task"
+        text = f"{teacher_place(run, name)}: no task asks {name} for labels or answers; remove it, or name it in a task"
         yield Finding("teachers", "warning", text)
 
 

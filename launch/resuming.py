@@ -129,7 +129,7 @@ def _refuse_other_tasks(run: Run, folder: RunFolder, after: TrainingState) -> No
         return
     was, now = ("one task alone" if names == (MAIN,) else f"the tasks {', '.join(names)}" for names in (was, now))
     raise ConfigError(
-        f"the run in {folder.path} was trained on {was}, and this one has {now}: put them back, or {ANOTHER}"
+        f"tasks: the run in {folder.path} was trained on {was}, and this one has {now}: put them back, or {ANOTHER}"
     )
 
 

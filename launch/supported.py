@@ -17,16 +17,21 @@ def load_supported(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun
     would write in several ways."""
     loaded = load_run(path, overrides)
     if what := _unsupported(loaded.run):
-        raise ConfigError(f"{path}: {what}")
+        raise ConfigError(loaded.located(what))
     return loaded
 
 
 def _unsupported(run: Run) -> str:
     written: dict[str, Answers] = {}
     for task in run.resolved_tasks().values():
-        if task.answers.needs_generator and task.route is not None:
-            return "answers of a teacher that `route` names cannot be written yet: give each teacher a task of its own"
-        for name in task.teachers if task.answers.needs_generator else ():
+        if not task.answers.needs_generator:
+            continue
+        place = f"tasks.{task.name}.answers" if run.tasks else "answers"
+        if task.route is not None:
+            each = "give each teacher a task of its own"
+            return f"{place}: answers of a teacher that `route` names cannot be written yet: {each}"
+        for name in task.teachers:
             if written.setdefault(name, task.answers) != task.answers:
-                return f"teacher {name} writes for several tasks: give them the same answers, or a teacher each"
+                each = "give them the same answers, or a teacher each"
+                return f"{place}: teacher {name} writes for several tasks: {each}"
     return ""

@@ -61,9 +61,10 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
 
 def _train_in_folder(path: Path, overrides: list[str], *, skip_self_test: bool, wait_for_nodes: int | None) -> int:
     """`train`, while the signals of a scheduler are heard."""
-    run = load_supported(path, overrides).run
+    loaded = load_supported(path, overrides)
+    run = loaded.run
     quiet_libraries()
-    warnings, inputs = raise_problems(run)
+    warnings, inputs = raise_problems(loaded)
     folder = RunFolder.create(run_folder(run))
     with folder.lock():
         record = Record(folder)

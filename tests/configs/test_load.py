@@ -367,8 +367,8 @@ def test_what_makes_another_run_is_named_and_what_may_change_is_not(load: Load) 
     assert differences(before, now) == [
         'labels.kind: "hidden", was "topk"',
         "labels.k: null, was 64",
-        "optimizer.eps: 2e-08, was 1e-08",
         'labels.dtype: "auto", was null',
+        "optimizer.eps: 2e-08, was 1e-08",
     ]
 
 

@@ -152,7 +152,7 @@ MISTAKES = {
         TWO,
         ["tasks.code.labels=none"],
         "run.yaml:16: tasks.code.objective.0.loss = 'forward_kl'\n      forward_kl needs labels of every token, and "
-        "labels: none makes none: write labels: topk, or loss: cross_entropy",
+        "labels: none makes none: write labels: topk, or objective: [cross_entropy]",
     ),
     "a divergence of one id alone": (
         TWO,
@@ -176,7 +176,11 @@ MISTAKES = {
         "prompts.format = 'messages'\n      dpo compares two answers to each prompt, and rows of format: messages hold "
         "one at most: write format: preference",
     ),
-    "an objective of the top level without labels": (ONE, ["labels=none"], "objective"),
+    "an objective that nobody wrote, without labels": (
+        ONE,
+        ["labels=none"],
+        "--set labels=none: labels = 'none'\n      forward_kl needs labels of every token",
+    ),
     "a teacher that writes without a generator": (TWO, ["teachers.big.generator=null"], "add teachers.big.generator"),
     "a generator that nobody asks": (TWO, ["teachers.code.generator={}"], "teachers.code.generator"),
     "text for a teacher that writes": (

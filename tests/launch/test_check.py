@@ -149,7 +149,7 @@ def test_a_run_that_may_start_is_ready_and_leaves_no_trace(
     assert "problem" not in out
     assert "warning" not in out
     assert sorted(tmp_path.rglob("*")) == before
-    assert collect_problems(loaded(file)) == raise_problems(loaded(file))[0] == []
+    assert collect_problems(loaded(file)) == raise_problems(load_run(file))[0] == []
 
 
 def test_all_problems_are_reported_together(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,9 +200,9 @@ def test_the_exit_code_is_3_where_only_rows_are_wrong(make: Make) -> None:
     file = make({"messages": [{"role": "user", "content": "nobody answers"}]})
     assert check(file, ["data.evaluation=null"]) == 3
     with pytest.raises(DataError, match=r"rows\.jsonl:1.*assistant"):
-        raise_problems(loaded(file))
+        raise_problems(load_run(file))
     with pytest.raises(ConfigError, match=r"(?s)no folder /gone.*"):
-        raise_problems(loaded(file, "student.model.path=/gone"))
+        raise_problems(load_run(file, ["student.model.path=/gone"]))
 
 
 def test_problems_with_models_leave_the_rest_to_be_checked(make: Make, tiny_teacher: Path) -> None:

@@ -362,3 +362,24 @@ def test_other_shares_or_rows_of_a_task_are_refused_and_named(tmp_path: Path) ->
         place.look()
     told = place.look("training.on_changed_inputs=note").changed
     assert any(text.startswith("changed since step 4: tasks.more.prompts ") for text in told)
+
+
+@pytest.mark.parametrize(("before", "now"), [(("chat",), ("chat", "more")), (("chat", "more"), ("chat",))])
+def test_check_says_at_its_line_that_a_task_was_added_or_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], before: tuple[str, ...], now: tuple[str, ...]
+) -> None:
+    place = Place(tmp_path / "one")
+    base = place.file.read_text()
+
+    def use(tasks: tuple[str, ...]) -> None:
+        place.file.write_text(base + "tasks:\n" + "".join(f"  {name}: {{share: 1}}\n" for name in tasks))
+
+    use(before)
+    place.stop_at(2, tasks=before)
+    use(now)
+    assert check(place.file, []) == ConfigError.exit_code
+    text = capsys.readouterr().out
+    line = len(base.splitlines()) + 1
+    assert f"problem      earlier steps: {place.file}:{line}: tasks: the run in " in text
+    assert f"was trained on the tasks {', '.join(before)}, and this one has the tasks {', '.join(now)}: put" in text
+    assert "give this one another name or folder, or remove the folder to start afresh" in text

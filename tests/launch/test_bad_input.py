@@ -1,0 +1,176 @@
+"""What wrong tasks, teachers and terms get of `check`: one message with file and line, and nothing is started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.check import check
+from trainer.errors import ConfigError
+
+ROW = {"messages": [{"role": "user", "content": "who is it?"}, {"role": "assistant", "content": "the quick fox"}]}
+RUN = """\
+name: tiny
+folder: HERE/out
+student:
+  model: {path: STUDENT, licence: mit}
+teachers:
+  prose: {model: {path: TEACHER, licence: mit}, scorer: {engine: hf}}
+  code: {model: {path: TEACHER, licence: mit}, scorer: {engine: hf}}
+data: {max_length: 256, evaluation: {path: HERE/rows.jsonl}}
+tasks:
+  chat:
+    prompts: {path: HERE/rows.jsonl}
+    teacher: prose
+    share: 3
+  mixed:
+    prompts: {path: HERE/mixed.jsonl}
+    objective: [{loss: forward_kl}]
+    route: {column: domain, map: {python: code, prose: prose}}
+labels: {kind: topk, k: 8}
+training: {steps: 2, sequences_per_step: 4}
+"""
+Said = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def said(tmp_path: Path, tiny_teacher: Path, tiny_student: Path, capsys: pytest.CaptureFixture[str]) -> Said:
+    """What `check` returns and prints, of `RUN` with parts replaced."""
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(ROW)}\n" * 3)
+    domains = "".join(json.dumps({**ROW, "domain": domain}) + "\n" for domain in ("python", "prose", "prose"))
+    (tmp_path / "mixed.jsonl").write_text(domains)
+
+    def look(*changes: tuple[str, str], overrides: tuple[str, ...] = ()) -> tuple[int, str]:
+        text = RUN
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        for word, path in {"HERE": tmp_path, "STUDENT": tiny_student, "TEACHER": tiny_teacher}.items():
+            text = text.replace(word, str(path))
+        file = tmp_path / "run.yaml"
+        file.write_text(text)
+        try:
+            code, refused = check(file, overrides), ""
+        except ConfigError as error:
+            code, refused = error.exit_code, str(error)
+        assert not (tmp_path / "out").exists(), "nothing is started"
+        return code, (capsys.readouterr().out + refused).replace(f"{tmp_path}/", "")
+
+    return look
+
+
+def test_the_run_is_ready_as_it_is(said: Said) -> None:
+    code, text = said()
+    assert code == 0
+    assert "warning" not in text
+    assert "mixed: 25.0% of the sequences, weight 1, forward_kl, teacher: code, prose" in text
+
+
+PLAIN = ("    route: {column: domain, map: {python: code, prose: prose}}\n", "    teacher: code\n")
+REFUSED = {
+    "a task without prompts": (
+        [("    prompts: {path: HERE/rows.jsonl}\n", "")],
+        "run.yaml:10: tasks.chat.prompts\n",
+        "'prompts' is missing: give the task rows, prompts: {path: rows.jsonl}, here or at the top level",
+    ),
+    "shares that are all zero": (
+        [("share: 3", "share: 0"), ("  mixed:\n", "  mixed:\n    share: 0\n")],
+        "run.yaml:13: tasks.chat.share = 0\n",
+        "every share is 0, so that nothing is trained; give at least one task a share above 0",
+    ),
+    "a teacher that does not exist": (
+        [("teacher: prose", "teacher: prosa")],
+        "run.yaml:12: tasks.chat.teacher = 'prosa'\n",
+        "there is no teacher 'prosa'; did you mean 'prose'? (there are: prose, code)",
+    ),
+    "a route to a teacher that does not exist": (
+        [("python: code", "python: coder")],
+        "run.yaml:17: tasks.mixed.route.map.python = 'coder'\n",
+        "there is no teacher 'coder'; did you mean 'code'? (there are: prose, code)",
+    ),
+    "an objective that needs labels, and none are made": (
+        [("    objective:", "    labels: none\n    objective:"), PLAIN],
+        "run.yaml:17: tasks.mixed.objective.0.loss = 'forward_kl'\n",
+        "forward_kl needs labels of every token, and labels: none makes none: write labels: topk, or objective: "
+        "[cross_entropy]",
+    ),
+    "an objective that compares answers, over rows with one": (
+        [
+            ("[{loss: forward_kl}]", "[{loss: dpo}]\n    labels: token"),
+            ("mixed.jsonl}", "mixed.jsonl, format: messages}"),
+        ],
+        "run.yaml:15: tasks.mixed.prompts.format = 'messages'\n",
+        "dpo compares two answers to each prompt, and rows of format: messages hold one at most: write format: "
+        "preference",
+    ),
+    "an objective that needs log-probabilities, and labels that lack them": (
+        [("loss: forward_kl", "loss: dpo")],
+        "run.yaml:16: tasks.mixed.objective.0.loss = 'dpo'\n",
+        "dpo needs a teacher's log-probability of each target id, and labels: topk does not hold that: write labels: "
+        "token, or objective: [cross_entropy]",
+    ),
+    "a term that an encoding cannot give": (
+        [("    objective:", "    labels: token\n    objective:")],
+        "run.yaml:17: tasks.mixed.objective.0.loss = 'forward_kl'\n",
+        "forward_kl cannot be computed from labels: token; write labels: topk (some ids of each row) or labels: "
+        "hidden (exact)",
+    ),
+    "a teacher for two tasks, written differently": (
+        [
+            ("prose: {model", "prose: {generator: {engine: hf}, model"),
+            ("    share: 3\n", "    answers: {kind: teacher, max_new_tokens: 8}\n"),
+            ("    objective:", "    answers: {kind: teacher, max_new_tokens: 9}\n    objective:"),
+            (PLAIN[0], "    teacher: prose\n"),
+        ],
+        "run.yaml:16: tasks.mixed.answers: ",
+        "teacher prose writes for several tasks: give them the same answers, or a teacher each",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_run_that_cannot_be_is_one_message_at_its_line(case: str, said: Said) -> None:
+    changes, place, text = REFUSED[case]
+    code, message = said(*changes)
+    assert code == ConfigError.exit_code
+    assert place in message
+    assert text in message
+    assert message.count("\n") <= 2, "one message"
+
+
+def test_a_teacher_that_nobody_uses_is_a_warning_at_its_line(said: Said) -> None:
+    code, text = said(("{python: code, prose: prose}", "{python: prose, prose: prose}"))
+    assert code == 0
+    warning = "run.yaml:7: teachers.code: no task asks code for labels or answers; remove it, or name it in a task"
+    assert f"warning      teachers: {warning}\n" in text
+
+
+def test_a_row_that_no_teacher_is_routed_to_is_named_with_its_line(said: Said) -> None:
+    code, text = said(("{python: code, prose: prose}", "{python: code, verse: prose}"))
+    assert code == 3
+    assert "run.yaml:15: tasks.mixed.prompts: 2 of 3 rows cannot be used\n" in text
+    assert "mixed.jsonl:2: domain: is 'prose', which is not in route.map (there are: python, verse)" in text
+    assert "mixed.jsonl:3: domain: " in text
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("class Encoding:\n    k: int = 1\n", "is no parameter class: derive it from configs.labels.Labels"),
+        ("from configs.labels import Labels\nclass Encoding(Labels):\n    k: int\n", "labels.k"),
+    ],
+)
+def test_a_plug_in_that_is_no_parameter_class_is_refused_at_its_line(
+    said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, text: str
+) -> None:
+    name = f"bad_plug_in_{len(source)}"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "labels.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code, message = said(("{kind: topk, k: 8}", f"{{kind: {name}.labels}}"))
+    assert code == ConfigError.exit_code
+    assert "run.yaml:18: labels" in message
+    assert text in message
