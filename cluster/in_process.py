@@ -20,12 +20,11 @@ from cluster.students.group import StudentJob, on_local_copy
 from cluster.teachers.actor import start_engine
 from cluster.teachers.pool import check_report
 from configs.labels import Labels
-from trainer.protocols import Observer, ScoringEngine, TeacherPools, WritingEngine
+from trainer.protocols import Observer, ScoringEngine, SelfTestResult, StudentInfo, TeacherPools, WritingEngine
 from trainer.types import Evaluation, Prompt, RankBatch, SoftLabelBlock, StepMetrics, Unit, UnitReport
 
 if TYPE_CHECKING:
-    from trainer.checks.self_tests import SelfTestResult
-    from trainer.model.student import StudentInfo, StudentRank
+    from trainer.model.student import StudentRank
 
 
 class InProcessTeacher:

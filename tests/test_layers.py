@@ -5,12 +5,16 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+DEPTH = 12
+"""Files in the longest chain of imports: what a reader may have to follow from a command to its last fact."""
+
 LAYERS = ("configs", "trainer", "cluster", "launch")  # each may import itself and what stands before it
 ALLOWED = {
     "ray": ("cluster/", "launch/"),
@@ -73,6 +77,46 @@ def test_the_checks_find_what_they_are_for() -> None:
     assert wrong_imports("trainer/model/zero.py", "import deepspeed.comm") == []
     assert wrong_imports("configs/x.py", "import torch, json") == ["configs/x.py:1: torch"]
     assert kinds_of_gpu("x", 'a.cuda()\nb.to("cuda:0")\nc = "cpu"\nd = "cuda"') == ["x:1", "x:2", "x:4"]
+
+
+def longest_chain(sources: Mapping[str, str]) -> list[str]:
+    """The longest chain of modules of which each imports the next when it is imported itself: imports inside functions
+    and under TYPE_CHECKING do not count."""
+    below = {name: set(imported(source, sources)) - {name} for name, source in sources.items()}
+
+    @cache
+    def chain(name: str) -> list[str]:
+        return [name, *max(map(chain, below[name]), key=len, default=[])]
+
+    return max((chain(name) for name in below), key=len)
+
+
+def imported(source: str, modules: Collection[str]) -> Iterator[str]:
+    """Those of the modules that are imported together with this source; of `from p import m` the module p.m, or p."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            within = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in modules else str(node.module) for name in within]
+        else:
+            continue
+        yield from (name for name in names if name in modules)
+
+
+def test_no_chain_of_imports_is_longer_than_a_reader_can_follow() -> None:
+    sources = {}
+    for file in FILES:
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        sources[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file.read_text()
+    chain = longest_chain(sources)
+    assert len(chain) <= DEPTH, " > ".join(chain)
+
+
+def test_the_longest_chain_is_found() -> None:
+    lazy = "def f():\n    import c\nif TYPE_CHECKING:\n    import c"
+    assert longest_chain({"a": "from p import b", "p": "", "p.b": "import c, os", "c": ""}) == ["a", "p.b", "c"]
+    assert longest_chain({"a": "import b", "b": lazy, "c": ""}) == ["a", "b"]
 
 
 def test_importing_the_configuration_brings_neither_torch_nor_ray() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -27,11 +27,6 @@ from trainer.types import (
     Unit,
     UnitReport,
 )
-
-if TYPE_CHECKING:
-    from trainer.checks.self_tests import SelfTestResult
-    from trainer.model.student import StudentInfo
-
 
 Moment = Literal["before", "during", "after"]
 """When an evaluation was made, seen from training; the one of the last step is `after`."""
@@ -136,6 +131,27 @@ class WritingEngine(Protocol):
     async def write(self, prompts: AbstractSequence[Prompt], *, deadline_s: float) -> list[np.ndarray]: ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StudentInfo:
+    """What was built, for people and the run's record."""
+
+    parameters: int
+    trainable_parameters: int
+    dtype: str
+    attention: str
+    zero_stage: int
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTestResult:
+    """One test; `numbers` is shown to people whether it passed or not."""
+
+    name: str
+    passed: bool
+    numbers: str
 
 
 class StudentGroup(Students, Protocol):

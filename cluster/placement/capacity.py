@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from cluster.placement.groups import Group
 from cluster.placement.hardware import Hardware, Node
 
-KIND_PREFIX = "accelerator_type:"
 UNLIMITED = 10**9  # CPUs of a cluster that is started with as many as the roles need
 
 
@@ -26,12 +25,6 @@ class _Part:
     gpus: int
     slots: int
     nodes: frozenset[str]  # names of those it may lie on
-
-
-def named_kind(group: Group) -> str | None:
-    """The kind of GPU that a group's bundles name."""
-    names = (key.removeprefix(KIND_PREFIX) for key in group.bundles[0] if key.startswith(KIND_PREFIX))
-    return next(names, None)
 
 
 def eligible(hardware: Hardware, labels: Mapping[str, str], kind: str | None) -> list[Node]:
@@ -65,7 +58,7 @@ def _sums_fit(sizes: Collection[int], capacities: Collection[int]) -> bool:
 
 
 def _parts(group: Group, hardware: Hardware) -> list[_Part]:
-    nodes = frozenset(node.name for node in eligible(hardware, group.labels, named_kind(group)))
+    nodes = frozenset(node.name for node in eligible(hardware, group.labels, group.gpu_kind))
     if group.strategy == "STRICT_PACK":
         return [_Part(group.num_gpus, group.num_slots, nodes)]
     return [_Part(int(bundle.get("GPU", 0)), int(bundle["CPU"]), nodes) for bundle in group.bundles]
@@ -73,7 +66,7 @@ def _parts(group: Group, hardware: Hardware) -> list[_Part]:
 
 def _spreads(group: Group, hardware: Hardware) -> bool:
     """Whether each bundle finds a node of its own."""
-    nodes = eligible(hardware, group.labels, named_kind(group))
+    nodes = eligible(hardware, group.labels, group.gpu_kind)
     room = sorted((_gpus(node) if group.num_gpus else _slots(node) for node in nodes), reverse=True)
     sizes = sorted((bundle["CPU"] for bundle in group.bundles), reverse=True)  # a GPU comes with a CPU
     return len(sizes) <= len(room) and all(size <= has for size, has in zip(sizes, room, strict=False))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cluster.placement.hardware import KIND_PREFIX
 from cluster.runtime import Accelerator
 from configs.models import Constraints
 
@@ -38,6 +39,11 @@ class Group:
     member: Mapping[str, float] = field(default_factory=dict)  # what one actor takes
     bundle_of_actor: tuple[int, ...] = (0,)  # the bundle of each actor, in the order of ranks or replicas
     labels: Mapping[str, str] = field(default_factory=dict)  # that a node must have
+
+    @property
+    def gpu_kind(self) -> str | None:
+        """The kind of GPU that the bundles name."""
+        return next((key.removeprefix(KIND_PREFIX) for key in self.bundles[0] if key.startswith(KIND_PREFIX)), None)
 
     @property
     def num_gpus(self) -> int:

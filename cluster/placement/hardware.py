@@ -14,6 +14,9 @@ from pathlib import Path
 
 from trainer.errors import InfrastructureError
 
+KIND_PREFIX = "accelerator_type:"
+"""Of Ray's resources that name a kind of GPU."""
+
 GPUS_WITHOUT_BFLOAT16 = frozenset({"K80", "P4", "P40", "P100", "V100", "T4"})
 """Ray's names of data-centre GPUs older than Ampere."""
 
@@ -94,7 +97,7 @@ class Hardware:
         for node, host in zip(alive, facts, strict=True):
             resources = node["Resources"]
             num_gpus = int(resources.get("GPU", 0))
-            kinds = [key.removeprefix("accelerator_type:") for key in resources if _names_gpu(key)]
+            kinds = [key.removeprefix(KIND_PREFIX) for key in resources if key.startswith(KIND_PREFIX)]
             available = free.get(node["NodeID"], {})
             nodes.append(
                 Node(
@@ -130,10 +133,6 @@ def local_node() -> Node:
         memory_bytes=_memory_bytes(),
         cpu_has_amx_bf16=" amx_bf16" in flags,
     )
-
-
-def _names_gpu(resource: str) -> bool:
-    return resource.startswith("accelerator_type:")
 
 
 def _probe(node_ids: Sequence[str]) -> list[Node]:

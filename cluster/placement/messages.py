@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cluster.placement.capacity import named_kind
 from cluster.placement.groups import Group, RoleRequest
 from cluster.placement.hardware import Hardware
 from cluster.runtime import GPU, STUDENT
@@ -35,8 +34,7 @@ def shape(group: Group) -> str:
     else:
         each = f", {max(sizes)} of them together" if max(sizes) > 1 else ""
         text = f"{count_of(sum(sizes), unit)}{each}"
-    kind = named_kind(group)
-    return text + conditions(Constraints(accelerator_type=kind, node_labels=dict(group.labels)))
+    return text + conditions(Constraints(accelerator_type=group.gpu_kind, node_labels=dict(group.labels)))
 
 
 def conditions(constraints: Constraints) -> str:

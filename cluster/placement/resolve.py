@@ -83,8 +83,7 @@ def _warnings(choices: Choices) -> Iterator[str]:
             f"{placement.num_slots} processes share {hardware.num_cpus} cores: they take turns, which is slower but "
             "not wrong"
         )
-    student = placement.of_role(STUDENT)
-    unbound = any(not any(key.startswith("accelerator_type") for key in group.bundles[0]) for group in student)
+    unbound = any(group.gpu_kind is None for group in placement.of_role(STUDENT))
     if choices.accelerator == GPU and len(hardware.gpu_kinds) > 1 and unbound:
         kinds = ", ".join(hardware.gpu_kinds)
         yield f"no kind of GPU ({kinds}) can hold all student ranks: every step waits for the slowest kind"

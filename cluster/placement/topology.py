@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cluster.placement.capacity import KIND_PREFIX, eligible, fits, named_kind
+from cluster.placement.capacity import eligible, fits
 from cluster.placement.groups import Group, Placement, RoleRequest, Strategy
-from cluster.placement.hardware import Hardware
+from cluster.placement.hardware import KIND_PREFIX, Hardware
 from cluster.placement.messages import advice, all_asked, conditions, count_of, registered, shape, supply
 from cluster.runtime import GPU, STUDENT, RankPlace
 from trainer.errors import ConfigError
@@ -140,14 +140,14 @@ def _with_kinds(groups: Sequence[Group], hardware: Hardware) -> list[Group]:
     chosen = list(groups)
     student_kind = None
     for index in sorted(range(len(groups)), key=lambda index: groups[index].role != STUDENT):
-        kinds = hardware.gpu_kinds if len(hardware.gpu_kinds) > 1 and named_kind(groups[index]) is None else ()
+        kinds = hardware.gpu_kinds if len(hardware.gpu_kinds) > 1 and groups[index].gpu_kind is None else ()
         for kind in sorted(kinds, key=lambda kind: kind == student_kind):
             trial = [*chosen[:index], _on_kind(groups[index], kind), *chosen[index + 1 :]]
             if groups[index].num_gpus and fits(trial, hardware):
                 chosen = trial
                 break
         if groups[index].role == STUDENT:
-            student_kind = named_kind(chosen[index])
+            student_kind = chosen[index].gpu_kind
     return chosen
 
 
@@ -172,7 +172,7 @@ def _size(group: Group) -> float:
 
 def _is_choosy(group: Group) -> bool:
     several = len(group.bundles) > 1
-    return bool(group.labels) or named_kind(group) is not None or (several and group.strategy.startswith("STRICT"))
+    return bool(group.labels) or group.gpu_kind is not None or (several and group.strategy.startswith("STRICT"))
 
 
 def _check_gpus(placed: Sequence[tuple[int, str, Sequence[str]]]) -> None:

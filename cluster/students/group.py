@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import ray
@@ -32,12 +32,8 @@ from configs.schema import Run
 from trainer.build import check_build
 from trainer.data.vocabulary import SharedVocabulary
 from trainer.errors import Defect, LabelsLost, StudentsLost
-from trainer.protocols import Observer
+from trainer.protocols import Observer, SelfTestResult, StudentInfo
 from trainer.types import BlockRef, Evaluation, RankBatch, SoftLabelBlock, StepMetrics, StudentPlan, Unit
-
-if TYPE_CHECKING:
-    from trainer.checks.self_tests import SelfTestResult
-    from trainer.model.student import StudentInfo
 
 FAILURE_GRACE_S = 3.0  # after the first rank failed: its peers' errors arrive, and the victim's names the cause
 

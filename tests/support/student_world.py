@@ -16,8 +16,9 @@ from configs.labels import Labels, Token
 from configs.schema import Run
 from trainer.labels.encoding import load_encoding
 from trainer.loop.plan import cut_units, groups_of, plan_step
-from trainer.model.student import StudentInfo, StudentRank
+from trainer.model.student import StudentRank
 from trainer.model.zero_config import deepspeed_config
+from trainer.protocols import StudentInfo
 from trainer.types import LabelHeader, RankBatch, Sequence, SoftLabelBlock, StudentPlan, Unit
 
 VOCABULARY_SIZE = 283

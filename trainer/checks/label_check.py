@@ -23,7 +23,6 @@ import torch
 from transformers import PreTrainedModel
 
 from configs.models import ModelSource
-from trainer.checks.self_tests import SelfTestResult
 from trainer.errors import foreign_errors
 from trainer.labels.encoding import load_encoding
 from trainer.labels.token import LOGPROB
@@ -34,6 +33,7 @@ from trainer.model.attention_choice import changing_lengths, lengths_to_cross
 from trainer.model.head import Head
 from trainer.model.load import load_causal, load_config, load_teacher_head
 from trainer.model.weights import weight_bytes
+from trainer.protocols import SelfTestResult
 from trainer.types import Sequence, SoftLabelBlock, Unit
 
 REFERENCE_BYTES = 4 * 2**30

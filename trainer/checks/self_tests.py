@@ -24,6 +24,7 @@ from trainer.model.attention_choice import lengths_to_cross
 from trainer.model.collectives import add_up, gather_objects
 from trainer.model.head import Head, HeadShape
 from trainer.model.load import StudentModule
+from trainer.protocols import SelfTestResult
 
 LENGTHS = (37, 24)  # of the packed sequences, a long one between them where there is a length to cross
 LONGEST = 8192 + 32
@@ -36,15 +37,6 @@ LOSS_VOCABULARY = 4096  # at most: the plain formula needs its own copies of thi
 
 KL_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # mean nats between two runs that should be equal
 RELATIVE_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest gradient
-
-
-@dataclass(frozen=True, slots=True)
-class SelfTestResult:
-    """One test; `numbers` is shown to people whether it passed or not."""
-
-    name: str
-    passed: bool
-    numbers: str
 
 
 @dataclass(frozen=True, slots=True)

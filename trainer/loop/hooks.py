@@ -7,16 +7,18 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from trainer.errors import Diverged, InfrastructureError, StudentsLost
 from trainer.loop.checkpoint import Checkpoints
-from trainer.loop.job import Job
 from trainer.loop.manifest import TrainingState
 from trainer.loop.settings import LoopSettings, every
 from trainer.protocols import Observer, Students
 from trainer.threads import in_thread
 from trainer.types import Cursor, Evaluation
+
+if TYPE_CHECKING:
+    from trainer.loop.job import Job
 
 MAX_FAILED_SAVES = 3
 

@@ -8,10 +8,9 @@ from dataclasses import replace
 
 from configs.labels import HELD_OUT, Labels, TopK
 from trainer.checks.label_check import check_labels, plan_check, teacher_lengths, teacher_truth
-from trainer.checks.self_tests import SelfTestResult
 from trainer.errors import SelfTestError
 from trainer.loop.job import Job
-from trainer.protocols import Observer, Session
+from trainer.protocols import Observer, SelfTestResult, Session
 from trainer.types import Sequence
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from configs.labels import NoLabels
 from configs.schema import Run
 from configs.tasks import ResolvedTask
 from trainer.checks.held_out import evaluate_held_out, without_samples
-from trainer.checks.self_tests import SelfTestResult, Subject, run_self_tests
+from trainer.checks.self_tests import Subject, run_self_tests
 from trainer.errors import ConfigError
 from trainer.labels.encoding import Encoding, load_encoding
 from trainer.loop.packing import to_device
@@ -43,6 +42,7 @@ from trainer.model.generate import generate
 from trainer.model.load import HeadCall, load_config, load_student
 from trainer.model.optimizer import learning_rate
 from trainer.model.zero import ZeroModel, flush_to_disk, num_elements, sharded_loading, start_processes, stop_processes
+from trainer.protocols import SelfTestResult, StudentInfo
 from trainer.types import (
     BatchPart,
     Evaluation,
@@ -54,18 +54,6 @@ from trainer.types import (
     TokenBatch,
     Unit,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class StudentInfo:
-    """What was built, for people and the run's record."""
-
-    parameters: int
-    trainable_parameters: int
-    dtype: str
-    attention: str
-    zero_stage: int
-    load_s: float
 
 
 class StudentRank:

@@ -21,9 +21,9 @@ from trainer.checks.label_check import (
     teacher_lengths,
     teacher_truth,
 )
-from trainer.checks.self_tests import SelfTestResult
 from trainer.labels.encoding import load_encoding
 from trainer.model import attention
+from trainer.protocols import SelfTestResult
 from trainer.types import LabelHeader, SoftLabelBlock, Unit
 
 VOCABULARY = 283
