@@ -159,7 +159,7 @@ def _stock(plan: EnginePlan) -> EnginePlan:
         "max_model_len": plan.max_length + 1,  # one token is written
         "skip_tokenizer_init": False,  # by default its log-probabilities come with text
     }
-    return replace(plan, role="writer", arguments=arguments)
+    return replace(plan, role="generator", arguments=arguments)
 
 
 async def _measure(

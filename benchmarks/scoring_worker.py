@@ -44,7 +44,7 @@ class Cost:
 
 
 def prepare(plan: EnginePlan) -> Callable[[Label | Prefill], Cost]:
-    """Load the engine of a plan: the scorer, or for role "writer" vLLM's own generation engine."""
+    """Load the engine of a plan: the scorer, or for role "generator" vLLM's own generation engine."""
     if plan.role == "scorer":
         scorer = Engine().start_scorer(plan, "bench-scorer")
 

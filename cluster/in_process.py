@@ -20,21 +20,30 @@ from cluster.students.group import StudentJob, on_local_copy
 from cluster.teachers.actor import start_engine
 from cluster.teachers.pool import check_report
 from configs.labels import Labels
-from trainer.protocols import Observer, ScoringEngine, SelfTestResult, StudentInfo, TeacherPools, WritingEngine
-from trainer.types import Evaluation, Prompt, RankBatch, SoftLabelBlock, StepMetrics, Unit, UnitReport
+from trainer.protocols import GeneratingEngine, Observer, ScoringEngine, SelfTestResult, StudentInfo, TeacherPools
+from trainer.types import (
+    Completion,
+    Evaluation,
+    GenerationRequest,
+    RankBatch,
+    SoftLabelBlock,
+    StepMetrics,
+    Unit,
+    UnitReport,
+)
 
 if TYPE_CHECKING:
     from trainer.model.student import StudentRank
 
 
 class InProcessTeacher:
-    """One engine. Implements `Scorers` or `Writers`, by its plan."""
+    """One engine. Implements `Scorers` or `Generators`, by its plan."""
 
     def __init__(self, plan: EnginePlan, *, deadline_s: float, observer: Observer) -> None:
         self._plan = plan
         self._deadline_s = deadline_s
         self._observer = observer
-        self._engine: ScoringEngine | WritingEngine | None = None
+        self._engine: ScoringEngine | GeneratingEngine | None = None
 
     def start(self) -> None:
         self._engine = start_engine(self._plan, f"{self._plan.actors}-0")
@@ -45,8 +54,8 @@ class InProcessTeacher:
         self._observer.span(report.replica, "score", report.started_s, report.started_s + report.score_s, unit.id)
         return report, block
 
-    async def write(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-        return await self._engine.write(prompts, deadline_s=self._deadline_s) if prompts else []
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        return await self._engine.generate(requests, deadline_s=self._deadline_s)
 
     def close(self) -> None:
         if self._engine is not None:
@@ -137,7 +146,7 @@ class InProcessSession:
             return self._engines[-1]
 
         self.teachers = {
-            name: TeacherPools(started(plans.scorer), started(plans.writer))
+            name: TeacherPools(started(plans.scorer), started(plans.generator))
             for name, plans in resolved.teachers.items()
         }
         self.students = InProcessStudents(job)

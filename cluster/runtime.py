@@ -20,17 +20,17 @@ from trainer.build import FAST
 if TYPE_CHECKING:
     import torch
 
-Role = Literal["student", "scorer", "writer", "controller"]
+Role = Literal["student", "scorer", "generator", "controller"]
 Accelerator = Literal["cpu", "gpu"]
 
 STUDENT: Role = "student"
 SCORER: Role = "scorer"
-WRITER: Role = "writer"
+GENERATOR: Role = "generator"
 CONTROLLER: Role = "controller"  # the run's own process, and helper actors that hold no accelerator
 CPU: Accelerator = "cpu"
 GPU: Accelerator = "gpu"
 
-ENGINES = (SCORER, WRITER)
+ENGINES = (SCORER, GENERATOR)
 WORKERS = (STUDENT, *ENGINES)
 ALL_ROLES = (*WORKERS, CONTROLLER)
 BOTH = (CPU, GPU)

@@ -66,7 +66,7 @@ class RaySession:
         )
         self._pools: dict[str, ReplicaPool] = {}
         self.teachers = {
-            name: TeacherPools(self._pool(plans.scorer), self._pool(plans.writer))
+            name: TeacherPools(self._pool(plans.scorer), self._pool(plans.generator))
             for name, plans in resolved.teachers.items()
         }
 

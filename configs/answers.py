@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from configs.section import Positive, Share
+from configs.refusal import refusal
+from configs.section import Natural, Positive, Share
 from configs.stations import Choice, Station
+
+LEAST_TEMPERATURE = 0.01
 
 
 class Answers(Choice):
@@ -17,6 +20,11 @@ class Answers(Choice):
     """Whether the teacher needs generator replicas."""
     needs_answer: ClassVar[bool] = True
     """Whether every row needs an answer."""
+
+    @property
+    def stops_at_text(self) -> bool:
+        """Whether generators must know the text of what they write, to stop at strings."""
+        return False
 
 
 class DatasetAnswers(Answers):
@@ -29,6 +37,11 @@ class TeacherAnswers(Answers):
     """The dataset's answer where a row has one, else the teacher writes it (sequence-level distillation, arXiv
     1606.07947).
 
+    The `n` answers to a prompt are a group: `n` sequences, each drawn with a seed of its own, which depends on `seed`,
+    the prompt and the number of the answer alone. Logits are divided by `temperature` and then restricted by `min_p`,
+    `top_k` and `top_p`, in this order. An answer ends with an end token of the teacher, or with the token that
+    completes one of the strings of `stop`.
+
     An answer that reaches `max_new_tokens` is cut off. With `on_cut_off: keep` it is learnt as far as it goes, without
     an end token, so that the student is not taught to stop there; with `drop` it is left out, as an empty answer always
     is. The run ends where more than `max_dropped_fraction` of the answers were left out.
@@ -36,14 +49,37 @@ class TeacherAnswers(Answers):
 
     kind: Literal["teacher"] = "teacher"
     max_new_tokens: Positive = 256
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    n: Positive = Field(1, description="Answers to each prompt; a step then has n times as many sequences.")
+    temperature: Annotated[float, Field(ge=0, le=2)] = Field(0.0, description="0: greedy, else 0.01 to 2.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Mass of the likeliest tokens to draw from.")
+    top_k: Natural = Field(0, description="Number of the likeliest tokens to draw from; 0: all.")
+    min_p: Share = Field(0.0, description="Least probability of a token, as a fraction of the likeliest one's.")
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="Strings that end an answer.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(None, description="None: from the seed of the run.")
     rewrite: bool = Field(False, description="The teacher also writes anew what rows have an answer to.")
     on_cut_off: Literal["keep", "drop"] = "keep"
     max_dropped_fraction: Share = 0.5
 
     needs_generator: ClassVar[bool] = True
     needs_answer: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _answers_differ(self) -> TeacherAnswers:
+        if self.n > 1 and self.temperature == 0:
+            text = f"n: {self.n} greedy answers are all the same: write a temperature above 0, or n: 1"
+            raise refusal(("n",), self.n, text)
+        return self
+
+    @field_validator("temperature")
+    @classmethod
+    def _engines_can_divide(cls, temperature: float) -> float:
+        if 0 < temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"vLLM draws at {LEAST_TEMPERATURE} or above: write that, or 0, which is greedy")
+        return temperature
+
+    @property
+    def stops_at_text(self) -> bool:
+        return bool(self.stop)
 
 
 ANSWERS = Station(

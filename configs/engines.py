@@ -43,7 +43,7 @@ ENGINES = Station(
     package="cluster.engines",
     class_name="Engine",
     default="vllm",
-    members=("arguments", "start_scorer", "start_writer"),
+    members=("arguments", "start_scorer", "start_generator"),
     contract="cluster/engines/hf.py",
 )
 AnyEngine = Annotated[Engine, ENGINES]

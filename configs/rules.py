@@ -33,7 +33,7 @@ def broken_rules(run: Run) -> Iterator[Problem]:
         yield from _objective(run, task)
         yield from _pairs(run, task)
     wrong = [problem for task in tasks for problem in _asked(run, task)]
-    yield from wrong or _writers(run)
+    yield from wrong or _generators(run)
     if run.runtime == "in_process":
         yield from _one_process(run)
     yield from _steps(run)
@@ -172,7 +172,7 @@ def _unknown(name: str, known: tuple[str, ...]) -> str:
     return f"there is no teacher '{name}'{did_you_mean(name, known)} (there are: {', '.join(known) or 'none'})"
 
 
-def _writers(run: Run) -> Iterator[Problem]:
+def _generators(run: Run) -> Iterator[Problem]:
     """A teacher that writes needs generator replicas, and only such a one."""
     asked: dict[str, str] = {}
     for task in run.resolved_tasks().values():

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.load import dump_run, run_folder
+from configs.load import dump_run, load_run, run_folder
 from configs.models import ModelSource, Teacher
 from configs.paths import named_path
 from configs.prompts import Dataset
@@ -23,7 +23,6 @@ from configs.schema import Run
 from configs.tasks import Task
 from launch.files import row_files
 from launch.own_code import CodeFile, own_code, plugin_code
-from launch.supported import load_supported
 from trainer.build import build_hash
 from trainer.errors import ConfigError
 
@@ -104,7 +103,7 @@ def make_bundle(
     Raises `ConfigError` for a wrong configuration, for links out of a folder of rows, and for a bundle over
     `max_bytes`, naming its largest files; nothing has been written then.
     """
-    loaded = load_supported(config, overrides).run
+    loaded = load_run(config, overrides).run
     paths = _Paths([named_path("--shared", path).resolve() for path in shared])
     run, locals_ = paths.rewritten(loaded), paths.sent
     code = [*own_code(), *plugin_code(loaded)]

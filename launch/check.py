@@ -22,9 +22,10 @@ from cluster.engines.vllm_limits import check_rotation, check_split
 from cluster.engines.vllm_registry import check_architecture, unknown_quantisation
 from cluster.placement.roles import started_roles
 from cluster.runtime import actors_of
+from configs.answers import TeacherAnswers
 from configs.engines import Hf, Vllm
 from configs.labels import Labels
-from configs.load import LoadedRun, run_folder
+from configs.load import LoadedRun, load_run, run_folder
 from configs.models import ModelSource, Teacher
 from configs.paths import refuse_pattern
 from configs.prompts import Dataset
@@ -36,7 +37,6 @@ from launch.disk import DiskNeed, check_writable, free_bytes, size_text
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
 from launch.quiet import quiet_libraries
 from launch.resuming import Standing, standing
-from launch.supported import load_supported
 from trainer.data.prompts import RowReport, check_rows
 from trainer.errors import ConfigError, DataError, StillhouseError
 from trainer.loop.checkpoint import Checkpoints
@@ -70,7 +70,7 @@ class Finding:
 def check(path: Path, overrides: Sequence[str]) -> int:
     """Print one line for each thing looked at. 0: a run may start; 2, 3: exit code of `ConfigError`, `DataError`."""
     quiet_libraries()
-    loaded = load_supported(path, overrides)
+    loaded = load_run(path, overrides)
     run = loaded.run
     findings = [Finding("configuration", "ok", f"{path}, run {run.name}")]
     _print(findings[0])
@@ -252,13 +252,15 @@ def _engine(place: str, teacher: Teacher) -> Iterator[Finding]:
 
 
 def _generation(run: Run, place: str, teacher: Teacher) -> Iterator[Finding]:
-    """Which of the teacher's own generation settings its writers do not apply."""
-    writing = [t.answers for t in run.resolved_tasks().values() if teacher.name in t.teachers]
-    temperature = next((getattr(one, "temperature", 1) for one in writing if one.needs_generator), 1)
+    """Which of the teacher's own generation settings its generators do not apply."""
+    asking = [task.answers for task in run.resolved_tasks().values() if teacher.name in task.teachers]
+    written = [answers for answers in asking if isinstance(answers, TeacherAnswers)]
+    temperature = max((answers.temperature for answers in written), default=1)
+    said = {"stop_strings" if name == "stop" else name for answers in written for name in answers.model_fields_set}
     unused: dict[str, object] = {}
 
     def look() -> None:
-        unused.update(unused_settings(teacher.model, temperature=temperature))
+        unused.update(unused_settings(teacher.model, temperature=temperature, decided=said))
 
     found = _attempt(f"{place} generation", look, lambda: "as configured")
     if found.fatal:
@@ -268,8 +270,8 @@ def _generation(run: Run, place: str, teacher: Teacher) -> Iterator[Finding]:
     named = ", ".join(f"{name}: {str(value)[:60]}" for name, value in unused.items())
     text = (
         f"{teacher.model.path}/generation_config.json sets {named}, which a generator does not apply: its answers "
-        "follow the temperature and top_p of `answers`, and end at the ids of eos_token_id. Where it matters, let the "
-        "answers be written elsewhere and give them as rows"
+        "are drawn as `answers` says, and end at the ids of eos_token_id. Write top_k, min_p and stop (of "
+        "stop_strings) into `answers`; where others matter, let the answers be written elsewhere and give them as rows"
     )
     yield Finding(f"{place} generation", "warning", text)
 

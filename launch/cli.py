@@ -336,6 +336,6 @@ def doctor(
 
 def _refuse_bad_configuration(config: Path, overrides: list[str] | None) -> None:
     """Before torch is imported, which takes longer than reading the mistakes."""
-    from launch.supported import load_supported
+    from configs.load import load_run
 
-    load_supported(config, overrides or [])
+    load_run(config, overrides or [])

@@ -24,12 +24,11 @@ from cluster.lifecycle.ray_session import object_store_bytes
 from cluster.preflight import machine, software
 from cluster.preflight.finding import Finding, Look, examine, ok, problem, warning
 from configs.engines import Vllm
-from configs.load import run_folder
+from configs.load import load_run, run_folder
 from configs.models import ModelSource
 from configs.rules import teachers_by_place
 from configs.schema import Run
 from launch.identity import HOME
-from launch.supported import load_supported
 from trainer.errors import StillhouseError
 
 JOIN_TIMEOUT_S = 90.0
@@ -46,7 +45,7 @@ SUBJECT_WIDTH = 15
 def doctor(path: Path | None, overrides: Sequence[str], *, address: str | None) -> int:
     """Print what is found. 0: no problems (perhaps warnings); 1: problems. Raises `ConfigError` for a configuration
     that cannot be read."""
-    run = None if path is None else load_supported(path, overrides).run
+    run = None if path is None else load_run(path, overrides).run
     address = address or os.environ.get("RAY_ADDRESS") or None
     sheet = Sheet()
     here = f"this machine ({os.uname().nodename})"

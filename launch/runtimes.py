@@ -90,8 +90,7 @@ def resolve_run(run: Run, inputs: Inputs, hardware: Hardware) -> Resolved:
         tokenizer_fingerprint=inputs.vocabulary.fingerprint,
         student=_known(run.student.model, "student.model"),
         teachers={
-            name: _known(teacher.model, f"{teacher_place(run, name)}.model", _stop_ids(run, inputs, name))
-            for name, teacher in teachers.items()
+            name: _known(teacher.model, f"{teacher_place(run, name)}.model") for name, teacher in teachers.items()
         },
         offline=all(Path(model.path).is_dir() for model in models),
         bytecode_folder=runtime.bytecode_folder(),
@@ -99,14 +98,8 @@ def resolve_run(run: Run, inputs: Inputs, hardware: Hardware) -> Resolved:
     return resolve(run, hardware, facts)
 
 
-def _known(source: ModelSource, role: str, stop_token_ids: tuple[int, ...] = ()) -> KnownModel:
-    return KnownModel(load_config(source, role=role), _weight_bytes(source), stop_token_ids)
-
-
-def _stop_ids(run: Run, inputs: Inputs, teacher: str) -> tuple[int, ...]:
-    """Of what a teacher writes: those of the first task that asks it."""
-    tasks = run.resolved_tasks().values()
-    return next((inputs.tasks[task.name].stop_ids for task in tasks if teacher in task.teachers), ())
+def _known(source: ModelSource, role: str) -> KnownModel:
+    return KnownModel(load_config(source, role=role), _weight_bytes(source))
 
 
 def _weight_bytes(source: ModelSource) -> int | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.lifecycle.health import Failure, FailurePolicy, RestartGroup
-from configs.load import config_hash, dump_run, run_folder
+from configs.load import config_hash, dump_run, load_run, run_folder
 from configs.schema import Run
 from launch.check import raise_problems
 from launch.contents import contents_of, dtypes_of
@@ -29,7 +29,6 @@ from launch.resuming import Standing, new_length, refuse_changes, standing
 from launch.runtimes import Runtime, open_runtime
 from launch.stall import SAVE_GRACE_S, StallWatch, stall_timeout_s
 from launch.stopping import StopRequest, preemptible
-from launch.supported import load_supported
 from trainer.errors import InfrastructureError, StillhouseError
 from trainer.loop.controller import Controller
 from trainer.loop.job import Inputs, Job, make_job
@@ -61,7 +60,7 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
 
 def _train_in_folder(path: Path, overrides: list[str], *, skip_self_test: bool, wait_for_nodes: int | None) -> int:
     """`train`, while the signals of a scheduler are heard."""
-    loaded = load_supported(path, overrides)
+    loaded = load_run(path, overrides)
     run = loaded.run
     quiet_libraries()
     warnings, inputs = raise_problems(loaded)

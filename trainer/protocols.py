@@ -18,7 +18,9 @@ from trainer.types import (
     AnswerCounters,
     BlockRef,
     Collected,
+    Completion,
     Evaluation,
+    GenerationRequest,
     Prompt,
     RankBatch,
     Sequence,
@@ -64,12 +66,23 @@ class Scorers(Protocol):
         ...
 
 
-class Writers(Protocol):
-    """A pool of writer replicas of one teacher."""
+class Generators(Protocol):
+    """A pool of generator replicas of one model."""
 
-    async def write(self, prompts: AbstractSequence[Prompt]) -> list[np.ndarray]:
-        """The answer of each prompt as int32 ids, the end-of-turn token included when the teacher ended its turn."""
+    async def generate(self, requests: AbstractSequence[GenerationRequest]) -> list[Completion]:
+        """The answer to each request, in their order, whatever dies meanwhile.
+
+        Raises `TeachersLost` when the pool has given up, `UnitRejected` for a prompt that no replica can read.
+        """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Author:
+    """A teacher that writes answers."""
+
+    generators: Generators
+    stop_ids: tuple[int, ...]  # its answers end with one of them
 
 
 class AnswerCollector(Protocol):
@@ -125,10 +138,12 @@ class ScoringEngine(Protocol):
     def close(self) -> None: ...
 
 
-class WritingEngine(Protocol):
-    """Software that runs one replica of a teacher for writing."""
+class GeneratingEngine(Protocol):
+    """Software that runs one replica of a model for generation."""
 
-    async def write(self, prompts: AbstractSequence[Prompt], *, deadline_s: float) -> list[np.ndarray]: ...
+    async def generate(self, requests: AbstractSequence[GenerationRequest], *, deadline_s: float) -> list[Completion]:
+        """Raises as `ScoringEngine.score` does. Several calls at once share the engine's batches, where it has any."""
+        ...
 
     def close(self) -> None: ...
 
@@ -183,7 +198,7 @@ class TeacherPools:
     """The replicas of one teacher; None where no task asks for what they do."""
 
     scorer: Scorers | None
-    generator: Writers | None
+    generator: Generators | None
 
 
 class Session(Protocol):

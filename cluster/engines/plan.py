@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster.runtime import actors_of
@@ -12,21 +12,10 @@ from configs.labels import Labels
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a writer draws tokens. The seed of a prompt is derived from `seed` and the prompt's id."""
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    stop_token_ids: tuple[int, ...] = ()  # end of turn; kept in the answer
-
-
-@dataclass(frozen=True, slots=True)
 class EnginePlan:
     """Everything one replica needs, the same for all replicas of its role."""
 
-    role: Literal["scorer", "writer"]
+    role: Literal["scorer", "generator"]
     engine: Engine  # its parameters
     model: str
     revision: str | None
@@ -42,10 +31,14 @@ class EnginePlan:
     tokenizer_fingerprint: str
     vocabulary_size: int  # V
     encodings: tuple[Labels, ...] = ()  # all that will be asked of a scorer
-    sampling: Sampling | None = field(default=None)  # writers only
     start_timeout_s: float = 600.0  # until it must be ready, the copy included
     local_copy: str | None = None  # folder of the node where a copy of the model is read from
     prefix: str = ""  # of the names of its processes; empty where there is one teacher
+
+    @property
+    def author(self) -> str:
+        """Who wrote what a generator writes."""
+        return f"teacher:{self.prefix}" if self.prefix else "teacher"
 
     @property
     def actors(self) -> str:

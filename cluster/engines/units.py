@@ -5,7 +5,6 @@ A file of its own so that the engines cannot drift apart: a block is the same by
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from cluster.engines.plan import EnginePlan
 from configs.labels import Labels
 from trainer.errors import EngineDead, UnitRejected
 from trainer.labels.encoding import Column, Encoding, TeacherShape, unpack_rows
-from trainer.types import LabelHeader, Prompt, Sequence, SoftLabelBlock, Unit, UnitReport
+from trainer.types import GenerationRequest, LabelHeader, Sequence, SoftLabelBlock, Unit, UnitReport
 
 BFLOAT16_EXPONENT = 0x7F80
 """Bits that are all set in a bfloat16 infinity or NaN, and in nothing else."""
@@ -26,8 +25,8 @@ BFLOAT16_EXPONENT = 0x7F80
 class EngineStatistics:
     """Running totals of one engine since it became ready. Subtract two of them to measure what lies between."""
 
-    num_units: int  # finished; a call of `write` counts as one
-    num_tokens: int  # of finished units: tokens read, and for writers tokens written
+    num_units: int  # finished; a call of `generate` counts as one
+    num_tokens: int  # of finished units: tokens read, and for generators tokens written
     num_rows: int  # label rows returned
     num_steps: int  # forward passes over a batch
     busy_s: float  # wall clock with at least one unit inside
@@ -54,14 +53,15 @@ def check_unit(unit: Unit, *, vocabulary_size: int, max_length: int) -> None:
         raise UnitRejected(f"unit {unit.id}: no row of its {len(unit.sequences)} sequence(s) counts in the loss")
 
 
-def check_prompt(prompt: Prompt, *, vocabulary_size: int, max_length: int) -> None:
+def check_request(request: GenerationRequest, *, vocabulary_size: int, max_length: int) -> None:
     """Refuse, with `UnitRejected`, a prompt that leaves no room for an answer or holds a wrong id."""
-    if not 0 < len(prompt.token_ids) < max_length:
+    what = f"prompt {request.prompt_id}" + (f" ({request.origin})" if request.origin else "")
+    if not 0 < len(request.token_ids) < max_length:
         raise UnitRejected(
-            f"prompt {prompt.id} ({prompt.origin}) has {len(prompt.token_ids)} tokens; this engine reads and writes "
-            f"{max_length} together, so a prompt has 1 to {max_length - 1}"
+            f"{what} has {len(request.token_ids)} tokens; this engine reads and writes {max_length} together, so a "
+            f"prompt has 1 to {max_length - 1}"
         )
-    check_ids(prompt.token_ids, f"prompt {prompt.id} ({prompt.origin})", vocabulary_size)
+    check_ids(request.token_ids, what, vocabulary_size)
 
 
 def check_ids(token_ids: np.ndarray, what: str, vocabulary_size: int) -> None:
@@ -77,12 +77,6 @@ def check_ids(token_ids: np.ndarray, what: str, vocabulary_size: int) -> None:
 def tokens_to_read(sequence: Sequence) -> np.ndarray:
     """The tokens up to the one that the last label row predicts; what follows changes no label."""
     return sequence.token_ids[: int(np.flatnonzero(sequence.loss_mask)[-1]) + 2]
-
-
-def prompt_seed(seed: int, prompt_id: str) -> int:
-    """A prompt's own seed: its answer does not depend on what else is in the batch or which replica writes it."""
-    digest = hashlib.blake2b(f"{seed}:{prompt_id}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little")
 
 
 def label_block(

@@ -1,4 +1,4 @@
-"""The vLLM engine: `engine: {kind: vllm}`. What it is told per role and device, and its scorer and writer.
+"""The vLLM engine: `engine: {kind: vllm}`. What it is told per role and device, and its scorer and generator.
 
 The engine runs inside the actor's process, without vLLM's own front-end process: `VLLM_ENABLE_V1_MULTIPROCESSING=0`
 must be in the process environment. Only tensor parallelism adds processes, one per shard.
@@ -8,34 +8,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from collections.abc import Sequence as AbstractSequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from cluster.engines.plan import EnginePlan, Sampling
+from cluster.engines.plan import EnginePlan
 from cluster.engines.refusals import start_errors
 from cluster.engines.units import (
     EngineStatistics,
-    check_prompt,
     check_unit,
     label_block,
-    prompt_seed,
     teacher_shape,
     tokens_to_read,
     unit_report,
 )
+from cluster.engines.vllm_generator import VllmGenerator, sampling_params
 from cluster.engines.vllm_loop import EngineLoop, Request
 from configs.engines import Vllm
 from configs.labels import HELD_OUT, Labels
 from trainer.errors import ConfigError, InfrastructureError
 from trainer.labels.encoding import load_encoding
 from trainer.model.head import head_width
-from trainer.types import Prompt, Sequence, SoftLabelBlock, Unit, UnitReport
+from trainer.types import Sampling, Sequence, SoftLabelBlock, Unit, UnitReport
 
 if TYPE_CHECKING:
-    from vllm import PoolingParams, SamplingParams
+    from vllm import PoolingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
 CPU_KV_CACHE_BYTES = 256 * 2**20
@@ -45,26 +41,22 @@ CPU_BLOCK_SIZE = 32
 """vLLM's kernels want a multiple of 32; its own default of 128 wastes most of a block on short sequences."""
 
 
-FORBID = -100.0
-"""The strongest logit bias vLLM accepts: keeps the padding of a vocabulary out of what a writer writes."""
-
-
 class Engine(Vllm):
     """How an engine of this role and device is started."""
 
     def arguments(
         self,
         *,
-        role: Literal["scorer", "writer"],
+        role: Literal["scorer", "generator"],
         dtype: str,
         tensor_parallel_size: int,
         max_length: int,
         accelerator: Literal["cpu", "gpu"],
-        kept_events: int,
+        stop_strings: bool = False,
     ) -> dict[str, Any]:
         """Keyword arguments of `vllm.EngineArgs`, complete but for the model's own name. Pure.
 
-        `kept_events` is the largest number of ids per row that a label of this run keeps.
+        `stop_strings`: a generator must know the text of what it writes.
         """
         arguments = {
             "dtype": dtype,
@@ -79,7 +71,7 @@ class Engine(Vllm):
             "use_tqdm_on_load": False,
             "seed": 0,
             "disable_log_stats": True,
-            **(self._scorer() if role == "scorer" else self._writer(kept_events)),
+            **(self._scorer() if role == "scorer" else self._generator(stop_strings)),
             **(self._cpu() if accelerator == "cpu" else self._gpu()),
         }
         given = {
@@ -88,7 +80,7 @@ class Engine(Vllm):
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "enforce_eager": self.enforce_eager,
         }
-        if role == "writer" and accelerator == "cpu":
+        if role == "generator" and accelerator == "cpu":
             # vLLM's seeded sampling fails on a CPU when a prompt is read in parts: read each whole.
             arguments["enable_chunked_prefill"] = False
             arguments["max_num_batched_tokens"] = max(arguments["max_num_batched_tokens"], max_length)
@@ -107,12 +99,13 @@ class Engine(Vllm):
         }
 
     @staticmethod
-    def _writer(kept_events: int) -> dict[str, Any]:
+    def _generator(stop_strings: bool) -> dict[str, Any]:
         return {
             "runner": "generate",
             "convert": "none",
             "enable_prefix_caching": True,
-            "max_logprobs": max(kept_events, 1),
+            "skip_tokenizer_init": not stop_strings,
+            "logprobs_mode": "processed_logprobs",  # of the distribution that tokens are drawn from
         }
 
     @staticmethod
@@ -139,12 +132,9 @@ class Engine(Vllm):
             width = head_width(config, trust_remote_code=plan.trust_remote_code)
             return VllmScorer(plan, EngineLoop(lambda: build_engine(plan), name=name), hidden_size=width)
 
-    def start_writer(self, plan: EnginePlan, name: str) -> VllmWriter:
+    def start_generator(self, plan: EnginePlan, name: str) -> VllmGenerator:
         """Load the model for generation; returns when it can write."""
-        if plan.sampling is None:
-            raise ConfigError(f"the writer {name} got no sampling settings")
-        check_sampling(plan.sampling)
-        return VllmWriter(plan, plan.sampling, EngineLoop(lambda: build_engine(plan), name=name))
+        return VllmGenerator(plan, EngineLoop(lambda: build_engine(plan), name=name))
 
 
 @contextmanager
@@ -193,18 +183,15 @@ def build_engine(plan: EnginePlan) -> LLMEngine:
 
 
 def try_out(engine: LLMEngine, plan: EnginePlan) -> None:
-    """The shortest request there is: kernels that do not take this model say so at its first pass, and not before."""
-    from vllm import SamplingParams
-
+    """The shortest requests there are: kernels that do not take this model say so at its first pass, and not before."""
     if plan.role == "scorer":
         encoding = plan.encodings[0] if plan.encodings else HELD_OUT
-        token_ids, params = [0, 0], label_request(encoding, plan, spans=[0, 1])
-    elif plan.sampling is None:  # of a benchmark, which says with each request how to write
-        token_ids, params = [0], SamplingParams(max_tokens=1)
+        trials = [([0, 0], label_request(encoding, plan, spans=[0, 1]))]
     else:
-        seed = None if plan.sampling.temperature == 0 else plan.sampling.seed % 2**32
-        token_ids, params = [0], sampling_params(plan.sampling, max_tokens=1, seed=seed, logit_bias=None)
-    engine.add_request("trial", {"type": "token", "prompt_token_ids": token_ids}, params)
+        ways = Sampling(max_tokens=1), Sampling(max_tokens=1, temperature=1.0, top_p=0.9, top_k=2, min_p=0.1)
+        trials = [([0], sampling_params(way, max_tokens=1, seed=0, logit_bias=None)) for way in ways]
+    for number, (token_ids, params) in enumerate(trials):
+        engine.add_request(f"trial-{number}", {"type": "token", "prompt_token_ids": token_ids}, params)
     while engine.has_unfinished_requests():
         engine.step()
 
@@ -230,7 +217,7 @@ class VllmScorer:
         plan = self._plan
         check_unit(unit, vocabulary_size=plan.vocabulary_size, max_length=plan.max_length)
         made = load_encoding(encoding)
-        finished = await self._loop.run(
+        finished = await self._loop.submit(
             [self._request(sequence, encoding) for sequence in unit.sequences if sequence.num_loss_tokens],
             name=f"unit {unit.id}",
             num_tokens=unit.num_tokens,
@@ -260,71 +247,3 @@ class VllmScorer:
 
     def close(self) -> None:
         self._loop.close()
-
-
-class VllmWriter:
-    """`WritingEngine` (trainer/protocols.py)."""
-
-    def __init__(self, plan: EnginePlan, sampling: Sampling, loop: EngineLoop) -> None:
-        self._plan = plan
-        self._sampling = sampling
-        self._loop = loop
-        padding = range(plan.vocabulary_size, loop.padded_vocabulary_size)
-        self._without_padding = dict.fromkeys(padding, FORBID) or None
-
-    async def write(self, prompts: AbstractSequence[Prompt], *, deadline_s: float) -> list[np.ndarray]:
-        """int32 ids of each answer, in the order of the prompts, the stop token included where one was produced.
-
-        Raises `UnitRejected`, `DeadlineExceeded` and `EngineDead` as scoring does. Greedy at temperature 0; otherwise
-        every prompt has its own seed.
-        """
-        for prompt in prompts:
-            check_prompt(prompt, vocabulary_size=self._plan.vocabulary_size, max_length=self._plan.max_length)
-        if not prompts:
-            return []
-        finished = await self._loop.run(
-            [Request(prompt.token_ids.tolist(), self._params(prompt)) for prompt in prompts],
-            name=f"the answers to {len(prompts)} prompts from {prompts[0].id}",
-            num_tokens=sum(len(prompt.token_ids) for prompt in prompts),
-            num_rows=0,
-            deadline_s=deadline_s,
-        )
-        return [np.asarray(output.outputs[0].token_ids, dtype=np.int32) for output in finished.outputs]
-
-    def _params(self, prompt: Prompt) -> SamplingParams:
-        sampling = self._sampling
-        return sampling_params(
-            sampling,
-            max_tokens=min(sampling.max_new_tokens, self._plan.max_length - len(prompt.token_ids)),
-            seed=prompt_seed(sampling.seed, prompt.id) if sampling.temperature > 0 else None,
-            logit_bias=self._without_padding,
-        )
-
-    def statistics(self) -> EngineStatistics:
-        return self._loop.statistics
-
-    def close(self) -> None:
-        self._loop.close()
-
-
-def check_sampling(sampling: Sampling) -> None:
-    """Let vLLM judge the settings before it loads a model; raises `ConfigError`."""
-    with start_errors("vLLM refuses the sampling settings of the writer"):
-        sampling_params(sampling, max_tokens=sampling.max_new_tokens, seed=None, logit_bias=None)
-
-
-def sampling_params(
-    sampling: Sampling, *, max_tokens: int, seed: int | None, logit_bias: dict[int, float] | None
-) -> SamplingParams:
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=seed,
-        stop_token_ids=list(sampling.stop_token_ids),
-        logit_bias=logit_bias,
-        ignore_eos=True,  # stop_token_ids says all there is to say
-        detokenize=False,
-    )

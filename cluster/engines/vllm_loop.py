@@ -1,13 +1,14 @@
-"""One thread that owns one vLLM engine, and the way into it from asyncio; scorer and writer share it.
+"""One thread that owns one vLLM engine, and the way into it from asyncio; scorer and generator share it.
 
-    event loop (many coroutines)                      engine thread (one)
-    run(requests) --- Submit ---> command queue ---> add requests to the running batch
-                                                      engine.step() while anything is inside
-    await future <--- call_soon_threadsafe ---------- all outputs of a job are there
-    deadline or cancellation --- Abort ------------> its requests leave the scheduler
+    event loop (many coroutines)                engine thread (one)
+    submit(requests) ------> call queue ------> add requests to the running batch
+                                                engine.step() while anything is inside
+    await future <--- call_soon_threadsafe ---- all outputs of a job are there
+    deadline or cancellation -----------------> its requests leave the scheduler
+    run(work) -------------> call queue ------> work(engine)
 
 Waiting never blocks the event loop, so an actor answers pings while its engine is busy. A step is never interrupted:
-an abort or a new job takes effect between two steps.
+what is called runs between two steps.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from cluster.engines.units import EngineStatistics
-from trainer.errors import DeadlineExceeded, EngineDead, UnitRejected, foreign_errors
+from trainer.errors import DeadlineExceeded, EngineDead, InfrastructureError, UnitRejected, foreign_errors
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
 CLOSE_TIMEOUT_S = 60.0
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,39 @@ class Finished:
     took_s: float  # until its last output left the engine
 
 
+class Waiter(Generic[_Result]):
+    """A coroutine that waits for a result from the engine thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[_Result] = self._loop.create_future()
+
+    @property
+    def gave_up(self) -> bool:
+        return self._future.cancelled()
+
+    async def wait(self, deadline_s: float, *, late: str) -> _Result:
+        """Raises `DeadlineExceeded` with the text `late`."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await self._future
+        except TimeoutError:
+            raise DeadlineExceeded(late) from None
+
+    def resolve(self, result: _Result | Exception) -> None:
+        """From the engine thread; the coroutine may have given up or lost its event loop meanwhile."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._set, result)
+
+    def _set(self, result: _Result | Exception) -> None:
+        if self._future.done():
+            return
+        if isinstance(result, Exception):
+            self._future.set_exception(result)
+        else:
+            self._future.set_result(result)
+
+
 @dataclass(slots=True)
 class Job:
     """Requests that are answered together. Touched by the engine thread only, once submitted."""
@@ -57,32 +92,19 @@ class Job:
     requests: AbstractSequence[Request]
     num_tokens: int
     num_rows: int
-    future: asyncio.Future[Finished]
-    loop: asyncio.AbstractEventLoop
+    waiter: Waiter[Finished]
     request_ids: list[str] = field(default_factory=list)
     outputs: dict[str, Any] = field(default_factory=dict)
     started_s: float = 0.0
     started_at: float = 0.0  # monotonic
 
-    def resolve(self, result: Finished | Exception) -> None:
-        """Hand the result to the waiting coroutine, which may have given up or lost its event loop meanwhile."""
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(_set, self.future, result)
-
 
 @dataclass(frozen=True, slots=True)
-class Submit:
-    job: Job
+class Call:
+    """What the engine thread does between two steps; `waiter` is told where the engine is dead by then."""
 
-
-@dataclass(frozen=True, slots=True)
-class Abort:
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    pass
+    work: Callable[[LLMEngine], None]
+    waiter: Waiter[Any] | None = None
 
 
 class EngineLoop:
@@ -94,7 +116,7 @@ class EngineLoop:
         self.statistics = EngineStatistics(0, 0, 0, 0, 0.0, 0.0, 0)
         self.padded_vocabulary_size = 0  # known once the model is loaded
         self._build = build
-        self._commands: queue.SimpleQueue[Submit | Abort | Stop] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()  # None: stop
         self._jobs: dict[int, Job] = {}
         self._owner: dict[str, Job] = {}  # request id -> job
         self._num_requests = 0
@@ -107,7 +129,7 @@ class EngineLoop:
             self._thread.join()
             raise failure
 
-    async def run(
+    async def submit(
         self, requests: AbstractSequence[Request], *, name: str, num_tokens: int, num_rows: int, deadline_s: float
     ) -> Finished:
         """Let the requests join the running batch and wait for all of them.
@@ -115,32 +137,50 @@ class EngineLoop:
         Raises `DeadlineExceeded` after `deadline_s`, `UnitRejected` if vLLM refuses a request, `EngineDead` if the
         engine broke, before or meanwhile. Whenever this ends early its requests leave the engine.
         """
-        loop = asyncio.get_running_loop()
-        job = Job(name, requests, num_tokens, num_rows, loop.create_future(), loop)
-        self._command(Submit(job))
+        job = Job(name, requests, num_tokens, num_rows, Waiter())
+        self._call(Call(lambda engine: self._admit(engine, job), job.waiter))
+        late = f"{name}: {num_tokens} tokens did not leave the engine {self.name} within {deadline_s:.1f} s"
         try:
-            async with asyncio.timeout(deadline_s):
-                return await job.future
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"{name}: {num_tokens} tokens did not leave the engine {self.name} within {deadline_s:.1f} s"
-            ) from None
+            return await job.waiter.wait(deadline_s, late=late)
         finally:
-            if job.future.cancelled():
-                self._commands.put(Abort(job))
+            if job.waiter.gave_up:
+                self._calls.put(Call(lambda engine: self._abort(engine, job)))
+
+    async def run(self, work: Callable[[LLMEngine], _Result], *, name: str, deadline_s: float) -> _Result:
+        """What `work` returns. It has the engine for itself, between two steps; requests that are inside stay there.
+
+        Raises `InfrastructureError` with what `work` raised, `DeadlineExceeded` and `EngineDead` as `submit` does. A
+        call that has not begun by its deadline never runs.
+        """
+        waiter: Waiter[_Result] = Waiter()
+
+        def call(engine: LLMEngine) -> None:
+            if waiter.gave_up:
+                return
+            try:
+                with foreign_errors(f"{name} failed in the engine {self.name}", error=InfrastructureError):
+                    result = work(engine)
+            except InfrastructureError as error:
+                waiter.resolve(InfrastructureError(str(error)))  # text alone: its cause may not unpickle elsewhere
+            else:
+                waiter.resolve(result)
+
+        self._call(Call(call, waiter))
+        late = f"{name} was not done in the engine {self.name} within {deadline_s:.1f} s"
+        return await waiter.wait(deadline_s, late=late)
 
     def close(self) -> None:
         """Fail what is still inside, shut the engine down, end the thread. May be called twice."""
-        self._commands.put(Stop())
+        self._calls.put(None)
         self._thread.join(CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
             raise EngineDead(f"the engine {self.name} did not stop within {CLOSE_TIMEOUT_S:.0f} s")
 
-    def _command(self, command: Submit) -> None:
+    def _call(self, call: Call) -> None:
         with self._lock:
             if self._death is not None:
                 raise EngineDead(self._death)
-            self._commands.put(command)
+            self._calls.put(call)
 
     # What follows runs in the engine thread.
 
@@ -159,14 +199,11 @@ class EngineLoop:
     def _serve(self, engine: LLMEngine) -> None:
         cpu_at_start = time.process_time()
         while True:
-            while not self._commands.empty() or not self._jobs:
-                command = self._commands.get()
-                if isinstance(command, Stop):
+            while not self._calls.empty() or not self._jobs:
+                call = self._calls.get()
+                if call is None:
                     return
-                if isinstance(command, Submit):
-                    self._admit(engine, command.job)
-                else:
-                    self._abort(engine, command.job)
+                call.work(engine)
             started_at = time.monotonic()
             num_inside = len(self._jobs)
             finished = [job for output in engine.step() if (job := self._take(output)) is not None]
@@ -195,7 +232,7 @@ class EngineLoop:
                     engine.add_request(request_id, prompt, request.params)
             except UnitRejected as refusal:
                 self._abort(engine, job)
-                job.resolve(UnitRejected(str(refusal)))  # without its cause, which nobody else may be able to unpickle
+                job.waiter.resolve(UnitRejected(str(refusal)))  # text alone: its cause may not unpickle elsewhere
                 return
             job.request_ids.append(request_id)
             self._owner[request_id] = job
@@ -211,7 +248,7 @@ class EngineLoop:
     def _finish(self, job: Job) -> None:
         del self._jobs[id(job)]
         outputs = [job.outputs[request_id] for request_id in job.request_ids]
-        job.resolve(Finished(outputs, job.started_s, time.monotonic() - job.started_at))
+        job.waiter.resolve(Finished(outputs, job.started_s, time.monotonic() - job.started_at))
 
     def _abort(self, engine: LLMEngine, job: Job) -> None:
         if self._jobs.pop(id(job), None) is not None:
@@ -223,29 +260,20 @@ class EngineLoop:
         reason = "was closed" if failure is None else f"died: {type(failure).__name__}: {failure}"
         with self._lock:
             self._death = f"the engine {self.name} {reason}"
-        waiting = list(self._jobs.values())
-        while not self._commands.empty():
-            if isinstance(command := self._commands.get(), Submit):
-                waiting.append(command.job)
-        for job in waiting:
-            job.resolve(EngineDead(self._death))
+        waiting = [job.waiter for job in self._jobs.values()]
+        while not self._calls.empty():
+            if (call := self._calls.get()) is not None and call.waiter is not None:
+                waiting.append(call.waiter)
+        for waiter in waiting:
+            waiter.resolve(EngineDead(self._death))
         self._jobs.clear()
 
 
 def num_written(job: Job) -> int:
-    """Tokens a writer added; a scorer's outputs hold tensors and add none."""
+    """Tokens a generator added; a scorer's outputs hold tensors and add none."""
     return sum(
         len(completion.token_ids)
         for output in job.outputs.values()
         if isinstance(output.outputs, list)
         for completion in output.outputs
     )
-
-
-def _set(future: asyncio.Future[Finished], result: Finished | Exception) -> None:
-    if future.done():
-        return
-    if isinstance(result, Exception):
-        future.set_exception(result)
-    else:
-        future.set_result(result)

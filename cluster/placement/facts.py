@@ -13,7 +13,6 @@ class KnownModel:
 
     config: Any | None = None  # of transformers: how it can be split, and how it attends
     num_bytes: int | None = None  # of its weights, for the deadlines; None: not on this machine yet
-    stop_token_ids: tuple[int, ...] = ()  # of a teacher: what ends an answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,21 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from cluster.engines.plan import EnginePlan, Sampling
+from cluster.engines.plan import EnginePlan
 from cluster.engines.vllm_limits import WIDER_IN_VLLM, vllm_overrides
 from cluster.placement.choices import Choices
 from cluster.placement.facts import KnownModel
 from cluster.placement.roles import prefix_of, started_roles
-from cluster.runtime import GPU, SCORER, WRITER, Role, actors_of, backend_of, device_type_of
-from configs.answers import TeacherAnswers
+from cluster.runtime import GENERATOR, GPU, SCORER, Role, actors_of, backend_of, device_type_of
 from configs.engines import ENGINES, Vllm
 from configs.labels import HELD_OUT, Labels
 from configs.models import ModelSource, Replicas, Teacher
 from configs.rules import teacher_place
 from configs.schema import Run
-from trainer.labels.encoding import TeacherShape, load_encoding
+from configs.tasks import ResolvedTask
 from trainer.model.attention_choice import choose_attention, refuse_unpackable
 from trainer.model.zero_config import deepspeed_config
 from trainer.types import StudentPlan
@@ -37,11 +34,11 @@ class TeacherPlans:
     """The engines of one teacher; None where no task asks for what it would do."""
 
     scorer: EnginePlan | None
-    writer: EnginePlan | None
+    generator: EnginePlan | None
 
     @property
     def started(self) -> tuple[EnginePlan, ...]:
-        return tuple(plan for plan in (self.scorer, self.writer) if plan is not None)
+        return tuple(plan for plan in (self.scorer, self.generator) if plan is not None)
 
 
 def student_plan(choices: Choices) -> StudentPlan:
@@ -78,7 +75,7 @@ def teacher_plans(choices: Choices, name: str) -> TeacherPlans:
     """What the engines of a teacher are told."""
     teacher = _Teacher(choices, choices.run.teachers_by_name()[name])
     made = {role: teacher.plan(role, replicas) for role, replicas in started_roles(choices.run)[name].items()}
-    return TeacherPlans(made.get(SCORER), made.get(WRITER))
+    return TeacherPlans(made.get(SCORER), made.get(GENERATOR))
 
 
 def wanted_dtypes(run: Run) -> Iterator[tuple[str, str]]:
@@ -131,7 +128,6 @@ class _Teacher:
             tokenizer_fingerprint=choices.facts.tokenizer_fingerprint,
             vocabulary_size=choices.facts.vocabulary_size,
             encodings=self._encodings() if role == SCORER else (),
-            sampling=self._sampling() if role == WRITER else None,
             start_timeout_s=_start_timeout_s(run, model, self._known.num_bytes),
             local_copy=None if model.local_copy is None else str(model.local_copy),
         )
@@ -147,7 +143,7 @@ class _Teacher:
             tensor_parallel_size=replicas.tensor_parallel_size,
             max_length=self.choices.run.data.max_length,
             accelerator=self.choices.accelerator,
-            kept_events=self._kept_events(),
+            stop_strings=any(task.answers.stops_at_text for task in self._tasks),
         )
         actors = actors_of(role, prefix_of(self.choices.run, self.teacher.name))
         if any(group.executor == "ray" for group in self.choices.placement.of_role(actors)):
@@ -156,31 +152,15 @@ class _Teacher:
             arguments["hf_overrides"] = arguments.get("hf_overrides", {}) | overrides
         return arguments
 
+    @property
+    def _tasks(self) -> list[ResolvedTask]:
+        """Those that ask this teacher."""
+        return [task for task in self.choices.run.resolved_tasks().values() if self.teacher.name in task.teachers]
+
     def _encodings(self) -> tuple[Labels, ...]:
         """Of the tasks that ask this teacher, and of the held-out rows."""
-        tasks = [task for task in self.choices.run.resolved_tasks().values() if self.teacher.name in task.teachers]
-        labels = [task.labels for task in tasks if isinstance(task.labels, Labels)]
+        labels = [task.labels for task in self._tasks if isinstance(task.labels, Labels)]
         return tuple(dict.fromkeys((*labels, HELD_OUT)))
-
-    def _kept_events(self) -> int:
-        """The largest number of ids of a row that a label of this run names; 0 where labels name none."""
-        made = [load_encoding(labels) for labels in self._encodings()]
-        # No label of logits depends on the hidden width.
-        shape = TeacherShape(self.choices.facts.vocabulary_size, hidden_size=1, dtype=torch.float32)
-        layouts = [encoding.layout(shape) for encoding in made if encoding.needs == "logits"]
-        return max((column.width for layout in layouts for column in layout), default=0)
-
-    def _sampling(self) -> Sampling:
-        tasks = [task for task in self.choices.run.resolved_tasks().values() if self.teacher.name in task.teachers]
-        answers = next(task.answers for task in tasks if task.answers.needs_generator)
-        assert isinstance(answers, TeacherAnswers), answers
-        return Sampling(
-            max_new_tokens=answers.max_new_tokens,
-            temperature=answers.temperature,
-            top_p=answers.top_p,
-            seed=self.choices.run.seed,
-            stop_token_ids=self._known.stop_token_ids,
-        )
 
 
 def _overrides(known: KnownModel, source: ModelSource) -> dict[str, Any]:

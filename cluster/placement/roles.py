@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from cluster.placement.groups import RoleRequest
-from cluster.runtime import SCORER, STUDENT, WRITER, Accelerator, Role, actors_of
+from cluster.runtime import GENERATOR, SCORER, STUDENT, Accelerator, Role, actors_of
 from configs.labels import Labels
 from configs.models import Replicas
 from configs.schema import Run
 
 
 def started_roles(run: Run) -> dict[str, dict[Role, Replicas]]:
-    """The replicas that a run starts, by teacher and role: scorers where a task takes labels, writers where one takes
-    answers. A teacher that no task asks is left out."""
+    """The replicas that a run starts, by teacher and role: scorers where a task takes labels, generators where one
+    takes answers. A teacher that no task asks is left out."""
     roles: dict[str, dict[Role, Replicas]] = {}
     for name, teacher in run.teachers_by_name().items():
         tasks = [task for task in run.resolved_tasks().values() if name in task.teachers]
@@ -19,7 +19,7 @@ def started_roles(run: Run) -> dict[str, dict[Role, Replicas]]:
         if any(isinstance(task.labels, Labels) for task in tasks):
             asked[SCORER] = teacher.scorer
         if teacher.generator is not None and any(task.answers.needs_generator for task in tasks):
-            asked[WRITER] = teacher.generator
+            asked[GENERATOR] = teacher.generator
         if asked:
             roles[name] = asked
     return roles

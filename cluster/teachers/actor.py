@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cluster import runtime
 from cluster.engines.plan import EnginePlan
 from cluster.lifecycle.logs import SharedFolder, redirect_output
@@ -18,17 +16,17 @@ from cluster.model_files import local_copy
 from configs.engines import ENGINES
 from configs.labels import Labels
 from trainer.build import check_build
-from trainer.protocols import ScoringEngine, WritingEngine
-from trainer.types import Prompt, SoftLabelBlock, Unit, UnitReport
+from trainer.protocols import GeneratingEngine, ScoringEngine
+from trainer.types import Completion, GenerationRequest, SoftLabelBlock, Unit, UnitReport
 
 
-def start_engine(plan: EnginePlan, name: str) -> ScoringEngine | WritingEngine:
+def start_engine(plan: EnginePlan, name: str) -> ScoringEngine | GeneratingEngine:
     """The engine a plan names, started in this process, on the node's own copy of the model where one is asked for."""
     if plan.local_copy is not None:
         copy = local_copy(plan.model, Path(plan.local_copy), timeout_s=plan.start_timeout_s)
         plan = replace(plan, model=str(copy))
     engine = ENGINES.load(plan.engine)
-    return engine.start_scorer(plan, name) if plan.role == "scorer" else engine.start_writer(plan, name)
+    return engine.start_scorer(plan, name) if plan.role == "scorer" else engine.start_generator(plan, name)
 
 
 class TeacherActor:
@@ -58,8 +56,8 @@ class TeacherActor:
     async def score(self, unit: Unit, encoding: Labels, deadline_s: float) -> tuple[UnitReport, SoftLabelBlock]:
         return await self._engine.score(unit, encoding, deadline_s=deadline_s)
 
-    async def write(self, prompts: Sequence[Prompt], deadline_s: float) -> list[np.ndarray]:
-        return await self._engine.write(prompts, deadline_s=deadline_s)
+    async def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> list[Completion]:
+        return await self._engine.generate(requests, deadline_s=deadline_s)
 
     async def close(self) -> None:
         if self._engine is not None:

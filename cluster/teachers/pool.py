@@ -18,7 +18,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from ray.exceptions import RayError
 
 from cluster.engines.plan import EnginePlan
@@ -49,7 +48,7 @@ from trainer.errors import (
     UnitRejected,
 )
 from trainer.protocols import Observer
-from trainer.types import BlockRef, Prompt, Unit, UnitReport
+from trainer.types import BlockRef, Completion, GenerationRequest, Unit, UnitReport
 
 MAX_MISSES = 3  # deadlines in a row without an answer: more than `CREDITS`, so that it is not one heavy unit
 CREDITS = 2  # units in flight per replica: with 1 the engine idles between units, with more a lost replica costs more
@@ -81,7 +80,7 @@ class Replica:
 
 
 class ReplicaPool:
-    """All replicas of one role of a teacher. Implements `Scorers` for scorer plans and `Writers` for writer plans."""
+    """All replicas of one role of a teacher. Implements `Scorers` or `Generators`, by its plan."""
 
     def __init__(
         self,
@@ -126,31 +125,30 @@ class ReplicaPool:
         self._observer.span(report.replica, "score", report.started_s, report.started_s + report.score_s, unit.id)
         return report, block_ref
 
-    async def write(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-        """Prompts are dealt to replicas in equal shares; the answers come back in the order of the prompts."""
-        if not prompts:
-            return []
-        shares = [list(range(start, len(prompts), len(self._replicas))) for start in range(len(self._replicas))]
-        written = await asyncio.gather(*(self._write([prompts[i] for i in share]) for share in shares if share))
-        answers: dict[int, np.ndarray] = {}
-        for share, texts in zip((share for share in shares if share), written, strict=True):
-            answers.update(zip(share, texts, strict=True))
-        return [answers[index] for index in range(len(prompts))]
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        """Requests are dealt to the replicas in about equal shares, those of one prompt together: their engine reads it
+        once. A share that fails is written by another replica, from the same seeds."""
+        shares = shares_of(requests, len(self._replicas))
+        written = await asyncio.gather(*(self._generate([requests[index] for index in share]) for share in shares))
+        completions: dict[int, Completion] = {}
+        for share, texts in zip(shares, written, strict=True):
+            completions.update(zip(share, texts, strict=True))
+        return [completions[index] for index in range(len(requests))]
 
-    async def _write(self, prompts: list[Prompt]) -> list[np.ndarray]:
+    async def _generate(self, requests: list[GenerationRequest]) -> list[Completion]:
         deadline_s = self._faults.score_timeout_s
         started = time.time()
         where = ""
 
-        async def send(actor: Any) -> list[np.ndarray]:
+        async def send(actor: Any) -> list[Completion]:
             nonlocal where
             where = next(replica.name for replica in self._replicas if replica.actor is actor)
-            return await answer(actor.write.remote(prompts, deadline_s), deadline_s + ANSWER_GRACE_S)
+            return await answer(actor.generate.remote(requests, deadline_s), deadline_s + ANSWER_GRACE_S)
 
-        tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        answers = await self._lease(f"{len(prompts)} prompts from {prompts[0].id}", tokens, send)
-        self._observer.span(where, "write", started, time.time(), f"{len(prompts)} prompts")
-        return answers
+        what = f"{len(requests)} answers from that to {requests[0].id} on"
+        completions = await self._lease(what, sum(len(request.token_ids) for request in requests), send)
+        self._observer.span(where, "generate", started, time.time(), f"{len(requests)} answers")
+        return completions
 
     async def _lease(self, what: str, tokens: int, send: Callable[[Any], Awaitable[Any]]) -> Any:
         """Run `send` on one replica after another until it answers or the policy gives up."""
@@ -333,6 +331,17 @@ class ReplicaPool:
         closing = [answer(replica.actor.close.remote(), CLOSE_TIMEOUT_S) for replica in alive]
         await asyncio.gather(*closing, return_exceptions=True)
         await asyncio.gather(*(self._kill(replica) for replica in alive))
+
+
+def shares_of(requests: Sequence[GenerationRequest], num_replicas: int) -> list[list[int]]:
+    """Positions of the requests of each share; none is empty."""
+    prompts: dict[str, list[int]] = {}
+    for index, request in enumerate(requests):
+        prompts.setdefault(request.prompt_id, []).append(index)
+    shares: list[list[int]] = [[] for _ in range(min(num_replicas, len(prompts)))]
+    for number, indices in enumerate(prompts.values()):
+        shares[number % len(shares)].extend(indices)
+    return shares
 
 
 def load(replica: Replica) -> ReplicaLoad:

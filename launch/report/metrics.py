@@ -21,7 +21,7 @@ from trainer.records import MAX_INTEGER, append_lines, ignore, read_lines
 from trainer.run_folder import RunFolder, plain, write_text
 from trainer.types import Evaluation, StepMetrics
 
-SpanKind = Literal["score", "write", "train", "wait", "evaluate", "save", "start", "stage"]
+SpanKind = Literal["score", "generate", "train", "wait", "evaluate", "save", "start", "stage"]
 
 LOSS = "train/loss"
 """Names of step values that people are shown."""
@@ -181,7 +181,7 @@ class TensorBoardSink:
 class Timeline:
     """Who was busy when: timeline.jsonl, `{"lane", "kind", "start_s", "stop_s", "label"}` a line, wall clock seconds.
 
-    A lane is one process or group: `student`, `scorer-0`, `writer-1`. Lanes named `student...` are the student, all
+    A lane is one process or group: `student`, `scorer-0`, `generator-1`. Lanes named `student...` are the student, all
     others are teachers. Spans of one lane may overlap (a replica has two units in flight). `wait` spans are shown;
     shares are computed from the other kinds, so a lane need not record its waiting.
     """

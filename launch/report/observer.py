@@ -186,7 +186,7 @@ class _Waits:
         """
         shares = []
         for lane, spans in self._spans.items():
-            busy = [(start, stop) for kind, start, stop in spans if kind in ("score", "write")]
+            busy = [(start, stop) for kind, start, stop in spans if kind in ("score", "generate")]
             if lane.startswith("student") or not busy:
                 continue
             known_until = max(busy[-1][1], self._clock() - max(stop - start for start, stop in busy))

@@ -120,7 +120,7 @@ def _answers_note(config: Mapping[str, Any], generations: Sequence[Answers]) -> 
     most = (config.get("report") or {}).get("generate_tokens")
     texts = [f"Held-out prompts. The student decodes greedily{f', at most {most} tokens' if most else ''}."]
     if all(answers.teacher is None for answers in generations):
-        texts.append("The teacher's own answers are shown where a run has a writer or its teacher is small.")
+        texts.append("The teacher's own answers are shown where a run has a generator or its teacher is small.")
     return " ".join(texts)
 
 

@@ -24,7 +24,7 @@ WIDTH, LEFT, RIGHT, TOP, LANE, GAP, BOTTOM = 1160, 96, 10, 8, 34, 12, 30
 BINS = 260
 MAX_DRAWN_SPANS = 500
 """More than that and single spans are thinner than a pixel: the picture then shows shares per slice of time."""
-KINDS = ("train", "score", "write", "stage", "evaluate", "save", "start", "wait")
+KINDS = ("train", "score", "generate", "stage", "evaluate", "save", "start", "wait")
 MIN_STEPS = 5
 """Shares of fewer steps would say how the run began."""
 _ROWS = 3

@@ -9,25 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 from runs_under_fault import events, finish, held, losses, newest, start, when
 from tiny_models import tiny_folder
-from tiny_runs import records, stillhouse, tiny_run
+from tiny_runs import records, run_of, stillhouse, tiny_run
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
 ENGINE = {"kind": "vllm", "kv_cache_bytes": 32 * 2**20}
 TOLERANCE = 1e-4
-
-
-def run_of(folder: Path, changes: dict[str, Any]) -> Path:
-    """A tiny run without the `teacher` of all others."""
-    config = tiny_run(folder, changes)
-    yaml = YAML(typ="safe")
-    run = yaml.load(config.read_text())
-    del run["teacher"]
-    with config.open("w") as file:
-        yaml.dump(run, file)
-    return config
 
 
 def two_teachers(folder: Path) -> Path:

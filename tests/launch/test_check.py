@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from configs.load import load_run
 from configs.models import LoRA, ModelSource, Student
 from configs.schema import Run
-from launch.check import Finding, check, collect_problems, examine, raise_problems
+from launch.check import Finding, check, collect_problems, examine, raise_problems, unused
 from launch.disk import DiskNeed, check_writable, free_bytes
 from launch.model_folder import find_model, licence_of, read_facts
 from trainer.errors import ConfigError, DataError
@@ -51,6 +51,12 @@ def make(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> Make:
         return file
 
     return write
+
+
+def test_a_teacher_that_nobody_asks_is_a_warning(make: Make) -> None:
+    assert list(unused(loaded(make()))) == []
+    (finding,) = unused(loaded(make(), "labels=none", "objective=[{loss: cross_entropy}]"))
+    assert (finding.status, "no task asks teacher for labels or answers" in finding.text) == ("warning", True)
 
 
 def test_special_tokens_in_rows_are_told_until_it_is_said_what_they_mean(make: Make) -> None:
@@ -327,7 +333,7 @@ def test_a_class_of_the_users_that_lacks_a_member_is_a_problem(
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     problem = only_problem(make(), "teacher.scorer.engine=short_engines.mine")
-    assert "its class Engine has no arguments, start_scorer, start_writer; cluster/engines/hf.py says" in problem.text
+    assert "its class Engine has no arguments, start_scorer, start_generator; cluster/engines/hf.py" in problem.text
 
 
 def test_more_kept_ids_than_the_vocabulary_has_are_refused(make: Make) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import multiprocessing
 import os
 import pickle
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -21,12 +22,12 @@ import numpy as np
 from label_oracle import VOCABULARY, random_unit
 from transformers import AutoConfig
 
-from cluster.engines.plan import EnginePlan, Sampling
+from cluster.engines.plan import EnginePlan
 from cluster.engines.vllm_limits import vllm_overrides
 from cluster.runtime import environment
 from configs.labels import LABELS, Hidden, Labels
-from trainer.errors import DeadlineExceeded, EngineDead
-from trainer.types import Prompt, Unit, UnitReport
+from trainer.errors import DeadlineExceeded, EngineDead, StillhouseError
+from trainer.types import Completion, GenerationRequest, Unit, UnitReport
 
 DEADLINE_S = 120.0
 
@@ -54,7 +55,7 @@ def engine_plan(engine: Any, folder: Path, *, role: str = "scorer", **changes: A
         tensor_parallel_size=tensor_parallel_size,
         max_length=max_length,
         accelerator="cpu",
-        kept_events=8,
+        stop_strings=changes.pop("stop_strings", False),
     )
     if "runner" in arguments:  # of vLLM
         overrides = vllm_overrides(AutoConfig.from_pretrained(folder))
@@ -207,15 +208,68 @@ async def dies(scorer: Any, seen: dict[str, Any]) -> None:
     seen["deaths"] = tuple(pickle.loads(pickle.dumps(error)) for error in errors)
 
 
-def write_answers(folder: Path, batches: list[list[Prompt]], sampling: Sampling) -> tuple[list[list[np.ndarray]], int]:
-    """The answers to each batch of prompts by one writer, and the tokens it says it has read and written."""
+def generate_once(
+    folder: Path, batches: list[list[GenerationRequest]], **changes: Any
+) -> tuple[list[list[Completion]], int]:
+    """What one generator writes to each batch, and the tokens it says it has read and written."""
     engine = tiny_engine()
-    writer = engine.start_writer(engine_plan(engine, folder, role="writer", sampling=sampling), "writer-0")
+    generator = engine.start_generator(engine_plan(engine, folder, role="generator", **changes), "generator-0")
     try:
-        answers = [asyncio.run(writer.write(prompts, deadline_s=DEADLINE_S)) for prompts in batches]
-        return answers, writer.statistics().num_tokens
+        completions = [asyncio.run(generator.generate(requests, deadline_s=DEADLINE_S)) for requests in batches]
+        return completions, generator.statistics().num_tokens
     finally:
-        writer.close()
+        generator.close()
+
+
+@dataclass(frozen=True)
+class EngineCalls:
+    """What calls of `EngineLoop.run` gave while requests were inside."""
+
+    result: str
+    engine_thread: str
+    requests_inside: int
+    equal_text: bool
+    failure: str
+    late: str
+    late_call_ran: bool
+    after_close: str
+
+
+def run_in_engine(folder: Path, requests: list[GenerationRequest]) -> EngineCalls:
+    """Call into an engine before, while and after it writes."""
+    engine = tiny_engine()
+    generator = engine.start_generator(engine_plan(engine, folder, role="generator"), "generator-0")
+    loop, ran = generator._loop, []
+
+    def fail(_: Any) -> None:
+        raise RuntimeError("no weights")
+
+    async def refusal(work: Any, *, name: str, deadline_s: float) -> str:
+        try:
+            await loop.run(work, name=name, deadline_s=deadline_s)
+        except StillhouseError as error:
+            return f"{type(error).__name__}: {error}"
+        return "none"
+
+    async def main() -> EngineCalls:
+        alone = await generator.generate(requests, deadline_s=DEADLINE_S)
+        writing = asyncio.create_task(generator.generate(requests, deadline_s=DEADLINE_S))
+        await asyncio.sleep(0)  # it is submitted
+        inside = await loop.run(lambda engine: engine.get_num_unfinished_requests(), name="count", deadline_s=60)
+        failure = await refusal(fail, name="weights of another shape", deadline_s=60)
+        thread = await loop.run(lambda _: threading.current_thread().name, name="thread", deadline_s=60)
+        beside = await writing
+        slow = asyncio.create_task(loop.run(lambda _: time.sleep(0.5), name="slow", deadline_s=60))
+        await asyncio.sleep(0.05)
+        late = await refusal(lambda _: ran.append(1), name="late", deadline_s=0.05)
+        await slow
+        await loop.run(lambda _: None, name="nothing", deadline_s=60)
+        generator.close()
+        closed = await refusal(lambda _: None, name="closed", deadline_s=60)
+        equal = all(np.array_equal(a.token_ids, b.token_ids) for a, b in zip(alone, beside, strict=True))
+        return EngineCalls(thread, loop._thread.name, inside, equal, failure, late, bool(ran), closed)
+
+    return asyncio.run(main())
 
 
 def parse(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -14,17 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
-from cluster.engines.plan import EnginePlan, Sampling
-from cluster.runtime import CPU, WRITER, environment
+from cluster.engines.plan import EnginePlan
+from cluster.runtime import CPU, GENERATOR, environment
 from configs.models import ModelSource
+from trainer.types import GenerationRequest, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from trainer.protocols import WritingEngine
-    from trainer.types import Prompt
+    from trainer.protocols import GeneratingEngine
 
 BATCH = 32  # rows in flight, and between two lines of progress
 DEADLINE_S = 3600.0
@@ -54,13 +55,13 @@ def fill_answers(
     wanted = [i for i, row in enumerate(rows) if not row.get("completion") and not _is_left(i, leave_every)]
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     ends = tuple(dict.fromkeys([tokenizer.eos_token_id, *end_ids(ModelSource(path=str(teacher)))]))
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed, stop_token_ids=ends)
-    engine = _start_writer(teacher, tokenizer, sampling)
+    sampling = Sampling(max_new_tokens, temperature, top_p, stop_token_ids=ends, seed=seed)
+    engine = _start_generator(teacher, tokenizer)
     try:
         for start in range(0, len(wanted), BATCH):
             batch = wanted[start : start + BATCH]
-            prompts = [_prompt(tokenizer, rows[i]["prompt"], i) for i in batch]
-            for i, text in zip(batch, _answers(engine, tokenizer, prompts, ends), strict=True):
+            requests = [_request(tokenizer, rows[i]["prompt"], i, sampling) for i in batch]
+            for i, text in zip(batch, _answers(engine, tokenizer, requests), strict=True):
                 rows[i] = {"prompt": rows[i]["prompt"], "completion": [{"role": "assistant", "content": text}]}
             typer.echo(f"{start + len(batch)} of {len(wanted)} answers")
     finally:
@@ -84,37 +85,34 @@ def _is_left(row: int, leave_every: int) -> bool:
     return leave_every > 0 and row % leave_every == leave_every - 1
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], row: int) -> Prompt:
-    import numpy as np
-
-    from trainer.types import Prompt
-
+def _request(
+    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], row: int, sampling: Sampling
+) -> GenerationRequest:
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    return Prompt(id=f"0:{row}", token_ids=np.asarray(ids, dtype=np.int32), loss_mask=None, origin=f"row {row}")
+    return GenerationRequest(f"0:{row}", np.asarray(ids, dtype=np.int32), sampling, origin=f"row {row}")
 
 
 def _answers(
-    engine: WritingEngine, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], ends: tuple[int, ...]
+    engine: GeneratingEngine, tokenizer: PreTrainedTokenizerBase, requests: Sequence[GenerationRequest]
 ) -> list[str]:
-    written = asyncio.run(engine.write(prompts, deadline_s=DEADLINE_S))
     texts = []
-    for ids in written:
-        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        texts.append(text if ids[-1] in ends else whole_sentences(text))
+    for completion in asyncio.run(engine.generate(requests, deadline_s=DEADLINE_S)):
+        text = tokenizer.decode(completion.token_ids, skip_special_tokens=True).strip()
+        texts.append(text if completion.finish_reason == "stop" else whole_sentences(text))
     return texts
 
 
-def _start_writer(teacher: Path, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> Any:
-    os.environ.update(environment(WRITER, CPU, offline=True))  # before vLLM is imported
+def _start_generator(teacher: Path, tokenizer: PreTrainedTokenizerBase) -> Any:
+    os.environ.update(environment(GENERATOR, CPU, offline=True))  # before vLLM is imported
     from cluster.engines.vllm import Engine
 
     # A batch is read whole: on hosts vLLM cannot rewind the generator of a seeded request that it reads in two parts.
     engine, max_length, dtype = Engine(max_num_batched_tokens=4096), 1024, "float32"
     arguments = engine.arguments(
-        role=WRITER, dtype=dtype, tensor_parallel_size=1, max_length=max_length, accelerator=CPU, kept_events=1
+        role=GENERATOR, dtype=dtype, tensor_parallel_size=1, max_length=max_length, accelerator=CPU
     )
     plan = EnginePlan(
-        role=WRITER,
+        role=GENERATOR,
         engine=engine,
         model=str(teacher),
         revision=None,
@@ -129,14 +127,13 @@ def _start_writer(teacher: Path, tokenizer: PreTrainedTokenizerBase, sampling: S
         weights_version="0",
         tokenizer_fingerprint="",
         vocabulary_size=len(tokenizer),
-        sampling=sampling,
     )
-    return engine.start_writer(plan, "answers")
+    return engine.start_generator(plan, "answers")
 
 
 def main(
     rows_file: Annotated[Path, typer.Argument(metavar="ROWS", help="jsonl file, changed in place.")],
-    teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="Model folder of the writer.")],
+    teacher: Annotated[Path, typer.Argument(metavar="TEACHER", help="Model folder of the generator.")],
     leave_every: Annotated[int, typer.Option(help="Leave every n-th row without an answer; 0: none.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 140,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.7,

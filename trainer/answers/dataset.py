@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import replace
 from typing import ClassVar
 
 from configs.answers import DatasetAnswers
 from trainer.errors import DataError
-from trainer.protocols import AnswerCollector, Writers
+from trainer.protocols import AnswerCollector, Author
 from trainer.types import AnswerCounters, Collected, Prompt, Sequence
 
 
@@ -19,7 +19,8 @@ class AnswerSource(DatasetAnswers):
     rewrite: ClassVar[bool] = False
     room_for_answer: ClassVar[int] = 0
 
-    def bind(self, writers: Writers | None, *, end_of_turn_ids: Collection[int] = ()) -> AnswerCollector:
+    def bind(self, authors: Mapping[str, Author], *, seed: int) -> AnswerCollector:
+        """`authors`: those who may write, by the name of a prompt's teacher. `seed`: of the task."""
         return GivenAnswers()
 
 

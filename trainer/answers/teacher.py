@@ -5,7 +5,8 @@ Sequence-level distillation (arXiv 1606.07947) where the student is trained on t
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import asyncio
+from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 
 import numpy as np
@@ -13,58 +14,87 @@ import numpy as np
 from configs.answers import TeacherAnswers
 from trainer.answers.dataset import answered_by_dataset
 from trainer.errors import DataError
-from trainer.protocols import AnswerCollector, Writers
-from trainer.types import AnswerCounters, Collected, Prompt, Sequence
+from trainer.protocols import AnswerCollector, Author
+from trainer.types import AnswerCounters, Collected, Completion, GenerationRequest, Prompt, Sampling, Sequence
 
 MIN_JUDGED = 20
 """Answers before their quality is judged."""
 
 
 class AnswerSource(TeacherAnswers):
-    """The generator replicas are started with these values."""
+    """Each request carries these values."""
 
     @property
     def room_for_answer(self) -> int:
         """Tokens that must fit behind a prompt."""
         return self.max_new_tokens
 
-    def bind(self, writers: Writers | None, *, end_of_turn_ids: Collection[int] = ()) -> AnswerCollector:
-        """An answer that holds nothing but `end_of_turn_ids` counts as empty."""
-        assert writers is not None, "answers: teacher needs generator replicas"
-        return WrittenAnswers(writers, self, end_of_turn_ids=end_of_turn_ids)
+    def bind(self, authors: Mapping[str, Author], *, seed: int) -> AnswerCollector:
+        """See `trainer/answers/dataset.py`."""
+        return WrittenAnswers(authors, self, seed=seed)
 
 
 class WrittenAnswers:
-    """Answers by the writers where the dataset has none."""
+    """Answers by the teachers where the dataset has none."""
 
-    def __init__(self, writers: Writers, source: AnswerSource, *, end_of_turn_ids: Collection[int]) -> None:
-        self._writers = writers
+    def __init__(self, authors: Mapping[str, Author], source: AnswerSource, *, seed: int) -> None:
+        self._authors = authors
         self._source = source
-        self._end_of_turn_ids = frozenset(end_of_turn_ids)
+        self._sampling = {
+            name: Sampling(
+                max_tokens=source.max_new_tokens,
+                temperature=source.temperature,
+                top_p=source.top_p,
+                top_k=source.top_k,
+                min_p=source.min_p,
+                stop=source.stop,
+                stop_token_ids=author.stop_ids,
+                seed=seed if source.seed is None else source.seed,
+            )
+            for name, author in authors.items()
+        }
 
     async def collect(self, prompts: AbstractSequence[Prompt]) -> Collected:
-        """Sequences in the order of the prompts, without those whose answer is left out."""
+        """Sequences in the order of the prompts and of their samples, without those whose answer is left out."""
         if self._source.rewrite and any(prompt.loss_mask is not None for prompt in prompts):
-            raise DataError("rows reached the writers with their old answers: open the prompt stream with rewrite")
-        wanting = [prompt for prompt in prompts if prompt.loss_mask is None]
-        answers = await self._writers.write(wanting) if wanting else []
-        written = {prompt.id: answer for prompt, answer in zip(wanting, answers, strict=True)}
+            raise DataError("rows reached the generators with their old answers: open the prompt stream with rewrite")
+        written = await self._written([prompt for prompt in prompts if prompt.loss_mask is None])
         sequences, counters = [], AnswerCounters()
         for prompt in prompts:
             if prompt.loss_mask is not None:
                 sequences.append(answered_by_dataset(prompt))
                 continue
-            count = self._count(written[prompt.id].tolist())
-            counters = counters.plus(count)
-            if not count.dropped:
-                sequences.append(answered_by_teacher(prompt, written[prompt.id]))
+            for sample in range(self._source.n):
+                completion = written[prompt.id, sample]
+                count = self._count(completion, self._authors[prompt.teacher])
+                counters = counters.plus(count)
+                if not count.dropped:
+                    sequences.append(answered_by_teacher(prompt, completion, sample=sample))
         return Collected(tuple(sequences), counters)
 
-    def _count(self, answer: list[int]) -> AnswerCounters:
-        """Of one answer. Where no end token is known, none is missing."""
-        if self._end_of_turn_ids.issuperset(answer):
+    async def _written(self, prompts: AbstractSequence[Prompt]) -> dict[tuple[str, int], Completion]:
+        """All answers by the id of their prompt and their sample; each teacher writes those to its own prompts."""
+        asked: dict[str, list[GenerationRequest]] = {}
+        for prompt in prompts:
+            sampling = self._sampling[prompt.teacher]
+            asked.setdefault(prompt.teacher, []).extend(
+                GenerationRequest(prompt.id, prompt.token_ids, sampling, sample=sample, origin=prompt.origin)
+                for sample in range(self._source.n)
+            )
+        answered = await asyncio.gather(
+            *(self._authors[name].generators.generate(requests) for name, requests in asked.items())
+        )
+        return {
+            (request.prompt_id, request.sample): completion
+            for requests, completions in zip(asked.values(), answered, strict=True)
+            for request, completion in zip(requests, completions, strict=True)
+        }
+
+    def _count(self, completion: Completion, author: Author) -> AnswerCounters:
+        """Of one answer. It is cut off only where the teacher could have ended it."""
+        if set(author.stop_ids).issuperset(completion.token_ids.tolist()):
             return AnswerCounters(written=1, empty=1, dropped=1)
-        cut_off = int(bool(self._end_of_turn_ids) and answer[-1] not in self._end_of_turn_ids)
+        cut_off = int(completion.finish_reason != "stop" and bool(author.stop_ids or self._source.stop))
         return AnswerCounters(written=1, cut_off=cut_off, dropped=cut_off * (self._source.on_cut_off == "drop"))
 
     def judge(self, answers: AnswerCounters, *, last: bool) -> None:
@@ -82,17 +112,19 @@ class WrittenAnswers:
         )
 
 
-def answered_by_teacher(prompt: Prompt, answer: np.ndarray) -> Sequence:
+def answered_by_teacher(prompt: Prompt, completion: Completion, *, sample: int = 0) -> Sequence:
     """Prompt and answer; the first answer token is predicted by the last row of the prompt."""
-    token_ids = np.concatenate([prompt.token_ids, np.asarray(answer, dtype=np.int32)])
+    token_ids = np.concatenate([prompt.token_ids, completion.token_ids])
     loss_mask = np.zeros(len(token_ids), dtype=bool)
     loss_mask[len(prompt.token_ids) - 1 : -1] = True
     return Sequence(
         prompt.id,
         token_ids,
         loss_mask,
-        author="teacher",
+        author=completion.author,
+        sample=sample,
         task=prompt.task,
         teacher=prompt.teacher,
         weight=prompt.weight,
+        version=completion.versions[-1][1],
     )

@@ -2,12 +2,12 @@
 
 Chat templates rarely mark what the model writes, so answers are found by rendered prefixes. For assistant turn i
 
-    render(messages[:i], add_generation_prompt=True)   what a writer reads     ^ must be a prefix of
+    render(messages[:i], add_generation_prompt=True)   what a generator reads     ^ must be a prefix of
     render(messages[:i + 1])                           ... answer <end> rest   ^ must be, up to <end>, a prefix of
     render(messages)                                   the whole text
 
 and the answer is what lies between the first and <end>, the end-of-turn token included. The ids are those of the whole
-text; where an answer begins they must also be those that a writer would have read.
+text; where an answer begins they must also be those that a generator would have read.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Template:
         return TurnEnd(suffix, end, self.tokenizer.convert_tokens_to_ids(token))
 
     def render_prompt(self, messages: Messages) -> np.ndarray:
-        """int32 [L]: what a writer reads to answer, generation header included."""
+        """int32 [L]: what a generator reads to answer, generation header included."""
         return self._array(self._ids(self._render(self._conversation(messages), generation_prompt=True)))
 
     def render(
@@ -225,7 +225,7 @@ class Template:
             if whole[: len(prefix)] != prefix:
                 raise DataError(
                     f"the answer's beginning {text[cut : cut + 16]!r} merges into one token with the text before it "
-                    f"({text[max(0, cut - 24) : cut]!r}), so no writer could have produced these tokens: remove the "
+                    f"({text[max(0, cut - 24) : cut]!r}), so no generator could have produced these tokens: remove the "
                     "white space at the beginning of the answer, or move the one at the end of the prompt there"
                 )
             borders.append(len(prefix))

@@ -86,8 +86,8 @@ def row_weight(value: Mapping[str, Any], *, pairs: bool) -> float:
         return 1.0
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= _LARGEST_WEIGHT:
         raise RowProblem(
-            f"weight: must be a number above 0 and up to {_LARGEST_WEIGHT:.0f}, not {ascii(weight)[:40]}; leave out rows "
-            "that are not to be learnt"
+            f"weight: must be a number above 0 and up to {_LARGEST_WEIGHT:.0f}, not {ascii(weight)[:40]}; leave out "
+            "rows that are not to be learnt"
         )
     if pairs:
         raise RowProblem(f"weight: a pair of answers cannot be weighted, here it is {weight!r}; remove the field")

@@ -16,7 +16,7 @@ from trainer.loop.scoring import scorer_of
 from trainer.model.teacher_answers import teacher_answers
 from trainer.protocols import Moment, Observer, Session
 from trainer.threads import in_thread
-from trainer.types import BlockRef, Evaluation, Prompt, Unit, UnitReport
+from trainer.types import BlockRef, Evaluation, GenerationRequest, Sampling, Unit, UnitReport
 
 
 class HeldOut:
@@ -114,10 +114,17 @@ class HeldOut:
             self._observer.generation("teacher", rows, texts)
 
     async def _written(self, prompts: list[np.ndarray], ids: list[str]) -> list[np.ndarray] | None:
-        name = evaluating_task(self._job.run).teachers[0]  # of a route one teacher, for all prompts
-        if self._teachers[name].generator is not None:
-            asked = [Prompt(one, prompt, None, "data.evaluation") for one, prompt in zip(ids, prompts, strict=True)]
-            return await self._teachers[name].generator.write(asked)
+        task = evaluating_task(self._job.run)
+        name = task.teachers[0]  # of a route one teacher, for all prompts
+        if (generator := self._teachers[name].generator) is not None:
+            greedy = Sampling(
+                self._job.run.report.generate_tokens, stop_token_ids=self._job.inputs.tasks[task.name].stop_ids
+            )
+            asked = [
+                GenerationRequest(one, prompt, greedy, origin="data.evaluation")
+                for one, prompt in zip(ids, prompts, strict=True)
+            ]
+            return [completion.token_ids for completion in await generator.generate(asked)]
         return await in_thread(
             teacher_answers,
             prompts,

@@ -35,7 +35,7 @@ from trainer.loop.sources import Source
 from trainer.model.generation_settings import end_ids
 from trainer.model.head import head_width
 from trainer.model.load import load_config
-from trainer.protocols import TeacherPools
+from trainer.protocols import Author, TeacherPools
 from trainer.run_folder import RunFolder
 from trainer.types import Sequence, StreamCounters
 
@@ -49,13 +49,14 @@ class TaskInputs:
 
     template: Template  # of its teacher
     answers: Any  # the `AnswerSource` of the task
-    end_ids: tuple[int, ...]  # after which the teacher's own generation settings end a text; none is padding
+    stop_ids_by_teacher: Mapping[str, tuple[int, ...]]
+    """The ids after which a teacher writes nothing more: those of its chat template and tokenizer, and those of its
+    generation settings that are no padding. Under an empty name where the run has no teacher."""
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids after which nothing more is written: those of the chat template and the tokenizer, and those of the
-        teacher's generation settings."""
-        return tuple(dict.fromkeys([*self.template.stop_ids, *self.end_ids]))
+        """Of the first teacher."""
+        return next(iter(self.stop_ids_by_teacher.values()))
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,20 @@ class Job:
         """What the steps are drawn from; the teachers' generators write the missing answers."""
         answers = {}
         for name, task in self.tasks.items():
-            inputs = self.inputs.tasks[name]
-            generator = teachers[task.teachers[0]].generator if task.answers.needs_generator else None
-            answers[name] = inputs.answers.bind(generator, end_of_turn_ids=inputs.stop_ids)
+            authors = self._authors(task, teachers) if task.answers.needs_generator else {}
+            answers[name] = self.inputs.tasks[name].answers.bind(authors, seed=seed_of(self.run, name))
         shares = {name: task.share for name, task in self.tasks.items()}
         return Source(self.streams, answers, shares, sequences_per_step=self.loop.sequences_per_step)
+
+    def _authors(self, task: ResolvedTask, teachers: Mapping[str, TeacherPools]) -> dict[str, Author]:
+        """The teachers that write for a task, by the name that its prompts have for them."""
+        authors = {}
+        for name in task.teachers:
+            generators = teachers[name].generator
+            assert generators is not None, name
+            stop_ids = self.inputs.tasks[task.name].stop_ids_by_teacher[name]
+            authors[name if self.run.teachers else ""] = Author(generators, stop_ids)
+        return authors
 
     def total_steps_after(self, state: TrainingState | None) -> int:
         """Where a run that goes on from there ends."""
@@ -158,18 +168,22 @@ def _task_inputs(
     teachers = run.teachers_by_name()
     names = task.teachers or tuple(teachers)[:1]
     if not names:
-        template, ends = Template.of(tokenizers[""]), end_ids(run.student.model)
+        templates, models = {"": Template.of(tokenizers[""])}, {"": run.student.model}
     else:
-        templates = [Template.of(tokenizers[name], teachers[name].chat_template) for name in names]
-        template, ends = templates[0], end_ids(teachers[names[0]].model)
-        for name, other in zip(names, templates, strict=True):
-            if other.text != template.text:
-                raise ConfigError(
-                    f"the teachers {names[0]} and {name} of one route have different chat templates: give them the "
-                    "same teachers.<name>.chat_template, or each a task of its own"
-                )
-    known = tuple(one for one in ends if one < vocabulary.size)
-    return TaskInputs(template, ANSWERS.load(task.answers), known)
+        templates = {name: Template.of(tokenizers[name], teachers[name].chat_template) for name in names}
+        models = {name: teachers[name].model for name in names}
+    template = next(iter(templates.values()))
+    for name, other in templates.items():
+        if other.text != template.text:
+            raise ConfigError(
+                f"the teachers {names[0]} and {name} of one route have different chat templates: give them the "
+                "same teachers.<name>.chat_template, or each a task of its own"
+            )
+    stop_ids = {
+        name: tuple(dict.fromkeys([*one.stop_ids, *(i for i in end_ids(models[name]) if i < vocabulary.size)]))
+        for name, one in templates.items()
+    }
+    return TaskInputs(template, ANSWERS.load(task.answers), stop_ids)
 
 
 def make_job(
@@ -235,7 +249,7 @@ def open_stream(run: Run, task: ResolvedTask, inputs: Inputs, *, quarantine: Pat
 
 
 def seed_of(run: Run, task: str) -> int:
-    """Of the order of a task's rows: each of several has another one."""
+    """Of the order of a task's rows and of what is written to them: each of several tasks has another one."""
     if not run.tasks:
         return run.seed
     digest = hashlib.blake2b(f"{run.seed}/{task}".encode(), digest_size=8).digest()

@@ -1,10 +1,10 @@
-"""What a model folder says about generating: where a teacher's answer ends, what a writer does not apply, and how an
+"""What a model folder says about generating: where a teacher's answer ends, what a generator does not apply, and how an
 exported student generates where nobody says otherwise."""
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,13 @@ def end_ids(source: ModelSource) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(one) for one in ids))
 
 
-def unused_settings(source: ModelSource, *, temperature: float) -> Mapping[str, Any]:
-    """What a teacher's generation_config.json says and a writer does not do, by name: whatever changes the text beside
-    the end ids, which a generator follows, and beside what `answers` decides. Settings of sampling count where
-    `temperature` is not 0. Those that transformers itself does not know are among them."""
+def unused_settings(source: ModelSource, *, temperature: float, decided: Collection[str] = ()) -> Mapping[str, Any]:
+    """What a teacher's generation_config.json says and a generator does not do, by name: whatever changes the text
+    beside the end ids, which a generator follows, and beside what `answers` always decides, or does by a setting that
+    is named in `decided`. Settings of sampling count where `temperature` is not 0. Those that transformers itself does
+    not know are among them."""
     settings = _settings(source)
-    ignored = _OF_THE_RUN | _WITHOUT_EFFECT | {"eos_token_id"}
+    ignored = _OF_THE_RUN | _WITHOUT_EFFECT | {"eos_token_id", *decided}
     ignored |= set(SAMPLING) if temperature == 0 else set()
     ignored |= _OF_BEAMS if settings.num_beams in (None, 1) else set()
     return {

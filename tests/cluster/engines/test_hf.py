@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from architectures import EVERY, architecture_config, architecture_folder
+from generation_oracle import PADDING, check_logprobs, generation_requests, warped
 from label_oracle import VOCABULARY, assert_labels_match, label_errors, oracle_of, random_unit, teacher_head_of
 from tiny_models import tiny_folder
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from vllm_process import engine_plan
 
-from cluster.engines.hf import Engine, draw
-from cluster.engines.plan import Sampling
+from cluster.engines.hf import Engine
+from cluster.engines.hf_generator import draw, restrict
 from configs.labels import Dense, Hidden, Labels, Token, TopK
 from configs.models import ModelSource
 from trainer.errors import ConfigError, DeadlineExceeded, UnitRejected, foreign_errors
 from trainer.model.attention_choice import packable_layers
 from trainer.model.load import load_teacher_head
-from trainer.types import Prompt
+from trainer.types import Completion, GenerationRequest, Sampling
 
 UNIT = random_unit("0:0", (60, [(5, 20), (31, 59)]), (90, [(60, 80)]), (12, []), (33, [(0, 32)]))
 
@@ -107,59 +110,125 @@ def test_a_unit_the_model_cannot_read_is_refused(tiny_teacher: Path) -> None:
     scorer.close()
 
 
-def write(folder: Path, sampling: Sampling, prompts: list[Prompt]) -> list[list[int]]:
-    writer = Engine().start_writer(engine_plan(Engine(), folder, role="writer", sampling=sampling), "hf-0")
-    answers = asyncio.run(writer.write(prompts, deadline_s=60))
-    writer.close()
-    assert all(answer.dtype == np.int32 for answer in answers)
-    return [answer.tolist() for answer in answers]
+def generate(folder: Path, requests: list[GenerationRequest], **changes: Any) -> list[Completion]:
+    generator = Engine().start_generator(engine_plan(Engine(), folder, role="generator", **changes), "hf-0")
+    completions = asyncio.run(generator.generate(requests, deadline_s=60))
+    generator.close()
+    assert all(completion.token_ids.dtype == np.int32 for completion in completions)
+    assert all(completion.logprobs.dtype == np.float32 for completion in completions)
+    assert all(len(completion.token_ids) == len(completion.logprobs) for completion in completions)
+    return completions
 
 
-def prompts() -> list[Prompt]:
-    rng = np.random.default_rng(7)
-    return [Prompt(f"0:{n}", rng.integers(3, VOCABULARY, n).astype(np.int32), None, f"test:{n}") for n in (9, 30, 4)]
+def texts(completions: list[Completion]) -> list[list[int]]:
+    return [completion.token_ids.tolist() for completion in completions]
 
 
-def test_a_greedy_answer_is_what_rereading_the_text_says(tiny_teacher: Path) -> None:
-    asked = prompts()
-    answers = write(tiny_teacher, Sampling(max_new_tokens=10), asked)
+def test_a_greedy_answer_is_that_of_transformers(tiny_teacher: Path) -> None:
+    requests = generation_requests(Sampling(10))
+    completions = generate(tiny_teacher, requests, weights_version="v3")
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32)
-    for prompt, answer in zip(asked, answers, strict=True):
-        assert len(answer) == 10
-        token_ids = torch.tensor([prompt.token_ids.tolist() + answer])
-        best = model(token_ids).logits[0, :, :VOCABULARY].argmax(-1)
-        assert best[len(prompt.token_ids) - 1 : -1].tolist() == answer
+    for request, completion in zip(requests, completions, strict=True):
+        ids = torch.from_numpy(request.token_ids).long()[None]
+        settings = GenerationConfig(
+            max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0, suppress_tokens=PADDING
+        )
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        assert completion.token_ids.tolist() == expected[0, ids.shape[1] :].tolist()
+        assert (completion.finish_reason, completion.author) == ("length", "teacher")
+        assert completion.versions == ((0, "v3"),)
+
+
+WAYS = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 1.7, "top_p": 0.7},
+    {"temperature": 0.6, "top_k": 5},
+    {"temperature": 1.3, "min_p": 0.3},
+    {"temperature": 2.0, "min_p": 0.05, "top_k": 40, "top_p": 0.8},
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_logprobs_are_those_of_the_distribution_that_tokens_are_drawn_from(
+    tiny_teacher: Path, way: dict[str, float]
+) -> None:
+    requests = generation_requests(Sampling(10, **way, seed=3))
+    check_logprobs(tiny_teacher, requests, generate(tiny_teacher, requests))
 
 
 def test_an_answer_ends_with_its_stop_token(tiny_teacher: Path) -> None:
-    asked = prompts()[:1]
-    (free,) = write(tiny_teacher, Sampling(max_new_tokens=10), asked)
-    (cut,) = write(tiny_teacher, Sampling(max_new_tokens=10, stop_token_ids=(free[4],)), asked)
-    assert cut == free[: free.index(free[4]) + 1]
+    (free,) = texts(generate(tiny_teacher, generation_requests(Sampling(10))[:1]))
+    (cut,) = generate(tiny_teacher, generation_requests(Sampling(10, stop_token_ids=(free[4],)))[:1])
+    assert cut.token_ids.tolist() == free[: free.index(free[4]) + 1]
+    assert cut.finish_reason == "stop"
+    assert len(cut.logprobs) == len(cut.token_ids)
+
+
+def test_an_answer_ends_with_the_token_that_completes_a_string_as_in_transformers(tiny_teacher: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32)
+    requests, ended = generation_requests(Sampling(12)), set()
+    for request, free in zip(requests, texts(generate(tiny_teacher, requests)), strict=True):
+        stop = tokenizer.decode(free[3:6])[1:]  # begins and ends inside tokens
+        if not stop or "\ufffd" in stop:
+            continue
+        ids = torch.from_numpy(request.token_ids).long()[None]
+        settings = GenerationConfig(
+            max_new_tokens=12, do_sample=False, stop_strings=[stop], eos_token_id=None, pad_token_id=0
+        )
+        expected = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=settings,
+            tokenizer=tokenizer,
+            suppress_tokens=PADDING,
+        )
+        (completion,) = generate(tiny_teacher, [replace(request, sampling=Sampling(12, stop=("never", stop)))])
+        assert completion.token_ids.tolist() == expected[0, ids.shape[1] :].tolist()
+        assert completion.finish_reason == "stop"
+        ended.add(len(completion.token_ids))
+    assert ended
+    assert max(ended) < 12
 
 
 def test_an_answer_stays_within_the_engines_length(tiny_teacher: Path) -> None:
-    plan = engine_plan(Engine(), tiny_teacher, role="writer", sampling=Sampling(max_new_tokens=10), max_length=12)
-    writer = Engine().start_writer(plan, "hf-0")
-    (answer,) = asyncio.run(writer.write(prompts()[:1], deadline_s=60))
-    writer.close()
-    assert len(answer) == 3
+    (completion,) = generate(tiny_teacher, generation_requests(Sampling(10))[:1], max_length=12)
+    assert (len(completion.token_ids), completion.finish_reason) == (3, "length")
 
 
-def test_a_sampled_answer_depends_on_its_prompt_and_seed_alone(tiny_teacher: Path) -> None:
-    asked = prompts()
-    sampling = Sampling(max_new_tokens=10, temperature=1.5, seed=3)
-    together = write(tiny_teacher, sampling, asked)
-    assert write(tiny_teacher, sampling, asked[1:2]) == together[1:2]
-    assert write(tiny_teacher, Sampling(max_new_tokens=10, temperature=1.5, seed=4), asked) != together
+def test_a_sampled_answer_depends_on_its_prompt_sample_and_seed_alone(tiny_teacher: Path) -> None:
+    requests = generation_requests(Sampling(10, temperature=1.5, seed=3), n=2)
+    together = texts(generate(tiny_teacher, requests))
+    assert texts(generate(tiny_teacher, requests[1:2])) == together[1:2]
+    assert together[0] != together[1], "two samples of one prompt"
+    assert texts(generate(tiny_teacher, generation_requests(Sampling(10, temperature=1.5, seed=4), n=2))) != together
 
 
-def test_draws_follow_the_nucleus() -> None:
-    logits = torch.log(torch.tensor([0.1, 0.5, 0.3, 0.1]))
+def test_one_generator_writes_in_several_ways(tiny_teacher: Path) -> None:
+    greedy, warm = Sampling(10), Sampling(6, temperature=1.5, top_k=3, seed=3)
+    mixed = [*generation_requests(greedy), *generation_requests(warm)]
+    separate = generate(tiny_teacher, generation_requests(greedy)) + generate(tiny_teacher, generation_requests(warm))
+    assert texts(generate(tiny_teacher, mixed)) == texts(separate)
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_draws_follow_the_distribution_of_transformers_warpers(way: dict[str, float]) -> None:
+    logits = torch.randn(60, generator=torch.Generator().manual_seed(1)) * 2
+    expected = warped(logits, Sampling(1, **way)).exp().numpy()
     generator = torch.Generator().manual_seed(0)
-    drawn = [int(draw(logits, Sampling(1, temperature=1.0, top_p=0.6), generator)) for _ in range(2000)]
-    counts = np.bincount(drawn, minlength=4) / 2000
-    assert counts == pytest.approx([0, 0.625, 0.375, 0], abs=0.04)  # 0.5 and 0.3, renormalised
+    drawn = [draw(logits, Sampling(1, **way), generator) for _ in range(4000)]
+    counts = np.bincount([token for token, _ in drawn], minlength=60) / 4000
+    assert not counts[expected == 0].any()
+    assert counts == pytest.approx(expected, abs=0.04)
+    for token, logprob in drawn[:50]:
+        assert logprob == pytest.approx(np.log(expected[token]), abs=1e-4)
+
+
+def test_tokens_as_likely_as_the_last_one_kept_stay() -> None:
+    falling = torch.tensor([0.4, 0.2, 0.2, 0.2])
+    assert restrict(falling, Sampling(1, temperature=1.0, top_k=2)).tolist() == pytest.approx([0.4, 0.2, 0.2, 0.2])
+    assert restrict(falling, Sampling(1, temperature=1.0, top_p=0.3)).tolist() == pytest.approx([0.4, 0, 0, 0])
 
 
 def test_tensor_parallelism_is_refused() -> None:

@@ -11,11 +11,11 @@ from label_oracle import VOCABULARY, random_unit
 from vllm_process import engine_plan
 
 from cluster.engines.hf import Engine
-from cluster.engines.units import check_prompt, check_unit, count_non_finite, label_block, prompt_seed, tokens_to_read
+from cluster.engines.units import check_request, check_unit, count_non_finite, label_block, tokens_to_read
 from configs.labels import Labels
 from trainer.errors import EngineDead, UnitRejected
 from trainer.labels.encoding import Column
-from trainer.types import Prompt, Unit
+from trainer.types import GenerationRequest, Sampling, Unit
 
 UNIT = random_unit("0:0", (20, [(3, 9), (12, 19)]), (8, []), (10, [(0, 4)]))
 LAYOUT = (Column("x", torch.float32, 2),)
@@ -51,10 +51,10 @@ def test_a_unit_without_loss_rows_is_refused() -> None:
 
 
 def test_a_prompt_that_leaves_no_room_is_refused() -> None:
-    prompt = Prompt("0:0", np.arange(10, dtype=np.int32), None, "file:1")
-    check_prompt(prompt, vocabulary_size=VOCABULARY, max_length=11)
-    with pytest.raises(UnitRejected, match="a prompt has 1 to 9"):
-        check_prompt(prompt, vocabulary_size=VOCABULARY, max_length=10)
+    request = GenerationRequest("0:0", np.arange(10, dtype=np.int32), Sampling(4), origin="file:1")
+    check_request(request, vocabulary_size=VOCABULARY, max_length=11)
+    with pytest.raises(UnitRejected, match=r"prompt 0:0 \(file:1\) has 10 tokens.*a prompt has 1 to 9"):
+        check_request(request, vocabulary_size=VOCABULARY, max_length=10)
 
 
 def test_tokens_after_the_last_predicted_one_are_not_read() -> None:
@@ -91,8 +91,3 @@ def test_non_finite_entries_are_counted_in_every_float(dtype: torch.dtype) -> No
 
 def test_ids_are_never_non_finite() -> None:
     assert count_non_finite(np.full((2, 2), 0x7F80, dtype=np.uint16), torch.uint16) == 0
-
-
-def test_seeds_differ_by_prompt_and_run_and_repeat() -> None:
-    assert prompt_seed(1, "0:5") == prompt_seed(1, "0:5")
-    assert len({prompt_seed(seed, f"0:{i}") for seed in range(3) for i in range(50)}) == 150

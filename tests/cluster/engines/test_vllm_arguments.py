@@ -19,13 +19,12 @@ def arguments(engine: Engine | None = None, **changes: Any) -> dict[str, Any]:
         "tensor_parallel_size": 1,
         "max_length": 2048,
         "accelerator": "gpu",
-        "kept_events": 64,
     }
     return (engine or Engine()).arguments(**{**asked, **changes})
 
 
 def test_cpu_settings_never_reach_a_gpu() -> None:
-    for role, size in itertools.product(["scorer", "writer"], [1, 8]):
+    for role, size in itertools.product(["scorer", "generator"], [1, 8]):
         given = arguments(role=role, tensor_parallel_size=size)
         assert given["enforce_eager"] is False
         assert not {"block_size", "kv_cache_memory_bytes"} & set(given)
@@ -47,12 +46,18 @@ def test_the_executor_is_named(size: int, backend: str, accelerator: str) -> Non
     assert given["distributed_executor_backend"] == backend
 
 
-def test_a_scorer_pools_and_a_writer_generates() -> None:
-    scorer, writer = arguments(role="scorer"), arguments(role="writer")
-    assert (scorer["runner"], writer["runner"]) == ("pooling", "generate")
-    assert (scorer["enable_prefix_caching"], writer["enable_prefix_caching"]) == (False, True)
+def test_a_scorer_pools_and_a_generator_generates() -> None:
+    scorer, generator = arguments(role="scorer"), arguments(role="generator")
+    assert (scorer["runner"], generator["runner"]) == ("pooling", "generate")
+    assert (scorer["enable_prefix_caching"], generator["enable_prefix_caching"]) == (False, True)
     assert scorer["hf_overrides"] == {"head_dtype": "model"}
-    assert writer["max_logprobs"] == 64
+    assert generator["logprobs_mode"] == "processed_logprobs"
+
+
+def test_a_tokenizer_is_loaded_only_to_stop_at_strings() -> None:
+    assert all(arguments(role=role)["skip_tokenizer_init"] for role in ("scorer", "generator"))
+    assert arguments(role="scorer", stop_strings=True)["skip_tokenizer_init"]
+    assert not arguments(role="generator", stop_strings=True)["skip_tokenizer_init"]
 
 
 def test_what_a_config_gives_wins() -> None:

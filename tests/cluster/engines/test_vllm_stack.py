@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import vllm_process as cases
+from generation_oracle import check_logprobs, generation_requests
 from label_oracle import VOCABULARY, assert_labels_match, oracle_of, random_unit, teacher_head_of
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_folder
+from transformers import AutoTokenizer
 
 from cluster.engines.hf import Engine as HfEngine
-from cluster.engines.plan import Sampling
 from cluster.engines.vllm import Engine
 from configs.labels import Dense, Hidden, Token, TopK
 from trainer.errors import ConfigError, EngineDead
-from trainer.types import Prompt
+from trainer.types import Completion, GenerationRequest, Sampling
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
@@ -118,48 +119,71 @@ def test_a_broken_engine_fails_every_unit_with_its_reason(behaviour: cases.Behav
     assert behaviour.still_alive_s < 30.0
 
 
-def prompts(*lengths: int) -> list[Prompt]:
-    rng = np.random.default_rng(7)
-    return [
-        Prompt(f"0:{i}", rng.integers(3, VOCABULARY, n).astype(np.int32), None, f"test:{i}")
-        for i, n in enumerate(lengths)
-    ]
-
-
-def test_greedy_answers_equal_transformers_and_keep_their_stop_token(
-    process: ProcessPoolExecutor, tiny_teacher: Path
-) -> None:
-    asked = prompts(9, 30, 4)
-    free = Sampling(max_new_tokens=12)
+def by_hf(folder: Path, requests: list[GenerationRequest]) -> list[Completion]:
     hf = HfEngine()
-    writer = hf.start_writer(cases.engine_plan(hf, tiny_teacher, role="writer", sampling=free), "hf")
-    expected = asyncio.run(writer.write(asked, deadline_s=60))
-    writer.close()
-    stops = (int(expected[0][5]), int(expected[1][2]))
-    ends = [next((i + 1 for i, token in enumerate(answer) if token in stops), 12) for answer in expected]
-    cut = [list(answer[:end]) for answer, end in zip(expected, ends, strict=True)]
-
-    (answers,), num_tokens = process.submit(
-        cases.write_answers, tiny_teacher, [asked], Sampling(max_new_tokens=12, stop_token_ids=stops)
-    ).result()
-    assert [list(answer) for answer in answers] == cut
-    assert answers[0][-1] in stops
-    assert answers[1][-1] in stops
-    assert all(answer.dtype == np.int32 for answer in answers)
-    assert num_tokens == 43 + sum(len(answer) for answer in cut)
+    generator = hf.start_generator(cases.engine_plan(hf, folder, role="generator"), "hf")
+    completions = asyncio.run(generator.generate(requests, deadline_s=60))
+    generator.close()
+    return completions
 
 
-def test_a_sampled_answer_depends_on_its_prompt_and_seed_alone(
+def test_greedy_answers_equal_transformers_and_end_at_tokens_and_strings_alike(
     process: ProcessPoolExecutor, tiny_teacher: Path
 ) -> None:
-    asked = prompts(9, 30, 4)
-    sampling = Sampling(max_new_tokens=20, temperature=1.5, seed=5)
-    batches, _ = process.submit(cases.write_answers, tiny_teacher, [asked, asked[::-1], asked[1:2]], sampling).result()
-    together, reversed_, alone = ([list(answer) for answer in answers] for answers in batches)
+    """One generator is asked in all of these ways at once."""
+    free = by_hf(tiny_teacher, generation_requests(Sampling(12)))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    ids = (int(free[0].token_ids[5]), int(free[1].token_ids[2]))
+    strings = tuple(tokenizer.decode(one.token_ids[3:6])[1:] for one in free)
+    assert all(strings)
+    requests = [
+        *generation_requests(Sampling(12)),
+        *generation_requests(Sampling(12, stop_token_ids=ids)),
+        *generation_requests(Sampling(12, stop=strings)),
+    ]
+    expected = by_hf(tiny_teacher, requests)
+    assert [one.finish_reason for one in expected].count("stop") >= 4
+    (completions,), num_tokens = process.submit(
+        cases.generate_once, tiny_teacher, [requests], stop_strings=True
+    ).result()
+    assert [one.token_ids.tolist() for one in completions] == [one.token_ids.tolist() for one in expected]
+    assert [one.finish_reason for one in completions] == [one.finish_reason for one in expected]
+    assert all((one.author, one.versions) == ("teacher", ((0, "1"),)) for one in completions)
+    assert all(one.token_ids.dtype == np.int32 for one in completions)
+    assert num_tokens == 3 * 43 + sum(len(one.token_ids) for one in completions)
+    check_logprobs(tiny_teacher, requests, completions)
+
+
+def test_sampled_answers_are_drawn_as_asked_each_from_its_own_seed(
+    process: ProcessPoolExecutor, tiny_teacher: Path
+) -> None:
+    ways = [
+        Sampling(20, temperature=1.5, seed=5),
+        Sampling(12, temperature=2.0, min_p=0.05, top_k=40, top_p=0.8, seed=5),
+        Sampling(12),
+    ]
+    asked = [request for way in ways for request in generation_requests(way, n=2 if way.temperature else 1)]
+    batches, _ = process.submit(cases.generate_once, tiny_teacher, [asked, asked[::-1], asked[1:2]]).result()
+    check_logprobs(tiny_teacher, asked, batches[0])
+    together, reversed_, alone = ([one.token_ids.tolist() for one in batch] for batch in batches)
     assert together == reversed_[::-1]
     assert together[1] == alone[0]
-    assert together[0] != together[1]
+    assert together[0] != together[1], "two samples of one prompt"
     assert all(token < VOCABULARY for answer in together for token in answer)  # never a padded id
+
+
+def test_the_engine_thread_runs_what_it_is_given_between_two_steps(
+    process: ProcessPoolExecutor, tiny_teacher: Path
+) -> None:
+    seen = process.submit(cases.run_in_engine, tiny_teacher, generation_requests(Sampling(60))).result()
+    assert seen.result == seen.engine_thread
+    assert seen.requests_inside == 3, "they stay while the engine is used"
+    assert seen.equal_text
+    assert "weights of another shape failed in the engine generator-0: RuntimeError: no weights" in seen.failure
+    assert "InfrastructureError" in seen.failure
+    assert "was not done in the engine" in seen.late
+    assert not seen.late_call_ran
+    assert "was closed" in seen.after_close
 
 
 def test_a_cache_too_small_for_one_sequence_is_a_message(process: ProcessPoolExecutor, tiny_teacher: Path) -> None:
@@ -168,7 +192,7 @@ def test_a_cache_too_small_for_one_sequence_is_a_message(process: ProcessPoolExe
         started.result()
 
 
-@pytest.mark.parametrize("role", ["scorer", "writer"])
+@pytest.mark.parametrize("role", ["scorer", "generator"])
 @pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
 def test_vllm_itself_accepts_the_arguments(
@@ -180,7 +204,6 @@ def test_vllm_itself_accepts_the_arguments(
         tensor_parallel_size=tensor_parallel_size,
         max_length=2048,
         accelerator=accelerator,
-        kept_events=64,
     )
     assert process.submit(cases.parse, tiny_teacher, arguments).result() == arguments
 

@@ -15,7 +15,7 @@ from cluster.lifecycle.drain import Drain, drain_effect, watch_for_drain
     ("roles", "controller", "stops"),
     [
         ([], False, None),
-        (["scorer-0", "writer-1"], False, False),
+        (["scorer-0", "generator-1"], False, False),
         (["scorer-0", "student-1"], False, True),
         (["student-0"], False, True),
         ([], True, True),

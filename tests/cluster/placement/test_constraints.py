@@ -13,7 +13,7 @@ from machines import machines
 from cluster.placement.groups import Group, RoleRequest
 from cluster.placement.hardware import Hardware, Node
 from cluster.placement.topology import place
-from cluster.runtime import CPU, GPU, SCORER, STUDENT, WRITER
+from cluster.runtime import CPU, GENERATOR, GPU, SCORER, STUDENT
 from configs.models import Constraints
 from trainer.errors import ConfigError
 
@@ -167,7 +167,7 @@ def test_roles_that_share_labelled_nodes_must_fit_on_those_together() -> None:
     roles = [RoleRequest(STUDENT, 4, GPU, constraints=pool), RoleRequest(SCORER, 1, GPU, 4, constraints=pool)]
     assert place(roles, hardware).num_gpus == 8
     with pytest.raises(ConfigError, match="beside the other roles"):
-        place([*roles, RoleRequest(WRITER, 1, GPU, 1, constraints=pool)], hardware)
+        place([*roles, RoleRequest(GENERATOR, 1, GPU, 1, constraints=pool)], hardware)
 
 
 def test_teachers_stay_off_the_kind_of_gpu_that_the_student_asks_for() -> None:

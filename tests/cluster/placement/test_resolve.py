@@ -24,6 +24,7 @@ from cluster.placement.facts import KnownModel, RunFacts
 from cluster.placement.groups import Group
 from cluster.placement.resolve import Resolved, resolve
 from cluster.placement.roles import roles_of
+from configs.answers import ANSWERS
 from configs.schema import Run
 from configs.stations import Choice
 from trainer.errors import ConfigError
@@ -53,8 +54,8 @@ def make_run(**changes: Any) -> Run:
     return Run.model_validate(tree)
 
 
-WRITER = {"teacher__generator": {}, "answers": {"kind": "teacher", "max_new_tokens": 96, "temperature": 0.7}}
-DEMO = make_run(student__ranks=2, data__max_length=512, **WRITER)
+GENERATOR = {"teacher__generator": {}, "answers": {"kind": "teacher", "max_new_tokens": 96, "temperature": 0.7}}
+DEMO = make_run(student__ranks=2, data__max_length=512, **GENERATOR)
 
 SCENARIOS: dict[str, tuple[Run, str, dict[str, int] | None]] = {
     "laptop": (DEMO, "2cpu", ONE_B),
@@ -73,7 +74,7 @@ SCENARIOS: dict[str, tuple[Run, str, dict[str, int] | None]] = {
         EIGHT_B,
     ),
     "mixed_h100_a100": (
-        make_run(student__ranks=8, teacher__scorer={"replicas": 2, "tensor_parallel_size": 2}, **WRITER),
+        make_run(student__ranks=8, teacher__scorer={"replicas": 2, "tensor_parallel_size": 2}, **GENERATOR),
         "8xH100/96cpu,8xA100/64cpu",
         EIGHT_B,
     ),
@@ -93,7 +94,7 @@ def resolved(
         vocabulary_size=128_256,
         tokenizer_fingerprint="0" * 16,
         student=KnownModel(LlamaConfig(**model) if model else None, student_bytes),
-        teachers=dict.fromkeys(run.teachers_by_name(), KnownModel(teacher_config, teacher_bytes, (2,))),
+        teachers=dict.fromkeys(run.teachers_by_name(), KnownModel(teacher_config, teacher_bytes)),
     )
     return resolve(run, machines(hardware), facts)
 
@@ -199,11 +200,13 @@ def test_the_scorer_is_asked_for_training_labels_and_for_exact_evaluation() -> N
     assert len(resolved(make_run(labels="hidden"), "2cpu").teachers["teacher"].scorer.encodings) == 1
 
 
-def test_the_generator_samples_as_answers_say() -> None:
-    sampling = resolved(DEMO, "2cpu").teachers["teacher"].writer.sampling
-    assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (96, 0.7, 1.0)
-    assert (sampling.seed, sampling.stop_token_ids) == (0, (2,))
-    assert resolved(make_run(), "2cpu").teachers["teacher"].writer is None
+def test_a_generator_is_started_where_the_teacher_writes_and_reads_text_only_to_stop_at_strings() -> None:
+    assert resolved(make_run(), "2cpu").teachers["teacher"].generator is None
+    assert resolved(DEMO, "2cpu").teachers["teacher"].generator.arguments["skip_tokenizer_init"]
+    answers = ANSWERS.validate({"kind": "teacher", "stop": ["\n\n"]})
+    stopping = resolved(DEMO.model_copy(update={"answers": answers}), "2cpu").teachers["teacher"]
+    assert not stopping.generator.arguments["skip_tokenizer_init"]
+    assert stopping.scorer.arguments["skip_tokenizer_init"]
 
 
 def test_in_process_runs_need_no_placement() -> None:
@@ -253,9 +256,9 @@ def test_vllm_makes_its_whole_configuration_of_the_engine_arguments(
     vllm_labels.register()
     golden = json.loads((GOLDEN / f"{name}.json").read_text())
     (teacher,) = golden["teachers"].values()
-    for plan in filter(None, (teacher["scorer"], teacher["writer"])):
+    for plan in filter(None, (teacher["scorer"], teacher["generator"])):
         made = vllm.EngineArgs(model=str(teacher_70b), **plan["arguments"]).create_engine_config()
-        assert made.model_config.runner_type == {"scorer": "pooling", "writer": "generate"}[plan["role"]]
+        assert made.model_config.runner_type == {"scorer": "pooling", "generator": "generate"}[plan["role"]]
         assert str(made.model_config.dtype) == f"torch.{plan['dtype']}"
         assert made.model_config.max_model_len == plan["max_length"]
         assert made.parallel_config.tensor_parallel_size == plan["tensor_parallel_size"]

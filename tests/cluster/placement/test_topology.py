@@ -12,7 +12,7 @@ from machines import machines
 from cluster.placement.groups import RoleRequest
 from cluster.placement.hardware import Hardware, Node, gpu_has_bfloat16
 from cluster.placement.topology import number_ranks, place
-from cluster.runtime import CPU, GPU, SCORER, STUDENT, WRITER, RankPlace
+from cluster.runtime import CPU, GENERATOR, GPU, SCORER, STUDENT, RankPlace
 from trainer.errors import ConfigError
 
 
@@ -31,9 +31,9 @@ def test_a_replica_is_one_bundle_and_a_rank_is_one_bundle() -> None:
 
 
 def test_large_replicas_are_requested_before_small_ones_and_ranks_last() -> None:
-    roles = [RoleRequest(STUDENT, 4, GPU), RoleRequest(SCORER, 1, GPU, 8), RoleRequest(WRITER, 2, GPU, 2)]
+    roles = [RoleRequest(STUDENT, 4, GPU), RoleRequest(SCORER, 1, GPU, 8), RoleRequest(GENERATOR, 2, GPU, 2)]
     names = [group.name for group in place(roles, machines("8xH100,8xH100")).groups]
-    assert names == ["scorer-0", "writer-0", "writer-1", "student"]
+    assert names == ["scorer-0", "generator-0", "generator-1", "student"]
 
 
 def test_only_a_replica_larger_than_every_node_spans_nodes_and_only_if_it_may() -> None:

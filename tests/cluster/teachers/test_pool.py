@@ -14,17 +14,19 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from fakes.engines import Engine as FakeEngine
+from fakes.engines import Generator
 
 from cluster.engines.plan import EnginePlan
 from cluster.lifecycle import ray_session
 from cluster.lifecycle.logs import SharedFolder
 from cluster.teachers.actor import TeacherActor
-from cluster.teachers.pool import CREDITS, ReplicaPool, placed_for_good
+from cluster.teachers.pool import CREDITS, ReplicaPool, placed_for_good, shares_of
 from configs.engines import ENGINES
 from configs.labels import Labels
 from configs.schema import Faults
 from trainer.errors import InfrastructureError, InsufficientResources, TeachersLost, UnitRejected
-from trainer.types import Sequence, Unit
+from trainer.types import GenerationRequest, Sampling, Sequence, Unit
 
 pytestmark = pytest.mark.stack
 
@@ -61,13 +63,13 @@ class Events:
         self.names[name] += 1
 
     def span(self, lane: str, kind: str, start_s: float, stop_s: float, label: str = "") -> None:
-        if kind == "score":
+        if kind in ("score", "generate"):
             self.lanes[lane] += 1
 
 
-def plan(start_timeout_s: float = 60.0, **parameters: Any) -> EnginePlan:
+def plan(start_timeout_s: float = 60.0, role: str = "scorer", **parameters: Any) -> EnginePlan:
     return EnginePlan(
-        role="scorer",
+        role=role,
         engine=ENGINES.validate({"kind": "fakes.engines", **parameters}),
         model="none",
         revision=None,
@@ -173,6 +175,48 @@ def test_a_killed_or_hanging_teacher_is_replaced_and_every_unit_is_answered_once
     assert events.names["redispatch"] >= 1
     assert sum(events.lanes.values()) == 16
     assert not psutil.pid_exists(victim)
+
+
+def requests(num_prompts: int = 5, n: int = 3) -> list[GenerationRequest]:
+    sampling = Sampling(6, temperature=1.0, seed=3)
+    prompts = [(f"0:{i}", np.arange(4, dtype=np.int32) + i) for i in range(num_prompts)]
+    return [GenerationRequest(name, ids, sampling, sample=sample) for name, ids in prompts for sample in range(n)]
+
+
+def test_shares_of_replicas_are_about_equal_and_hold_whole_prompts() -> None:
+    shares = shares_of(requests(), 2)
+    assert [len(share) for share in shares] == [9, 6]
+    assert sorted(index for share in shares for index in share) == list(range(15))
+    owners = {}
+    for number, share in enumerate(shares):
+        for index in share:
+            assert owners.setdefault(requests()[index].prompt_id, number) == number
+    assert shares_of(requests(num_prompts=1), 4) == [[0, 1, 2]]
+    assert shares_of([], 4) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_what_a_lost_generator_wrote_is_written_again_word_for_word(
+    cluster: Any, tmp_path: Path, how: signal.Signals
+) -> None:
+    async def scenario() -> tuple[list[list[int]], Events]:
+        events = Events()
+        generators = pool(tmp_path, events, replicas=2, role="generator", delay_s=1.0)
+        await generators.start()
+        writing = asyncio.ensure_future(generators.generate(requests()))
+        await asyncio.sleep(0.4)
+        os.kill(generators._replicas[0].process.pid, how)
+        completions = await writing
+        assert await generators.generate([]) == []
+        await generators.close()
+        return [completion.token_ids.tolist() for completion in completions], events
+
+    texts, events = run(scenario())
+    alone = Generator(FakeEngine(kind="fakes.engines"), plan(role="generator"))
+    assert texts == [one.token_ids.tolist() for one in asyncio.run(alone.generate(requests(), deadline_s=9))]
+    assert len({tuple(text) for text in texts}) == 15
+    assert events.names["redispatch"] == 1
+    assert sum(events.lanes.values()) == 2, "each share was written once"
 
 
 @pytest.mark.parametrize("replicas", [1, 2])

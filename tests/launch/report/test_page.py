@@ -147,11 +147,11 @@ def test_a_prompt_is_shown_by_its_turns_and_the_answers_stand_beside_each_other(
     write_json(folder.generations, answers)
     text = " ".join(" ".join(Page(write_report(folder).read_text()).text).split())
     assert "system be brief user who? Student before me Student after you Teacher they Dataset we" in text
-    assert "where a run has a writer" not in text
+    assert "where a run has a generator" not in text
     write_json(folder.generations, {name: answers[name] for name in ("prompts", "before", "reference")})
     text = " ".join(" ".join(Page(write_report(folder).read_text()).text).split())
     assert "user who? Student before me Dataset we" in text
-    assert "The teacher's own answers are shown where a run has a writer or its teacher is small" in text
+    assert "The teacher's own answers are shown where a run has a generator or its teacher is small" in text
 
 
 def test_a_token_shows_the_row_that_predicted_it(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
-"""A scoring engine without a model: labels are a function of the tokens; slow, strict or broken on demand.
-
-Implements `trainer.protocols.ScoringEngine`; used where the pool around an engine is tested, never where labels are.
+"""An engine without a model: labels are a function of the tokens, answers one of the seed; slow, strict or broken on
+demand. Used where the pool around an engine is tested, never where labels or answers are.
 """
 
 from __future__ import annotations
@@ -8,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import configs.engines
 from configs.labels import Labels
 from trainer.errors import DeadlineExceeded, EngineDead, InfrastructureError, UnitRejected
-from trainer.types import LabelHeader, SoftLabelBlock, Unit, UnitReport
+from trainer.types import Completion, GenerationRequest, LabelHeader, SoftLabelBlock, Unit, UnitReport
 
 
 class Engine(configs.engines.Engine):
@@ -31,8 +31,8 @@ class Engine(configs.engines.Engine):
     def arguments(self, **asked: Any) -> dict[str, Any]:
         return {}
 
-    def start_writer(self, plan: Any, name: str) -> Any:
-        raise InfrastructureError("writes nothing")
+    def start_generator(self, plan: Any, name: str) -> Generator:
+        return Generator(self, plan)
 
     def start_scorer(self, plan: Any, name: str) -> Scorer:
         if self.broken:
@@ -41,6 +41,24 @@ class Engine(configs.engines.Engine):
             print(self.stuck, flush=True)
             time.sleep(3600)
         return Scorer(self, plan, name)
+
+
+class Generator:
+    """What it writes is a function of the request's seed and of the prompt."""
+
+    def __init__(self, engine: Engine, plan: Any) -> None:
+        self._engine, self._plan = engine, plan
+
+    async def generate(self, requests: Sequence[GenerationRequest], *, deadline_s: float) -> list[Completion]:
+        await asyncio.sleep(self._engine.delay_s)
+        return [self._completion(request) for request in requests]
+
+    def _completion(self, request: GenerationRequest) -> Completion:
+        drawn = np.random.default_rng([request.seed, *request.token_ids]).integers(0, 100, 6).astype(np.int32)
+        return Completion(drawn, np.zeros(6, dtype=np.float32), "stop", self._plan.author, ((0, "1"),))
+
+    def close(self) -> None:
+        pass
 
 
 class Scorer:

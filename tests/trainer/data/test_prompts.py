@@ -306,7 +306,7 @@ def test_rewriting_asks_again_for_the_last_answer(tmp_path: Path) -> None:
         assert prompt.token_ids.tolist() == expected.tolist()
 
 
-def test_prompts_without_answers_need_a_writer(tmp_path: Path) -> None:
+def test_prompts_without_answers_need_a_generator(tmp_path: Path) -> None:
     dataset = write(tmp_path, [{"prompt": "the fox"}])
     with pytest.raises(DataError, match=r"rows.jsonl:1: completion: is missing.*teacher and teacher.generator: {}"):
         open_stream(dataset).take(1)

@@ -1,4 +1,4 @@
-"""Where a teacher's answer ends, and what of its generation settings no writer applies, as transformers has it."""
+"""Where a teacher's answer ends, and what of its generation settings no generator applies, as transformers has it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from transformers import AutoModelForCausalLM
 from vllm_process import engine_plan
 
 from cluster.engines.hf import Engine
-from cluster.engines.plan import Sampling
 from configs.load import load_run
 from configs.models import ModelSource
 from trainer.errors import ConfigError
 from trainer.loop.job import read_inputs
 from trainer.model.generation_settings import end_ids, unused_settings
-from trainer.types import Prompt
+from trainer.types import GenerationRequest, Sampling
 
 LENGTHS = (9, 30, 4, 17)
 
@@ -31,18 +30,19 @@ def settings(folder: Path, **values: object) -> ModelSource:
     return ModelSource(path=str(folder))
 
 
-def prompts() -> list[Prompt]:
+def requests(stop_ids: tuple[int, ...] = ()) -> list[GenerationRequest]:
     rng = np.random.default_rng(7)
-    return [Prompt(f"0:{n}", rng.integers(3, 283, n).astype(np.int32), None, f"test:{n}") for n in LENGTHS]
+    sampling = Sampling(12, stop_token_ids=stop_ids)
+    return [GenerationRequest(f"0:{n}", rng.integers(3, 283, n).astype(np.int32), sampling) for n in LENGTHS]
 
 
 def by_transformers(folder: Path) -> list[list[int]]:
     """Greedy answers of at most 12 tokens, of `generate` with the folder's own settings."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    kept = list(range(283, 320))  # a writer never writes padding
+    kept = list(range(283, 320))  # a generator never writes padding
     answers = []
-    for prompt in prompts():
-        ids = torch.from_numpy(prompt.token_ids).long()[None]
+    for request in requests():
+        ids = torch.from_numpy(request.token_ids).long()[None]
         written = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, suppress_tokens=kept
         )
@@ -51,14 +51,13 @@ def by_transformers(folder: Path) -> list[list[int]]:
 
 
 def written(folder: Path, stop_ids: tuple[int, ...]) -> list[list[int]]:
-    sampling = Sampling(max_new_tokens=12, stop_token_ids=stop_ids)
-    writer = Engine().start_writer(engine_plan(Engine(), folder, role="writer", sampling=sampling), "hf-0")
-    answers = asyncio.run(writer.write(prompts(), deadline_s=60))
-    writer.close()
-    return [answer.tolist() for answer in answers]
+    generator = Engine().start_generator(engine_plan(Engine(), folder, role="generator"), "hf-0")
+    completions = asyncio.run(generator.generate(requests(stop_ids), deadline_s=60))
+    generator.close()
+    return [completion.token_ids.tolist() for completion in completions]
 
 
-def test_a_writer_ends_where_transformers_does(tmp_path: Path) -> None:
+def test_a_generator_ends_where_transformers_does(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "teacher", seed=1)
     free = by_transformers(folder)
     also = free[0][0]  # the first answer begins with it, so it ends there
@@ -104,7 +103,7 @@ def test_all_stations_of_a_run_stop_at_the_same_ids(tmp_path: Path) -> None:
     assert inputs.stop_ids == (2, 40)  # 310 is padding, which nobody writes
 
 
-def test_settings_that_a_writer_does_not_apply_are_named_and_those_of_the_run_are_not(tmp_path: Path) -> None:
+def test_settings_that_a_generator_does_not_apply_are_named_and_those_of_the_run_are_not(tmp_path: Path) -> None:
     usual = {
         "bos_token_id": 1,
         "pad_token_id": 0,
@@ -120,6 +119,7 @@ def test_settings_that_a_writer_does_not_apply_are_named_and_those_of_the_run_ar
     source = settings(tmp_path, **usual)
     assert unused_settings(source, temperature=0.0) == {}
     assert unused_settings(source, temperature=0.7) == {"top_k": 20}
+    assert unused_settings(source, temperature=0.7, decided={"top_k"}) == {}
     changing = {
         "repetition_penalty": 1.05,
         "suppress_tokens": [3],
