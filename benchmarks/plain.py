@@ -7,7 +7,6 @@ shares no code with the pipeline it is compared with.
 from __future__ import annotations
 
 import ctypes
-import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +55,6 @@ class PlainSteps:
 class PlainAnswer:
     cpu: CpuTime
     losses: tuple[float, ...]  # mean forward KL per loss token, by step
-    page_faults: int
-    max_memory_bytes: int
 
 
 def prepare(setup: PlainSetup) -> Callable[[PlainSteps], PlainAnswer]:
@@ -96,11 +93,11 @@ def prepare(setup: PlainSetup) -> Callable[[PlainSteps], PlainAnswer]:
 
     def answer(question: PlainSteps) -> PlainAnswer:
         torch.set_num_threads(question.threads)
-        before, faults = of_this_process(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        before = of_this_process()
         losses = tuple(step(batch) for batch in question.batches)
-        used, cpu = resource.getrusage(resource.RUSAGE_SELF), of_this_process() - before
+        cpu = of_this_process() - before
         _give_memory_back()
-        return PlainAnswer(cpu, losses, used.ru_minflt - faults, used.ru_maxrss * 1024)
+        return PlainAnswer(cpu, losses)
 
     return answer
 
