@@ -268,9 +268,14 @@ def prune(
     keep_layers: Annotated[str, typer.Option("--keep-layers", metavar="LAYERS", help="Numbers and ranges from 0.")],
 ) -> None:
     """Make a student out of a model by keeping some of its layers."""
-    from launch.prune import prune_command
+    from launch.quiet import quiet_libraries
+    from trainer.model.prune import parse_layers
+    from trainer.model.prune import prune as cut
 
-    typer.echo(prune_command(source, target, keep_layers=keep_layers))
+    layers = parse_layers(keep_layers)
+    quiet_libraries()
+    cut(source, target, layers)
+    typer.echo(f"student: {target} keeps {len(layers)} layers of {source} ({keep_layers})")
 
 
 @app.command(epilog="Example: stillhouse export runs/demo models/my-student")
@@ -290,9 +295,10 @@ def export(
 @app.command(epilog="Example: stillhouse report runs/demo")
 def report(run: RunFolderArgument) -> None:
     """Write report.html of a run, from what its folder holds."""
-    from launch.report.command import report as write_report
+    from launch.report.page import write_report
+    from trainer.run_folder import RunFolder
 
-    write_report(run)
+    typer.echo(write_report(RunFolder(run)))
 
 
 @app.command(epilog="Example: stillhouse prepare smollm2-135m-instruct models/smollm2")

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,7 +29,7 @@ from launch.report.model_card import model_card
 from trainer.data.chat import Template
 from trainer.errors import ConfigError, foreign_errors
 from trainer.model.generation_settings import consistent
-from trainer.run_folder import RunFolder, read_json, write_json, write_text
+from trainer.run_folder import RunFolder, new_folder, read_json, write_json, write_text
 
 ADAPTER = "adapter_config.json"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
@@ -46,25 +44,16 @@ def export(run_folder: Path, target: Path, merge_adapter: bool) -> None:
     folder = RunFolder(run_folder)
     is_adapter = _check(folder, target, merge_adapter=merge_adapter)
     run = load_run(folder.config).run
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        working = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.tmp-"))
-    except OSError as error:
-        raise ConfigError(f"export: cannot write to {target.parent}: {error.strerror or error}") from None
-    try:
-        working.chmod(0o755)
+    adapter = is_adapter and not merge_adapter
+    with new_folder(target) as working:
         if is_adapter and merge_adapter:
             _merge(folder, working, run)
         else:
             copy_files(folder.student, working, subject="export")
-        card = card_of(folder, run, adapter=is_adapter and not merge_adapter, weights=working)
-        write_text(working / "README.md", card)
+        write_text(working / "README.md", card_of(folder, run, adapter=adapter, weights=working))
         (working / "README.md").chmod(0o644)
-        verify(working, run, adapter=is_adapter and not merge_adapter)
-        os.replace(working, target)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
-    what = "adapter" if is_adapter and not merge_adapter else "model"
+        verify(working, run, adapter=adapter)
+    what = "adapter" if adapter else "model"
     print(f"{target}: {what} in {stored_dtype(target)}, tokenizer and model card; it loads")
 
 

@@ -33,15 +33,8 @@ RUNS = Path("runs")
 RECORD = "submission.json"
 
 ARTIFACTS = (
-    "report.html",
-    "metrics.jsonl",
-    "exit.json",
-    "manifest.json",
-    "config.yaml",
-    "timeline.jsonl",
-    "samples.json",
-    "generations.json",
-    "rejected.jsonl",
+    *("report.html", "metrics.jsonl", "exit.json", "manifest.json", "config.yaml", "timeline.jsonl"),
+    *("samples.json", "generations.json", "rejected.jsonl"),
 )
 FETCHED = (*ARTIFACTS, "student")
 """What `fetch` brings from a run folder, where it is there: files, and one folder."""

@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from trainer.errors import ConfigError, foreign_errors
-from trainer.records import read_json
+from trainer.run_folder import new_folder, read_json
 
 RECORD = "prepared.json"
 LICENCE_NOTE = "LICENCE_NOTE.md"
@@ -83,18 +82,12 @@ def prepare_source(name: str, model: PackagedModel, source: Path, target: Path, 
             f"prepare: {source.name} of package {model.distribution} has sha256 {found}, expected {model.sha256}:"
             " the package is damaged or not the release this version knows; install it again (make setup)"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with new_folder(target) as working:
         convert(source, working, model)
         (working / LICENCE_NOTE).write_text(model.licence_note, encoding="utf-8")
         _write_record(working, name, model)
-        working.chmod(0o755)
         if target.exists():
             shutil.rmtree(target)
-        working.rename(target)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
     return target
 
 

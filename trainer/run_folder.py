@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -217,6 +218,22 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Inside, an empty folder beside `target`, which becomes `target` when the block ends, and is removed on an error.
+
+    `target` must not exist by then, or be empty.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield working
+        working.chmod(0o755)
+        working.replace(target)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
 
 
 def plain(value: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import cycle
 
 from markupsafe import Markup
 
@@ -24,43 +26,22 @@ _COLOURS = ("c2", "c3", "c4", "c5")
 
 def charts(records: Records) -> list[Markup]:
     """In the order of the page; a chart without numbers is left out."""
-    pictures = [*_quality(records), *_training(records)]
-    return [picture for picture in pictures if picture]
-
-
-def _quality(records: Records) -> list[Markup]:
-    return [
-        line_chart("Held-out KL to the teacher (nats per token)", [_held_out(records, "forward_kl")], from_zero=True),
+    held_out, logged = partial(_held_out, records), partial(_logged, records)
+    perplexities = [held_out("perplexity"), held_out("teacher_perplexity", "teacher")]
+    waits = [logged(STUDENT_WAIT, "student"), logged(TEACHER_WAIT, "teacher", colour="teacher")]
+    pictures = [
+        line_chart("Held-out KL to the teacher (nats per token)", [held_out("forward_kl")], from_zero=True),
         line_chart(
-            "Held-out agreement (both put the same token first)",
-            [_held_out(records, "agreement")],
-            from_zero=True,
-            form=percent,
+            "Held-out agreement (both put the same token first)", [held_out("agreement")], from_zero=True, form=percent
         ),
-        line_chart(
-            "Held-out perplexity",
-            [_held_out(records, "perplexity", "student"), _held_out(records, "teacher_perplexity", "teacher")],
-            logarithmic=True,
-        ),
-    ]
-
-
-def _training(records: Records) -> list[Markup]:
-    return [
+        line_chart("Held-out perplexity", perplexities, logarithmic=True),
         line_chart("Training loss (nats per token)", _losses(records)),
-        line_chart("Speed (tokens per second)", [_logged(records, TOKENS_PER_S, "tokens/s")], from_zero=True),
-        line_chart(
-            "Waiting (share of the last ten steps)",
-            [
-                _logged(records, STUDENT_WAIT, "student"),
-                _logged(records, TEACHER_WAIT, "teacher", colour="teacher"),
-            ],
-            from_zero=True,
-            form=percent,
-        ),
-        line_chart("Learning rate", [_logged(records, LEARNING_RATE, "learning rate", colour="c4")], from_zero=True),
-        line_chart("Gradient norm before clipping", [_logged(records, GRAD_NORM, "norm", colour="c3")], from_zero=True),
+        line_chart("Speed (tokens per second)", [logged(TOKENS_PER_S, "tokens/s")], from_zero=True),
+        line_chart("Waiting (share of the last ten steps)", waits, from_zero=True, form=percent),
+        line_chart("Learning rate", [logged(LEARNING_RATE, "learning rate", colour="c4")], from_zero=True),
+        line_chart("Gradient norm before clipping", [logged(GRAD_NORM, "norm", colour="c3")], from_zero=True),
     ]
+    return [picture for picture in pictures if picture]
 
 
 def _losses(records: Records) -> Sequence[Series]:
@@ -69,14 +50,10 @@ def _losses(records: Records) -> Sequence[Series]:
     total = _logged(records, LOSS, "total")
     if len(names) < 2:
         return [total]
+    shown = (name.removeprefix("train/").removeprefix("task/").replace("_", " ") for name in names)
     terms = (
-        _logged(
-            records,
-            name,
-            name.removeprefix("train/").removeprefix("task/").replace("_", " "),
-            colour=_COLOURS[i % len(_COLOURS)],
-        )
-        for i, name in enumerate(names)
+        _logged(records, name, text, colour=colour)
+        for name, text, colour in zip(names, shown, cycle(_COLOURS), strict=False)
     )
     return [total, *terms]
 

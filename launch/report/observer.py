@@ -94,10 +94,8 @@ class RunObserver:
         self._finished("evaluations", f"after step {evaluation.step}")
         with self._told_once():
             self._metrics.evaluation(evaluation)
-        before = self._metrics.first_evaluation
-        if before is not None and before is not evaluation:
-            self._progress.compare_with(before)
-        self._progress.evaluation(evaluation, first=before is evaluation)
+        first = self._metrics.first_evaluation
+        self._progress.evaluation(evaluation, None if first is evaluation else first)
         if self._record is not None and when != "during" and math.isfinite(evaluation.forward_kl):
             with self._told_once():  # the checkpoint of the last step comes after this
                 self._record.evaluation(when, evaluation)

@@ -22,8 +22,7 @@ from launch import templates
 from launch.report.artifacts import Tell, read_manifest
 from launch.report.charts import charts
 from launch.report.metrics import NOTICEABLE_PADDING, TOKENS_PER_S, Records, read_metrics
-from launch.report.numbers import Form, compact, percent
-from launch.report.progress import duration
+from launch.report.numbers import Form, compact, duration, percent
 from launch.report.timeline import Span, TimeAxis, draw, kinds_present, mean_waiting, read_timeline, wait_shares
 from launch.report.viewer import Answers, read_generations, read_viewer, sample_records
 from trainer.errors import ConfigError, Preempted

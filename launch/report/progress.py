@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.report.metrics import LOSS, NOTICEABLE_PADDING, STUDENT_WAIT, TEACHER_WAIT, TOKENS_PER_S
-from launch.report.numbers import fixed, share
+from launch.report.numbers import duration, fixed, share
 from trainer.types import Evaluation, StepMetrics
 
 _FIRST_STEPS = 3
@@ -54,7 +54,6 @@ class Progress:
         self._shown = 0
         self._shown_at = -math.inf
         self._step_times: deque[float] = deque(maxlen=_WINDOW + 1)
-        self._first: Evaluation | None = None
         self._last: Evaluation | None = None
         self._live: Live | None = None
         if not (plain if plain is not None else not self._console.is_terminal):
@@ -79,13 +78,10 @@ class Progress:
             self._shown_at = now
             self._print(f"step {metrics.step}/{self._total}  {self._numbers()}  {self._eta()}")
 
-    def evaluation(self, evaluation: Evaluation, first: bool) -> None:
-        """`first`: of the student before it learned anything; later ones are shown against it."""
+    def evaluation(self, evaluation: Evaluation, before: Evaluation | None) -> None:
+        """`before`: of the student before it learned anything, what this one is compared with."""
         self._end_phase()
-        if first:
-            self._first = evaluation
         self._last = evaluation
-        before = self._first if not first else None
         self.note(
             f"evaluation at step {evaluation.step}: "
             f"KL {_change(before and before.forward_kl, evaluation.forward_kl, _three)} nats/token, "
@@ -93,10 +89,6 @@ class Progress:
             f"perplexity {_change(before and before.perplexity, evaluation.perplexity, _two)} "
             f"(teacher {_two(evaluation.teacher_perplexity)})" + _padding(before, evaluation)
         )
-
-    def compare_with(self, first: Evaluation) -> None:
-        """A resumed run: the first evaluation of an earlier attempt. Shows nothing."""
-        self._first = first
 
     def note(self, text: str) -> None:
         """One line that stays."""
@@ -167,18 +159,6 @@ class Progress:
             return "ETA -"
         pace = (self._step_times[-1] - self._step_times[0]) / (len(self._step_times) - 1)
         return f"ETA {duration(pace * (self._total - self._step.step))}"
-
-
-def duration(seconds: float) -> str:
-    """For people: `8 s`, `3 min 20 s`, `2 h 05 min`, `3 d 04 h`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
 
 
 def _change(before: float | None, now: float, form: Callable[[float], str]) -> str:

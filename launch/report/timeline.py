@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 from markupsafe import Markup
 
 from launch.report.intervals import Interval, elapsed_inside, seconds_inside, subtract, union
-from launch.report.progress import duration
+from launch.report.metrics import SpanKind
+from launch.report.numbers import duration
 from trainer.records import Moment, checked, ignore, read_lines
 from trainer.run_folder import RunFolder
 
@@ -24,7 +26,7 @@ WIDTH, LEFT, RIGHT, TOP, LANE, GAP, BOTTOM = 1160, 96, 10, 8, 34, 12, 30
 BINS = 260
 MAX_DRAWN_SPANS = 500
 """More than that and single spans are thinner than a pixel: the picture then shows shares per slice of time."""
-KINDS = ("train", "score", "generate", "stage", "evaluate", "save", "start", "wait")
+KINDS = get_args(SpanKind)
 MIN_STEPS = 5
 """Shares of fewer steps would say how the run began."""
 _ROWS = 3

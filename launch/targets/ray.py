@@ -40,13 +40,8 @@ if TYPE_CHECKING:
     from launch.bundle import Bundle
     from launch.targets.ray_client import Client, JobDetails
 
-STATES: dict[str, State] = {
-    "PENDING": "pending",
-    "RUNNING": "running",
-    "SUCCEEDED": "succeeded",
-    "FAILED": "failed",
-    "STOPPED": "stopped",
-}
+STATES: dict[str, State] = {state.upper(): state for state in ("pending", "running", "succeeded", "failed", "stopped")}
+"""By Ray's name."""
 PACKAGE_LIMIT = 500 * 2**20
 """Ray refuses uploads from 512 MiB on, after they have been sent."""
 

@@ -29,25 +29,15 @@ if TYPE_CHECKING:
 
 SCRIPT, LOG, STOP_ASKED = "job.sbatch", "job.log", "stop_asked"
 
-STATES: dict[str, State] = {
-    "PENDING": "pending",
-    "CONFIGURING": "pending",
-    "REQUEUED": "pending",
-    "REQUEUE_HOLD": "pending",
-    "REQUEUE_FED": "pending",
-    "SPECIAL_EXIT": "pending",
-    "SUSPENDED": "pending",
-    "RUNNING": "running",
-    "COMPLETING": "running",
-    "RESIZING": "running",
-    "SIGNALING": "running",
-    "STAGE_OUT": "running",
-    "STOPPED": "running",
-    "COMPLETED": "succeeded",
-    "CANCELLED": "stopped",
-    "PREEMPTED": "preempted",
+_WORDS: dict[State, str] = {
+    "pending": "PENDING CONFIGURING REQUEUED REQUEUE_HOLD REQUEUE_FED SPECIAL_EXIT SUSPENDED",
+    "running": "RUNNING COMPLETING RESIZING SIGNALING STAGE_OUT STOPPED",
+    "succeeded": "COMPLETED",
+    "stopped": "CANCELLED",
+    "preempted": "PREEMPTED",
 }
-"""Slurm's words; what is not here has failed."""
+STATES: dict[str, State] = {word: state for state, words in _WORDS.items() for word in words.split()}
+"""By Slurm's name for the state of a job; any other state is a failure."""
 
 POLL_S = 2.0
 LOST = r"contact slurm controller|Connection (refused|timed out)|Socket timed out"

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from configs.load import dump_run, load_run
 from configs.schema import Run
+from launch.cli import app
 from launch.export import complete_student, export, stored_dtype
-from launch.report.command import report
 from launch.train import closing_words
 from trainer.errors import ConfigError
 from trainer.run_folder import RunFolder, write_json
@@ -162,9 +163,8 @@ def test_what_cannot_be_exported_says_what_to_do(whole: RunFolder, tmp_path: Pat
         export(unfinished.path, tmp_path / "target", merge_adapter=False)
 
 
-def test_report_prints_where_the_page_is(whole: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    report(whole.path)
-    assert capsys.readouterr().out.strip() == str(whole.report)
+def test_report_prints_where_the_page_is(whole: RunFolder) -> None:
+    assert CliRunner().invoke(app, ["report", str(whole.path)]).output.strip() == str(whole.report)
     assert "<title>one" in whole.report.read_text()
 
 

@@ -14,7 +14,6 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +23,7 @@ from safetensors import safe_open
 from configs.models import ModelSource
 from trainer.errors import ConfigError, foreign_errors
 from trainer.model.weights import is_quantised, read_table, refuse_other_tensors, shard_names
+from trainer.run_folder import new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -91,9 +91,7 @@ def prune(source: Path, target: Path, keep_layers: Sequence[int]) -> Path:
     config = _read_config(source, files, layers)
     prefix = _layer_prefix(shards, config.num_hidden_layers, source)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with new_folder(target) as working:
         _copy_others(source, working)
         _write_weights(shards, working, prefix, layers)
         refusal = _refusal(config, source, layers)
@@ -103,10 +101,6 @@ def prune(source: Path, target: Path, keep_layers: Sequence[int]) -> Path:
             kept.save_pretrained(working)
         refuse_difference(config, working, layers, refusal=refusal)
         (working / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        working.chmod(0o755)
-        working.rename(target)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
     return target
 
 

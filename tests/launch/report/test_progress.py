@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from launch.report.metrics import STUDENT_WAIT, TEACHER_WAIT, TOKENS_PER_S, MetricsLog, Timeline, read_metrics
+from launch.report.numbers import duration
 from launch.report.observer import RunObserver
-from launch.report.progress import Progress, duration
+from launch.report.progress import Progress
 from trainer.run_folder import RunFolder
 from trainer.types import Evaluation, StepMetrics
 
@@ -35,12 +36,13 @@ def plain_run(steps: int, seconds_per_step: float) -> list[str]:
     with Progress(steps, console=Console(file=text, width=40), clock=clock) as progress:
         progress.phase("teachers: loading [weights]")
         clock.now += 12.3
-        progress.evaluation(evaluation(0, 6.31, 0.061), first=True)
+        first = evaluation(0, 6.31, 0.061)
+        progress.evaluation(first, None)
         for number in range(1, steps + 1):
             clock.now += seconds_per_step
             values = {"train/loss": 2.0, TOKENS_PER_S: 1234.4, STUDENT_WAIT: 0.25, TEACHER_WAIT: 0.5}
             progress.step(StepMetrics(number, values))
-        progress.evaluation(evaluation(steps, 1.05, 0.56), first=False)
+        progress.evaluation(evaluation(steps, 1.05, 0.56), first)
     return text.getvalue().splitlines()
 
 
@@ -60,8 +62,9 @@ def test_plain_output_is_sparse_and_complete() -> None:
 def test_probability_on_ids_that_do_not_exist_is_shown_where_there_is_some() -> None:
     text = io.StringIO()
     with Progress(1, console=Console(file=text, width=400), clock=Clock()) as progress:
-        progress.evaluation(replace(evaluation(0, 6.0), padding_mass=0.11), first=True)
-        progress.evaluation(replace(evaluation(1, 1.0), padding_mass=0.0001), first=False)
+        before = replace(evaluation(0, 6.0), padding_mass=0.11)
+        progress.evaluation(before, None)
+        progress.evaluation(replace(evaluation(1, 1.0), padding_mass=0.0001), before)
     first, last = text.getvalue().splitlines()
     assert first.endswith("(teacher 8.00), on ids that do not exist 11.0%")
     assert last.endswith("(teacher 8.00), on ids that do not exist 11.0% -> 0.0%")

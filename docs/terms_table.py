@@ -1,4 +1,4 @@
-"""docs/objectives.md, made from the registry of terms: `python -m launch.terms_table > docs/objectives.md`."""
+"""docs/objectives.md, made from the registry of terms: `python docs/terms_table.py > docs/objectives.md`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from configs.losses import LOSSES, Term
 
 HEAD = """# Terms of an objective
 
-Made from `configs/losses.py` by `python -m launch.terms_table`. An objective is a list of terms, each with a `weight`:
+Made from `configs/losses.py` by `python docs/terms_table.py`. An objective is a list of terms, each with a `weight`:
 `objective: [{loss: forward_kl}, {loss: cross_entropy, weight: 0.2}]`. What a cell says of a term with these `labels`:
 **exact**, the value over the whole vocabulary; **lower bound** of it; **unbiased**, **biased** estimates of it;
 **refused** by `check`, which says what to use instead; **-**, the labels are not looked at.
