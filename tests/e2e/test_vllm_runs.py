@@ -14,7 +14,7 @@ from runs_under_fault import counted, events, finish, held, left_running, losses
 from tiny_runs import SHARDED, records, stillhouse, tiny_run
 
 from launch.prepare import prepare
-from launch.prune import prune
+from trainer.model.prune import prune
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
 
