@@ -48,7 +48,7 @@ class TeacherAnswers(Answers):
     """
 
     kind: Literal["teacher"] = "teacher"
-    max_new_tokens: Positive = 256
+    max_new_tokens: Positive = Field(256, description="Of one answer, at most.")
     n: Positive = Field(1, description="Answers to each prompt; a step then has n times as many sequences.")
     temperature: Annotated[float, Field(ge=0, le=2)] = Field(0.0, description="0: greedy, else 0.01 to 2.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Mass of the likeliest tokens to draw from.")
@@ -57,8 +57,10 @@ class TeacherAnswers(Answers):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="Strings that end an answer.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(None, description="None: from the seed of the run.")
     rewrite: bool = Field(False, description="The teacher also writes anew what rows have an answer to.")
-    on_cut_off: Literal["keep", "drop"] = "keep"
-    max_dropped_fraction: Share = 0.5
+    on_cut_off: Literal["keep", "drop"] = Field(
+        "keep", description="What becomes of an answer that reaches max_new_tokens."
+    )
+    max_dropped_fraction: Share = Field(0.5, description="The run ends where more of the answers were left out.")
 
     needs_generator: ClassVar[bool] = True
     needs_answer: ClassVar[bool] = False

@@ -24,11 +24,15 @@ class Vllm(Engine):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(
         0.9, description="Share of a GPU's memory that the engine takes."
     )
-    kv_cache_bytes: Bytes | None = None
-    max_num_seqs: Positive | None = None
-    max_num_batched_tokens: Positive | None = None
-    enforce_eager: bool | None = None
-    load_format: Literal["safetensors", "dummy"] = "safetensors"  # vLLM's auto would read pickles too
+    kv_cache_bytes: Bytes | None = Field(None, description="Of keys and values; instead of a share of the memory.")
+    max_num_seqs: Positive | None = Field(None, description="Sequences that are computed at once.")
+    max_num_batched_tokens: Positive | None = Field(None, description="Tokens of one pass.")
+    enforce_eager: bool | None = Field(
+        None, description="Without compilation and CUDA graphs: starts sooner, runs slower."
+    )
+    load_format: Literal["safetensors", "dummy"] = Field(  # vLLM's auto would read pickles too
+        "safetensors", description="dummy: random weights, to measure speed without a model's files."
+    )
 
 
 class Hf(Engine):

@@ -20,7 +20,7 @@ class Term(Section):
     """Base of all terms."""
 
     loss: str
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat = Field(1.0, description="Of the term in the sum.")
 
     form: ClassVar[Literal["row", "sequence"]] = "row"
     """row: a function of one row, averaged over loss tokens; sequence: of whole answers, averaged over groups."""

@@ -87,10 +87,12 @@ class Constraints(Section):
 class LoRA(Section):
     """Low-rank adapters (arXiv 2106.09685) through peft."""
 
-    rank: Positive = 16
-    alpha: PositiveFloat = 32.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    rank: Positive = Field(16, description="Inner width of an adapter.")
+    alpha: PositiveFloat = Field(32.0, description="An adapter is scaled by alpha / rank.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Of the input of an adapter.")
+    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
+        "all-linear", description="Names of the layers that get an adapter."
+    )
 
 
 class Student(Section):
@@ -99,15 +101,19 @@ class Student(Section):
     model: ModelSource
     ranks: Positive = Field(1, description="Training processes; one GPU each on GPU nodes, one core each on CPU.")
     dtype: DType = Field("auto", description="auto: bfloat16 on GPUs and on CPUs with amx_bf16, else float32.")
-    zero_stage: Literal[1, 2, 3] = 2
+    zero_stage: Literal[1, 2, 3] = Field(
+        2, description="What is sharded over ranks: 1 optimizer states, 2 gradients too, 3 parameters too."
+    )
     offload: Literal["none", "optimizer", "optimizer_and_parameters"] = Field(
         "none", description="Keep ZeRO state in host memory. parameters need zero_stage 3."
     )
     attention: Literal["auto", "sdpa", "flash_attention_2", "varlen"] = Field(
         "auto", description="auto: the fastest packed attention this device offers (trainer/model/attention.py)."
     )
-    activation_checkpointing: bool = False
-    lora: LoRA | None = None
+    activation_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: less memory, slower."
+    )
+    lora: LoRA | None = Field(None, description="Train adapters alone; None: all weights.")
     loss_chunk_rows: Positive = Field(512, description="Rows whose logits exist at once; bounds loss memory.")
     placement: Constraints = Constraints()
 
@@ -127,10 +133,10 @@ class Student(Section):
 class Replicas(Section):
     """Engine processes of one kind that share the work."""
 
-    engine: AnyEngine = Vllm()
-    replicas: Positive = 1
+    engine: AnyEngine = Field(Vllm(), description="The software that runs the model.")
+    replicas: Positive = Field(1, description="Copies of the model, which share the work by tokens.")
     tensor_parallel_size: Positive = Field(1, description="Devices that hold one copy together.")
-    dtype: DType = "auto"
+    dtype: DType = Field("auto", description="auto: bfloat16 on GPUs and on CPUs with amx_bf16, else float32.")
     placement: Constraints = Constraints()
     may_span_nodes: bool = Field(
         False, description="Let one copy be split over nodes where it is larger than each; the network then slows it."
@@ -155,7 +161,7 @@ class Replicas(Section):
 class Teacher(Section):
     """The model that judges, and writes if asked."""
 
-    name: str = Field("teacher", pattern=NAME)
+    name: str = Field("teacher", pattern=NAME, description="In metrics; under teachers it is the key.")
     model: ModelSource
     chat_template: str | None = Field(None, description="Path of a jinja file; None: the teacher's own template.")
     scorer: Replicas = Field(default_factory=Replicas)

@@ -15,8 +15,8 @@ class Dataset(Section):
     """One source of rows, read by `datasets`."""
 
     path: str = Field(min_length=1, description="jsonl, json, parquet or arrow file, a folder of them, or a hub name.")
-    revision: str | None = None
-    split: str = "train"
+    revision: str | None = Field(None, description="Of a dataset on the hub: branch, tag or commit.")
+    split: str = Field("train", description="Which part of a dataset that has several.")
     format: Literal["auto", "messages", "prompt_completion", "prompt", "preference", "text"] = Field(
         "auto",
         description="auto: told by each row's own fields, and the same for all rows. prompt: answers are not read. "
@@ -35,14 +35,16 @@ class Data(Section):
 
     evaluation: Dataset | None = Field(None, description="Held-out rows with answers; scored once, at start.")
     max_length: Positive = Field(2048, description="Tokens of prompt and answer together.")
-    on_too_long: Literal["error", "drop", "truncate"] = "error"
+    on_too_long: Literal["error", "drop", "truncate"] = Field(
+        "error", description="drop: left out and counted; truncate: the beginning is kept."
+    )
     on_bad_row: Literal["error", "skip"] = Field("error", description="skip: counted and listed in rejected.jsonl.")
     special_tokens_in_text: Literal["warn", "allow", "escape", "error"] = Field(
         "warn",
         description="Strings such as </s> in a row's text. warn, allow: they become control tokens, and check tells or "
         "does not; escape: they are read as plain text; error: the row is bad.",
     )
-    shuffle: bool = True
+    shuffle: bool = Field(True, description="Another order in each epoch, from the seed; false: as the rows lie.")
 
     @model_validator(mode="after")
     def _evaluation_has_answers(self) -> Data:

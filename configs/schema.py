@@ -30,13 +30,19 @@ from configs.tasks import Name, ResolvedTask, Route, Task, resolve_tasks
 class Optimizer(Section):
     """AdamW (arXiv 1711.05101) and its schedule."""
 
-    learning_rate: PositiveFloat = 1e-4
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: PositiveFloat = 1.0
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: Natural = 0
+    learning_rate: PositiveFloat = Field(1e-4, description="At its peak, after the warm-up.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="Decay of the running means of the gradient and of its square."
+    )
+    eps: PositiveFloat = Field(1e-8, description="Added to the root of the mean square.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Decoupled from the gradient, as AdamW has it."
+    )
+    max_grad_norm: PositiveFloat = Field(1.0, description="Gradients of a larger norm are scaled down to it.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="Of the learning rate from its peak to final_fraction of it."
+    )
+    warmup_steps: Natural = Field(0, description="Steps in which the learning rate rises from 0 to its peak.")
     final_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="Last learning rate over the peak.")
 
 
@@ -44,8 +50,10 @@ class Training(Section):
     """Steps, batches, and what happens every so many of them."""
 
     steps: Positive | None = Field(None, description="Optimizer steps; give this or epochs.")
-    epochs: Positive | None = None
-    sequences_per_step: Positive = 32
+    epochs: Positive | None = Field(None, description="Times that all rows are read; give this or steps.")
+    sequences_per_step: Positive = Field(
+        32, description="The global batch: rows of one optimizer step, over all ranks."
+    )
     micro_batch_tokens: Positive = Field(4096, description="Token budget of one packed micro-batch of one rank.")
     depth: Natural = Field(2, description="Steps the teacher may run ahead of the student; 0: synchronous.")
     max_label_bytes: Bytes = Field(2 * 2**30, description="Labels made and not yet trained, over all ranks.")
@@ -54,7 +62,7 @@ class Training(Section):
     save_every_minutes: Annotated[float, Field(ge=0, le=MOST_SECONDS / 60)] = Field(
         10, description="Save after the step at hand when the last checkpoint is so old; 0: by steps alone."
     )
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Positive = Field(2, description="The newest ones; older ones are deleted.")
     on_changed_inputs: Literal["error", "note"] = Field(
         "error",
         description="A resumed run finds other rows, weights or tokenizer files than it began with; note: goes on with "
@@ -87,9 +95,9 @@ class Faults(Section):
         description="Without anything scored, trained or saved, before the run is ended with 4; None: the deadlines "
         "above added up, score_timeout_s as often as a unit is tried.",
     )
-    ping_interval_s: Seconds = 10.0
-    ping_timeout_s: Seconds = 60.0
-    max_unit_attempts: Positive = 5
+    ping_interval_s: Seconds = Field(10.0, description="Between two questions to a process whether it is alive.")
+    ping_timeout_s: Seconds = Field(60.0, description="Without an answer, before a process counts as dead.")
+    max_unit_attempts: Positive = Field(5, description="How often one unit is sent to a teacher before the run ends.")
     max_teacher_restarts: Natural = Field(10, description="Per replica, without a unit scored in between.")
     max_student_restarts: Natural = Field(3, description="Of the group, without a new step or checkpoint in between.")
 
@@ -97,9 +105,9 @@ class Faults(Section):
 class Report(Section):
     """What is watched and shown."""
 
-    tensorboard: bool = False
+    tensorboard: bool = Field(False, description="Write event files too; needs the extra of that name.")
     generate: Natural = Field(3, description="Held-out prompts that student and teacher answer for the report.")
-    generate_tokens: Positive = 64
+    generate_tokens: Positive = Field(64, description="Of one such answer, at most.")
     viewer_sequences: Natural = Field(4, description="Held-out sequences in the token viewer.")
 
 
@@ -108,7 +116,7 @@ class Run(Section):
 
     name: str = Field(pattern=NAME, description="Letters, digits, dot, dash, underscore.")
     folder: Path | None = Field(None, description="Run folder; default runs/<name>.")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="Of everything that is drawn by chance.")
     runtime: Literal["ray", "in_process"] = Field(
         "ray", description="in_process: no Ray, one process, works under pdb."
     )

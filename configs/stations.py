@@ -124,12 +124,20 @@ class Station:
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        forms: list[dict[str, Any]] = [{"type": "string", "description": f"A {self.tag}: {', '.join(self.kinds())}"}]
+        forms: list[dict[str, Any]] = [{"enum": list(self.kinds())}]
         for one in self.built_in:
             form, kind = one.model_json_schema(), self.kind_of(one)
             if kind != self.default:
                 form["required"] = [self.tag, *form.get("required", [])]
             forms.append({**form, "title": kind})
+        if self.package:
+            foreign = {
+                "type": "string",
+                "pattern": f"^{DOTTED_NAME.pattern}$",
+                "description": "A Python module of yours.",
+            }
+            mapping = {"type": "object", "properties": {self.tag: foreign}, "required": [self.tag]}
+            forms += [foreign, {**mapping, "title": "package.module"}]
         return {"anyOf": forms}
 
 

@@ -32,10 +32,10 @@ class Route(Section):
 class Task(Section):
     """What is not said here comes from the top level."""
 
-    prompts: Dataset | None = None
-    answers: AnyAnswers | None = None
-    labels: AnyLabels | None = None
-    objective: tuple[AnyTerm, ...] | None = Field(None, min_length=1)
+    prompts: Dataset | None = Field(None, description="The rows to train on.")
+    answers: AnyAnswers | None = Field(None, description="Who writes the text that is trained on.")
+    labels: AnyLabels | None = Field(None, description="What the teacher says of each token.")
+    objective: tuple[AnyTerm, ...] | None = Field(None, min_length=1, description="Weighted terms of the loss.")
     teacher: Name | None = Field(None, description="Its name; None: the only teacher, or as `route` says.")
     route: Route | None = Field(None, description="Instead of teacher: by a column of each row.")
     weight: PositiveFloat = Field(1.0, description="Of the task's loss in the sum.")

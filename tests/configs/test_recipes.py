@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
+from configs.answers import ANSWERS
+from configs.document import read_document
+from configs.engines import ENGINES
+from configs.keys import dotted, keys_of
+from configs.labels import LABELS
 from configs.load import dump_run, load_run
+from configs.losses import LOSSES
 from configs.paths import ROOT
 from configs.schema import Run
 
@@ -30,3 +38,31 @@ def test_the_json_schema_offers_the_parameters_of_each_plugin() -> None:
     assert forms["topk"]["additionalProperties"] is False
     assert "required" not in forms["topk"]
     assert forms["dense"]["required"] == ["kind"]
+
+
+def test_every_key_says_what_it_means() -> None:
+    """By its own description, or by that of the section or the choice that it holds."""
+    several: list[Any] = [{"loss": LOSSES.kind_of(one)} for one in LOSSES.built_in]
+    tasks = {kind: {"labels": kind, "objective": several} for kind in LABELS.kinds()}
+    tasks |= {kind: {"answers": kind} for kind in ANSWERS.kinds()}
+    teachers = {kind: {"scorer": {"engine": kind}} for kind in ENGINES.kinds()}
+    keys = list(keys_of(Run, {"tasks": tasks, "teachers": teachers}))
+    holders = {key.path[:depth] for key in keys for depth in range(len(key.path))}
+    silent = [
+        dotted(key.path)
+        for key in keys
+        if not key.field.description and key.path[-1] not in ("kind", "loss") and key.path not in holders
+    ]
+    assert silent == []
+    assert len(keys) > 300
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_json_schema_accepts_what_is_shipped_and_kinds_of_a_users_own(recipe: Path) -> None:
+    validator = Draft202012Validator(Run.model_json_schema())
+    tree = read_document(recipe, ()).tree
+    assert not list(validator.iter_errors(tree))
+    for good in ("topk", {"k": 8}, {"kind": "hidden"}, "house.labels", {"kind": "house.labels", "width": 3}):
+        assert not list(validator.iter_errors({**tree, "labels": good})), good
+    for bad in ("topkk", {"kind": "hidden", "k": 8}, {"kind": "house"}, {"k": 0}):
+        assert list(validator.iter_errors({**tree, "labels": bad})), bad
