@@ -24,6 +24,23 @@ class DataError(StillhouseError):
     exit_code = 3
 
 
+class BadRow(DataError):
+    """One row that cannot be used: `origin` is "file:line" or "dataset[row N]", `reason` names the field."""
+
+    def __init__(self, origin: str, reason: str, preview: str = "") -> None:
+        super().__init__(f"{origin}: {reason}")
+        self.origin = origin
+        self.reason = reason
+        self.preview = preview
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return (type(self), (self.origin, self.reason, self.preview))
+
+
+class TooLong(BadRow):
+    """A row that `data.on_too_long` decides about; `reason` says the length, the limit and the choices."""
+
+
 class InfrastructureError(StillhouseError):
     """Something the run needs died, hangs or does not become ready, and the retry budget is used up."""
 

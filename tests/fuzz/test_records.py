@@ -24,7 +24,7 @@ from launch.resuming import standing
 from launch.submit import list_jobs
 from launch.targets import JobRecord
 from trainer.data.prompts import Quarantine
-from trainer.data.row_files import BadRow
+from trainer.errors import BadRow
 from trainer.loop.checkpoint import Checkpoints, TrainingState
 from trainer.run_folder import RunFolder, write_json
 from trainer.types import Cursor, Evaluation, SampleTokens, StepMetrics

@@ -14,8 +14,7 @@ from launch.report.metrics import MetricsLog, Timeline, read_metrics
 from launch.report.page import render, write_report
 from launch.report.timeline import read_timeline
 from trainer.data.prompts import Quarantine
-from trainer.data.row_files import BadRow
-from trainer.errors import ConfigError
+from trainer.errors import BadRow, ConfigError
 from trainer.records import append_lines, read_json, read_lines, read_parts, read_record
 from trainer.run_folder import RunFolder, write_json
 from trainer.types import Evaluation, StepMetrics

@@ -28,13 +28,13 @@ from configs.paths import expand_home
 from trainer.data.rendering import HINT, RENDERER, Messages
 from trainer.data.row_fields import REASONING
 from trainer.data.special_tokens import MARK, SpecialTokens
+from trainer.data.turn_end import TurnEnd, find_turn_end
 from trainer.errors import ConfigError, DataError, foreign_errors
 
 MAX_TEMPLATE_CHARACTERS = 2**20
 MAX_ANSWERS = 1000
 """In one conversation: the work of finding them grows with its square."""
 
-_PROBE_QUESTION, _PROBE_ANSWER = "question", "sentinel"
 _NO_TEMPLATE = "the data are conversations, but the teacher's tokenizer has no chat template"
 
 
@@ -47,15 +47,6 @@ class TooManyTokens(DataError):
 
     def __reduce__(self) -> tuple[type, tuple[int]]:
         return (TooManyTokens, (self.num_tokens,))
-
-
-@dataclass(frozen=True, slots=True)
-class TurnEnd:
-    """What the template puts behind an answer."""
-
-    suffix: str  # all of it: "<|im_end|>\n"
-    num_characters: int  # of it up to the end of the end-of-turn token, which the student learns
-    token_id: int
 
 
 @dataclass(frozen=True)
@@ -94,26 +85,8 @@ class Template:
 
     @cached_property
     def turn_end(self) -> TurnEnd:
-        """Found by rendering a probe. Raises `ConfigError` for a template from which no student could learn to stop."""
-        question: Messages = ({"role": "user", "content": _PROBE_QUESTION},)
-        rendered = self._render((*question, {"role": "assistant", "content": _PROBE_ANSWER}))
-        before, found, suffix = rendered.rpartition(_PROBE_ANSWER)
-        if not found:
-            raise ConfigError(f"the chat template leaves out the content of an assistant turn; {HINT}")
-        bare, header = self._render(question), self._render(question, generation_prompt=True)
-        if bare == header and before.startswith(bare) and before[len(bare) :].strip():
-            raise ConfigError(
-                f"the chat template ignores add_generation_prompt: an answer begins with {before[len(bare) :]!r}, "
-                f"which no prompt contains; {HINT}"
-            )
-        token = self._first_special(suffix)
-        if token is None:
-            raise ConfigError(
-                f"the chat template puts no special token behind an answer (only {suffix!r}), so the student could not "
-                f"learn to stop; {HINT}"
-            )
-        end = suffix.index(token) + len(token)
-        return TurnEnd(suffix, end, self.tokenizer.convert_tokens_to_ids(token))
+        """Raises `ConfigError` for a template from which no student could learn to stop."""
+        return find_turn_end(self.tokenizer, self._render)
 
     def render_prompt(self, messages: Messages) -> np.ndarray:
         """int32 [L]: what a generator reads to answer, generation header included."""
@@ -280,16 +253,6 @@ class Template:
     @property
     def _eos_ids(self) -> tuple[int, ...]:
         return () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
-
-    def _first_special(self, text: str) -> str | None:
-        """The first special token in a text; where there is none, the first added one that is not white space."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
-        for candidates in (special, {token.content for token in added if token.content.strip()}):
-            found = [(text.index(token), -len(token), token) for token in candidates if token in text]
-            if found:
-                return min(found)[2]
-        return None
 
     @staticmethod
     def _array(ids: AbstractSequence[int]) -> np.ndarray:

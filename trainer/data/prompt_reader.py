@@ -14,10 +14,9 @@ from configs.section import MAIN
 from configs.tasks import Route
 from trainer.data.chat import Template, TooManyTokens
 from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, Row, preview, texts_of
-from trainer.data.row_files import BadRow
 from trainer.data.rows import Rows
 from trainer.data.vocabulary import SharedVocabulary
-from trainer.errors import ConfigError, DataError
+from trainer.errors import BadRow, ConfigError, DataError, TooLong
 from trainer.types import Prompt
 
 MAX_CHARACTERS = 256
@@ -29,10 +28,6 @@ _PAIR = (
     "the answer to learn as completion"
 )
 _NO_PAIR = "is no pair of answers, and the objective compares them; a preference has prompt, chosen and rejected"
-
-
-class TooLong(BadRow):
-    """A row that `data.on_too_long` decides about; `reason` says the length, the limit and the choices."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.data.prompt_reader import PromptReader, TooLong
-from trainer.data.row_files import BadRow
-from trainer.errors import ConfigError, DataError
+from trainer.errors import BadRow, ConfigError, DataError, TooLong
 from trainer.records import append_lines, read_lines
 from trainer.types import Cursor, Prompt, StreamCounters
+
+if TYPE_CHECKING:
+    from trainer.data.prompt_reader import PromptReader
 
 
 @dataclass(frozen=True, slots=True)

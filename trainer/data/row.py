@@ -18,7 +18,7 @@ from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from trainer.data.row_fields import (
     LOSS_FLAGS,
@@ -109,35 +109,8 @@ class Message(BaseModel):
     content: str
 
 
-_Chat = Annotated[list[Message], Field(min_length=1)]
-
-
-class _Fields(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
-
-
-class _MessagesFields(_Fields):
-    messages: _Chat
-
-
-class _TextPrompt(_Fields):
-    prompt: str
-
-
-class _ChatPrompt(_Fields):
-    prompt: _Chat
-
-
-class _TextCompletion(_Fields):
-    completion: str
-
-
-class _ChatCompletion(_Fields):
-    completion: _Chat
-
-
-class _TextFields(_Fields):
-    text: str
+_CHAT = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
+_TEXT = TypeAdapter(str)
 
 
 def parse_row(value: Mapping[str, Any], *, row_format: RowFormat, needs_answer: bool) -> Row:
@@ -157,9 +130,9 @@ def _parse_text_fields(value: Mapping[str, Any], *, row_format: RowFormat, needs
             )
         _refuse_surrogates(field, value.get(field))
     if row_format == "text":
-        return CorpusRow(_text("text", _validate(_TextFields, value).text))
+        return CorpusRow(_text("text", _field(_TEXT, value, "text")))
     if row_format == "messages":
-        return _chat("messages", _validate(_MessagesFields, value).messages, needs_answer=needs_answer)
+        return _chat("messages", _field(_CHAT, value, "messages"), needs_answer=needs_answer)
     if row_format == "preference":
         chosen, rejected = (_parse_answer(value, field) for field in ("chosen", "rejected"))
         if chosen == rejected:
@@ -196,23 +169,23 @@ def preview(value: Any, limit: int = 200) -> str:
 
 
 def _parse_text_pair(value: Mapping[str, Any], completion: Any) -> TextRow:
-    prompt = _text("prompt", _validate(_TextPrompt, value).prompt)
+    prompt = _text("prompt", _field(_TEXT, value, "prompt"))
     if completion is None:
         return TextRow(prompt, None)
     if isinstance(completion, list):
         raise RowProblem("completion: is a list of messages but prompt is text; both must be the same")
-    return TextRow(prompt, _text("completion", _validate(_TextCompletion, value).completion))
+    return TextRow(prompt, _text("completion", _field(_TEXT, value, "completion")))
 
 
 def _parse_chat_pair(value: Mapping[str, Any], completion: Any) -> ChatRow:
-    prompt = _validate(_ChatPrompt, value).prompt
+    prompt = _field(_CHAT, value, "prompt")
     if prompt[-1].role != "user":
         raise RowProblem(f"prompt[{len(prompt) - 1}].role: a prompt must end with a user turn, not {prompt[-1].role!r}")
     if completion is None:
         return _chat("prompt", prompt, needs_answer=False, learnable=False)
     if isinstance(completion, str):
         raise RowProblem("completion: is text but prompt is a list of messages; both must be the same")
-    answer = _validate(_ChatCompletion, value).completion
+    answer = _field(_CHAT, value, "completion")
     _chat("prompt", prompt, needs_answer=False, learnable=False)
     return _chat("completion", answer, needs_answer=True, before=prompt)
 
@@ -291,17 +264,17 @@ def _refuse_surrogates(field: str, value: Any) -> None:
             _refuse_surrogates(f"{field}.{key}", item)
 
 
-def _validate(model: type[_Fields], value: Mapping[str, Any]) -> Any:
+def _field(kind: TypeAdapter[Any], value: Mapping[str, Any], name: str) -> Any:
+    if name not in value:
+        raise RowProblem(f"{name}: is missing{other_format(value)}")
     try:
-        return model.model_validate(dict(value))
+        return kind.validate_python(value[name], strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        missing = len(first["loc"]) == 1 and first["type"] == "missing"
-        raise RowProblem(_explain(first) + (other_format(value) if missing else "")) from error
+        raise RowProblem(_explain(name, error.errors()[0])) from error
 
 
-def _explain(error: Mapping[str, Any]) -> str:
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+def _explain(name: str, error: Mapping[str, Any]) -> str:
+    field = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
     found = error.get("input")
     kind = "null" if found is None else f"a {_NAMES.get(type(found), type(found).__name__)}"
     match error["type"]:

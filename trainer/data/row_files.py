@@ -1,17 +1,12 @@
-"""Raw rows by number, with the place of each for messages: lines of a jsonl file, or a table that `datasets` loads.
-
-`datasets` reads everything but jsonl. It does not validate json lines and forgets their numbers (a broken line surfaces
-as an unnamed generation error, a missing field as null), so jsonl is read here through an index of line offsets.
-"""
+"""The rows of a dataset by number, with the place of each for messages: lines of a jsonl file (`json_lines.py`), or a
+table that `datasets` loads."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
 import json
-import os
 import re
-from array import array
 from bisect import bisect_right
 from collections.abc import Mapping
 from functools import partial
@@ -23,31 +18,15 @@ from configs.paths import expand_home, refuse_pattern
 from configs.prompts import Dataset
 from configs.section import HUB_NAME
 from trainer.data.content import files_below, folder_content
-from trainer.errors import ConfigError, DataError, foreign_errors, reason_of
+from trainer.data.json_lines import BOM, JsonLines
+from trainer.errors import BadRow, ConfigError, DataError, foreign_errors, reason_of
 
-MAX_LINE_BYTES = 16 * 2**20
-"""A row is one conversation; a longer line is a file in the wrong format, and would stall the run that reads it. Of a
-row of a table so many characters."""
+MAX_ROW_CHARACTERS = 16 * 2**20
 
 WHOLE_BYTES, PLACES = 256 * 2**20, 1024
 """How much of row files is read to tell whether they are the same (`trainer/data/content.py`)."""
 
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
-_BOM = b"\xef\xbb\xbf"
-
-
-class BadRow(DataError):
-    """One row that cannot be used: `origin` is "file:line" or "dataset[row N]", `reason` names the field."""
-
-    def __init__(self, origin: str, reason: str, preview: str = "") -> None:
-        super().__init__(f"{origin}: {reason}")
-        self.origin = origin
-        self.reason = reason
-        self.preview = preview
-
-    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
-        return (type(self), (self.origin, self.reason, self.preview))
 
 
 class RawRows(Protocol):
@@ -92,54 +71,6 @@ def open_raw_rows(dataset: Dataset) -> RawRows:
     return rows
 
 
-class JsonLines:
-    """A jsonl file. Opening it scans it once for line borders (16 bytes of memory a row); rows are read when asked for.
-
-    Blank lines are no rows and a UTF-8 byte order mark is skipped.
-    """
-
-    def __init__(self, path: Path, max_rows: int | None = None) -> None:
-        self.name = str(path)
-        self._starts, self._lengths, self._numbers = array("q"), array("I"), array("I")
-        with foreign_errors(f"cannot read the dataset {path}", error=DataError):
-            self._file = path.open("rb")
-            start = self._file.read(2)
-            self._index(max_rows)
-        if start in _UTF16:
-            raise DataError(f"{path} is UTF-16 text: save it as UTF-8")
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def origin(self, row: int) -> str:
-        return f"{self.name}:{self._numbers[row]}"
-
-    def raw(self, row: int) -> Mapping[str, Any]:
-        origin, length = self.origin(row), self._lengths[row]
-        if length > MAX_LINE_BYTES:
-            raise BadRow(
-                origin,
-                f"the line has {length / 2**20:.0f} MB, the limit is {MAX_LINE_BYTES // 2**20} MB: "
-                "write one row as one JSON object per line",
-            )
-        line = os.pread(self._file.fileno(), length, self._starts[row]).removesuffix(b"\n")
-        return _decode_line(line.removeprefix(_BOM) if self._numbers[row] == 1 else line, origin)
-
-    def _index(self, max_rows: int | None) -> None:
-        self._file.seek(0)
-        offset, number = 0, 0
-        while (max_rows is None or len(self) < max_rows) and (piece := self._file.readline(MAX_LINE_BYTES + 1)):
-            line = piece.removeprefix(_BOM) if number == 0 else piece
-            start, length = offset, len(piece)
-            while not piece.endswith(b"\n") and (piece := self._file.readline(MAX_LINE_BYTES + 1)):
-                length += len(piece)
-            offset, number = start + length, number + 1
-            if line and not line.isspace():
-                self._starts.append(start)
-                self._lengths.append(min(length, 2**32 - 1))
-                self._numbers.append(number)
-
-
 class Table:
     """A dataset that `datasets` loaded (memory-mapped arrow)."""
 
@@ -165,10 +96,11 @@ class Table:
                 self._validated.add(batch)
             value = self._table[row]
         num_characters = _num_characters(value)
-        if num_characters > MAX_LINE_BYTES:
+        if num_characters > MAX_ROW_CHARACTERS:
             millions = num_characters / 2**20
             raise BadRow(
-                origin, f"the row has {millions:.0f} M characters, the limit is {MAX_LINE_BYTES // 2**20} M: split it"
+                origin,
+                f"the row has {millions:.0f} M characters, the limit is {MAX_ROW_CHARACTERS // 2**20} M: split it",
             )
         return value
 
@@ -232,7 +164,7 @@ def _validate_arrow(path: Path, dataset: Dataset) -> None:
 
 def _is_array(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(64).removeprefix(_BOM).lstrip().startswith(b"[")
+        return file.read(64).removeprefix(BOM).lstrip().startswith(b"[")
 
 
 def _load_folder(path: Path, dataset: Dataset) -> Any:
@@ -292,32 +224,3 @@ def _looks_local(path: str) -> bool:
     """Hub names are `name` or `owner/name`; everything else was meant as a path."""
     known_suffix = Path(path).suffix.lower() in (*_BUILDERS, ".ndjson")
     return known_suffix or not re.fullmatch(HUB_NAME, path)
-
-
-def _decode_line(line: bytes, origin: str) -> Mapping[str, Any]:
-    preview = line[:200].decode("utf-8", errors="replace")
-    try:
-        text = line.decode("utf-8")
-        value = json.loads(text)
-    except UnicodeDecodeError as error:
-        raise BadRow(
-            origin,
-            f"not UTF-8: byte 0x{line[error.start]:02X} at byte {error.start + 1} of the line; "
-            "save the file as UTF-8 (is it Latin-1?)",
-            preview,
-        ) from error
-    except json.JSONDecodeError as error:
-        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
-        raise BadRow(
-            origin,
-            f"not a JSON object: {error.msg} at column {error.colno}"
-            + ("; the line ends too early (was the file cut off?)" if cut else "; write one JSON object per line"),
-            preview,
-        ) from error
-    except RecursionError as error:
-        raise BadRow(origin, "not a row: JSON nested too deeply", preview) from error
-    except ValueError as error:
-        raise BadRow(origin, f"not a JSON object: {error}", preview) from error
-    if not isinstance(value, dict):
-        raise BadRow(origin, f"must be a JSON object with named fields, not a {type(value).__name__}", preview)
-    return value

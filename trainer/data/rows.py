@@ -14,8 +14,8 @@ from typing import Any
 from configs.prompts import Dataset
 from trainer.data.row import Row, RowFormat, parse_row, preview
 from trainer.data.row_fields import RowProblem, other_format
-from trainer.data.row_files import BadRow, RawRows, open_raw_rows
-from trainer.errors import DataError
+from trainer.data.row_files import RawRows, open_raw_rows
+from trainer.errors import BadRow, DataError
 
 _AUTO: Mapping[str, RowFormat] = {"messages": "messages", "prompt": "prompt_completion", "text": "text"}
 """The field that tells a row's format, in the order in which `auto` looks: a row with messages and a prompt is read by

@@ -13,9 +13,8 @@ import pytest
 
 from configs.prompts import Dataset
 from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, TextRow
-from trainer.data.row_files import BadRow
 from trainer.data.rows import Rows
-from trainer.errors import ConfigError, DataError
+from trainer.errors import BadRow, ConfigError, DataError
 
 USER = {"role": "user", "content": "What drips?"}
 ANSWER = {"role": "assistant", "content": "The still."}
