@@ -24,7 +24,7 @@ from configs.secrets import find_secret, without_secrets
 MAX_DEPTH = 32
 MAX_VALUES = 20_000
 MAX_BYTES = 128 * 2**10
-"""Of a file: YAML is read in Python, some seconds for so much."""
+"""Of a file. YAML is parsed in Python: this much takes some seconds."""
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = YAML(typ="safe", pure=True).constructor
@@ -48,7 +48,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing the user has to change."""
+    """One mistake in a configuration."""
 
     origin: Origin
     path: KeyPath
@@ -58,14 +58,14 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain values, the origin of each path, and what is already known to be wrong."""
+    """Plain values, the origin of each path, and the mistakes found so far."""
 
     tree: dict[str, Any]
     origins: dict[KeyPath, Origin]
     problems: list[Problem] = field(default_factory=list)
 
     def origin(self, path: KeyPath) -> Origin:
-        """Of the value, or where it is missing of what encloses it."""
+        """Of the value; where it is missing, of the section around it."""
         while path not in self.origins:
             path = path[:-1]
         return self.origins[path]
@@ -74,10 +74,11 @@ class Document:
 def read_document(
     file: Path | None, overrides: Sequence[str], *, model: type[BaseModel] | None = None, option: str = "--set"
 ) -> Document:
-    """The file, or nothing, with the overrides applied in order; `option` is how one is given. Raises `ConfigError`
-    where there is no document to speak of; everything else that is wrong is in `problems`.
+    """Read a file, or begin empty, and apply the overrides in order; `option` is the option that gives one. Raises
+    `ConfigError` where there is nothing to parse; all other mistakes are collected in `problems`.
 
-    Where `model` has a choice, text such as `topk` is short for `{kind: topk}`: an override may add to it.
+    Where `model` has a choice between kinds, text such as `topk` is short for `{kind: topk}`: an override may set a
+    parameter of it.
     """
     document = Document({}, {(): Origin(option if file is None else f"{file}:1", (0, 0))})
     if file is not None:
@@ -106,7 +107,7 @@ def dump(values: Any, stream: Any) -> None:
 
 
 def show(value: Any, form: Callable[[Any], str] = repr, *, longest: int = 60) -> str:
-    """The value as text, cut where it would drown the message."""
+    """The value as text, truncated."""
     text = form(value)
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
@@ -201,7 +202,7 @@ def _items(
 
 
 def _plain(node: Node) -> Any:
-    """What a scalar means. Raises `ValueError` with what is wrong with it."""
+    """The value of a scalar. Raises `ValueError` for one that is not accepted."""
     kind = str(node.tag).removeprefix(_TAG)
     if kind not in _READ or not isinstance(node, ScalarNode):
         raise ValueError(f"tags such as {node.tag} are refused: write a plain value")

@@ -1,5 +1,7 @@
-"""The root of all errors meant for a person, the one that configuration raises, and the border to other libraries.
-A file here because `configs` is the lowest layer; `trainer/errors.py` offers these together with all others."""
+"""Base classes of user-facing errors, and `foreign_errors`, which turns exceptions of libraries into them.
+
+They are here because `configs` is the lowest layer; `trainer/errors.py` offers them together with all others.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,12 @@ class ConfigError(StillhouseError):
 
 @contextmanager
 def foreign_errors(doing: str, *, error: type[StillhouseError] = ConfigError, hint: str = "") -> Iterator[None]:
-    """The border to a library that is given input of a user's: inside, whatever it raises becomes one `error`,
-    "<doing>: <reason>; <hint>", with the original as its cause.
+    """Around a library call on user input: any exception inside becomes an `error`, "<doing>: <reason>; <hint>", with
+    the original as its cause.
 
-    Libraries refuse bad files with any type of exception (tokenizers even with a panic of Rust code, which is no
-    `Exception`), so a list of types is never complete. Errors of ours, interrupts and cancellations pass unchanged.
-    Keep the block to the library's call: a mistake of our own inside would be blamed on the input.
+    Libraries raise any type of exception on bad files (tokenizers even a Rust panic, which is no `Exception`), so no
+    list of types is complete. `StillhouseError`, interrupts and cancellations pass unchanged. Wrap the library call
+    alone: a bug of ours inside would be reported as bad input.
     """
     try:
         yield
@@ -51,14 +53,13 @@ _CONTROLS = re.compile(
 
 
 def without_controls(text: str) -> str:
-    """Text from elsewhere as it may be shown: a terminal obeys control sequences, whoever wrote them. Line breaks and
-    tabs stay."""
+    """Untrusted text, safe to print: without terminal control sequences. Line breaks and tabs stay."""
     return _CONTROLS.sub("", text)
 
 
 def reason_of(cause: BaseException) -> str:
-    """One line that says why: the message without control characters and line breaks, cut where it would drown the
-    rest; the type's name where there is no message or where the message alone says nothing (`KeyError: 'x'`)."""
+    """The message of an exception on one line, without control characters, truncated; with the name of its type where
+    the message alone says too little (`KeyError: 'x'`)."""
     text = " ".join(without_controls(str(cause)).split())
     if len(text) > _LONGEST_REASON:
         text = text[:_LONGEST_REASON] + " ..."

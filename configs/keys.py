@@ -1,4 +1,4 @@
-"""The keys of a configuration: which may stand where, and what an unknown one was meant to be."""
+"""The keys of a configuration: which exist where, and suggestions for an unknown one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key that may stand in a configuration."""
+    """A key that a configuration may have."""
 
     path: KeyPath
     field: FieldInfo
@@ -31,7 +31,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def keys_of(model: type[BaseModel], given: Any, above: KeyPath = ()) -> Iterator[Key]:
-    """All keys of a section and of what lies in it, below the names, items and kinds that are given."""
+    """All keys of a section and of its subsections, expanded for the names, list items and kinds in `given`."""
     for name, field in model.model_fields.items():
         path = (*above, name)
         yield Key(path, field)
@@ -40,13 +40,13 @@ def keys_of(model: type[BaseModel], given: Any, above: KeyPath = ()) -> Iterator
 
 
 def tag_at(path: KeyPath, model: type[BaseModel], given: Any) -> str | None:
-    """The key that tells kinds apart, `kind` or `loss`, where a path holds a choice of one."""
+    """The tag, `kind` or `loss`, where the value at `path` is a choice between kinds."""
     paths = {key.path for key in keys_of(model, given)}
     return next((tag for tag in ("kind", "loss") if (*path, tag) in paths), None)
 
 
 def unknown_key(path: KeyPath, keys: Sequence[Key]) -> str:
-    """What to tell of a key that is not known at its place."""
+    """The message for a key that is unknown at its place."""
     above, key = path[:-1], str(path[-1])
     beside = [one for one in keys if one.path[:-1] == above]
     if kinds := next((one.kinds for one in beside if one.path == path), ()):
@@ -77,7 +77,7 @@ def _written(key: Key) -> str:
 
 
 def _keys_in(annotation: Any, given: Any, path: KeyPath, marks: Sequence[Any] = ()) -> Iterator[Key]:
-    """Below a value of a type: a section, a choice, names or items of them, or one of several types."""
+    """Keys below a value of this type: a section, a choice, a mapping or list of them, or a union."""
     around, inside = get_origin(annotation), get_args(annotation)
     if stations := [mark for mark in marks if isinstance(mark, Station)]:
         yield from _keys_of_kinds(stations[0], given, path)

@@ -1,6 +1,6 @@
 """From a YAML file and `--set` overrides to a validated `Run`, and back to YAML.
 
-The one door through which configurations enter: every problem is reported at once, in one `ConfigError`.
+All mistakes are reported together, in one `ConfigError`.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ S = TypeVar("S", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class LoadedRun:
-    """A run and where each given value was written; what has no origin is a default."""
+    """A run and where each given value was written; values without an origin are defaults."""
 
     run: Run
     origins: Mapping[KeyPath, Origin]
 
     def located(self, text: str) -> str:
-        """A message with file and line before every line that begins with a key of the configuration."""
+        """The message, with file and line added to every line that begins with a key of the configuration."""
         known = {dotted(path): origin.text for path, origin in self.origins.items() if path}
 
         def with_origin(found: re.Match[str]) -> str:
@@ -87,7 +87,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
 
 
 def load_section(model: type[S], file: Path | None, overrides: Sequence[str], *, title: str, option: str) -> S:
-    """Another section than a run, from a file, or none, and overrides given as `option`; errors as of `load_run`."""
+    """Like `load_run` for another section, from an optional file and overrides that are given as `option`."""
     return _validated(model, read_document(file, overrides, model=model, option=option), title)
 
 
@@ -115,7 +115,7 @@ def config_hash(run: Run) -> str:
 
 
 def differences(before: Run, now: Run) -> list[str]:
-    """What of the settings that decide what a run learns is not equal: `training.steps: 50, was 2`."""
+    """Settings that differ among those that decide what a run learns: `training.steps: 50, was 2`."""
     return list(_differences(_decisive(before), _decisive(now), ()))
 
 

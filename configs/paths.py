@@ -1,4 +1,4 @@
-"""Paths that a user names: `~`, and names that other libraries take for patterns."""
+"""Paths that a user gives: expansion of `~`, and names that other libraries would read as patterns."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ LONGEST_NAME, LONGEST_PATH = 255, 4095
 
 
 def expand_home(path: str | Path) -> Path:
-    """A path with `~` and `~user` replaced. Raises `ValueError` for a user whom the machine does not know, and for a
-    name that no disk can hold."""
+    """A path with `~` and `~user` replaced. Raises `ValueError` for an unknown user, and for a name that no file
+    system accepts."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~") and str(path).startswith("~") and not Path(expanded).exists():
         raise ValueError(f"{path}: there is no user {expanded.split('/')[0][1:]!r} here; write the path out")

@@ -1,4 +1,4 @@
-"""What pydantic found wrong, said to a person: place, value, what is allowed, and the word that was probably meant."""
+"""User-facing messages from pydantic's errors: place, value, what is allowed, and the word that was probably meant."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLAINLY = {
     re.escape(f"match pattern '{NAME}'"): "be 1 to 80 letters, digits, dots, dashes and underscores, beginning with a "
     "letter or digit",
 }
-"""Words of pydantic, and what to say instead."""
+"""Patterns in pydantic's messages and their replacements."""
 
 
 def find_problems(document: Document, error: ValidationError, model: type[BaseModel]) -> list[Problem]:
@@ -66,7 +66,7 @@ def render(title: str, problems: Sequence[Problem]) -> str:
 
 
 def _place(tree: Any, location: KeyPath) -> KeyPath:
-    """pydantic's location without the branches of unions it tried, and without "[key]": the key is in it already."""
+    """pydantic's location without the branches of unions, and without "[key]", which repeats the key before it."""
     path: KeyPath = ()
     for part in location:
         holds = isinstance(tree, dict) or (isinstance(tree, list) and isinstance(part, int))

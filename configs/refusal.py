@@ -1,6 +1,6 @@
-"""How a rule of the configuration refuses: an error at the place of the wrong value, and the nearest allowed word.
+"""Errors of validation rules, at the place of the wrong value, and suggestions of the nearest allowed word.
 
-Shared by the schema, the plug-ins and the reader, so that all of them speak in one voice.
+Shared by the schema, the plug-ins and the reader of files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Rules between sections of a run: each yields where it is broken, the value there, and what to write instead.
+"""Rules between sections of a run: each yields the place that breaks it, the value there, and what to write instead.
 
-All of them are looked at, so that all problems come at once.
+All rules are checked, so that all problems are reported together.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def unused_teachers(run: Run) -> tuple[str, ...]:
 
 
 def _place(run: Run, task: ResolvedTask, station: str) -> Place:
-    """Where a station of a task was said: in the task, or at the top level."""
+    """Where a station of a task is configured: in the task, or at the top level."""
     own = run.tasks.get(task.name)
     return (station,) if own is None or getattr(own, station) is None else ("tasks", task.name, station)
 

@@ -1,5 +1,5 @@
-"""What looks like a secret in a text, and the text without it. A file because a configuration is written down in many
-places (config.yaml, report, model card, the terminal): secrets are refused at the door, and masked in messages.
+"""Secrets in texts: found and masked. A configuration is written to many places (config.yaml, report, model card, the
+terminal), so one with a secret is refused when it is read, and messages mask them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API_?|AC
 
 
 def find_secret(text: str) -> str | None:
-    """What kind of secret a configuration value holds: words for a message, never the secret; None for none."""
+    """The kind of secret in a configuration value, as words for a message, never the secret itself; None for none."""
     if _PASSWORD_IN_URL.search(text):
         return "a URL with a user name and password"
     if _KEY_IN_QUERY.search(text):

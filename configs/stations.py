@@ -1,4 +1,4 @@
-"""A choice of one kind among several, each with parameters of its own: a union of pydantic classes, told by a tag.
+"""A choice between kinds, each with its own parameters: a tagged union of pydantic classes.
 
 In YAML a choice is flat, `{kind: topk, k: 64}`, or just `topk`. The built-in kinds are classes of `configs/`, free of
 torch; the code behind a kind is a class of the same parameters in a file named as the kind. `kind: package.module`

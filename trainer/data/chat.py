@@ -1,4 +1,4 @@
-"""Conversations and text as token ids, and which of them are answers: the only place that renders a chat template.
+"""Conversations and text as token ids, and which of them are answers; nothing else renders a chat template.
 
 Chat templates rarely mark what the model writes, so answers are found by rendered prefixes. For assistant turn i
 

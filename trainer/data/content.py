@@ -1,4 +1,4 @@
-"""What a file holds, as a short text that is cheap to make: whether it is still the one a run began with.
+"""Fingerprints of input files, to detect whether they changed since a run began.
 
 small    read whole: any change is seen
 large    its size, and 16 KiB at each of evenly spaced places, beginning and end among them; of a safetensors file also
@@ -58,7 +58,7 @@ def files_below(folder: Path) -> dict[str, Path]:
 
 def _tensors(descriptor: int, size: int) -> tuple[bytes, list[int]]:
     """The table of a safetensors file and a place inside each tensor, evenly chosen ones where there are very many;
-    nothing where it is no such file, which is for others to say."""
+    nothing for a damaged file, which others report."""
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if 8 + length > min(size, MAX_TABLE_BYTES):
         return b"", []

@@ -1,6 +1,6 @@
 """One row as one prompt: read, rendered, tokenised, and measured against the length limit.
 
-A file of its own because training (`trainer/data/prompts.py`) and checking read rows by the very same rule.
+Training (`trainer/data/prompts.py`) and `check` read rows through the same reader.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NO_PAIR = "is no pair of answers, and the objective compares them; a preference
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """For which task rows are read, which teacher is asked about them, and whether they must be preferences."""
+    """The task that rows are read for, the teacher that is asked about them, and whether they must be preferences."""
 
     task: str = MAIN
     teacher: str = ""
@@ -42,7 +42,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class PromptReader:
-    """Rows of one dataset as prompts, whatever the order. One rule for `PromptStream` and `check_rows`."""
+    """Random access to the rows of one dataset as prompts, for `PromptStream` and `check_rows`."""
 
     rows: Rows
     data: Data

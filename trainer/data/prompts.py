@@ -4,7 +4,7 @@
                                                         |                  |               |
                                                         +--- bad row: error, or rejected.jsonl and counted
 
-Rows are tokenised each time they come by: that costs microseconds a token, a cache would cost memory.
+Rows are tokenised each time they are read: that costs microseconds a token, a cache would cost memory.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class RowReport:
 
 
 class Quarantine:
-    """The file that lists the rows left out, each once, also when the run that began it is resumed."""
+    """The file that lists the rows left out, each once, also over resumed runs."""
 
     def __init__(self, path: Path) -> None:
         self.notes: list[str] = []
@@ -73,7 +73,7 @@ def _origin(record: Mapping[str, Any]) -> str:
 
 
 class PromptStream:
-    """Prompts at fixed positions: position p of epoch e is always the same row, whatever happened to the rows before.
+    """Prompts at fixed positions: position p of epoch e is always the same row, whichever rows before it were left out.
 
     A rejected or dropped row leaves its position empty; nothing is refilled, so a step is a fixed set of positions.
     """
@@ -81,8 +81,8 @@ class PromptStream:
     def __init__(
         self, reader: PromptReader, *, seed: int, quarantine: Path | None = None, num_epochs: int | None = None
     ) -> None:
-        """At its beginning; it ends after `num_epochs`, or never. `quarantine` is the file that lists rejected and
-        dropped rows, each once, also over resumed runs."""
+        """Begins at the first position, and ends after `num_epochs`, or never. `quarantine` is the file that lists
+        rejected and dropped rows, each once, also over resumed runs."""
         self._reader = reader
         self._num_epochs = num_epochs
         self._cursor = Cursor(epoch=0, position=0, seed=seed)
@@ -93,7 +93,7 @@ class PromptStream:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a person should know about the records of an earlier attempt."""
+        """User-facing messages about records of an earlier attempt that cannot be read."""
         return () if self._quarantine is None else tuple(self._quarantine.notes)
 
     @property

@@ -1,8 +1,8 @@
 """The process in which chat templates are rendered: one JSON request a line on stdin, one JSON answer a line on stdout.
 
-A template is code by whoever made the model. Jinja's sandbox keeps it from files and modules, not from time and memory
-(`10**(10**8)`, nested loops, a string times a million), and none of that can be interrupted from within. So it runs
-here, under the limits of the operating system, which end this process and nothing else.
+A chat template is untrusted code. Jinja's sandbox denies it files and modules, but does not bound time and memory
+(`10**(10**8)`, nested loops, a string times a million), and Python cannot interrupt such a computation. So it runs in
+this process, under limits of the operating system, which end this process alone.
 
 Started as a file by `trainer/data/rendering.py`, with the limits as arguments; imports nothing of ours.
 """

@@ -1,8 +1,8 @@
-"""Rendering of chat templates with bounded time and memory: the near side of `trainer/data/render_process.py`.
+"""Rendering of chat templates with bounded time and memory, in the child process `trainer/data/render_process.py`.
 
     Template (chat.py) -> RENDERER --- pipe ---> render_process.py: transformers' own rendering, under limits
 
-One such process serves all of this one, is started when it is first needed, and ends when this one does.
+Each process has one such child, which is started on first use and ends with its parent.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HINT = "name a template that fits with teacher.chat_template"
 
 
 class Renderer:
-    """A `render_process.py`, started when it is first asked. May be asked by several threads."""
+    """A `render_process.py`, started on first use. Safe to use from several threads."""
 
     def __init__(self, *, cpu_s: float = 20.0, memory_bytes: int = 2**30) -> None:
         """`cpu_s`: processor time of one rendering, for which real templates need milliseconds; `memory_bytes`: address

@@ -1,4 +1,4 @@
-"""One row of a format, validated: what it must hold, and one clear message for each way to be wrong.
+"""Validation of one row: what each format requires, and one message for each way to be wrong.
 
 format             fields                                   in the loss
 messages           messages: [{role, content}, ...]         every assistant turn that is not marked as context
@@ -163,7 +163,7 @@ def _parse_answer(value: Mapping[str, Any], field: str) -> ChatRow | TextRow:
 
 
 def preview(value: Any, limit: int = 200) -> str:
-    """A row on one short line, for people."""
+    """A row on one short line, for messages."""
     text = json.dumps(value, ensure_ascii=True, default=str)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
@@ -237,7 +237,7 @@ def _is_learnt(turn: Message, place: str, *, is_answer: bool) -> bool:
 
 
 def _template_input(turn: Message) -> Mapping[str, Any]:
-    """What the chat template is given. Tables fill fields that only other messages have with null: that is absent."""
+    """The fields that the chat template gets. Null counts as absent: tables fill fields of other messages with it."""
     return {k: v for k, v in turn.model_dump().items() if v is not None and k not in LOSS_FLAGS}
 
 
@@ -248,7 +248,7 @@ def _text(field: str, text: str, *, may_be_empty: bool = False) -> str:
 
 
 def _refuse_surrogates(field: str, value: Any) -> None:
-    """JSON can hold halves of characters, which are no text and which neither tokenizers nor terminals take."""
+    """JSON can hold lone surrogates, which neither tokenizers nor terminals accept."""
     if isinstance(value, str):
         try:
             value.encode("utf-8")

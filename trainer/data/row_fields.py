@@ -1,9 +1,8 @@
-"""Fields of other trainers' files that change what a row means: honoured where they have one meaning, refused where
-they would otherwise be lost.
+"""Fields of other trainers' formats that change what a row means: read where their meaning is clear, refused otherwise.
 
-A file because a field that nobody reads is a row that is learnt as something else: the bad answer of `weight: 0`, an
-answer without the tools it speaks of. Fields not named here (id, source, scores ...) are metadata and stay allowed.
-Formats looked at: OpenAI fine-tuning, TRL, axolotl, LLaMA-Factory, ms-swift.
+Ignoring such a field would train on something else than was meant: the bad answer of `weight: 0`, an answer without the
+tools it refers to. Fields not named here (id, source, scores ...) are metadata and allowed. Covered formats: OpenAI
+fine-tuning, TRL, axolotl, LLaMA-Factory, ms-swift.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 
 
 class RowProblem(ValueError):
-    """What is wrong with a row, field first; the place is added by who knows it."""
+    """What is wrong with a row, field first; the caller adds file and line."""
 
 
 LOSS_FLAGS = ("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "train", "training", "trainable")
@@ -95,7 +94,7 @@ def row_weight(value: Mapping[str, Any], *, pairs: bool) -> float:
 
 
 def refuse_unread_answer(value: Mapping[str, Any]) -> None:
-    """Raises `RowProblem` for a prompt beside which an answer seems to stand under a name that is not read."""
+    """Raises `RowProblem` for a prompt whose answer seems to be in a field that is not read."""
     for field in _ANSWERS:
         if not is_absent(value.get(field)):
             raise RowProblem(
@@ -124,7 +123,7 @@ def loss_flag(extra: Mapping[str, Any], *, place: str) -> bool | None:
 
 
 def other_format(fields: Iterable[str]) -> str:
-    """What a row of these fields seems to be, and how it is converted; empty where it is nothing known."""
+    """The known format that has these fields, and how to convert it; empty for none."""
     found = set(fields)
     return next((f"; {text}" for needed, text in _OTHER_FORMATS if found.issuperset(needed)), "")
 

@@ -148,7 +148,7 @@ def _open_file(path: Path, dataset: Dataset) -> RawRows:
 
 
 def _validate_arrow(path: Path, dataset: Dataset) -> None:
-    """Raises `DataError` for a damaged file: what reads it next does not look, and damaged offsets end the process."""
+    """Raises `DataError` for a damaged file: `datasets` does not check it, and damaged offsets crash the process."""
     import pyarrow
 
     with (
@@ -188,8 +188,8 @@ def _load_folder(path: Path, dataset: Dataset) -> Any:
 
 
 def _cache_for(files: Mapping[str, Path]) -> str:
-    """A folder of the cache of `datasets` for files as they are now. Its own key is the time of modification, which a
-    copy or an unpacked archive may leave as it was while the rows are others."""
+    """A cache folder of `datasets` for the present content of files. Its own cache key is the time of modification,
+    which a copy or an unpacked archive may keep although the rows differ."""
     import datasets
 
     content = folder_content(files, whole_bytes=WHOLE_BYTES, places=PLACES)

@@ -1,8 +1,8 @@
-"""Rows of a dataset by number, and the format that tells how they are read (`trainer/data/row.py`).
+"""Rows of a dataset by number, and the format in which they are read (`trainer/data/row.py`).
 
 With `auto` every row is read by its own fields: the first of messages, prompt and text that it has (null is absent). A
-prompt is answered where the row has a completion, and twice where it has chosen and rejected. All rows must be alike in
-this; one that is not is a bad row.
+prompt is answered where the row has a completion, and twice where it has chosen and rejected. All rows must have the
+same format; one that has another is a bad row.
 """
 
 from __future__ import annotations

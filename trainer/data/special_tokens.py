@@ -1,7 +1,7 @@
-"""Special tokens that stand in the text of rows: found, refused, or read as the plain text that they are.
+"""Special tokens inside the text of rows: found, refused, or escaped to plain text.
 
-A tokenizer makes control tokens of these strings wherever they stand. In a row they let text end a turn or a document,
-as when somebody writes about chat templates, or <s> for struck-out text.
+A tokenizer turns these strings into control tokens wherever they occur. In a row they let text end a turn or a
+document, for example in a conversation about chat templates, or <s> for struck-out text.
 
 Escaping: a mark is put into each of them before the chat template is rendered. What is unmarked in the result is the
 template's own. A copy of the tokenizer knows the special tokens under other names, and so sees none in a row's text:
@@ -26,7 +26,7 @@ _BEFORE, _BEHIND = "\ufdd1", "\ufdd2"
 
 
 class SpecialTokens:
-    """Those of one tokenizer."""
+    """The special tokens of one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -43,7 +43,7 @@ class SpecialTokens:
         return None
 
     def escaped(self, row: Row) -> Row:
-        """The row with marks, for `ids`. Raises `DataError` where it holds what marks are made of."""
+        """The row with marks, for `ids`. Raises `DataError` where the text contains the code points of a mark."""
         for field, text in texts_of(row):
             if any(character in text for character in (MARK, _BEFORE, _BEHIND)):
                 raise DataError(

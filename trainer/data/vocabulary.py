@@ -1,4 +1,4 @@
-"""Teacher and student must read the same tokens: tokenizers loaded, compared, and the true vocabulary size found."""
+"""Checks that teacher and student have the same tokenizer, and finds the true size of their vocabulary."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SharedVocabulary:
 def check_pair(
     teacher: ModelSource, student: ModelSource, *, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> SharedVocabulary:
-    """Loads both tokenizers and configurations, and accepts only one tokenizer, however the models' rows are padded.
+    """Loads both tokenizers and configurations. The tokenizers must be equal; the models' rows may be padded.
 
     `tokenizer` is the teacher's, where it is loaded already. Raises `ConfigError` saying what differs, both sizes, or
     which file is missing.
