@@ -58,7 +58,8 @@ class WrittenAnswers:
         """Sequences in the order of the prompts and of their samples, without those whose answer is left out."""
         if self._source.rewrite and any(prompt.loss_mask is not None for prompt in prompts):
             raise DataError("rows reached the generators with their old answers: open the prompt stream with rewrite")
-        written = await self._written([prompt for prompt in prompts if prompt.loss_mask is None])
+        asked = [prompt for prompt in prompts if prompt.loss_mask is None]
+        written = await write_answers(asked, self._authors, self._sampling, n=self._source.n)
         sequences, counters = [], AnswerCounters()
         for prompt in prompts:
             if prompt.loss_mask is not None:
@@ -71,24 +72,6 @@ class WrittenAnswers:
                 if not count.dropped:
                     sequences.append(answered_by_teacher(prompt, completion, sample=sample))
         return Collected(tuple(sequences), counters)
-
-    async def _written(self, prompts: AbstractSequence[Prompt]) -> dict[tuple[str, int], Completion]:
-        """All answers by the id of their prompt and their sample; each teacher writes those to its own prompts."""
-        asked: dict[str, list[GenerationRequest]] = {}
-        for prompt in prompts:
-            sampling = self._sampling[prompt.teacher]
-            asked.setdefault(prompt.teacher, []).extend(
-                GenerationRequest(prompt.id, prompt.token_ids, sampling, sample=sample, origin=prompt.origin)
-                for sample in range(self._source.n)
-            )
-        answered = await asyncio.gather(
-            *(self._authors[name].generators.generate(requests) for name, requests in asked.items())
-        )
-        return {
-            (request.prompt_id, request.sample): completion
-            for requests, completions in zip(asked.values(), answered, strict=True)
-            for request, completion in zip(requests, completions, strict=True)
-        }
 
     def _count(self, completion: Completion, author: Author) -> AnswerCounters:
         """Of one answer. It is cut off only where the teacher could have ended it."""
@@ -110,6 +93,27 @@ class WrittenAnswers:
             "that says nothing was mostly asked with a chat template that is not its own (teacher.chat_template); "
             "answers that are cut off need a larger answers.max_new_tokens, or on_cut_off: keep"
         )
+
+
+async def write_answers(
+    prompts: AbstractSequence[Prompt], authors: Mapping[str, Author], sampling: Mapping[str, Sampling], *, n: int
+) -> dict[tuple[str, int], Completion]:
+    """`n` answers to each prompt, by the prompt's id and their number. Each teacher writes those to its own prompts;
+    `authors` and `sampling` are by the name of a prompt's teacher."""
+    asked: dict[str, list[GenerationRequest]] = {}
+    for prompt in prompts:
+        asked.setdefault(prompt.teacher, []).extend(
+            GenerationRequest(
+                prompt.id, prompt.token_ids, sampling[prompt.teacher], sample=sample, origin=prompt.origin
+            )
+            for sample in range(n)
+        )
+    answered = await asyncio.gather(*(authors[name].generators.generate(asked[name]) for name in asked))
+    return {
+        (request.prompt_id, request.sample): completion
+        for requests, completions in zip(asked.values(), answered, strict=True)
+        for request, completion in zip(requests, completions, strict=True)
+    }
 
 
 def answered_by_teacher(prompt: Prompt, completion: Completion, *, sample: int = 0) -> Sequence:

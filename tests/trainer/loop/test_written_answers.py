@@ -109,3 +109,13 @@ def test_one_teacher_writes_in_the_way_of_each_task_and_writes_the_same_again(tm
         assert ours.answers == theirs.answers
         assert [s.id for s in ours.sequences] == [s.id for s in theirs.sequences]
         assert [s.token_ids.tolist() for s in ours.sequences] == [s.token_ids.tolist() for s in theirs.sequences]
+
+
+def test_a_kind_of_a_users_own_asks_generators_by_its_file_alone(tmp_path: Path) -> None:
+    source, pools = opened(tmp_path, {"route": ROUTE, "answers": {"kind": "fakes.best_of", "n": 3}})
+    step = collected(source, 1)
+    assert step.answers.written == 3 * len(step.sequences) == 18
+    for sequence in step.sequences:
+        means = [pools[sequence.teacher].written[sequence.prompt_id, i][1].logprobs.mean() for i in range(3)]
+        assert sequence.sample == means.index(max(means))
+    assert {sequence.sample for sequence in step.sequences} != {0}
