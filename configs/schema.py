@@ -88,7 +88,9 @@ class Faults(Section):
     room_timeout_s: Seconds = Field(
         600, description="How long a role whose node is gone waits for room on another one."
     )
-    score_timeout_s: Seconds = Field(300, description="One unit, from being sent to its labels.")
+    score_timeout_s: Seconds = Field(
+        300, description="One unit, from being sent to its labels; the answers that one generator writes for a step."
+    )
     step_timeout_s: Seconds = Field(1800, description="One optimizer step, evaluation or checkpoint.")
     stall_timeout_s: Seconds | None = Field(
         None,

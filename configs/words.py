@@ -4,6 +4,10 @@ Advice that is wrong is worse than none: tests follow every word.
 """
 
 OTHER_WORDS = {
+    "answers.max_tokens": "max_new_tokens",
+    "answers.num_return_sequences": "n",
+    "answers.num_samples": "n",
+    "answers.stop_strings": "stop",
     "batch_size": "sequences_per_step",
     "cutoff_len": "max_length",
     "eval_dataset": "evaluation",

@@ -64,7 +64,7 @@ class Preempted(StillhouseError):
 
 
 class UnitRejected(DataError):
-    """A unit cannot be scored by any replica (too long, bad token id, non-finite labels)."""
+    """No replica can score a unit or answer a prompt (too long, bad token id, non-finite labels)."""
 
 
 class DeadlineExceeded(InfrastructureError):

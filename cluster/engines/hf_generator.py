@@ -15,6 +15,7 @@ from cluster.engines.plan import EnginePlan
 from cluster.engines.units import EngineStatistics, check_request
 from configs.models import ModelSource
 from trainer.data.vocabulary import load_tokenizer
+from trainer.errors import ConfigError
 from trainer.types import Completion, FinishReason, GenerationRequest, Sampling
 
 
@@ -69,7 +70,10 @@ class HfGenerator:
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         plan = self._plan
         source = ModelSource(path=plan.model, revision=plan.revision, trust_remote_code=plan.trust_remote_code)
-        return load_tokenizer(source)
+        tokenizer = load_tokenizer(source)
+        if not tokenizer.is_fast:
+            raise ConfigError(f"{plan.model} has no tokenizer.json, which stop strings need here; write engine: vllm")
+        return tokenizer
 
     def statistics(self) -> EngineStatistics:
         return self._loop.statistics()

@@ -74,20 +74,24 @@ class Engine(Vllm):
             **(self._scorer() if role == "scorer" else self._generator(stop_strings)),
             **(self._cpu() if accelerator == "cpu" else self._gpu()),
         }
+        if role == "generator" and accelerator == "cpu":
+            # vLLM's seeded sampling fails on a CPU when a prompt is read in parts: read each whole.
+            arguments["enable_chunked_prefill"] = False
+            arguments["max_num_batched_tokens"] = max(arguments["max_num_batched_tokens"], max_length)
+        arguments.update(self._given())
+        # With chunked prefill a step must hold one token of each running sequence.
+        arguments["max_num_seqs"] = min(arguments["max_num_seqs"], arguments["max_num_batched_tokens"])
+        return arguments
+
+    def _given(self) -> dict[str, Any]:
+        """What the configuration says."""
         given = {
             "kv_cache_memory_bytes": self.kv_cache_bytes,
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "enforce_eager": self.enforce_eager,
         }
-        if role == "generator" and accelerator == "cpu":
-            # vLLM's seeded sampling fails on a CPU when a prompt is read in parts: read each whole.
-            arguments["enable_chunked_prefill"] = False
-            arguments["max_num_batched_tokens"] = max(arguments["max_num_batched_tokens"], max_length)
-        arguments.update((key, value) for key, value in given.items() if value is not None)
-        # With chunked prefill a step must hold one token of each running sequence.
-        arguments["max_num_seqs"] = min(arguments["max_num_seqs"], arguments["max_num_batched_tokens"])
-        return arguments
+        return {key: value for key, value in given.items() if value is not None}
 
     @staticmethod
     def _scorer() -> dict[str, Any]:

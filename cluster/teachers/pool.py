@@ -365,5 +365,5 @@ def check_report(report: UnitReport, unit: Unit) -> None:
 
 def give_up(what: str, attempts: int, cause: BaseException) -> StillhouseError:
     if isinstance(cause, UnitRejected):
-        return UnitRejected(f"{what} cannot be scored: {cause}")
+        return UnitRejected(f"{what}: every replica refuses: {cause}")
     return TeachersLost(f"{what} failed {attempts} times, the last time with {brief(cause)}")

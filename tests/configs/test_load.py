@@ -132,6 +132,21 @@ CASES = {
         ["teacher.generator", "generator: {}"],
     ),
     "a generator that nobody asks": (GOOD, ["teacher.generator={}"], ["remove generator, or write answers: teacher"]),
+    "several greedy answers": (
+        GOOD + "answers: {kind: teacher, n: 4}\n",
+        ["teacher.generator={}"],
+        ["run.yaml:10: answers.n = 4", "are all the same: write a temperature above 0, or n: 1"],
+    ),
+    "a temperature that vLLM raises": (
+        GOOD,
+        ["teacher.generator={}", "answers={kind: teacher, temperature: 0.001}"],
+        ["answers.temperature = 0.001", "vLLM draws at 0.01 or above: write that, or 0, which is greedy"],
+    ),
+    "a string that ends every answer": (
+        GOOD,
+        ["teacher.generator={}", "answers={kind: teacher, stop: ['']}"],
+        ["answers.stop.0 = ''"],
+    ),
     "prompts without anybody who answers": (GOOD, ["prompts.format=prompt"], ["needs rows with answers"]),
     "offload of parameters at stage 2": (GOOD, ["student.offload=optimizer_and_parameters"], ["zero_stage: 3"]),
     "a micro-batch that no sequence fits": (GOOD, ["training.micro_batch_tokens=64"], ["data.max_length: 2048"]),
@@ -189,6 +204,7 @@ def test_a_mistake_is_answered_with_what_to_write(case: str, refused: Refused) -
         assert jargon not in message
 
 
+WRITES = "teacher.generator={} answers.kind=teacher answers.temperature=1.0"
 WORDS = {
     # what people write -> what the answer has them write, which is accepted
     "optimizer.lr=0.1": "optimizer.learning_rate=0.1",
@@ -205,6 +221,10 @@ WORDS = {
     "teacher.model.license=mit": "teacher.model.licence=mit",
     "labels.top_k=4": "labels.k=4",
     "training.k=4": "labels.k=4",
+    f"{WRITES} answers.max_tokens=4": f"{WRITES} answers.max_new_tokens=4",
+    f"{WRITES} answers.num_return_sequences=4": f"{WRITES} answers.n=4",
+    f"{WRITES} answers.num_samples=4": f"{WRITES} answers.n=4",
+    f"{WRITES} answers.stop_strings=[x]": f"{WRITES} answers.stop=[x]",
     "prompts.format=text data.max_seq_length=64": "prompts.format=text data.max_length=64",
 }
 

@@ -182,6 +182,11 @@ MISTAKES = {
         "--set labels=none: labels = 'none'\n      forward_kl needs labels of every token",
     ),
     "a teacher that writes without a generator": (TWO, ["teachers.big.generator=null"], "add teachers.big.generator"),
+    "a teacher of a route that writes without a generator": (
+        TWO,
+        ["tasks.chat.teacher=null", "tasks.chat.route={column: c, map: {x: big, y: code}}"],
+        "teachers.code.generator\n      answers: teacher lets the teacher write: add teachers.code.generator",
+    ),
     "a generator that nobody asks": (TWO, ["teachers.code.generator={}"], "teachers.code.generator"),
     "text for a teacher that writes": (
         TWO,

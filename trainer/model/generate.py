@@ -6,7 +6,8 @@ makes it work where parameters are sharded: all ranks run the same forwards and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -46,20 +47,25 @@ def generate(
     row_length = tokens.shape[1]
     positions = (torch.arange(row_length, device=device) - padding[:, None]).clamp(min=0)
     chosen = []
-    used, module.config._attn_implementation = module.config._attn_implementation, DECODING
-    try:
-        while True:
+    with _decoding(module):
+        while len(chosen) < max_new_tokens and not bool(done.all()):
             last = torch.arange(1, len(prompts) + 1, device=device) * tokens.shape[1] - 1
             borders = Borders(left_padding=padding, row_length=row_length)
             (following,) = forward(tokens, positions, last, choose, past_key_values=cache, borders=borders)
             chosen.append(from_first_rank(following))
             done |= torch.isin(following, stops)
-            if len(chosen) == max_new_tokens or bool(done.all()):
-                break
             tokens, positions, row_length = following[:, None], positions[:, -1:] + 1, row_length + 1
+    return [_until_stop(row, stop_ids) for row in torch.stack(chosen, 1).cpu().numpy().astype(np.int32)]
+
+
+@contextmanager
+def _decoding(module: StudentModule) -> Iterator[None]:
+    """The attention that a KV cache needs, in place of that of training."""
+    used, module.config._attn_implementation = module.config._attn_implementation, DECODING
+    try:
+        yield
     finally:
         module.config._attn_implementation = used
-    return [_until_stop(row, stop_ids) for row in torch.stack(chosen, 1).cpu().numpy().astype(np.int32)]
 
 
 def _pad_left(prompts: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
