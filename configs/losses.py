@@ -37,6 +37,16 @@ class Term(Section):
         """Whether both are one term but for their weights."""
         return self.model_copy(update={"weight": other.weight}) == other
 
+    @classmethod
+    def looks_at_labels(cls) -> bool:
+        """Whether its value depends on what a teacher says."""
+        return bool(cls.needs & {"labels", "target_logprobs"})
+
+    @classmethod
+    def exactness_with(cls, kind: str) -> Exactness | None:
+        """`exactness` with labels of a kind; exact where it looks at none, None for a kind of a user's."""
+        return cls.exactness.get(kind) if cls.looks_at_labels() else "exact"
+
     @property
     def compares_answers(self) -> bool:
         """Whether it is a function of several answers to one prompt, which must then meet in one micro-batch."""

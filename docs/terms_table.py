@@ -31,8 +31,8 @@ def terms_table() -> str:
 
 def _row(term: type[Term], kinds: list[str]) -> str:
     needs = ", ".join(sorted(need.replace("_", " ") for need in term.needs)) or "nothing"
-    looked_at = bool(term.needs & {"labels", "target_logprobs"})
-    cells = [term.exactness.get(kind, "refused").replace("_", " ") if looked_at else "-" for kind in kinds]
+    cells = [(term.exactness_with(kind) or "refused").replace("_", " ") for kind in kinds]
+    cells = cells if term.looks_at_labels() else ["-"] * len(kinds)
     return f"| `{LOSSES.kind_of(term)}` | {term.form} | {needs} | {' | '.join(cells)} |"
 
 

@@ -28,6 +28,7 @@ from configs.secrets import without_secrets
 from launch.export import card_of, complete_student
 from launch.report.artifacts import read_generations, read_manifest
 from launch.report.environment import manifest_environment
+from launch.report.exactness import exactness_of
 from launch.report.metrics import Records, read_metrics
 from launch.report.page import BEFORE_START, sample_records, write_report
 from trainer.data.readable import answer_of, readable_prompts
@@ -69,6 +70,7 @@ class Record:
             "roles": roles_of(run, resolved),
             "reasons": list(resolved.reasons),
             "warnings": list(resolved.warnings),
+            "training_losses": exactness_of(run),
             "changed_inputs": [*before.get("changed_inputs", []), *changed],
             "data": {
                 "train_rows": job.rows_per_epoch,

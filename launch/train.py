@@ -22,6 +22,7 @@ from launch.contents import contents_of, dtypes_of
 from launch.export import ADAPTER, stored_dtype
 from launch.quiet import quiet_libraries
 from launch.record import Record
+from launch.report.exactness import told_at_start
 from launch.report.metrics import MetricsLog, TensorBoardSink, Timeline, read_metrics
 from launch.report.observer import RunObserver
 from launch.report.progress import Progress
@@ -155,6 +156,7 @@ def _train(
         observer = _observer(job, record, stack)
         notes = [
             *start.warnings,
+            *told_at_start(run),
             *changed,
             *([length] if length else []),
             *(note for stream in job.streams.values() for note in stream.notes),

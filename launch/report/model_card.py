@@ -21,6 +21,7 @@ from configs.schema import Run
 from configs.stations import Choice
 from configs.tasks import ResolvedTask
 from launch import templates
+from launch.report.exactness import exactness_of
 from launch.report.metrics import NOTICEABLE_PADDING, Records
 from launch.report.numbers import fixed, share
 
@@ -163,6 +164,7 @@ def _settings(run: Run, manifest: Mapping[str, Any], records: Records, *, stored
     training, optimizer, lora = run.training, run.optimizer, run.student.lora
     rows = [
         *(row for task in run.resolved_tasks().values() for row in _stations(run, task)),
+        ("training loss is", "; ".join(f"{name}: {found}" for name, found in exactness_of(run).items())),
         ("answers of the teacher", _answers(counters)),
         ("optimizer steps", f"{records.steps[-1].step:,}" if records.steps else ""),
         ("sequences per step", f"{training.sequences_per_step:,}"),
