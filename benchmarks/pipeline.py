@@ -29,9 +29,10 @@ from launch.report.metrics import MetricsLog, Timeline
 from launch.report.observer import RunObserver
 from launch.report.progress import Progress
 from launch.runtimes import resolve_run
-from trainer.loop.job import Inputs, make_job, read_inputs
-from trainer.loop.scoring import UnitScorers
-from trainer.loop.supply import Supply, first_error
+from trainer.loop.inputs import Inputs, read_inputs
+from trainer.loop.job import make_job
+from trainer.loop.scoring import UnitScorers, first_error
+from trainer.loop.supply import Supply
 from trainer.loop.train import Loops
 from trainer.run_folder import RunFolder
 from trainer.types import StepMetrics

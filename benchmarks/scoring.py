@@ -28,7 +28,7 @@ from configs.models import ModelSource
 from launch.runtimes import resolve_run
 from trainer.data.vocabulary import load_tokenizer
 from trainer.errors import ConfigError
-from trainer.loop.job import read_inputs
+from trainer.loop.inputs import read_inputs
 from trainer.types import Sequence, Unit
 
 PREFILL = "bare prefill"

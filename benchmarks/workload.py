@@ -19,7 +19,8 @@ from configs.schema import Run
 from configs.section import MAIN
 from trainer.answers.dataset import answered_by_dataset
 from trainer.data.vocabulary import load_tokenizer
-from trainer.loop.job import Inputs, open_stream, read_inputs
+from trainer.loop.inputs import Inputs, read_inputs
+from trainer.loop.rows import open_stream
 from trainer.types import Sequence
 
 TEXT = ROOT / "configs" / "data" / "demo_train.jsonl"

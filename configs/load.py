@@ -27,6 +27,7 @@ _OF_TEACHERS = (
     "chat_template",
     *(f"{role}.{key}" for role in ("scorer", "generator") for key in ("dtype", "placement", "may_span_nodes")),
 )
+_ROWS = ("prompts", "tasks.*.prompts", "tasks.*.evaluation", "data.evaluation")
 MAY_CHANGE_ON_RESUME = (
     "folder",
     "report",
@@ -44,7 +45,7 @@ MAY_CHANGE_ON_RESUME = (
     "student.dtype",
     *(f"student.model.{key}" for key in ("path", "revision", "licence", "local_copy")),
     *(f"{teacher}.{key}" for teacher in ("teacher", "teachers.*") for key in _OF_TEACHERS),
-    *(f"{rows}.{key}" for rows in ("prompts", "tasks.*.prompts", "data.evaluation") for key in ("path", "revision")),
+    *(f"{rows}.{key}" for rows in _ROWS for key in ("path", "revision")),
 )
 """What may be another in a run that goes on. Most of it changes neither the tokens, the labels nor the updates.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from configs.paths import with_known_home
 from configs.refusal import refusal
@@ -30,6 +30,13 @@ class Dataset(Section):
         return with_known_home(path)
 
 
+def with_answers(held_out: Dataset | None) -> Dataset | None:
+    """Raises the refusal of held-out rows whose format leaves answers unread."""
+    if held_out is not None and held_out.format == "prompt":
+        raise refusal(("format",), "prompt", "held-out rows need answers: name another format")
+    return held_out
+
+
 class Data(Section):
     """Rows and how they become token sequences."""
 
@@ -46,8 +53,7 @@ class Data(Section):
     )
     shuffle: bool = Field(True, description="Another order in each epoch, from the seed; false: as the rows lie.")
 
-    @model_validator(mode="after")
-    def _evaluation_has_answers(self) -> Data:
-        if self.evaluation is not None and self.evaluation.format == "prompt":
-            raise refusal(("evaluation", "format"), "prompt", "held-out rows need answers: name another format")
-        return self
+    @field_validator("evaluation")
+    @classmethod
+    def _evaluation_has_answers(cls, rows: Dataset | None) -> Dataset | None:
+        return with_answers(rows)

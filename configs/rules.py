@@ -60,6 +60,18 @@ def prompts_by_place(run: Run) -> dict[str, Dataset]:
     return {place: task.prompts for place, task in places.items() if task.prompts is not None}
 
 
+def held_out_by_place(run: Run) -> dict[str, Dataset]:
+    """All held-out rows that a task is evaluated on, each once, by their place in the configuration."""
+    tasks = [task for task in run.resolved_tasks().values() if task.evaluation is not None]
+    return {place_of_held_out(run, task): task.evaluation for task in tasks}
+
+
+def place_of_held_out(run: Run, task: ResolvedTask) -> str:
+    """Where the held-out rows of a task are named."""
+    own = run.tasks.get(task.name)
+    return "data.evaluation" if own is None or own.evaluation is None else f"tasks.{task.name}.evaluation"
+
+
 def unused_teachers(run: Run) -> tuple[str, ...]:
     """Teachers that no task asks for anything."""
     asked = {name for task in run.resolved_tasks().values() for name in task.teachers}
@@ -216,6 +228,6 @@ def _steps(run: Run) -> Iterator[Problem]:
     if steps is not None and warmup >= steps:
         text = f"leaves no step after the warm-up (training.steps: {steps}); write at most {steps - 1}"
         yield ("optimizer", "warmup_steps"), warmup, text
-    if every > 0 and run.data.evaluation is None:
+    if every > 0 and not held_out_by_place(run):
         text = "there is nothing to evaluate on: add data.evaluation, or write evaluate_every: 0"
         yield ("training", "evaluate_every"), every, text

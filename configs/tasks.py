@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, field_validator
 
 from configs.answers import Answers, AnyAnswers
 from configs.labels import AnyLabels, Labels, NoLabels
 from configs.losses import AnyTerm, Term
-from configs.prompts import Dataset
+from configs.prompts import Dataset, with_answers
 from configs.section import MAIN, NAME, Section
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Task(Section):
 
     prompts: Dataset | None = Field(None, description="The rows to train on.")
     answers: AnyAnswers | None = Field(None, description="Who writes the text that is trained on.")
+    evaluation: Dataset | None = Field(None, description="Held-out rows of the task; None: data.evaluation.")
     labels: AnyLabels | None = Field(None, description="What the teacher says of each token.")
     objective: tuple[AnyTerm, ...] | None = Field(None, min_length=1, description="Weighted terms of the loss.")
     teacher: Name | None = Field(None, description="Its name; None: the only teacher, or as `route` says.")
@@ -45,6 +46,11 @@ class Task(Section):
     normaliser: Literal["run", "task"] = Field(
         "run", description="What a sum over loss tokens is divided by: those of the step, or those of the task in it."
     )
+
+    @field_validator("evaluation")
+    @classmethod
+    def _evaluation_has_answers(cls, rows: Dataset | None) -> Dataset | None:
+        return with_answers(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +67,17 @@ class ResolvedTask:
     weight: float = 1.0
     share: float = 1.0
     normaliser: Literal["run", "task"] = "run"
+    evaluation: Dataset | None = None
+
+    @property
+    def soft_labels(self) -> Labels | None:
+        """What a teacher says of each token; None where it is not asked."""
+        return None if isinstance(self.labels, NoLabels) else self.labels
 
     @property
     def asks(self) -> bool:
         """Whether a teacher is asked at all, for labels or for answers."""
-        return not isinstance(self.labels, NoLabels) or self.answers.needs_generator
+        return self.soft_labels is not None or self.answers.needs_generator
 
     @property
     def compares_answers(self) -> bool:
@@ -99,5 +111,6 @@ def resolve_tasks(run: Run) -> Mapping[str, ResolvedTask]:
             weight=task.weight,
             share=task.share,
             normaliser=task.normaliser,
+            evaluation=task.evaluation or run.data.evaluation,
         )
     return resolved

@@ -149,7 +149,8 @@ class _Paths:
         return run.model_copy(update=changes)
 
     def _task(self, name: str, task: Task) -> Task:
-        return task.model_copy(update={"prompts": self._dataset(f"tasks.{name}.prompts", task.prompts)})
+        rows = {"prompts": task.prompts, "evaluation": task.evaluation}
+        return task.model_copy(update={key: self._dataset(f"tasks.{name}.{key}", one) for key, one in rows.items()})
 
     def _dataset(self, setting: str, dataset: Dataset | None) -> Dataset | None:
         return dataset and dataset.model_copy(update={"path": self._file(f"{setting}.path", dataset.path)})

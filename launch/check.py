@@ -24,12 +24,13 @@ from cluster.placement.roles import started_roles
 from cluster.runtime import actors_of
 from configs.answers import TeacherAnswers
 from configs.engines import Hf, Vllm
+from configs.held_out import held_out_sets
 from configs.labels import Labels
 from configs.load import LoadedRun, load_run, run_folder
 from configs.models import ModelSource, Teacher
 from configs.paths import refuse_pattern
 from configs.prompts import Dataset
-from configs.rules import teacher_place, teachers_by_place, unused_teachers
+from configs.rules import place_of_held_out, teacher_place, teachers_by_place, unused_teachers
 from configs.schema import Run, Training
 from configs.tasks import ResolvedTask
 from launch.contents import contents_of
@@ -37,10 +38,13 @@ from launch.disk import DiskNeed, check_writable, free_bytes, size_text
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
 from launch.quiet import quiet_libraries
 from launch.resuming import Standing, standing
+from trainer.data.prompt_reader import PromptReader
 from trainer.data.prompts import RowReport, check_rows
 from trainer.errors import ConfigError, DataError, StillhouseError
 from trainer.loop.checkpoint import Checkpoints
-from trainer.loop.job import Inputs, label_bytes_per_row, open_reader, read_inputs, total_steps
+from trainer.loop.inputs import Inputs, read_inputs
+from trainer.loop.job import label_bytes_per_row, total_steps
+from trainer.loop.rows import open_held_out, open_reader
 from trainer.model.attention_choice import refuse_unpackable
 from trainer.model.generation_settings import unused_settings
 from trainer.model.load import load_config
@@ -284,17 +288,32 @@ def _rows(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
         if inputs is None:
             yield Finding(subject, "not checked", "they need the tokenizer")
         elif task.prompts is not None:
-            yield from _dataset(run, subject, place, task.prompts, inputs, task)
-    subject, place, held_out = "evaluation rows", "data.evaluation", run.data.evaluation
-    if held_out is None:
-        yield Finding(subject, "warning", "data.evaluation: none, so the run cannot tell how good the student is")
-    elif inputs is None:
-        yield Finding(subject, "not checked", "they need the tokenizer")
-    else:
-        yield from _dataset(run, subject, place, held_out, inputs, None)
+            read = partial(open_reader, run, inputs, task)
+            yield from _dataset(run, subject, place, task.prompts, read, training=True)
+    yield from _held_out(run, inputs)
     if run.tasks:
         total = sum(task.share for task in tasks)
         yield from (Finding(f"task {task.name}", "ok", _task(task, total)) for task in tasks)
+
+
+def _held_out(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
+    sets = held_out_sets(run)
+    if not sets:
+        text = "data.evaluation: none, so the run cannot tell how good the student is"
+        yield Finding("evaluation rows", "warning", text)
+    for name, one in sets.items():
+        subject = "evaluation rows" if len(sets) == 1 else f"{name} evaluation rows"
+        if inputs is None:
+            yield Finding(subject, "not checked", "they need the tokenizer")
+        else:
+            read = partial(open_held_out, run, inputs, one)
+            yield from _dataset(run, subject, place_of_held_out(run, one.tasks[0]), one.rows, read, training=False)
+        if not one.is_scored:
+            text = "no teacher's labels: perplexity is measured, KL and agreement are not"
+            yield Finding(subject, "ok", text)
+        elif any(task.compares_answers for task in one.tasks):
+            text = "KL and agreement are those with the reference: how far the student has moved from it"
+            yield Finding(subject, "ok", text)
 
 
 def _task(task: ResolvedTask, total: float) -> str:
@@ -304,14 +323,12 @@ def _task(task: ResolvedTask, total: float) -> str:
 
 
 def _dataset(
-    run: Run, subject: str, place: str, dataset: Dataset, inputs: Inputs, task: ResolvedTask | None
+    run: Run, subject: str, place: str, dataset: Dataset, opened: Callable[[], PromptReader], *, training: bool
 ) -> Iterator[Finding]:
-    """`task`: None for held-out rows."""
     reports: list[RowReport] = []
-    training = task is not None
 
     def read() -> None:
-        report = check_rows(open_reader(run, inputs, task), budget=ROW_BUDGET)
+        report = check_rows(opened(), budget=ROW_BUDGET)
         reports.append(report)
         if report.num_ok == 0 or (report.problems and run.data.on_bad_row == "error"):
             raise DataError(_bad_rows(place, report))

@@ -1,6 +1,6 @@
 """What the inputs of a run hold, as short texts by place: a checkpoint keeps them, and a run that goes on compares.
 
-    prompts, data.evaluation          every file of rows; of a dataset of the hub some rows and their number
+    prompts, data.evaluation             every file of rows; of a dataset of the hub some rows and their number
     teacher.model/<file>                 config, tokenizer and generation settings, code, weights; of the hub its commit
     student.model/<file>                 config, code, weights
     teacher.chat_template                the text that is used
@@ -29,14 +29,14 @@ from cluster.model_files import find_folder
 from cluster.placement.resolve import Resolved
 from configs.models import ModelSource
 from configs.prompts import Dataset
-from configs.rules import prompts_by_place, teacher_place, teachers_by_place
+from configs.rules import held_out_by_place, prompts_by_place, teacher_place, teachers_by_place
 from configs.schema import Run
 from trainer.data.content import file_content, files_below, folder_content
 from trainer.data.row_files import PLACES, WHOLE_BYTES, open_raw_rows
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trainer.loop.job import Inputs
+    from trainer.loop.inputs import Inputs
 
 WEIGHTS = ".safetensors"
 TOKENIZER_FILES = (".json", ".jinja", ".model", ".tiktoken", ".py")
@@ -79,11 +79,8 @@ def _decides(place: str, run: Run) -> bool:
 
 
 def _where(place: str, run: Run) -> str:
-    paths = {
-        "data.evaluation": run.data.evaluation.path if run.data.evaluation else None,
-        "student.model": run.student.model.path,
-    }
-    paths |= {name: dataset.path for name, dataset in prompts_by_place(run).items()}
+    paths: dict[str, str | None] = {"student.model": run.student.model.path}
+    paths |= {name: dataset.path for name, dataset in (prompts_by_place(run) | held_out_by_place(run)).items()}
     for name, teacher in teachers_by_place(run).items():
         paths |= {f"{name}.model": teacher.model.path, f"{name}.chat_template": teacher.chat_template}
     path = paths.get(place.partition("/")[0])
@@ -91,10 +88,8 @@ def _where(place: str, run: Run) -> str:
 
 
 def _contents(run: Run, inputs: Inputs) -> Iterator[tuple[str, str]]:
-    for place, dataset in prompts_by_place(run).items():
+    for place, dataset in (prompts_by_place(run) | held_out_by_place(run)).items():
         yield from _rows(place, dataset)
-    if run.data.evaluation is not None:
-        yield from _rows("data.evaluation", run.data.evaluation)
     for place, teacher in teachers_by_place(run).items():
         yield from _model(f"{place}.model", teacher.model)
     yield from _model("student.model", run.student.model)

@@ -22,6 +22,7 @@ import psutil
 
 from cluster.placement.resolve import Resolved
 from cluster.placement.roles import started_roles
+from configs.held_out import held_out_sets
 from configs.rules import teachers_by_place
 from configs.schema import Run
 from configs.secrets import without_secrets
@@ -76,7 +77,7 @@ class Record:
                 "train_rows": job.rows_per_epoch,
                 "evaluation_rows": len(job.evaluation),
                 "vocabulary_size": job.inputs.vocabulary.size,
-                "stop_ids": list(job.inputs.stop_ids),
+                "stop_ids": list(job.inputs.first.stop_ids),
             },
             "models": {
                 **{place: teacher.model.model_dump() for place, teacher in teachers_by_place(run).items()},
@@ -102,12 +103,12 @@ class Record:
     def generation(self, who: str, rows: tuple[Sequence, ...], texts: AbstractSequence[np.ndarray]) -> None:
         """What the student wrote `before` or `after` training, or the `teacher`, to the prompts of held-out rows."""
         assert self._job is not None
-        inputs, dataset = self._job.inputs, self._job.run.data.evaluation
-        assert dataset is not None
+        inputs, held_out = self._job.inputs, held_out_sets(self._job.run)[rows[0].task]
         read = lambda ids: inputs.tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
         shown: dict[str, Any] = {who: [read(text) for text in texts]}
         if len(read_generations(self._folder).get("prompts", ())) != len(rows):
-            shown["prompts"] = readable_prompts(dataset, rows, inputs.template)
+            template = inputs.tasks[held_out.task.name].template
+            shown["prompts"] = readable_prompts(held_out.rows, rows, template)
             shown["reference"] = [read(answer_of(row)) for row in rows]
         self._merge(self._folder.generations, shown)
 
@@ -115,9 +116,9 @@ class Record:
         """The run came to its end: complete the student's folder and the manifest."""
         assert self._job is not None
         job = self._job
-        job.inputs.tokenizer.chat_template = job.inputs.template.text
+        job.inputs.tokenizer.chat_template = job.inputs.first.template.text
         job.inputs.tokenizer.save_pretrained(self._folder.student)
-        complete_student(self._folder.student, job.run, stop_ids=job.inputs.stop_ids)
+        complete_student(self._folder.student, job.run, stop_ids=job.inputs.first.stop_ids)
         self._manifest |= {
             "finished": time.time(),
             "counters": counted(read_metrics(self._folder)) | asdict(job.counters),

@@ -20,7 +20,8 @@ from configs.models import ModelSource
 from configs.rules import teacher_place
 from configs.schema import Run
 from trainer.errors import ConfigError
-from trainer.loop.job import Inputs, Job
+from trainer.loop.inputs import Inputs
+from trainer.loop.job import Job
 from trainer.model.load import load_config
 from trainer.protocols import Observer, Session
 

@@ -32,7 +32,8 @@ from launch.stall import SAVE_GRACE_S, StallWatch, stall_timeout_s
 from launch.stopping import StopRequest, preemptible
 from trainer.errors import InfrastructureError, StillhouseError
 from trainer.loop.controller import Controller
-from trainer.loop.job import Inputs, Job, make_job
+from trainer.loop.inputs import Inputs
+from trainer.loop.job import Job, make_job
 from trainer.run_folder import RunFolder, write_text
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)

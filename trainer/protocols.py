@@ -26,6 +26,7 @@ from trainer.types import (
     Sequence,
     SoftLabelBlock,
     StepMetrics,
+    Trained,
     Unit,
     UnitReport,
 )
@@ -85,6 +86,30 @@ class Author:
     stop_ids: tuple[int, ...]  # its answers end with one of them
 
 
+class AnswerSource(Protocol):
+    """A kind of answers, with its parameters: what it needs of rows, and who writes."""
+
+    @property
+    def needs_answer(self) -> bool:
+        """Whether a row without an answer is a bad one."""
+        ...
+
+    @property
+    def room_for_answer(self) -> int:
+        """Tokens that must fit behind a prompt."""
+        ...
+
+    @property
+    def rewrite(self) -> bool:
+        """Whether answers of the rows are left unread."""
+        ...
+
+    def bind(self, authors: Mapping[str, Author], *, seed: int) -> AnswerCollector:
+        """What collects the sequences of a step. `authors`: the teachers that write, by the name that prompts have for
+        them; none where nobody writes."""
+        ...
+
+
 class AnswerCollector(Protocol):
     """Who writes the tokens that the teacher judges."""
 
@@ -116,9 +141,12 @@ class Students(Protocol):
         ...
 
     async def stage_evaluation(
-        self, units: AbstractSequence[AbstractSequence[Unit]], blocks: AbstractSequence[AbstractSequence[BlockRef]]
+        self,
+        units: AbstractSequence[AbstractSequence[Unit]],
+        blocks: AbstractSequence[AbstractSequence[BlockRef | None]],
     ) -> None:
-        """Keep the held-out units of each rank with their hidden labels for all later evaluations."""
+        """Keep the held-out units of each rank with their hidden labels, or None where nobody scores a unit, for all
+        later evaluations."""
         ...
 
     async def evaluate(self, step: int) -> Evaluation: ...
@@ -126,6 +154,25 @@ class Students(Protocol):
     async def save(self, step: int, folder: Path) -> None:
         """Write the shards of a checkpoint into an existing folder; the caller commits it."""
         ...
+
+
+class Hook(Protocol):
+    """Work between two steps, while no rank trains. An error of any method ends the run. A hook serves every attempt of
+    a run: `begin` comes again after the student group was restarted."""
+
+    async def begin(self, step: int) -> None:
+        """Training goes on after `step`; 0: it begins."""
+
+    def due(self, step: int, *, last: bool, elapsed_s: float) -> bool:
+        """Whether to `run` after this step. `elapsed_s`: since the hook ran, or since the loops began."""
+        ...
+
+    async def run(self, trained: Trained) -> None: ...
+
+    async def finish(self, trained: Trained) -> bool:
+        """The run ends early after `trained`, by a request or an error of the supply: keep what a later run needs.
+        Returns whether it is kept."""
+        return True
 
 
 class ScoringEngine(Protocol):
@@ -162,7 +209,7 @@ class StudentInfo:
 
 @dataclass(frozen=True, slots=True)
 class SelfTestResult:
-    """One test; `numbers` is shown to people whether it passed or not."""
+    """One start-up self-test; `numbers` is shown to people whether it passed or not."""
 
     name: str
     passed: bool

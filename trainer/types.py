@@ -14,6 +14,7 @@ always False. Engines shift what they return to this convention; nobody downstre
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from configs.labels import Labels
 
-BlockRef = Any
+BlockRef = object
 """Where a block lies: the block itself in one process, an object reference on a cluster. Opaque to the loops."""
 
 
@@ -387,6 +388,16 @@ class StepMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class Trained:
+    """How far the run is trained."""
+
+    step: int
+    cursor: Cursor  # after the prompts of that step
+    non_finite_steps: int  # skipped so far, over all attempts
+    last: bool  # no step follows
+
+
+@dataclass(frozen=True, slots=True)
 class SampleTokens:
     """One held-out sequence for the token viewer of the report; arrays follow the shift of this module."""
 
@@ -400,18 +411,30 @@ class SampleTokens:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Held-out quality over the full vocabulary; never a top-k bound."""
+    """Held-out quality over the full vocabulary; never a top-k bound. What is about a teacher is of the rows that one
+    scored, and None where there is no such row."""
 
     step: int
     num_rows: int
-    forward_kl: float  # nats per token, KL(teacher, student)
-    agreement: float  # share of rows where both argmax are equal
+    forward_kl: float | None  # nats per token, KL(teacher, student)
+    agreement: float | None  # share of rows where both argmax are equal
     perplexity: float  # of the student on the realised tokens
-    teacher_perplexity: float
+    teacher_perplexity: float | None
     padding_mass: float = (
         0.0  # mean probability of the student on its rows beyond the vocabulary: ids that do not exist
     )
     samples: tuple[SampleTokens, ...] = ()
+    tasks: Mapping[str, Evaluation] = field(default_factory=dict)  # of each, where there are several: this is their sum
+
+    @property
+    def headline(self) -> tuple[str, float]:
+        """Name and value of the number that says most: the KL, or the perplexity where no teacher scored anything."""
+        return ("perplexity", self.perplexity) if self.forward_kl is None else ("KL", self.forward_kl)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the student is whole, as far as these rows tell."""
+        return math.isfinite(self.headline[1])
 
 
 @dataclass(frozen=True, slots=True)

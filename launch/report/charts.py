@@ -26,15 +26,10 @@ _COLOURS = ("c2", "c3", "c4", "c5")
 
 def charts(records: Records) -> list[Markup]:
     """In the order of the page; a chart without numbers is left out."""
-    held_out, logged = partial(_held_out, records), partial(_logged, records)
-    perplexities = [held_out("perplexity"), held_out("teacher_perplexity", "teacher")]
+    logged = partial(_logged, records)
     waits = [logged(STUDENT_WAIT, "student"), logged(TEACHER_WAIT, "teacher", colour="teacher")]
     pictures = [
-        line_chart("Held-out KL to the teacher (nats per token)", [held_out("forward_kl")], from_zero=True),
-        line_chart(
-            "Held-out agreement (both put the same token first)", [held_out("agreement")], from_zero=True, form=percent
-        ),
-        line_chart("Held-out perplexity", perplexities, logarithmic=True),
+        *_quality(records),
         line_chart("Training loss (nats per token)", _losses(records)),
         line_chart("Speed (tokens per second)", [logged(TOKENS_PER_S, "tokens/s")], from_zero=True),
         line_chart("Waiting (share of the last ten steps)", waits, from_zero=True, form=percent),
@@ -42,6 +37,23 @@ def charts(records: Records) -> list[Markup]:
         line_chart("Gradient norm before clipping", [logged(GRAD_NORM, "norm", colour="c3")], from_zero=True),
     ]
     return [picture for picture in pictures if picture]
+
+
+def _quality(records: Records) -> list[Markup]:
+    """Of all held-out rows, and where they are of several tasks, of each."""
+    of_tasks = sorted({name for evaluation in records.evaluations for name in evaluation.tasks})
+    whole = "all tasks" if of_tasks else "student"
+    kl, agreement, perplexity = (
+        [_held_out(records, field, whole), *_held_out_of_tasks(records, field, of_tasks)]
+        for field in ("forward_kl", "agreement", "perplexity")
+    )
+    if not of_tasks:
+        perplexity.append(_held_out(records, "teacher_perplexity", "teacher"))
+    return [
+        line_chart("Held-out KL to the teacher (nats per token)", kl, from_zero=True),
+        line_chart("Held-out agreement (both put the same token first)", agreement, from_zero=True, form=percent),
+        line_chart("Held-out perplexity", perplexity, logarithmic=True),
+    ]
 
 
 def _losses(records: Records) -> Sequence[Series]:
@@ -58,14 +70,26 @@ def _losses(records: Records) -> Sequence[Series]:
     return [total, *terms]
 
 
-def _held_out(records: Records, field: str, name: str = "student") -> Series:
+def _held_out_of_tasks(records: Records, field: str, tasks: Sequence[str]) -> list[Series]:
+    return [
+        _held_out(records, field, name, colour=_COLOURS[i % len(_COLOURS)], task=name) for i, name in enumerate(tasks)
+    ]
+
+
+def _held_out(
+    records: Records, field: str, name: str = "student", *, colour: str = "student", task: str | None = None
+) -> Series:
+    """Of a task, or of all; without the evaluations that did not measure it."""
+    found = [(one.step, one if task is None else one.tasks.get(task)) for one in records.evaluations]
+    points = [(step, getattr(one, field)) for step, one in found if one is not None]
+    points = [(step, value) for step, value in points if value is not None]
     return Series(
         name=name,
-        x=tuple(evaluation.step for evaluation in records.evaluations),
-        y=tuple(getattr(evaluation, field) for evaluation in records.evaluations),
-        colour="teacher" if name == "teacher" else "student",
+        x=tuple(step for step, _ in points),
+        y=tuple(value for _, value in points),
+        colour="teacher" if name == "teacher" else colour,
         dashed=name == "teacher",
-        markers=len(records.evaluations) <= 40 and name != "teacher",
+        markers=len(points) <= 40 and name != "teacher",
     )
 
 

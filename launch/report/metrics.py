@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
 from configs.losses import LOSSES
@@ -38,6 +38,7 @@ _LARGEST = 1e100
 """Of a number that is read back: charts calculate with sums, quotients and margins of them."""
 
 EVALUATION_FIELDS = ("num_rows", "forward_kl", "agreement", "perplexity", "teacher_perplexity", "padding_mass")
+_OF_TEACHERS = ("forward_kl", "agreement", "teacher_perplexity")  # left out where no teacher scored the rows
 NOTICEABLE_PADDING = 5e-4
 """The share of a student's probability on ids that do not exist from which on people are shown it."""
 
@@ -46,6 +47,29 @@ def is_term(name: str) -> bool:
     """Whether a step value is a term of an objective, unweighted: `train/jsd`, a second one
     of its kind `train/jsd_2`, of a task among several `task/chat/jsd`."""
     return _TERM.fullmatch(name) is not None
+
+
+def evaluation_values(evaluation: Evaluation) -> dict[str, float]:
+    """Its numbers by name; of a task among several `task/chat/forward_kl`. What nobody scored is left out."""
+    of = {"": evaluation} | {f"task/{name}/": one for name, one in evaluation.tasks.items()}
+    values = {f"{place}{name}": getattr(one, name) for place, one in of.items() for name in EVALUATION_FIELDS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _evaluation(step: int, values: Mapping[str, float]) -> Evaluation:
+    """Raises ValueError for values that `evaluation_values` does not give."""
+    tasks: dict[str, dict[str, float]] = {}
+    for name, value in values.items():
+        area, _, field = name.rpartition("/")
+        if field in EVALUATION_FIELDS and (not area or area.startswith("task/")):
+            tasks.setdefault(area.removeprefix("task/"), {})[field] = value
+    blank = dict.fromkeys(_OF_TEACHERS)
+    try:
+        total = Evaluation(step, **(blank | tasks.pop("", {})))
+        of_tasks = {name: Evaluation(step, **(blank | fields)) for name, fields in tasks.items()}
+    except TypeError as error:
+        raise ValueError(f"an evaluation of another shape: {error}") from None
+    return replace(total, tasks=of_tasks)
 
 
 class Sink(Protocol):
@@ -117,7 +141,7 @@ class MetricsLog:
             return
         self._evaluated.add(evaluation.step)
         self.first_evaluation = self.first_evaluation or evaluation
-        values = {name: getattr(evaluation, name) for name in EVALUATION_FIELDS}
+        values = evaluation_values(evaluation)
         self._scalars("evaluation", evaluation.step, values, {f"evaluation/{k}": v for k, v in values.items()})
 
     def event(self, name: str, **fields: Any) -> None:
@@ -258,11 +282,7 @@ def _logged(record: Mapping[str, Any]) -> _Logged:
         return _Logged(record, StepMetrics(step=step, values=values))
     if kind != "evaluation":
         raise ValueError(f"kind: must be step, evaluation or event, not {kind!r:.40}")
-    try:
-        evaluation = Evaluation(step=step, **{k: v for k, v in values.items() if k in EVALUATION_FIELDS})
-    except TypeError as error:
-        raise ValueError(f"an evaluation of another shape: {error}") from None
-    return _Logged(record, evaluation)
+    return _Logged(record, _evaluation(step, values))
 
 
 def _event(record: Mapping[str, Any], step: int, rest: dict[str, Any]) -> Event:

@@ -14,9 +14,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from configs.held_out import held_out_sets
 from configs.losses import Term
 from configs.prompts import Dataset
-from configs.rules import prompts_by_place, teachers_by_place
+from configs.rules import held_out_by_place, prompts_by_place, teachers_by_place
 from configs.schema import Run
 from configs.stations import Choice
 from configs.tasks import ResolvedTask
@@ -24,6 +25,7 @@ from launch import templates
 from launch.report.exactness import exactness_of
 from launch.report.metrics import NOTICEABLE_PADDING, Records
 from launch.report.numbers import fixed, share
+from trainer.types import Evaluation
 
 NOT_STATED = "not stated"
 
@@ -87,8 +89,8 @@ def model_card(
 
 def _datasets(run: Run) -> list[tuple[str, Dataset]]:
     """(what for, dataset)."""
-    held_out = [] if run.data.evaluation is None else [("held out", run.data.evaluation)]
-    return [*(("training", dataset) for dataset in prompts_by_place(run).values()), *held_out]
+    training = (("training", dataset) for dataset in prompts_by_place(run).values())
+    return [*training, *(("held out", dataset) for dataset in held_out_by_place(run).values())]
 
 
 def public_name(path: str) -> str:
@@ -121,30 +123,55 @@ def _front_matter(run: Run, licence: str | None, records: Records, *, adapter: b
 
 
 def _results(run: Run, records: Records) -> list[EvalResult] | None:
-    if not records.evaluations or run.data.evaluation is None:
+    """Of each set of held-out rows."""
+    sets = held_out_sets(run)
+    if not records.evaluations or not sets:
         return None
-    last, data = records.evaluations[-1], run.data.evaluation
-    values = {"forward_kl": last.forward_kl, "agreement": last.agreement, "perplexity": last.perplexity}
-    results = [
-        EvalResult("text-generation", public_name(data.path), public_name(data.path), name, round(value, 6))
-        for name, value in values.items()
-        if math.isfinite(value)
-    ]
+    last = records.evaluations[-1]
+    measured = dict.fromkeys(sets, last) if len(sets) == 1 else last.tasks
+    results = []
+    for name, one in measured.items():
+        if name in sets:
+            dataset = public_name(sets[name].rows.path)
+            config = None if len(sets) == 1 else name
+            values = {"forward_kl": one.forward_kl, "agreement": one.agreement, "perplexity": one.perplexity}
+            results += [
+                EvalResult("text-generation", dataset, dataset, metric, round(value, 6), dataset_config=config)
+                for metric, value in values.items()
+                if value is not None and math.isfinite(value)
+            ]
     return results or None
 
 
 def _quality(records: Records) -> list[Row]:
+    """In sum, then of each task."""
     if not records.evaluations:
         return []
     first, last = records.evaluations[0], records.evaluations[-1]
-    noticeable = max(first.padding_mass, last.padding_mass) >= NOTICEABLE_PADDING
-    padding = Row("probability on ids that do not exist", f"{first.padding_mass:.2%}", f"{last.padding_mass:.2%}", "")
-    return [
-        Row("KL(teacher, student), nats per token", fixed(first.forward_kl, 3), fixed(last.forward_kl, 3), "0"),
-        Row("agreement of first choices", share(first.agreement), share(last.agreement), "100%"),
-        Row("perplexity", fixed(first.perplexity, 2), fixed(last.perplexity, 2), fixed(last.teacher_perplexity, 2)),
-        *([padding] if noticeable else []),
-    ]
+    of_tasks = (
+        row
+        for name, one in last.tasks.items()
+        if name in first.tasks
+        for row in _measured(first.tasks[name], one, name)
+    )
+    return [*_measured(first, last, "all tasks" if last.tasks else ""), *of_tasks]
+
+
+def _measured(first: Evaluation, last: Evaluation, task: str) -> list[Row]:
+    """Without what no teacher scored."""
+    of = f"{task}: " if task else ""
+    rows = []
+    if first.forward_kl is not None and last.forward_kl is not None:
+        kl = (fixed(one, 3) for one in (first.forward_kl, last.forward_kl))
+        rows.append(Row(f"{of}KL(teacher, student), nats per token", *kl, "0"))
+    if first.agreement is not None and last.agreement is not None:
+        rows.append(Row(f"{of}agreement of first choices", share(first.agreement), share(last.agreement), "100%"))
+    teacher = "" if last.teacher_perplexity is None else fixed(last.teacher_perplexity, 2)
+    rows.append(Row(f"{of}perplexity", fixed(first.perplexity, 2), fixed(last.perplexity, 2), teacher))
+    if max(first.padding_mass, last.padding_mass) >= NOTICEABLE_PADDING:
+        padding = (f"{one.padding_mass:.2%}" for one in (first, last))
+        rows.append(Row(f"{of}probability on ids that do not exist", *padding, ""))
+    return rows
 
 
 def _stations(run: Run, task: ResolvedTask) -> list[tuple[str, str]]:

@@ -10,7 +10,6 @@ loops, teachers, students --step, evaluation, event, span--> RunObserver --> met
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from collections import defaultdict, deque
@@ -96,7 +95,7 @@ class RunObserver:
             self._metrics.evaluation(evaluation)
         first = self._metrics.first_evaluation
         self._progress.evaluation(evaluation, None if first is evaluation else first)
-        if self._record is not None and when != "during" and math.isfinite(evaluation.forward_kl):
+        if self._record is not None and when != "during" and evaluation.is_finite:
             with self._told_once():  # the checkpoint of the last step comes after this
                 self._record.evaluation(when, evaluation)
 

@@ -23,10 +23,12 @@ from launch.report.artifacts import Tell, read_manifest
 from launch.report.charts import charts
 from launch.report.metrics import NOTICEABLE_PADDING, TOKENS_PER_S, Records, read_metrics
 from launch.report.numbers import Form, compact, duration, percent
+from launch.report.tasks import tables
 from launch.report.timeline import Span, TimeAxis, draw, kinds_present, mean_waiting, read_timeline, wait_shares
 from launch.report.viewer import Answers, read_generations, read_viewer, sample_records
 from trainer.errors import ConfigError, Preempted
 from trainer.run_folder import RunFolder, write_text
+from trainer.types import Evaluation
 
 __all__ = ["BEFORE_START", "sample_records", "write_report"]
 
@@ -85,6 +87,7 @@ def render(folder: RunFolder) -> str:
         status=status,
         tiles=_tiles(records, spans, manifest),
         charts=charts(records),
+        tables=tables(records),
         timeline=draw(spans),
         kinds=kinds_present(spans),
         shares=shares,
@@ -124,13 +127,16 @@ def _answers_note(config: Mapping[str, Any], generations: Sequence[Answers]) -> 
 
 
 def _subtitle(config: Mapping[str, Any]) -> str:
-    student, teacher = (_model_name(config, role) for role in ("student", "teacher"))
-    return f"{student} learns from {teacher}" if student and teacher else ""
+    named = _inside(config, "teachers")
+    places = [("teachers", name) for name in named] if isinstance(named, Mapping) else []
+    student, *teachers = [_model_name(config, *place) for place in (("student",), ("teacher",), *places)]
+    taught = " and ".join(filter(None, teachers))
+    return f"{student} learns from {taught}" if student and taught else ""
 
 
-def _model_name(config: Mapping[str, Any], role: str) -> str:
+def _model_name(config: Mapping[str, Any], *place: str) -> str:
     """A hub name in full, of a folder only its own name."""
-    path = str(_inside(config, role, "model", "path") or "")
+    path = str(_inside(config, *place, "model", "path") or "")
     return path if path.count("/") == 1 and not path.startswith((".", "/", "~")) else Path(path).name
 
 
@@ -167,19 +173,7 @@ def _tiles(records: Records, spans: Sequence[Span], manifest: Mapping[str, Any])
     tiles = []
     if records.evaluations:
         first, last = records.evaluations[0], records.evaluations[-1]
-        tiles = [
-            Tile(
-                "KL to teacher, nats/token",
-                _change(first.forward_kl, last.forward_kl, compact),
-                _factor(first.forward_kl, last.forward_kl),
-            ),
-            Tile("Same first choice", _change(first.agreement, last.agreement, percent)),
-            Tile(
-                "Perplexity",
-                _change(first.perplexity, last.perplexity, compact),
-                f"teacher {compact(last.teacher_perplexity)}",
-            ),
-        ]
+        tiles = _quality_tiles(first, last)
         if max(first.padding_mass, last.padding_mass) >= NOTICEABLE_PADDING:
             tiles.append(Tile("On ids that do not exist", _change(first.padding_mass, last.padding_mass, percent)))
     speeds = [s.values[TOKENS_PER_S] for s in records.steps[len(records.steps) // 10 :] if TOKENS_PER_S in s.values]
@@ -193,6 +187,18 @@ def _tiles(records: Records, spans: Sequence[Span], manifest: Mapping[str, Any])
         if waiting is not None:
             tiles.append(Tile(f"{who} waited", (percent(waiting),), "of the steady state"))
     return tiles
+
+
+def _quality_tiles(first: Evaluation, last: Evaluation) -> list[Tile]:
+    """Without what no teacher scored."""
+    tiles = []
+    if first.forward_kl is not None and last.forward_kl is not None:
+        kl = _change(first.forward_kl, last.forward_kl, compact)
+        tiles.append(Tile("KL to teacher, nats/token", kl, _factor(first.forward_kl, last.forward_kl)))
+    if first.agreement is not None and last.agreement is not None:
+        tiles.append(Tile("Same first choice", _change(first.agreement, last.agreement, percent)))
+    teacher = "" if last.teacher_perplexity is None else f"teacher {compact(last.teacher_perplexity)}"
+    return [*tiles, Tile("Perplexity", _change(first.perplexity, last.perplexity, compact), teacher)]
 
 
 def _change(before: float, after: float, form: Form) -> tuple[str, ...]:

@@ -82,13 +82,9 @@ class Progress:
         """`before`: of the student before it learned anything, what this one is compared with."""
         self._end_phase()
         self._last = evaluation
-        self.note(
-            f"evaluation at step {evaluation.step}: "
-            f"KL {_change(before and before.forward_kl, evaluation.forward_kl, _three)} nats/token, "
-            f"agreement {_change(before and before.agreement, evaluation.agreement, share)}, "
-            f"perplexity {_change(before and before.perplexity, evaluation.perplexity, _two)} "
-            f"(teacher {_two(evaluation.teacher_perplexity)})" + _padding(before, evaluation)
-        )
+        self.note(f"evaluation at step {evaluation.step}: {_quality(before, evaluation)}")
+        for name, one in evaluation.tasks.items():
+            self.note(f"  {name}: {_quality(before and before.tasks.get(name), one)}")
 
     def note(self, text: str) -> None:
         """One line that stays."""
@@ -142,7 +138,8 @@ class Progress:
         if LOSS in values:
             parts.append(f"loss {_three(values[LOSS])}")
         if self._last is not None:
-            parts.append(f"KL {_three(self._last.forward_kl)} at step {self._last.step}")
+            name, value = self._last.headline
+            parts.append(f"{name} {_three(value)} at step {self._last.step}")
         waits = [
             f"{who} {values[name]:.0%}"
             for who, name in (("student", STUDENT_WAIT), ("teacher", TEACHER_WAIT))
@@ -159,6 +156,18 @@ class Progress:
             return "ETA -"
         pace = (self._step_times[-1] - self._step_times[0]) / (len(self._step_times) - 1)
         return f"ETA {duration(pace * (self._total - self._step.step))}"
+
+
+def _quality(before: Evaluation | None, now: Evaluation) -> str:
+    """What was measured, before and now."""
+    perplexity = f"perplexity {_change(before and before.perplexity, now.perplexity, _two)}"
+    if now.forward_kl is None or now.agreement is None or now.teacher_perplexity is None:
+        return perplexity + _padding(before, now)
+    return (
+        f"KL {_change(before and before.forward_kl, now.forward_kl, _three)} nats/token, "
+        f"agreement {_change(before and before.agreement, now.agreement, share)}, "
+        f"{perplexity} (teacher {_two(now.teacher_perplexity)})" + _padding(before, now)
+    )
 
 
 def _change(before: float | None, now: float, form: Callable[[float], str]) -> str:

@@ -67,8 +67,10 @@ class ViewedSequence:
     @property
     def title(self) -> str:
         """For people, who count rows from 1; ids are `<epoch>:<row>`."""
-        row = self.id.removeprefix("0:")
-        return f"held-out row {int(row) + 1:,}" if row.isdecimal() and row != self.id else self.id
+        task, _, place = self.id.rpartition("/")
+        row = place.removeprefix("0:")
+        of = f" of {task}" if task else ""
+        return f"held-out row {int(row) + 1:,}{of}" if row.isdecimal() and row != place else self.id
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from tiny_runs import WORDS, records, tiny_run, write_rows
 from transformers import AutoModelForCausalLM
 
 from configs.load import load_run
-from trainer.loop.job import held_out_rows, read_inputs
+from trainer.loop.inputs import read_inputs
+from trainer.loop.rows import held_out_rows
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
 

@@ -20,7 +20,8 @@ from launch.contents import contents_of
 from launch.resuming import Standing, new_length, refuse_changes, standing
 from trainer.errors import ConfigError
 from trainer.loop.checkpoint import Checkpoints
-from trainer.loop.job import read_inputs, total_steps
+from trainer.loop.inputs import read_inputs
+from trainer.loop.job import total_steps
 from trainer.loop.manifest import TrainingState
 from trainer.model.optimizer import learning_rate
 from trainer.run_folder import RunFolder, write_json

@@ -14,75 +14,97 @@ import torch
 from trainer.losses.divergences import forward_kl
 from trainer.model.fast import cache_blocks
 from trainer.model.head import Head, HeadShape
-from trainer.types import Evaluation, PairedLogProbs, SampleTokens
+from trainer.types import Evaluation, PairedLogProbs
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRows:
-    """Per loss row, on the device; log-probabilities of the realised next token."""
+    """Per loss row, on the device; log-probabilities of the realised next token. M is N, or 0 where no teacher scored
+    the rows."""
 
-    kl: torch.Tensor  # float32 [N] KL(teacher, student) in nats
-    agree: torch.Tensor  # bool [N] both argmax are equal
+    kl: torch.Tensor  # float32 [M] KL(teacher, student) in nats
+    agree: torch.Tensor  # bool [M] both argmax are equal
     student_logprob: torch.Tensor  # float32 [N]
-    teacher_logprob: torch.Tensor  # float32 [N]
+    teacher_logprob: torch.Tensor  # float32 [M]
     padding_mass: torch.Tensor  # float32 [N] of the student's softmax over all its rows, beyond the vocabulary
+
+    @classmethod
+    def empty(cls, like: torch.Tensor, num_rows: int, *, num_scored: int) -> EvaluationRows:
+        """To be filled, on the device of `like`."""
+        of_teacher, of_student = (
+            lambda: like.new_empty(num_scored, dtype=torch.float32),
+            lambda: like.new_zeros(num_rows, dtype=torch.float32),
+        )
+        agree = like.new_empty(num_scored, dtype=torch.bool)
+        return cls(of_teacher(), agree, of_student(), of_teacher(), of_student())
+
+
+@dataclass(frozen=True, slots=True)
+class StudentHead:
+    """The head of a student: its rows of the vocabulary, and those beyond it, where it has any."""
+
+    inside: Head
+    padding: Head | None
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None, shape: HeadShape, vocabulary_size: int) -> StudentHead:
+        rest = None
+        if (num_rows := weight.shape[0] - vocabulary_size) > 0:
+            rest = Head(weight[vocabulary_size:], None if bias is None else bias[vocabulary_size:], shape, num_rows)
+        return cls(Head(weight, bias, shape, vocabulary_size), rest)
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherStates:
+    """What a teacher said of the rows."""
+
+    hidden: torch.Tensor  # [N, H of the teacher]
+    head: Head
 
 
 @torch.no_grad()
 def evaluation_rows(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    head_shape: HeadShape,
-    vocabulary_size: int,
-    teacher_hidden: torch.Tensor,
-    teacher_head: Head,
+    head: StudentHead,
     next_ids: torch.Tensor,
+    teacher: TeacherStates | None,
+    *,
     chunk_rows: int = 512,
 ) -> EvaluationRows:
-    """Student hidden [N, H] and head against teacher hidden [N, H of the teacher] and head, at temperature 1.
+    """Student hidden [N, H] against what the teacher said of the same rows, at temperature 1.
 
     Logits are computed in the dtype of each head and compared in float32; two [chunk_rows, V] tensors exist at a time.
     All columns but the last are of the distributions inside the vocabulary.
     """
-    student_head = Head(weight, bias, head_shape, vocabulary_size)
-    padding_head = _padding(weight, bias, head_shape, vocabulary_size)
     n = hidden.shape[0]
-    rows = EvaluationRows(
-        kl=hidden.new_empty(n, dtype=torch.float32),
-        agree=hidden.new_empty(n, dtype=torch.bool),
-        student_logprob=hidden.new_empty(n, dtype=torch.float32),
-        teacher_logprob=hidden.new_empty(n, dtype=torch.float32),
-        padding_mass=hidden.new_zeros(n, dtype=torch.float32),
-    )
+    rows = EvaluationRows.empty(hidden, n, num_scored=0 if teacher is None else n)
     for start in range(0, n, chunk_rows):
         chunk = slice(start, min(start + chunk_rows, n))
-        student, teacher = student_head.product(hidden[chunk]), teacher_head.product(teacher_hidden[chunk])
-        padding = None if padding_head is None else padding_head.product(hidden[chunk])
-        for block in cache_blocks(student):
-            logits = head_shape.apply(student[block].float())
-            s = logits.log_softmax(1)
-            t = teacher_head.shape.apply(teacher[block].float()).log_softmax(1)
+        products = head.inside.product(hidden[chunk])
+        of_teacher = None if teacher is None else teacher.head.product(teacher.hidden[chunk])
+        padding = None if head.padding is None else head.padding.product(hidden[chunk])
+        for block in cache_blocks(products):
             place = slice(start + block.start, start + block.stop)
-            ids = next_ids[place, None]
-            rows.kl[place] = forward_kl(PairedLogProbs(s, t, exhaustive=True))
-            rows.agree[place] = s.argmax(1) == t.argmax(1)
-            rows.student_logprob[place] = s.gather(1, ids)[:, 0]
-            rows.teacher_logprob[place] = t.gather(1, ids)[:, 0]
+            logits = head.inside.shape.apply(products[block].float())
+            student = logits.log_softmax(1)
+            rows.student_logprob[place] = student.gather(1, next_ids[place, None])[:, 0]
+            if teacher is not None:
+                scored = teacher.head.shape.apply(of_teacher[block].float()).log_softmax(1)
+                _compare(rows, place, student, scored, next_ids[place, None])
             if padding is not None:
-                inside = logits[:, 0] - s[:, 0]  # log-sum-exp
-                outside = head_shape.apply(padding[block].float()).logsumexp(1)
+                inside = logits[:, 0] - student[:, 0]  # log-sum-exp
+                outside = head.padding.shape.apply(padding[block].float()).logsumexp(1)
                 rows.padding_mass[place] = (outside - inside).sigmoid()
     return rows
 
 
-def _padding(weight: torch.Tensor, bias: torch.Tensor | None, shape: HeadShape, vocabulary_size: int) -> Head | None:
-    """The rows of a head beyond the vocabulary."""
-    num_rows = weight.shape[0] - vocabulary_size
-    if num_rows <= 0:
-        return None
-    return Head(weight[vocabulary_size:], None if bias is None else bias[vocabulary_size:], shape, num_rows)
+def _compare(
+    rows: EvaluationRows, place: slice, student: torch.Tensor, teacher: torch.Tensor, ids: torch.Tensor
+) -> None:
+    """Log-probabilities of the rows at `place`, float32 [n, V]."""
+    rows.kl[place] = forward_kl(PairedLogProbs(student, teacher, exhaustive=True))
+    rows.agree[place] = student.argmax(1) == teacher.argmax(1)
+    rows.teacher_logprob[place] = teacher.gather(1, ids)[:, 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +112,7 @@ class EvaluationSums:
     """What ranks add up: float64 sums over rows."""
 
     num_rows: float
+    num_scored: float  # rows that a teacher scored
     kl: float
     agree: float
     student_logprob: float
@@ -99,35 +122,29 @@ class EvaluationSums:
     @classmethod
     def of(cls, rows: EvaluationRows) -> EvaluationSums:
         columns = (getattr(rows, f.name) for f in fields(rows))  # the same names in the same order
-        return cls(float(rows.kl.shape[0]), *(float(column.double().sum()) for column in columns))
+        sums = (float(column.double().sum()) for column in columns)
+        return cls(float(len(rows.student_logprob)), float(len(rows.kl)), *sums)
 
     @classmethod
     def combine(cls, parts: Iterable[EvaluationSums]) -> EvaluationSums:
-        """The sums over all parts (micro-batches, ranks); zeros for none."""
+        """The sums over all parts (micro-batches, ranks, tasks); zeros for none."""
         parts = list(parts)
         return cls(*(math.fsum(getattr(part, f.name) for part in parts) for f in fields(cls)))
 
-    def to_tensor(self, device: torch.device) -> torch.Tensor:
-        """float64 [6], for an all-reduce by sum; `from_tensor` reads it back."""
-        return torch.tensor([getattr(self, f.name) for f in fields(self)], dtype=torch.float64, device=device)
-
-    @classmethod
-    def from_tensor(cls, sums: torch.Tensor) -> EvaluationSums:
-        return cls(*sums.tolist())
-
-    def result(self, step: int, samples: tuple[SampleTokens, ...] = ()) -> Evaluation:
-        """Means over all rows. Raises `ValueError` where there is no row: a mean of nothing is no zero."""
+    def result(self, step: int) -> Evaluation:
+        """Means over all rows; those about a teacher over the rows that one scored, None where there is none. Raises
+        `ValueError` where there is no row: a mean of nothing is no zero."""
         if not self.num_rows:
             raise ValueError("an evaluation needs at least one held-out loss row, got none")
+        scored = self.num_scored
         return Evaluation(
             step=step,
             num_rows=int(self.num_rows),
-            forward_kl=self.kl / self.num_rows,
-            agreement=self.agree / self.num_rows,
+            forward_kl=self.kl / scored if scored else None,
+            agreement=self.agree / scored if scored else None,
             perplexity=_exp(-self.student_logprob / self.num_rows),
-            teacher_perplexity=_exp(-self.teacher_logprob / self.num_rows),
+            teacher_perplexity=_exp(-self.teacher_logprob / scored) if scored else None,
             padding_mass=self.padding_mass / self.num_rows,
-            samples=samples,
         )
 
 

@@ -5,14 +5,15 @@ The row mathematics is `trainer/checks/evaluate.py`; this file is about batches 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 
-from trainer.checks.evaluate import EvaluationRows, EvaluationSums, evaluation_rows
+from configs.section import MAIN
+from trainer.checks.evaluate import EvaluationRows, EvaluationSums, StudentHead, TeacherStates, evaluation_rows
 from trainer.loop.packing import pack, to_device
 from trainer.loop.staging import HeldOutBatch
 from trainer.model.collectives import gather_numbers, gather_objects
@@ -20,57 +21,67 @@ from trainer.model.head import Head, HeadShape
 from trainer.model.load import HeadCall
 from trainer.types import Evaluation, SampleTokens, TokenBatch
 
+NO_BATCH = HeldOutBatch(batch=pack((), (), ()), members=())
 
-@torch.no_grad()
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """How the rows of a batch are measured on this rank."""
+
+    forward: Callable[[TokenBatch, HeadCall], tuple[torch.Tensor, ...]]  # of the sharded student
+    head_shape: HeadShape
+    teacher_head: Callable[[str], Head | None]  # of the teacher that a part of a batch names
+    vocabulary_size: int
+    chunk_rows: int
+    device: torch.device
+
+    def rows(self, host_batch: TokenBatch) -> EvaluationRows:
+        """Collective. Of a batch of one task and teacher, or of none."""
+        batch = to_device(host_batch, self.device)
+
+        def measured(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+            if not batch.parts:
+                return _columns(EvaluationRows.empty(hidden, 0, num_scored=0))
+            (part,) = batch.parts
+            head = StudentHead.of(weight, bias, self.head_shape, self.vocabulary_size)
+            labels = part.labels.get("hidden")
+            teacher = None if labels is None else TeacherStates(labels, self.teacher_head(part.teacher))
+            return _columns(evaluation_rows(hidden, head, batch.target_ids, teacher, chunk_rows=self.chunk_rows))
+
+        return EvaluationRows(*self.forward(batch, measured))
+
+
 def evaluate_held_out(
-    held_out: AbstractSequence[HeldOutBatch],
-    forward: Callable[[TokenBatch, HeadCall], tuple[torch.Tensor, ...]],
-    *,
-    step: int,
-    viewer_sequences: int,
-    head_shape: HeadShape,
-    teacher_head: Callable[[str], Head | None],
-    vocabulary_size: int,
-    chunk_rows: int,
-    device: torch.device,
+    held_out: AbstractSequence[HeldOutBatch], measure: Measure, *, step: int, viewer_sequences: int
 ) -> Evaluation:
     """Collective. Equal numbers on all ranks; of each rank's first sequences samples, together `viewer_sequences`.
 
-    A rank may hold none. `teacher_head` finds the head of the teacher that a batch names. All ranks run the same number
-    of forwards.
+    A rank may hold none. All ranks run the same number of forwards.
     """
-    most = int(gather_numbers(torch.tensor([len(held_out)], device=device)).amax())
-    nothing = HeldOutBatch(batch=pack((), (), ()), members=())
-    sums, samples = [], {}
-    for item in (*held_out, *[nothing] * (most - len(held_out))):
-        batch = to_device(item.batch, device)
-
-        def compare(hidden, weight, bias, batch=batch) -> tuple[torch.Tensor, ...]:
-            if not len(batch.loss_rows):
-                empty = hidden.new_empty(0, dtype=torch.float32)
-                return empty, empty.bool(), empty, empty, empty
-            (part,) = batch.parts
-            rows = evaluation_rows(
-                hidden,
-                weight,
-                bias,
-                head_shape=head_shape,
-                vocabulary_size=vocabulary_size,
-                teacher_hidden=part.labels["hidden"],
-                teacher_head=teacher_head(part.teacher),
-                next_ids=batch.target_ids,
-                chunk_rows=chunk_rows,
-            )
-            return rows.kl, rows.agree, rows.student_logprob, rows.teacher_logprob, rows.padding_mass
-
-        rows = EvaluationRows(*forward(batch, compare))
-        sums.append(EvaluationSums.of(rows))
+    most = int(gather_numbers(torch.tensor([len(held_out)], device=measure.device)).amax())
+    sums: dict[str, list[EvaluationSums]] = {}
+    samples: dict[int, SampleTokens] = {}
+    for item in (*held_out, *[NO_BATCH] * (most - len(held_out))):
+        rows = measure.rows(item.batch)
+        for part in item.batch.parts:
+            sums.setdefault(part.task, []).append(EvaluationSums.of(rows))
         samples |= _samples(item, rows, first=viewer_sequences)
-    mine = EvaluationSums.combine(sums).to_tensor(device)
-    total = EvaluationSums.combine(EvaluationSums.from_tensor(row) for row in gather_numbers(mine))
-    ranks = gather_objects([samples[position] for position in sorted(samples)])
-    shown = [sample for rank in ranks for sample in rank]
-    return total.result(step, tuple(shown[:viewer_sequences]))
+    mine = {name: EvaluationSums.combine(parts) for name, parts in sums.items()}
+    ranks = gather_objects((mine, [samples[position] for position in sorted(samples)]))
+    shown = [sample for _, of_rank in ranks for sample in of_rank]
+    return replace(_in_sum([of_rank for of_rank, _ in ranks], step), samples=tuple(shown[:viewer_sequences]))
+
+
+def _in_sum(ranks: AbstractSequence[Mapping[str, EvaluationSums]], step: int) -> Evaluation:
+    """Of all held-out rows, and where they are of several tasks, of each."""
+    names = sorted({name for rank in ranks for name in rank})
+    tasks = {name: EvaluationSums.combine(rank[name] for rank in ranks if name in rank) for name in names}
+    total = EvaluationSums.combine(tasks.values()).result(step)
+    return replace(total, tasks={name: one.result(step) for name, one in tasks.items()} if len(tasks) > 1 else {})
+
+
+def _columns(rows: EvaluationRows) -> tuple[torch.Tensor, ...]:
+    return tuple(getattr(rows, field.name) for field in fields(rows))
 
 
 def without_samples(evaluation: Evaluation) -> Evaluation:
@@ -79,8 +90,8 @@ def without_samples(evaluation: Evaluation) -> Evaluation:
 
 
 def _samples(item: HeldOutBatch, rows: EvaluationRows, *, first: int) -> dict[int, SampleTokens]:
-    """By position, those of the rank's `first` sequences that are in this batch."""
-    if all(position >= first for position, _, _ in item.members):
+    """By position, those of the rank's `first` sequences that are in this batch and that a teacher scored."""
+    if not len(rows.kl) or all(position >= first for position, _, _ in item.members):
         return {}
     student, teacher, kl = (x.cpu().numpy() for x in (rows.student_logprob, rows.teacher_logprob, rows.kl))
     samples, start = {}, 0
@@ -90,7 +101,7 @@ def _samples(item: HeldOutBatch, rows: EvaluationRows, *, first: int) -> dict[in
         start = part.stop
         if position < first:
             samples[position] = SampleTokens(
-                id=sequence.id,
+                id=sequence.id if sequence.task == MAIN else f"{sequence.task}/{sequence.id}",
                 token_ids=sequence.token_ids,
                 rows=np.flatnonzero(sequence.loss_mask),
                 student_logprob=student[part].copy(),

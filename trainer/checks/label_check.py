@@ -175,14 +175,21 @@ def _compare(
         rounding = _kl(truth, rounded)
         if encoding.needs == "logits":
             rounding = max(rounding, mean_kl(truth, encoding.make(rounded, next_ids)))
-        spread = _kl(truth[1:], truth[:-1])
-        told_apart = spread <= ROUNDING_FACTOR * rounding
-        if told_apart:
-            numbers += (
-                f". Neighbouring rows differ by {spread:.1g} nats, and {dtype} rounds by {rounding:.1g}: this teacher "
-                "is too flat for a shift to be seen"
-            )
+        flat = _flatness(truth, rounding, dtype)
+        told_apart, numbers = bool(flat), numbers + flat
     return SelfTestResult(name=name, passed=aligned <= tolerance and told_apart, numbers=numbers)
+
+
+def _flatness(truth: torch.Tensor, rounding: float, dtype: str) -> str:
+    """What is to be told of rows so much alike that `rounding`, in nats, hides a shift by one; empty where they are
+    not."""
+    spread = _kl(truth[1:], truth[:-1])
+    if spread > ROUNDING_FACTOR * rounding:
+        return ""
+    return (
+        f". Neighbouring rows differ by {spread:.1g} nats, and {dtype} rounds by {rounding:.1g}: this teacher is too "
+        "flat for a shift to be seen"
+    )
 
 
 def _compare_targets(

@@ -128,25 +128,13 @@ def _logits(subject: Subject) -> SelfTestResult:
 
 def _loss(subject: Subject, task: str) -> SelfTestResult:
     """The chunked loss and its gradient against the plain formula in float32, inside the student's real head."""
-    encoding, objective = subject.losses[task]
+    encoding, _ = subject.losses[task]
     size = min(subject.vocabulary_size, max(LOSS_VOCABULARY, getattr(encoding, "k", 0) + 1))
     target_ids = torch.randint(size, (ROWS,)).to(subject.device)
     found: list[float] = []
 
     def compare(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor]:
-        labels, teacher_head = _random_labels(subject, encoding, size, target_ids)
-        part = LossPart(
-            rows=slice(0, ROWS),
-            labels=labels,
-            encoding=encoding,
-            objective=objective,
-            scale=1 / ROWS,
-            teacher_head=teacher_head,
-            group_scale=1 / 2,
-            row_sequences=(torch.arange(ROWS) * 4 // ROWS).to(subject.device),
-            groups=((0, 1), (2, 3)),
-            rewards=(1.0, 0.0, 0.5, 0.25),
-        )
+        part = _random_part(subject, task, size, target_ids)
         runs = []
         for run in (_fused_loss, _plain_loss):
             h, w = hidden.detach().requires_grad_(), weight[:size].detach().clone().requires_grad_()
@@ -199,6 +187,24 @@ def _plain_loss(subject: Subject, part: LossPart, hidden, weight, bias, target_i
         for term in part.objective.sequence_terms:
             loss = loss + (term.factor * part.group_scale * term.function(scores).sum()).float()
     return loss
+
+
+def _random_part(subject: Subject, task: str, size: int, target_ids: torch.Tensor) -> LossPart:
+    """Two pairs of answers, with labels, rewards and groups for whatever a term needs."""
+    encoding, objective = subject.losses[task]
+    labels, teacher_head = _random_labels(subject, encoding, size, target_ids)
+    return LossPart(
+        rows=slice(0, ROWS),
+        labels=labels,
+        encoding=encoding,
+        objective=objective,
+        scale=1 / ROWS,
+        teacher_head=teacher_head,
+        group_scale=1 / 2,
+        row_sequences=(torch.arange(ROWS) * 4 // ROWS).to(subject.device),
+        groups=((0, 1), (2, 3)),
+        rewards=(1.0, 0.0, 0.5, 0.25),
+    )
 
 
 def _random_labels(

@@ -29,7 +29,7 @@ def answer_of(sequence: Sequence) -> np.ndarray:
 
 
 def readable_prompts(dataset: Dataset, sequences: AbstractSequence[Sequence], template: Template) -> list[list[Turn]]:
-    """The prompt of each sequence (of `trainer.loop.job.held_out_rows`) as turns.
+    """The prompt of each sequence (of `trainer.loop.rows.held_out_rows`) as turns.
 
     Turns are shown only where rendering them gives the very tokens of the prompt; otherwise its text is.
     """

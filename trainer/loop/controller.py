@@ -11,19 +11,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.errors import ConfigError, Diverged, Preempted, StudentsLost
 from trainer.loop.checkpoint import Checkpoints, Committed
 from trainer.loop.held_out import HeldOut
 from trainer.loop.hooks import Checkpoint, CheckpointWriter, Evaluate
-from trainer.loop.job import Job
-from trainer.loop.scoring import UnitScorers
+from trainer.loop.scoring import UnitScorers, first_error
 from trainer.loop.start_checks import check_start
-from trainer.loop.supply import Supply, first_error
+from trainer.loop.supply import Supply
 from trainer.loop.train import Loops
 from trainer.protocols import Observer, SelfTestResult, Session, StudentInfo
 from trainer.threads import in_thread
 from trainer.types import Cursor
+
+if TYPE_CHECKING:
+    from trainer.loop.job import Job
 
 
 class Setbacks:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
+from collections.abc import Sequence as AbstractSequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from configs.held_out import held_out_sets
 from configs.labels import HELD_OUT
 from trainer.data.readable import prompt_of
-from trainer.errors import ConfigError, Diverged, InfrastructureError, LabelsLost, StillhouseError
-from trainer.loop.job import Job, evaluating_task
+from trainer.errors import ConfigError, Diverged, StillhouseError
 from trainer.loop.plan import cut_units, plan_step
-from trainer.loop.scoring import scorer_of
+from trainer.loop.scoring import Scored, score_and_stage, scorer_of
 from trainer.model.teacher_answers import teacher_answers
 from trainer.protocols import Moment, Observer, Session
 from trainer.threads import in_thread
-from trainer.types import BlockRef, Evaluation, GenerationRequest, Sampling, Unit, UnitReport
+from trainer.types import Evaluation, GenerationRequest, Sampling, Sequence, Unit
+
+if TYPE_CHECKING:
+    from trainer.loop.job import Job
 
 
 class HeldOut:
@@ -28,15 +31,17 @@ class HeldOut:
         self._students = session.students
         self._observer = observer
         self._units: list[list[Unit]] = []  # by rank
-        self._blocks: dict[str, BlockRef] = {}
+        self._scored: dict[str, Scored] = {}
+        self._sets = held_out_sets(job.run)
 
     async def prepare(self) -> None:
         """Score the rows once, with hidden labels: evaluation is exact whatever the training encoding."""
         rows = self._job.evaluation
-        if rows and not self._job.loop.has_held_out_rows:
-            text = "no task takes labels of a teacher, so there is no held-out KL: data.evaluation is only answered"
+        if unscored := [name for name, one in self._sets.items() if not one.is_scored]:
+            of = "" if len(self._sets) == 1 else f" of {', '.join(unscored)}"
+            text = f"held-out rows{of} have no teacher's labels: perplexity is measured on them, KL and agreement not"
             self._observer.event("note", text=text)
-        elif rows:
+        if rows:
             budget = max(self._job.loop.micro_batch_tokens, *(row.num_tokens for row in rows))
             plan = plan_step([row.num_tokens for row in rows], world=self._students.world, token_budget=budget)
             batches = cut_units(rows, plan, step=0, units_per_rank=plan.num_micro_batches)
@@ -47,23 +52,32 @@ class HeldOut:
         """Score what is missing and hand every rank its held-out units; also after a restart of the group."""
         if not self._units:
             return
-        for _ in range(self._job.loop.max_unit_attempts):
-            missing = [unit for units in self._units for unit in units if unit.id not in self._blocks]
-            scored = await asyncio.gather(*(self._score(unit) for unit in missing))
-            self._blocks.update((unit.id, block) for unit, (_, block) in zip(missing, scored, strict=True))
-            blocks = [[self._blocks[unit.id] for unit in units] for units in self._units]
-            try:
-                await self._students.stage_evaluation(self._units, blocks)
-                return
-            except LabelsLost as lost:
-                for unit_id in lost.unit_ids:
-                    del self._blocks[unit_id]
-        raise InfrastructureError(
-            "the held-out labels were lost again and again while they were handed to the students"
+        units = [unit for of_rank in self._units for unit in of_rank if self._sets[unit.kind[0]].is_scored]
+
+        async def stage() -> None:
+            found = {unit_id: block for unit_id, (_, block) in self._scored.items()}
+            await self._students.stage_evaluation(
+                self._units, [[found.get(unit.id) for unit in of_rank] for of_rank in self._units]
+            )
+
+        await score_and_stage(
+            "the held-out rows",
+            units,
+            self._scored,
+            score=self._score,
+            stage=stage,
+            attempts=self._job.loop.max_unit_attempts,
+            observer=self._observer,
         )
 
-    async def _score(self, unit: Unit) -> tuple[UnitReport, BlockRef]:
+    async def _score(self, unit: Unit) -> Scored:
         return await scorer_of(self._teachers, unit.kind[1]).score(unit, HELD_OUT)
+
+    @property
+    def _report_rows(self) -> tuple[Sequence, ...]:
+        """What the models are asked for the report: the first rows of the first set."""
+        rows = self._job.evaluation
+        return tuple(row for row in rows if row.task == rows[0].task)[: self._job.run.report.generate]
 
     async def look(self, when: Moment, step: int, *, evaluated: bool = False) -> None:
         """Quality and generations before and after training; `evaluated`: the loops did the former."""
@@ -71,28 +85,27 @@ class HeldOut:
             evaluation = await self._students.evaluate(step)
             self._observer.evaluation(evaluation, when)
             self._refuse_broken(evaluation, trained=when == "after")
-        report = self._job.run.report
-        rows = self._job.evaluation[: report.generate]
-        if rows:
+        if rows := self._report_rows:
             texts = await self._students.generate(
                 [prompt_of(row) for row in rows],
-                max_new_tokens=report.generate_tokens,
-                stop_ids=self._job.inputs.stop_ids,
+                max_new_tokens=self._job.run.report.generate_tokens,
+                stop_ids=self._stop_ids,
             )
             self._observer.generation(when, rows, texts)
 
     def _refuse_broken(self, evaluation: Evaluation, *, trained: bool) -> None:
-        if math.isfinite(evaluation.forward_kl):
+        if evaluation.is_finite:
             return
+        what, value = evaluation.headline
         if trained:
             raise Diverged(
-                f"the held-out KL of the student as it was saved after step {evaluation.step} is "
-                f"{evaluation.forward_kl}: it is broken, and not exported. Without that checkpoint in "
+                f"the held-out {what} of the student as it was saved after step {evaluation.step} is "
+                f"{value}: it is broken, and not exported. Without that checkpoint in "
                 f"{self._job.folder.checkpoints} the same command goes on from the one before, if there is one. Lower "
                 "optimizer.learning_rate, in a run of another name"
             )
         raise ConfigError(
-            f"the held-out KL is {evaluation.forward_kl} before the first step (perplexity of the student "
+            f"the held-out {what} is {value} before the first step (perplexity of the student "
             f"{evaluation.perplexity}, of the teacher {evaluation.teacher_perplexity}): the weights of "
             "student.model or teacher.model hold NaN or infinity, or overflow in their dtype; name others, or another "
             "dtype"
@@ -101,28 +114,26 @@ class HeldOut:
     async def ask_teacher(self) -> None:
         """The teacher's own answers to the prompts of the report, by its generator where there is one. A run does not
         depend on them: what stands in their way is noted."""
-        rows = self._job.evaluation[: self._job.run.report.generate]
-        if not rows or not self._teachers:
+        rows = self._report_rows
+        asked = self._sets[rows[0].task].task.teachers if rows else ()
+        if not asked:
             return
-        prompts = [prompt_of(row) for row in rows]
         try:
-            texts = await self._written(prompts, [f"report/{row.id}" for row in rows])
+            texts = await self._written(rows, rows[0].teacher or asked[0])
         except StillhouseError as error:
             self._observer.event("note", text=f"the report shows no answers of the teacher: {error}")
             return
         if texts is not None:
             self._observer.generation("teacher", rows, texts)
 
-    async def _written(self, prompts: list[np.ndarray], ids: list[str]) -> list[np.ndarray] | None:
-        task = evaluating_task(self._job.run)
-        name = task.teachers[0]  # of a route one teacher, for all prompts
+    async def _written(self, rows: AbstractSequence[Sequence], name: str) -> list[np.ndarray] | None:
+        """By one teacher, also where the rows are of several."""
+        prompts = [prompt_of(row) for row in rows]
         if (generator := self._teachers[name].generator) is not None:
-            greedy = Sampling(
-                self._job.run.report.generate_tokens, stop_token_ids=self._job.inputs.tasks[task.name].stop_ids
-            )
+            greedy = Sampling(self._job.run.report.generate_tokens, stop_token_ids=self._stop_ids)
             asked = [
-                GenerationRequest(one, prompt, greedy, origin="data.evaluation")
-                for one, prompt in zip(ids, prompts, strict=True)
+                GenerationRequest(f"report/{row.id}", prompt, greedy, origin="data.evaluation")
+                for row, prompt in zip(rows, prompts, strict=True)
             ]
             return [completion.token_ids for completion in await generator.generate(asked)]
         return await in_thread(
@@ -130,8 +141,13 @@ class HeldOut:
             prompts,
             self._job.run.teachers_by_name()[name].model,
             max_new_tokens=self._job.run.report.generate_tokens,
-            stop_ids=self._job.inputs.stop_ids,
+            stop_ids=self._stop_ids,
         )
+
+    @property
+    def _stop_ids(self) -> tuple[int, ...]:
+        """Of the rows of the report."""
+        return self._job.inputs.tasks[self._sets[self._report_rows[0].task].task.name].stop_ids
 
 
 def _held_out(unit: Unit) -> Unit:

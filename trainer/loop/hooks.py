@@ -3,53 +3,22 @@ the order of its list, evaluation before checkpoint: what an evaluation finds br
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from trainer.errors import Diverged, InfrastructureError, StudentsLost
-from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.manifest import TrainingState
 from trainer.loop.settings import LoopSettings, every
-from trainer.protocols import Observer, Students
+from trainer.protocols import Hook, Observer, Students
 from trainer.threads import in_thread
-from trainer.types import Cursor, Evaluation
+from trainer.types import Evaluation, Trained
 
 if TYPE_CHECKING:
+    from trainer.loop.checkpoint import Checkpoints
     from trainer.loop.job import Job
 
 MAX_FAILED_SAVES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """How far the run is trained."""
-
-    step: int
-    cursor: Cursor  # after the prompts of that step
-    non_finite_steps: int  # skipped so far, over all attempts
-    last: bool  # no step follows
-
-
-class Hook(Protocol):
-    """Work between two steps, while no rank trains. An error of any method ends the run. A hook serves every attempt of
-    a run: `begin` comes again after the student group was restarted."""
-
-    async def begin(self, step: int) -> None:
-        """Training goes on after `step`; 0: it begins."""
-
-    def due(self, step: int, *, last: bool, elapsed_s: float) -> bool:
-        """Whether to `run` after this step. `elapsed_s`: since the hook ran, or since the loops began."""
-        ...
-
-    async def run(self, trained: Trained) -> None: ...
-
-    async def finish(self, trained: Trained) -> bool:
-        """The run ends early after `trained`, by a request or an error of the supply: keep what a later run needs.
-        Returns whether it is kept."""
-        return True
 
 
 class Evaluate(Hook):
@@ -79,16 +48,17 @@ class Evaluate(Hook):
         self._observer.span("student", "evaluate", started, time.time(), f"step {step}")
         self._observer.evaluation(evaluation, "after" if last else "during")
         self.latest = evaluation
-        if not math.isfinite(evaluation.forward_kl):
+        if not evaluation.is_finite:
             saved = self._checkpoint.saved_step
             raise diverged(evaluation, last_good=saved if saved < step else 0)
 
 
 def diverged(evaluation: Evaluation, *, last_good: int) -> Diverged:
     """For an evaluation that is not finite. `last_good`: step of the last checkpoint before it; 0: there is none."""
+    what, value = evaluation.headline
     kept = f"The last good checkpoint is that of step {last_good}: training.steps: {last_good} exports its student"
     return Diverged(
-        f"the held-out KL after step {evaluation.step} is {evaluation.forward_kl}: the student is broken, and nothing "
+        f"the held-out {what} after step {evaluation.step} is {value}: the student is broken, and nothing "
         "of it is exported. Lower optimizer.learning_rate, in a run of another name. "
         + (kept if last_good else "There is no good checkpoint before it")
     )

@@ -76,8 +76,8 @@ class Staging:
 
         Raises `UnitRejected` naming the unit whose labels are not what was asked.
         """
-        labels = [self._tasks[unit.kind[0]].labels for unit in batch.units]
-        scored = [isinstance(one, Labels) for one in labels]
+        labels = [self._tasks[unit.kind[0]].soft_labels for unit in batch.units]
+        scored = [one is not None for one in labels]
         layouts = self._check("training", list(compress(batch.units, scored)), blocks, list(compress(labels, scored)))
         given = iter(blocks)
         aligned = [next(given) if has_labels else None for has_labels in scored]
@@ -95,12 +95,14 @@ class Staging:
         """Of the teacher that a part names; None where none of its hidden states came here."""
         return self._heads.get(teacher)
 
-    def stage_held_out(self, units: AbstractSequence[Unit], blocks: AbstractSequence[SoftLabelBlock]) -> None:
-        """Keep the rank's held-out units, packed by the training's token budget, each batch of one task and teacher."""
-        layouts = self._check("evaluation", units, blocks, [HELD_OUT] * len(units))
+    def stage_held_out(self, units: AbstractSequence[Unit], blocks: AbstractSequence[SoftLabelBlock | None]) -> None:
+        """Keep the rank's held-out units, packed by the training's token budget, each batch of one task and teacher.
+        The block of a unit that nobody scores is None."""
+        scored = [(unit, block) for unit, block in zip(units, blocks, strict=True) if block is not None]
+        layouts = self._check("evaluation", [u for u, _ in scored], [b for _, b in scored], [HELD_OUT] * len(scored))
         places = [(u, s) for u, unit in enumerate(units) for s in range(len(unit.sequences))]
         held_out = []
-        for kind in layouts:
+        for kind in dict.fromkeys(unit.kind for unit in units):
             own = [index for index, (u, _) in enumerate(places) if units[u].kind == kind]
             lengths = [units[places[i][0]].sequences[places[i][1]].num_tokens for i in own]
             budget = max(self._run.training.micro_batch_tokens, *lengths, 1)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from configs.labels import HELD_OUT, Labels, TopK
 from trainer.checks.label_check import check_labels, plan_check, teacher_lengths, teacher_truth
 from trainer.errors import SelfTestError
-from trainer.loop.job import Job
 from trainer.protocols import Observer, SelfTestResult, Session
 from trainer.types import Sequence
+
+if TYPE_CHECKING:
+    from trainer.loop.job import Job
 
 
 async def check_start(job: Job, session: Session, observer: Observer) -> tuple[SelfTestResult, ...]:
@@ -37,7 +40,7 @@ async def _check_labels(job: Job, session: Session) -> tuple[SelfTestResult, ...
     """Of every teacher whose labels a task takes: by the first such task."""
     results: list[SelfTestResult] = []
     for name, pools in session.teachers.items():
-        tasks = [task for task in job.tasks.values() if name in task.teachers and isinstance(task.labels, Labels)]
+        tasks = [task for task in job.tasks.values() if name in task.teachers and task.soft_labels is not None]
         if pools.scorer is None or not tasks:
             continue
         rows = [row for row in (job.samples or job.evaluation) if not row.teacher or row.teacher == name]

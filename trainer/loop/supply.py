@@ -15,19 +15,22 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from configs.section import MAIN
-from trainer.errors import InfrastructureError, LabelsLost
 from trainer.loop.plan import cut_units, groups_of, plan_step
-from trainer.loop.scoring import UnitScorers
+from trainer.loop.scoring import Scored, UnitScorers, score_and_stage
 from trainer.loop.settings import LoopSettings
-from trainer.loop.sources import Drawn, Source
 from trainer.protocols import Observer, Students
 from trainer.threads import in_thread, wrapped
-from trainer.types import AnswerCounters, BlockRef, Cursor, RankBatch, Sequence, Unit, UnitReport
+from trainer.types import AnswerCounters, Cursor, RankBatch, Sequence, UnitReport
+
+if TYPE_CHECKING:
+    from trainer.loop.sources import Drawn, Source
 
 _Made = TypeVar("_Made")
+_Task = asyncio.Task["ReadyStep"] | asyncio.Task[None]
 SETTLE_S = 5.0  # for rows that are being read when nobody needs them any more: a thread is better not left behind
 
 
@@ -93,14 +96,14 @@ class Supply:
         self._settings = settings
         self._observer = observer
         self._permits = Permits(depth=settings.depth, max_bytes=settings.max_label_bytes)
-        self._ready: asyncio.Queue[asyncio.Future[Any]] = asyncio.Queue()
-        self._supplying: list[asyncio.Task[Any]] = []  # the loop itself, then its steps that are not trained yet
+        self._ready: asyncio.Queue[_Task] = asyncio.Queue()
+        self._supplying: list[_Task] = []  # the loop itself, then its steps that are not trained yet
         self._taking: asyncio.Future[Drawn] | None = None  # in a thread: a disk may hang
         self._answers = AnswerCounters()  # of the steps taken here
 
     def start(self, start_step: int) -> None:
         """Begin with the step after `start_step`; the source stands there."""
-        supply = asyncio.create_task(_as_error(self._run, start_step), name="supply")
+        supply = asyncio.create_task(_as_error(partial(self._run, start_step)), name="supply")
         supply.add_done_callback(self._ended)
         self._supplying.append(supply)
 
@@ -109,6 +112,7 @@ class Supply:
         and `DataError` where too many answers are of no use."""
         task = await self._ready.get()
         ready = await asyncio.shield(task)
+        assert ready is not None, "the loop itself is queued with an error alone"
         self._supplying = [other for other in self._supplying if other is not task]
         return self._with_answers(ready)
 
@@ -139,7 +143,7 @@ class Supply:
             await self._permits.admit(step)
             self._taking = asyncio.ensure_future(in_thread(self._source.take, step))
             drawn = await asyncio.shield(self._taking)
-            task = asyncio.create_task(_as_error(self._make_ready, drawn), name=f"step-{step}")
+            task = asyncio.create_task(_as_error(partial(self._make_ready, drawn)), name=f"step-{step}")
             self._supplying.append(task)
             self._ready.put_nowait(task)
 
@@ -170,35 +174,26 @@ class Supply:
         )
 
     async def _score_and_stage(self, batches: tuple[RankBatch, ...]) -> tuple[UnitReport, ...]:
-        """Score all units at once, then stage. Blocks that were lost on the way are scored again."""
-        scored: dict[str, tuple[UnitReport, BlockRef]] = {}
-        for attempt in range(self._settings.max_unit_attempts):
-            missing = [unit for batch in batches for unit in batch.units if unit.id not in scored]
-            scored.update(await self._score(missing))
-            blocks = [[scored[u.id][1] for u in batch.units if self._scorers.has_labels(u)] for batch in batches]
-            started = time.time()
-            try:
-                await self._students.stage(batches, blocks)
-            except LabelsLost as lost:
-                self._observer.event("labels_lost", units=list(lost.unit_ids), attempt=attempt)
-                for unit_id in lost.unit_ids:
-                    del scored[unit_id]
-                continue
-            self._observer.span("student", "stage", started, time.time(), f"step {batches[0].step}")
-            return tuple(report for report, _ in scored.values())
-        raise InfrastructureError(f"the labels of step {batches[0].step} were lost {attempt + 1} times in a row")
+        """The reports of the units that have labels."""
+        units = [unit for batch in batches for unit in batch.units if self._scorers.has_labels(unit)]
+        scored: dict[str, Scored] = {}
 
-    async def _score(self, units: list[Unit]) -> dict[str, tuple[UnitReport, BlockRef]]:
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = {
-                    unit.id: group.create_task(self._scorers.score(unit), name=f"unit {unit.id}")
-                    for unit in units
-                    if self._scorers.has_labels(unit)
-                }
-        except BaseExceptionGroup as errors:
-            raise first_error(errors) from None
-        return {unit_id: task.result() for unit_id, task in tasks.items()}
+        async def stage() -> None:
+            blocks = [[scored[unit.id][1] for unit in batch.units if unit.id in scored] for batch in batches]
+            started = time.time()
+            await self._students.stage(batches, blocks)
+            self._observer.span("student", "stage", started, time.time(), f"step {batches[0].step}")
+
+        await score_and_stage(
+            f"step {batches[0].step}",
+            units,
+            scored,
+            score=self._scorers.score,
+            stage=stage,
+            attempts=self._settings.max_unit_attempts,
+            observer=self._observer,
+        )
+        return tuple(report for report, _ in scored.values())
 
     def _with_answers(self, ready: ReadyStep) -> ReadyStep:
         """Answers are counted in the order of the steps, whatever the order in which they were written."""
@@ -229,11 +224,11 @@ def _parts(sequences: tuple[Sequence, ...]) -> dict[str, float]:
     return {name: float(count) for name, count in parts.items()}
 
 
-async def _as_error(work: Callable[..., Awaitable[_Made]], *arguments: Any) -> _Made:
+async def _as_error(work: Callable[[], Awaitable[_Made]]) -> _Made:
     """What `work` returns or raises, always as an `Exception`: a plug-in or a library may raise what would end the
     loop or look like a request to stop (`sys.exit()`, a cancellation that nobody here asked for)."""
     try:
-        return await work(*arguments)
+        return await work()
     except (Exception, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as raised:
@@ -241,12 +236,3 @@ async def _as_error(work: Callable[..., Awaitable[_Made]], *arguments: Any) -> _
         if isinstance(raised, asyncio.CancelledError) and task is not None and task.cancelling():
             raise
         raise wrapped(raised) from raised
-
-
-def first_error(group: BaseExceptionGroup) -> BaseException:
-    """The error that a person should see: the first that is no cancellation, from the innermost group."""
-    for error in group.exceptions:
-        found = first_error(error) if isinstance(error, BaseExceptionGroup) else error
-        if not isinstance(found, asyncio.CancelledError):
-            return found
-    return group.exceptions[0]

@@ -18,14 +18,15 @@ import math
 import time
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import asdict
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from trainer.errors import Diverged, InfrastructureError, Preempted, StudentsLost
-from trainer.loop.hooks import Hook, Trained
 from trainer.loop.settings import LoopSettings
-from trainer.loop.supply import ReadyStep, Supply
-from trainer.protocols import Observer, Students
-from trainer.types import StepMetrics
+from trainer.protocols import Hook, Observer, Students
+from trainer.types import StepMetrics, Trained
+
+if TYPE_CHECKING:
+    from trainer.loop.supply import ReadyStep, Supply
 
 
 class Loops:

@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from configs.labels import NoLabels
 from configs.schema import Run
 from configs.tasks import ResolvedTask
-from trainer.checks.held_out import evaluate_held_out, without_samples
+from trainer.checks.held_out import Measure, evaluate_held_out, without_samples
 from trainer.checks.self_tests import Subject, run_self_tests
 from trainer.errors import ConfigError
 from trainer.labels.encoding import Encoding, load_encoding
@@ -148,8 +148,9 @@ class StudentRank:
         """
         self._staging.stage(batch, blocks)
 
-    def stage_evaluation(self, units: AbstractSequence[Unit], blocks: AbstractSequence[SoftLabelBlock]) -> None:
-        """Keep this rank's held-out units with their hidden labels for all evaluations. Not collective."""
+    def stage_evaluation(self, units: AbstractSequence[Unit], blocks: AbstractSequence[SoftLabelBlock | None]) -> None:
+        """Keep this rank's held-out units with their hidden labels, or None where nobody scores them, for all
+        evaluations. Not collective."""
         self._staging.stage_held_out(units, blocks)
 
     def step(self, step: int) -> StepMetrics:
@@ -261,14 +262,16 @@ class StudentRank:
         self._zero.train(False)
         evaluation = evaluate_held_out(
             self._staging.held_out,
-            self._forward,
+            Measure(
+                self._forward,
+                self._module.head_shape,
+                self._staging.teacher_head,
+                vocabulary_size=self._vocabulary.size,
+                chunk_rows=self._run.student.loss_chunk_rows,
+                device=self._device,
+            ),
             step=step,
             viewer_sequences=viewer_sequences,
-            head_shape=self._module.head_shape,
-            teacher_head=self._staging.teacher_head,
-            vocabulary_size=self._vocabulary.size,
-            chunk_rows=self._run.student.loss_chunk_rows,
-            device=self._device,
         )
         return evaluation if self._rank == 0 else without_samples(evaluation)
 

@@ -57,6 +57,7 @@ def write_run(
     text: str = "what is the capital of France?",
     pause_s: float = 0.0,
     reason: str = "",
+    tasks: tuple[str, ...] = (),
 ) -> RunFolder:
     folder = RunFolder.create(path)
     folder.config.write_text(f"name: {json.dumps(name)}\nteacher: {{model: {{path: owner/{LONG[:90]}}}}}\n")
@@ -71,9 +72,15 @@ def write_run(
             GRAD_NORM: value * step,
             LEARNING_RATE: value / step,
             STUDENT_WAIT: 0.1,
+            **{f"teacher/{name}/tokens": 1e6 * value for name in tasks},
         }
+        for name in tasks:
+            values |= {f"task/{name}/{field}": 1000 * value for field in ("sequences", "loss_tokens", "forward_kl")}
         log.step(StepMetrics(step, values))
-    for evaluation in evaluations if evaluations is not None else [Evaluation(8, 6, 0.5, 0.6, 12.0, 8.0)]:
+    measured = Evaluation(
+        8, 6, 0.5, 0.6, 12.0, 8.0, tasks={name: Evaluation(8, 6, 9.5, 0.1, 1e9, 3.2) for name in tasks}
+    )
+    for evaluation in evaluations if evaluations is not None else [measured]:
         log.evaluation(evaluation)
     log.event("redispatch", what=text, replica=LONG)
     sample = SampleTokens(
@@ -124,6 +131,7 @@ def test_any_text_and_any_length_of_a_run_fit_the_page(tmp_path: Path) -> None:
         "100,000 steps": write_run(tmp_path / "many", steps=range(20, 100_001, 20), evaluations=evaluations, value=1e5),
         "no held-out rows": write_run(tmp_path / "unheld", evaluations=[]),
         "nothing finite": write_run(tmp_path / "nan", value=NAN, evaluations=[Evaluation(8, 6, NAN, NAN, NAN, NAN)]),
+        "several tasks": write_run(tmp_path / "tasks", tasks=("chat", "x" * 64, "sft")),
         "resumed twice": write_run(tmp_path / "resumed", pause_s=86_400.0),
         "long name": write_run(tmp_path / "named", name="x" * 80),
     }

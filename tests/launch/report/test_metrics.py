@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,19 @@ def test_every_record_is_on_disk_before_the_next_one(folder: RunFolder) -> None:
         {"time": 12.5, "kind": "step", "step": 1, "train/loss": 2.5},
         {"time": 12.5, "kind": "event", "step": 1, "name": "teacher_lost", "replica": "scorer-0"},
     ]
+
+
+def test_an_evaluation_of_several_tasks_comes_back_with_each_and_without_what_nobody_scored(
+    folder: RunFolder,
+) -> None:
+    alone = Evaluation(4, 5, None, None, 12.0, None)
+    several = replace(evaluation(4), tasks={"chat+code": evaluation(4, kl=2.0), "sft": alone})
+    log = MetricsLog(folder)
+    log.evaluation(several)
+    (line,) = read_lines(folder.metrics)
+    assert (line["forward_kl"], line["task/chat+code/forward_kl"], line["task/sft/perplexity"]) == (1.0, 2.0, 12.0)
+    assert "task/sft/forward_kl" not in line
+    assert read_metrics(folder).evaluations == (several,)
 
 
 def test_a_number_that_is_not_finite_stays_json_and_is_named(folder: RunFolder) -> None:

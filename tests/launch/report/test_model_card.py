@@ -107,6 +107,27 @@ def test_the_rows_of_every_task_are_training_data() -> None:
     assert lines == ["- training: owner/chat", "- training: owner/code", "- held out: held\\_out.jsonl"]
 
 
+def test_the_card_says_how_well_each_task_is_learned_and_names_its_rows() -> None:
+    several = run(
+        tasks={"chat": {}, "sft": {"labels": "none", "objective": [{"loss": "cross_entropy"}]}},
+        data={"evaluation": {"path": "owner/held-out"}},
+    )
+    alone = Evaluation(0, 10, None, None, 30.0, None)
+    tasks = [{"chat": evaluation(0, 6.5), "sft": alone}, {"chat": evaluation(100, 1.5), "sft": alone}]
+    evaluations = tuple(replace(e, tasks=t) for e, t in zip(RECORDS.evaluations, tasks, strict=True))
+    card = model_card(several, manifest=MANIFEST, records=replace(RECORDS, evaluations=evaluations))
+    for line in (
+        "| all tasks: KL(teacher, student), nats per token | 6.310 | 1.050 | 0 |",
+        "| chat: KL(teacher, student), nats per token | 6.500 | 1.500 | 0 |",
+        "| sft: perplexity | 30.00 | 30.00 |  |",
+        "- held out: owner/held-out, split train; licence not stated",
+    ):
+        assert line in card.splitlines()
+    assert "sft: KL" not in card
+    (model,) = front_matter(card)["model-index"]
+    assert [(one["dataset"]["config"], len(one["metrics"])) for one in model["results"]] == [("chat", 3), ("sft", 1)]
+
+
 def test_a_card_does_not_tell_where_files_lay() -> None:
     card = model_card(run(), manifest={}, records=RECORDS)
     assert "somebody" not in card

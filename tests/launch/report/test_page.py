@@ -76,6 +76,35 @@ def write_run(path: Path, *, text: str = "a plain text", steps: int = 8, finishe
     return folder
 
 
+def test_a_run_of_several_tasks_has_tables_by_task_and_teacher_and_one_of_one_has_none(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "several")
+    teachers = "teachers: {big: {model: {path: owner/Large}}, code: {model: {path: /secret/coder}}}"
+    folder.config.write_text(f"name: a\nstudent: {{model: {{path: small}}}}\n{teachers}\n")
+    log = MetricsLog(folder)
+    alone = {"sft": Evaluation(0, 20, None, None, 30.0, None)}
+    log.evaluation(
+        Evaluation(0, 120, 6.0, 0.1, 50.0, 8.0, tasks={"chat": Evaluation(0, 100, 6.0, 0.1, 60.0, 8.0), **alone})
+    )
+    for step in (1, 2):
+        of_tasks = {"task/chat/sequences": 6.0, "task/sft/sequences": 2.0, "task/chat/loss_tokens": 90.0}
+        terms = {"task/chat/forward_kl": 6.0 / step, "task/sft/cross_entropy": 3.0}
+        asked = {"task/sft/loss_tokens": 10.0, "teacher/big/tokens": 400.0}
+        log.step(StepMetrics(step, {"train/loss": 5.0 / step, **of_tasks, **terms, **asked}))
+    log.evaluation(
+        Evaluation(2, 120, 2.0, 0.5, 20.0, 8.0, tasks={"chat": Evaluation(2, 100, 2.0, 0.5, 18.0, 8.0), **alone})
+    )
+    cells = ['<th scope="row">chat</th><td>12</td><td>75 %</td><td>180</td><td>90 %</td><td>forward kl 6 → 3</td>']
+    cells += ['<th scope="row">sft</th><td>4</td><td>25 %</td><td>20</td><td>10 %</td><td>cross entropy 3</td>']
+    cells += ['<th scope="row">big</th><td>800</td><td>100 %</td>']
+    cells += ['<th scope="row">chat</th><td>100</td><td>6 → 2</td><td>10 % → 50 %</td><td>60 → 18</td><td>8</td>']
+    cells += ['<th scope="row">sft</th><td>20</td><td>-</td><td>-</td><td>30</td><td>-</td>']
+    cells += ['<th scope="row">all</th><td>120</td><td>6 → 2</td>']
+    page = write_report(folder).read_text()
+    assert [cell for cell in cells if cell not in page] == []
+    assert "small learns from owner/Large and coder" in page
+    assert "By task and teacher" not in write_report(write_run(tmp_path / "one")).read_text()
+
+
 def test_the_loss_chart_has_the_terms_of_every_kind_and_task_and_nothing_else(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     terms = {"task/pairs/dpo": 0.7, "task/plain/cross_entropy": 2.0, "task/plain/jsd_2": 0.1}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from trainer.checks.evaluate import EvaluationRows, EvaluationSums, evaluation_rows
+from trainer.checks.evaluate import EvaluationRows, EvaluationSums, StudentHead, TeacherStates, evaluation_rows
 from trainer.model.head import Head, HeadShape
 
 V, T = 283, 40
@@ -41,17 +41,9 @@ def test_the_mass_beyond_the_vocabulary_is_that_of_the_softmax_over_all_rows():
 
 def rows_of(student, teacher, next_ids: torch.Tensor, *, chunk_rows: int = 512) -> EvaluationRows:
     (_, states, weight, shape), (_, teacher_states, teacher_weight, teacher_shape) = student, teacher
-    return evaluation_rows(
-        states,
-        weight,
-        None,
-        head_shape=shape,
-        vocabulary_size=V,
-        teacher_hidden=teacher_states,
-        teacher_head=Head(teacher_weight, None, teacher_shape, V),
-        next_ids=next_ids,
-        chunk_rows=chunk_rows,
-    )
+    head = StudentHead.of(weight, None, shape, V)
+    said = TeacherStates(teacher_states, Head(teacher_weight, None, teacher_shape, V))
+    return evaluation_rows(states, head, next_ids, said, chunk_rows=chunk_rows)
 
 
 @pytest.mark.parametrize("student_family", ["llama", "gemma2"])
@@ -89,8 +81,7 @@ def test_sums_of_uneven_ranks_give_the_means_over_all_rows():
     parts = (slice(0, 4), slice(4, 30), slice(0, 0))
     ranks = [EvaluationRows(kl[s], agree[s], student[s], teacher[s], padding[s]) for s in parts]
     sums = EvaluationSums.combine(EvaluationSums.of(rows) for rows in ranks)
-    over_the_wire = EvaluationSums.from_tensor(sums.to_tensor(kl.device))
-    result = over_the_wire.result(step=5)
+    result = sums.result(step=5)
     assert (result.step, result.num_rows) == (5, 30)
     assert result.forward_kl == pytest.approx(kl.mean().item())
     assert result.agreement == pytest.approx(agree.float().mean().item())
@@ -103,6 +94,24 @@ def test_an_evaluation_of_nothing_is_an_error_and_a_hopeless_student_is_not():
     with pytest.raises(ValueError, match="got none"):
         EvaluationSums.combine([]).result(step=0)
     hopeless = EvaluationSums(
-        num_rows=1.0, kl=1e4, agree=0.0, student_logprob=-1e4, teacher_logprob=-1.0, padding_mass=0.0
+        num_rows=1.0, num_scored=1.0, kl=1e4, agree=0.0, student_logprob=-1e4, teacher_logprob=-1.0, padding_mass=0.0
     )
     assert hopeless.result(step=0).perplexity == math.inf
+
+
+def test_rows_that_no_teacher_scored_count_for_the_student_alone():
+    student, teacher = held_out("llama", seed=1), held_out("llama", seed=2)
+    next_ids = torch.randint(V, (T,), generator=torch.Generator().manual_seed(2))
+    scored = rows_of(student, teacher, next_ids)
+    alone = evaluation_rows(student[1], StudentHead.of(student[2], None, student[3], V), next_ids, None, chunk_rows=7)
+    torch.testing.assert_close(alone.student_logprob, scored.student_logprob, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(alone.padding_mass, scored.padding_mass)
+    result = EvaluationSums.of(alone).result(step=0)
+    assert (result.forward_kl, result.agreement, result.teacher_perplexity) == (None, None, None)
+    assert result.perplexity == pytest.approx(math.exp(-scored.student_logprob.mean().item()), rel=1e-5)
+    assert result.is_finite
+
+    both = EvaluationSums.combine([EvaluationSums.of(scored), EvaluationSums.of(alone)]).result(step=0)
+    assert both.num_rows == 2 * T
+    assert both.forward_kl == pytest.approx(scored.kl.mean().item()), "of the rows that have one"
+    assert both.perplexity == pytest.approx(result.perplexity, rel=1e-5)

@@ -17,7 +17,8 @@ from configs.load import load_run
 from configs.models import ModelSource
 from launch.quiet import quiet_libraries
 from trainer.data.readable import answer_of, prompt_of, readable_prompts
-from trainer.loop.job import Inputs, held_out_rows, read_inputs
+from trainer.loop.inputs import Inputs, read_inputs
+from trainer.loop.rows import held_out_rows
 from trainer.model.teacher_answers import teacher_answers
 
 QUESTION = {"role": "user", "content": "the quick <|brown|> fox\n  jumps"}
@@ -38,7 +39,7 @@ def shown(folder: Path, rows: list[dict[str, Any]], **data: Any) -> tuple[list[A
     inputs = read_inputs(run)
     sequences = held_out_rows(run, inputs)
     assert run.data.evaluation is not None
-    prompts = readable_prompts(run.data.evaluation, sequences, inputs.template)
+    prompts = readable_prompts(run.data.evaluation, sequences, inputs.first.template)
     decode = lambda ids: inputs.tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
     return prompts, [decode(answer_of(sequence)) for sequence in sequences], inputs
 
@@ -72,7 +73,7 @@ def test_text_outside_a_template_is_shown_as_it_stands(held_out: Path) -> None:
 def test_what_no_turns_render_to_is_shown_as_its_tokens_read(held_out: Path) -> None:
     """A corpus has no prompt but its first token."""
     prompts, _, inputs = shown(held_out, [{"text": "quick brown fox"}])
-    first = inputs.template.render_corpus("quick brown fox")[0][:1]
+    first = inputs.first.template.render_corpus("quick brown fox")[0][:1]
     assert prompts == [[{"role": "", "content": inputs.tokenizer.decode(first, skip_special_tokens=True)}]]
 
 
@@ -82,7 +83,7 @@ def test_a_prompt_has_the_tokens_that_the_student_continues(held_out: Path) -> N
     run = load_run(path).run
     inputs = read_inputs(run)
     (sequence,) = held_out_rows(run, inputs)
-    rendered = inputs.template.render_prompt(chat_row(3)["prompt"])
+    rendered = inputs.first.template.render_prompt(chat_row(3)["prompt"])
     np.testing.assert_array_equal(prompt_of(sequence), rendered)
     assert len(prompt_of(sequence)) + len(answer_of(sequence)) <= sequence.num_tokens
 

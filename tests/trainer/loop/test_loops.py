@@ -24,8 +24,8 @@ from trainer.errors import (
     StudentsLost,
     UnitRejected,
 )
-from trainer.loop.hooks import Checkpoint, Evaluate, Trained
-from trainer.loop.scoring import UnitScorers
+from trainer.loop.hooks import Checkpoint, Evaluate
+from trainer.loop.scoring import UnitScorers, score_and_stage
 from trainer.loop.settings import LoopSettings
 from trainer.loop.sources import Source
 from trainer.loop.supply import Supply
@@ -40,6 +40,7 @@ from trainer.types import (
     RankBatch,
     Sequence,
     StepMetrics,
+    Trained,
     Unit,
     UnitReport,
 )
@@ -545,6 +546,28 @@ def test_a_stop_while_the_teacher_is_silent_ends_at_once() -> None:
     asyncio.run(scenario())
 
 
+def test_of_a_rank_that_lost_its_labels_those_that_have_none_are_not_made() -> None:
+    """A rank cannot tell which of its units' blocks was lost: it names all, those of tasks without labels too."""
+    ids = np.zeros(2, np.int32)
+    units = [Unit(name, (Sequence(name, ids, ids.astype(bool), "dataset"),)) for name in ("one", "other")]
+    asked, staged, trace = [], [], Trace()
+
+    async def score(unit: Unit) -> tuple[str, str]:
+        asked.append(unit.id)
+        return f"report of {unit.id}", f"block {len(asked)}"
+
+    async def stage() -> None:
+        staged.append({name: block for name, (_, block) in scored.items()})
+        if len(staged) == 1:
+            raise LabelsLost(["one", "without labels"])
+
+    scored: dict = {}
+    asyncio.run(score_and_stage("step 1", units, scored, score=score, stage=stage, attempts=2, observer=trace))
+    assert asked == ["one", "other", "one"]
+    assert staged == [{"one": "block 1", "other": "block 2"}, {"one": "block 3", "other": "block 2"}]
+    assert trace.events == [("labels_lost", {"units": ["one", "without labels"], "attempt": 0})]
+
+
 def test_labels_lost_for_ever_end_with_the_step_named() -> None:
     made = make()
 
@@ -552,7 +575,7 @@ def test_labels_lost_for_ever_end_with_the_step_named() -> None:
         raise LabelsLost([batches[0].units[0].id])
 
     made.students.stage = always_lost  # type: ignore[method-assign]
-    with pytest.raises(InfrastructureError, match="lost 3 times"):
+    with pytest.raises(InfrastructureError, match="the labels of step 1 were lost 3 times"):
         made.run()
 
 

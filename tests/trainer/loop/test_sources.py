@@ -14,7 +14,8 @@ from configs.load import load_run
 from configs.schema import Run
 from trainer.answers.dataset import GivenAnswers
 from trainer.errors import ConfigError, DataError
-from trainer.loop.job import open_stream, read_inputs, seed_of
+from trainer.loop.inputs import read_inputs
+from trainer.loop.rows import open_stream, seed_of
 from trainer.loop.sources import Source
 
 

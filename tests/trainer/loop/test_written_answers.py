@@ -15,7 +15,8 @@ from vllm_process import engine_plan
 
 from cluster.engines.hf import Engine
 from configs.load import load_run
-from trainer.loop.job import make_job, read_inputs
+from trainer.loop.inputs import read_inputs
+from trainer.loop.job import make_job
 from trainer.loop.sources import Source
 from trainer.protocols import TeacherPools
 from trainer.run_folder import RunFolder

@@ -18,7 +18,7 @@ from cluster.engines.hf import Engine
 from configs.load import load_run
 from configs.models import ModelSource
 from trainer.errors import ConfigError
-from trainer.loop.job import read_inputs
+from trainer.loop.inputs import read_inputs
 from trainer.model.generation_settings import end_ids, unused_settings
 from trainer.types import GenerationRequest, Sampling
 
@@ -99,8 +99,8 @@ def test_all_stations_of_a_run_stop_at_the_same_ids(tmp_path: Path) -> None:
     file = tiny_run(tmp_path)
     settings(tmp_path / "teacher", eos_token_id=[40, 2, 310])
     inputs = read_inputs(load_run(file, []).run)
-    assert inputs.template.stop_ids == (2,)
-    assert inputs.stop_ids == (2, 40)  # 310 is padding, which nobody writes
+    assert inputs.first.template.stop_ids == (2,)
+    assert inputs.first.stop_ids == (2, 40)  # 310 is padding, which nobody writes
 
 
 def test_settings_that_a_generator_does_not_apply_are_named_and_those_of_the_run_are_not(tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""Held-out rows as sequences: by the template of the teacher that scores them, set by set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_models import CHATML, tiny_folder
+from tiny_runs import tiny_run
+
+from configs.load import load_run
+from configs.schema import Run
+from trainer.errors import ConfigError, DataError
+from trainer.loop import rows
+from trainer.loop.inputs import read_inputs
+from trainer.loop.rows import held_out_rows
+
+SHOUTED = CHATML.replace("m['role']", "m['role'] | upper").replace("assistant", "ASSISTANT")
+
+
+def two_teachers(folder: Path, tasks: str) -> Run:
+    config = tiny_run(folder)
+    tiny_folder(folder / "code", seed=3)
+    (folder / "shouted.jinja").write_text(SHOUTED)
+    prose = f"{{model: {{path: {folder / 'teacher'}}}, scorer: {{engine: hf}}}}"
+    code = f"{{model: {{path: {folder / 'code'}}}, scorer: {{engine: hf}}, chat_template: {folder / 'shouted.jinja'}}}"
+    return load_run(config, ["teacher=null", f"teachers={{prose: {prose}, code: {code}}}", f"tasks={tasks}"]).run
+
+
+def test_held_out_rows_are_rendered_by_the_template_of_the_teacher_that_scores_them(tmp_path: Path) -> None:
+    run = two_teachers(tmp_path, "{chat: {teacher: prose}, code: {teacher: code}, more: {teacher: code}}")
+    inputs = read_inputs(run)
+    found = held_out_rows(run, inputs)
+    assert [(row.task, row.teacher) for row in found] == [("chat", "prose")] * 6 + [("code+more", "code")] * 6
+    texts = [inputs.tokenizer.decode(row.token_ids) for row in found]
+    assert all("USER\n" not in text for text in texts[:6])
+    assert all("USER\n" in text for text in texts[6:])
+    learnt = [inputs.tokenizer.decode(row.token_ids[1:][row.loss_mask[:-1]], skip_special_tokens=True) for row in found]
+    assert [text.strip() for text in learnt[:6]] == [text.strip() for text in learnt[6:]], "the same answers"
+
+
+def test_too_many_held_out_rows_and_none_that_can_be_used_are_named_by_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = f"{{path: {tmp_path / 'held_out.jsonl'}, max_rows: 2}}"
+    run = two_teachers(tmp_path, f"{{chat: {{teacher: prose}}, code: {{teacher: code, evaluation: {own}}}}}")
+    inputs = read_inputs(run)
+    monkeypatch.setattr(rows, "MAX_EVALUATION_ROWS", 7)
+    with pytest.raises(ConfigError, match=r"data.evaluation, tasks.code.evaluation: 8 held-out rows; .* at most 7 "):
+        held_out_rows(run, inputs)
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    with pytest.raises(DataError, match=r"held_out.jsonl:1: "):
+        held_out_rows(run, inputs)

@@ -1,0 +1,87 @@
+"""How text becomes tokens in each task of a run: tokenizers, templates, who writes the answers.
+
+Needs no hardware and comes first, since `cluster/placement/resolve.py` asks for what is found here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from configs.answers import ANSWERS
+from configs.schema import Run
+from configs.tasks import ResolvedTask
+from trainer.data.chat import Template
+from trainer.data.vocabulary import SharedVocabulary, check_pair, load_tokenizer
+from trainer.errors import ConfigError
+from trainer.model.generation_settings import end_ids
+from trainer.protocols import AnswerSource
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """How text becomes tokens in one task, and who writes the answers."""
+
+    template: Template  # of its teacher
+    answers: AnswerSource
+    stop_ids_by_teacher: Mapping[str, tuple[int, ...]]
+    """The ids after which a teacher writes nothing more: those of its chat template and tokenizer, and those of its
+    generation settings that are no padding. Under an empty name where the run has no teacher."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Of the first teacher."""
+        return next(iter(self.stop_ids_by_teacher.values()))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tokenizer that all models share, and the tasks by name."""
+
+    vocabulary: SharedVocabulary
+    tokenizer: PreTrainedTokenizerBase
+    tasks: Mapping[str, TaskInputs]
+
+    @property
+    def first(self) -> TaskInputs:
+        """Of the first task: what the exported student's tokenizer is given."""
+        return next(iter(self.tasks.values()))
+
+
+def read_inputs(run: Run) -> Inputs:
+    """Tokenizers, templates and who writes the answers. Raises ConfigError where models do not fit together."""
+    teachers = run.teachers_by_name()
+    sources = {name: teacher.model for name, teacher in teachers.items()} or {"": run.student.model}
+    tokenizers = {name: load_tokenizer(source) for name, source in sources.items()}
+    vocabularies = [
+        check_pair(source, run.student.model, tokenizer=tokenizers[name]) for name, source in sources.items()
+    ]
+    tasks = {name: _task_inputs(run, task, tokenizers, vocabularies[0]) for name, task in run.resolved_tasks().items()}
+    return Inputs(vocabularies[0], next(iter(tokenizers.values())), tasks)
+
+
+def _task_inputs(
+    run: Run, task: ResolvedTask, tokenizers: Mapping[str, PreTrainedTokenizerBase], vocabulary: SharedVocabulary
+) -> TaskInputs:
+    """Raises ConfigError where the teachers of a route read conversations by different templates."""
+    teachers = run.teachers_by_name()
+    names = task.teachers or tuple(teachers)[:1]
+    if not names:
+        templates, models = {"": Template.of(tokenizers[""])}, {"": run.student.model}
+    else:
+        templates = {name: Template.of(tokenizers[name], teachers[name].chat_template) for name in names}
+        models = {name: teachers[name].model for name in names}
+    template = next(iter(templates.values()))
+    for name, other in templates.items():
+        if other.text != template.text:
+            raise ConfigError(
+                f"the teachers {names[0]} and {name} of one route have different chat templates: give them the "
+                "same teachers.<name>.chat_template, or each a task of its own"
+            )
+    stop_ids = {
+        name: tuple(dict.fromkeys([*one.stop_ids, *(i for i in end_ids(models[name]) if i < vocabulary.size)]))
+        for name, one in templates.items()
+    }
+    return TaskInputs(template, ANSWERS.load(task.answers), stop_ids)

@@ -1,0 +1,97 @@
+"""The rows of a run, opened: streams to train on, held-out rows, a few samples. `check` reads rows by the same
+functions."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from configs.held_out import HeldOutSet, held_out_sets
+from configs.rules import held_out_by_place, place_of_held_out
+from configs.schema import Run
+from configs.tasks import ResolvedTask
+from trainer.answers.dataset import answered_by_dataset
+from trainer.data.prompt_reader import Asked, PromptReader
+from trainer.data.prompts import PromptStream
+from trainer.errors import ConfigError, DataError
+from trainer.loop.inputs import Inputs
+from trainer.types import Sequence
+
+SAMPLE_ROWS = 16  # training rows looked at for the label self-test
+MAX_EVALUATION_ROWS = 4096
+
+
+def open_reader(run: Run, inputs: Inputs, task: ResolvedTask) -> PromptReader:
+    """The rows to train a task on."""
+    of_task = inputs.tasks[task.name]
+    return PromptReader.open(
+        task.prompts,
+        data=run.data,
+        template=of_task.template,
+        vocabulary=inputs.vocabulary,
+        needs_answer=of_task.answers.needs_answer,
+        room_for_answer=of_task.answers.room_for_answer,
+        rewrite=of_task.answers.rewrite,
+        asks=Asked(task.name, _asked(run, task), task.route, pairs=task.compares_answers),
+    )
+
+
+def open_held_out(run: Run, inputs: Inputs, held_out: HeldOutSet) -> PromptReader:
+    """Held-out rows, by the template of the teacher that scores them; each row names its set as its task."""
+    task = held_out.task
+    return PromptReader.open(
+        held_out.rows,
+        data=run.data.model_copy(update={"shuffle": False}),
+        template=inputs.tasks[task.name].template,
+        vocabulary=inputs.vocabulary,
+        needs_answer=True,
+        asks=Asked(held_out.name, _asked(run, task), task.route),
+    )
+
+
+def _asked(run: Run, task: ResolvedTask) -> str:
+    """The name of the teacher that is asked, where there are several."""
+    return (task.teacher or "") if run.teachers else ""
+
+
+def open_stream(run: Run, task: ResolvedTask, inputs: Inputs, *, quarantine: Path | None) -> PromptStream:
+    reader = open_reader(run, inputs, task)
+    return PromptStream(reader, seed=seed_of(run, task.name), quarantine=quarantine, num_epochs=run.training.epochs)
+
+
+def seed_of(run: Run, task: str) -> int:
+    """Of the order of a task's rows and of what is written to them: each of several tasks has another one."""
+    if not run.tasks:
+        return run.seed
+    digest = hashlib.blake2b(f"{run.seed}/{task}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def held_out_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
+    """The evaluation rows as sequences, set by set in file order. Empty where the run names none."""
+    sets = held_out_sets(run)
+    streams = {name: PromptStream(open_held_out(run, inputs, one), seed=0) for name, one in sets.items()}
+    num_rows = sum(stream.rows_per_epoch for stream in streams.values())
+    if num_rows > MAX_EVALUATION_ROWS:
+        raise ConfigError(
+            f"{', '.join(held_out_by_place(run))}: {num_rows} held-out rows; their labels stay in memory, so at most "
+            f"{MAX_EVALUATION_ROWS} are used: set max_rows there"
+        )
+    found: list[Sequence] = []
+    for one, stream in zip(sets.values(), streams.values(), strict=True):
+        rows = [answered_by_dataset(prompt) for prompt in stream.take(stream.rows_per_epoch)]
+        if not rows:
+            place = place_of_held_out(run, one.tasks[0])
+            raise DataError(f"{place}: no row of {one.rows.path} can be used; rows need an answer")
+        found += rows
+    return tuple(found)
+
+
+def sample_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
+    """Some training rows of every task that have answers; possibly none, where the teacher writes them all."""
+    rows = []
+    for task in run.resolved_tasks().values():
+        stream = open_stream(run, task, inputs, quarantine=None)
+        prompts = stream.take(min(SAMPLE_ROWS, stream.rows_per_epoch))
+        rows += [answered_by_dataset(prompt) for prompt in prompts if prompt.loss_mask is not None]
+    return tuple(rows)
