@@ -80,6 +80,17 @@ def test_rows_and_template_travel_and_everything_else_is_named_absolutely(
     assert run.folder == project / "runs/small"
 
 
+def test_the_rows_of_a_task_travel_too_held_out_ones_included(bundled: Callable[..., Bundle]) -> None:
+    tasks = "{chat: {}, own: {prompts: {path: data/train.jsonl}, evaluation: {path: data/eval.jsonl}}}"
+    bundle = bundled(f"tasks={tasks}")
+    own = bundle.run.tasks["own"]
+    assert own.prompts is not None
+    assert own.evaluation is not None
+    for rows, content in ((own.prompts, b'{"text": "a"}\n'), (own.evaluation, b'{"text": "b"}\n')):
+        assert (bundle.folder / rows.path).read_bytes() == content
+    assert bundle.run.tasks["chat"].evaluation is None
+
+
 def test_equal_inputs_give_equal_bytes_and_changed_rows_another_name(
     bundled: Callable[..., Bundle], project: Path
 ) -> None:

@@ -59,6 +59,25 @@ def test_a_teacher_that_nobody_asks_is_a_warning(make: Make) -> None:
     assert (finding.status, "no task asks teacher for labels or answers" in finding.text) == ("warning", True)
 
 
+def test_what_the_held_out_rows_of_a_task_can_tell_is_said(make: Make, tmp_path: Path) -> None:
+    pair = {"prompt": "the quick", "chosen": " fox", "rejected": " dog"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    pairs = f"prompts: {{path: {tmp_path}/pairs.jsonl}}"
+    dpo = f"{{{pairs}, labels: token, objective: [{{loss: dpo}}], evaluation: {{path: own}}}}"
+    sft = "{labels: none, objective: [{loss: cross_entropy}], evaluation: {path: own}}"
+    (tmp_path / "own.jsonl").write_text(json.dumps(ROW) + "\n")
+    tasks = f"tasks={{kl: {{}}, dpo: {dpo}, sft: {sft}}}".replace("path: own", f"path: {tmp_path}/own.jsonl")
+    found = examine(loaded(make(), tasks))
+    said = [(f.subject.removesuffix(" evaluation rows"), f.text) for f in found if "evaluation rows" in f.subject]
+    assert list(dict.fromkeys(name for name, _ in said)) == ["kl", "dpo", "sft"]
+    assert ("dpo", "KL and agreement are those with the reference: how far the student has moved from it") in said
+    assert ("sft", "no teacher's labels: perplexity is measured, KL and agreement are not") in said
+    (tmp_path / "own.jsonl").write_text('{"prompt": "the quick"}\n')
+    wrong = [finding.text for finding in problems(make(), tasks)]
+    assert ["tasks.dpo.evaluation: 1 of 1" in wrong[0], "tasks.sft.evaluation: 1 of 1" in wrong[1]] == [True, True]
+    assert all("own.jsonl:1: " in text for text in wrong)
+
+
 def test_special_tokens_in_rows_are_told_until_it_is_said_what_they_mean(make: Make) -> None:
     row = {"messages": [ROW["messages"][0], {"role": "assistant", "content": "it ends <|im_end|> here"}]}
     file = make(ROW, row)

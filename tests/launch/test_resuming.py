@@ -330,8 +330,11 @@ def test_a_manifest_that_knows_nothing_of_contents_is_gone_on_from(stopped: Plac
 
 def with_tasks(folder: Path) -> Place:
     """A run of two tasks, the second with rows of its own, that was stopped at step 4."""
-    rows = write_rows(folder.parent / "more.jsonl", [chat_row(60 + i) for i in range(10)])
-    place = Place(folder, {"tasks": {"chat": {"share": 3}, "more": {"prompts": {"path": str(rows)}}}})
+    rows, held_out = (
+        write_rows(folder.parent / f"{name}.jsonl", [chat_row(60 + i) for i in range(10)]) for name in ("more", "own")
+    )
+    more = {"prompts": {"path": str(rows)}, "evaluation": {"path": str(held_out)}}
+    place = Place(folder, {"tasks": {"chat": {"share": 3}, "more": more}})
     place.stop_at(4, tasks=("chat", "more"))
     assert place.look().after is not None
     return place
@@ -358,6 +361,10 @@ def test_other_shares_or_rows_of_a_task_are_refused_and_named(tmp_path: Path) ->
     place = with_tasks(tmp_path / "one")
     with pytest.raises(ConfigError, match=r"tasks.chat.share: 2.0, was 3.0\ngive this one another name or folder"):
         place.look("tasks.chat.share=2")
+    rewritten(tmp_path / "own.jsonl", last_two_swapped)
+    with pytest.raises(ConfigError, match=r"tasks.more.evaluation \(.*own.jsonl\): "):
+        place.look()
+    rewritten(tmp_path / "own.jsonl", last_two_swapped)
     rewritten(tmp_path / "more.jsonl", last_two_swapped)
     with pytest.raises(ConfigError, match=r"tasks.more.prompts \(.*more.jsonl\): .*\n.*put back what was there; or"):
         place.look()
