@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,7 +18,6 @@ from configs.tasks import ResolvedTask
 from trainer.data.prompts import PromptStream
 from trainer.errors import ConfigError
 from trainer.labels.encoding import TeacherShape, load_encoding
-from trainer.loop.inputs import Inputs
 from trainer.loop.manifest import TrainingState
 from trainer.loop.rows import held_out_rows, open_stream, sample_rows, seed_of
 from trainer.loop.settings import LoopSettings
@@ -27,6 +27,9 @@ from trainer.model.load import load_config
 from trainer.protocols import Author, TeacherPools
 from trainer.run_folder import RunFolder
 from trainer.types import Sequence, StreamCounters
+
+if TYPE_CHECKING:
+    from trainer.loop.inputs import Inputs
 
 
 @dataclass(frozen=True)

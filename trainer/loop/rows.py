@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.held_out import HeldOutSet, held_out_sets
 from configs.rules import held_out_by_place, place_of_held_out
@@ -14,8 +15,10 @@ from trainer.answers.dataset import answered_by_dataset
 from trainer.data.prompt_reader import Asked, PromptReader
 from trainer.data.prompts import PromptStream
 from trainer.errors import ConfigError, DataError
-from trainer.loop.inputs import Inputs
 from trainer.types import Sequence
+
+if TYPE_CHECKING:
+    from trainer.loop.inputs import Inputs
 
 SAMPLE_ROWS = 16  # training rows looked at for the label self-test
 MAX_EVALUATION_ROWS = 4096
