@@ -20,6 +20,7 @@ from rank_processes import Place
 from student_world import (
     HOST,
     LONELY_STEP,
+    STEPS_OF_TASKS,
     VOCABULARY_SIZE,
     Teacher,
     batch_of,
@@ -78,18 +79,22 @@ def case_steps(place: Place) -> dict[str, Any]:
     return found
 
 
-def case_tasks(place: Place) -> dict[str, Any]:
-    """Three steps of two tasks at each stage, in one micro-batch and in several; a control whose reference is moved."""
-    found = {}
-    for zero_stage in STAGES if place.world == 2 else (2,):
-        for budget in (4096, 2 * SMALL_BUDGET):
-            rank = build(make_run_of_tasks(place.folder.parent, zero_stage=zero_stage), place)
-            metrics = train_on_tasks(rank, place, 3, token_budget=budget)
-            found[zero_stage, budget] = (metrics, _export(rank, place, f"tasks{zero_stage}-{budget}"))
-            rank.close()
+def case_tasks(place: Place) -> dict[Any, Any]:
+    """A step of each packing and accumulation, of two tasks, at each stage and with activation checkpointing: metrics
+    and the weights after each; and a control whose reference is moved."""
+    found: dict[Any, Any] = {}
+    for zero_stage, checkpointing in ((1, False), (2, False), (3, False), (1 if place.world == 1 else 3, True)):
+        student = {"zero_stage": zero_stage, "activation_checkpointing": checkpointing}
+        rank = build(make_run_of_tasks(place.folder.parent, **student), place)
+        name = f"tasks{zero_stage}-{checkpointing}"
+        found[zero_stage, checkpointing] = [
+            (metrics, _export(rank, place, f"{name}-{number}"))
+            for number, metrics in enumerate(train_on_tasks(rank, place, STEPS_OF_TASKS))
+        ]
+        rank.close()
     if place.world == 1:
         rank = build(make_run_of_tasks(place.folder.parent), place)
-        found["moved"] = train_on_tasks(rank, place, 1, token_budget=4096, change=_moved)
+        found["moved"] = list(train_on_tasks(rank, place, ["packed x 1"], change=_moved))
         rank.close()
     return found
 

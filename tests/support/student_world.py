@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from tiny_models import tiny_folder, tiny_model
 from configs.labels import Labels, Token
 from configs.schema import Run
 from trainer.labels.encoding import load_encoding
-from trainer.loop.plan import cut_units, groups_of, plan_step
+from trainer.loop.plan import cut_units, plan_step
 from trainer.model.student import StudentRank
 from trainer.model.zero_config import deepspeed_config
 from trainer.protocols import StudentInfo
-from trainer.types import LabelHeader, RankBatch, Sequence, SoftLabelBlock, StudentPlan, Unit
+from trainer.types import LabelHeader, RankBatch, Sequence, SoftLabelBlock, StepPlan, StudentPlan, Unit
 
 VOCABULARY_SIZE = 283
 HOST = torch.device("cpu")
@@ -179,76 +179,122 @@ def make_run_of_tasks(folder: Path, **student: Any) -> Run:
     return make_run(folder, student=student, tasks={"pairs": pairs, "plain": plain})
 
 
-def sequences_of_tasks(step: int) -> list[Sequence]:
-    """Four pairs of answers, and three weighted sequences."""
-    drawn = [s for s in sequences_of(step + 200, count=12) if s.num_loss_tokens]
-    pairs = [replace(s, prompt_id=f"{step}:{i // 2}", sample=i % 2, task="pairs") for i, s in enumerate(drawn[:8])]
-    weights = (1.0, 0.5, 2.0)
-    return pairs + [replace(s, task="plain", weight=w) for s, w in zip(drawn[8:11], weights, strict=True)]
+STEPS_OF_TASKS = {
+    "packed x 1": (1, "ppqqpq"),
+    "packed x 4": (4, "ppqqppqqqqppqqpp"),
+    "unpacked x 4": (4, "pqqp"),
+    "unpacked x 1, compared": (1, "p"),
+    "unpacked x 1, weighted": (1, "q"),
+}
+"""Micro-batches of every rank, and what a step holds: pairs of answers (p) and weighted sequences (q), those of an
+unpacked step once for each rank, so that a micro-batch holds one of them."""
+
+
+def groups_of_tasks(name: str, *, world: int) -> list[list[Sequence]]:
+    """Seeded pairs and weighted sequences of a step of `STEPS_OF_TASKS`."""
+    number, (_, kinds) = list(STEPS_OF_TASKS).index(name), STEPS_OF_TASKS[name]
+    if name.startswith("unpacked"):
+        kinds = kinds * world
+    drawn = iter([s for s in sequences_of(number + 200, count=30) if s.num_loss_tokens])
+    groups = []
+    for place, kind in enumerate(kinds):
+        prompt = f"{number}:{place}"
+        if kind == "p":
+            answers = [replace(next(drawn), prompt_id=prompt, sample=sample, task="pairs") for sample in (0, 1)]
+            groups.append(answers)
+        else:
+            weight = (1.0, 0.5, 2.0)[place % 3]
+            groups.append([replace(next(drawn), prompt_id=prompt, task="plain", weight=weight)])
+    return groups
+
+
+def batch_of_tasks(name: str, place: Place) -> RankBatch:
+    """This rank's share of a step, in exactly as many micro-batches as the step says."""
+    groups = groups_of_tasks(name, world=place.world)
+    count, _ = STEPS_OF_TASKS[name]
+    planned: list[list[list[int]]] = [[[] for _ in range(count)] for _ in range(place.world)]
+    start = 0
+    for number, group in enumerate(groups):
+        planned[number % place.world][number // place.world % count] += range(start, start + len(group))
+        start += len(group)
+    sequences = [sequence for group in groups for sequence in group]
+    plan = StepPlan(
+        micro_batches=tuple(tuple(tuple(batch) for batch in rank) for rank in planned),
+        tokens=tuple(sum(sequences[i].num_tokens for batch in rank for i in batch) for rank in planned),
+    )
+    step = list(STEPS_OF_TASKS).index(name) + 1
+    return cut_units(sequences, plan, step=step, units_per_rank=2)[place.rank]
 
 
 def train_on_tasks(
-    rank: StudentRank, place: Place, steps: int, *, token_budget: int, change: Callable[[Unit], Unit] = lambda u: u
-) -> list[dict[str, float]]:
+    rank: StudentRank, place: Place, names: Iterable[str], *, change: Callable[[Unit], Unit] = lambda u: u
+) -> Iterator[dict[str, float]]:
     """Stage and step. `change`: of what the reference is shown in place of a unit, for controls."""
-    teacher, metrics = Teacher(), []
-    for step in range(1, steps + 1):
-        sequences = sequences_of_tasks(step)
-        groups = groups_of(sequences, compared={"pairs"})
-        lengths = [s.num_tokens for s in sequences]
-        plan = plan_step(lengths, world=place.world, token_budget=token_budget, groups=groups)
-        batch = cut_units(sequences, plan, step=step, units_per_rank=2)[place.rank]
+    teacher = Teacher()
+    for name in names:
+        batch = batch_of_tasks(name, place)
         scored = [unit for unit in batch.units if unit.kind[0] == "pairs"]
         blocks = [teacher.label(change(unit), Token()) for unit in scored]
         blocks = [replace(b, tokens_hash=u.tokens_hash()) for b, u in zip(blocks, scored, strict=True)]
         rank.stage(batch, blocks)
-        metrics.append(dict(rank.step(step).values))
-    return metrics
+        yield dict(rank.step(batch.step).values)
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """One step worked out by hand."""
+
+    values: dict[str, float]
+    weights: dict[str, torch.Tensor]  # after the step
 
 
 def train_on_tasks_by_hand(
-    run: Run, rates: list[float], *, swapped: bool = False
-) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    """The same in float64 with transformers and the formulas written out, one sequence at a time. `swapped`: the
-    rejected answer is preferred, for a control."""
+    run: Run, rates: list[float], *, world: int, swapped: bool = False, weighted: bool = True
+) -> list[ByHand]:
+    """The same in float64 with transformers and the formulas written out, one sequence at a time. For controls:
+    `swapped`, the rejected answer is preferred; not `weighted`, all rows count alike."""
     model, reference = (tiny_model("llama", seed=seed).double() for seed in (2, 1))
     optimizer = _adamw(model, run)
-    records = []
-    for step, rate in enumerate(rates, start=1):
-        sequences = sequences_of_tasks(step)
-        count = sum(s.num_loss_tokens for s in sequences)
-        answers, loss = {}, torch.zeros((), dtype=torch.float64)
-        cross_entropy = torch.zeros((), dtype=torch.float64)
-        for sequence in sequences:
-            ids = torch.from_numpy(sequence.token_ids.astype(np.int64))
-            rows = torch.from_numpy(np.flatnonzero(sequence.loss_mask))
-
-            def logprob(of: torch.nn.Module, ids=ids, rows=rows) -> tuple[torch.Tensor, torch.Tensor]:
-                probabilities = of(input_ids=ids[None], use_cache=False).logits[0, rows].softmax(-1)
-                inside = probabilities[:, :VOCABULARY_SIZE].sum(1)
-                return (probabilities.gather(1, ids[rows + 1][:, None])[:, 0] / inside).log().sum(), inside.log().sum()
-
-            given, inside = logprob(model)
-            if sequence.task == "pairs":
-                answers[sequence.prompt_id, sequence.sample] = given - logprob(reference)[0].detach()
-                loss = loss - 0.7 * inside / count
+    made = []
+    for name, rate in zip(STEPS_OF_TASKS, rates, strict=False):
+        groups = groups_of_tasks(name, world=world)
+        count = sum(s.num_loss_tokens for group in groups for s in group)
+        dpo, cross_entropy, padding = [], torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for group in groups:
+            given = [_logprob(model, sequence) for sequence in group]
+            if len(group) == 2:
+                margins = [own - _logprob(reference, s)[0].detach() for (own, _), s in zip(given, group, strict=True)]
+                dpo.append(-((-0.5 if swapped else 0.5) * (margins[0] - margins[1])).sigmoid().log())
+                padding = padding - 0.7 * sum(inside for _, inside in given)
             else:
-                cross_entropy = cross_entropy - sequence.weight * given
-                loss = loss - 0.5 * sequence.weight * (given + inside) / count
-        prompts = sorted({prompt for prompt, _ in answers})
-        margins = torch.stack([answers[prompt, 0] - answers[prompt, 1] for prompt in prompts])
-        dpo = -((-0.5 if swapped else 0.5) * margins).sigmoid().log()
-        loss = loss + 0.7 * dpo.mean()
+                weight = group[0].weight if weighted else 1.0
+                cross_entropy = cross_entropy - weight * given[0][0]
+                padding = padding - 0.5 * weight * given[0][1]
+        loss = (0.5 * cross_entropy + padding) / count
+        values = {}
+        if dpo:
+            loss = loss + 0.7 * torch.stack(dpo).mean()
+            values["task/pairs/dpo"] = torch.stack(dpo).mean().item()
+        if own := sum(group[0].num_loss_tokens for group in groups if len(group) == 1):
+            values["task/plain/cross_entropy"] = cross_entropy.item() / own
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = rate
         optimizer.step()
-        own = sum(s.num_loss_tokens for s in sequences if s.task == "plain")
-        record = {"train/loss": loss.item(), "task/pairs/dpo": dpo.mean().item(), "train/grad_norm": float(norm)}
-        records.append({**record, "task/plain/cross_entropy": cross_entropy.item() / own})
-    return {name: p.detach() for name, p in model.named_parameters()}, records
+        values |= {"train/loss": loss.item(), "train/grad_norm": float(norm)}
+        made.append(ByHand(values, {name: p.detach().clone() for name, p in model.named_parameters()}))
+    return made
+
+
+def _logprob(model: torch.nn.Module, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a sequence's target ids within the vocabulary, and of the vocabulary within all rows; over its loss rows."""
+    ids = torch.from_numpy(sequence.token_ids.astype(np.int64))
+    rows = torch.from_numpy(np.flatnonzero(sequence.loss_mask))
+    probabilities = model(input_ids=ids[None], use_cache=False).logits[0, rows].softmax(-1)
+    inside = probabilities[:, :VOCABULARY_SIZE].sum(1)
+    return (probabilities.gather(1, ids[rows + 1][:, None])[:, 0] / inside).log().sum(), inside.log().sum()
 
 
 def _adamw(model: torch.nn.Module, run: Run) -> torch.optim.AdamW:
