@@ -62,7 +62,11 @@ class RaySession:
         self._starts: Counter[str] = Counter()
         self._checked: set[str] = set()  # ids of nodes
         self.students = StudentGroup(
-            job, spawn=self._spawn_rank, room=self._room_for_students, folder=self._folder, observer=observer
+            job,
+            spawn=self._spawn_rank,
+            until_placed=self._until_students_placed,
+            folder=self._folder,
+            observer=observer,
         )
         self._pools: dict[str, ReplicaPool] = {}
         self.teachers = {
@@ -143,14 +147,14 @@ class RaySession:
             )
             return ray.remote(TeacherActor).options(**options).remote(plan, name, self._folder)
 
-        async def room(index: int) -> None:
-            await self._room(self._actors(plan.actors)[index][0])
+        async def until_placed(index: int) -> None:
+            await self._until_placed(self._actors(plan.actors)[index][0])
 
         pool = self._pools[f"{plan.actors}s"] = ReplicaPool(
             plan,
             num_replicas=len(self._resolved.placement.actors_of_role(plan.actors)),
             spawn=spawn,
-            room=room,
+            until_placed=until_placed,
             faults=self._job.run.faults,
             folder=self._folder,
             observer=self._observer,
@@ -164,10 +168,10 @@ class RaySession:
         actor = ray.remote(RankActor).options(**options, max_concurrency=RANK_THREADS)
         return actor.remote(name, self._folder)
 
-    async def _room_for_students(self) -> None:
-        await self._room(self._actors(runtime.STUDENT)[0][0])
+    async def _until_students_placed(self) -> None:
+        await self._until_placed(self._actors(runtime.STUDENT)[0][0])
 
-    async def _room(self, placed: PlacedGroup) -> None:
+    async def _until_placed(self, placed: PlacedGroup) -> None:
         await wait_until_placed(placed, timeout_s=self._job.run.faults.room_timeout_s, note=self._note)
         if self._shared:  # a node that takes the place of a lost one is as new as the first ones were
             found = await asyncio.to_thread(nodes_of, placed)

@@ -76,7 +76,7 @@ class EngineDead(InfrastructureError):
 
 
 class InsufficientResources(InfrastructureError):
-    """No node has room for what has to be placed, and the time to wait for one is over."""
+    """No node has the resources for what has to be placed, and the time to wait for one is over."""
 
 
 class TeachersLost(InfrastructureError):

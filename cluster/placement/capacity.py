@@ -65,11 +65,11 @@ def _parts(group: Group, hardware: Hardware) -> list[_Part]:
 
 
 def _spreads(group: Group, hardware: Hardware) -> bool:
-    """Whether each bundle finds a node of its own."""
+    """Whether there is a node for each bundle."""
     nodes = eligible(hardware, group.labels, group.gpu_kind)
-    room = sorted((_gpus(node) if group.num_gpus else _slots(node) for node in nodes), reverse=True)
+    free = sorted((_gpus(node) if group.num_gpus else _slots(node) for node in nodes), reverse=True)
     sizes = sorted((bundle["CPU"] for bundle in group.bundles), reverse=True)  # a GPU comes with a CPU
-    return len(sizes) <= len(room) and all(size <= has for size, has in zip(sizes, room, strict=False))
+    return len(sizes) <= len(free) and all(size <= has for size, has in zip(sizes, free, strict=False))
 
 
 def _gpus(node: Node) -> int:

@@ -1,4 +1,4 @@
-"""What a failure of some ranks means: whether a new group can do better, and whose turn it is otherwise."""
+"""What a failure of some ranks means: retryable with a new group, an error of the configuration, or a defect."""
 
 from __future__ import annotations
 

@@ -118,13 +118,13 @@ class StudentGroup:
         job: StudentJob,
         *,
         spawn: Callable[[int, str], Any],
-        room: Callable[[], Awaitable[None]],
+        until_placed: Callable[[], Awaitable[None]],
         folder: SharedFolder,
         observer: Observer,
     ) -> None:
-        """`spawn(index, name)` makes a fresh `RankActor` handle in seat `index` of the group's placement, `room()`
-        waits until that lies on living nodes, or raises `InsufficientResources`. `folder` holds the logs."""
-        self._room = room
+        """`spawn(index, name)` makes a fresh `RankActor` handle in the bundle of rank `index`; `until_placed()` returns
+        when the group lies on living nodes, or raises `InsufficientResources`. `folder` holds the logs."""
+        self._until_placed = until_placed
         self._folder = folder
         self._job = job
         self._spawn = spawn
@@ -147,7 +147,7 @@ class StudentGroup:
             raise type(lost)(told.after(str(lost))) from None
 
     async def _start(self, checkpoint: Path | None) -> StudentInfo:
-        await self._room()
+        await self._until_placed()
         timeout_s, started = self._job.plan.start_timeout_s, time.time()
         actors = [self._spawn(index, f"student-{index}") for index in range(self.world)]
         self._ranks, self.processes = actors, []

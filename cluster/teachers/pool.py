@@ -56,10 +56,6 @@ CLOSE_TIMEOUT_S = 20.0
 ANSWER_GRACE_S = 5.0  # the engine aborts at the deadline; its answer may take this much longer to arrive
 
 
-async def placed_for_good(index: int) -> None:
-    """Where nobody takes nodes away there is always room."""
-
-
 @dataclass(slots=True, eq=False)
 class Replica:
     """What the pool knows of one replica."""
@@ -91,13 +87,14 @@ class ReplicaPool:
         faults: Faults,
         observer: Observer,
         folder: SharedFolder,
-        room: Callable[[int], Awaitable[None]] = placed_for_good,
+        until_placed: Callable[[int], Awaitable[None]],
     ) -> None:
-        """`spawn(index, name)` makes a fresh `TeacherActor` handle in the placement of replica `index`; `room(index)`
-        waits until that placement lies on living nodes, or raises `InsufficientResources`. `folder` holds the logs."""
+        """`spawn(index, name)` makes a fresh `TeacherActor` handle in the bundle of replica `index`;
+        `until_placed(index)` returns when that lies on a living node, or raises `InsufficientResources`. `folder` holds
+        the logs."""
         self._plan = plan
         self._folder = folder
-        self._room = room
+        self._until_placed = until_placed
         self._spawn = spawn
         self._faults = faults
         self._observer = observer
@@ -296,7 +293,7 @@ class ReplicaPool:
 
     async def _start(self, index: int) -> None:
         replica = self._replicas[index]
-        await self._room(index)
+        await self._until_placed(index)
         started = time.time()
         replica.actor, replica.process = self._spawn(index, replica.name), None
         replica.misses, replica.broken = 0, None

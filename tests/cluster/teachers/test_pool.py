@@ -21,7 +21,7 @@ from cluster.engines.plan import EnginePlan
 from cluster.lifecycle import ray_session
 from cluster.lifecycle.logs import SharedFolder
 from cluster.teachers.actor import TeacherActor
-from cluster.teachers.pool import CREDITS, ReplicaPool, placed_for_good, shares_of
+from cluster.teachers.pool import CREDITS, ReplicaPool, shares_of
 from configs.engines import ENGINES
 from configs.labels import Labels
 from configs.schema import Faults
@@ -88,13 +88,17 @@ def plan(start_timeout_s: float = 60.0, role: str = "scorer", **parameters: Any)
     )
 
 
+async def at_once(index: int) -> None:
+    """A replica whose node stays."""
+
+
 def pool(
     folder: Path,
     events: Events,
     *,
     replicas: int,
     faults: Faults = FAULTS,
-    room: Callable[[int], Awaitable[None]] = placed_for_good,
+    until_placed: Callable[[int], Awaitable[None]] = at_once,
     **parameters: Any,
 ) -> ReplicaPool:
     made = plan(**parameters)
@@ -105,7 +109,13 @@ def pool(
         return ray.remote(TeacherActor).options(**options).remote(made, name, shared)
 
     return ReplicaPool(
-        made, num_replicas=replicas, spawn=spawn, faults=faults, folder=shared, room=room, observer=events
+        made,
+        num_replicas=replicas,
+        spawn=spawn,
+        until_placed=until_placed,
+        faults=faults,
+        folder=shared,
+        observer=events,
     )
 
 
@@ -308,8 +318,8 @@ def test_an_engine_that_never_becomes_ready_ends_the_run_with_what_it_last_said(
     assert [line.strip() for line in others[-3:]] == said.splitlines()
 
 
-def test_a_replica_without_room_is_given_up_and_the_others_go_on(cluster: Any, tmp_path: Path) -> None:
-    async def room(index: int) -> None:
+def test_a_replica_that_cannot_be_placed_is_given_up_and_the_others_go_on(cluster: Any, tmp_path: Path) -> None:
+    async def until_placed(index: int) -> None:
         if started and index == 0:
             raise InsufficientResources("insufficient resources for scorer-0 after 60 s")
 
@@ -317,7 +327,7 @@ def test_a_replica_without_room_is_given_up_and_the_others_go_on(cluster: Any, t
 
     async def scenario() -> Events:
         events = Events()
-        scorers = pool(tmp_path, events, replicas=2, room=room, delay_s=0.1)
+        scorers = pool(tmp_path, events, replicas=2, until_placed=until_placed, delay_s=0.1)
         await scorers.start()
         started.append(True)
         os.kill(scorers._replicas[0].process.pid, signal.SIGKILL)
