@@ -30,7 +30,7 @@ MAX_BYTES = 100 * 2**20
 """Of an upload, unless the user allows more: Ray keeps uploads in the memory of the cluster's head."""
 
 SHOWN_FILES = 5
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".jinja")  # that no hub name has
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".jinja")  # which hub names do not have
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,6 @@ import numpy as np
 from cluster.model_files import PLACES as WEIGHT_PLACES
 from cluster.model_files import WHOLE_BYTES as WHOLE_WEIGHTS
 from cluster.model_files import find_folder
-from cluster.placement.resolve import Resolved
 from configs.models import ModelSource
 from configs.prompts import Dataset
 from configs.rules import held_out_by_place, prompts_by_place, teacher_place, teachers_by_place
@@ -36,6 +35,7 @@ from trainer.data.row_files import PLACES, WHOLE_BYTES, open_raw_rows
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
+    from cluster.placement.resolve import Resolved
     from trainer.loop.inputs import Inputs
 
 WEIGHTS = ".safetensors"

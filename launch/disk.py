@@ -1,4 +1,4 @@
-"""What a run will write and whether there is room for it, asked without writing anything that stays."""
+"""The disk space that a run needs, and whether it is free. Leaves nothing on the disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`stillhouse export`: the student of a run as a folder that stands alone, with its model card, proven to load.
+"""`stillhouse export`: the student of a run as a self-contained folder with its model card, loaded once as a test.
 
 <run>/student  --copy, or base + adapter merged-->  .<target>.tmp-...  --card, load-->  rename to <target>
 """
@@ -85,7 +85,7 @@ def card_of(folder: RunFolder, run: Run, *, adapter: bool, weights: Path) -> str
 
 
 def complete_student(folder: Path, run: Run, *, stop_ids: Iterable[int]) -> None:
-    """What ranks cannot know: which tokens end an answer now, and where everybody finds the base of an adapter."""
+    """Add what ranks do not know: the tokens that end an answer now, and where the base of an adapter is."""
     generation, adapter = folder / "generation_config.json", folder / "adapter_config.json"
     if generation.exists():
         settings = read_json(generation)

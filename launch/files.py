@@ -1,7 +1,7 @@
 """Files of a folder that are sent elsewhere, or copied into something that will be published.
 
-None of them through a link that leads out of the folder: whoever may write there could have any file of the user's
-taken along.
+No link that leads out of the folder is followed: whoever can write to the folder could otherwise have any of the
+user's files sent.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a run of `stillhouse train` stands, told from its run folder alone: there is no job that could be asked."""
+"""The status of a run of `stillhouse train`, from its run folder alone: no scheduler knows it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Records of submitted jobs, and the status of a job as its run folder shows it.
 
 A record lies beside the run on the machine it was submitted from, `runs/<name>/submission.json`, so that later commands
-need the run's name and nothing else. It names no secret, and is readable by its owner alone all the same.
+need the run's name and nothing else. It holds no secret, and only its owner can read it.
 """
 
 from __future__ import annotations

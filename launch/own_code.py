@@ -20,7 +20,7 @@ from launch.identity import HOME, PACKAGES
 from trainer.errors import ConfigError
 
 SUFFIXES = frozenset({".py", ".jinja", ".html", ".css", ".js", ".json", ".yaml", ".jsonl", ".md"})
-"""Of the files that are code or read at run time; editors' and compilers' leftovers stay behind."""
+"""Of the files that are code or read at run time; what editors and compilers leave is not sent."""
 
 ENTRY_POINT = ("vllm.general_plugins", "cluster.engines.vllm_labels:register")
 """(group, value): without it a vLLM process makes no labels."""

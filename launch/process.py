@@ -19,6 +19,7 @@ from configs.errors import ConfigError, StillhouseError
 from configs.secrets import without_secrets
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+"""Of a file anywhere. Other numbers of OSError are wrong paths, timeouts and broken connections."""
 PATH_ERRORS = (
     *(errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP),
     *(errno.EACCES, errno.EPERM, errno.ENXIO, errno.ENODEV, errno.EXDEV),

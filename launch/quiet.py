@@ -1,5 +1,4 @@
-"""What libraries print while a command runs: their bars and notices would hide the few lines that matter, and what they
-have to say about a role is in its log."""
+"""Silences progress bars and notices of libraries, which hide the lines that matter; logs of roles keep them."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from launch.report.observer import RunObserver
 from trainer.errors import Preempted
 
 SCHEDULED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""From a scheduler, or from a terminal that is closed: the run goes on at another time."""
+"""From a scheduler, or from a terminal that is closed: the run is resumed later."""
 SIGNALS = (*SCHEDULED, signal.SIGINT)
 SIGNAL_NAMES = tuple(number.name for number in SIGNALS)
 REPEATED_S = 1.0

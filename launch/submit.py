@@ -233,7 +233,7 @@ def _tell(found: JobStatus, kind: str, folder: Path | str) -> int:
 
 
 def _status_or_reason(record: JobRecord) -> JobStatus:
-    """One line of a list must not cost the others theirs."""
+    """A job that cannot be asked is a line of the list too, and does not hide the others."""
     try:
         return load_target(record.kind).status(record)
     except StillhouseError as error:
@@ -242,7 +242,7 @@ def _status_or_reason(record: JobRecord) -> JobStatus:
 
 
 def _status_in_the_end(record: JobRecord) -> JobStatus:
-    """Of a job that was followed until now: one slow answer must not cost the exit code of a run of days."""
+    """Of a job that was followed until now, asked several times: one slow answer must not hide the exit code."""
     for _ in range(STATUS_ATTEMPTS - 1):
         try:
             return load_target(record.kind).status(record)
@@ -256,7 +256,7 @@ def _warn(text: str) -> None:
 
 
 def _print_all(pieces: Iterator[str]) -> None:
-    """A terminal is shown text; what is written into a file or a pipe stays as the job wrote it."""
+    """On a terminal without control characters; into a file or a pipe as the job wrote it."""
     shown = without_controls if sys.stdout.isatty() else str
     for piece in pieces:
         typer.echo(shown(piece), nl=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from configs.schema import Run
 from launch.check import raise_problems
 from launch.contents import contents_of, dtypes_of
 from launch.export import ADAPTER, stored_dtype
+from launch.process import DISK_ERRORS
 from launch.quiet import quiet_libraries
 from launch.record import Record
 from launch.report.exactness import told_at_start
@@ -35,9 +35,6 @@ from trainer.loop.controller import Controller
 from trainer.loop.inputs import Inputs
 from trainer.loop.job import Job, make_job
 from trainer.run_folder import RunFolder, write_text
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
-"""Of a file anywhere. Other errors of this type are timeouts and broken connections."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
 
 
 def _train_in_folder(path: Path, overrides: list[str], *, skip_self_test: bool, wait_for_nodes: int | None) -> int:
-    """`train`, while the signals of a scheduler are heard."""
+    """`train`, with signals of a scheduler handled."""
     loaded = load_run(path, overrides)
     run = loaded.run
     quiet_libraries()
@@ -96,7 +93,7 @@ def _train_in_folder(path: Path, overrides: list[str], *, skip_self_test: bool, 
             record.ended(1, repr(error))
             raise RuntimeError(f"a plug-in or a library ended the run by raising {error!r}") from error
         record.ended(0, "finished")
-    with contextlib.suppress(OSError):  # the run has ended well, whoever may read that
+    with contextlib.suppress(OSError):  # stdout may be closed; the run has ended well
         print(closing_words(folder), flush=True)
     return 0
 

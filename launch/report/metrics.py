@@ -97,7 +97,7 @@ class MetricsLog:
         clock: Callable[[], float] = time.time,
         tell: Callable[[str], None] = ignore,
     ) -> None:
-        """`tell` hears of lines of an earlier attempt that cannot be read."""
+        """`tell` gets a sentence for each line of an earlier attempt that cannot be read."""
         self._tell = tell
         self._path = folder.metrics
         self._sinks = tuple(sinks)
@@ -245,14 +245,14 @@ class Records:
 
 
 def read_metrics(folder: RunFolder, *, tell: Callable[[str], None] = ignore) -> Records:
-    """Empty records where there is no file. Numbers that were not finite come back as NaN. `tell` hears of lines that
-    cannot be read. Raises OSError."""
+    """Empty records where there is no file. Numbers that were not finite come back as NaN. `tell` gets a sentence for
+    each line that cannot be read. Raises OSError."""
     return _in_order(read_lines(folder.metrics, _logged, tell=tell))
 
 
 @dataclass(frozen=True, slots=True)
 class _Logged:
-    """A line, as it stands in the file and as what it is."""
+    """A line of the file, as JSON and decoded."""
 
     record: Mapping[str, Any]
     item: StepMetrics | Evaluation | Event

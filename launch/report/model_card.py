@@ -1,6 +1,6 @@
 """README.md of an exported student: what it is, who taught it on what, how well, under which licences, how to load it.
 
-It says only what the run knows. A licence nobody stated is "not stated", a local folder appears by its name alone.
+It says only what the run knows. A licence that is not stated is "not stated", a local folder appears by its name alone.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _datasets(run: Run) -> list[tuple[str, Dataset]]:
 
 
 def public_name(path: str) -> str:
-    """A hub name as it is; of a local folder or file its own name, since where it lay is nobody's business."""
+    """A hub name as it is; of a local folder or file its own name, since its location is private."""
     return path if is_hub_name(path) else Path(path).name
 
 
@@ -242,6 +242,6 @@ def _count(counters: Mapping[str, Any], name: str) -> str:
 
 
 def _cell(value: object) -> str:
-    """Text from outside as one harmless line of Markdown."""
+    """Untrusted text as one escaped line of Markdown."""
     line = " ".join(str(value).split())
     return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", line)

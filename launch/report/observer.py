@@ -50,8 +50,8 @@ _KEPT_SPANS = 512
 
 
 class RunObserver:
-    """Implements `trainer.protocols.Observer`. A disk that is full, or a file server that is away for a moment, is
-    told once and ends nothing; as much as files buffer is written when there is room again."""
+    """Implements `trainer.protocols.Observer`. A full disk or an unavailable file server is
+    reported once and does not end the run; buffered records are written when there is space again."""
 
     def __init__(
         self,
@@ -85,18 +85,18 @@ class RunObserver:
         """Adds speed and wait shares; a loop reports a step's spans before the step."""
         self._finished("steps", f"step {metrics.step}")
         metrics = StepMetrics(step=metrics.step, values={**metrics.values, **self._waits.of_step(metrics.values)})
-        with self._told_once():
+        with self._reported_once():
             self._metrics.step(metrics)
         self._progress.step(metrics)
 
     def evaluation(self, evaluation: Evaluation, when: Moment) -> None:
         self._finished("evaluations", f"after step {evaluation.step}")
-        with self._told_once():
+        with self._reported_once():
             self._metrics.evaluation(evaluation)
         first = self._metrics.first_evaluation
         self._progress.evaluation(evaluation, None if first is evaluation else first)
         if self._record is not None and when != "during" and evaluation.is_finite:
-            with self._told_once():  # the checkpoint of the last step comes after this
+            with self._reported_once():  # the checkpoint of the last step comes after this
                 self._record.evaluation(when, evaluation)
 
     def generation(self, who: str, rows: tuple[Sequence, ...], texts: AbstractSequence[np.ndarray]) -> None:
@@ -105,13 +105,13 @@ class RunObserver:
             self._record.generation(who, rows, texts)
 
     def event(self, name: str, **fields: Any) -> None:
-        """Raises OSError for `resumed` and `students_restarted` alone: what cannot be removed from the log would stand
-        in it twice."""
+        """Raises OSError for `resumed` and `students_restarted` alone: steps that cannot be removed from the log would
+        be in it twice."""
         # texts of libraries, which may hold an address with a password, or worse
         fields = {k: without_secrets(v, environment=os.environ) if isinstance(v, str) else v for k, v in fields.items()}
         if name in ("resumed", "students_restarted"):
             self._metrics.resume(fields["from_step"])
-        with self._told_once():
+        with self._reported_once():
             self._metrics.event(name, **fields)
         if name == "self_test":
             verdict = "passed" if fields["passed"] else "FAILED"
@@ -122,13 +122,13 @@ class RunObserver:
     def span(self, lane: str, kind: SpanKind, start_s: float, stop_s: float, label: str = "") -> None:
         self._finished(lane, f"{kind} {label}".strip())
         self._waits.add(lane, kind, start_s, stop_s)
-        with self._told_once():
+        with self._reported_once():
             self._timeline.span(lane, kind, start_s, stop_s, label)
 
     def close(self) -> None:
-        """Of the files; the progress belongs to whoever made it."""
+        """Close the files; the progress is closed by its creator."""
         for file in (self._metrics, self._timeline):
-            with self._told_once():
+            with self._reported_once():
                 file.close()
 
     def _finished(self, role: str, what: str) -> None:
@@ -136,7 +136,7 @@ class RunObserver:
         self.last[role] = (what, self._clock())
 
     @contextlib.contextmanager
-    def _told_once(self) -> Iterator[None]:
+    def _reported_once(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

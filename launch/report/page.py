@@ -1,7 +1,7 @@
 """report.html: one self-contained page about a run, made from its folder alone, finished or not.
 
 No network: style, script and pictures are inside the page, and its content security policy forbids everything else.
-What is missing in the folder is left out of the page. Texts of models and datasets are hostile until escaped.
+What is missing in the folder is left out of the page. Texts of models and datasets are untrusted, and escaped.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def _factor(before: float, after: float) -> str:
 
 
 def _time_tile(spans: Sequence[Span], manifest: Mapping[str, Any]) -> list[Tile]:
-    """From the command to the end, as whoever waits for it counts. Of a run that was resumed or has not ended: the time
+    """Wall time from the command to the end. Of a run that was resumed or has not ended: the time
     in which some role worked, over all attempts."""
     started, finished = manifest.get("started"), manifest.get("finished")
     if started is not None and finished is not None and manifest.get("resumed_from") is None:

@@ -234,7 +234,7 @@ def _legend(series: list[Series]) -> str:
 
 
 def _describe(title: str, drawn: list[tuple[Series, Thinned]], form: Form) -> str:
-    """What the picture says, for whoever cannot see it."""
+    """The chart in words, for screen readers."""
     lines = (
         f"{one.name}: {form(float(points.mean[0]), 3)} at step {points.x[0]:,.0f}, "
         f"{form(float(points.mean[-1]), 3)} at step {points.x[-1]:,.0f}"

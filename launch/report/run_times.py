@@ -45,7 +45,7 @@ def start_phases(folder: RunFolder) -> tuple[Phase, ...]:
     if FIRST_STEP not in began:
         raise ConfigError(f"{folder.path}: this run never came to its first step; look at {folder.exit.name} and logs/")
     names = list(began)[: list(began).index(FIRST_STEP) + 1]
-    # One moment is known on both clocks: when the inputs were begun to be read.
+    # `started` (wall clock) and the beginning of the second phase (seconds after the command) are one moment.
     command = manifest["started"] - began[names[1]]
     spans = read_timeline(folder)
     trained = [s.stop_s - command for s in spans if s.kind == "train" and s.stop_s - command > began[FIRST_STEP]]

@@ -56,8 +56,8 @@ class LaneShare:
 
 
 def read_timeline(folder: RunFolder, *, tell: Callable[[str], None] = ignore) -> tuple[Span, ...]:
-    """In the order of their start; see `launch.report.metrics.Timeline` for the format. `tell` hears of bad
-    lines. Raises OSError."""
+    """In the order of their start; see `launch.report.metrics.Timeline` for the format. `tell` gets a sentence
+    for each bad line. Raises OSError."""
     found = read_lines(folder.timeline, lambda record: checked(record, Span), tell=tell)
     return tuple(sorted(found, key=lambda span: span.start_s))
 

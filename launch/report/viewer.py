@@ -132,7 +132,7 @@ def token_texts(token_ids: Sequence[int], decode: Callable[[list[int]], str]) ->
 
 
 def read_viewer(folder: RunFolder, *, tell: Tell = ignore) -> Viewer | None:
-    """None where samples.json does not exist or holds nothing. `tell` hears of what cannot be read."""
+    """None where samples.json does not exist or holds nothing. `tell` gets a sentence for what cannot be read."""
     content = artifacts.read_samples(folder, tell=tell)
     before, after = _by_id(content.get("before")), _by_id(content.get("after"))
     order = list(dict.fromkeys([*before, *after]))
@@ -144,7 +144,7 @@ def read_viewer(folder: RunFolder, *, tell: Tell = ignore) -> Viewer | None:
 
 
 def read_generations(folder: RunFolder, *, tell: Tell = ignore) -> tuple[Answers, ...]:
-    """Empty where generations.json does not exist. `tell` hears of what cannot be read."""
+    """Empty where generations.json does not exist. `tell` gets a sentence for what cannot be read."""
     content = artifacts.read_generations(folder, tell=tell)
     answers = (content.get(name) or [] for name in ("before", "after", "teacher", "reference"))
     rows = zip_longest(content.get("prompts") or [], *answers, fillvalue=None)

@@ -1,7 +1,7 @@
 """Where a run can be sent, one file per kind: `stillhouse submit --to ray` is `launch/targets/ray.py`.
 
 A file holds a class `Target` with the members of the protocol below, made without arguments. Importing it must not
-import Ray or contact anybody: `prepare` works on a laptop without network, and `--dry-run` prints what it returns.
+import Ray or connect to anything: `prepare` works on a laptop without network, and `--dry-run` prints what it returns.
 
     bundle -> prepare -> Shipment (what would be sent) -> submit -> JobRecord (kept beside the run, found by its name)
                             `--dry-run` stops here                      status, logs, stop, fetch
@@ -45,12 +45,12 @@ class Shipment:
     files: Mapping[str, str | Path]  # name -> text, or a file or folder on this machine
     command: tuple[str, ...]  # what is executed where the run will be, or ()
     note: str  # for the person: where it goes, what to type
-    warnings: tuple[str, ...] = ()  # what is unsafe about it; told before it is sent
+    warnings: tuple[str, ...] = ()  # what is unsafe about it; shown before it is sent
 
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """What is remembered of a submitted job: enough to find it again, and no secret."""
+    """What is stored of a submitted job: enough to find it again, and no secret."""
 
     job: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,49}$")]  # our id
     kind: str
@@ -90,7 +90,7 @@ class JobStatus:
 
     job: str
     state: State
-    exit_code: int | None = None  # of `stillhouse train` itself; None while it runs or where nobody knows it
+    exit_code: int | None = None  # of `stillhouse train` itself; None while it runs or where it is unknown
     step: int | None = None
     steps: int | None = None
     message: str = ""
@@ -114,7 +114,7 @@ class Target(Protocol):
     Options: type[Section]
 
     def prepare(self, bundle: Bundle, options: Any, job: str) -> Shipment:
-        """What would be sent. Pure: starts nothing, contacts nobody, writes nothing."""
+        """What would be sent. Pure: starts nothing, connects to nothing, writes nothing."""
         ...
 
     def submit(self, bundle: Bundle, shipment: Shipment, options: Any, job: str) -> JobRecord:

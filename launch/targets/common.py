@@ -39,7 +39,7 @@ Line = Annotated[str, Field(pattern=r"^[^\r\n]*$")]
 
 
 class Unreachable(ConfigError):
-    """Nobody answers; of an address that did answer a moment ago, it may be busy."""
+    """No answer. An address that answered a moment ago may only be busy."""
 
 
 class NotFound(InfrastructureError):
@@ -112,8 +112,8 @@ def ray_environment() -> dict[str, str]:
 
 
 def run_command(*command: str, kind: str, lost: str, given: str | None = None) -> str:
-    """What a command of a scheduler prints. Raises `ConfigError` with its own words where it refuses, and
-    `InfrastructureError` where these match `lost`, or none come in time: the scheduler does not answer."""
+    """The output of a command of a scheduler. Raises `ConfigError` with its error output where it fails, and
+    `InfrastructureError` where that matches `lost`, or the command does not end in time: the scheduler is down."""
     try:
         done = subprocess.run(
             command, input=given, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False

@@ -2,10 +2,10 @@
 
     bundle -> ConfigMap        run.yaml, prompts/, code/ and run.sh as one zip, unpacked in every pod
            -> RayJob           head (the run's own process), teachers, students; its pods go when the run is over
-           -> NetworkPolicy    these pods talk among themselves; nobody else reaches more than the job API
+           -> NetworkPolicy    these pods reach each other; everything else reaches only the job API
 
-Needs KubeRay 1.5.1 or newer, and a volume that all pods can write, for the run folder and the models. No secret stands
-in what is sent: KubeRay makes the token, others are named: `--with secrets.HF_TOKEN=my-secret/token`. Kubernetes is
+Needs KubeRay 1.5.1 or newer, and a volume that all pods can write, for the run folder and the models. No secret is part
+of what is sent: KubeRay makes the token, others are named: `--with secrets.HF_TOKEN=my-secret/token`. Kubernetes is
 asked through kubectl alone.
 """
 
@@ -73,20 +73,16 @@ class Target:
         try:
             _run(*shipment.command, given=sent)
         except (ConfigError, InfrastructureError):
-            with contextlib.suppress(ConfigError, InfrastructureError):  # of which the first one is the news
+            with contextlib.suppress(ConfigError, InfrastructureError):  # the first error is the one to report
                 _run(*_delete_command(options, job))
             raise
         return JobRecord.of(job, "kuberay", bundle, options, handle=manifests.object_name(job))
 
     def status(self, record: JobRecord) -> JobStatus:
-        options = options_of(Target, record)
-        try:
-            text = _run(*_kubectl(options), "get", "rayjobs.ray.io", record.handle, "--output=json")
-        except ConfigError as error:
-            if "not found" in str(error).lower():
-                return record.status("stopped", message="the RayJob was deleted")
-            raise
-        found, folder = _statuses(f'{{"items": [{text}]}}')[0], visible_folder(record)
+        found = next(iter(_jobs(options_of(Target, record), f"{manifests.JOB_LABEL}={record.job}")), None)
+        if found is None:
+            return record.status("stopped", message="the RayJob was deleted")
+        folder = visible_folder(record)
         if folder is None:
             return found
         written = run_status(folder, record.job)
@@ -127,8 +123,7 @@ class Target:
         _run(*delete)
 
     def list(self, options: Options) -> list[JobStatus]:
-        chosen = f"--selector={manifests.MANAGED_BY}"
-        return _statuses(_run(*_kubectl(options), "get", "rayjobs.ray.io", chosen, "--output=json"))
+        return _jobs(options, manifests.MANAGED_BY)
 
     def fetch(self, record: JobRecord, destination: Path) -> None:
         folder = visible_folder(record)
@@ -142,8 +137,9 @@ class Target:
         copy_results(folder, destination)
 
 
-def _statuses(text: str) -> list[JobStatus]:
-    """Of RayJobs as Kubernetes gives them. Raises `InfrastructureError` for an answer of another version."""
+def _jobs(options: Options, selector: str) -> list[JobStatus]:
+    """RayJobs with a label. Raises `InfrastructureError` for an answer of another version of KubeRay."""
+    text = _run(*_kubectl(options), "get", "rayjobs.ray.io", f"--selector={selector}", "--output=json")
     with foreign_errors("kubectl answers with what is no RayJob known here", error=InfrastructureError):
         return [_status(item) for item in json.loads(text)["items"]]
 

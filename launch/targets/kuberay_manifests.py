@@ -82,7 +82,7 @@ class Options(WithEnvironment):
     gpu_resource: str = Field("nvidia.com/gpu", min_length=1)
     code: Literal["configmap", "image"] = Field("configmap", description="image: Stillhouse is installed in it.")
     python: Python = "python"
-    grace_s: PositiveInt = Field(180, description="A pod that is taken away leaves the run so long to save.")
+    grace_s: PositiveInt = Field(180, description="Time to save after a pod is told to end.")
     max_retries: NonNegativeInt = Field(2, description="New clusters after a failure; each resumes.")
     deadline_s: PositiveInt | None = Field(None, description="Of the whole RayJob.")
     network_policy: bool = True

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 OUTPUT, EXIT_CODE, STOP_ASKED = "output.log", "exit_code", "stop_asked"
 
 SHELL = f'trap : TERM INT HUP; "$@"; code=$?; echo $code > .{EXIT_CODE}; mv .{EXIT_CODE} {EXIT_CODE}'
-"""A caught signal is at its default again in the child, which alone decides what becomes of it."""
+"""The shell catches these signals, so that it outlives them and notes the exit code; the child starts with defaults."""
 
 POLL_S = 0.3
 LAST_GRACE_S = 60.0

@@ -46,15 +46,14 @@ PACKAGE_LIMIT = 500 * 2**20
 """Ray refuses uploads from 512 MiB on, after they have been sent."""
 
 POLL_S = 1.0
-MAX_VAIN_FOLLOWS = 20
+MAX_EMPTY_FOLLOWS = 20
 
 
 class Options(WithEnvironment):
     """What `--with` takes."""
 
     INSTEAD_OF_A_SECRET = (
-        "everybody who can see the cluster's jobs can read it; set {name} in the environment of the nodes, before ray "
-        "start"
+        "whoever sees the cluster's jobs can read it; set {name} in the environment of the nodes, before ray start"
     )
     RESERVED = r"PYTHONPATH|RAY_JOB_.*"
 
@@ -138,8 +137,8 @@ class Target:
                 log = client.log_file(known.driver_node_id, f"job-driver-{record.handle}.log")
                 yield from codecs.iterdecode(log, "utf-8", "replace")
             return
-        seen, in_vain = 0, 0
-        while in_vain < MAX_VAIN_FOLLOWS:
+        seen, empty = 0, 0
+        while empty < MAX_EMPTY_FOLLOWS:
             position, before = 0, seen
             for piece in _followed(client, record.handle):
                 position += len(piece)
@@ -148,7 +147,7 @@ class Target:
                     seen = position
             if _is_over(client, record):
                 return
-            in_vain = in_vain + 1 if seen == before else 0
+            empty = empty + 1 if seen == before else 0
             time.sleep(POLL_S)  # the connection broke, the job did not
         raise InfrastructureError(
             f"the output of {record.job} cannot be followed at {client.address} (does a proxy refuse web sockets?); "

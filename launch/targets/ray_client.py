@@ -65,7 +65,7 @@ class Client(JobSubmissionClient):
 
     def check_versions(self) -> None:
         """Raises `ConfigError` where the cluster's Ray or Python is not this machine's."""
-        with self._understood():
+        with self._decoding():
             found = self._do_request("GET", "/api/v0/cluster_metadata").json()["data"]
             ray, python = str(found["rayVersion"]), str(found["pythonVersion"])
         own_ray, own_python = importlib.metadata.version("ray"), platform.python_version()
@@ -83,7 +83,7 @@ class Client(JobSubmissionClient):
     def get_job_info(self, job_id: str) -> JobDetails:
         """What the cluster knows of a submission; raises `NotFound`."""
         try:
-            with self._understood():
+            with self._decoding():
                 return super().get_job_info(job_id)
         except NotFound:
             raise NotFound(
@@ -91,12 +91,12 @@ class Client(JobSubmissionClient):
             ) from None
 
     def list_jobs(self) -> list[JobDetails]:
-        with self._understood():
+        with self._decoding():
             return super().list_jobs()
 
     def living_nodes(self) -> set[str]:
         """Ids of the nodes that are alive."""
-        with self._understood():
+        with self._decoding():
             nodes = self._do_request("GET", "/nodes?view=summary").json()["data"]["summary"]
             return {node["raylet"]["nodeId"] for node in nodes if node["raylet"].get("state") == "ALIVE"}
 
@@ -113,8 +113,8 @@ class Client(JobSubmissionClient):
         """`log_file` in one. Raises `InfrastructureError` where it is larger than any record should be."""
         return self._whole(self.log_file(node_id, name, lines=lines), name)
 
-    def _understood(self) -> AbstractContextManager[None]:
-        """Around what is made of an answer."""
+    def _decoding(self) -> AbstractContextManager[None]:
+        """Around the decoding of an answer."""
         return foreign_errors(f"{self.address} answers, but not as the dashboard of a Ray cluster")
 
     def _do_request(self, method: str, endpoint: str, *, stream: bool = False, **given: Any) -> requests.Response:
@@ -195,7 +195,7 @@ def find_token(token_path: str | None, environment: Mapping[str, str] = os.envir
         return None, ""
     elif environment.get(ray_token.TOKEN):
         return environment[ray_token.TOKEN].strip(), ray_token.TOKEN
-    elif named:  # used without RAY_AUTH_MODE, too: whoever names a token means it
+    elif named:  # used without RAY_AUTH_MODE, too: a token file that is named is meant
         file, source = named_path(ray_token.TOKEN_PATH, named), f"{ray_token.TOKEN_PATH}={named}"
     elif (default := ray_token.named_token_file(environment)) is None:
         return None, ""
@@ -219,7 +219,7 @@ def _certificates() -> str | bool:
 
 
 def _cause(error: BaseException) -> str:
-    """What the system said, below the layers of requests and urllib3."""
+    """The operating system's reason, below the layers of requests and urllib3."""
     while error.__context__ is not None:
         error = error.__context__
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -2,7 +2,7 @@
 
 Every node runs the same `run`: the first is Ray's head and executes the run, the others join it. Results are on a
 volume or a file system that all nodes have. Only `submit` goes through here; SkyPilot's own commands do the rest, and
-the other verbs name them. Against a cloud nothing of this was tried; the YAML is held against a schema.
+the other verbs name them. Not tried against a cloud; tests validate the YAML against a schema.
 """
 
 from __future__ import annotations

@@ -382,7 +382,7 @@ def answer(state: Path, deployment: str, job: str, message: str = "") -> None:
         "annotations": {"stillhouse.io/run": "demo"},
         "creationTimestamp": "2026-11-22T03:04:05Z",
     }
-    (state / "answer").write_text(json.dumps({"metadata": metadata, "status": status}))
+    (state / "answer").write_text(json.dumps({"items": [{"metadata": metadata, "status": status}]}))
 
 
 def test_a_job_is_created_followed_and_stopped_through_kubectl(bundle: Bundle, kubectl: Path) -> None:
@@ -420,6 +420,15 @@ def test_the_words_of_kuberay_are_understood(
     answer(kubectl, deployment, job, message)
     status = target.status(record)
     assert (status.state, status.exit_code, status.name) == (state, code, "demo")
+
+
+def test_a_rayjob_that_was_deleted_is_a_stopped_run(bundle: Bundle, kubectl: Path) -> None:
+    target, chosen = load_target("kuberay"), options()
+    record = target.submit(bundle, target.prepare(bundle, chosen, JOB), chosen, JOB)
+    (kubectl / "answer").write_text('{"items": []}')
+    assert (target.status(record).state, target.status(record).message) == ("stopped", "the RayJob was deleted")
+    assert target.list(chosen) == []
+    assert f"get rayjobs.ray.io --selector=stillhouse.io/job={JOB} --output=json" in (kubectl / "calls").read_text()
 
 
 def test_what_the_run_noted_on_a_volume_that_is_mounted_here_is_believed(

@@ -90,7 +90,6 @@ def prune(source: Path, target: Path, keep_layers: Sequence[int]) -> Path:
     shards = {file: list(read_table(file, role="prune")) for file in files}
     config = _read_config(source, files, layers)
     prefix = _layer_prefix(shards, config.num_hidden_layers, source)
-
     with new_folder(target) as working:
         _copy_others(source, working)
         _write_weights(shards, working, prefix, layers)
