@@ -100,7 +100,7 @@ class InProcessStudents:
         return self._rank.step(step)
 
     async def stage_evaluation(
-        self, units: Sequence[Sequence[Unit]], blocks: Sequence[Sequence[SoftLabelBlock]]
+        self, units: Sequence[Sequence[Unit]], blocks: Sequence[Sequence[SoftLabelBlock | None]]
     ) -> None:
         self._rank.stage_evaluation(units[0], blocks[0])
 

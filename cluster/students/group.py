@@ -94,7 +94,7 @@ class RankActor:
         """Blocks are arguments of their own, so Ray brings each to this node before the call starts."""
         self.call("stage", batch, blocks)
 
-    def stage_evaluation(self, units: Sequence[Unit], *blocks: SoftLabelBlock) -> None:
+    def stage_evaluation(self, units: Sequence[Unit], *blocks: SoftLabelBlock | None) -> None:
         self.call("stage_evaluation", units, blocks)
 
 
@@ -177,7 +177,9 @@ class StudentGroup:
         units = [[unit.id for unit in batch.units] for batch in batches]
         await self._staged(refs, units)
 
-    async def stage_evaluation(self, units: Sequence[Sequence[Unit]], blocks: Sequence[Sequence[BlockRef]]) -> None:
+    async def stage_evaluation(
+        self, units: Sequence[Sequence[Unit]], blocks: Sequence[Sequence[BlockRef | None]]
+    ) -> None:
         refs = [
             rank.stage_evaluation.remote(list(rank_units), *rank_blocks)
             for rank, rank_units, rank_blocks in zip(self._ranks, units, blocks, strict=True)

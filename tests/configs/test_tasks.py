@@ -276,6 +276,7 @@ def test_the_recipe_of_two_teachers_is_a_run() -> None:
     tasks = run.resolved_tasks()
     assert {name: task.teachers for name, task in tasks.items()} == {"chat": ("prose",), "code": ("code",)}
     assert [task.share for task in tasks.values()] == [3, 1]
+    assert all(task.evaluation is not None for task in tasks.values())
 
 
 def test_tasks_are_trained_by_steps() -> None:

@@ -38,6 +38,7 @@ class Asked:
     teacher: str = ""
     route: Route | None = None  # instead of `teacher`: by a column of the row
     pairs: bool = False  # every row is a preference; else none may be
+    chosen: bool = False  # of a preference the chosen answer is read, as if it were the only one
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class PromptReader:
         that fits no row."""
         origin = self.rows.raw.origin(row)
         parsed = self.rows.read(row, needs_answer=self.needs_answer)
+        if isinstance(parsed, PreferenceRow) and self.asks.chosen:
+            parsed = parsed.chosen
         num_characters = sum(len(text) for _, text in texts_of(parsed))
         if num_characters > MAX_CHARACTERS * self.data.max_length and self.data.on_too_long != "truncate":
             raise self._too_long(origin, f"{num_characters} characters")

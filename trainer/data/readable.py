@@ -8,7 +8,7 @@ import numpy as np
 
 from configs.prompts import Dataset
 from trainer.data.chat import Template
-from trainer.data.row import ChatRow, CorpusRow, Row
+from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, Row
 from trainer.data.rows import Rows
 from trainer.run_folder import Turn
 from trainer.types import Sequence
@@ -51,6 +51,8 @@ def _turns(row: Row, prompt: np.ndarray, template: Template) -> list[Turn] | Non
                 if np.array_equal(template.render_prompt(row.messages[:index]), prompt):
                     return [{"role": turn["role"], "content": turn["content"]} for turn in row.messages[:index]]
             return None
+        case PreferenceRow():
+            return _turns(row.chosen, prompt, template)
         case CorpusRow():
             return None
     return [{"role": "", "content": row.prompt}]

@@ -19,6 +19,7 @@ from trainer.threads import in_thread
 from trainer.types import Evaluation, GenerationRequest, Sampling, Sequence, Unit
 
 if TYPE_CHECKING:
+    from trainer.loop.inputs import TaskInputs
     from trainer.loop.job import Job
 
 
@@ -89,7 +90,7 @@ class HeldOut:
             texts = await self._students.generate(
                 [prompt_of(row) for row in rows],
                 max_new_tokens=self._job.run.report.generate_tokens,
-                stop_ids=self._stop_ids,
+                stop_ids=self._inputs.stop_ids,
             )
             self._observer.generation(when, rows, texts)
 
@@ -104,11 +105,13 @@ class HeldOut:
                 f"{self._job.folder.checkpoints} the same command goes on from the one before, if there is one. Lower "
                 "optimizer.learning_rate, in a run of another name"
             )
+        compared, models = "", "student.model"
+        if evaluation.teacher_perplexity is not None:
+            compared = f" (perplexity of the student {evaluation.perplexity}, of the teacher "
+            compared, models = f"{compared}{evaluation.teacher_perplexity})", "student.model or of a teacher's model"
         raise ConfigError(
-            f"the held-out {what} is {value} before the first step (perplexity of the student "
-            f"{evaluation.perplexity}, of the teacher {evaluation.teacher_perplexity}): the weights of "
-            "student.model or teacher.model hold NaN or infinity, or overflow in their dtype; name others, or another "
-            "dtype"
+            f"the held-out {what} is {value} before the first step{compared}: the weights of {models} hold NaN or "
+            "infinity, or overflow in their dtype; name others, or another dtype"
         )
 
     async def ask_teacher(self) -> None:
@@ -128,9 +131,9 @@ class HeldOut:
 
     async def _written(self, rows: AbstractSequence[Sequence], name: str) -> list[np.ndarray] | None:
         """By one teacher, also where the rows are of several."""
-        prompts = [prompt_of(row) for row in rows]
+        prompts, stop_ids = [prompt_of(row) for row in rows], self._inputs.stop_ids_by_teacher[name]
         if (generator := self._teachers[name].generator) is not None:
-            greedy = Sampling(self._job.run.report.generate_tokens, stop_token_ids=self._stop_ids)
+            greedy = Sampling(self._job.run.report.generate_tokens, stop_token_ids=stop_ids)
             asked = [
                 GenerationRequest(f"report/{row.id}", prompt, greedy, origin="data.evaluation")
                 for row, prompt in zip(rows, prompts, strict=True)
@@ -141,13 +144,13 @@ class HeldOut:
             prompts,
             self._job.run.teachers_by_name()[name].model,
             max_new_tokens=self._job.run.report.generate_tokens,
-            stop_ids=self._stop_ids,
+            stop_ids=stop_ids,
         )
 
     @property
-    def _stop_ids(self) -> tuple[int, ...]:
-        """Of the rows of the report."""
-        return self._job.inputs.tasks[self._sets[self._report_rows[0].task].task.name].stop_ids
+    def _inputs(self) -> TaskInputs:
+        """By which the rows of the report are read."""
+        return self._job.inputs.tasks[self._sets[self._report_rows[0].task].task.name]
 
 
 def _held_out(unit: Unit) -> Unit:

@@ -40,7 +40,8 @@ def open_reader(run: Run, inputs: Inputs, task: ResolvedTask) -> PromptReader:
 
 
 def open_held_out(run: Run, inputs: Inputs, held_out: HeldOutSet) -> PromptReader:
-    """Held-out rows, by the template of the teacher that scores them; each row names its set as its task."""
+    """Held-out rows, by the template of the teacher that scores them, of preferences the chosen answer; each row names
+    its set as its task."""
     task = held_out.task
     return PromptReader.open(
         held_out.rows,
@@ -48,7 +49,7 @@ def open_held_out(run: Run, inputs: Inputs, held_out: HeldOutSet) -> PromptReade
         template=inputs.tasks[task.name].template,
         vocabulary=inputs.vocabulary,
         needs_answer=True,
-        asks=Asked(held_out.name, _asked(run, task), task.route),
+        asks=Asked(held_out.name, _asked(run, task), task.route, chosen=True),
     )
 
 

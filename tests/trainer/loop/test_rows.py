@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 from tiny_models import CHATML, tiny_folder
-from tiny_runs import tiny_run
+from tiny_runs import chat_row, tiny_run, write_rows
 
+from configs.held_out import held_out_sets
 from configs.load import load_run
 from configs.schema import Run
+from trainer.data.readable import answer_of, readable_prompts
 from trainer.errors import ConfigError, DataError
 from trainer.loop import rows
 from trainer.loop.inputs import read_inputs
@@ -37,6 +39,23 @@ def test_held_out_rows_are_rendered_by_the_template_of_the_teacher_that_scores_t
     assert all("USER\n" in text for text in texts[6:])
     learnt = [inputs.tokenizer.decode(row.token_ids[1:][row.loss_mask[:-1]], skip_special_tokens=True) for row in found]
     assert [text.strip() for text in learnt[:6]] == [text.strip() for text in learnt[6:]], "the same answers"
+
+
+def test_of_held_out_preferences_the_chosen_answer_is_read_and_its_prompt_is_shown(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, {"labels": "token", "objective": [{"loss": "dpo"}]})
+    told = {
+        name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "spirit"), ("rejected", "dog"))
+    }
+    rows = [{"prompt": chat_row(number)["prompt"], **told} for number in range(3)]
+    write_rows(tmp_path / "held_out.jsonl", rows)
+    run = load_run(config).run
+    inputs = read_inputs(run)
+    found = held_out_rows(run, inputs)
+    assert len(found) == 3
+    assert all("spirit" in inputs.tokenizer.decode(answer_of(row)) for row in found)
+    (held_out,) = held_out_sets(run).values()
+    shown = readable_prompts(held_out.rows, found, inputs.first.template)
+    assert [turn["content"] for (turn,) in shown] == [row["prompt"][0]["content"] for row in rows]
 
 
 def test_too_many_held_out_rows_and_none_that_can_be_used_are_named_by_place(

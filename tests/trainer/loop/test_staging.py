@@ -93,6 +93,18 @@ def test_held_out_batches_keep_order_and_bring_the_teachers_head(world: Path) ->
     assert staging.teacher_head("").weight.shape == (283, 64)
 
 
+def test_held_out_units_that_nobody_scores_have_batches_of_their_own_without_labels(world: Path) -> None:
+    staging = Staging(make_run(world), vocabulary=Vocabulary(), device=HOST)
+    first, *others = sequences_of(100)
+    alone = Unit("alone", tuple(dataclasses.replace(s, task="sft") for s in others))
+    scored = Unit("scored", (first,))
+    staging.stage_held_out([alone, scored], [None, Teacher().label(scored, HELD_OUT)])
+    labels = {part.task: sorted(part.labels) for item in staging.held_out for part in item.batch.parts}
+    assert labels == {"sft": [], "main": ["hidden"]}
+    positions = [position for item in staging.held_out for position, _, _ in item.members]
+    assert sorted(positions) == list(range(len(others) + 1))
+
+
 def test_a_rank_without_units_is_staged_too(staging: Staging) -> None:
     staging.stage(RankBatch(step=2, units=(), micro_batches=((), ()), totals={}), [])
     step = staging.take(2)
