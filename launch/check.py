@@ -25,7 +25,6 @@ from cluster.runtime import actors_of
 from configs.answers import TeacherAnswers
 from configs.engines import Hf, Vllm
 from configs.held_out import held_out_sets
-from configs.labels import Labels
 from configs.load import LoadedRun, load_run, run_folder
 from configs.models import ModelSource, Teacher
 from configs.paths import refuse_pattern
@@ -234,8 +233,8 @@ def _label_bytes(run: Run, inputs: Inputs) -> Iterator[Finding]:
             label_bytes_per_row(run, inputs, teacher_dtypes=dict.fromkeys(run.teachers_by_name(), "float32"))
         )
 
-    labels = [task.labels for task in run.resolved_tasks().values() if isinstance(task.labels, Labels)]
-    kinds = ", ".join(dict.fromkeys(one.kind for one in labels)) or "none"
+    labels = [task.soft_labels for task in run.resolved_tasks().values()]
+    kinds = ", ".join(dict.fromkeys(one.kind for one in labels if one is not None)) or "none"
     yield _attempt("label size", look, lambda: f"{kinds}: at most {num_bytes[0]} bytes a loss token")
 
 

@@ -159,7 +159,7 @@ class _Teacher:
 
     def _encodings(self) -> tuple[Labels, ...]:
         """Of the tasks that ask this teacher, and of the held-out rows."""
-        labels = [task.labels for task in self._tasks if isinstance(task.labels, Labels)]
+        labels = [task.soft_labels for task in self._tasks if task.soft_labels is not None]
         return tuple(dict.fromkeys((*labels, HELD_OUT)))
 
 

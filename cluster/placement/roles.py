@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from cluster.placement.groups import RoleRequest
 from cluster.runtime import GENERATOR, SCORER, STUDENT, Accelerator, Role, actors_of
-from configs.labels import Labels
 from configs.models import Replicas
 from configs.schema import Run
 
@@ -16,7 +15,7 @@ def started_roles(run: Run) -> dict[str, dict[Role, Replicas]]:
     for name, teacher in run.teachers_by_name().items():
         tasks = [task for task in run.resolved_tasks().values() if name in task.teachers]
         asked: dict[Role, Replicas] = {}
-        if any(isinstance(task.labels, Labels) for task in tasks):
+        if any(task.soft_labels is not None for task in tasks):
             asked[SCORER] = teacher.scorer
         if teacher.generator is not None and any(task.answers.needs_generator for task in tasks):
             asked[GENERATOR] = teacher.generator

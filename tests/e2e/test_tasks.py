@@ -51,6 +51,7 @@ def test_one_of_two_teachers_killed_changes_nothing_and_their_tokens_add_up(tmp_
     assert all(abs(ours[step] - theirs[step]) <= TOLERANCE * abs(theirs[step]) for step in ours)
     for step in records(run, "step"):
         assert step["teacher/prose/tokens"] + step["teacher/code/tokens"] == step["train/tokens"]
+        assert step["teacher/code/token_share"] == step["teacher/code/tokens"] / step["train/tokens"]
         assert (step["task/chat/sequences"], step["task/code/sequences"]) == (6, 2), "shares 3 and 1 of 8"
 
 

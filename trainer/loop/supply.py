@@ -215,13 +215,16 @@ class Supply:
 def _parts(sequences: tuple[Sequence, ...]) -> dict[str, float]:
     """What of a step is of each task and of each teacher, where they have names."""
     parts: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
     for sequence in sequences:
         if sequence.task != MAIN:
             parts[f"task/{sequence.task}/sequences"] += 1
             parts[f"task/{sequence.task}/loss_tokens"] += sequence.num_loss_tokens
         if sequence.teacher:
-            parts[f"teacher/{sequence.teacher}/tokens"] += sequence.num_tokens
-    return {name: float(count) for name, count in parts.items()}
+            asked[sequence.teacher] += sequence.num_tokens
+    tokens = {f"teacher/{name}/tokens": float(count) for name, count in asked.items()}
+    shares = {f"teacher/{name}/token_share": count / asked.total() for name, count in asked.items()}
+    return {**{name: float(count) for name, count in parts.items()}, **tokens, **shares}
 
 
 async def _as_error(work: Callable[[], Awaitable[_Made]]) -> _Made:

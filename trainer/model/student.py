@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from configs.labels import NoLabels
 from configs.schema import Run
 from configs.tasks import ResolvedTask
 from trainer.checks.held_out import Measure, evaluate_held_out, without_samples
@@ -355,4 +354,4 @@ class StudentRank:
 
 
 def _encoding_of(task: ResolvedTask) -> Encoding | None:
-    return None if isinstance(task.labels, NoLabels) else load_encoding(task.labels)
+    return None if task.soft_labels is None else load_encoding(task.soft_labels)
