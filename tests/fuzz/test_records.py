@@ -97,7 +97,7 @@ def read_damaged(whole: Path, here: Path, seed: int) -> None:
     folder = RunFolder(Path(shutil.copytree(whole, here / "runs" / "run")))
     damage_files(folder.path, Damage(seed))
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        assert write_report(folder).read_text().endswith("</html>")
+        assert write_report(folder).read_text().endswith("</html>\n")
         assert list_jobs() == 0
         assert status_of(folder).state
         counted(read_metrics(folder))

@@ -118,15 +118,10 @@ REFUSED = {
         "forward_kl cannot be computed from labels: token; write labels: topk (some ids of each row) or labels: "
         "hidden (exact)",
     ),
-    "a teacher for two tasks, written differently": (
-        [
-            ("prose: {model", "prose: {generator: {engine: hf}, model"),
-            ("    share: 3\n", "    answers: {kind: teacher, max_new_tokens: 8}\n"),
-            ("    objective:", "    answers: {kind: teacher, max_new_tokens: 9}\n    objective:"),
-            (PLAIN[0], "    teacher: prose\n"),
-        ],
-        "run.yaml:16: tasks.mixed.answers: ",
-        "teacher prose writes for several tasks: give them the same answers, or a teacher each",
+    "a teacher that writes answers without a generator": (
+        [("    share: 3\n", "    answers: teacher\n")],
+        "run.yaml:6: teachers.prose.generator\n",
+        "answers: teacher lets the teacher write: add teachers.prose.generator, if only generator: {}",
     ),
 }
 
