@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.lifecycle.health import Failure, FailurePolicy, RestartGroup
-from configs.load import config_hash, dump_run, load_run, run_folder
+from configs.load import LoadedRun, config_hash, dump_run, load_run, run_folder
 from configs.schema import Run
 from launch.check import raise_problems
 from launch.contents import contents_of, dtypes_of
@@ -30,7 +30,7 @@ from launch.resuming import Standing, new_length, refuse_changes, standing
 from launch.runtimes import Runtime, open_runtime
 from launch.stall import SAVE_GRACE_S, StallWatch, stall_timeout_s
 from launch.stopping import StopRequest, preemptible
-from trainer.errors import InfrastructureError, StillhouseError
+from trainer.errors import ConfigError, InfrastructureError, StillhouseError
 from trainer.loop.controller import Controller
 from trainer.loop.inputs import Inputs
 from trainer.loop.job import Job, make_job
@@ -67,7 +67,7 @@ def _train_in_folder(path: Path, overrides: list[str], *, skip_self_test: bool, 
     with folder.lock():
         record = Record(folder)
         contents = contents_of(run, inputs)
-        here = standing(run, folder, contents)
+        here = _standing(loaded, folder, contents)
         if here.finished:
             steps = len(read_metrics(folder).steps)
             print(f"{folder.path} is finished: {steps} steps, report in {folder.report}", flush=True)
@@ -96,6 +96,14 @@ def _train_in_folder(path: Path, overrides: list[str], *, skip_self_test: bool, 
     with contextlib.suppress(OSError):  # stdout may be closed; the run has ended well
         print(closing_words(folder), flush=True)
     return 0
+
+
+def _standing(loaded: LoadedRun, folder: RunFolder, contents: Mapping[str, str]) -> Standing:
+    """`standing`, with file and line in what it refuses."""
+    try:
+        return standing(loaded.run, folder, contents)
+    except ConfigError as error:
+        raise ConfigError(loaded.located(str(error))) from None
 
 
 def disk_trouble(error: Exception, folder: Path) -> str | None:

@@ -18,6 +18,7 @@ from configs.load import config_hash, dump_run, load_run, run_folder
 from launch.check import check
 from launch.contents import contents_of
 from launch.resuming import Standing, new_length, refuse_changes, standing
+from launch.train import train
 from trainer.errors import ConfigError
 from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.inputs import read_inputs
@@ -373,7 +374,7 @@ def test_other_shares_or_rows_of_a_task_are_refused_and_named(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("before", "now"), [(("chat",), ("chat", "more")), (("chat", "more"), ("chat",))])
-def test_check_says_at_its_line_that_a_task_was_added_or_removed(
+def test_check_and_train_say_at_its_line_that_a_task_was_added_or_removed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], before: tuple[str, ...], now: tuple[str, ...]
 ) -> None:
     place = Place(tmp_path / "one")
@@ -389,5 +390,7 @@ def test_check_says_at_its_line_that_a_task_was_added_or_removed(
     text = capsys.readouterr().out
     line = len(base.splitlines()) + 1
     assert f"problem      earlier steps: {place.file}:{line}: tasks: the run in " in text
+    with pytest.raises(ConfigError, match=rf"^{place.file}:{line}: tasks: the run in "):
+        train(place.file, [])
     assert f"was trained on the tasks {', '.join(before)}, and this one has the tasks {', '.join(now)}: put" in text
     assert "give this one another name or folder, or remove the folder to start afresh" in text
