@@ -20,7 +20,7 @@ student:
 teachers:
   prose: {model: {path: TEACHER, licence: mit}, scorer: {engine: hf}}
   code: {model: {path: TEACHER, licence: mit}, scorer: {engine: hf}}
-data: {max_length: 256, evaluation: {path: HERE/rows.jsonl}}
+data: {max_length: 256, evaluation: {path: HERE/mixed.jsonl}}
 tasks:
   chat:
     prompts: {path: HERE/rows.jsonl}
