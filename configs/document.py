@@ -90,9 +90,9 @@ def read_document(
         try:
             if not equals or not all(parts):
                 example = ", for example --set training.steps=100" if option == "--set" else ""
-                raise ValueError(f"write {option} path.to.key=value{example}")
+                raise ConfigError(f"write {option} path.to.key=value{example}")
             _set(document, parts, _compose(text), origin, model)
-        except ValueError as error:
+        except ConfigError as error:
             document.problems.append(Problem(origin, parts if equals else (), None, str(error)))
     return document
 
@@ -118,10 +118,7 @@ def _origin(file: Path, node: Node) -> Origin:
 
 
 def _root(file: Path) -> MappingNode:
-    try:
-        node = _compose(_read_text(file), str(file))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    node = _compose(_read_text(file), str(file))
     if node is None:
         needs = "name, student, teacher, prompts and training"
         raise ConfigError(f"{file}: the file is empty; a run needs at least {needs}")
@@ -131,18 +128,18 @@ def _root(file: Path) -> MappingNode:
 
 
 def _compose(text: str, name: str = "") -> Node | None:
-    """The text of a file as nodes, or that of an override, which has no name. Raises `ValueError` that begins with the
+    """The text of a file as nodes, or that of an override, which has no name. Raises `ConfigError` that begins with the
     name and the number of the line."""
     try:
         with warnings.catch_warnings(action="ignore"):  # a name of an anchor may be used again
             return YAML(typ="safe", pure=True).compose(text)
     except RecursionError:
-        raise ValueError(f"{name}: nested too deeply (at most {MAX_DEPTH} levels)".removeprefix(": ")) from None
+        raise ConfigError(f"{name}: nested too deeply (at most {MAX_DEPTH} levels)".removeprefix(": ")) from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         reason = getattr(error, "problem", None) or getattr(error, "context", None) or " ".join(str(error).split())
         place = f"{name}:{mark.line + 1}" if mark and name else name
-        raise ValueError(f"{place}: this is not YAML: {reason}".removeprefix(": ")) from None
+        raise ConfigError(f"{place}: this is not YAML: {reason}".removeprefix(": ")) from None
 
 
 def _read_text(file: Path) -> str:
@@ -226,7 +223,7 @@ def _plain(node: Node) -> Any:
 def _set(
     document: Document, parts: Sequence[str], node: Node | None, origin: Origin, model: type[BaseModel] | None
 ) -> None:
-    """Set one path. Raises `ValueError` where there is no such place."""
+    """Set one path. Raises `ConfigError` where there is no such place."""
     holder: Any = document.tree
     path: KeyPath = ()
     for part, following in zip(parts, (*parts[1:], None), strict=True):
@@ -237,7 +234,7 @@ def _set(
         tag = tag_at(path, model, document.tree) if isinstance(given, str) and model is not None else None
         if given is None and isinstance(holder, dict):
             if following.isdecimal():
-                raise ValueError(f"{dotted(path)} is not given in the file, so it has no item to change: set it whole")
+                raise ConfigError(f"{dotted(path)} is not given in the file, so it has no item to change: set it whole")
             holder[part] = {}
             document.origins[path] = origin
         elif tag is not None:
@@ -256,8 +253,8 @@ def _key(holder: Any, part: str, path: KeyPath) -> str | int:
     where = dotted(path)
     if not isinstance(holder, list):
         example = f"set {where} whole, for example {where}={{{part}: ...}}"
-        raise ValueError(f"{where} is {show(holder)}, which holds no '{part}'; {example}")
+        raise ConfigError(f"{where} is {show(holder)}, which holds no '{part}'; {example}")
     if not part.isdecimal() or int(part) >= len(holder):
         use = f"use 0 to {len(holder) - 1} in place of '{part}', or set {where} whole"
-        raise ValueError(f"{where} is a list of {len(holder)}: {use}")
+        raise ConfigError(f"{where} is a list of {len(holder)}: {use}")
     return int(part)

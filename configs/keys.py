@@ -72,7 +72,7 @@ def _meant(path: KeyPath, here: Sequence[str], keys: Sequence[Key]) -> str:
 
 
 def _written(key: Key) -> str:
-    top = ", at the top level" if len(key.path) == 1 else ""
+    top = " (at the top level)" if len(key.path) == 1 else ""
     return dotted(key.path) + top + (f" (of kind {' or '.join(key.kinds)})" if key.kinds else "")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -39,20 +38,22 @@ def find_problems(document: Document, error: ValidationError, model: type[BaseMo
     known = {problem.path for problem in document.problems}
     details = error.errors(include_url=False)
     holders = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
-    found: dict[tuple[KeyPath, str], Problem] = {}
+    found: dict[tuple[KeyPath, str], tuple[Any, str]] = {}  # the value and what is wrong with it
     for detail in details:
         path = _place(document.tree, detail["loc"])
         if path in known or (detail["type"] == "too_short" and detail["loc"] in holders):
             continue  # said already; a list is also called too short when its items are wrong
-        given = _look(document.tree, path)
-        value = detail["input"] if given is None and detail["type"] != "missing" else given
-        shown = None if isinstance(value, dict | BaseModel | None) else show(value)
         text = _sentence(path, detail, keys)
         one = path, "must be" if text.startswith("must be ") else text
-        if one in found and text not in found[one].text:
-            text = f"{found[one].text} or {text.removeprefix('must be ')}"
-        found[one] = Problem(document.origin(path), path, shown, text)
-    return [*document.problems, *(_with_hints(problem, document.tree, keys) for problem in found.values())]
+        _, before = found.get(one, (None, ""))
+        if before and text not in before:
+            text = f"{before} or {text.removeprefix('must be ')}"
+        found[one] = (None if detail["type"] == "missing" else detail["input"], text)
+    problems = list(document.problems)
+    for (path, _), (value, text) in found.items():
+        shown = None if isinstance(value, dict | BaseModel | None) else show(value)
+        problems.append(Problem(document.origin(path), path, shown, text + _hints(path, value, text, keys)))
+    return problems
 
 
 def render(title: str, problems: Sequence[Problem]) -> str:
@@ -69,20 +70,11 @@ def _place(tree: Any, location: KeyPath) -> KeyPath:
     """pydantic's location without the branches of unions, and without "[key]", which repeats the key before it."""
     path: KeyPath = ()
     for part in location:
-        holds = isinstance(tree, dict) or (isinstance(tree, list) and isinstance(part, int))
-        if holds and part != "[key]":
-            inside = _look(tree, (part,))
-            path, tree = (*path, part), {} if inside is None else inside  # below what is missing, all parts count
+        if part != "[key]" and (isinstance(tree, dict) or (isinstance(tree, list) and isinstance(part, int))):
+            path = (*path, part)
+            is_given = part in tree if isinstance(tree, dict) else part < len(tree)
+            tree = tree[part] if is_given else {}  # below what is missing, all parts count
     return path
-
-
-def _look(tree: Any, path: KeyPath) -> Any:
-    for part in path:
-        is_item = isinstance(tree, list) and isinstance(part, int) and part < len(tree)
-        if not is_item and not (isinstance(tree, dict) and part in tree):
-            return None
-        tree = tree[part]
-    return tree
 
 
 def _sentence(path: KeyPath, detail: Any, keys: Sequence[Key]) -> str:
@@ -102,14 +94,13 @@ def _sentence(path: KeyPath, detail: Any, keys: Sequence[Key]) -> str:
     return text
 
 
-def _with_hints(problem: Problem, tree: Any, keys: Sequence[Key]) -> Problem:
-    text, value = problem.text, _look(tree, problem.path)
+def _hints(path: KeyPath, value: Any, text: str, keys: Sequence[Key]) -> str:
     if not text.startswith("must be "):
-        return problem
+        return ""
     if "text" in text.split() and isinstance(value, bool | int | float):
-        text += f" (in quotes: '{value}')"
-    if isinstance(value, str):
-        text += " (without quotes)" if "number" in text and re.fullmatch(r"[-+\d.eE]+", value) else ""
-        text += did_you_mean(value, re.findall(r"'([^']*)'", text))
-        text += f", here {{path: {value}}}" if any(key.path == (*problem.path, "path") for key in keys) else ""
-    return replace(problem, text=text)
+        return f" (in quotes: '{value}')"
+    if not isinstance(value, str):
+        return ""
+    quotes = " (without quotes)" if "number" in text and re.fullmatch(r"[-+\d.eE]+", value) else ""
+    example = f", here {{path: {value}}}" if any(key.path == (*path, "path") for key in keys) else ""
+    return quotes + did_you_mean(value, re.findall(r"'([^']*)'", text)) + example
