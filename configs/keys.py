@@ -67,7 +67,8 @@ def _meant(path: KeyPath, here: Sequence[str], keys: Sequence[Key]) -> str:
     below = [one for one in places if one.path[: len(above)] == above]
     near = [one for one in places if one.path[0] == path[0]]
     if found := below if word in MANY_MEANINGS else below or near or places:
-        return f"; it belongs in {' or '.join(dict.fromkeys(map(_written, found)))}"
+        belongs = " or ".join(dict.fromkeys(map(_written, found)))
+        return f"; it belongs in {belongs}{did_you_mean(key, here, cutoff=0.85)}"
     return did_you_mean(key, here) or f" (known here: {', '.join(here) or 'none'})"
 
 

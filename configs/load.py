@@ -74,7 +74,7 @@ class LoadedRun:
                 place = place.rpartition(".")[0]
             return f"{found[1]}{known[place]}: {found[2]}" if place else found[0]
 
-        return re.sub(r"^( *)(\w[\w.-]*)(?=:)", with_origin, text, flags=re.MULTILINE)
+        return re.sub(r"^( *)(\w[\w.-]*)(?=: )", with_origin, text, flags=re.MULTILINE)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:

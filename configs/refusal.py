@@ -27,7 +27,7 @@ def refusals(problems: Iterable[tuple[tuple[str | int, ...], Any, str]]) -> Vali
     return ValidationError.from_exception_data("rule", details)
 
 
-def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+def did_you_mean(word: str, allowed: Iterable[str], *, cutoff: float = 0.6) -> str:
     """ "; did you mean 'x'?", or an empty string where nothing is near."""
-    nearest = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    nearest = difflib.get_close_matches(word, list(allowed), n=1, cutoff=cutoff)
     return f"; did you mean '{nearest[0]}'?" if nearest else ""

@@ -252,6 +252,11 @@ def test_a_key_that_every_section_has_is_not_sought_in_another_one(refused: Refu
     assert "(of kind vllm)" in refused(GOOD, "teacher.scorer.engine=hf", "teacher.scorer.kv_cache_bytes=5")
 
 
+def test_a_key_of_a_subsection_that_is_near_one_beside_it_names_both(refused: Refused) -> None:
+    text = "unknown key 'rank'; it belongs in student.lora.rank; did you mean 'ranks'?"
+    assert text in refused(GOOD, "student.rank=2")
+
+
 def test_one_value_of_two_allowed_shapes_gives_one_problem(refused: Refused) -> None:
     message = refused(GOOD, "student.lora.target_modules=all")
     assert "1 problem\n" in message
@@ -305,6 +310,21 @@ def test_origins_name_the_line_or_the_override(load: Load, tmp_path: Path) -> No
     assert origins["training", "steps"].text == "--set training.steps=4"
     assert origins["labels", "k"].text == "--set labels={kind: topk, k: 8}"
     assert ("seed",) not in origins
+
+
+def test_a_message_gets_the_line_of_the_setting_that_begins_it(load: Load, tmp_path: Path) -> None:
+    loaded = load(GOOD, "seed=3")
+    lines = {
+        "the run cannot start:": "",
+        "  prompts: 1 of 2 rows": "  FILE:6: ",
+        "    prompts.jsonl:2: content: is missing": "",
+        "training.steps: too few": "FILE:9: ",
+        "training.depth: a default, so the place of its section": "FILE:8: ",
+        "seed: too small": "--set seed=3: ",
+        "folder: a default at the top level": "",
+    }
+    located = loaded.located("\n".join(lines)).replace(f"{tmp_path}/run.yaml", "FILE").splitlines()
+    assert located == [f"{place}{line.strip()}" if place else line for line, place in lines.items()]
 
 
 def test_an_override_replaces_what_the_file_said_below_it(refused: Refused, load: Load) -> None:
