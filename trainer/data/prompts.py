@@ -204,8 +204,7 @@ def check_rows(reader: PromptReader, *, budget: int) -> RowReport:
     """
     num_rows = len(reader.rows)
     chosen = np.arange(num_rows) if num_rows <= budget else np.linspace(0, num_rows - 1, budget).astype(int)
-    problems, lengths, num_dropped, num_truncated, num_loss_tokens = [], [], 0, 0, 0
-    num_answered, num_special, first_special = 0, 0, ""
+    prompts, problems, special, num_dropped, num_truncated = [], [], [], 0, 0
     for row in chosen:
         try:
             prompt, truncated = reader.read(int(row), f"0:{row}")
@@ -215,13 +214,12 @@ def check_rows(reader: PromptReader, *, budget: int) -> RowReport:
             else:
                 problems.append(str(problem))
             continue
-        special = reader.special_token(int(row))
-        num_special += special is not None
-        first_special = first_special or special or ""
-        num_answered += prompt.loss_mask is not None
-        lengths.append(len(prompt.token_ids))
+        prompts.append(prompt)
         num_truncated += truncated
-        num_loss_tokens += 0 if prompt.loss_mask is None else int(prompt.loss_mask.sum())
+        if (token := reader.special_token(int(row))) is not None:
+            special.append(token)
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    masks = [prompt.loss_mask for prompt in prompts if prompt.loss_mask is not None]
     return RowReport(
         num_rows=num_rows,
         num_checked=len(chosen),
@@ -232,8 +230,8 @@ def check_rows(reader: PromptReader, *, budget: int) -> RowReport:
         min_tokens=min(lengths, default=0),
         median_tokens=int(np.median(lengths)) if lengths else 0,
         max_tokens=max(lengths, default=0),
-        num_loss_tokens=num_loss_tokens,
-        num_answered=num_answered,
-        num_special=num_special,
-        first_special=first_special,
+        num_loss_tokens=sum(int(mask.sum()) for mask in masks),
+        num_answered=len(masks),
+        num_special=len(special),
+        first_special=special[0] if special else "",
     )
