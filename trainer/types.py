@@ -118,8 +118,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One answer to one prompt. Engine, replica and other requests have no influence on its seed, so that a retry draws
-    the same text."""
+    """One answer to one prompt. Its seed depends on nothing else, so that a retry is drawn with the same numbers."""
 
     prompt_id: str
     token_ids: np.ndarray  # int32 [L], generation header included
