@@ -205,9 +205,13 @@ def _one_process(run: Run) -> Iterator[Problem]:
     if run.student.ranks != 1:
         yield ("student", "ranks"), run.student.ranks, "runtime: in_process has one process: write ranks: 1"
     teachers: Mapping[str, Teacher] = run.teachers_by_name()
+    labelled = [task for task in run.resolved_tasks().values() if not isinstance(task.labels, NoLabels)]
+    scoring = {name for task in labelled for name in task.teachers}
     for name, teacher in teachers.items():
         for role, replicas in teacher.roles().items():
             place = (*place_of_teacher(run, name), role)
+            if role == "scorer" and name not in scoring:
+                continue  # it is not started
             if replicas.replicas != 1:
                 text = "runtime: in_process has one process: write replicas: 1"
                 yield (*place, "replicas"), replicas.replicas, text

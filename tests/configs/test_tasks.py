@@ -283,3 +283,12 @@ def test_tasks_are_trained_by_steps() -> None:
     recipe = Path(__file__).parents[2] / "configs/recipes/two_teachers.yaml"
     with pytest.raises(ConfigError, match=r"training.epochs = 2\n.*write steps"):
         load_run(recipe, ["training.steps=null", "training.epochs=2"])
+
+
+def test_a_scorer_that_is_not_started_may_name_any_engine_in_one_process(
+    load: Callable[..., Run], refused: Refused
+) -> None:
+    writes = ["runtime=in_process", "teacher.generator={engine: hf}", "answers=teacher"]
+    run = load(ONE, *writes, "labels=none", "objective=[{loss: cross_entropy}]")
+    assert run.teacher.scorer.engine.kind == "vllm"
+    assert "teacher.scorer.engine = 'vllm'" in refused(ONE, *writes)

@@ -61,7 +61,6 @@ def routed_run(folder: Path, *, engine: object, runtime: str) -> Path:
         "teachers": {
             name: {
                 "model": {"path": str(folder / path)},
-                "scorer": {"engine": engine},
                 "generator": {"engine": engine, "dtype": "float32"},
             }
             for name, path in (("big", "teacher"), ("small", "small"))

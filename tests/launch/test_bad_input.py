@@ -143,6 +143,17 @@ def test_a_teacher_that_nobody_uses_is_a_warning_at_its_line(said: Said) -> None
     assert f"warning      teachers: {warning}\n" in text
 
 
+def test_a_teacher_may_write_for_two_tasks_in_two_ways_and_for_a_route(said: Said) -> None:
+    code, text = said(
+        ("prose: {model", "prose: {generator: {engine: hf}, model"),
+        ("code: {model", "code: {generator: {engine: hf}, model"),
+        ("    share: 3\n", "    answers: {kind: teacher, max_new_tokens: 8}\n"),
+        ("    objective:", "    answers: {kind: teacher, n: 2, temperature: 1.0, max_new_tokens: 9}\n    objective:"),
+    )
+    assert code == 0, text
+    assert "ready: " in text
+
+
 def test_a_row_that_no_teacher_is_routed_to_is_named_with_its_line(said: Said) -> None:
     code, text = said(("{python: code, prose: prose}", "{python: code, verse: prose}"))
     assert code == 3

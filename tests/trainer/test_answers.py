@@ -194,6 +194,13 @@ def test_an_answer_that_ends_at_a_string_is_not_cut_off() -> None:
 
     bound = bound_to(Stops({"b": [7, 9]}), stop=("end",), on_cut_off="drop")
     assert asyncio.run(bound.collect([prompt("b", [1])])).answers == AnswerCounters(written=1)
+
+    class Aborts(Echo):
+        def _completion(self, ids: list[int]) -> Completion:
+            return replace(super()._completion(ids), finish_reason="abort")
+
+    aborted = asyncio.run(bound_to(Aborts({"b": [7, 9]}), on_cut_off="drop").collect([prompt("b", [1])])).answers
+    assert aborted == AnswerCounters(written=1, cut_off=1, dropped=1)
     never_ends = bound_to(Echo({"b": [7, 9]}), stop=("end",), on_cut_off="drop", stop_ids=())
     counted = asyncio.run(never_ends.collect([prompt("b", [1])])).answers
     assert counted == AnswerCounters(written=1, cut_off=1, dropped=1)
