@@ -75,7 +75,7 @@ LABELS = Station(
     package="trainer.labels",
     class_name="Encoding",
     default="topk",
-    members=("needs", "layout", "make", "ready", "pair", "mass"),
+    members=("needs", "layout", "encode", "prepare", "align", "mass"),
     contract="trainer/labels/encoding.py",
 )
 AnyLabels = Annotated[Labels | NoLabels, LABELS]

@@ -361,7 +361,7 @@ class TokenBatch:
     position_ids: torch.Tensor  # int64 [1, T], restarting at each sequence
     sequence_offsets: tuple[int, ...]  # [S + 1] borders inside T
     loss_rows: torch.Tensor  # int64 [N], indices into T
-    target_ids: torch.Tensor  # int64 [N], the realised next token of each loss row
+    target_ids: torch.Tensor  # int64 [N], of each loss row: the token after it
     parts: tuple[BatchPart, ...]  # one per task and teacher with sequences here
 
 
@@ -403,7 +403,7 @@ class SampleTokens:
     id: str
     token_ids: np.ndarray  # int32 [L]
     rows: np.ndarray  # int64 [N] loss rows
-    student_logprob: np.ndarray  # float32 [N] of the realised next token
+    student_logprob: np.ndarray  # float32 [N] of the target id
     teacher_logprob: np.ndarray  # float32 [N]
     kl: np.ndarray  # float32 [N] forward KL in nats
 
@@ -417,7 +417,7 @@ class Evaluation:
     num_rows: int
     forward_kl: float | None  # nats per token, KL(teacher, student)
     agreement: float | None  # share of rows where both argmax are equal
-    perplexity: float  # of the student on the realised tokens
+    perplexity: float  # of the student on the target ids
     teacher_perplexity: float | None
     padding_mass: float = (
         0.0  # mean probability of the student on its rows beyond the vocabulary: ids that do not exist

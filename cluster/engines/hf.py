@@ -126,7 +126,7 @@ class HfScorer:
         else:
             logits = self._model(input_ids=token_ids[None], use_cache=False, logits_to_keep=rows).logits[0]
             source = logits[:, : self._plan.vocabulary_size]
-        return pack_rows(encoding.make(source, token_ids[rows + 1]), layout).cpu().numpy()
+        return pack_rows(encoding.encode(source, token_ids[rows + 1]), layout).cpu().numpy()
 
     def statistics(self) -> EngineStatistics:
         return self._loop.statistics()

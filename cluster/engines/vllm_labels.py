@@ -7,7 +7,7 @@ states into packed label rows.
     request: token ids + asked spans + encoding                                         uint8 [rows, bytes]
         |                                                                                       ^
         scheduler (chunked, many requests a step) -> model -> hidden [T, H] -> LabelPooler: gather the asked rows,
-                                        chunk: compute_logits -> slice to V -> Encoding.make -> pack_rows
+                                        chunk: compute_logits -> slice to V -> Encoding.encode -> pack_rows
 
 The twin keeps the base's architecture name, so vLLM resolves it, and all that it configures by that name, as always.
 """
@@ -117,7 +117,7 @@ class Part:
 
     request: int  # index in the batch
     rows: torch.Tensor  # int64 [n] rows of the step's hidden states
-    next_ids: torch.Tensor  # int64 [n]
+    target_ids: torch.Tensor  # int64 [n]
 
 
 class LabelPooler(Pooler):
@@ -163,7 +163,7 @@ class LabelPooler(Pooler):
                 metadata.pooling_states[i].clean()
             at = ask.positions(start, end)
             if len(at):
-                part = Part(request=i, rows=at - start + offset, next_ids=token_ids[i][at + 1].to(torch.int64))
+                part = Part(request=i, rows=at - start + offset, target_ids=token_ids[i][at + 1].to(torch.int64))
                 groups.setdefault(encoding_key(ask), (ask, []))[1].append(part)
             offset += num
         yield from groups.values()
@@ -173,10 +173,10 @@ class LabelPooler(Pooler):
         device = hidden_states.device
         encoding = self._encoding(ask)
         rows = torch.cat([part.rows for part in parts]).to(device, non_blocking=True)
-        next_ids = torch.cat([part.next_ids for part in parts]).to(device, non_blocking=True)
+        target_ids = torch.cat([part.target_ids for part in parts]).to(device, non_blocking=True)
         layout = encoding.layout(TeacherShape(ask.vocabulary_size, hidden_states.shape[-1], hidden_states.dtype))
         chunks = []
-        for chunk, following in zip(rows.split(CHUNK_ROWS), next_ids.split(CHUNK_ROWS), strict=True):
+        for chunk, following in zip(rows.split(CHUNK_ROWS), target_ids.split(CHUNK_ROWS), strict=True):
             source = hidden_states[chunk]
             if encoding.needs == "logits":
                 source = self.compute_logits(source)  # a collective: every rank computes as many chunks
@@ -185,7 +185,7 @@ class LabelPooler(Pooler):
             if source is None or get_tensor_model_parallel_rank() != 0:
                 chunks.append(chunk.new_empty(len(chunk), 0, dtype=torch.uint8))
             else:
-                chunks.append(pack_rows(encoding.make(source, following), layout))
+                chunks.append(pack_rows(encoding.encode(source, following), layout))
         return torch.cat(chunks)
 
     def _encoding(self, ask: Ask) -> Encoding:

@@ -5,7 +5,7 @@ samples.json: `{"before": [sample, ...], "after": [sample, ...]}`, the same sequ
     {"id": str, "tokens": [str] * L, "rows": [int] * N,
      "student_logprob": [float] * N, "teacher_logprob": [float] * N, "kl": [float] * N}
 
-Row r is about the prediction of token r + 1 (the shift of `trainer/types.py`), logprobs are of that realised token, in
+Row r is about the prediction of token r + 1 (the shift of `trainer/types.py`), logprobs are of that target id, in
 nats; `kl` is the forward KL over the whole vocabulary. Token 0 is never predicted. Missing numbers are null.
 
 generations.json: `{"prompts": [turns], "before": [str], "after": [str], "teacher": [str], "reference": [str]}`, where

@@ -186,9 +186,9 @@ def test_loading_a_configuration_imports_neither_torch_nor_ray(tmp_path: Path) -
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(("missing", "text"), [("pair", "has no pair; "), ("layout", "has no layout; "), ("", None)])
+@pytest.mark.parametrize(("missing", "text"), [("align", "has no align; "), ("layout", "has no layout; "), ("", None)])
 def test_a_class_without_a_member_is_refused_by_name(package: Path, missing: str, text: str | None) -> None:
-    members = ["needs", "layout", "make", "ready", "pair", "mass"]
+    members = ["needs", "layout", "encode", "prepare", "align", "mass"]
     body = "".join(f"    def {member}(self): ...\n" for member in members if member != missing)
     (package / "mine.py").write_text(f"from configs.labels import Labels\nclass Encoding(Labels):\n{body}")
     chosen = LABELS.validate(f"{package.name}.mine")

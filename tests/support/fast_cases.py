@@ -47,7 +47,7 @@ def labels_and_losses() -> Iterator[tuple[str, torch.Tensor]]:
     for kind, parameters in ENCODINGS.items():
         encoding = load_encoding(parameters)
         source = teacher_states if encoding.needs == "hidden" else realistic_logits(N, V, seed=5)
-        labels = encoding.make(source, ids)
+        labels = encoding.encode(source, ids)
         yield from ((f"{kind}/{name}", column) for name, column in labels.items())
         if kind == "token":
             continue

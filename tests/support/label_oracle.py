@@ -29,7 +29,7 @@ def random_unit(unit_id: str, *lengths_and_spans: tuple[int, list[tuple[int, int
 
 
 def oracle_of(folder: Path, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
-    """float64 [N, V] log-probabilities of all loss rows of a unit, and int64 [N] realised next tokens."""
+    """float64 [N, V] log-probabilities of all loss rows of a unit, and int64 [N] target ids."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     rows, following = [], []
     for sequence in unit.sequences:
@@ -49,7 +49,7 @@ def teacher_head_of(folder: Path) -> Head:
 
 
 def label_errors(
-    kind: str, columns: Mapping[str, np.ndarray], oracle: np.ndarray, next_ids: np.ndarray, head: Head
+    kind: str, columns: Mapping[str, np.ndarray], oracle: np.ndarray, target_ids: np.ndarray, head: Head
 ) -> dict[str, float]:
     """Largest difference to the oracle of each thing that labels of this kind say; `logprobs_f16` is rounded."""
     rows = np.arange(len(oracle))[:, None]
@@ -59,7 +59,7 @@ def label_errors(
         logits = head.logits(torch.from_numpy(columns["hidden"]))
         return {"logprobs": float(np.abs(logits.double().log_softmax(-1).numpy() - oracle).max())}
     if kind == "token":
-        return {"logprob": float(np.abs(columns["logprob"] - oracle[rows, next_ids[:, None]]).max())}
+        return {"logprob": float(np.abs(columns["logprob"] - oracle[rows, target_ids[:, None]]).max())}
     ids = columns["ids"].astype(np.int64)
     k = ids.shape[1]
     rest = oracle.copy()
@@ -68,16 +68,16 @@ def label_errors(
         "ids": float(np.abs(oracle[rows, ids] - -np.sort(-oracle, axis=1)[:, :k]).max()),
         "logprobs_f16": float(np.abs(columns["logprobs"].astype(np.float64) - oracle[rows, ids]).max()),
         "tail": float(np.abs(columns["tail"][:, 0] - np.log(np.exp(rest).sum(1))).max()),
-        "realised": float(np.abs(columns["realised"] - oracle[rows, next_ids[:, None]]).max()),
+        "target": float(np.abs(columns["target"] - oracle[rows, target_ids[:, None]]).max()),
     }
 
 
 def assert_labels_match(
-    kind: str, columns: Mapping[str, np.ndarray], oracle: np.ndarray, next_ids: np.ndarray, head: Head
+    kind: str, columns: Mapping[str, np.ndarray], oracle: np.ndarray, target_ids: np.ndarray, head: Head
 ) -> None:
     """Equal to transformers; and the same comparison fails, by a lot, for rows shifted by one."""
-    for name, error in label_errors(kind, columns, oracle, next_ids, head).items():
+    for name, error in label_errors(kind, columns, oracle, target_ids, head).items():
         assert error < (1e-2 if name.endswith("f16") else 1e-4), (kind, name, error)
     shifted = {name: np.roll(column, 1, axis=0) for name, column in columns.items()}
-    wrong = label_errors(kind, shifted, oracle, next_ids, head)
+    wrong = label_errors(kind, shifted, oracle, target_ids, head)
     assert max(wrong.values()) > 1.0, (kind, wrong)

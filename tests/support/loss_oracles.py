@@ -72,7 +72,7 @@ def objective(
     terms: tuple[Term, ...],
     student: torch.Tensor,
     teacher: torch.Tensor,
-    next_ids: torch.Tensor,
+    target_ids: torch.Tensor,
     *,
     temperature: float = 1.0,
     k: int | None = None,
@@ -85,7 +85,7 @@ def objective(
     total = torch.zeros(len(student), dtype=torch.float64)
     for term in terms:
         if term.loss == "cross_entropy":
-            total = total - term.weight * probabilities(student).gather(-1, next_ids[:, None])[:, 0].log()
+            total = total - term.weight * probabilities(student).gather(-1, target_ids[:, None])[:, 0].log()
         else:
             extra = term.parameters()
             total = total + term.weight * temperature**2 * DIVERGENCES[term.loss](p, q, **extra)

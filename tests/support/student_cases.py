@@ -167,7 +167,7 @@ def case_not_finite(place: Place) -> dict[str, Any]:
             batch = batch_of(step, place, token_budget=SMALL_BUDGET)
             blocks = [teacher.label(unit, labels_of(run)) for unit in batch.units]
             if mark is not None and place.rank == place.world - 1:
-                blocks[0].columns["realised"][0] = mark
+                blocks[0].columns["target"][0] = mark
             rank.stage(batch, blocks)
             metrics.append(dict(rank.step(step).values))
             exports.append(_export(rank, place, f"not-finite-{zero_stage}-{number}"))

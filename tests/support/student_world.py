@@ -131,7 +131,7 @@ class Teacher:
             source = (
                 output.hidden_states[-1][0] if encoding.needs == "hidden" else output.logits[0, :, :VOCABULARY_SIZE]
             )
-            parts.append(encoding.make(source[rows], ids[rows + 1]))
+            parts.append(encoding.encode(source[rows], ids[rows + 1]))
         columns = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
         header = LabelHeader(
             teacher="teacher",

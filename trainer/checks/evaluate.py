@@ -19,7 +19,7 @@ from trainer.types import Evaluation, PairedLogProbs
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRows:
-    """Per loss row, on the device; log-probabilities of the realised next token. M is N, or 0 where no teacher scored
+    """Per loss row, on the device; log-probabilities of the target id. M is N, or 0 where no teacher scored
     the rows."""
 
     kl: torch.Tensor  # float32 [M] KL(teacher, student) in nats
@@ -66,7 +66,7 @@ class TeacherStates:
 def evaluation_rows(
     hidden: torch.Tensor,
     head: StudentHead,
-    next_ids: torch.Tensor,
+    target_ids: torch.Tensor,
     teacher: TeacherStates | None,
     *,
     chunk_rows: int = 512,
@@ -87,10 +87,10 @@ def evaluation_rows(
             place = slice(start + block.start, start + block.stop)
             logits = head.inside.shape.apply(products[block].float())
             student = logits.log_softmax(1)
-            rows.student_logprob[place] = student.gather(1, next_ids[place, None])[:, 0]
+            rows.student_logprob[place] = student.gather(1, target_ids[place, None])[:, 0]
             if teacher is not None:
                 scored = teacher.head.shape.apply(of_teacher[block].float()).log_softmax(1)
-                _compare(rows, place, student, scored, next_ids[place, None])
+                _compare(rows, place, student, scored, target_ids[place, None])
             if padding is not None:
                 inside = logits[:, 0] - student[:, 0]  # log-sum-exp
                 outside = head.padding.shape.apply(padding[block].float()).logsumexp(1)

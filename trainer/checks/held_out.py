@@ -16,7 +16,7 @@ from configs.section import MAIN
 from trainer.checks.evaluate import EvaluationRows, EvaluationSums, StudentHead, TeacherStates, evaluation_rows
 from trainer.loop.packing import pack, to_device
 from trainer.loop.staging import HeldOutBatch
-from trainer.model.collectives import gather_numbers, gather_objects
+from trainer.model.collectives import all_gather, all_gather_objects
 from trainer.model.head import Head, HeadShape
 from trainer.model.load import HeadCall
 from trainer.types import Evaluation, SampleTokens, TokenBatch
@@ -58,7 +58,7 @@ def evaluate_held_out(
 
     A rank may hold none. All ranks run the same number of forwards.
     """
-    most = int(gather_numbers(torch.tensor([len(held_out)], device=measure.device)).amax())
+    most = int(all_gather(torch.tensor([len(held_out)], device=measure.device)).amax())
     sums: dict[str, list[EvaluationSums]] = {}
     samples: dict[int, SampleTokens] = {}
     for item in (*held_out, *[NO_BATCH] * (most - len(held_out))):
@@ -67,7 +67,7 @@ def evaluate_held_out(
             sums.setdefault(part.task, []).append(EvaluationSums.of(rows))
         samples |= _samples(item, rows, first=viewer_sequences)
     mine = {name: EvaluationSums.combine(parts) for name, parts in sums.items()}
-    ranks = gather_objects((mine, [samples[position] for position in sorted(samples)]))
+    ranks = all_gather_objects((mine, [samples[position] for position in sorted(samples)]))
     shown = [sample for _, of_rank in ranks for sample in of_rank]
     return replace(_in_sum([of_rank for of_rank, _ in ranks], step), samples=tuple(shown[:viewer_sequences]))
 

@@ -5,7 +5,7 @@ than below it, the scorer gives hidden labels and the labels of the run. Three q
 (the same comparison with the labels moved by one row must fail):
 
     1  reference   where the teacher fits the budget: do the labels equal transformers' `model(...).logits`?
-       text        where it does not: does the realised token's log-probability beat that of labels moved by one row?
+       text        where it does not: does the target id's log-probability beat that of labels moved by one row?
     2  encoding    do the labels of the run tell the same distribution as the hidden ones?
 
 All comparisons are forward KL in nats over the events of the encoding, so they hold for every encoding alike.
@@ -126,17 +126,17 @@ def check_labels(
     """
     if unit.num_rows < 2:
         return (SelfTestResult("labels", True, "a single token with an answer: too few to check on"),)
-    next_ids = torch.from_numpy(np.concatenate([realised_ids(s.token_ids, s.loss_mask) for s in unit.sequences]))
+    target_ids = torch.from_numpy(np.concatenate([targets_of(s.token_ids, s.loss_mask) for s in unit.sequences]))
     from_hidden = teacher_head.logits(block_columns(unit, hidden)["hidden"])
     if reference_logits is not None:
         truth = reference_logits[:, : teacher_head.vocabulary_size].float()
-        first = _compare("labels against transformers", unit, truth, hidden, teacher_head, next_ids, dtype)
+        first = _compare("labels against transformers", unit, truth, hidden, teacher_head, target_ids, dtype)
     else:
-        first = _compare_text(from_hidden, next_ids)
+        first = _compare_text(from_hidden, target_ids)
     if note:
         first = replace(first, numbers=f"{first.numbers}; {note}")
     name = f"{labels.header.encoding.kind} labels against hidden"
-    return first, _compare(name, unit, from_hidden, labels, teacher_head, next_ids, dtype)
+    return first, _compare(name, unit, from_hidden, labels, teacher_head, target_ids, dtype)
 
 
 def _compare(
@@ -145,7 +145,7 @@ def _compare(
     truth: torch.Tensor,
     block: SoftLabelBlock,
     teacher_head: Head,
-    next_ids: torch.Tensor,
+    target_ids: torch.Tensor,
     dtype: str,
 ) -> SelfTestResult:
     """Labels must be near the truth, and far nearer than the labels of the row before: how far those are is the rows'
@@ -153,15 +153,15 @@ def _compare(
     be seen, and none matters."""
     encoding = load_encoding(block.header.encoding)
     if LOGPROB in block.columns:
-        return _compare_targets(name, truth, block_columns(unit, block)[LOGPROB][:, 0], next_ids, dtype)
-    columns = encoding.ready(block_columns(unit, block), teacher_head)
+        return _compare_targets(name, truth, block_columns(unit, block)[LOGPROB][:, 0], target_ids, dtype)
+    columns = encoding.prepare(block_columns(unit, block), teacher_head)
     kept = len(truth) - 1
 
     def mean_kl(rows: torch.Tensor, labels: Mapping[str, torch.Tensor]) -> float:
-        return float(forward_kl(encoding.pair(rows, labels, teacher_head)).mean())
+        return float(forward_kl(encoding.align(rows, labels, teacher_head)).mean())
 
     tolerance = TOLERANCE[dtype]
-    rows = forward_kl(encoding.pair(truth, columns, teacher_head))
+    rows = forward_kl(encoding.align(truth, columns, teacher_head))
     # The long row by itself: what is wrong beyond a window must not disappear among the others.
     aligned = max(float(part.mean()) for part in rows.split(_parts(unit)) if len(part))
     moved = mean_kl(truth[1:], {key: column[:kept] for key, column in columns.items()})
@@ -174,7 +174,7 @@ def _compare(
         rounded = truth.to(getattr(torch, dtype)).float()
         rounding = _kl(truth, rounded)
         if encoding.needs == "logits":
-            rounding = max(rounding, mean_kl(truth, encoding.make(rounded, next_ids)))
+            rounding = max(rounding, mean_kl(truth, encoding.encode(rounded, target_ids)))
         flat = _flatness(truth, rounding, dtype)
         told_apart, numbers = bool(flat), numbers + flat
     return SelfTestResult(name=name, passed=aligned <= tolerance and told_apart, numbers=numbers)
@@ -220,15 +220,15 @@ def _kl(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def _compare_text(logits: torch.Tensor, next_ids: torch.Tensor) -> SelfTestResult:
+def _compare_text(logits: torch.Tensor, target_ids: torch.Tensor) -> SelfTestResult:
     logprobs = logits.log_softmax(-1)
-    aligned = float(logprobs.gather(-1, next_ids[:, None]).mean())
-    moved = float(logprobs[:-1].gather(-1, next_ids[1:, None]).mean())
+    aligned = float(logprobs.gather(-1, target_ids[:, None]).mean())
+    moved = float(logprobs[:-1].gather(-1, target_ids[1:, None]).mean())
     return SelfTestResult(
         name="labels against real text",
         passed=aligned >= moved + TEXT_MARGIN,
-        numbers=f"mean logprob of the realised token {aligned:.2f}, of labels moved by one row {moved:.2f} on "
-        f"{len(next_ids)} rows (must be {TEXT_MARGIN} better)",
+        numbers=f"mean logprob of the target id {aligned:.2f}, of labels moved by one row {moved:.2f} on "
+        f"{len(target_ids)} rows (must be {TEXT_MARGIN} better)",
     )
 
 
@@ -240,7 +240,7 @@ def block_columns(unit: Unit, block: SoftLabelBlock) -> Mapping[str, torch.Tenso
     return part.labels
 
 
-def realised_ids(token_ids: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
+def targets_of(token_ids: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
     """int64 [N]: the token that each loss row predicts (the shift of trainer/types.py)."""
     return token_ids[np.flatnonzero(loss_mask) + 1].astype(np.int64)
 

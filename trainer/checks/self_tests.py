@@ -21,7 +21,7 @@ from trainer.losses.objective import Objective
 from trainer.losses.terms import SequenceScores
 from trainer.model.attention import REFERENCE, border_arguments
 from trainer.model.attention_choice import lengths_to_cross
-from trainer.model.collectives import add_up, gather_objects
+from trainer.model.collectives import all_gather_objects, all_reduce
 from trainer.model.head import Head, HeadShape
 from trainer.model.load import StudentModule
 from trainer.protocols import SelfTestResult
@@ -65,7 +65,7 @@ def run_self_tests(subject: Subject) -> tuple[SelfTestResult, ...]:
         torch.manual_seed(11)
         losses = [_loss(subject, task) for task in subject.losses]
         results = (_packing(subject), _logits(subject), *losses, _all_reduce(subject))
-    ranks = gather_objects(results)
+    ranks = all_gather_objects(results)
     return tuple(_first_failure(column) for column in zip(*ranks, strict=True))
 
 
@@ -214,20 +214,20 @@ def _random_labels(
     if encoding is None:
         return {}, None
     if encoding.needs == "logits":
-        return encoding.make(3 * torch.randn(ROWS, size).to(subject.device), target_ids), None
+        return encoding.encode(3 * torch.randn(ROWS, size).to(subject.device), target_ids), None
     width = 32
     weight = torch.randn(size, width).to(subject.device, subject.dtype)
     hidden = torch.randn(ROWS, width).to(subject.device, subject.dtype)
-    return encoding.make(hidden, target_ids), Head(weight, None, HeadShape(), size)
+    return encoding.encode(hidden, target_ids), Head(weight, None, HeadShape(), size)
 
 
 def _all_reduce(subject: Subject) -> SelfTestResult:
     """A sum over ranks of a million numbers each, and how long it took."""
     ones = torch.ones(1_000_000, device=subject.device)
     started = time.perf_counter()
-    total = add_up(ones)
+    total = all_reduce(ones)
     smallest, largest = float(total.min()), float(total.max())
-    world = len(gather_objects(None))
+    world = len(all_gather_objects(None))
     return SelfTestResult(
         name="all-reduce",
         passed=smallest == largest == world,

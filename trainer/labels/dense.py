@@ -26,7 +26,7 @@ class Encoding(Dense):
     def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
         return (Column("logprobs", getattr(torch, self.dtype), shape.vocabulary_size),)
 
-    def make(self, source: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(self, source: torch.Tensor, target_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """From teacher logits [n, V] of any float dtype."""
         made = torch.empty(source.shape, dtype=getattr(torch, self.dtype), device=source.device)
         with torch.no_grad():
@@ -35,10 +35,10 @@ class Encoding(Dense):
                 made[block] = logits.log_softmax(1).clamp_(min=ABSENT)
         return {"logprobs": made}
 
-    def ready(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
+    def prepare(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
         return labels
 
-    def pair(
+    def align(
         self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None = None
     ) -> PairedLogProbs:
         """[n, V], exhaustive."""

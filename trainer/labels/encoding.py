@@ -52,7 +52,7 @@ class Encoding(Protocol):
     `configs/labels.py`, or in a file of a user's from `configs.labels.Labels`, with the fields it adds."""
 
     needs: Literal["logits", "hidden"]
-    """What `make` gets as `source`: logits `[n, V]` (sliced to the true vocabulary, soft-capped), or the final hidden
+    """What `encode` gets as `source`: logits `[n, V]` (sliced to the true vocabulary, soft-capped), or the final hidden
     states `[n, H]` (after the final norm, what lm_head reads)."""
     temperature: float
 
@@ -60,19 +60,19 @@ class Encoding(Protocol):
         """The columns in wire order. Wider dtypes first, so that every column stays aligned in a packed row."""
         ...
 
-    def make(self, source: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Columns for `n` rows. `next_ids` int64 [n] is the realised next token of each row. `source` is only read."""
+    def encode(self, source: torch.Tensor, target_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Columns for `n` rows. `target_ids` int64 [n] holds the token after each row. `source` is only read."""
         ...
 
-    def ready(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
+    def prepare(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
         """The labels of a chunk of rows after what wants many rows at once (the matrix product with the teacher's
-        head); the labels themselves where there is no such thing. `pair` takes both."""
+        head); the labels themselves where there is no such thing. `align` takes both."""
         ...
 
-    def pair(
+    def align(
         self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None
     ) -> PairedLogProbs:
-        """Student logits float32 [n, V] and the labels of the same rows (columns, or what `ready` made of them) as
+        """Student logits float32 [n, V] and the labels of the same rows (columns, or what `prepare` made of them) as
         log-probabilities over one event set, at the encoding's temperature.
 
         `teacher_head` turns hidden states into teacher logits; None for encodings that need no head. Must not overwrite

@@ -30,15 +30,15 @@ class Encoding(Hidden):
     def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
         return (Column("hidden", self._dtype(shape.dtype), shape.hidden_size),)
 
-    def make(self, source: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """From final hidden states [n, H]; without logits the realised token has no log-probability here."""
+    def encode(self, source: torch.Tensor, target_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """From final hidden states [n, H]; without logits the target id has no log-probability here."""
         return {"hidden": source.detach().to(self._dtype(source.dtype))}
 
-    def ready(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
-        """The teacher's products [n, V] in the dtype of its head; `pair` scales and soft-caps them."""
+    def prepare(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
+        """The teacher's products [n, V] in the dtype of its head; `align` scales and soft-caps them."""
         return {_PRODUCT: _given(teacher_head).product(labels["hidden"])}
 
-    def pair(
+    def align(
         self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None
     ) -> PairedLogProbs:
         """[n, V], exhaustive; the teacher's logits are exactly those of its own head in its own dtype."""

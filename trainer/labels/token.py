@@ -28,19 +28,19 @@ class Encoding(Token):
     def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
         return (Column(LOGPROB, torch.float32, 1),)
 
-    def make(self, source: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(self, source: torch.Tensor, target_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """From teacher logits [n, V] of any float dtype."""
         made = torch.empty(source.shape[0], 1, dtype=torch.float32, device=source.device)
         with torch.no_grad():
             for block in cache_blocks(source):
                 logits = source[block].float() / self.temperature
-                made[block] = logits.log_softmax(1).gather(1, next_ids[block, None]).clamp_(min=ABSENT)
+                made[block] = logits.log_softmax(1).gather(1, target_ids[block, None]).clamp_(min=ABSENT)
         return {LOGPROB: made}
 
-    def ready(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
+    def prepare(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
         return labels
 
-    def pair(
+    def align(
         self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None = None
     ) -> PairedLogProbs:
         """There is none: one number is no distribution. `configs/` refuses every term that would ask."""

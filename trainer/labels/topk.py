@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class Encoding(TopK):
     """Columns, all at `temperature` and relative to the log-sum-exp over the whole vocabulary:
 
-    `tail` float32 [N, 1], log-mass of the ids not kept; `realised` float32 [N, 1], log-probability of the realised next
-    token; `ids` uint16 [N, K] where V <= 65536, else int32, most probable first; `logprobs` float16 [N, K] of these
+    `tail` float32 [N, 1], log-mass of the ids not kept; `target` float32 [N, 1], log-probability of the target
+    id; `ids` uint16 [N, K] where V <= 65536, else int32, most probable first; `logprobs` float16 [N, K] of these
     ids.
     """
 
@@ -37,32 +37,32 @@ class Encoding(TopK):
     def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
         """Raises `ValueError` where k exceeds the vocabulary."""
         self._check_vocabulary(shape.vocabulary_size)
-        wide = (Column("tail", torch.float32, 1), Column("realised", torch.float32, 1))
+        wide = (Column("tail", torch.float32, 1), Column("target", torch.float32, 1))
         ids = Column("ids", _id_dtype(shape.vocabulary_size), self.k)
         logprobs = Column("logprobs", torch.float16, self.k)
         return (*wide, *sorted((ids, logprobs), key=lambda column: -column.dtype.itemsize))
 
-    def make(self, source: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(self, source: torch.Tensor, target_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """From teacher logits [n, V] of any float dtype. Raises `ValueError` where k exceeds V."""
         n, v = source.shape
         self._check_vocabulary(v)
         columns = {
             "tail": source.new_empty(n, 1, dtype=torch.float32),
-            "realised": source.new_empty(n, 1, dtype=torch.float32),
+            "target": source.new_empty(n, 1, dtype=torch.float32),
             "ids": source.new_empty(n, self.k, dtype=_id_dtype(v)),
             "logprobs": source.new_empty(n, self.k, dtype=torch.float16),
         }
         with torch.no_grad():
             for block in cache_blocks(source):
-                made = self._make_block(source[block].float(), next_ids[block])
+                made = self._encode_block(source[block].float(), target_ids[block])
                 for name, values in made.items():
                     columns[name][block] = values.to(columns[name].dtype)
         return columns
 
-    def ready(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
+    def prepare(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
         return labels
 
-    def pair(
+    def align(
         self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None = None
     ) -> PairedLogProbs:
         """[n, K + 1] events, the tail last. The teacher's are its columns, renormalised: that removes the float16
@@ -81,7 +81,7 @@ class Encoding(TopK):
                 f"{vocabulary_size} or less, or kind: dense"
             )
 
-    def _make_block(self, logits: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _encode_block(self, logits: torch.Tensor, target_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """float32 [n, V] -> columns, still wide."""
         values, ids = top_k(logits, self.k)
         values = values / self.temperature
@@ -92,10 +92,10 @@ class Encoding(TopK):
             _, rest = _rest(logits, ids, self.temperature)
             total = torch.logaddexp(kept, rest)
             tail = rest - total
-        realised = logits.gather(1, next_ids[:, None]) / self.temperature - total
+        target = logits.gather(1, target_ids[:, None]) / self.temperature - total
         return {
             "tail": tail.clamp_(min=ABSENT),
-            "realised": realised.clamp_(min=ABSENT),
+            "target": target.clamp_(min=ABSENT),
             "ids": ids,
             "logprobs": (values - total).clamp_(min=ABSENT),
         }

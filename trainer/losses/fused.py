@@ -182,7 +182,7 @@ class _Work:
         objective = part.objective
         labels = {name: column[own] for name, column in part.labels.items()}
         if objective.needs_labels:
-            labels = part.encoding.ready(labels, part.teacher_head)
+            labels = part.encoding.prepare(labels, part.teacher_head)
         target_ids = self.target_ids[chunk]
         products = [accumulator.product(chunk, slice(0, self.vocabulary_size))]
         if accumulator.weight.shape[0] > self.vocabulary_size and objective.padding_weight:

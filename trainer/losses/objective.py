@@ -124,10 +124,10 @@ class Objective:
         objective is a function of one row.
 
         The values of the terms are bare: nats, at the encoding's temperature, without weight or T^2. `labels` are the
-        encoding's columns or what its `ready` made of them. `padding` [n, P] are the student's logits beyond the
+        encoding's columns or what its `prepare` made of them. `padding` [n, P] are the student's logits beyond the
         vocabulary, with gradient, where the objective has a term for them; None there: they count as absent.
         """
-        pair = encoding.pair(logits, labels, teacher_head) if self.needs_labels else None
+        pair = encoding.align(logits, labels, teacher_head) if self.needs_labels else None
         loss, values = None, {}
         for term in self.row_terms:
             value = term.function(pair) if term.needs_labels else term.function(logits, target_ids)

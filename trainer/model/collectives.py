@@ -8,14 +8,14 @@ import torch
 from torch import distributed
 
 
-def gather_numbers(numbers: torch.Tensor) -> torch.Tensor:
+def all_gather(numbers: torch.Tensor) -> torch.Tensor:
     """Every rank's [n] numbers as [world, n] in host memory, the same on all ranks; waits for the device."""
     rows = [torch.empty_like(numbers) for _ in range(distributed.get_world_size())]
     distributed.all_gather(rows, numbers)
     return torch.stack(rows).cpu()
 
 
-def gather_objects(value: Any) -> list[Any]:
+def all_gather_objects(value: Any) -> list[Any]:
     """Every rank's picklable value, in rank order; of a process that joined no group its own."""
     if not distributed.is_initialized():
         return [value]
@@ -24,13 +24,13 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def from_first_rank(tensor: torch.Tensor) -> torch.Tensor:
+def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     """Rank 0's values of a tensor that all ranks have in the same shape; overwrites and returns it."""
     distributed.broadcast(tensor, src=0)
     return tensor
 
 
-def add_up(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over ranks, in place."""
     distributed.all_reduce(tensor)
     return tensor

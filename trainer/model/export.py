@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from trainer.errors import ConfigError, Diverged
-from trainer.model.collectives import gather_objects
+from trainer.model.collectives import all_gather_objects
 from trainer.model.generation_settings import consistent
 from trainer.model.load import StudentModule
 from trainer.model.zero import whole
@@ -44,7 +44,7 @@ def _refuse_non_finite(weights: Mapping[str, torch.Tensor]) -> None:
     """Collective: the first rank has the weights, and all must hear of them."""
     floats = {name: weight for name, weight in weights.items() if weight.is_floating_point() and weight.numel()}
     broken = [name for name, weight in floats.items() if not torch.isfinite(torch.stack(weight.aminmax())).all()]
-    broken = gather_objects(broken)[0]
+    broken = all_gather_objects(broken)[0]
     if broken:
         raise Diverged(
             f"{len(broken)} of the student's weights hold NaN or infinity, first {broken[0]}; nothing is exported"

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from trainer.model.attention import DECODING, Borders
-from trainer.model.collectives import from_first_rank
+from trainer.model.collectives import broadcast
 from trainer.model.head import Head
 from trainer.model.load import StudentModule
 
@@ -52,7 +52,7 @@ def generate(
             last = torch.arange(1, len(prompts) + 1, device=device) * tokens.shape[1] - 1
             borders = Borders(left_padding=padding, row_length=row_length)
             (following,) = forward(tokens, positions, last, choose, past_key_values=cache, borders=borders)
-            chosen.append(from_first_rank(following))
+            chosen.append(broadcast(following))
             done |= torch.isin(following, stops)
             tokens, positions, row_length = following[:, None], positions[:, -1:] + 1, row_length + 1
     return [_until_stop(row, stop_ids) for row in torch.stack(chosen, 1).cpu().numpy().astype(np.int32)]

@@ -34,7 +34,7 @@ from trainer.losses.fused import LossPart, head_loss
 from trainer.losses.objective import Objective
 from trainer.model.attention import border_arguments
 from trainer.model.attention_choice import changing_lengths, choose_attention
-from trainer.model.collectives import gather_numbers, gather_objects
+from trainer.model.collectives import all_gather, all_gather_objects
 from trainer.model.export import export_student
 from trainer.model.fast import use_fast_products
 from trainer.model.generate import generate
@@ -166,7 +166,7 @@ class StudentRank:
         outcome = self._zero.step(rate)
         self._wait_for_device()
         own = [staged.num_tokens, computed - started, time.perf_counter() - computed]
-        ranks = gather_numbers(torch.cat([sums, torch.tensor(own, dtype=sums.dtype, device=self._device)]))
+        ranks = all_gather(torch.cat([sums, torch.tensor(own, dtype=sums.dtype, device=self._device)]))
         totals, slowest = ranks.sum(0), ranks.amax(0)
         return StepMetrics(
             step=step,
@@ -311,7 +311,7 @@ class StudentRank:
     def export(self, folder: Path, *, merge_adapter: bool = False) -> None:
         """Collective. Rank 0 writes the student (adapters alone, or merged) as a folder that transformers loads."""
         export_student(self._module, folder, first_rank=self._rank == 0, merge_adapter=merge_adapter)
-        gather_objects(None)  # nobody leaves before the folder is complete
+        all_gather_objects(None)  # nobody leaves before the folder is complete
 
     def generate(
         self, prompts: AbstractSequence[np.ndarray], *, max_new_tokens: int, stop_ids: tuple[int, ...]

@@ -41,8 +41,8 @@ def test_labels_equal_transformers(tmp_path: Path, family: str, options: dict[st
     again = asyncio.run(scorer.score(UNIT, spec, deadline_s=60))[1]
     statistics = scorer.statistics()
     scorer.close()
-    oracle, next_ids = oracle_of(folder, UNIT)
-    assert_labels_match(spec.kind, block.columns, oracle, next_ids, teacher_head_of(folder))
+    oracle, target_ids = oracle_of(folder, UNIT)
+    assert_labels_match(spec.kind, block.columns, oracle, target_ids, teacher_head_of(folder))
     assert all(np.array_equal(column, again.columns[name]) for name, column in block.columns.items())
     assert (report.num_rows, report.num_non_finite) == (UNIT.num_rows, 0)
     assert (statistics.num_units, statistics.num_rows) == (2, 2 * UNIT.num_rows)
@@ -58,8 +58,8 @@ def test_hidden_labels_are_as_wide_as_what_the_head_reads(tmp_path: Path, name: 
     head = load_teacher_head(
         ModelSource(path=str(folder)), vocabulary_size=VOCABULARY, dtype=torch.float32, device=torch.device("cpu")
     )
-    oracle, next_ids = oracle_of(folder, UNIT)
-    assert_labels_match("hidden", block.columns, oracle, next_ids, head)
+    oracle, target_ids = oracle_of(folder, UNIT)
+    assert_labels_match("hidden", block.columns, oracle, target_ids, head)
 
 
 OTHER_HEADS = {"modernbert-decoder"}
@@ -76,13 +76,13 @@ def test_labels_of_every_student_like_architecture_equal_transformers(name: str,
     except ConfigError as error:
         pytest.skip(str(error))
     scorer = Engine().start_scorer(engine_plan(Engine(), folder), "hf-0")
-    oracle, next_ids = oracle_of(folder, UNIT)
+    oracle, target_ids = oracle_of(folder, UNIT)
     head = load_teacher_head(
         ModelSource(path=str(folder)), vocabulary_size=VOCABULARY, dtype=torch.float32, device=torch.device("cpu")
     )
     for spec in (TopK(k=8), Hidden()):
         _, block = asyncio.run(scorer.score(UNIT, spec, deadline_s=60))
-        errors = label_errors(spec.kind, block.columns, oracle, next_ids, head)
+        errors = label_errors(spec.kind, block.columns, oracle, target_ids, head)
         errors.pop("logprobs_f16", None)
         assert (max(errors.values()) < 1e-3) == (spec.kind == "topk" or name not in OTHER_HEADS), (spec, errors)
     scorer.close()

@@ -72,10 +72,10 @@ def test_two_shards_make_the_same_labels(process: ProcessPoolExecutor, tmp_path:
 
 
 def check(folder: Path, answers: list[tuple[object, dict[str, np.ndarray]]]) -> None:
-    oracle, next_ids = oracle_of(folder, UNIT)
+    oracle, target_ids = oracle_of(folder, UNIT)
     head = teacher_head_of(folder)
     for spec, (report, columns) in zip(SPECS, answers, strict=True):
-        assert_labels_match(spec.kind, columns, oracle, next_ids, head)
+        assert_labels_match(spec.kind, columns, oracle, target_ids, head)
         assert report.unit_id == UNIT.id
         assert report.tokens_hash == UNIT.tokens_hash()
         assert (report.num_rows, report.num_tokens) == (UNIT.num_rows, UNIT.num_tokens)
@@ -83,7 +83,7 @@ def check(folder: Path, answers: list[tuple[object, dict[str, np.ndarray]]]) -> 
         assert report.num_non_finite == 0
         kept = {
             "topk": np.exp(-np.sort(-oracle, axis=1)[:, :8]).sum(1).mean(),
-            "token": np.exp(oracle[np.arange(len(oracle)), next_ids]).mean(),
+            "token": np.exp(oracle[np.arange(len(oracle)), target_ids]).mean(),
         }.get(spec.kind, 1.0)
         assert report.mean_mass == pytest.approx(kept, abs=1e-4)
 

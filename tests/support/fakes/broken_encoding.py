@@ -20,13 +20,13 @@ class Encoding(Labels):
     def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
         return (Column("nothing", torch.float32, 1),)
 
-    def make(self, source: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(self, source: torch.Tensor, target_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         raise RuntimeError("this encoding is broken")
 
-    def ready(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
+    def prepare(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
         return labels
 
-    def pair(
+    def align(
         self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None
     ) -> PairedLogProbs:
         raise RuntimeError("this encoding is broken")

@@ -30,18 +30,18 @@ class Encoding(Labels):
     def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
         return self._plain().layout(shape)
 
-    def make(self, source: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self._plain().make(source, next_ids)
+    def encode(self, source: torch.Tensor, target_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self._plain().encode(source, target_ids)
 
-    def ready(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
+    def prepare(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
         return labels
 
-    def pair(
+    def align(
         self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None
     ) -> PairedLogProbs:
         if Path(self.trigger).exists():
             raise RuntimeError("a bug in the middle of the run")
-        return self._plain().pair(logits, labels, teacher_head)
+        return self._plain().align(logits, labels, teacher_head)
 
     def mass(self, columns: Mapping[str, np.ndarray]) -> float:
         return self._plain().mass(columns)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trainer.model.head import Head
 
 MARKS = {7.0: torch.nan, 8.0: -torch.inf}
-"""Values of the column `realised`, which training does not read, and what they add to the student's log-probability."""
+"""Values of the column `target`, which training does not read, and what they add to the student's log-probability."""
 
 
 class Encoding(Labels):
@@ -34,19 +34,19 @@ class Encoding(Labels):
     def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
         return self._plain().layout(shape)
 
-    def make(self, source: torch.Tensor, next_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self._plain().make(source, next_ids)
+    def encode(self, source: torch.Tensor, target_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self._plain().encode(source, target_ids)
 
-    def ready(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
+    def prepare(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
         return labels
 
-    def pair(
+    def align(
         self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None
     ) -> PairedLogProbs:
-        pair = self._plain().pair(logits, labels, teacher_head)
+        pair = self._plain().align(logits, labels, teacher_head)
         student = pair.student
         for mark, value in MARKS.items():
-            marked = labels["realised"] == mark
+            marked = labels["target"] == mark
             if marked.any():  # else the other side of `where` would leak NaN into every gradient
                 student = torch.where(marked, student * value if math.isnan(value) else student + value, student)
         return replace(pair, student=student)

@@ -31,44 +31,44 @@ def test_the_mass_beyond_the_vocabulary_is_that_of_the_softmax_over_all_rows():
         with torch.no_grad():
             expected = oracle.probabilities(model(ids).logits[0])[:, V:].sum(-1)
         student = held_out(family, seed=1)
-        next_ids = torch.zeros(T, dtype=torch.int64)
+        target_ids = torch.zeros(T, dtype=torch.int64)
         for chunk_rows in (512, 7):
-            rows = rows_of(student, student, next_ids, chunk_rows=chunk_rows)
+            rows = rows_of(student, student, target_ids, chunk_rows=chunk_rows)
             torch.testing.assert_close(rows.padding_mass.double(), expected, atol=1e-7, rtol=1e-4)
         exact = (student[0], student[1], student[2][:V], student[3])
-        assert (rows_of(exact, student, next_ids).padding_mass == 0).all()
+        assert (rows_of(exact, student, target_ids).padding_mass == 0).all()
 
 
-def rows_of(student, teacher, next_ids: torch.Tensor, *, chunk_rows: int = 512) -> EvaluationRows:
+def rows_of(student, teacher, target_ids: torch.Tensor, *, chunk_rows: int = 512) -> EvaluationRows:
     (_, states, weight, shape), (_, teacher_states, teacher_weight, teacher_shape) = student, teacher
     head = StudentHead.of(weight, None, shape, V)
     said = TeacherStates(teacher_states, Head(teacher_weight, None, teacher_shape, V))
-    return evaluation_rows(states, head, next_ids, said, chunk_rows=chunk_rows)
+    return evaluation_rows(states, head, target_ids, said, chunk_rows=chunk_rows)
 
 
 @pytest.mark.parametrize("student_family", ["llama", "gemma2"])
 def test_rows_equal_the_float64_distributions_of_both_models(student_family: str):
     student, teacher = held_out(student_family, seed=1), held_out("gemma2", seed=2)
-    next_ids = torch.randint(V, (T,), generator=torch.Generator().manual_seed(2))
-    rows = rows_of(student, teacher, next_ids)
+    target_ids = torch.randint(V, (T,), generator=torch.Generator().manual_seed(2))
+    rows = rows_of(student, teacher, target_ids)
     p, q = oracle.probabilities(teacher[0]), oracle.probabilities(student[0])
     torch.testing.assert_close(rows.kl.double(), oracle.forward_kl(p, q), atol=1e-4, rtol=1e-5)
     assert torch.equal(rows.agree, student[0].argmax(1) == teacher[0].argmax(1))
     for actual, exact in ((rows.student_logprob, q), (rows.teacher_logprob, p)):
         torch.testing.assert_close(
-            actual.double(), exact.gather(1, next_ids[:, None])[:, 0].log(), atol=1e-4, rtol=1e-5
+            actual.double(), exact.gather(1, target_ids[:, None])[:, 0].log(), atol=1e-4, rtol=1e-5
         )
 
 
 def test_rows_do_not_depend_on_the_chunk_and_rows_shifted_by_one_are_far_off():
     student, teacher = held_out("llama", seed=1), held_out("llama", seed=1)
-    next_ids = torch.zeros(T, dtype=torch.int64)
-    whole, parts = rows_of(student, teacher, next_ids), rows_of(student, teacher, next_ids, chunk_rows=7)
+    target_ids = torch.zeros(T, dtype=torch.int64)
+    whole, parts = rows_of(student, teacher, target_ids), rows_of(student, teacher, target_ids, chunk_rows=7)
     torch.testing.assert_close(whole.kl, parts.kl, atol=1e-5, rtol=0.0)
     assert whole.kl.abs().max() < 1e-5
     assert whole.agree.all()
     shifted = (teacher[0], teacher[1].roll(1, 0), *teacher[2:])
-    wrong = rows_of(student, shifted, next_ids)
+    wrong = rows_of(student, shifted, target_ids)
     assert wrong.kl.mean() > 1
     assert wrong.agree.float().mean() < 0.5
 
@@ -101,9 +101,9 @@ def test_an_evaluation_of_nothing_is_an_error_and_a_hopeless_student_is_not():
 
 def test_rows_that_no_teacher_scored_count_for_the_student_alone():
     student, teacher = held_out("llama", seed=1), held_out("llama", seed=2)
-    next_ids = torch.randint(V, (T,), generator=torch.Generator().manual_seed(2))
-    scored = rows_of(student, teacher, next_ids)
-    alone = evaluation_rows(student[1], StudentHead.of(student[2], None, student[3], V), next_ids, None, chunk_rows=7)
+    target_ids = torch.randint(V, (T,), generator=torch.Generator().manual_seed(2))
+    scored = rows_of(student, teacher, target_ids)
+    alone = evaluation_rows(student[1], StudentHead.of(student[2], None, student[3], V), target_ids, None, chunk_rows=7)
     torch.testing.assert_close(alone.student_logprob, scored.student_logprob, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(alone.padding_mass, scored.padding_mass)
     result = EvaluationSums.of(alone).result(step=0)

@@ -61,7 +61,7 @@ def _answers(
     return check_labels(
         unit,
         hidden=_block(unit, Hidden(), {"hidden": states}),
-        labels=_block(unit, spec, load_encoding(spec).make(values, torch.cat(following))),
+        labels=_block(unit, spec, load_encoding(spec).encode(values, torch.cat(following))),
         teacher_head=head,
         dtype=dtype,
         reference_logits=truth,

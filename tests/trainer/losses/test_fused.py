@@ -44,7 +44,7 @@ class Case:
     hidden: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor
-    next_ids: torch.Tensor
+    target_ids: torch.Tensor
     teacher_head: Head
     teacher_hidden: torch.Tensor
     labels: Mapping[str, torch.Tensor]
@@ -59,12 +59,12 @@ class Case:
         teacher_weight[V:] = 1e4
         head = Head(teacher_weight, None, HeadShape(), V)
         student_hidden, teacher_hidden = torch.randn(N, H, generator=g), torch.randn(N, TEACHER_H, generator=g)
-        next_ids = torch.randint(V, (N,), generator=g)
+        target_ids = torch.randint(V, (N,), generator=g)
         source = teacher_hidden if encoding.needs == "hidden" else head.logits(teacher_hidden)
-        labels = {name: column[:rows] for name, column in encoding.make(source, next_ids).items()}
+        labels = {name: column[:rows] for name, column in encoding.encode(source, target_ids).items()}
         return cls(
             encoding, terms, SHAPES[shape], student_hidden[:rows].requires_grad_(True), weight.requires_grad_(True),
-            bias.requires_grad_(True), next_ids[:rows], head, teacher_hidden[:rows], labels,
+            bias.requires_grad_(True), target_ids[:rows], head, teacher_hidden[:rows], labels,
         )  # fmt: skip
 
     @property
@@ -78,14 +78,14 @@ class Case:
             given["hidden"],
             given["weight"],
             self.bias if bias else None,
-            self.next_ids,
+            self.target_ids,
             head_shape=self.shape,
             vocabulary_size=V,
             parts=one_part(
                 given["labels"],
                 self.encoding,
                 objective,
-                num_rows=len(self.next_ids),
+                num_rows=len(self.target_ids),
                 scale=scale,
                 teacher_head=self.teacher_head,
             ),
@@ -100,7 +100,9 @@ class Case:
             logits = self.shape.soft_cap * torch.tanh(logits / self.shape.soft_cap)
         teacher = self.teacher_head.logits(self.teacher_hidden)
         k = self.encoding.k if isinstance(self.encoding, topk.Encoding) else None
-        rows = oracle.objective(self.terms, logits, teacher, self.next_ids, temperature=self.encoding.temperature, k=k)
+        rows = oracle.objective(
+            self.terms, logits, teacher, self.target_ids, temperature=self.encoding.temperature, k=k
+        )
         return scale * rows.sum()
 
 
@@ -130,7 +132,7 @@ def test_each_term_alone_equals_its_rows_and_reports_its_bare_sum(kind: str, ter
     case = Case.of(kind, terms=terms)
     objective = Objective.of(terms, case.encoding)
     logits = torch.nn.functional.linear(case.hidden, case.weight[:V], case.bias[:V])
-    rows, values = objective.rows(logits, case.labels, case.next_ids, case.encoding, case.teacher_head)
+    rows, values = objective.rows(logits, case.labels, case.target_ids, case.encoding, case.teacher_head)
     result = case.fused(scale=1.0)
     assert_close(result.loss, rows.sum())
     (sums,) = result.sums
@@ -260,11 +262,11 @@ class CountingEncoding:
 
     def __init__(self, inner: topk.Encoding) -> None:
         self.inner, self.temperature, self.pairs = inner, inner.temperature, 0
-        self.layout, self.make, self.mass, self.ready = inner.layout, inner.make, inner.mass, inner.ready
+        self.layout, self.encode, self.mass, self.prepare = inner.layout, inner.encode, inner.mass, inner.prepare
 
-    def pair(self, logits, labels, teacher_head):
+    def align(self, logits, labels, teacher_head):
         self.pairs += 1
-        return self.inner.pair(logits, labels, teacher_head)
+        return self.inner.align(logits, labels, teacher_head)
 
 
 def test_an_activation_checkpoint_does_not_make_the_head_compute_twice():

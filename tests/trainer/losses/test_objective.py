@@ -14,7 +14,7 @@ from trainer.model.head import Head, HeadShape
 
 N, V, H = 9, 211, 24
 STUDENT = oracle.realistic_logits(N, V, seed=3)
-NEXT_IDS = torch.randint(V, (N,), generator=torch.Generator().manual_seed(4))
+TARGET_IDS = torch.randint(V, (N,), generator=torch.Generator().manual_seed(4))
 TEACHER_HIDDEN = torch.randn(N, H, generator=torch.Generator().manual_seed(5))
 HEAD = Head(torch.randn(V, H, generator=torch.Generator().manual_seed(6)), None, HeadShape(), V)
 TEACHER = TEACHER_HIDDEN @ HEAD.weight.T
@@ -40,17 +40,17 @@ def source_of(encoding: object) -> torch.Tensor:
 @pytest.mark.parametrize("kind", sorted(ENCODINGS))
 def test_rows_and_gradients_equal_brute_force(kind: str, terms: tuple[Term, ...], temperature: float):
     encoding = ENCODINGS[kind](temperature=temperature, **({"k": 12} if kind == "topk" else {}))
-    labels = encoding.make(source_of(encoding), NEXT_IDS)
+    labels = encoding.encode(source_of(encoding), TARGET_IDS)
     if kind == "topk":  # float16 on the wire is tested elsewhere; here the arithmetic is
         labels["logprobs"] = TEACHER.double().div(temperature).log_softmax(-1).gather(1, labels["ids"].long()).float()
     objective = Objective.of(terms, encoding)
     k = 12 if kind == "topk" else None
 
     def rows(logits: torch.Tensor) -> torch.Tensor:
-        return objective.rows(logits, labels, NEXT_IDS, encoding, HEAD)[0]
+        return objective.rows(logits, labels, TARGET_IDS, encoding, HEAD)[0]
 
     def expected(logits: torch.Tensor) -> torch.Tensor:
-        return oracle.objective(terms, logits, TEACHER, NEXT_IDS, temperature=temperature, k=k)
+        return oracle.objective(terms, logits, TEACHER, TARGET_IDS, temperature=temperature, k=k)
 
     torch.testing.assert_close(rows(STUDENT).double(), expected(STUDENT), atol=3e-5, rtol=1e-5)
     torch.testing.assert_close(
@@ -60,12 +60,12 @@ def test_rows_and_gradients_equal_brute_force(kind: str, terms: tuple[Term, ...]
 
 @pytest.mark.parametrize("terms", OBJECTIVES[:5], ids=lambda terms: terms[0].loss)
 def test_topk_is_a_lower_bound_that_grows_with_k_up_to_the_full_divergence(terms: tuple[Term, ...]):
-    full = oracle.objective(terms, STUDENT, TEACHER, NEXT_IDS).float()
+    full = oracle.objective(terms, STUDENT, TEACHER, TARGET_IDS).float()
     previous = torch.zeros(N)
     for k in (1, 2, 8, 32, 128, V - 1, V):
         encoding = topk.Encoding(k=k)
-        labels = encoding.make(TEACHER, NEXT_IDS)
-        rows, _ = Objective.of(terms, encoding).rows(STUDENT, labels, NEXT_IDS, encoding)
+        labels = encoding.encode(TEACHER, TARGET_IDS)
+        rows, _ = Objective.of(terms, encoding).rows(STUDENT, labels, TARGET_IDS, encoding)
         slack = 0.01 * full + 1e-3  # float16 log-probabilities
         assert (rows <= full + slack).all()
         assert (rows >= previous - slack).all()
@@ -76,18 +76,18 @@ def test_topk_is_a_lower_bound_that_grows_with_k_up_to_the_full_divergence(terms
 def test_hidden_and_dense_labels_give_the_same_rows():
     values = []
     for encoding in (hidden.Encoding(temperature=1.5), dense.Encoding(temperature=1.5)):
-        labels = encoding.make(source_of(encoding), NEXT_IDS)
-        values.append(Objective.of(OBJECTIVES[0], encoding).rows(STUDENT, labels, NEXT_IDS, encoding, HEAD)[0])
+        labels = encoding.encode(source_of(encoding), TARGET_IDS)
+        values.append(Objective.of(OBJECTIVES[0], encoding).rows(STUDENT, labels, TARGET_IDS, encoding, HEAD)[0])
     torch.testing.assert_close(values[0], values[1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", sorted(ENCODINGS))
 def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(kind: str):
     encoding = ENCODINGS[kind]()
-    labels = encoding.make(source_of(encoding), NEXT_IDS)
+    labels = encoding.encode(source_of(encoding), TARGET_IDS)
     objective = Objective.of((term("forward_kl"), term("reverse_kl"), term("jsd", beta=0.5)), encoding)
-    rows, _ = objective.rows(TEACHER, labels, NEXT_IDS, encoding, HEAD)
-    grad = oracle.gradient(lambda z: objective.rows(z, labels, NEXT_IDS, encoding, HEAD)[0], TEACHER)
+    rows, _ = objective.rows(TEACHER, labels, TARGET_IDS, encoding, HEAD)
+    grad = oracle.gradient(lambda z: objective.rows(z, labels, TARGET_IDS, encoding, HEAD)[0], TEACHER)
     tolerance = 1e-4 if kind == "topk" else 1e-5  # float16 log-probabilities
     assert rows.abs().max() < tolerance
     assert grad.abs().max() < 20 * tolerance
@@ -97,22 +97,22 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(kind: str):
 def test_labels_shifted_by_one_row_change_the_loss_a_lot(kind: str):
     encoding = ENCODINGS[kind]()
     objective = Objective.of((term("forward_kl"),), encoding)
-    labels = encoding.make(source_of(encoding), NEXT_IDS)
+    labels = encoding.encode(source_of(encoding), TARGET_IDS)
     shifted = {name: column.roll(1, 0) for name, column in labels.items()}
     near_teacher = TEACHER + 0.1 * STUDENT
-    right = objective.rows(near_teacher, labels, NEXT_IDS, encoding, HEAD)[0].mean()
-    wrong = objective.rows(near_teacher, shifted, NEXT_IDS, encoding, HEAD)[0].mean()
+    right = objective.rows(near_teacher, labels, TARGET_IDS, encoding, HEAD)[0].mean()
+    wrong = objective.rows(near_teacher, shifted, TARGET_IDS, encoding, HEAD)[0].mean()
     assert wrong > 10 * right
 
 
 def test_terms_are_reported_bare_and_cross_entropy_stays_at_temperature_one():
     encoding = dense.Encoding(temperature=3.0)
-    labels = encoding.make(TEACHER, NEXT_IDS)
+    labels = encoding.encode(TEACHER, TARGET_IDS)
     objective = Objective.of((term("forward_kl", 5.0), term("cross_entropy", 7.0)), encoding)
-    _, terms = objective.rows(STUDENT, labels, NEXT_IDS, encoding)
+    _, terms = objective.rows(STUDENT, labels, TARGET_IDS, encoding)
     p, q = oracle.probabilities(TEACHER, 3.0), oracle.probabilities(STUDENT, 3.0)
     torch.testing.assert_close(terms["forward_kl"].double(), oracle.forward_kl(p, q), atol=1e-5, rtol=1e-5)
-    cross_entropy = -oracle.probabilities(STUDENT).gather(1, NEXT_IDS[:, None])[:, 0].log()
+    cross_entropy = -oracle.probabilities(STUDENT).gather(1, TARGET_IDS[:, None])[:, 0].log()
     torch.testing.assert_close(terms["cross_entropy"].double(), cross_entropy, atol=1e-5, rtol=1e-5)
 
 
@@ -132,6 +132,6 @@ def test_the_schema_s_terms_are_what_an_objective_is_made_of():
 def test_cross_entropy_alone_never_looks_at_the_labels():
     encoding = dense.Encoding()
     objective = Objective.of((term("cross_entropy"),), encoding)
-    rows, _ = objective.rows(STUDENT, {}, NEXT_IDS, encoding)
+    rows, _ = objective.rows(STUDENT, {}, TARGET_IDS, encoding)
     assert not objective.needs_labels
     assert rows.shape == (N,)

@@ -21,7 +21,7 @@ ENCODINGS = {"topk": topk.Encoding(k=16), "hidden": hidden.Encoding(), "dense": 
 MIX = (term("forward_kl", 0.8), term("reverse_kl", 0.2), term("jsd", 0.3, 0.4), term("cross_entropy"))
 LOGITS = oracle.realistic_logits(N, ROWS, seed=3)
 TEACHER = oracle.realistic_logits(N, V, seed=4)
-NEXT_IDS = torch.randint(V, (N,), generator=torch.Generator().manual_seed(5))
+TARGET_IDS = torch.randint(V, (N,), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.mark.parametrize("shift", [0.0, -40.0, 30.0])
@@ -44,14 +44,14 @@ def test_with_forward_kl_and_cross_entropy_it_is_the_loss_over_all_rows() -> Non
     encoding = dense.Encoding()
     terms = (term("forward_kl", 0.7), term("cross_entropy", 0.3))
     objective = Objective.of(terms, encoding, padded=True)
-    labels = encoding.make(TEACHER, NEXT_IDS)
+    labels = encoding.encode(TEACHER, TARGET_IDS)
     everywhere = torch.cat([TEACHER, torch.full((N, ROWS - V), float("-inf"))], 1)  # a teacher without mass there
 
     def rows(logits: torch.Tensor) -> torch.Tensor:
-        return objective.rows(logits[:, :V], labels, NEXT_IDS, encoding, None, logits[:, V:])[0]
+        return objective.rows(logits[:, :V], labels, TARGET_IDS, encoding, None, logits[:, V:])[0]
 
     def expected(logits: torch.Tensor) -> torch.Tensor:
-        return oracle.objective(terms, logits, everywhere, NEXT_IDS)
+        return oracle.objective(terms, logits, everywhere, TARGET_IDS)
 
     torch.testing.assert_close(rows(LOGITS).double(), expected(LOGITS), atol=3e-5, rtol=1e-5)
     torch.testing.assert_close(
@@ -67,10 +67,10 @@ def _fused(
     source = states if kind == "hidden" else head.logits(states)
     given = {"chunk_rows": 16, "padded": True, **changes}
     objective = Objective.of(MIX, encoding, padded=bool(given["padded"]))
-    labels = encoding.make(source, NEXT_IDS)
+    labels = encoding.encode(source, TARGET_IDS)
     return head_loss(
         *parameters,
-        NEXT_IDS,
+        TARGET_IDS,
         head_shape=shape,
         vocabulary_size=V,
         parts=one_part(labels, encoding, objective, num_rows=N, scale=0.25, teacher_head=head),
@@ -100,7 +100,7 @@ def test_the_fused_loss_and_its_gradients_equal_the_unfused_float64_formula(
     if shape.soft_cap is not None:
         logits = shape.soft_cap * torch.tanh(logits / shape.soft_cap)
     teacher = HEAD.logits(torch.randn(N, 32, generator=torch.Generator().manual_seed(9)))
-    inside = oracle.objective(MIX, logits[:, :V], teacher, NEXT_IDS, k=16 if kind == "topk" else None)
+    inside = oracle.objective(MIX, logits[:, :V], teacher, TARGET_IDS, k=16 if kind == "topk" else None)
     padding = oracle.padding_nats(logits, V)
     expected = 0.25 * (inside + 2.3 * padding).sum()
     tolerance = 1e-3 if kind == "topk" else 1e-5  # float16 log-probabilities
@@ -126,11 +126,11 @@ def _trained(kind: str, *, tied: bool, padded: bool) -> tuple[torch.Tensor, torc
     teacher, student = tiny_model("llama", tied=tied, seed=1), tiny_model("llama", tied=tied, seed=2)
     module, encoding = StudentModule(student), ENCODINGS[kind]
     ids = torch.randint(3, V, (1, 40), generator=torch.Generator().manual_seed(1))
-    next_ids, positions = torch.cat([ids[0, 1:], ids[0, :1]]), torch.arange(40)
+    target_ids, positions = torch.cat([ids[0, 1:], ids[0, :1]]), torch.arange(40)
     with torch.no_grad():
         states = teacher.model(ids).last_hidden_state[0]
         head = Head(teacher.lm_head.weight[:V], None, HeadShape(), V)
-        labels = encoding.make(states if kind == "hidden" else head.logits(states), next_ids)
+        labels = encoding.encode(states if kind == "hidden" else head.logits(states), target_ids)
         theirs = teacher(ids).logits[0].softmax(-1)[:, V:].sum(-1).mean()
     objective = Objective.of((term("forward_kl"),), encoding, padded=padded)
 
@@ -139,7 +139,7 @@ def _trained(kind: str, *, tied: bool, padded: bool) -> tuple[torch.Tensor, torc
             hidden,
             weight,
             bias,
-            next_ids,
+            target_ids,
             head_shape=module.head_shape,
             vocabulary_size=V,
             parts=one_part(labels, encoding, objective, num_rows=40, scale=1 / 40, teacher_head=head),

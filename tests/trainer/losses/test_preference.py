@@ -36,7 +36,7 @@ def _ours(*, chunk_rows: int = 7, terms: tuple = (Dpo(beta=BETA),), weights: boo
     objective = Objective.of(terms, Encoding())
     part = LossPart(
         rows=slice(0, N),
-        labels=Encoding().make(reference.roll(shift, 0), ids),
+        labels=Encoding().encode(reference.roll(shift, 0), ids),
         encoding=Encoding(),
         objective=objective,
         scale=1 / N,
