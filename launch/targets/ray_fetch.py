@@ -58,6 +58,17 @@ def fetch_results(client: Client, record: JobRecord, destination: Path, *, pytho
     the destination changes until every file has arrived with the hash that the node computed. Raises
     `InfrastructureError` for a folder that is not there and a file that does not arrive whole.
     """
+    try:
+        return _fetch(client, record, destination, python=python, node_id=node_id)
+    except _Replaced:  # by a run that is still working
+        return _fetch(client, record, destination, python=python, node_id=node_id)
+
+
+class _Replaced(InfrastructureError):
+    """A file is not the one that was listed."""
+
+
+def _fetch(client: Client, record: JobRecord, destination: Path, *, python: str, node_id: str | None) -> int:
     node_id, files = _list_results(client, record, python=python, node_id=node_id)
     if not files:
         raise InfrastructureError(f"the run folder {record.folder} holds no results yet")
@@ -139,6 +150,4 @@ def _write(pieces: Iterator[bytes], file: _File, target: Path) -> None:
     if missing:
         raise InfrastructureError(f"{file.path}: {missing} of {file.bytes} bytes did not arrive; fetch again")
     if hashed.hexdigest() != file.sha256:
-        raise InfrastructureError(
-            f"{file.path}: its hash is not the one on the node; it was replaced meanwhile, fetch again"
-        )
+        raise _Replaced(f"{file.path}: its hash is not the one on the node; it was replaced meanwhile, fetch again")
