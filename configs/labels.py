@@ -22,12 +22,21 @@ class Labels(Choice):
 
     temperature: PositiveFloat = Field(1.0, description="Of teacher and student alike; losses are scaled by T^2.")
 
+    @property
+    def least_vocabulary(self) -> int:
+        """How many ids a vocabulary needs for such labels to be made of it."""
+        return 1
+
 
 class TopK(Labels):
     """The k likeliest ids of each row, and the mass of all others."""
 
     kind: Literal["topk"] = "topk"
     k: Positive = Field(64, description="Ids kept of each row.")
+
+    @property
+    def least_vocabulary(self) -> int:
+        return self.k
 
 
 class Hidden(Labels):

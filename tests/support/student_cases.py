@@ -195,7 +195,7 @@ def case_adapters(place: Place) -> dict[str, Any]:
 
 def _held_out(place: Place, world: int) -> list[Unit]:
     """Rank 0 has more sequences than the others, the last of three ranks would have none."""
-    sequences = sequences_of(100)
+    sequences = [s for s in sequences_of(100) if s.num_loss_tokens]  # of rows without any a run is never shown
     shares = [sequences] if world == 1 else [sequences[:4], sequences[4:]]
     return [Unit(id=f"held-{place.rank}-{i}", sequences=(s,)) for i, s in enumerate(shares[place.rank])]
 

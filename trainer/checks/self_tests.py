@@ -129,7 +129,8 @@ def _logits(subject: Subject) -> SelfTestResult:
 def _loss(subject: Subject, task: str) -> SelfTestResult:
     """The chunked loss and its gradient against the plain formula in float32, inside the student's real head."""
     encoding, _ = subject.losses[task]
-    size = min(subject.vocabulary_size, max(LOSS_VOCABULARY, getattr(encoding, "k", 0) + 1))
+    least = 0 if encoding is None else encoding.least_vocabulary
+    size = min(subject.vocabulary_size, max(LOSS_VOCABULARY, least + 1))
     target_ids = torch.randint(size, (ROWS,)).to(subject.device)
     found: list[float] = []
 

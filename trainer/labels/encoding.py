@@ -55,6 +55,7 @@ class Encoding(Protocol):
     """What `encode` gets as `source`: logits `[n, V]` (sliced to the true vocabulary, soft-capped), or the final hidden
     states `[n, H]` (after the final norm, what lm_head reads)."""
     temperature: float
+    least_vocabulary: int  # ids that a vocabulary needs for such labels to be made of it
 
     def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
         """The columns in wire order. Wider dtypes first, so that every column stays aligned in a packed row."""

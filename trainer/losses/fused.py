@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,9 +26,10 @@ from torch.nn import functional
 
 from trainer.labels.encoding import Encoding
 from trainer.labels.token import LOGPROB
+from trainer.losses.head_gradients import HeadGradients
 from trainer.losses.objective import Objective
 from trainer.losses.terms import SequenceScores
-from trainer.model.fast import cache_blocks, known_to_be_one, matmul_nt, whole_rows
+from trainer.model.fast import cache_blocks, known_to_be_one
 from trainer.model.head import Head, HeadShape
 
 
@@ -86,7 +87,7 @@ def head_loss(
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
         loss, sums = _GradientsInForward.apply(*parameters, work)
     else:
-        loss, sums = work.values(_Accumulator.of(parameters, wanted=(False, False, False)))
+        loss, sums = work.values(HeadGradients.of(parameters, wanted=(False, False, False)))
     values = iter(sums.unbind())
     return HeadLoss(loss, tuple({name: next(values) for name in part.objective.names} for part in parts))
 
@@ -96,7 +97,7 @@ class _GradientsInForward(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, work: _Work
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        accumulator = _Accumulator.of((hidden, weight, bias), wanted=ctx.needs_input_grad[:3])
+        accumulator = HeadGradients.of((hidden, weight, bias), wanted=ctx.needs_input_grad[:3])
         loss, sums = work.values(accumulator)
         # Attributes and not save_for_backward: activation checkpointing would throw them away and compute them twice.
         ctx.gradients = accumulator.finish()
@@ -127,7 +128,7 @@ class _Work:
     parts: tuple[LossPart, ...]
     chunk_rows: int
 
-    def values(self, accumulator: _Accumulator) -> tuple[torch.Tensor, torch.Tensor]:
+    def values(self, accumulator: HeadGradients) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss float32 [], sums float64 [names of all parts]); gradients go into the accumulator."""
         loss = torch.zeros((), dtype=torch.float64, device=accumulator.hidden.device)
         sums = [torch.empty(0, dtype=torch.float64, device=loss.device)]
@@ -149,7 +150,7 @@ class _Work:
         starts = range(part.rows.start, part.rows.stop, self.chunk_rows)
         return [slice(start, min(start + self.chunk_rows, part.rows.stop)) for start in starts]
 
-    def _sequences(self, part: LossPart, accumulator: _Accumulator) -> _SequenceLoss:
+    def _sequences(self, part: LossPart, accumulator: HeadGradients) -> _SequenceLoss:
         """The first pass: the log-probabilities of the part's answers, and what its sequence terms make of them."""
         logprobs = torch.empty(part.rows.stop - part.rows.start, dtype=torch.float32, device=self.target_ids.device)
         for chunk in self._chunks(part):
@@ -176,7 +177,7 @@ class _Work:
         return _SequenceLoss(loss * part.group_scale, torch.stack(values), row_weights)
 
     def _chunk(
-        self, part: LossPart, chunk: slice, nll_weights: torch.Tensor | None, accumulator: _Accumulator
+        self, part: LossPart, chunk: slice, nll_weights: torch.Tensor | None, accumulator: HeadGradients
     ) -> torch.Tensor:
         own = slice(chunk.start - part.rows.start, chunk.stop - part.rows.start)
         objective = part.objective
@@ -253,77 +254,3 @@ class _Block:
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
     """As saved-tensor hooks: shields the inner graph from those of an activation checkpoint around the head."""
     return tensor
-
-
-@dataclass(slots=True)
-class _Accumulator:
-    """The student's head and the gradients of one call while they grow: of the vocabulary, then of the padding if that
-    counts."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    wanted: tuple[bool, bool, bool]
-    grad_hidden: torch.Tensor | None
-    grad_weight: list[torch.Tensor] = field(default_factory=list)
-    grad_bias: list[torch.Tensor] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls,
-        parameters: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
-        *,
-        wanted: tuple[bool, bool, bool],
-    ) -> _Accumulator:
-        hidden, weight, bias = (None if p is None else p.detach() for p in parameters)
-        return cls(hidden, weight, bias, wanted, torch.empty_like(hidden) if wanted[0] else None)
-
-    @property
-    def wants_any(self) -> bool:
-        return any(self.wanted)
-
-    def product(self, chunk: slice, rows: slice) -> torch.Tensor:
-        """`hidden @ weight.T + bias` of the chunk and these rows of the head; a few rows more than the chunk has, see
-        `whole_rows`."""
-        weight, bias = self.weight[rows], None if self.bias is None else self.bias[rows]
-        return Head(weight, bias, HeadShape(), weight.shape[0]).product(whole_rows(self.hidden[chunk]))
-
-    def add(self, chunk: slice, gradients: list[torch.Tensor]) -> None:
-        """The chunk's gradients by its products, in the dtype of the weight and the order of the head's rows; sums over
-        rows grow in float32."""
-        hidden = self.hidden[chunk].to(gradients[0].dtype)
-        n, start = hidden.shape[0], 0
-        for part, gradient in enumerate(gradients):
-            rows = slice(start, start + gradient.shape[1])
-            start = rows.stop
-            gradient[n:] = 0.0
-            if self.wanted[0]:
-                by_hidden = matmul_nt(gradient, self.weight[rows].t())[:n]
-                self.grad_hidden[chunk] = by_hidden if part == 0 else self.grad_hidden[chunk] + by_hidden
-            if self.wanted[1]:
-                _add_to(self.grad_weight, part, matmul_nt(gradient.t(), whole_rows(hidden).t()))
-            if self.wanted[2]:
-                _add_to(self.grad_bias, part, gradient.sum(0, dtype=torch.float32))
-
-    def finish(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Gradients in the shapes and dtypes of the parameters; zero where nothing was added."""
-        grad_weight = _joined(self.grad_weight, self.weight) if self.wanted[1] else None
-        grad_bias = _joined(self.grad_bias, self.bias) if self.wanted[2] else None
-        return self.grad_hidden, grad_weight, grad_bias
-
-
-def _add_to(totals: list[torch.Tensor], part: int, more: torch.Tensor) -> None:
-    if part < len(totals):
-        totals[part].add_(more)
-    else:
-        totals.append(more.float())
-
-
-def _joined(totals: list[torch.Tensor], parameter: torch.Tensor) -> torch.Tensor:
-    if len(totals) == 1 and totals[0].shape == parameter.shape:
-        return totals[0].to(parameter.dtype)
-    full, start = torch.zeros_like(parameter), 0
-    for total in totals:
-        full[start : start + total.shape[0]] = total
-        start += total.shape[0]
-    return full

@@ -1,7 +1,7 @@
 """A smaller student by keeping some decoder layers of a model: `prune`.
 
-A file because it writes model folders key by key and knows the one thing no library does: which config entries count
-layers. What it knows wrongly, or not, `trainer/model/pruned_logits.py` finds.
+A file because it writes model folders key by key. Which entries of a config count layers is in
+`trainer/model/pruned_config.py`; what is known wrongly there, or not, `trainer/model/pruned_logits.py` finds.
 
 Layer-dropped initialisation for distillation: DistilBERT (arXiv 1910.01108, section 3) and Minitron's depth pruning
 (arXiv 2407.14679); which layers to keep is the caller's choice, measured or by rule.
@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from configs.models import ModelSource
 from trainer.errors import ConfigError, foreign_errors
+from trainer.model.pruned_config import index_rules, keep_config
 from trainer.model.weights import is_quantised, read_table, refuse_other_tensors, shard_names
 from trainer.run_folder import new_folder
 
@@ -32,33 +33,6 @@ RECORD = "pruned.json"
 INDEX = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 _SETTINGS = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")  # of the model and its tokenizer
-
-# One entry per layer, where the config gives a list of as many entries as layers.
-_PER_LAYER = (
-    "layer_types",
-    "mlp_layer_types",
-    "indexer_types",
-    "layers_block_type",
-    "hybrid_override_pattern",
-    "block_configs",
-    "no_rope_layers",
-    "layer_rope_theta",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_attention_heads_per_layer",
-    "num_key_value_heads",
-    "activation_sparsity_pattern",
-)
-# Lists of layer indices.
-_LAYER_INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "cross_attention_layers")
-# Counts of layers at the beginning that are of another kind.
-_LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-# Settings of single layers by index.
-_BY_INDEX = ("per_layer_config",)
-# What in a config may decide by a layer's index, or by the number of layers, what the layer is.
-_INDEX_RULE = re.compile(
-    r"layer(?!_norm|norm|s?$|drop)|_period|_offset|_interval|_step$|_freq|_pattern|scale_depth|first_k|every_n"
-)
 
 
 def prune(source: Path, target: Path, keep_layers: Sequence[int]) -> Path:
@@ -81,9 +55,9 @@ def prune(source: Path, target: Path, keep_layers: Sequence[int]) -> Path:
     layers = _checked_layers(keep_layers)
     files = _weight_files(source)
     record = _record(source, files, layers)
+    if _is_made_from(target, record):
+        return target
     if target.exists():
-        if _is_made_from(target, record):
-            return target
         raise ConfigError(f"prune: {target} exists and holds something else: name another target, or remove it first")
     from trainer.model.pruned_logits import refuse_difference  # here: a pruning that is made should not wait for it
 
@@ -94,10 +68,7 @@ def prune(source: Path, target: Path, keep_layers: Sequence[int]) -> Path:
         _copy_others(source, working)
         _write_weights(shards, working, prefix, layers)
         refusal = _refusal(config, source, layers)
-        with foreign_errors(f"{refusal}: its configuration cannot describe them"):
-            kept = copy.deepcopy(config)
-            keep_config(kept, layers)
-            kept.save_pretrained(working)
+        _write_config(config, working, layers, refusal=refusal)
         refuse_difference(config, working, layers, refusal=refusal)
         (working / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return target
@@ -118,39 +89,15 @@ def parse_layers(text: str) -> list[int]:
     return layers
 
 
-def keep_config(config: PreTrainedConfig, layers: Sequence[int]) -> None:
-    """Change `config` in place to describe only `layers`, as far as is known how."""
-    before = config.num_hidden_layers
-    changes: dict[str, object] = {"num_hidden_layers": len(layers)}
-    stored = config.to_dict()
-    for name in _PER_LAYER:
-        value = stored.get(name)
-        if isinstance(value, (list, tuple)) and len(value) == before:
-            changes[name] = [value[i] for i in layers]
-        elif isinstance(value, str) and len(value) == before:
-            changes[name] = "".join(value[i] for i in layers)
-    for name in _LAYER_INDICES:
-        value = stored.get(name)
-        if isinstance(value, (list, tuple)):
-            changes[name] = [new for new, old in enumerate(layers) if old in value]
-    for name in _BY_INDEX:
-        value = {str(key): setting for key, setting in (stored.get(name) or {}).items()}
-        if value:
-            changes[name] = {str(new): value[str(old)] for new, old in enumerate(layers) if str(old) in value}
-    for name in _LEADING:
-        value = stored.get(name)
-        if isinstance(value, int):
-            changes[name] = sum(old < value for old in layers)
-    for name, value in changes.items():
-        setattr(config, name, value)
+def _write_config(config: PreTrainedConfig, target: Path, layers: Sequence[int], *, refusal: str) -> None:
+    with foreign_errors(f"{refusal}: its configuration cannot describe them"):
+        kept = copy.deepcopy(config)
+        keep_config(kept, layers)
+        kept.save_pretrained(target)
 
 
 def _refusal(config: PreTrainedConfig, source: Path, layers: Sequence[int]) -> str:
-    rules = [
-        f"{name}: {value!r}"
-        for name, value in config.to_dict().items()
-        if _INDEX_RULE.search(name) and value not in (None, False, 0, 1) and isinstance(value, int | float | str)
-    ]
+    rules = index_rules(config)
     may = f"; {', '.join(rules[:4])} may be why" if rules else ""
     shown = f"{layers[0]} to {layers[-1]}" if len(layers) > 8 else ", ".join(map(str, layers))
     return (

@@ -38,7 +38,7 @@ from trainer.model.collectives import all_gather, all_gather_objects
 from trainer.model.export import export_student
 from trainer.model.fast import use_fast_products
 from trainer.model.generate import generate
-from trainer.model.load import HeadCall, load_config, load_student
+from trainer.model.load import HeadCall, StudentModule, load_config, load_student
 from trainer.model.optimizer import learning_rate
 from trainer.model.zero import ZeroModel, flush_to_disk, num_elements, sharded_loading, start_processes, stop_processes
 from trainer.protocols import SelfTestResult, StudentInfo
@@ -91,6 +91,21 @@ class StudentRank:
             world=self._world,
             device=self._device,
         )
+        self._module = self._load()
+        rows = self._module.config.get_text_config().vocab_size
+        self._objectives = {
+            name: Objective.of(task.objective, self._encodings[name], padded=rows > self._vocabulary.size)
+            for name, task in self._tasks.items()
+        }
+        use_fast_products(self._module.causal.base_model, device=self._device, dtype=self._dtype)
+        self._zero = ZeroModel(
+            self._module, config=self._plan.deepspeed, optimizer=self._run.optimizer, device=self._device
+        )
+        torch.manual_seed(self._run.seed + 1 + self._rank)  # dropout differs between ranks
+        return self._info(time.monotonic() - started)
+
+    def _load(self) -> StudentModule:
+        """The module that is trained, in host memory or sharded, with the attention that fits it."""
         student = self._run.student
         config = load_config(student.model, role="student.model")
         self._attention = choose_attention(
@@ -104,7 +119,7 @@ class StudentRank:
             config, role="student.model", trust_remote_code=student.model.trust_remote_code
         )
         torch.manual_seed(self._run.seed)  # adapters start equal on all ranks
-        self._module = load_student(
+        return load_student(
             student.model,
             dtype=self._dtype,
             attention=self._attention,
@@ -113,17 +128,6 @@ class StudentRank:
             activation_checkpointing=student.activation_checkpointing,
             sharded=sharded_loading(self._plan.deepspeed),
         )
-        rows = self._module.config.get_text_config().vocab_size
-        self._objectives = {
-            name: Objective.of(task.objective, self._encodings[name], padded=rows > self._vocabulary.size)
-            for name, task in self._tasks.items()
-        }
-        use_fast_products(self._module.causal.base_model, device=self._device, dtype=self._dtype)
-        self._zero = ZeroModel(
-            self._module, config=self._plan.deepspeed, optimizer=self._run.optimizer, device=self._device
-        )
-        torch.manual_seed(self._run.seed + 1 + self._rank)  # dropout differs between ranks
-        return self._info(time.monotonic() - started)
 
     def _info(self, load_s: float) -> StudentInfo:
         parameters = list(self._module.parameters())
