@@ -105,7 +105,7 @@ def in_a_process(value: str, file: Path) -> dict[str, Any]:
     """What `tests/support/fast_cases.py` computes with STILLHOUSE_FAST at this value."""
     path = os.pathsep.join([str(SUPPORT), str(SUPPORT.parents[1])])
     environment = {**os.environ, FAST: value, "PYTHONPATH": path}
-    subprocess.run([sys.executable, SUPPORT / "fast_cases.py", file], env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, SUPPORT / "fast_cases.py", file], env=environment, check=True, timeout=300)
     return torch.load(file)
 
 
