@@ -30,7 +30,8 @@ from cluster.placement.reserve import (
     wait_until_placed,
 )
 from cluster.placement.resolve import Resolved
-from cluster.preflight.node_checks import Question, check_nodes
+from cluster.preflight.machine import Needs
+from cluster.preflight.nodes import check_nodes
 from cluster.students.group import RankActor, StudentGroup, StudentJob
 from cluster.teachers.actor import TeacherActor
 from cluster.teachers.pool import ReplicaPool
@@ -99,13 +100,12 @@ class RaySession:
             return
         run = self._job.run
         started = [run.teachers_by_name()[name].model for name in self._resolved.teachers]
-        question = Question(
+        needs = Needs(
+            vllm=any(isinstance(plan.engine, Vllm) for plan in self._resolved.engines),
             models=tuple((model.path, model.revision) for model in (*started, run.student.model)),
-            needs_plugin=any(isinstance(plan.engine, Vllm) for plan in self._resolved.engines),
-            folder=self._folder,
+            shared=(str(self._folder.path), self._folder.mark),
         )
-        environment = self._environment(runtime.environment(runtime.CONTROLLER, self._resolved.accelerator))
-        await check_nodes(new, question, environment=environment)
+        await check_nodes(new, needs, note=self._note)
         self._checked |= new.keys()
 
     async def start_teachers(self) -> None:

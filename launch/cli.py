@@ -126,7 +126,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     One line for each thing looked at. Exit code 0 where a run may start, 2 for the configuration, 3 for the data.
     """
     _refuse_bad_configuration(config, overrides)
-    from launch.check import check as run_check
+    from launch.check.run import check as run_check
 
     raise typer.Exit(run_check(config, overrides or []))
 

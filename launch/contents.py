@@ -8,7 +8,7 @@
     student.dtype, teacher.<role>.dtype  what `auto` was made of
 
 Where things lie does not count, so a moved folder is the same. The view is that of the machine the controller runs on;
-nodes are compared with it by `cluster/preflight/node_checks.py`. How much is read, and what that misses:
+nodes are compared with it by `cluster/preflight/nodes.py`. How much is read, and what that misses:
 `trainer/data/content.py`.
 """
 

@@ -1,45 +1,37 @@
 """`stillhouse doctor`: is this machine, or this cluster, fit for a run? One line a thing: ok, or what to do.
 
-software, machine, models   here, each look with a deadline        cluster/preflight/{software,machine}.py
-cluster                     in a child process that can be killed  launch/doctor_cluster.py -> cluster/preflight/
+this machine   software, models, machine      each question with a deadline of its own
+the cluster    every node and the network     a deadline between two findings, since joining may hang inside Ray
 """
 
 from __future__ import annotations
 
-import json
 import os
-import queue
-import subprocess
 import sys
-import tempfile
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import typer
 
-from cluster.lifecycle.ray_session import object_store_bytes
+from cluster.lifecycle.ray_session import RayCluster, start_ray, stop_ray
 from cluster.preflight import machine, software
-from cluster.preflight.finding import Finding, Look, examine, ok, problem, warning
-from configs.engines import Vllm
+from cluster.preflight.finding import Finding, Silence, bounded, examine, ok, problem
+from cluster.preflight.machine import Needs
 from configs.load import load_run, run_folder
-from configs.models import ModelSource
-from configs.rules import teachers_by_place
 from configs.schema import Run
-from launch.identity import HOME
+from launch.check.needs import needs_of
 from trainer.errors import StillhouseError
 
 JOIN_TIMEOUT_S = 90.0
 """Until the cluster has been joined: imports, and the 20 s that Ray takes to find a token wrong."""
 
-SILENCE_TIMEOUT_S = 180.0
-"""Between two findings about a cluster; every question to it has a shorter deadline of its own."""
+SILENCE_TIMEOUT_S = 300.0
+"""Between two findings about a cluster: more than its questions take together, each with a shorter deadline."""
 
-MODELS_TIMEOUT_S = 60.0
 COLOURS = {"ok": typer.colors.GREEN, "warning": typer.colors.YELLOW, "problem": typer.colors.RED}
 SUBJECT_WIDTH = 15
+CLUSTER = "the cluster"
 
 
 def doctor(path: Path | None, overrides: Sequence[str], *, address: str | None) -> int:
@@ -49,25 +41,68 @@ def doctor(path: Path | None, overrides: Sequence[str], *, address: str | None) 
     address = address or os.environ.get("RAY_ADDRESS") or None
     sheet = Sheet()
     here = f"this machine ({os.uname().nodename})"
-    needs = _needs(run)
+    needs = Needs(run_folder=str(Path.cwd())) if run is None else needs_of(run)
     for finding in examine(software.looks(needs_vllm=needs.vllm)):
         sheet.add(here, finding)
     if run is not None:
-        for finding in examine([Look("models", lambda: models(run))], timeout_s=MODELS_TIMEOUT_S):
+        models, needs = look_at_models(run, needs)
+        for finding in models:
             sheet.add(here, finding)
-    circumstances = machine.Circumstances(
-        run_folder=None if run is None else run_folder(run).absolute(),
-        disk_bytes=needs.disk_bytes,
-        object_store_bytes=None if address else needs.object_store_bytes,
-        in_cluster=address is not None,
-        several_nodes=address is not None,
-    )
-    for finding in examine(machine.looks(circumstances, os.environ)):
+    own = replace(needs, several_nodes=address is not None, ray="running" if address else "by_hand")
+    own = own if address is None else replace(own, object_store_bytes=None)
+    for finding in examine(machine.looks(own, os.environ)):
         sheet.add(here, finding)
-    if address is not None:
-        for where, finding in ask_cluster(address, run, needs):
+    if address is None:
+        return sheet.end()
+    found = bounded(look_at_cluster(address, needs), first_s=JOIN_TIMEOUT_S, then_s=SILENCE_TIMEOUT_S)
+    try:
+        for where, finding in found:
             sheet.add(where, finding)
+    except Silence as silence:
+        sheet.add(CLUSTER, _silent(address, silence))
+        sheet.end()
+        sys.stdout.flush()
+        os._exit(1)  # a thread waits inside Ray, and leaving Ray would wait for it
     return sheet.end()
+
+
+def look_at_models(run: Run, needs: Needs) -> tuple[list[Finding], Needs]:
+    """As `check` looks at them; and the needs with the disk that the student's size asks for."""
+    from launch.check.models import examine_models
+    from launch.disk import DiskNeed
+    from launch.quiet import quiet_libraries
+
+    quiet_libraries()
+    facts, found = examine_models(run)
+    student = facts.get("student")
+    if student is None:
+        return found, needs
+    return found, replace(needs, disk_bytes=DiskNeed.of(run, student).bytes_to_come(run_folder(run)))
+
+
+def look_at_cluster(address: str, needs: Needs) -> Iterator[tuple[str, Finding]]:
+    try:
+        cluster = start_ray(num_cpus=0, address=address)
+    except StillhouseError as error:
+        text, _, advice = str(error).partition(". ")
+        yield CLUSTER, problem("joining", text, advice or "check the address")
+        return
+    from cluster.preflight.members import examine_members
+
+    yield CLUSTER, joined(cluster)
+    yield from examine_members(needs, warnings=cluster.warnings)
+    stop_ray(cluster)
+
+
+def joined(cluster: RayCluster) -> Finding:
+    import ray
+
+    return ok("joining", f"joined {cluster.address} from node {ray.get_runtime_context().get_node_id()[:8]}")
+
+
+def _silent(address: str, silence: Silence) -> Finding:
+    advice = "on a node of the cluster see `ray status`, and the logs in /tmp/ray/session_latest"
+    return problem("doctor", f"{address}: {silence}", advice)
 
 
 @dataclass(slots=True)
@@ -88,146 +123,6 @@ class Sheet:
             typer.echo(f"{'':<8}  {'':<{SUBJECT_WIDTH}}  -> {finding.advice}")
 
     def end(self) -> int:
-        counted = [_count(self.counts[status], status) for status in ("problem", "warning") if self.counts[status]]
-        typer.echo("\n" + (", ".join(counted) or "nothing to complain of"))
+        counted = [f"{n} {status}{'s' if n > 1 else ''}" for status, n in self.counts.items() if n and status != "ok"]
+        typer.echo("\n" + (", ".join(reversed(counted)) or "nothing to complain of"))
         return 1 if self.counts["problem"] else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """What a run asks of a machine; None and True where no configuration says."""
-
-    vllm: bool = True
-    disk_bytes: int | None = None
-    object_store_bytes: int | None = None
-    models: tuple[tuple[str, str | None], ...] = ()
-
-
-def _needs(run: Run | None) -> Needs:
-    if run is None:
-        return Needs()
-    teachers = run.teachers_by_name().values()
-    sources = (*(teacher.model for teacher in teachers), run.student.model)
-    return Needs(
-        vllm=any(isinstance(replicas.engine, Vllm) for teacher in teachers for replicas in teacher.roles().values()),
-        disk_bytes=_disk_bytes(run),
-        object_store_bytes=object_store_bytes(run.training.max_label_bytes),
-        models=tuple((source.path, source.revision) for source in sources),
-    )
-
-
-def _disk_bytes(run: Run) -> int | None:
-    """What the run will write beyond what lies there; None where the student is no folder that can be read, which
-    `models` says."""
-    if not Path(run.student.model.path).expanduser().is_dir():
-        return None
-    from launch.disk import DiskNeed
-    from launch.model_folder import read_facts
-
-    try:
-        facts = read_facts(run.student.model, path_name="student.model", student=run.student)
-        return DiskNeed.of(run, facts).bytes_to_come(run_folder(run))
-    except StillhouseError:
-        return None
-
-
-def models(run: Run) -> list[Finding]:
-    """Folders that are whole and hold safetensors; names of the hub are looked up in its cache only."""
-    found = []
-    sources = {place: teacher.model for place, teacher in teachers_by_place(run).items()}
-    for role, source in (sources | {"student": run.student.model}).items():
-        found.append(_model(f"{role} model", source, path_name=f"{role}.model.path"))
-    return found
-
-
-def _model(subject: str, source: ModelSource, *, path_name: str) -> Finding:
-    from launch.model_folder import find_model, refuse_code_of_others
-
-    try:
-        where = find_model(source, path_name=path_name, needs_weights=True)
-        refuse_code_of_others(source, path_name=path_name)
-    except StillhouseError as error:
-        text, _, advice = str(error).partition("; ")
-        return problem(subject, text, advice or "make or copy it here, or name another")
-    if source.trust_remote_code:
-        advice = "read its code, or trust_remote_code: false"
-        return warning(subject, f"{source.path} runs code of its own (trust_remote_code)", advice)
-    return ok(subject, f"{source.path}, {'safetensors' if where == 'folder' else 'from the hub'}")
-
-
-def ask_cluster(address: str, run: Run | None, needs: Needs) -> Iterator[tuple[str, Finding]]:
-    """Findings of the child, as they come; where it stays silent, one that says so, and the child is killed."""
-    question = {
-        "address": address,
-        "run_folder": None if run is None else str(run_folder(run).absolute()),
-        "disk_bytes": needs.disk_bytes,
-        "models": needs.models,
-        "needs_vllm": needs.vllm,
-    }
-    with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "launch.doctor_cluster"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")]))},
-        )
-        try:
-            yield from _listen(child, json.dumps(question), address)
-            if child.wait(timeout=30) != 0:
-                errors.seek(0)
-                last = (errors.read().strip().splitlines() or ["nothing"])[-1]
-                yield (
-                    "the cluster",
-                    problem("doctor", f"its process ended, saying: {last[-300:]}", "please report this"),
-                )
-        except subprocess.TimeoutExpired:
-            yield "the cluster", warning("doctor", "its process does not leave the cluster", "it was killed")
-        finally:
-            child.kill()
-            child.wait()
-
-
-def _listen(child: subprocess.Popen[str], question: str, address: str) -> Iterator[tuple[str, Finding]]:
-    lines: queue.Queue[str] = queue.Queue()
-
-    def read() -> None:
-        for line in child.stdout:
-            lines.put(line)
-        lines.put("")
-
-    threading.Thread(target=read, daemon=True).start()
-    child.stdin.write(question + "\n")
-    child.stdin.close()
-    joined = False
-    while True:
-        timeout_s = SILENCE_TIMEOUT_S if joined else JOIN_TIMEOUT_S
-        started = time.monotonic()
-        try:
-            line = lines.get(timeout=timeout_s)
-        except queue.Empty:
-            child.kill()
-            waited = f"no answer for {time.monotonic() - started:.0f} s"
-            if joined:
-                yield (
-                    "the cluster",
-                    problem("doctor", waited, "see `ray status` and the logs in /tmp/ray/session_latest"),
-                )
-            else:
-                advice = (
-                    "run it on a node of the cluster: ray job submit --address http://HEAD:8265 -- stillhouse doctor"
-                )
-                text = f"{address}: {waited}; a process that is on no node of a cluster cannot join it"
-                yield "the cluster", problem("joining", text, advice)
-            return
-        if not line:
-            return
-        said = json.loads(line)
-        where = said.pop("where")
-        joined = True
-        yield where, Finding(**said)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

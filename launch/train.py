@@ -16,7 +16,7 @@ from pathlib import Path
 from cluster.lifecycle.health import Failure, FailurePolicy, RestartGroup
 from configs.load import LoadedRun, config_hash, dump_run, load_run, run_folder
 from configs.schema import Run
-from launch.check import raise_problems
+from launch.check.run import raise_problems
 from launch.contents import contents_of, dtypes_of
 from launch.export import ADAPTER, stored_dtype
 from launch.process import DISK_ERRORS

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from cluster.placement.roles import roles_of
 from cluster.runtime import GPU
 from configs.load import load_run, load_section
-from launch.check import devices_text
+from launch.check.places import devices_text
 from launch.cli import app
 from launch.targets import KINDS, load_target
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from trainer.errors import DeadlineExceeded
 
@@ -28,6 +29,23 @@ async def answer(ref: Any, timeout_s: float) -> Any:
     except asyncio.CancelledError:
         ray.cancel(ref)
         raise
+
+
+async def answers(refs: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    """The value of each reference, or a text that says why there is none."""
+    found = await asyncio.gather(*(answer(ref, timeout_s) for ref in refs.values()), return_exceptions=True)
+    return dict(zip(refs, map(_or_why_not, found), strict=True))
+
+
+def _or_why_not(result: Any) -> Any:
+    if isinstance(result, DeadlineExceeded):
+        return str(result)
+    if isinstance(result, RayError):
+        cause = unwrap(result)
+        return " ".join(f"{type(cause).__name__}: {cause}".split())[-400:]
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 def unwrap(error: BaseException) -> BaseException:

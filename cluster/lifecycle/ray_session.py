@@ -20,7 +20,9 @@ import psutil
 
 from cluster.lifecycle import ray_token
 from cluster.lifecycle.guard import Guard
+from cluster.preflight.finding import examine
 from cluster.preflight.joining import check_cluster
+from cluster.preflight.machine import Needs, looks
 from cluster.runtime import cache_folder
 from trainer.errors import ConfigError, InfrastructureError, StillhouseError
 
@@ -67,9 +69,10 @@ def _start_here(num_cpus: int, num_gpus: int | None, object_store_bytes: int | N
     import ray
 
     folder = session_folder()
-    warning = shared_memory_warning(object_store_bytes)
+    needs = Needs(object_store_bytes=object_store_bytes, ray="own")
+    unwell = [finding for finding in examine(looks(needs, os.environ)) if finding.status != "ok"]
     os.environ.update(ray_environment(memory_bytes=psutil.virtual_memory().total))
-    if warning:
+    if any(finding.fatal and finding.subject == "shared memory" for finding in unwell):
         os.environ["RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"] = "1"
     reread_ray_environment()
     guard = Guard.of(str(folder))
@@ -92,7 +95,7 @@ def _start_here(num_cpus: int, num_gpus: int | None, object_store_bytes: int | N
             _temp_dir=str(ray_folder(folder)),
         )
     started = tuple(child.pid for child in psutil.Process().children() if child.pid not in before)
-    warnings = (warning,) if warning else ()
+    warnings = tuple(f"this machine, {finding}" for finding in unwell)
     return RayCluster(context.address_info["gcs_address"], True, started, folder, warnings, guard)
 
 
@@ -261,16 +264,3 @@ def reread_ray_environment() -> None:
 def object_store_bytes(max_label_bytes: int) -> int:
     """Of a Ray started for one run on this machine: labels are taken out of it as they are staged."""
     return min(max_label_bytes // 2 + 256 * 2**20, 2**30)
-
-
-def shared_memory_warning(object_store_bytes: int | None, shared_memory: Path = Path("/dev/shm")) -> str | None:
-    """Where the labels would travel through a disk instead of shared memory."""
-    if object_store_bytes is None or not shared_memory.is_dir():
-        return None
-    free = psutil.disk_usage(str(shared_memory)).free
-    if free >= object_store_bytes:
-        return None
-    return (
-        f"{shared_memory} has {free / 2**20:.0f} MiB free, the object store wants {object_store_bytes / 2**20:.0f}: "
-        "labels travel through the disk, which is slow. In a container, start it with --shm-size"
-    )

@@ -6,6 +6,7 @@ Nothing here creates a CUDA context, starts a process or writes a file that stay
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import resource
 import shutil
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -35,31 +37,35 @@ FEW_PORTS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Circumstances:
-    """What the answers are measured by."""
+class Needs:
+    """What is asked of a machine, as plain values: a node is sent them. None where nothing is known or asked."""
 
-    run_folder: Path | None  # absolute; None: the working directory
-    disk_bytes: int | None  # what the run will write; None: not known
-    object_store_bytes: int | None  # of Ray here; None: not known
-    in_cluster: bool  # Ray already runs here, so its ports are taken and its token is checked elsewhere
-    several_nodes: bool
+    vllm: bool = True
+    models: tuple[tuple[str, str | None], ...] = ()  # path and revision
+    run_folder: str | None = None  # absolute
+    shared: tuple[str, str] | None = None  # a folder that every node should see, and its mark
+    disk_bytes: int | None = None  # what the run will write
+    object_store_bytes: int | None = None  # of Ray here
+    several_nodes: bool = False
+    ray: Literal["by_hand", "own", "running"] = "running"
+    """Who starts Ray here: somebody, with `ray start`, so its ports and its token matter; a run; it is there."""
 
 
-def looks(circumstances: Circumstances, environment: Mapping[str, str]) -> list[Look]:
+def looks(needs: Needs, environment: Mapping[str, str]) -> list[Look]:
     """All of this file."""
-    given = circumstances
-    found = [
+    folder, store = needs.run_folder, needs.object_store_bytes
+    of_folder = [Look("run folder", lambda: disk("run folder", Path(folder), needs.disk_bytes))] if folder else []
+    of_ray = [Look("ports", ports), Look("token", lambda: token(environment)), Look("dashboard", dashboard)]
+    return [
         Look("processor", processor),
         Look("accelerators", accelerators),
         Look("open files", open_files),
-        Look("run folder", lambda: disk("run folder", given.run_folder or Path.cwd(), given.disk_bytes)),
-        Look("cache", lambda: disk("cache", cache_folder(), None)),
-        Look("shared memory", lambda: shared_memory(given.object_store_bytes)),
-        Look("host name", lambda: host_name(several_nodes=given.several_nodes)),
+        *of_folder,
+        Look("cache", lambda: disk("cache", cache_folder())),
+        Look("shared memory", lambda: shared_memory(store, in_use=needs.ray == "running")),
+        Look("host name", lambda: host_name(several_nodes=needs.several_nodes)),
+        *(of_ray if needs.ray == "by_hand" else []),
     ]
-    if not given.in_cluster:
-        found += [Look("ports", ports), Look("token", lambda: token(environment)), Look("dashboard", dashboard)]
-    return found
 
 
 def processor(node: Node | None = None) -> Finding:
@@ -86,9 +92,8 @@ def accelerators(
         return warning("accelerators", text, "in a container --gpus all; or look at CUDA_VISIBLE_DEVICES")
     name = f"{len(node.gpus)}x {node.gpus[0]}"
     if found is None:
-        return problem(
-            "accelerators", f"{name}, and no NVIDIA driver answers", "install the driver: nvidia-smi says more"
-        )
+        advice = "install the driver: nvidia-smi says more"
+        return problem("accelerators", f"{name}, and no NVIDIA driver answers", advice)
     if cuda is None:
         advice = "pip install torch for CUDA, and 'stillhouse[gpu]' in place of [cpu]"
         return problem("accelerators", f"{name}, and torch is a build for hosts", advice)
@@ -121,42 +126,65 @@ def open_files(limits: tuple[int, int] | None = None) -> Finding:
     return ok("open files", f"at most {soft} a process")
 
 
-def disk(subject: str, folder: Path, needed_bytes: int | None) -> Finding:
-    """Whether files can be made there (or in the nearest folder above that exists), and what is free."""
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+def disk(subject: str, folder: Path, needed_bytes: int | None = None, need: str = "") -> Finding:
+    """Whether files can be made there, and whether enough is free for `needed_bytes`, which `need` says in words."""
+    found = writable(subject, folder)
+    if found.fatal:
+        return found
+    free = shutil.disk_usage(existing(folder)).free
+    text = f"{folder}: {size_text(free)} free"
+    if needed_bytes is not None:
+        text += f", the run needs {need or f'up to {size_text(needed_bytes)}'}"
+        advice = "free some, name another folder, or lower training.keep_checkpoints"
+        return problem(subject, text, advice) if free < needed_bytes else ok(subject, text)
+    advice = "free some, or name a folder on another disk"
+    if free < NO_DISK_BYTES:
+        return problem(subject, text, advice)
+    if free < LITTLE_DISK_BYTES:
+        return warning(subject, f"{text}: little for checkpoints", advice)
+    return ok(subject, text)
+
+
+def writable(subject: str, folder: Path) -> Finding:
+    """Whether the folder can be written or made. Makes nothing: a refused run leaves no trace."""
+    place = existing(folder)
     if not place.is_dir():
         return problem(subject, f"{place} is a file, so {folder} cannot be a folder", "name another folder")
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        return problem(subject, f"cannot write in {place}: {error.strerror}", "name a folder that you may write")
-    free = shutil.disk_usage(place).free
-    text = f"{folder}: {free / 1e9:.0f} GB free"
-    if needed_bytes is not None and free < needed_bytes:
-        advice = "free some, name another folder, or lower training.keep_checkpoints"
-        return problem(subject, f"{text}, the run needs up to {needed_bytes / 1e9:.0f} GB", advice)
-    if free < NO_DISK_BYTES:
-        return problem(subject, text, "free some, or name a folder on another disk")
-    if needed_bytes is None and free < LITTLE_DISK_BYTES:
-        return warning(subject, f"{text}: little for checkpoints", "free some, or name a folder on another disk")
-    return ok(subject, text)
+        return problem(subject, f"cannot write in {place}: {error.strerror or error}", "name another folder")
+    return ok(subject, str(folder))
 
 
-def shared_memory(object_store_bytes: int | None, folder: Path = Path("/dev/shm")) -> Finding:
-    """Ray's object store lies in shared memory; where it does not fit, labels go through a disk."""
+def existing(folder: Path) -> Path:
+    """The folder itself or the nearest one above it that exists."""
+    absolute = folder.absolute()
+    return next(place for place in (absolute, *absolute.parents) if os.path.lexists(place))
+
+
+def size_text(num_bytes: int) -> str:
+    """`1.5 GB`."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
+
+
+def shared_memory(store_bytes: int | None, folder: Path = Path("/dev/shm"), *, in_use: bool = False) -> Finding:
+    """Ray's object store lies in shared memory. `in_use`: by a store that runs already, so that what is free says
+    nothing."""
     if not folder.is_dir():
         return problem("shared memory", f"there is no {folder}", "mount it: in a container --shm-size=8g")
-    total = shutil.disk_usage(folder).total
-    size = f"{folder} has {total / GIB:.1f} GiB"
+    usage = shutil.disk_usage(folder)
+    there, size = (usage.total, "") if in_use else (usage.free, " free")
+    text = f"{folder} has {there / GIB:.1f} GiB{size}"
     advice = "in a container --shm-size, in Kubernetes an emptyDir with medium: Memory at /dev/shm"
-    if object_store_bytes is None:
-        few = total < GIB
-        return warning("shared memory", f"{size}: little for labels", advice) if few else ok("shared memory", size)
-    store = f"Ray's object store {object_store_bytes / GIB:.1f} GiB"
-    if total < object_store_bytes:
-        return problem("shared memory", f"{size}, {store}: labels would go through a disk, or not at all", advice)
-    return ok("shared memory", f"{size}, {store}")
+    if store_bytes is None:
+        little = warning("shared memory", f"{text}: little for labels", advice)
+        return little if there < GIB else ok("shared memory", text)
+    text += f", Ray's object store {store_bytes / GIB:.1f} GiB"
+    if there < store_bytes:
+        return problem("shared memory", f"{text}: labels travel through the disk, which is slow", advice)
+    return ok("shared memory", text)
 
 
 def host_name(
@@ -184,9 +212,8 @@ def ports(listening: set[tuple[str, int]] | None = None) -> Finding:
     first, last = WORKER_PORTS
     free = sum(port not in taken for port in range(first, last + 1))
     if free < FEW_PORTS:
-        return problem(
-            "ports", f"{free} of {first} to {last} are free", "ray start --min-worker-port --max-worker-port"
-        )
+        advice = "ray start --min-worker-port --max-worker-port"
+        return problem("ports", f"{free} of {first} to {last} are free", advice)
     if busy:
         advice = "a Ray cluster that runs here already? ray status; or ray start --port and --dashboard-port"
         return warning("ports", f"taken: {', '.join(busy)}", advice)

@@ -1,119 +1,91 @@
-"""The nodes of a Ray cluster that this process has joined: each by itself, and against each other.
-
-A node is first asked what it runs, by a function that is sent by value (`node_checks.py`); only one with this very code
-is then asked the rest, which is sent by name.
-"""
+"""A Ray cluster that this process has joined, as `stillhouse doctor` looks at it: who is there, who may use it, each
+node by itself, and the network between them."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import runtime
 from cluster.lifecycle.logs import SharedFolder
 from cluster.lifecycle.nodes import alive_nodes, draining_nodes
 from cluster.lifecycle.ray_token import WITHOUT_TOKEN, uses_token
-from cluster.preflight import machine, node_checks, software
-from cluster.preflight.finding import Finding, examine, ok, problem, warning
-from cluster.preflight.network import answers, examine_network
+from cluster.preflight.finding import Finding, ok, problem, warning
+from cluster.preflight.machine import Needs, existing
+from cluster.preflight.network import examine_network
+from cluster.preflight.nodes import ask, compare, facts
 
-NODE_TIMEOUT_S = 120.0
 HTTP_TIMEOUT_S = 5.0
 
 CLUSTER = "the cluster"
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What the doctor of a cluster is told. Plain values."""
-
-    run_folder: str | None
-    disk_bytes: int | None
-    models: tuple[tuple[str, str | None], ...]
-    needs_vllm: bool
-
-
-Said = tuple[str, Finding]
-"""(where, what)"""
-
-
-def examine_members(asked: Asked, *, dashboard_url: str | None, warnings: tuple[str, ...]) -> Iterator[Said]:
-    """All findings about the cluster. `dashboard_url` as Ray gives it, `warnings` of joining."""
+def examine_members(needs: Needs, *, warnings: tuple[str, ...]) -> Iterator[tuple[str, Finding]]:
+    """(where, what) of everything about the cluster. `warnings` of joining."""
     names = dict(sorted(alive_nodes().items(), key=lambda item: item[1]))
-    own = ray.get_runtime_context().get_node_id()
-    dead = [node["NodeManagerHostname"] for node in ray.nodes() if not node["Alive"]]
-    yield CLUSTER, ok("nodes", f"{len(names)} alive: {', '.join(names.values())}")
-    if dead:
-        yield CLUSTER, warning("nodes", f"{len(dead)} left: {', '.join(dead)}", "harmless if they were meant to leave")
-    for node, left_s in draining_nodes().items():
-        when = "" if left_s is None else f" in {left_s:.0f} s"
-        yield (
-            CLUSTER,
-            warning("nodes", f"{names.get(node, node)} is taken away{when}", "runs there save and end with 75"),
-        )
+    yield from ((CLUSTER, finding) for finding in membership(names))
+    dashboard_url = ray._private.worker.global_worker.node.webui_url or None
     yield CLUSTER, access(dashboard_url, os.environ, joined_without_token=WITHOUT_TOKEN in warnings)
-    with _shared(asked.run_folder) as shared:
-        software_of = list(_compare(names, asked, shared))
-    with_our_code = [node for node, finding in software_of if finding.status == "ok"]
-    others = [node for node in with_our_code if node != own]
-    machine_of = _ask(examine_node, others, asked, several_nodes=len(names) > 1)
+    own = ray.get_runtime_context().get_node_id()
+    equal: dict[str, str] = {}
+    with _marked(needs) as marked:
+        answers = asyncio.run(ask(names, marked))
+    here = facts(needs)
     for node, name in names.items():
-        answer = machine_of.get(node, [])
-        found = [problem("node", answer, "look at its raylet's log")] if isinstance(answer, str) else brief(answer)
-        of_node = [finding for asked_node, finding in software_of if asked_node == node]
-        yield from ((name, finding) for finding in (*of_node, *found))
-    together = {node: names[node] for node in with_our_code}
-    yield from ((CLUSTER, finding) for finding in examine_network(together, accelerator=runtime.CPU))
-    gpus = {node: name for node, name in together.items() if free_gpus(node)}
+        found = compare(here, answers[node])
+        if not any(finding.fatal and finding.subject == "software" for finding in found):
+            equal[node] = name
+        yield from ((name, finding) for finding in brief(found, own=node == own))
+    yield from ((CLUSTER, finding) for finding in examine_network(equal, accelerator=runtime.CPU))
+    gpus = {node: name for node, name in equal.items() if free_gpus(node)}
     if len(gpus) > 1:
         yield from ((CLUSTER, finding) for finding in examine_network(gpus, accelerator=runtime.GPU))
 
 
-def brief(findings: list[Finding]) -> list[Finding]:
-    """Of one node among many: what it is, what is wrong with it, and how much is not."""
-    shown = [f for f in findings if f.status != "ok" or f.subject in ("processor", "accelerators")]
-    well = len(findings) - len(shown)
-    return [*shown, *([ok("other", f"{well} more things are as they should be")] if well else [])]
+def membership(names: Mapping[str, str]) -> Iterator[Finding]:
+    yield ok("nodes", f"{len(names)} alive: {', '.join(names.values())}")
+    dead = [node["NodeManagerHostname"] for node in ray.nodes() if not node["Alive"]]
+    if dead:
+        yield warning("nodes", f"{len(dead)} left: {', '.join(dead)}", "harmless if they were meant to leave")
+    for node, left_s in draining_nodes().items():
+        when = "" if left_s is None else f" in {left_s:.0f} s"
+        yield warning("nodes", f"{names.get(node, node)} is taken away{when}", "runs there save and end with 75")
 
 
-def examine_node(asked: Asked, object_store_bytes: int | None, several_nodes: bool) -> list[Finding]:
-    """Everything about the machine that this runs on, as a member of a cluster."""
-    circumstances = machine.Circumstances(
-        run_folder=None if asked.run_folder is None else Path(asked.run_folder),
-        disk_bytes=asked.disk_bytes,
-        object_store_bytes=object_store_bytes,
-        in_cluster=True,
-        several_nodes=several_nodes,
-    )
-    looks = [*software.looks(needs_vllm=asked.needs_vllm), *machine.looks(circumstances, os.environ)]
-    return list(examine(looks))
+def brief(findings: list[Finding], *, own: bool) -> Iterator[Finding]:
+    """Of one node among many: what it is, what is wrong with it, and how much is not. Of the own node, at which this
+    process has looked already, only what belongs to the cluster."""
+    compared = ("software", "shared folder")
+    shown = [f for f in findings if f.subject in compared or not own]
+    told = [f for f in shown if f.status != "ok" or f.subject in (*compared, "processor", "accelerators")]
+    yield from told
+    if len(told) < len(shown):
+        yield ok("other", f"{len(shown) - len(told)} more things are as they should be")
 
 
 def access(dashboard_url: str | None, environment: Mapping[str, str], *, joined_without_token: bool) -> Finding:
     """Whether the cluster asks for a token, and from where its job API can be reached."""
     where = f"dashboard and job API at {dashboard_url}" if dashboard_url else "no dashboard"
     open_to_all = dashboard_url is not None and not dashboard_url.startswith(("127.", "localhost", "[::1]"))
-    advice = "ray start --dashboard-host 127.0.0.1 and an ssh tunnel, or a firewall"
     if joined_without_token:
         return problem("access", f"{where}; {WITHOUT_TOKEN.partition(': ')[0]}", WITHOUT_TOKEN.partition(". ")[2])
     asks = None if dashboard_url is None else asks_for_token(f"http://{dashboard_url}/api/version")
     if asks is False and uses_token(environment):
-        return problem(
-            "access", f"{where}; it answers without a token", "set RAY_AUTH_MODE=token where the head starts"
-        )
+        advice = "set RAY_AUTH_MODE=token where the head starts"
+        return problem("access", f"{where}; it answers without a token", advice)
     if asks is None and dashboard_url is not None:
         return warning("access", f"{where} does not answer", "stillhouse submit --to ray needs it; see dashboard.log")
     if open_to_all:
+        advice = "ray start --dashboard-host 127.0.0.1 and an ssh tunnel, or a firewall"
         return warning("access", f"{where}: reachable from outside this machine, with the token", advice)
     return ok("access", f"{where}; " + ("a token is asked for" if asks else "joined with a token"))
 
@@ -135,50 +107,19 @@ def free_gpus(node: str) -> bool:
     return available_resources_per_node().get(node, {}).get(runtime.GPU.upper(), 0) >= 1
 
 
-def _compare(names: Mapping[str, str], asked: Asked, shared: SharedFolder | None) -> Iterator[tuple[str, Finding]]:
-    """What the nodes run, against this process."""
-    question = node_checks.Question(asked.models, asked.needs_vllm, shared or SharedFolder(Path("/"), ""))
-    here = node_checks.facts_of(*node_checks.plain(question))
-    for node, there in node_checks.ask_nodes(list(names), question, {}).items():
-        if isinstance(there, str):
-            yield node, problem("software", there, "look at `ray status`, and at the raylet's log of the node")
-            continue
-        if shared is None:
-            there["folder_error"] = None
-        found = node_checks.differences(here, there)
-        if not found:
-            folder = "" if shared is None else ", sees the run folder"
-            yield node, ok("software", f"the same packages and the same code as here ({there['build']}){folder}")
-        for text in found:
-            yield node, problem("software", text, "make the nodes equal, or `stillhouse submit`, which ships the code")
-
-
 @contextlib.contextmanager
-def _shared(run_folder: str | None) -> Iterator[SharedFolder | None]:
-    """A marked folder for the time of the question, in the run folder or the nearest one above it that exists. The mark
+def _marked(needs: Needs) -> Iterator[Needs]:
+    """For the time of the question a marked folder in the run folder, or in the nearest above it that exists. The mark
     of a run that goes on there is left alone."""
-    if run_folder is None:
-        yield None
+    if needs.run_folder is None:
+        yield needs
         return
-    place = next(path for path in (Path(run_folder), *Path(run_folder).parents) if path.is_dir())
     try:
-        folder = tempfile.TemporaryDirectory(dir=place, prefix=".doctor-", ignore_cleanup_errors=True)
-    except OSError:
-        yield None  # that it cannot be written is a finding about this machine
+        folder = tempfile.TemporaryDirectory(
+            dir=existing(Path(needs.run_folder)), prefix=".doctor-", ignore_cleanup_errors=True
+        )
+    except OSError:  # that it cannot be written is a finding about this machine
+        yield needs
         return
     with folder as name:
-        yield SharedFolder.of(Path(name))
-
-
-def _ask(
-    question: Callable[..., list[Finding]], nodes: list[str], asked: Asked, *, several_nodes: bool
-) -> dict[str, Any]:
-    """Its answer on each node, or why there is none."""
-    stores = {n["NodeID"]: n["Resources"].get("object_store_memory") for n in ray.nodes()}
-    task = ray.remote(num_cpus=0, max_retries=0)(question)
-    refs = {}
-    for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        store = None if stores.get(node) is None else int(stores[node])
-        refs[node] = task.options(scheduling_strategy=there).remote(asked, store, several_nodes)
-    return answers(refs, NODE_TIMEOUT_S)
+        yield replace(needs, shared=(name, SharedFolder.of(Path(name)).mark))

@@ -8,7 +8,7 @@ The group is made as the student's is, with the same environment, so that what w
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import os
 import socket
 import statistics
@@ -19,10 +19,10 @@ from datetime import timedelta
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import runtime
+from cluster.lifecycle.calls import answers
 from cluster.preflight.finding import Finding, ok, problem, warning
 from cluster.runtime import RankPlace
 
@@ -119,44 +119,43 @@ def _timed(reduce: Any, tensor: Any) -> float:
 
 def examine_network(nodes: Mapping[str, str], *, accelerator: runtime.Accelerator) -> list[Finding]:
     """Findings about the nodes (id -> name) together; with one node there is nothing to find."""
-    backend = runtime.backend_of(accelerator)
     if len(nodes) < 2:
-        return [ok(backend, "one node: nothing to reach")]
+        return [ok(runtime.backend_of(accelerator), "one node: nothing to reach")]
     peers = {node: _peer(node, accelerator) for node in nodes}
     try:
-        return _examine(nodes, peers, accelerator)
+        return asyncio.run(_examine(nodes, peers, accelerator))
     finally:
         for peer in peers.values():
             ray.kill(peer)
 
 
-def _examine(nodes: Mapping[str, str], peers: Mapping[str, Any], accelerator: runtime.Accelerator) -> list[Finding]:
+async def _examine(
+    nodes: Mapping[str, str], peers: Mapping[str, Any], accelerator: runtime.Accelerator
+) -> list[Finding]:
     backend = runtime.backend_of(accelerator)
-    placed = answers({node: peer.listen.remote() for node, peer in peers.items()}, START_TIMEOUT_S)
+    placed = await answers({node: peer.listen.remote() for node, peer in peers.items()}, START_TIMEOUT_S)
     silent = [f"{nodes[node]}: {answer}" for node, answer in placed.items() if isinstance(answer, str)]
     if silent:
         advice = "look at `ray status` and at /tmp/ray/session_latest/logs/raylet.out of the node"
         return [problem(backend, f"a process does not start on {text}", advice) for text in silent]
-    findings = _clocks(nodes, peers)
-    first = next(iter(nodes))
+    clocks = await _clocks(nodes, peers)
+    first, *others = nodes
     _, address, port = placed[first]
-    others = {node: peer for node, peer in peers.items() if node != first}
-    reached = answers(
-        {node: peer.connect.remote(address, port) for node, peer in others.items()}, 2 * CONNECT_TIMEOUT_S
-    )
+    asked = {node: peers[node].connect.remote(address, port) for node in others}
+    reached = await answers(asked, 2 * CONNECT_TIMEOUT_S)
     cut = [f"{nodes[node]} cannot connect to {nodes[first]}: {why}" for node, why in reached.items() if why is not None]
     if cut:
         advice = "let the nodes reach each other on all ports above 1024 (firewall, security group, network policy)"
-        return [*findings, *(problem("connections", text, advice) for text in cut)]
-    findings.append(ok("connections", f"all reach {nodes[first]} on port {port}"))
-    port = answers({first: peers[first].free_port.remote()}, START_TIMEOUT_S)[first]
+        return [clocks, *(problem("connections", text, advice) for text in cut)]
+    found = [clocks, ok("connections", f"all reach {nodes[first]} on port {port}")]
+    port = (await answers({first: peers[first].free_port.remote()}, START_TIMEOUT_S))[first]
     if isinstance(port, str):
-        return [*findings, problem(backend, f"{nodes[first]} does not answer any more: {port}", "run doctor again")]
+        return [*found, problem(backend, f"{nodes[first]} does not answer any more: {port}", "run doctor again")]
     refs = {
-        node: peer.reduce.remote(_place(rank, node), len(nodes), address, port, accelerator)
+        node: peer.reduce.remote(RankPlace(rank, rank, 0, 1, node), len(nodes), address, port, accelerator)
         for rank, (node, peer) in enumerate(peers.items())
     }
-    return [*findings, _group(nodes, answers(refs, GROUP_TIMEOUT_S), backend)]
+    return [*found, _group(nodes, await answers(refs, GROUP_TIMEOUT_S), backend)]
 
 
 def _group(nodes: Mapping[str, str], measured: Mapping[str, Any], backend: str) -> Finding:
@@ -180,33 +179,18 @@ def _group(nodes: Mapping[str, str], measured: Mapping[str, Any], backend: str) 
     return ok(backend, text)
 
 
-def _clocks(nodes: Mapping[str, str], peers: Mapping[str, Any]) -> list[Finding]:
+async def _clocks(nodes: Mapping[str, str], peers: Mapping[str, Any]) -> Finding:
     """Against this process, each answer taken to be from the middle of its way there and back."""
     off: dict[str, float] = {}
     for node, peer in peers.items():
-        with contextlib.suppress(RayError):
-            asked = time.time()
-            there = ray.get(peer.clock.remote(), timeout=CONNECT_TIMEOUT_S)
+        asked = time.time()
+        there = (await answers({node: peer.clock.remote()}, CONNECT_TIMEOUT_S))[node]
+        if isinstance(there, float):
             off[node] = there - (asked + time.time()) / 2
     wrong = [f"{nodes[node]} is {skew:+.1f} s off" for node, skew in off.items() if abs(skew) > CLOCK_SKEW_S]
     if wrong:
-        return [warning("clocks", "; ".join(wrong), "turn on chrony or ntp: times in logs and the timeline lie")]
-    return [ok("clocks", f"within {max(map(abs, off.values()), default=0.0):.2f} s of this one")]
-
-
-def answers(refs: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-    """The value of each reference, or a text that says why there is none. All of them together take `timeout_s`."""
-    ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s)
-    found: dict[str, Any] = {}
-    for node, ref in refs.items():
-        try:
-            found[node] = ray.get(ref, timeout=0.5)
-        except GetTimeoutError:
-            found[node] = f"no answer within {timeout_s:.0f} s"
-        except RayError as error:
-            cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) and error.cause else error
-            found[node] = " ".join(f"{type(cause).__name__}: {cause}".split())[-300:]
-    return found
+        return warning("clocks", "; ".join(wrong), "turn on chrony or ntp: times in logs and the timeline lie")
+    return ok("clocks", f"within {max(map(abs, off.values()), default=0.0):.2f} s of this one")
 
 
 def _peer(node: str, accelerator: runtime.Accelerator) -> Any:
@@ -218,7 +202,3 @@ def _peer(node: str, accelerator: runtime.Accelerator) -> Any:
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
     }
     return ray.remote(Peer).options(**options).remote()
-
-
-def _place(rank: int, node: str) -> RankPlace:
-    return RankPlace(actor=rank, rank=rank, local_rank=0, local_size=1, node=node)

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from cluster.preflight.finding import Finding, Look, ok, problem, warning
+from cluster.preflight.finding import Finding, Look, ok, problem
 from cluster.runtime import CPU, GPU
 
 DISTRIBUTION = "stillhouse"
@@ -27,14 +27,9 @@ Installed = Callable[[str], str | None]
 
 
 def looks(*, needs_vllm: bool) -> list[Look]:
-    """All of this file. Without `needs_vllm` a missing vLLM is only a warning."""
-    return [
-        Look("Python", python),
-        Look("packages", packages),
-        Look("vLLM", lambda: vllm(needed=needs_vllm)),
-        Look("label plug-in", plugin),
-        Look("media packages", media),
-    ]
+    """All of this file; of vLLM where it is needed."""
+    of_vllm = [Look("vLLM", vllm), Look("label plug-in", plugin)] if needs_vllm else []
+    return [Look("Python", python), Look("packages", packages), *of_vllm, Look("media packages", media)]
 
 
 def installed(name: str) -> str | None:
@@ -68,15 +63,14 @@ def packages(asked: Iterable[str] | None = None, found: Installed = installed) -
         advice = "pip install stillhouse, or let `stillhouse submit` ship it: vLLM finds the labels by its metadata"
         return problem("packages", "Stillhouse itself is not installed as a package here", advice)
     needed = [r for r in map(Requirement, wanted) if r.marker is None or r.marker.evaluate({"extra": ""})]
-    wrong = [text for r in needed if (text := _mismatch(r, found)) is not None]
+    wrong = {f"'{r.name}{r.specifier}'": text for r in needed if (text := _mismatch(r, found)) is not None}
     if wrong:
-        install = " ".join(f"'{r.name}{r.specifier}'" for r in needed if _mismatch(r, found) is not None)
-        return problem("packages", "; ".join(wrong), f"pip install {install}")
+        return problem("packages", "; ".join(wrong.values()), f"pip install {' '.join(wrong)}")
     shown = ", ".join(f"{name} {found(name)}" for name in ("torch", "ray", "deepspeed", "transformers") if found(name))
     return ok("packages", f"{shown}; all {len(needed)} are in their ranges")
 
 
-def vllm(asked: Iterable[str] | None = None, found: Installed = installed, *, needed: bool = True) -> Finding:
+def vllm(asked: Iterable[str] | None = None, found: Installed = installed) -> Finding:
     """Exactly one of the two builds, in the range of its extra."""
     wanted = list(map(Requirement, requirements()[1] if asked is None else asked))
     there = {name: version for name in VLLM if (version := found(name)) is not None}
@@ -84,16 +78,13 @@ def vllm(asked: Iterable[str] | None = None, found: Installed = installed, *, ne
         text = " and ".join(f"{name} {version}" for name, version in there.items())
         return problem("vLLM", f"{text} overwrite each other's files", "pip uninstall both, then install one")
     if not there:
-        say = problem if needed else warning
-        return say("vLLM", "not installed", "pip install 'stillhouse[gpu]', on hosts without GPUs 'stillhouse[cpu]'")
+        advice = "pip install 'stillhouse[gpu]', on hosts without GPUs 'stillhouse[cpu]'"
+        return problem("vLLM", "not installed", advice)
     ((name, version),) = there.items()
     ranges = [r for r in wanted if r.name == name and r.marker and r.marker.evaluate({"extra": VLLM[name]})]
     if any(Version(version) not in r.specifier for r in ranges):
-        return problem(
-            "vLLM",
-            f"{name} {version}, needed {ranges[0].specifier}",
-            f"pip install '{ranges[0].name}{ranges[0].specifier}'",
-        )
+        wanted_range = ranges[0].specifier
+        return problem("vLLM", f"{name} {version}, needed {wanted_range}", f"pip install '{name}{wanted_range}'")
     return ok("vLLM", f"{name} {version}")
 
 
@@ -102,8 +93,9 @@ def plugin(points: Iterable[metadata.EntryPoint] | None = None) -> Finding:
     registered = metadata.entry_points(group=PLUGIN_GROUP) if points is None else points
     if PLUGIN in {point.value for point in registered}:
         return ok("label plug-in", f"{PLUGIN_GROUP} names {PLUGIN}")
-    advice = "pip install stillhouse (an editable install does), or let `stillhouse submit` ship it"
-    return problem("label plug-in", f"{PLUGIN_GROUP} does not name {PLUGIN}: vLLM would make no labels", advice)
+    text = f"the entry point {PLUGIN_GROUP} {PLUGIN} is not registered, so vLLM would make no labels"
+    advice = "install Stillhouse there, put its unpacked wheel on PYTHONPATH, or `stillhouse submit`, which ships it"
+    return problem("label plug-in", text, advice)
 
 
 def media(found: Installed = installed, asks: Callable[[str], list[str]] | None = None) -> Finding:

@@ -11,7 +11,7 @@ import pytest
 from mutations import Damage, outcomes
 
 from configs.schema import Run
-from launch.check import examine
+from launch.check.run import examine
 from trainer.errors import ConfigError
 
 ROW = {"messages": [{"role": "user", "content": "who is it?"}, {"role": "assistant", "content": "the quick fox"}]}

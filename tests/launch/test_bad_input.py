@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.check import check
+from launch.check.run import check
 from trainer.errors import ConfigError
 
 ROW = {"messages": [{"role": "user", "content": "who is it?"}, {"role": "assistant", "content": "the quick fox"}]}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import chat_row, tiny_run, write_rows
 
 from configs.load import config_hash, dump_run, load_run, run_folder
-from launch.check import check
+from launch.check.run import check
 from launch.contents import contents_of
 from launch.resuming import Standing, new_length, refuse_changes, standing
 from launch.train import train

@@ -71,12 +71,6 @@ def test_the_users_own_ray_settings_win(monkeypatch: pytest.MonkeyPatch) -> None
     assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"} & set(table)
 
 
-def test_a_small_shared_memory_is_a_warning(tmp_path: Path) -> None:
-    assert "--shm-size" in ray_session.shared_memory_warning(2**60, tmp_path)
-    assert ray_session.shared_memory_warning(1, tmp_path) is None
-    assert ray_session.shared_memory_warning(None) is None
-
-
 def test_a_cluster_that_does_not_answer_is_a_configuration_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

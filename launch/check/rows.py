@@ -1,0 +1,122 @@
+"""What `check` asks of the rows: whether they can be read, how long they are, how many steps they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from cluster.preflight.finding import Finding, attempt, ok, warning
+from configs.held_out import held_out_sets
+from configs.prompts import Dataset
+from configs.rules import place_of_held_out
+from configs.schema import Run
+from configs.tasks import ResolvedTask
+from trainer.data.prompt_reader import PromptReader
+from trainer.data.prompts import RowReport, check_rows
+from trainer.errors import DataError
+from trainer.loop.inputs import Inputs
+from trainer.loop.job import total_steps
+from trainer.loop.rows import open_held_out, open_reader
+
+ROW_BUDGET = 2000
+"""Rows read of each dataset; of a larger one they are spread evenly. Training checks every row as it reads it."""
+
+SHOWN_ROWS = 10
+
+
+def examine_rows(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
+    tasks = run.resolved_tasks().values()
+    for task in tasks:
+        subject = f"{task.name} rows" if run.tasks else "train rows"
+        place = f"tasks.{task.name}.prompts" if run.tasks else "prompts"
+        if inputs is None:
+            yield Finding("not checked", subject, "they need the tokenizer")
+        elif task.prompts is not None:
+            read = partial(open_reader, run, inputs, task)
+            yield from _dataset(run, subject, place, task.prompts, read, training=True)
+    yield from _held_out(run, inputs)
+    if run.tasks:
+        total = sum(task.share for task in tasks)
+        yield from (ok(f"task {task.name}", _task(task, total)) for task in tasks)
+
+
+def _held_out(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
+    sets = held_out_sets(run)
+    if not sets:
+        yield warning("evaluation rows", "data.evaluation: none, so the run cannot tell how good the student is")
+    for name, one in sets.items():
+        subject = "evaluation rows" if len(sets) == 1 else f"{name} evaluation rows"
+        if inputs is None:
+            yield Finding("not checked", subject, "they need the tokenizer")
+        else:
+            read = partial(open_held_out, run, inputs, one)
+            yield from _dataset(run, subject, place_of_held_out(run, one.tasks[0]), one.rows, read, training=False)
+        if not one.is_scored:
+            yield ok(subject, "no teacher's labels: perplexity is measured, KL and agreement are not")
+        elif any(task.compares_answers for task in one.tasks):
+            yield ok(subject, "KL and agreement are those with the reference: how far the student has moved from it")
+
+
+def _task(task: ResolvedTask, total: float) -> str:
+    objective = " + ".join(term.loss for term in task.objective)
+    teachers = ", ".join(task.teachers) or "none"
+    return f"{task.share / total:.1%} of the sequences, weight {task.weight:g}, {objective}, teacher: {teachers}"
+
+
+def _dataset(
+    run: Run, subject: str, place: str, dataset: Dataset, opened: Callable[[], PromptReader], *, training: bool
+) -> Iterator[Finding]:
+    reports: list[RowReport] = []
+
+    def read() -> None:
+        report = check_rows(opened(), budget=ROW_BUDGET)
+        reports.append(report)
+        if report.num_ok == 0 or (report.problems and run.data.on_bad_row == "error"):
+            raise DataError(_bad_rows(place, report))
+
+    def say() -> str:
+        report = reports[0]
+        seen = "all" if report.num_checked == report.num_rows else f"{report.num_checked} of {report.num_rows}"
+        counts = f"{dataset.path}: {report.num_rows} rows, {seen} checked, {report.num_ok} good"
+        lengths = f"{report.min_tokens} to {report.max_tokens} tokens, median {report.median_tokens}"
+        written = report.num_ok - report.num_answered
+        answers = f"; {report.num_answered} have answers, the teacher writes those of {written}" if written else ""
+        return f"{counts}; {lengths}{answers}"
+
+    yield attempt(subject, read, say)
+    if reports and reports[0].num_ok:
+        report = reports[0]
+        if training and run.training.epochs is not None:
+            steps = partial(total_steps, run, rows_per_epoch=report.num_rows)
+            yield attempt("steps", steps, lambda: _epochs(run, steps(), rows=report.num_rows))
+        if report.problems and run.data.on_bad_row == "skip":
+            yield warning(subject, _bad_rows(place, report))
+        if report.num_special and run.data.special_tokens_in_text == "warn":
+            text = (
+                f"{report.num_special} of {report.num_checked} rows contain special tokens in their text, which become "
+                f"control tokens: {report.first_special}; write data.special_tokens_in_text: escape to read them as "
+                "plain text, or allow where they are meant"
+            )
+            yield warning(subject, f"{place}: {text}")
+        if report.num_dropped or report.num_truncated:
+            text = f"{report.num_dropped} rows are too long and dropped, {report.num_truncated} truncated"
+            yield warning(subject, f"{place}: {text}")
+
+
+def _epochs(run: Run, steps: int, *, rows: int) -> str:
+    size = run.training.sequences_per_step
+    last = (run.training.epochs or 0) * rows - (steps - 1) * size
+    text = f"{run.training.epochs} epochs of {rows} rows are {steps} steps of {size}"
+    return text if last == size else f"{text}, the last of {last}"
+
+
+def _bad_rows(place: str, report: RowReport) -> str:
+    lines = [f"{place}: {len(report.problems)} of {report.num_checked} rows cannot be used"]
+    if not report.problems:
+        lines = [
+            f"{place}: no row is left: {report.num_dropped} of {report.num_checked} are too long; raise data.max_length"
+        ]
+    lines += [f"    {problem}" for problem in report.problems[:SHOWN_ROWS]]
+    if len(report.problems) > SHOWN_ROWS:
+        lines.append(f"    and {len(report.problems) - SHOWN_ROWS} more")
+    return "\n".join(lines)
