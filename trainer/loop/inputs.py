@@ -24,16 +24,27 @@ from trainer.protocols import AnswerSource
 class TaskInputs:
     """How text becomes tokens in one task, and who writes the answers."""
 
-    template: Template  # of its teacher
+    templates: Mapping[str, Template]
+    """By teacher, all with one text; under an empty name where the run has no teacher."""
     answers: AnswerSource
-    stop_ids_by_teacher: Mapping[str, tuple[int, ...]]
-    """The ids after which a teacher writes nothing more: those of its chat template and tokenizer, and those of its
-    generation settings that are no padding. Under an empty name where the run has no teacher."""
+    end_ids: Mapping[str, tuple[int, ...]]
+    """The ids that end a text by the generation settings of each teacher; none is padding. Names as in `templates`."""
+
+    @property
+    def template(self) -> Template:
+        """Of the first teacher."""
+        return next(iter(self.templates.values()))
+
+    def stop_ids_of(self, teacher: str) -> tuple[int, ...]:
+        """The ids after which a teacher writes nothing more: those of its template and tokenizer, and its `end_ids`.
+        Raises `ConfigError` for a template from which no student could learn to stop; where nothing is written nobody
+        asks."""
+        return tuple(dict.fromkeys([*self.templates[teacher].stop_ids, *self.end_ids[teacher]]))
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Of the first teacher."""
-        return next(iter(self.stop_ids_by_teacher.values()))
+        return self.stop_ids_of(next(iter(self.end_ids)))
 
 
 @dataclass(frozen=True)
@@ -80,8 +91,5 @@ def _task_inputs(
                 f"the teachers {names[0]} and {name} of one route have different chat templates: give them the "
                 "same teachers.<name>.chat_template, or each a task of its own"
             )
-    stop_ids = {
-        name: tuple(dict.fromkeys([*one.stop_ids, *(i for i in end_ids(models[name]) if i < vocabulary.size)]))
-        for name, one in templates.items()
-    }
-    return TaskInputs(template, ANSWERS.load(task.answers), stop_ids)
+    ends = {name: tuple(i for i in end_ids(model) if i < vocabulary.size) for name, model in models.items()}
+    return TaskInputs(templates, ANSWERS.load(task.answers), ends)

@@ -85,7 +85,7 @@ class Job:
         for name in task.teachers:
             generators = teachers[name].generator
             assert generators is not None, name
-            stop_ids = self.inputs.tasks[task.name].stop_ids_by_teacher[name]
+            stop_ids = self.inputs.tasks[task.name].stop_ids_of(name)
             authors[name if self.run.teachers else ""] = Author(generators, stop_ids)
         return authors
 
