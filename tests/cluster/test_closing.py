@@ -65,7 +65,7 @@ def test_a_role_that_does_not_stop_is_named_and_given_up() -> None:
     asyncio.run(close_all(closing, note=said.append, timeout_s=0.2))
     assert time.monotonic() - started < 5.0
     assert len(said) == 1
-    assert said[0].startswith("scorers, generators did not stop within 0 s")
+    assert said[0].startswith("generators, scorers did not stop within 0 s")
 
 
 def test_an_error_of_one_role_does_not_leave_the_others_running() -> None:
