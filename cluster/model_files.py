@@ -1,7 +1,4 @@
-"""The files of a model as nodes see them: whether they are the same everywhere, how large, and a copy on a node's disk.
-
-A file here because three askers need one answer: the check of the nodes, the deadlines, and the copy.
-"""
+"""The files of a model as a node sees them: whether they are the same everywhere, their size, a local copy."""
 
 from __future__ import annotations
 
@@ -71,10 +68,6 @@ class ModelFiles:
     def short_hash(self) -> str:
         """12 hexadecimal digits of all of it."""
         return hashlib.sha256(repr((self.files, self.config_hash, self.contents)).encode()).hexdigest()[:12]
-
-    def plain(self) -> tuple[tuple[tuple[str, int], ...], str, str | None, tuple[tuple[str, str], ...]]:
-        """The same as values that any process can read; `ModelFiles(*plain)` is equal."""
-        return self.files, self.config_hash, self.commit, self.contents
 
     def difference(self, other: ModelFiles) -> str | None:
         """How `other` differs, in a few words; None where it is the same."""

@@ -1,7 +1,6 @@
-"""What the nodes of a Ray cluster do while a run uses them: they arrive, and they are taken away with notice.
+"""The nodes of a Ray cluster: which are alive, waiting until enough have joined, and which will be taken away.
 
-A file here because both questions go to Ray's book of nodes, part of it through a private door, and nobody else should
-know that door.
+The only file that reads Ray's table of nodes; draining nodes are in a private part of its state.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def session_folder() -> Path:
 
 def ray_folder(session: Path) -> Path:
     """Where Ray's sessions and logs lie in a session's folder. Ray opens what it is given to every user of the machine
-    (0777), and with it its sockets and what it will run: so it is given a folder behind a closed door."""
+    (0777), its sockets included: so it is given a folder inside the session's, which this user alone can enter."""
     return session / "r"
 
 

@@ -1,4 +1,4 @@
-"""One line of `doctor` and `check`: a finding; and how a question that hangs or breaks becomes one."""
+"""A finding: one line of `doctor` and `check`. Questions have a deadline; one that hangs is a finding too."""
 
 from __future__ import annotations
 
