@@ -13,6 +13,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.preflight.software import PLUGIN, PLUGIN_GROUP
 from configs.schema import Run
 from configs.stations import import_plugin
 from launch.files import files_in, refuse_secret
@@ -22,7 +23,7 @@ from trainer.errors import ConfigError
 SUFFIXES = frozenset({".py", ".jinja", ".html", ".css", ".js", ".json", ".yaml", ".jsonl", ".md"})
 """Of the files that are code or read at run time; what editors and compilers leave is not sent."""
 
-ENTRY_POINT = ("vllm.general_plugins", "cluster.engines.vllm_labels:register")
+ENTRY_POINT = (PLUGIN_GROUP, PLUGIN)
 """(group, value): without it a vLLM process makes no labels."""
 
 
@@ -77,8 +78,11 @@ def _metadata() -> list[CodeFile]:
     if not any(point.group == group and point.value == value for point in installed.entry_points):
         raise ConfigError(f"the installed metadata of Stillhouse has no entry point {group}: {value}; install it again")
     name = f"stillhouse-{installed.version}.dist-info"
+    head = ["Metadata-Version: 2.1", "Name: stillhouse", f"Version: {installed.version}"]
+    for key in ("Requires-Python", "Requires-Dist"):  # the ranges that a node is asked about
+        head += [f"{key}: {value}" for value in installed.metadata.get_all(key) or []]
     texts = {
-        "METADATA": f"Metadata-Version: 2.1\nName: stillhouse\nVersion: {installed.version}\n",
+        "METADATA": "\n".join(head) + "\n",
         "entry_points.txt": installed.read_text("entry_points.txt") or "",
     }
     return [CodeFile(f"{name}/{key}", text.encode()) for key, text in texts.items()]

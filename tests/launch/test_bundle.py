@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,14 @@ def test_the_code_that_travels_has_the_hash_and_the_entry_point_of_the_code_here
     assert file == str(bundle.folder / "code/trainer/build.py")
     assert found == bundle.build == build_hash()
     assert points.strip() == "['cluster.engines.vllm_labels:register']"
+
+
+def test_the_code_that_travels_says_which_packages_it_needs(bundled: Callable[..., Bundle]) -> None:
+    """A node is asked whether it has them, by the metadata of the code that runs there."""
+    asked = "m.requires('stillhouse'), m.metadata('stillhouse')['Requires-Python']"
+    code = f"import importlib.metadata as m; print({asked})"
+    here = (metadata.requires("stillhouse"), metadata.metadata("stillhouse")["Requires-Python"])
+    assert run_with(bundled().folder / "code", "-c", code).strip() == " ".join(map(str, here))
 
 
 def test_a_bundle_is_the_same_from_a_checkout_an_installation_and_a_bundle(
