@@ -85,7 +85,7 @@ def read_document(
         document.tree.update(_values(document, _root(file), (), partial(_origin, file)))
     for number, override in enumerate(overrides):
         name, equals, text = override.partition("=")
-        parts = tuple(name.strip().split("."))
+        parts = _parts(document.tree, name.strip())
         origin = Origin(f"{option} {show(without_secrets(override), str, longest=200)}", (1, number))
         try:
             if not equals or not all(parts):
@@ -95,6 +95,17 @@ def read_document(
         except ConfigError as error:
             document.problems.append(Problem(origin, parts if equals else (), None, str(error)))
     return document
+
+
+def _parts(tree: Any, name: str) -> tuple[str, ...]:
+    """`a.b.c` as keys; one that is there and has dots in it, such as the name of a task, is one key."""
+    left, parts, holder = name.split("."), [], tree
+    while left:
+        known = holder if isinstance(holder, dict) else {}
+        num = next((n for n in range(len(left), 1, -1) if ".".join(left[:n]) in known), 1)
+        parts.append(".".join(left[:num]))
+        holder, left = known.get(parts[-1]), left[num:]
+    return tuple(parts)
 
 
 def dump(values: Any, stream: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from configs.section import Need, Section
+from configs.section import Need, Section, Weight
 from configs.stations import Station
 
 Exactness = Literal["exact", "lower_bound", "unbiased", "biased", "refused"]
@@ -20,7 +20,7 @@ class Term(Section):
     """Base of all terms."""
 
     loss: str
-    weight: PositiveFloat = Field(1.0, description="Of the term in the sum.")
+    weight: Weight = Field(1.0, description="Of the term in the sum.")
 
     form: ClassVar[Literal["row", "sequence"]] = "row"
     """row: a function of one row, averaged over loss tokens; sequence: of whole answers, averaged over groups."""

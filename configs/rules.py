@@ -12,6 +12,7 @@ from configs.engines import Vllm
 from configs.labels import NoLabels
 from configs.losses import Need, Term
 from configs.refusal import did_you_mean
+from configs.section import MAIN
 
 if TYPE_CHECKING:
     from configs.prompts import Dataset
@@ -54,6 +55,11 @@ def teachers_by_place(run: Run) -> dict[str, Teacher]:
     return {teacher_place(run, name): teacher for name, teacher in run.teachers_by_name().items()}
 
 
+def station_place(run: Run, task: ResolvedTask, station: str) -> str:
+    """Where a station of a task was said, `tasks.<name>.labels` or `labels`: for messages."""
+    return ".".join(map(str, _place(run, task, station)))
+
+
 def prompts_by_place(run: Run) -> dict[str, Dataset]:
     """All rows to train on, each once, by their place in the configuration."""
     places = {".".join(map(str, _place(run, task, "prompts"))): task for task in run.resolved_tasks().values()}
@@ -90,6 +96,9 @@ def _names(run: Run) -> Iterator[Problem]:
     if run.tasks and not any(task.share for task in run.tasks.values()):
         text = "every share is 0, so that nothing is trained; give at least one task a share above 0"
         yield ("tasks", next(iter(run.tasks)), "share"), 0, text
+    if MAIN in run.tasks:
+        text = f"{MAIN} is the only task of a run that names none: give this one another name"
+        yield ("tasks", MAIN), None, text
 
 
 def _stations(run: Run, task: ResolvedTask) -> Iterator[Problem]:
@@ -109,12 +118,14 @@ def _stations(run: Run, task: ResolvedTask) -> Iterator[Problem]:
 
 def _objective(run: Run, task: ResolvedTask) -> Iterator[Problem]:
     at = _place(run, task, "objective")
-    by_default = at == ("objective",) and "objective" not in run.model_fields_set
+    own_labels = _place(run, task, "labels") != ("labels",)
+    by_default = at == ("objective",) and (own_labels or "objective" not in run.model_fields_set)
     for index, term in enumerate(task.objective):
         place: Place = _place(run, task, "labels") if by_default else (*at, index, "loss")
         value = task.labels.kind if by_default else term.loss
         if any(term.same_as(earlier) for earlier in task.objective[:index]):
-            yield place, term.loss, f"{term.loss} is a term already: give one term the sum of both weights"
+            text = f"{term.loss} is a term already: give one term the sum of both weights"
+            yield (*at, index, "loss"), term.loss, text
         missing = term.needs - task.labels.gives
         if "labels" in missing or "target_logprobs" in missing:
             yield place, value, _needs(task, term, missing)
@@ -129,6 +140,11 @@ def _pairs(run: Run, task: ResolvedTask) -> Iterator[Problem]:
     if compared is None or task.prompts is None:
         return
     rows, budget = task.prompts.format, run.training.micro_batch_tokens
+    for index, term in enumerate(task.objective):
+        if term.form == "row":
+            text = f"{term.loss} would learn the rejected answers of {compared} as well as the chosen ones: give it a "
+            place = (*_place(run, task, "objective"), index, "loss")
+            yield place, term.loss, text + "task of its own, whose rows have the chosen answers as completion"
     if rows not in ("auto", "preference"):
         text = f"{compared} compares two answers to each prompt, and rows of format: {rows} hold one at most: write "
         yield (*_place(run, task, "prompts"), "format"), rows, text + "format: preference"

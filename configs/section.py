@@ -21,6 +21,8 @@ MOST_SECONDS = 30 * 86400
 Positive = Annotated[int, Field(gt=0, le=MOST)]
 Natural = Annotated[int, Field(ge=0, le=MOST)]
 Bytes = Annotated[int, Field(gt=0, le=2**50)]
+Weight = Annotated[float, Field(ge=1e-9, le=1e9)]
+"""Products of several, over the loss tokens of a step, are numbers of float32."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
 """A longer wait is none: timers of the system overflow, and whoever set it would never hear of a role that hangs."""

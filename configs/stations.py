@@ -149,6 +149,8 @@ def import_plugin(name: str) -> ModuleType:
     try:
         with foreign_errors(f"the module {name} fails when it is imported"):
             return importlib.import_module(name)
+    except SystemExit as left:
+        raise ValueError(f"the module {name} fails when it is imported: it calls sys.exit({left.code!r})") from None
     except ConfigError as error:
         cause = error.__cause__
         if isinstance(cause, ModuleNotFoundError) and cause.name and f"{name}.".startswith(f"{cause.name}."):

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveFloat, field_validator
+from pydantic import Field, field_validator
 
 from configs.answers import Answers, AnyAnswers
 from configs.labels import AnyLabels, Labels, NoLabels
 from configs.losses import AnyTerm, Term
 from configs.prompts import Dataset, with_answers
-from configs.section import MAIN, NAME, Section
+from configs.section import MAIN, NAME, Section, Weight
 
 if TYPE_CHECKING:
     from configs.schema import Run
@@ -39,7 +39,7 @@ class Task(Section):
     objective: tuple[AnyTerm, ...] | None = Field(None, min_length=1, description="Weighted terms of the loss.")
     teacher: Name | None = Field(None, description="Its name; None: the only teacher, or as `route` says.")
     route: Route | None = Field(None, description="Instead of teacher: by a column of each row.")
-    weight: PositiveFloat = Field(1.0, description="Of the task's loss in the sum.")
+    weight: Weight = Field(1.0, description="Of the task's loss in the sum.")
     share: Annotated[float, Field(ge=0)] = Field(
         1.0, description="Of the sequences of a step; the shares of all tasks are its parts."
     )

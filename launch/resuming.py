@@ -125,7 +125,7 @@ def _length(run: Run) -> tuple[int | None, int | None]:
 
 def _refuse_other_tasks(run: Run, folder: RunFolder, after: TrainingState) -> None:
     was, now = (tuple(tasks) or (MAIN,) for tasks in (after.cursor.tasks, run.tasks))
-    if set(was) == set(now):
+    if was == now:  # in their order too, by which steps are drawn
         return
     was, now = ("one task alone" if names == (MAIN,) else f"the tasks {', '.join(names)}" for names in (was, now))
     raise ConfigError(

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -70,6 +70,13 @@ class AnswerCounters:
             dropped=self.dropped + more.dropped,
         )
 
+    @classmethod
+    def sum(cls, counters: Iterable[AnswerCounters]) -> AnswerCounters:
+        total = cls()
+        for one in counters:
+            total = total.plus(one)
+        return total
+
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
@@ -81,6 +88,14 @@ class Cursor:
     counters: StreamCounters = StreamCounters()  # what was met on the way there, over all attempts
     answers: AnswerCounters = AnswerCounters()  # likewise, of what was written for the prompts
     tasks: dict[str, Cursor] = field(default_factory=dict)  # of each, where there are several: the rest is their sum
+
+    def with_answers(self, by_task: Mapping[str, AnswerCounters]) -> Cursor:
+        """After further answers of these tasks, counted in the sum and in each task."""
+        tasks = {
+            name: replace(one, answers=one.answers.plus(by_task.get(name, AnswerCounters())))
+            for name, one in self.tasks.items()
+        }
+        return replace(self, answers=self.answers.plus(AnswerCounters.sum(by_task.values())), tasks=tasks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +227,7 @@ class Collected:
 
     sequences: tuple[Sequence, ...]  # in the order of the prompts; a prompt without a usable answer has none
     answers: AnswerCounters = AnswerCounters()
+    answers_by_task: Mapping[str, AnswerCounters] = field(default_factory=dict)  # of a whole step
 
 
 @dataclass(frozen=True, slots=True)

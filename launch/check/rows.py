@@ -8,12 +8,12 @@ from functools import partial
 from cluster.preflight.finding import Finding, attempt, ok, warning
 from configs.held_out import held_out_sets
 from configs.prompts import Dataset
-from configs.rules import place_of_held_out
+from configs.rules import place_of_held_out, station_place
 from configs.schema import Run
 from configs.tasks import ResolvedTask
 from trainer.data.prompt_reader import PromptReader
 from trainer.data.prompts import RowReport, check_rows
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 from trainer.loop.inputs import Inputs
 from trainer.loop.job import total_steps
 from trainer.loop.rows import open_held_out, open_reader
@@ -28,7 +28,7 @@ def examine_rows(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
     tasks = run.resolved_tasks().values()
     for task in tasks:
         subject = f"{task.name} rows" if run.tasks else "train rows"
-        place = f"tasks.{task.name}.prompts" if run.tasks else "prompts"
+        place = station_place(run, task, "prompts")
         if inputs is None:
             yield Finding("not checked", subject, "they need the tokenizer")
         elif task.prompts is not None:
@@ -37,7 +37,8 @@ def examine_rows(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
     yield from _held_out(run, inputs)
     if run.tasks:
         total = sum(task.share for task in tasks)
-        yield from (ok(f"task {task.name}", _task(task, total)) for task in tasks)
+        drawn = (run.training.steps or 0) * run.training.sequences_per_step
+        yield from (_task(task, total, drawn) for task in tasks)
 
 
 def _held_out(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
@@ -57,10 +58,17 @@ def _held_out(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
             yield ok(subject, "KL and agreement are those with the reference: how far the student has moved from it")
 
 
-def _task(task: ResolvedTask, total: float) -> str:
+def _task(task: ResolvedTask, total: float, drawn: int) -> Finding:
+    """`total` of all shares, `drawn` prompts of the run."""
+    if task.share / total * drawn < 1:
+        text = (
+            f"{task.share:g} of {total:g} is less than one of the run's {drawn} prompts: raise it, or remove the task "
+        )
+        return warning(f"task {task.name}", f"tasks.{task.name}.share: {text}with its teacher")
     objective = " + ".join(term.loss for term in task.objective)
     teachers = ", ".join(task.teachers) or "none"
-    return f"{task.share / total:.1%} of the sequences, weight {task.weight:g}, {objective}, teacher: {teachers}"
+    share = f"{task.share / total:.1%} of the sequences"
+    return ok(f"task {task.name}", f"{share}, weight {task.weight:g}, {objective}, teacher: {teachers}")
 
 
 def _dataset(
@@ -69,7 +77,11 @@ def _dataset(
     reports: list[RowReport] = []
 
     def read() -> None:
-        report = check_rows(opened(), budget=ROW_BUDGET)
+        try:
+            reader = opened()
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
+        report = check_rows(reader, budget=ROW_BUDGET)
         reports.append(report)
         if report.num_ok == 0 or (report.problems and run.data.on_bad_row == "error"):
             raise DataError(_bad_rows(place, report))

@@ -120,6 +120,7 @@ def test_a_wrong_parameter_is_refused_at_its_name(
         ("../topk", "neither a kind nor a Python module"),
         ("PACKAGE.broken", "broken.py, line 1"),
         ("PACKAGE.raising", "PACKAGE.raising fails when it is imported: RuntimeError: no GPU"),
+        ("PACKAGE.leaving", "PACKAGE.leaving fails when it is imported: it calls sys.exit(7)"),
         ("PACKAGE.needing", "fails when it is imported: ModuleNotFoundError: No module named 'a_package_that"),
         ("PACKAGE.other", "defines no class Encoding"),
         ("PACKAGE.plain", "is no parameter class: derive it from configs.labels.Labels"),
@@ -134,6 +135,7 @@ def test_a_kind_that_leads_nowhere_is_one_message_at_its_line(
 ) -> None:
     (package / "broken.py").write_text("class Encoding(:\n")
     (package / "raising.py").write_text("raise RuntimeError('no GPU')\n")
+    (package / "leaving.py").write_text("raise SystemExit(7)\n")
     (package / "needing.py").write_text("import a_package_that_does_not_exist\n")
     (package / "other.py").write_text("x = 1\n")
     (package / "plain.py").write_text("class Encoding:\n    k: int = 1\n")

@@ -114,7 +114,19 @@ MISTAKES = {
     "a task without prompts": (TWO.replace("\nprompts: {path: rows.jsonl}", ""), [], "run.yaml:8: tasks.chat.prompts"),
     "all shares zero": (TWO, ["tasks.chat.share=0", "tasks.code.share=0"], "every share is 0"),
     "a negative share": (TWO, ["tasks.chat.share=-1"], "tasks.chat.share = -1\n      must be at least 0"),
-    "a weight of zero": (TWO, ["tasks.chat.weight=0"], "must be greater than 0"),
+    "a weight of zero": (TWO, ["tasks.chat.weight=0"], "tasks.chat.weight = 0\n      must be at least 0.000000001"),
+    "a weight that float32 cannot hold": (TWO, ["tasks.chat.weight=1e300"], "must be at most 1000000000"),
+    "a weight of a term that float32 cannot hold": (TWO, ["tasks.code.objective.0.weight=1e300"], "must be at most"),
+    "the name of the only task": (
+        TWO.replace("  chat:", "  main:"),
+        [],
+        "run.yaml:9: tasks.main\n      main is the only task of a run that names none",
+    ),
+    "hard labels of rejected answers": (
+        ONE,
+        ["objective=[{loss: dpo}, {loss: cross_entropy}]", "labels=token"],
+        "cross_entropy would learn the rejected answers of dpo as well as the chosen ones: give it a task of its own",
+    ),
     "a teacher that does not exist": (
         TWO.replace("teacher: big", "teacher: bog"),
         [],
@@ -175,6 +187,17 @@ MISTAKES = {
         ["objective=[{loss: dpo}]", "labels=token", "prompts.format=messages"],
         "prompts.format = 'messages'\n      dpo compares two answers to each prompt, and rows of format: messages hold "
         "one at most: write format: preference",
+    ),
+    "labels of a task that the objective of all cannot use": (
+        TWO.replace("    teacher: big\n", "    teacher: big\n    labels: token\n")
+        + "objective: [{loss: reverse_kl}]\n",
+        [],
+        "run.yaml:11: tasks.chat.labels = 'token'\n      reverse_kl cannot be computed from labels: token",
+    ),
+    "an override of a name with a dot": (
+        TWO.replace("  chat:", "  chat.en:"),
+        ["tasks.chat.en.share=-1"],
+        "--set tasks.chat.en.share=-1: tasks.chat.en.share = -1\n      must be at least 0",
     ),
     "an objective that nobody wrote, without labels": (
         ONE,

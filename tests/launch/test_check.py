@@ -62,6 +62,25 @@ def test_a_teacher_that_nobody_asks_is_a_warning(make: Make) -> None:
     assert (finding.status, "no task asks teacher for labels or answers" in finding.text) == ("warning", True)
 
 
+def test_rows_that_do_not_exist_are_told_at_the_place_that_names_them(make: Make, tmp_path: Path) -> None:
+    file = make()
+    missing = f"{tmp_path}/none.jsonl"
+    for place, overrides in (
+        ("prompts", [f"prompts.path={missing}"]),
+        ("prompts", [f"prompts.path={missing}", "tasks={a: {}}"]),
+        ("tasks.a.prompts", [f"tasks={{a: {{prompts: {{path: {missing}}}}}}}"]),
+        ("data.evaluation", [f"data.evaluation.path={missing}"]),
+    ):
+        assert only_problem(file, *overrides).text.startswith(f"{place}: the dataset {missing} does not exist")
+
+
+def test_a_share_of_which_nothing_is_trained_is_a_warning(make: Make) -> None:
+    for share, status in ((0, "warning"), (1e-9, "warning"), (0.1, "ok")):
+        found = examine(loaded(make(), f"tasks={{a: {{}}, b: {{share: {share}}}}}"))
+        tasks = {one.subject: one.status for one in found if one.subject.startswith("task ")}
+        assert tasks == {"task a": "ok", "task b": status}
+
+
 def test_what_the_held_out_rows_of_a_task_can_tell_is_said(make: Make, tmp_path: Path) -> None:
     pair = {"prompt": "the quick", "chosen": " fox", "rejected": " dog"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
@@ -358,7 +377,21 @@ def test_a_class_of_the_users_that_lacks_a_member_is_a_problem(
     assert "its class Engine has no arguments, start_scorer, start_generator; cluster/engines/hf.py" in problem.text
 
 
+def test_an_encoding_of_the_users_whose_layout_fails_is_a_problem(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "odd_layouts").mkdir()
+    start = "from trainer.labels.topk import Encoding as TopK\nclass Encoding(TopK):\n    kind: str = ''\n"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, body, said in (("raises", "raise RuntimeError('no rows')", "RuntimeError: no rows"), ("none", "...", "")):
+        (tmp_path / f"odd_layouts/{name}.py").write_text(f"{start}    def layout(self, shape):\n        {body}\n")
+        problem = only_problem(make(), f"labels=odd_layouts.{name}")
+        assert f"labels: odd_layouts.{name}, the layout of a row: {said}" in problem.text
+
+
 def test_more_kept_ids_than_the_vocabulary_has_are_refused(make: Make) -> None:
+    own = only_problem(make(), "tasks={a: {}, b: {labels: {kind: topk, k: 100000}}}")
+    assert own.text.startswith("tasks.b.labels: topk, the layout of a row: labels.k is 100000")
     problem = only_problem(make(), "labels={kind: topk, k: 100000}")
     assert "labels.k is 100000" in problem.text
     assert "write k:" in problem.text

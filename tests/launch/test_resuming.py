@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file, save_file
+from tiny_models import CHATML
 from tiny_runs import chat_row, tiny_run, write_rows
 
 from configs.load import config_hash, dump_run, load_run, run_folder
@@ -117,7 +118,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: rewritten(f / "student/config.json", lambda b: b + b" "),
         "student.model/config.json",
     ),
-    "a file more": (lambda f: (f / "teacher/chat_template.jinja").write_text("{{ messages }}"), "chat_template"),
+    "a file more": (lambda f: (f / "teacher/chat_template.jinja").write_text(CHATML + "{# #}"), "chat_template"),
 }
 
 
@@ -149,12 +150,12 @@ def test_what_a_library_caches_beside_the_rows_is_no_change_of_them(tmp_path: Pa
 
 
 def test_a_template_file_is_told_by_its_text(tmp_path: Path) -> None:
-    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    (tmp_path / "chat.jinja").write_text(CHATML)
     place = Place(tmp_path / "one", {"teacher": {"chat_template": str(tmp_path / "chat.jinja")}})
     place.stop_at(4)
     shutil.copyfile(tmp_path / "chat.jinja", tmp_path / "moved.jinja")
     assert place.look(f"teacher.chat_template={tmp_path}/moved.jinja").changed == ()
-    (tmp_path / "chat.jinja").write_text("{{ messages}} ")
+    (tmp_path / "chat.jinja").write_text(CHATML + "{# #}")
     with pytest.raises(ConfigError, match=r"teacher.chat_template \(.*chat.jinja\): "):
         place.look()
 
@@ -346,6 +347,7 @@ def test_a_run_goes_on_with_its_own_tasks_only(tmp_path: Path) -> None:
     for tasks, now in (
         ("{chat: {}}", "the tasks chat"),
         ("{chat: {}, more: {}, third: {}}", "the tasks chat, more, third"),
+        ("{more: {}, chat: {}}", "the tasks more, chat"),
     ):
         with pytest.raises(ConfigError) as refused:
             place.look(f"tasks={tasks}")

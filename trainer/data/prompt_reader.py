@@ -5,6 +5,7 @@ Training (`trainer/data/prompts.py`) and `check` read rows through the same read
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,7 +92,8 @@ class PromptReader:
         if num_characters > MAX_CHARACTERS * self.data.max_length and self.data.on_too_long != "truncate":
             raise self._too_long(origin, f"{num_characters} characters")
         if isinstance(parsed, PreferenceRow) != self.asks.pairs:
-            raise BadRow(origin, _NO_PAIR if self.asks.pairs else _PAIR, preview(self.rows.raw.raw(row)))
+            problem = _NO_PAIR if self.asks.pairs else _PAIR
+            raise BadRow(origin, problem, preview(self.rows.raw.raw(row)))
         answers = (parsed.chosen, parsed.rejected) if isinstance(parsed, PreferenceRow) else (parsed,)
         read = [self._read_answer(row, one, origin) for one in answers]
         (ids, mask, truncated), *others = read
@@ -130,9 +132,11 @@ class PromptReader:
             return self.asks.teacher
         raw = self.rows.raw.raw(row)
         value = raw.get(route.column)
-        if isinstance(value, str) and value in route.map:
-            return route.map[value]
-        what = f"is {value!r}, which" if route.column in raw else "is missing, and"
+        written = value if isinstance(value, str) else json.dumps(value, default=repr)  # as the keys of YAML are read
+        if route.column in raw and written in route.map:
+            return route.map[written]
+        shown = repr(value) if isinstance(value, str) else written
+        what = f"is {shown}, which" if route.column in raw else "is missing, and"
         known = ", ".join(route.map)
         raise BadRow(origin, f"{route.column}: {what} is not in route.map (there are: {known})", preview(raw))
 

@@ -12,11 +12,11 @@ import torch
 from configs.held_out import held_out_sets
 from configs.labels import Labels
 from configs.models import ModelSource
-from configs.rules import teacher_place
+from configs.rules import station_place, teacher_place
 from configs.schema import Run
 from configs.tasks import ResolvedTask
 from trainer.data.prompts import PromptStream
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, foreign_errors
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.loop.manifest import TrainingState
 from trainer.loop.rows import held_out_rows, open_stream, sample_rows, seed_of
@@ -185,11 +185,9 @@ def label_bytes_per_row(run: Run, inputs: Inputs, *, teacher_dtypes: Mapping[str
                 hidden_size=hidden_size_of(run.teachers_by_name()[name].model, place=teacher_place(run, name)),
                 dtype=getattr(torch, teacher_dtypes[name]),
             )
-            try:
-                layout = load_encoding(task.soft_labels).layout(shape)
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
-            sizes.append(sum(column.num_bytes for column in layout))
+            encoding = load_encoding(task.soft_labels)
+            with foreign_errors(f"{station_place(run, task, 'labels')}: {task.soft_labels.kind}, the layout of a row"):
+                sizes.append(sum(column.num_bytes for column in encoding.layout(shape)))
     return max(sizes)
 
 

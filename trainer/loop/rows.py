@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from configs.held_out import HeldOutSet, held_out_sets
 from configs.rules import held_out_by_place, place_of_held_out
 from configs.schema import Run
-from configs.tasks import ResolvedTask
+from configs.tasks import ResolvedTask, Route
 from trainer.answers.dataset import answered_by_dataset
 from trainer.data.prompt_reader import Asked, PromptReader
 from trainer.data.prompts import PromptStream
@@ -35,7 +35,7 @@ def open_reader(run: Run, inputs: Inputs, task: ResolvedTask) -> PromptReader:
         needs_answer=of_task.answers.needs_answer,
         room_for_answer=of_task.answers.room_for_answer,
         rewrite=of_task.answers.rewrite,
-        asks=Asked(task.name, _asked(run, task), task.route, pairs=task.compares_answers),
+        asks=Asked(task.name, _asked(run, task), _route(task), pairs=task.compares_answers),
     )
 
 
@@ -49,13 +49,17 @@ def open_held_out(run: Run, inputs: Inputs, held_out: HeldOutSet) -> PromptReade
         template=inputs.tasks[task.name].template,
         vocabulary=inputs.vocabulary,
         needs_answer=True,
-        asks=Asked(held_out.name, _asked(run, task), task.route, chosen=True),
+        asks=Asked(held_out.name, _asked(run, task), _route(task), chosen=True),
     )
 
 
 def _asked(run: Run, task: ResolvedTask) -> str:
     """The name of the teacher that is asked, where there are several."""
-    return (task.teacher or "") if run.teachers else ""
+    return (task.teacher or "") if run.teachers and task.asks else ""
+
+
+def _route(task: ResolvedTask) -> Route | None:
+    return task.route if task.asks else None
 
 
 def open_stream(run: Run, task: ResolvedTask, inputs: Inputs, *, quarantine: Path | None) -> PromptStream:

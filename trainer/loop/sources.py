@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from configs.section import MAIN
 from trainer.data.prompts import PromptStream
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 from trainer.loop.shares import counts_of_step
 from trainer.protocols import AnswerCollector
 from trainer.types import AnswerCounters, Collected, Cursor, Prompt, StreamCounters
@@ -42,13 +42,12 @@ class Source:
         self._answers = answers
         self._shares = shares
         self._sequences_per_step = sequences_per_step
-        self._written = AnswerCounters()  # before the first step that is drawn here
 
     @property
     def cursor(self) -> Cursor:
         """After what was drawn so far: of the only stream where the run names no tasks, else the sum of all."""
         cursors = {name: stream.cursor for name, stream in self._streams.items()}
-        return cursors[MAIN] if cursors.keys() == {MAIN} else summed(cursors, self._written)
+        return cursors[MAIN] if cursors.keys() == {MAIN} else summed(cursors)
 
     def seek(self, cursor: Cursor) -> None:
         """The next step is drawn from there. Not while `take` runs. Raises `ConfigError` for a cursor of other
@@ -62,7 +61,6 @@ class Source:
             )
         for name, stream in self._streams.items():
             stream.seek(tasks[name])
-        self._written = cursor.answers
 
     def take(self, step: int) -> Drawn:
         """Called in the order of the steps, in a thread, never twice at once. Raises `DataError` for a bad row."""
@@ -77,22 +75,28 @@ class Source:
         collected = await asyncio.gather(
             *(answers.collect(prompts) for answers, prompts in zip(self._answers.values(), of_tasks, strict=True))
         )
-        counters = AnswerCounters()
-        for one in collected:
-            counters = counters.plus(one.answers)
-        return Collected(tuple(sequence for one in collected for sequence in one.sequences), counters)
+        return Collected(
+            tuple(sequence for one in collected for sequence in one.sequences),
+            AnswerCounters.sum(one.answers for one in collected),
+            {name: one.answers for name, one in zip(self._answers, collected, strict=True)},
+        )
 
-    def judge(self, answers: AnswerCounters, *, last: bool) -> None:
-        """All answers of the run so far are judged by the rule of each task: raises `DataError` where too many could
+    def judge(self, cursor: Cursor, *, last: bool) -> None:
+        """The answers of each task up to a cursor are judged by its own rule: raises `DataError` where too many could
         not be trained on. `last`: none follow."""
-        for collector in self._answers.values():
-            collector.judge(answers, last=last)
+        for name, collector in self._answers.items():
+            of_task = cursor.tasks.get(name, cursor)
+            try:
+                collector.judge(of_task.answers, last=last)
+            except DataError as error:
+                raise DataError(f"task {name}: {error}" if cursor.tasks else str(error)) from None
 
 
-def summed(tasks: Mapping[str, Cursor], answers: AnswerCounters) -> Cursor:
+def summed(tasks: Mapping[str, Cursor]) -> Cursor:
     """One cursor that holds those of all tasks; its own position is the number of all positions drawn."""
     counters = StreamCounters()
     for cursor in tasks.values():
         counters = counters.plus(cursor.counters)
+    answers = AnswerCounters.sum(cursor.answers for cursor in tasks.values())
     seed = next(iter(tasks.values())).seed
     return Cursor(0, counters.read, seed, counters=counters, answers=answers, tasks=dict(tasks))

@@ -43,6 +43,7 @@ class ReadyStep:
     reports: tuple[UnitReport, ...]
     sequence_ids: tuple[str, ...]
     answers: AnswerCounters  # written for it
+    answers_by_task: Mapping[str, AnswerCounters]
     parts: Mapping[str, float]  # metrics of tasks and teachers by name; empty where there is one of each
 
 
@@ -99,7 +100,7 @@ class Supply:
         self._ready: asyncio.Queue[_Task] = asyncio.Queue()
         self._supplying: list[_Task] = []  # the loop itself, then its steps that are not trained yet
         self._taking: asyncio.Future[Drawn] | None = None  # in a thread: a disk may hang
-        self._answers = AnswerCounters()  # of the steps taken here
+        self._answers: dict[str, AnswerCounters] = {}  # of the steps taken here, by task
 
     def start(self, start_step: int) -> None:
         """Begin with the step after `start_step`; the source stands there."""
@@ -170,6 +171,7 @@ class Supply:
             reports=await self._score_and_stage(batches),
             sequence_ids=tuple(sequence.id for sequence in sequences),
             answers=collected.answers,
+            answers_by_task=collected.answers_by_task,
             parts=_parts(sequences),
         )
 
@@ -197,19 +199,21 @@ class Supply:
 
     def _with_answers(self, ready: ReadyStep) -> ReadyStep:
         """Answers are counted in the order of the steps, whatever the order in which they were written."""
-        before = ready.cursor.answers.plus(self._answers)
-        self._answers = self._answers.plus(ready.answers)
-        answers = ready.cursor.answers.plus(self._answers)
+        before = ready.cursor.with_answers(self._answers).answers
+        for name, more in ready.answers_by_task.items():
+            self._answers[name] = self._answers.get(name, AnswerCounters()).plus(more)
+        cursor = ready.cursor.with_answers(self._answers)
+        answers = cursor.answers
         if answers.cut_off and not before.cut_off:
             text = f"step {ready.step} has answers that the teacher did not end (answers.max_new_tokens)"
             self._observer.event("note", text=f"{text}; answers/cut_off in metrics.jsonl counts them")
         if answers.empty and not before.empty:
             text = f"step {ready.step} has prompts that the teacher answered with nothing"
             self._observer.event("note", text=f"{text}; answers/empty in metrics.jsonl counts them")
-        self._source.judge(answers, last=ready.step == self._settings.total_steps)
+        self._source.judge(cursor, last=ready.step == self._settings.total_steps)
         if not ready.sequence_ids:
             self._observer.event("empty_step", at_step=ready.step)
-        return replace(ready, cursor=replace(ready.cursor, answers=answers))
+        return replace(ready, cursor=cursor)
 
 
 def _parts(sequences: tuple[Sequence, ...]) -> dict[str, float]:

@@ -12,8 +12,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from configs.prompts import Data, Dataset
+from configs.tasks import Route
 from trainer.data.chat import Template
-from trainer.data.prompt_reader import PromptReader
+from trainer.data.prompt_reader import Asked, PromptReader
 from trainer.data.prompts import PromptStream, check_rows
 from trainer.data.vocabulary import SharedVocabulary, fingerprint
 from trainer.errors import ConfigError, DataError
@@ -357,3 +358,21 @@ def test_checking_a_large_dataset_stays_in_its_budget_and_looks_everywhere(tmp_p
     report = check(write(tmp_path, [talk(i) for i in range(99)] + [BAD]), budget=10)
     assert (report.num_rows, report.num_checked, report.num_ok) == (100, 10, 9)
     assert "rows.jsonl:100:" in report.problems[0]
+
+
+def test_a_column_routes_by_its_value_as_yaml_writes_it(tmp_path: Path) -> None:
+    route = Route(column="domain", map={"1": "a", "0": "b", "true": "b", "null": "a", "2.5": "b", "x": "a"})
+    values = [1, 0, True, None, 2.5, "x", "1", 3, [1]]
+    rows = [*({**talk(i), "domain": value} for i, value in enumerate(values)), talk(99)]
+    reader = PromptReader.open(
+        write(tmp_path, rows),
+        data=Data(),
+        template=TEMPLATE,
+        vocabulary=VOCABULARY,
+        needs_answer=True,
+        asks=Asked(route=route),
+    )
+    assert [reader.read(row, "")[0].teacher for row in range(7)] == ["a", "b", "b", "a", "b", "a", "a"]
+    for row, said in ((7, "is 3, which"), (8, r"is \[1\], which"), (9, "is missing, and")):
+        with pytest.raises(DataError, match=rf"rows.jsonl:{row + 1}: domain: {said} is not in route.map"):
+            reader.read(row, "")
