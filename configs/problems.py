@@ -102,5 +102,6 @@ def _hints(path: KeyPath, value: Any, text: str, keys: Sequence[Key]) -> str:
     if not isinstance(value, str):
         return ""
     quotes = " (without quotes)" if "number" in text and re.fullmatch(r"[-+\d.eE]+", value) else ""
-    example = f", here {{path: {value}}}" if any(key.path == (*path, "path") for key in keys) else ""
+    below = [name for name in ("path", "engine") if any(key.path == (*path, name) for key in keys)]
+    example = f", here {{{below[0]}: {value}}}" if below else ""
     return quotes + did_you_mean(value, re.findall(r"'([^']*)'", text)) + example

@@ -69,7 +69,8 @@ class Station:
             return self._foreign(kind)
         if kind in self.formerly:
             raise ValueError(f"the {self.tag} {kind} is now called {self.formerly[kind]}; write {self.formerly[kind]}")
-        raise ValueError(f"unknown {self.tag} '{kind}'{did_you_mean(kind, self.kinds())} ({self._allowed()})")
+        own = "" if self.package or "." not in kind else f"; CONTRIBUTING.md says how a {self.tag} of yours is added"
+        raise ValueError(f"unknown {self.tag} '{kind}'{did_you_mean(kind, self.kinds())} ({self._allowed()}){own}")
 
     def validate(self, value: Any) -> Section:
         """A mapping, a bare kind or parameters -> parameters. Raises `ValidationError`."""

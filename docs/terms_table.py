@@ -14,6 +14,9 @@ Made from `configs/losses.py` by `python docs/terms_table.py`. An objective is a
 
 `dpo` is trained on rows with `prompt`, `chosen` and `rejected`. Its reference is the teacher that the task names,
 mostly the student before training: `teacher: {model: {path: models/student}}`, `labels: token`.
+
+A term is no `package.module` of yours: one more is added in a checkout, as a class with its parameters and a function
+with its value; [CONTRIBUTING.md](../CONTRIBUTING.md#how-to-add) says how.
 """
 
 
