@@ -226,7 +226,8 @@ def _tell(found: JobStatus, kind: str, folder: Path | str) -> int:
     typer.secho(found.state, fg=COLOURS[found.state], nl=False)
     code = "" if found.exit_code is None else f", exit code {found.exit_code}"
     steps = "" if found.step is None else f", step {found.step} of {found.steps}"
-    typer.echo(f"{code}{steps}: {found.job} ({kind}), run folder {folder}")
+    job = "" if found.job == "-" else f": {found.job}"
+    typer.echo(f"{code}{steps}{job} ({kind}), run folder {folder}")
     if found.message:
         typer.echo(without_controls(found.message))
     return exit_code(found)

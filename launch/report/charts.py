@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from itertools import cycle
 
 from markupsafe import Markup
 
+from configs.losses import LOSSES
 from launch.report.metrics import (
     GRAD_NORM,
     LEARNING_RATE,
@@ -30,7 +32,7 @@ def charts(records: Records) -> list[Markup]:
     waits = [logged(STUDENT_WAIT, "student"), logged(TEACHER_WAIT, "teacher", colour="teacher")]
     pictures = [
         *_quality(records),
-        line_chart("Training loss (nats per token)", _losses(records)),
+        line_chart(f"Training loss ({_unit_of_loss(records)})", _losses(records)),
         line_chart("Speed (tokens per second)", [logged(TOKENS_PER_S, "tokens/s")], from_zero=True),
         line_chart("Waiting (share of the last ten steps)", waits, from_zero=True, form=percent),
         line_chart("Learning rate", [logged(LEARNING_RATE, "learning rate", colour="c4")], from_zero=True),
@@ -54,6 +56,13 @@ def _quality(records: Records) -> list[Markup]:
         line_chart("Held-out agreement (both put the same token first)", agreement, from_zero=True, form=percent),
         line_chart("Held-out perplexity", perplexity, logarithmic=True),
     ]
+
+
+def _unit_of_loss(records: Records) -> str:
+    """A term of whole answers, such as dpo, is no mean over tokens."""
+    terms = {name.rpartition("/")[2] for step in records.steps for name in step.values if is_term(name)}
+    of_answers = {LOSSES.kind_of(term) for term in LOSSES.built_in if term.form == "sequence"}
+    return "nats" if {re.sub(r"_\d+$", "", term) for term in terms} & of_answers else "nats per token"
 
 
 def _losses(records: Records) -> Sequence[Series]:

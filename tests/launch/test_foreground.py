@@ -67,7 +67,7 @@ def test_a_run_that_has_ended_has_its_code_and_reason(
     write_json(folder.exit, {"code": code, "reason": reason, "time": time.time()})
     returned, text = said("small", capsys)
     assert returned == code
-    assert text.splitlines()[0] == f"{state}, exit code {code}, step 12 of 400: - (here), run folder runs/small"
+    assert text.splitlines()[0] == f"{state}, exit code {code}, step 12 of 400 (here), run folder runs/small"
     assert text.splitlines()[1:] == ([] if code == 0 else [reason])
 
 

@@ -115,6 +115,13 @@ def test_the_loss_chart_has_the_terms_of_every_kind_and_task_and_nothing_else(tm
     assert not legend & {"pairs/loss tokens", "jsd of mine", "dpos"}
 
 
+def test_a_loss_of_whole_answers_is_not_called_one_per_token(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    assert "Training loss (nats per token)" in write_report(folder).read_text()
+    MetricsLog(folder).step(StepMetrics(9, {"train/loss": 0.7, "train/dpo_2": 0.7}))
+    assert "Training loss (nats)" in write_report(folder).read_text()
+
+
 def test_probability_on_ids_that_do_not_exist_is_a_tile_where_there_is_some(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     assert "On ids that do not exist" not in write_report(folder).read_text()
