@@ -163,6 +163,8 @@ def _scales(
     else:
         if from_zero:
             low, high = min(low, 0.0), max(high, 0.0)
+        if low == high == 0:
+            high = 1.0
         margin = max(0.06 * (high - low), 0.1 * abs(high) if high == low else 1e-6 * max(abs(low), abs(high)), 1e-12)
         y_axis = Scale(low if from_zero and low == 0 else low - margin, high + margin, HEIGHT - BOTTOM, TOP)
     steps = np.concatenate([of for _, points in drawn for of in (points.x, points.missing)])

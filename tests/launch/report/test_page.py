@@ -270,6 +270,13 @@ def test_a_long_series_keeps_its_mean_and_its_spikes() -> None:
     assert (points.x[0], points.x[-1]) == (0, 9999)
 
 
+@pytest.mark.parametrize("options", [{}, {"from_zero": True}])
+def test_zeros_have_an_axis_that_people_read(options: dict[str, Any]) -> None:
+    chart = line_chart("agreement", [Series("student", (0, 2), (0.0, 0.0))], form=percent, **options)
+    assert ">100 %<" in chart
+    assert "0.000" not in chart
+
+
 def test_a_loss_that_is_not_finite_is_marked_and_does_not_bend_the_axis() -> None:
     chart = line_chart("loss", [Series("loss", (1, 2, 3), (1.0, math.nan, 2.0))])
     assert "step 2: not finite" in chart
