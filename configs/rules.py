@@ -51,7 +51,7 @@ def teacher_place(run: Run, name: str) -> str:
 
 
 def teachers_by_place(run: Run) -> dict[str, Teacher]:
-    """Every teacher by its place in the configuration."""
+    """Every teacher that the run reads, by its place in the configuration."""
     return {teacher_place(run, name): teacher for name, teacher in run.teachers_by_name().items()}
 
 
@@ -81,7 +81,7 @@ def place_of_held_out(run: Run, task: ResolvedTask) -> str:
 def unused_teachers(run: Run) -> tuple[str, ...]:
     """Teachers that no task asks for anything."""
     asked = {name for task in run.resolved_tasks().values() for name in task.teachers}
-    return tuple(name for name in run.teachers_by_name() if name not in asked)
+    return tuple(name for name in run.named_teachers() if name not in asked)
 
 
 def _place(run: Run, task: ResolvedTask, station: str) -> Place:
@@ -168,7 +168,7 @@ def _needs(task: ResolvedTask, term: Term, missing: frozenset[Need]) -> str:
 
 def _asked(run: Run, task: ResolvedTask) -> Iterator[Problem]:
     """Whether the teachers that a task asks exist, and are as many as it can ask."""
-    known = tuple(run.teachers_by_name())
+    known = tuple(run.named_teachers())
     own = run.tasks.get(task.name)
     if own is not None and own.teacher is not None:
         if own.route is not None:
@@ -206,14 +206,14 @@ def _generators(run: Run) -> Iterator[Problem]:
     for task in run.resolved_tasks().values():
         if task.answers.needs_generator:
             asked |= dict.fromkeys(task.teachers, task.answers.kind)
-    for name, teacher in run.teachers_by_name().items():
+    for name, teacher in run.named_teachers().items():
         place = (*place_of_teacher(run, name), "generator")
         if name in asked and teacher.generator is None:
             at = "teacher.generator" if run.teacher is not None else f"teachers.{name}.generator"
             text = f"answers: {asked[name]} lets the teacher write: add {at}, if only generator: {{}}"
             yield place, None, text
         if name not in asked and teacher.generator is not None:
-            text = f"answers: {run.answers.kind} lets nobody write: remove generator, or write answers: teacher"
+            text = "no task lets this teacher write: remove generator, or write answers: teacher in a task that asks it"
             yield place, None, text
 
 

@@ -175,11 +175,18 @@ class Run(Section):
             raise refusals(broken)
         return self
 
-    def teachers_by_name(self) -> dict[str, Teacher]:
-        """All teachers; their `name` is their key. Empty for a run that asks none."""
+    def named_teachers(self) -> dict[str, Teacher]:
+        """All teachers that the configuration names, by their `name`."""
         if self.teacher is not None:
             return {self.teacher.name: self.teacher}
         return dict(self.teachers)
+
+    def teachers_by_name(self) -> dict[str, Teacher]:
+        """The teachers whose models the run reads: those that tasks ask; where none is asked the first that is named,
+        whose template renders the rows. Empty for a run that names none."""
+        named = self.named_teachers()
+        asked = {name for task in self.resolved_tasks().values() for name in task.teachers}
+        return {name: teacher for name, teacher in named.items() if name in asked} or dict(list(named.items())[:1])
 
     def choices(self) -> Iterator[tuple[str, Station, Choice]]:
         """Every kind that is chosen and has code behind it: where, of what station, with which parameters."""
@@ -188,7 +195,7 @@ class Run(Section):
                 yield f"{name}labels", LABELS, holder.labels
             if holder.answers is not None:
                 yield f"{name}answers", ANSWERS, holder.answers
-        for name, teacher in self.teachers_by_name().items():
+        for name, teacher in self.named_teachers().items():
             place = ".".join(map(str, place_of_teacher(self, name)))
             for role, replicas in teacher.roles().items():
                 yield f"{place}.{role}.engine", ENGINES, replicas.engine

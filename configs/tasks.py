@@ -95,7 +95,7 @@ class ResolvedTask:
 
 def resolve_tasks(run: Run) -> Mapping[str, ResolvedTask]:
     """The tasks of a run by name, in the order of the configuration."""
-    known = tuple(run.teachers_by_name())
+    known = tuple(run.named_teachers())
     only = known[0] if len(known) == 1 else None
     resolved = {}
     for name, task in (run.tasks or {MAIN: Task()}).items():

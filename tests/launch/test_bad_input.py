@@ -143,6 +143,14 @@ def test_a_teacher_that_nobody_uses_is_a_warning_at_its_line(said: Said) -> None
     assert f"warning      teachers: {warning}\n" in text
 
 
+def test_a_model_that_nobody_asks_is_not_read(said: Said) -> None:
+    elsewhere = ("code: {model: {path: TEACHER,", "code: {model: {path: HERE/nowhere,")
+    assert said(elsewhere)[0] == ConfigError.exit_code
+    code, text = said(elsewhere, ("{python: code, prose: prose}", "{python: prose, prose: prose}"))
+    assert code == 0
+    assert "no task asks code for labels or answers" in text
+
+
 def test_a_teacher_may_write_for_two_tasks_in_two_ways_and_for_a_route(said: Said) -> None:
     code, text = said(
         ("prose: {model", "prose: {generator: {engine: hf}, model"),
