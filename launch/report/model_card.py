@@ -62,6 +62,7 @@ def model_card(
     `licences` holds what is known beyond the configuration, for the keys `student` (its base) and `teacher`.
     """
     teachers = teachers_by_place(run)
+    tasks = run.resolved_tasks()
     own = {place: teacher.model.licence for place, teacher in teachers.items()}
     known = {"student": run.student.model.licence, **own, **(licences or {})}
     return templates.render(
@@ -80,6 +81,8 @@ def model_card(
         datasets=_datasets(run),
         public_name=public_name,
         quality=_quality(records),
+        compared=[name for name, task in tasks.items() if task.compares_answers],
+        only_compared=all(task.compares_answers for task in tasks.values()),
         evaluated=records.evaluations[-1] if records.evaluations else None,
         settings=_settings(run, manifest, records, stored_dtype=stored_dtype),
         versions=manifest.get("versions") or {},

@@ -152,6 +152,15 @@ def test_a_licence_the_hub_does_not_list_keeps_its_name() -> None:
     assert (front["license"], front["license_name"]) == ("other", "Our Own Licence: v1")
 
 
+def test_the_distance_from_a_reference_is_not_called_closeness_to_a_teacher() -> None:
+    close, far = "how close the student is to its teacher", "how far\nthe student has moved away from it"
+    pairs = {"labels": "token", "objective": [{"loss": "dpo"}]}
+    both = {"tasks": {"pairs": pairs, "chat": {}}}
+    for changes, said in (({}, {close}), (pairs, {far}), (both, {close, far})):
+        card = model_card(run(**changes), manifest=MANIFEST, records=RECORDS)
+        assert {text for text in (close, far) if text in card} == said
+
+
 def test_a_run_without_evaluation_claims_no_quality() -> None:
     card = model_card(run(), manifest={}, records=Records((), (), ()))
     assert "It was not evaluated" in card
