@@ -117,5 +117,5 @@ class Dpo(Term):
     exactness: ClassVar[Mapping[str, Exactness]] = {"token": "exact"}
 
 
-LOSSES = Station(Term, (ForwardKl, ReverseKl, Jsd, SkewForwardKl, CrossEntropy, Dpo), tag="loss")
+LOSSES = Station(Term, (ForwardKl, ReverseKl, Jsd, SkewForwardKl, CrossEntropy, Dpo), class_name="Term", tag="loss")
 AnyTerm = Annotated[Term, LOSSES]

@@ -16,14 +16,14 @@ from pydantic import Field, PositiveFloat, ValidationInfo, field_validator, mode
 from configs.answers import ANSWERS, AnyAnswers, DatasetAnswers
 from configs.engines import ENGINES
 from configs.labels import LABELS, AnyLabels, Labels, NoLabels, TopK
-from configs.losses import AnyTerm, ForwardKl
+from configs.losses import LOSSES, AnyTerm, ForwardKl
 from configs.models import Student, Teacher
 from configs.paths import expand_home
 from configs.prompts import Data, Dataset
 from configs.refusal import refusal, refusals
 from configs.rules import NO_TEACHER, broken_rules, place_of_teacher
 from configs.section import MOST_SECONDS, NAME, Bytes, Natural, Positive, Seconds, Section
-from configs.stations import Choice, Station
+from configs.stations import Station
 from configs.tasks import Name, ResolvedTask, Route, Task, resolve_tasks
 
 
@@ -188,13 +188,15 @@ class Run(Section):
         asked = {name for task in self.resolved_tasks().values() for name in task.teachers}
         return {name: teacher for name, teacher in named.items() if name in asked} or dict(list(named.items())[:1])
 
-    def choices(self) -> Iterator[tuple[str, Station, Choice]]:
-        """Every kind that is chosen and has code behind it: where, of what station, with which parameters."""
+    def choices(self) -> Iterator[tuple[str, Station, Section]]:
+        """Every kind that is chosen and has a file behind it: where, of what station, with which parameters."""
         for name, holder in (("", self), *((f"tasks.{name}.", task) for name, task in self.tasks.items())):
             if holder.labels is not None and not isinstance(holder.labels, NoLabels):
                 yield f"{name}labels", LABELS, holder.labels
             if holder.answers is not None:
                 yield f"{name}answers", ANSWERS, holder.answers
+            own = ((i, term) for i, term in enumerate(holder.objective or ()) if "." in term.loss)
+            yield from ((f"{name}objective.{i}", LOSSES, term) for i, term in own)
         for name, teacher in self.named_teachers().items():
             place = ".".join(map(str, place_of_teacher(self, name)))
             for role, replicas in teacher.roles().items():

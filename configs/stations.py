@@ -41,8 +41,8 @@ class Station:
 
     base: type[Section]
     built_in: tuple[type[Section], ...]
-    package: str = ""  # holds the code of the built-in kinds; "": kinds have no file, and none of a user's
-    class_name: str = ""  # of the class in each file
+    package: str = ""  # holds the code of the built-in kinds, a file each; "": they have none
+    class_name: str = ""  # of the class in each file, one of a user's too
     tag: str = "kind"
     default: str | None = None  # the kind where only parameters are given
     members: tuple[str, ...] = ()  # what the class in each file must have
@@ -65,12 +65,11 @@ class Station:
         for one in self.built_in:
             if self.kind_of(one) == kind:
                 return one
-        if self.package and "." in kind:
+        if "." in kind:
             return self._foreign(kind)
         if kind in self.formerly:
             raise ValueError(f"the {self.tag} {kind} is now called {self.formerly[kind]}; write {self.formerly[kind]}")
-        own = "" if self.package or "." not in kind else f"; CONTRIBUTING.md says how a {self.tag} of yours is added"
-        raise ValueError(f"unknown {self.tag} '{kind}'{did_you_mean(kind, self.kinds())} ({self._allowed()}){own}")
+        raise ValueError(f"unknown {self.tag} '{kind}'{did_you_mean(kind, self.kinds())} ({self._allowed()})")
 
     def validate(self, value: Any) -> Section:
         """A mapping, a bare kind or parameters -> parameters. Raises `ValidationError`."""
@@ -98,12 +97,11 @@ class Station:
         made = parameters if isinstance(parameters, found) else found(**dict(parameters))
         if missing := [member for member in self.members if not hasattr(made, member)]:
             lacks = f"its class {self.class_name} has no {', '.join(missing)}"
-            raise ConfigError(f"kind: {kind}: {lacks}; {self.contract} says what it needs")
+            raise ConfigError(f"{self.tag}: {kind}: {lacks}; {self.contract} says what it needs")
         return made
 
     def _allowed(self) -> str:
-        foreign = ", or package.module for a file of yours" if self.package else ""
-        return f"one of {', '.join(self.kinds())}{foreign}"
+        return f"one of {', '.join(self.kinds())}, or package.module for a file of yours"
 
     def _foreign(self, kind: str) -> type[Section]:
         module = import_plugin(kind)
@@ -131,15 +129,13 @@ class Station:
             if kind != self.default:
                 form["required"] = [self.tag, *form.get("required", [])]
             forms.append({**form, "title": kind})
-        if self.package:
-            foreign = {
-                "type": "string",
-                "pattern": f"^{DOTTED_NAME.pattern}$",
-                "description": "A Python module of yours.",
-            }
-            mapping = {"type": "object", "properties": {self.tag: foreign}, "required": [self.tag]}
-            forms += [foreign, {**mapping, "title": "package.module"}]
-        return {"anyOf": forms}
+        foreign = {
+            "type": "string",
+            "pattern": f"^{DOTTED_NAME.pattern}$",
+            "description": "A Python module of yours.",
+        }
+        mapping = {"type": "object", "properties": {self.tag: foreign}, "required": [self.tag]}
+        return {"anyOf": [*forms, foreign, {**mapping, "title": "package.module"}]}
 
 
 def import_plugin(name: str) -> ModuleType:

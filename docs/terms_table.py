@@ -15,8 +15,24 @@ Made from `configs/losses.py` by `python docs/terms_table.py`. An objective is a
 `dpo` is trained on rows with `prompt`, `chosen` and `rejected`. Its reference is the teacher that the task names,
 mostly the student before training: `teacher: {model: {path: models/student}}`, `labels: token`.
 
-A term is no `package.module` of yours: one more is added in a checkout, as a class with its parameters and a function
-with its value; [CONTRIBUTING.md](../CONTRIBUTING.md#how-to-add) says how.
+`loss: package.module` takes a term of yours, a file with its parameters and its function:
+
+```python
+import torch
+
+from configs.losses import Divergence
+from trainer.losses.terms import computes
+from trainer.types import PairedLogProbs
+
+
+class Term(Divergence):
+    alpha: float = 0.5
+
+
+@computes(Term)
+def total_variation(pair: PairedLogProbs, *, alpha: float) -> torch.Tensor:  # log-probabilities [N, E] -> [N]
+    return alpha * (pair.teacher.exp() - pair.student.exp()).abs().sum(-1)
+```
 """
 
 

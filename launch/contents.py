@@ -96,8 +96,9 @@ def _contents(run: Run, inputs: Inputs) -> Iterator[tuple[str, str]]:
     for task in run.resolved_tasks().values():
         for name in task.teachers:
             yield f"{teacher_place(run, name)}.chat_template", _digest(inputs.tasks[task.name].template.text or "")
-    for place, _, choice in run.choices():
-        found = importlib.util.find_spec(choice.kind) if "." in choice.kind else None
+    for place, station, choice in run.choices():
+        kind = station.kind_of(choice)
+        found = importlib.util.find_spec(kind) if "." in kind else None
         if found is not None and found.origin is not None:
             yield place + CODE, file_content(Path(found.origin), whole_bytes=WHOLE_BYTES, places=PLACES)
 

@@ -51,7 +51,8 @@ def plugin_code(run: Run) -> list[CodeFile]:
     """The user's own plug-ins, chosen as `package.module`: their top-level packages, unless those are installed as
     packages of the environment, which the nodes must have themselves."""
     found: dict[str, CodeFile] = {}
-    for kind in sorted({choice.kind for _, _, choice in run.choices() if "." in choice.kind}):
+    kinds = {station.kind_of(choice) for _, station, choice in run.choices()}
+    for kind in sorted(kind for kind in kinds if "." in kind):
         file = Path(str(import_plugin(kind).__file__))
         root = file.parents[kind.count(".") + (file.name == "__init__.py")]
         if root.resolve() in _installed_places():

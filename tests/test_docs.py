@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
@@ -26,11 +27,13 @@ from configs.load import load_run, load_section
 from launch.check.places import devices_text
 from launch.cli import app
 from launch.targets import KINDS, load_target
+from trainer.losses.terms import function_of
+from trainer.types import PairedLogProbs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run here: \S.{9,} -->")
-LANGUAGES = {"console", "yaml", "json", "bash", ""}
+LANGUAGES = {"console", "yaml", "json", "bash", "python", ""}
 
 RUNS = "tests/e2e/test_runs.py::test_a_run_leaves_a_student_that_learned_a_report_and_no_process"
 LOCAL = "tests/launch/test_submit.py::test_a_job_outlives_its_submission_and_saves_when_it_is_stopped"
@@ -109,6 +112,18 @@ def unaccounted(block: Block) -> list[str]:
         return []
     found = [c for c in block.commands if not is_run_below(c) and not any(re.fullmatch(p, c) for p in BY_TEST)]
     return [f"{block.page.name}:{block.line}: {command}" for command in found]
+
+
+def test_python_in_the_documents_is_a_term_that_computes() -> None:
+    found = [block for block in BLOCKS if block.language == "python"]
+    assert found
+    for block in found:
+        names: dict = {}
+        exec(compile(block.text, f"{block.page.name}:{block.line}", "exec"), names)
+        teacher, student = torch.tensor([[0.25, 0.75]]), torch.tensor([[0.75, 0.25]])
+        pair = PairedLogProbs(student.log(), teacher.log(), exhaustive=True)
+        value = function_of(names["Term"](loss="my.term"))(pair, alpha=0.5)
+        torch.testing.assert_close(value, torch.tensor([0.5]))
 
 
 def test_every_command_is_run_by_a_test_or_says_that_it_is_not() -> None:

@@ -21,6 +21,7 @@ from cluster.preflight import software
 from cluster.preflight.finding import Finding, attempt, ok, warning
 from cluster.preflight.finding import examine as examine_looks
 from configs.load import LoadedRun, load_run, run_folder
+from configs.losses import Term
 from configs.rules import teacher_place, teachers_by_place, unused_teachers
 from configs.schema import Run
 from launch.check import models, places, rows
@@ -31,6 +32,7 @@ from launch.resuming import Standing, standing
 from trainer.errors import ConfigError, DataError
 from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.inputs import Inputs
+from trainer.losses.terms import function_of
 from trainer.run_folder import RunFolder
 
 
@@ -126,7 +128,8 @@ def examine(run: Run, inputs: list[Inputs] | None = None) -> Iterator[Finding]:
 def _plugins(run: Run) -> Iterator[Finding]:
     """The classes' own checks of their parameters, which need their modules."""
     for place, station, choice in run.choices():
-        yield attempt(place, partial(station.load, choice), partial(str, choice.kind))
+        load = partial(function_of, choice) if isinstance(choice, Term) else partial(station.load, choice)
+        yield attempt(place, load, partial(station.kind_of, choice))
 
 
 def _packages(run: Run) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
 from configs.losses import LOSSES
+from configs.stations import DOTTED_NAME
 from trainer.errors import ConfigError
 from trainer.records import MAX_INTEGER, append_lines, ignore, read_lines
 from trainer.run_folder import RunFolder, plain, write_text
@@ -26,7 +27,7 @@ SpanKind = Literal["train", "score", "generate", "stage", "evaluate", "save", "s
 
 LOSS = "train/loss"
 """Names of step values that people are shown."""
-_TERM = re.compile(rf"(?:train|task/[^/]+)/(?:{'|'.join(LOSSES.kinds())})(?:_\d+)?")
+_TERM = re.compile(rf"(?:train|task/[^/]+)/(?:{'|'.join(LOSSES.kinds())}|{DOTTED_NAME.pattern})(?:_\d+)?")
 TOKENS = "train/tokens"
 LEARNING_RATE = "train/learning_rate"
 GRAD_NORM = "train/grad_norm"

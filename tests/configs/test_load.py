@@ -110,7 +110,7 @@ CASES = {
     "half a number": (GOOD + "optimizer: {learning_rate: 1e-4x}\n", [], ["'1e-4x'", "must be a number"]),
     "not finite": (GOOD + "optimizer: {learning_rate: .inf}\n", [], ["must be a finite number"]),
     "an engine for a scorer": (GOOD, ["teacher.scorer=hf"], ["here {engine: hf}"]),
-    "a loss of the user's": (GOOD, ["objective=[my.loss]"], ["unknown loss 'my.loss'", "CONTRIBUTING.md says how"]),
+    "a loss of the user's": (GOOD, ["objective=[my.loss]"], ["there is no module 'my'"]),
     "a path for a dataset": (GOOD, ["prompts=rows.jsonl"], ["here {path: rows.jsonl}"]),
     "a list that is too short": (GOOD + "optimizer: {betas: [0.9]}\n", [], ["item 1 of the list is missing"]),
     "an empty objective": (GOOD + "objective: []\n", [], ["objective = []", "must have at least 1 item"]),

@@ -33,6 +33,17 @@ def test_a_run_leaves_a_student_that_learned_a_report_and_no_process(golden: Pat
     assert left_running(golden) == []
 
 
+def test_a_term_of_a_user_trains_on_all_ranks_and_is_in_the_metrics(golden: Path, tmp_path: Path) -> None:
+    """With part: 1 it is forward_kl, whose run is the oracle."""
+    objective = [{"loss": "fakes.half_kl", "part": 1.0}]
+    config = tiny_run(tmp_path, {"objective": objective, "training": {"steps": 2}, "optimizer": {"warmup_steps": 1}})
+    result = stillhouse("train", str(config), PYTHONPATH=str(Path(__file__).parents[1] / "support"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    (own, *_), (known, *_) = (records(folder, "step") for folder in (tmp_path / "run", golden))
+    assert own["train/fakes.half_kl"] == pytest.approx(known["train/forward_kl"], rel=1e-5)
+    assert own["train/loss"] == pytest.approx(known["train/loss"], rel=1e-5)
+
+
 def test_nothing_but_the_run_itself_speaks_on_its_terminal(golden: Path) -> None:
     said = (golden.parent / "said.txt").read_text()
     assert "step 8/8" in said

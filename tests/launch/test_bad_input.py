@@ -188,3 +188,22 @@ def test_a_plug_in_that_is_no_parameter_class_is_refused_at_its_line(
     assert code == ConfigError.exit_code
     assert "run.yaml:18: labels" in message
     assert text in message
+
+
+def test_a_term_of_a_user_that_nothing_computes_is_a_problem(
+    said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "from configs.losses import Divergence\nclass Term(Divergence):\n    part: float = 1.0\n"
+    (tmp_path / "own_terms").mkdir()
+    (tmp_path / "own_terms" / "gap.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code, message = said(("[{loss: forward_kl}]", "[{loss: own_terms.gap, part: x}]"))
+    assert code == ConfigError.exit_code
+    assert "tasks.mixed.objective.0.part" in message
+    own = ("[{loss: forward_kl}]", "[{loss: own_terms.gap}]")
+    code, message = said(own)
+    assert code == ConfigError.exit_code
+    assert "loss: own_terms.gap: nothing computes it; write @computes(Term)" in message
+    computed = "from trainer.losses.terms import computes\n@computes(Term)\ndef gap(pair, *, part): return pair\n"
+    (tmp_path / "own_terms" / "right.py").write_text(source + computed)
+    assert said(("[{loss: forward_kl}]", "[{loss: own_terms.right}]"))[0] == 0

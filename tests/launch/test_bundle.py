@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 
 from configs.labels import LABELS
 from configs.load import config_hash, load_run
+from configs.losses import LOSSES
 from launch.bundle import Bundle, make_bundle
 from launch.own_code import plugin_code
 from trainer.build import build_hash
@@ -225,6 +226,9 @@ def test_data_of_a_plug_in_with_the_name_of_a_secret_stays_here(
     run = load_run(ROOT / "configs/demo.yaml").run
     run = run.model_copy(update={"labels": LABELS.validate("plugged.topk")})
     assert {file.path for file in plugin_code(run)} == {"plugged/topk.py", "plugged/secret_words.py"}
+    (package / "gap.py").write_text("from configs.losses import Divergence\n\nclass Term(Divergence):\n    pass\n")
+    term = run.model_copy(update={"labels": LABELS.validate("topk"), "objective": (LOSSES.validate("plugged.gap"),)})
+    assert "plugged/gap.py" in {file.path for file in plugin_code(term)}
     (package / "credentials.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"credentials\.json has the name of a secret"):
         plugin_code(run)

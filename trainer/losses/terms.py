@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 
 from configs.losses import LOSSES, Term
+from trainer.errors import ConfigError
 
 Function = TypeVar("Function", bound=Callable[..., torch.Tensor])
 
@@ -50,7 +51,12 @@ def computes(term: type[Term]) -> Callable[[Function], Function]:
 
 
 def function_of(term: Term) -> Callable[..., torch.Tensor]:
-    """What computes a term, without its parameters bound."""
+    """What computes a term, without its parameters bound. Raises `ConfigError` for a term of a user's without one."""
+    if type(term) not in _FUNCTIONS:
+        raise ConfigError(
+            f"loss: {term.loss}: nothing computes it; write @computes(Term) (of trainer.losses.terms) over a function "
+            "of that file"
+        )
     return _FUNCTIONS[type(term)]
 
 

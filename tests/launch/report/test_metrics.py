@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.report.metrics import MetricsLog, TensorBoardSink, Timeline, read_metrics
+from launch.report.metrics import MetricsLog, TensorBoardSink, Timeline, is_term, read_metrics
 from trainer.run_folder import RunFolder, read_lines
 from trainer.types import Evaluation, StepMetrics
 
@@ -42,6 +42,11 @@ def step(number: int, loss: float = 1.0) -> StepMetrics:
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     return RunFolder.create(tmp_path / "run")
+
+
+def test_a_term_of_a_user_is_one_by_its_dotted_name() -> None:
+    names = ("train/my_terms.gap", "task/chat/my_terms.gap_2", "train/loss", "train/tokens", "teacher/a/tokens")
+    assert [is_term(name) for name in names] == [True, True, False, False, False]
 
 
 def test_every_record_is_on_disk_before_the_next_one(folder: RunFolder) -> None:

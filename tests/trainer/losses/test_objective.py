@@ -7,7 +7,7 @@ import pytest
 import torch
 from loss_oracles import term
 
-from configs.losses import Term
+from configs.losses import LOSSES, Term
 from trainer.labels import dense, hidden, topk
 from trainer.losses.objective import Objective
 from trainer.model.head import Head, HeadShape
@@ -119,6 +119,16 @@ def test_terms_are_reported_bare_and_cross_entropy_stays_at_temperature_one():
 def test_a_loss_named_twice_gets_a_number():
     objective = Objective.of((term("jsd", beta=0.1), term("jsd", beta=0.9)), dense.Encoding())
     assert objective.names == ("jsd", "jsd_2")
+
+
+def test_a_term_of_a_user_is_computed_by_the_function_of_its_file():
+    encoding = dense.Encoding()
+    labels = encoding.encode(TEACHER, TARGET_IDS)
+    own = LOSSES.validate({"loss": "fakes.half_kl", "part": 0.25, "weight": 2.0})
+    loss, values = Objective.of((own,), encoding).rows(STUDENT, labels, TARGET_IDS, encoding)
+    expected = oracle.forward_kl(oracle.probabilities(TEACHER), oracle.probabilities(STUDENT))
+    torch.testing.assert_close(values["fakes.half_kl"].double(), 0.25 * expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss.double(), 0.5 * expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_schema_s_terms_are_what_an_objective_is_made_of():
