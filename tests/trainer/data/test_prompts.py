@@ -90,20 +90,24 @@ def test_the_rows_of_the_first_page_are_read_as_they_stand(tmp_path: Path) -> No
     assert "Ġand" in tokenizer.get_vocab()
     page = (Path(__file__).parents[3] / "docs" / "first-run.md").read_text()
     lines = page.split("```json\n")[1].split("```")[0].splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 6
     rows = [json.loads(line) for line in lines]
     split_inside_a_token = {"prompt": "plain text ", "completion": "and how it goes on"}
     for number, row in enumerate([*rows, split_inside_a_token]):
         (tmp_path / str(number)).mkdir()
         dataset = write(tmp_path / str(number), [row])
         vocabulary = SharedVocabulary(size=len(tokenizer), fingerprint="", teacher_rows=999, student_rows=999)
-        reader = open_reader(dataset, data=Data(), template=Template.of(tokenizer), vocabulary=vocabulary)
+        to_be_written, asks = row.keys() == {"prompt"}, Asked(pairs="chosen" in row)
+        given = {"template": Template.of(tokenizer), "needs_answer": not to_be_written, "asks": asks}
+        reader = open_reader(dataset, data=Data(), vocabulary=vocabulary, **given)
         stream = PromptStream(reader, seed=0)
         if row is split_inside_a_token:
             with pytest.raises(DataError, match="merges into one token"):
                 stream.take(1)
         else:
-            assert stream.take(1)[0].loss_mask.any()
+            (prompt,) = stream.take(1)
+            assert (prompt.loss_mask is None) if to_be_written else prompt.loss_mask.any()
+            assert len(prompt.alternatives) == ("rejected" in row)
 
 
 @pytest.mark.parametrize(("epochs", "lengths"), [(1, [4, 4, 2]), (2, [4, 4, 4, 4, 4]), (3, [4] * 7 + [2])])
