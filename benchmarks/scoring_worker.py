@@ -57,7 +57,7 @@ def prepare(plan: EnginePlan) -> Callable[[Label | Prefill], Cost]:
 
     async def prefill(question: Prefill) -> int:
         tokens = sum(len(prompt) for prompt in question.prompts)
-        await loop.run(_requests(question), name="a batch", num_tokens=tokens, num_rows=0, deadline_s=DEADLINE_S)
+        await loop.submit(_requests(question), name="a batch", num_tokens=tokens, num_rows=0, deadline_s=DEADLINE_S)
         return 0
 
     return lambda question: _cost(lambda: prefill(question))
