@@ -76,17 +76,13 @@ def examine(looks: Iterable[Look], *, timeout_s: float = LOOK_TIMEOUT_S) -> Iter
     """The findings of all looks, in order; one that takes too long or breaks is a problem and hides no other."""
     for look in looks:
         try:
-            yield from bounded(map(_answer, [look]), first_s=timeout_s, then_s=timeout_s)
+            yield from bounded((one.ask() for one in (look,)), first_s=timeout_s, then_s=timeout_s)
         except Silence:
             advice = "a file server or name server does not answer: ask who runs it"
             yield problem(look.subject, f"no answer within {timeout_s:.0f} s", advice)
         except (OSError, ValueError, RuntimeError) as error:
             text = f"cannot be looked at: {type(error).__name__}: {error}"
             yield problem(look.subject, text, "mend what the message names")
-
-
-def _answer(look: Look) -> Finding:
-    return look.ask()
 
 
 class Silence(Exception):

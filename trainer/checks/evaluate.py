@@ -31,12 +31,13 @@ class EvaluationRows:
     @classmethod
     def empty(cls, like: torch.Tensor, num_rows: int, *, num_scored: int) -> EvaluationRows:
         """To be filled, on the device of `like`."""
-        of_teacher, of_student = (
-            lambda: like.new_empty(num_scored, dtype=torch.float32),
-            lambda: like.new_zeros(num_rows, dtype=torch.float32),
+        return cls(
+            kl=like.new_empty(num_scored, dtype=torch.float32),
+            agree=like.new_empty(num_scored, dtype=torch.bool),
+            student_logprob=like.new_zeros(num_rows, dtype=torch.float32),
+            teacher_logprob=like.new_empty(num_scored, dtype=torch.float32),
+            padding_mass=like.new_zeros(num_rows, dtype=torch.float32),
         )
-        agree = like.new_empty(num_scored, dtype=torch.bool)
-        return cls(of_teacher(), agree, of_student(), of_teacher(), of_student())
 
 
 @dataclass(frozen=True, slots=True)

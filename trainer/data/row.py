@@ -118,11 +118,11 @@ def parse_row(value: Mapping[str, Any], *, row_format: RowFormat, needs_answer: 
     pairs = row_format == "preference"
     refuse_row_fields(value, chat=row_format != "text", pairs=pairs)
     weight = row_weight(value, pairs=pairs)
-    row = _parse_text_fields(value, row_format=row_format, needs_answer=needs_answer)
+    row = _parse_format(value, row_format=row_format, needs_answer=needs_answer)
     return row if weight == 1.0 else replace(row, weight=weight)
 
 
-def _parse_text_fields(value: Mapping[str, Any], *, row_format: RowFormat, needs_answer: bool) -> Row:
+def _parse_format(value: Mapping[str, Any], *, row_format: RowFormat, needs_answer: bool) -> Row:
     for field in ("messages", "prompt", "completion", "chosen", "rejected", "text"):
         if isinstance(value.get(field), list) and len(value[field]) > MAX_TURNS:
             raise RowProblem(
