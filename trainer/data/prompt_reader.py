@@ -95,6 +95,9 @@ class PromptReader:
             problem = _NO_PAIR if self.asks.pairs else _PAIR
             raise BadRow(origin, problem, preview(self.rows.raw.raw(row)))
         answers = (parsed.chosen, parsed.rejected) if isinstance(parsed, PreferenceRow) else (parsed,)
+        problem = next(filter(None, map(_unrendered, answers)), None)
+        if problem is not None:
+            raise BadRow(origin, problem, preview(self.rows.raw.raw(row)))
         read = [self._read_answer(row, one, origin) for one in answers]
         (ids, mask, truncated), *others = read
         alternatives = tuple((ids, mask) for ids, mask, _ in others if mask is not None)
@@ -207,3 +210,17 @@ class PromptReader:
             "happens to such rows with data.on_too_long: drop (left out and counted) or truncate (the beginning "
             "is kept)",
         )
+
+
+def _unrendered(row: Row) -> str | None:
+    """What a row has that is not rendered yet."""
+    if not isinstance(row, ChatRow):
+        return None
+    if row.tools is not None:
+        return "tools: are not rendered yet; leave such rows out"
+    if row.template_arguments:
+        return "chat_template_kwargs: are not handed to the chat template yet; leave such rows out"
+    for index, weight in row.turn_weights.items():
+        if weight != 0:
+            return f"messages[{index}]: has the weight {weight:g}, and only 0 and 1 are honoured yet"
+    return None

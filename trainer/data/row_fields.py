@@ -16,8 +16,8 @@ class RowProblem(ValueError):
 
 
 LOSS_FLAGS = ("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "train", "training", "trainable")
-"""Of a message: whether it is learnt. OpenAI: weight 0 or 1; axolotl: train or training; ms-swift: loss, loss_scale;
-verl and slime: loss_mask; tinker: trainable."""
+"""Of a message: whether it is learnt, or how much. OpenAI: weight 0 or 1; axolotl: train or training; ms-swift: loss,
+loss_scale; verl and slime: loss_mask; tinker: trainable."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Of a message: text that only some chat templates render."""
@@ -108,18 +108,19 @@ def refuse_turn_fields(extra: Mapping[str, Any], *, place: str) -> None:
     _refuse(extra, _IN_TURNS, place=f"{place}.")
 
 
-def loss_flag(extra: Mapping[str, Any], *, place: str) -> bool | None:
-    """Whether a message is marked as learnt; None where it does not say. Raises `RowProblem` for a fraction, for what
-    is no number, and for marks that contradict each other."""
+def loss_mark(extra: Mapping[str, Any], *, place: str) -> float | None:
+    """What a message says that its loss is multiplied by, 0 where it is context; None where it does not say. Raises
+    `RowProblem` for what is no weight, and for marks that contradict each other."""
     given = {field: extra[field] for field in LOSS_FLAGS if extra.get(field) is not None}
     for field, value in given.items():
-        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+        if not isinstance(value, (bool, int, float)) or not 0 <= value <= _LARGEST_WEIGHT:
             raise RowProblem(
-                f"{place}.{field}: {value!r} is not supported: a message is learnt (1, true) or is context (0, false)"
+                f"{place}.{field}: {ascii(value)[:40]} is no weight: a message is learnt (1, true), is context (0, "
+                f"false), or counts more or less (a number up to {_LARGEST_WEIGHT:.0f})"
             )
-    if len({bool(value) for value in given.values()}) > 1:
+    if len({float(value) for value in given.values()}) > 1:
         raise RowProblem(f"{place}: {' and '.join(given)} contradict each other; keep one of them")
-    return bool(next(iter(given.values()))) if given else None
+    return float(next(iter(given.values()))) if given else None
 
 
 def other_format(fields: Iterable[str]) -> str:

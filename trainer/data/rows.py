@@ -1,4 +1,4 @@
-"""Rows of a dataset by number, and the format in which they are read (`trainer/data/row.py`).
+"""Rows of a dataset by number, and the format in which they are read (`trainer/data/read_row.py`).
 
 With `auto` every row is read by its own fields: the first of messages, prompt and text that it has (null is absent). A
 prompt is answered where the row has a completion, and twice where it has chosen and rejected. All rows must have the
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.prompts import Dataset
-from trainer.data.row import Row, RowFormat, parse_row, preview
+from trainer.data.read_row import parse_row
+from trainer.data.row import Row, RowFormat, preview
 from trainer.data.row_fields import RowProblem, other_format
 from trainer.data.row_files import RawRows, open_raw_rows
 from trainer.errors import BadRow, DataError

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import cached_property
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, Row, TextRow, texts_of
+from trainer.data.row import CorpusRow, PreferenceRow, Row, TextRow, texts_of
 from trainer.errors import ConfigError, DataError, foreign_errors
 
 MARK = "\ufdd0"  # these code points are no characters and stand in no text
@@ -51,12 +52,12 @@ class SpecialTokens:
                 )
         match row:
             case CorpusRow():
-                return CorpusRow(self._marked(row.text))
+                return replace(row, text=self._marked(row.text))
             case PreferenceRow():
                 return PreferenceRow(self.escaped(row.chosen), self.escaped(row.rejected))
             case TextRow():
                 completion = None if row.completion is None else self._marked(row.completion)
-                return TextRow(self._marked(row.prompt), completion)
+                return replace(row, prompt=self._marked(row.prompt), completion=completion)
         messages = tuple(
             {
                 key: self._marked(value) if isinstance(value, str) and key != "role" else value
@@ -64,7 +65,7 @@ class SpecialTokens:
             }
             for message in row.messages
         )
-        return ChatRow(messages, row.loss_from, row.context)
+        return replace(row, messages=messages)
 
     def ids(self, text: str) -> list[int]:
         """Ids of a text with marks, without any that the tokenizer adds. Raises `DataError` where the tokenizer's own

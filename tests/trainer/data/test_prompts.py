@@ -144,6 +144,13 @@ def test_an_answer_of_weight_zero_is_in_no_loss(tmp_path: Path) -> None:
         open_stream(write(tmp_path, [{"messages": [question, bad]}])).take(1)
 
 
+def test_a_weight_of_a_turn_that_is_not_honoured_is_no_row(tmp_path: Path) -> None:
+    half = {"messages": [*talk(0)["messages"], *talk(1)["messages"]]}
+    half["messages"][-1] = {**half["messages"][-1], "weight": 0.5}
+    (problem,) = check(write(tmp_path, [talk(0), half])).problems
+    assert "rows.jsonl:2: messages[3]: has the weight 0.5, and only 0 and 1 are honoured yet" in problem
+
+
 def test_the_weight_of_a_row_goes_with_its_prompt(tmp_path: Path) -> None:
     stream = open_stream(write(tmp_path, [talk(0), {**talk(1), "weight": 0.5}]))
     assert {prompt.id: prompt.weight for prompt in stream.take(2)} == {"0:0": 1.0, "0:1": 0.5}

@@ -150,15 +150,23 @@ def test_an_answer_marked_as_not_to_be_learnt_is_context(tmp_path: Path, flag: s
     no, yes = (0, 1) if "weight" in flag else (False, True)
     talk = [USER, {**ANSWER, flag: no}, USER, {**ANSWER, flag: yes}]
     rows = open_rows(write_as(tmp_path, kind, [{"messages": talk}]))
-    assert rows.read(0, needs_answer=True) == ChatRow((USER, ANSWER, USER, ANSWER), 0, context=frozenset({1}))
+    assert rows.read(0, needs_answer=True) == ChatRow((USER, ANSWER, USER, ANSWER), 0, {1: 0.0})
+
+
+def test_an_answer_may_count_more_or_less_than_others(tmp_path: Path) -> None:
+    talk = [USER, {**ANSWER, "weight": 0.25}, USER, {**ANSWER, "loss_scale": 2}, USER, {**ANSWER, "loss": True}]
+    row = open_rows(write_lines(tmp_path / "rows.jsonl", [{"messages": talk, "weight": 3}])).read(0, needs_answer=True)
+    assert (row.turn_weights, row.weight, row.context) == ({1: 0.25, 3: 2.0}, 3.0, frozenset())
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"messages": [USER, {**ANSWER, "weight": 0}]}, "messages: every assistant turn is marked as not to be learnt"),
-        ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "messages[1].weight: 0.5 is not supported"),
-        ({"messages": [USER, {**ANSWER, "train": "no"}]}, "messages[1].train: 'no' is not supported"),
+        ({"messages": [USER, {**ANSWER, "weight": -0.5}]}, "messages[1].weight: -0.5 is no weight: a message is"),
+        ({"messages": [USER, {**ANSWER, "weight": float("nan")}]}, "messages[1].weight: nan is no weight"),
+        ({"messages": [USER, {**ANSWER, "train": "no"}]}, "messages[1].train: 'no' is no weight"),
+        ({"messages": [USER, {**ANSWER, "weight": 1, "loss": 0.5}]}, "messages[1]: weight and loss contradict"),
         ({"messages": [USER, {**ANSWER, "weight": 1, "train": False}]}, "messages[1]: weight and train contradict"),
         ({"messages": [{**USER, "train": True}, ANSWER]}, "messages[0]: is marked as learnt, and only answers are"),
         ({"prompt": [USER, {**ANSWER, "weight": 1}, USER], "completion": [ANSWER]}, "prompt[1]: is marked as learnt"),
