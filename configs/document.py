@@ -226,7 +226,8 @@ def _plain(node: Node) -> Any:
     if secret is not None:
         raise ValueError(
             f"is {secret}, and a configuration is written into the run folder, its report and the model card: take "
-            "it out, and give it as an environment variable (HF_TOKEN) or in ~/.netrc on the run's machines"
+            "it out, and give it as an environment variable (HF_TOKEN; notify takes webhook: ${NAME}) or in ~/.netrc "
+            "on the run's machines"
         )
     return value
 

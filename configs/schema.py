@@ -18,6 +18,7 @@ from configs.engines import ENGINES
 from configs.labels import LABELS, AnyLabels, Labels, NoLabels, TopK
 from configs.losses import LOSSES, AnyTerm, ForwardKl
 from configs.models import Student, Teacher
+from configs.notify import Notify
 from configs.paths import expand_home
 from configs.prompts import Data, Dataset
 from configs.refusal import refusal, refusals
@@ -137,6 +138,7 @@ class Run(Section):
     training: Training
     faults: Faults = Faults()
     report: Report = Report()
+    notify: Notify | None = Field(None, description="Who is told how the run ended.")
 
     @field_validator("folder")
     @classmethod

@@ -17,6 +17,12 @@ _KEY_IN_QUERY = re.compile(
 _KNOWN_KEY = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16})\b"
 )
+_WEBHOOK = re.compile(  # whoever knows the address may write there
+    r"(?<=://hooks\.slack\.com/)[^\s'\"]+"
+    r"|(?<=/api/webhooks/)\d+/[^\s'\"]+"  # Discord
+    r"|(?<=\.webhook\.office\.com/)[^\s'\"]+"
+    r"|(?<=://hooks\.zapier\.com/)[^\s'\"]+"
+)
 _SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API_?|ACCESS_|PRIVATE_)KEY)$", re.IGNORECASE)
 
 
@@ -26,6 +32,8 @@ def find_secret(text: str) -> str | None:
         return "a URL with a user name and password"
     if _KEY_IN_QUERY.search(text):
         return "a URL with a key in its query"
+    if _WEBHOOK.search(text):
+        return "the address of a webhook, which is its key"
     return "an access key" if _KNOWN_KEY.search(text) else None
 
 
@@ -35,6 +43,7 @@ def without_secrets(text: str, *, environment: Mapping[str, str] | None = None) 
     text = _PASSWORD_IN_URL.sub(MASK, text)
     text = _KEY_IN_QUERY.sub(rf"\1={MASK}", text)
     text = _KNOWN_KEY.sub(MASK, text)
+    text = _WEBHOOK.sub(MASK, text)
     for value in secret_values(environment or {}):
         text = text.replace(value, MASK)
     return text

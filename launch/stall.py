@@ -40,20 +40,32 @@ def stall_timeout_s(faults: Faults, *, start_timeout_s: float) -> float:
     return faults.room_timeout_s + start_timeout_s + faults.step_timeout_s + scored
 
 
+class Stalled(InfrastructureError):
+    """A run that got no further was ended."""
+
+
 class StallWatch:
     """Watches one run: `with` it around `asyncio.run`, and `over` inside. What delays the loop's end after the run,
     such as threads that wait for a dead file server, has as much time as a run that was cancelled."""
 
     def __init__(
-        self, observer: RunObserver, *, timeout_s: float, save_s: float, file: Path, ended: Callable[[int, str], None]
+        self,
+        observer: RunObserver,
+        *,
+        timeout_s: float,
+        save_s: float,
+        file: Path,
+        ended: Callable[[int, str], None],
+        tell: Callable[[int, str], None],
     ) -> None:
         """`save_s`: how long a checkpoint may take. `ended(code, reason)` records the end of a run whose process is
-        ended from here."""
+        ended from here; `tell` says it to people, and returns in bounded time by itself."""
         self._observer = observer
         self._timeout_s = timeout_s
         self._save_s = save_s
         self._file = file
         self._ended = ended
+        self._tell = tell
         self._over = threading.Event()
         self._gone = threading.Event()
         self._taken_up = threading.Event()
@@ -67,7 +79,7 @@ class StallWatch:
 
     @contextmanager
     def over(self, stop: StopRequest) -> Iterator[None]:
-        """Inside, the current task is watched; a stall ends it with `InfrastructureError`."""
+        """Inside, the current task is watched; a stall ends it with `Stalled`."""
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None
         threading.Thread(target=self._watch, args=(loop, task, stop), daemon=True, name="stall-watch").start()
@@ -76,7 +88,7 @@ class StallWatch:
         except (StillhouseError, asyncio.CancelledError) as error:
             if self.reason is None:
                 raise
-            raise InfrastructureError(f"{self.reason}. {str(error) or 'It had to be cancelled'}") from None
+            raise Stalled(f"{self.reason}. {str(error) or 'It had to be cancelled'}") from None
         finally:
             self._over.set()
 
@@ -127,6 +139,7 @@ class StallWatch:
         reason = self.reason or f"the run was over, and threads of its process did not end within {CLOSE_S:.0f} s"
         print(f"error: {reason}. The process is ended from outside of its loop", file=sys.stderr, flush=True)
         _within(WRITE_S, lambda: self._ended(code, reason))
+        self._tell(code, reason)
         os._exit(code)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cluster.lifecycle.health import Failure, FailurePolicy, RestartGroup
@@ -19,6 +20,7 @@ from configs.schema import Run
 from launch.check.run import raise_problems
 from launch.contents import contents_of, dtypes_of
 from launch.export import ADAPTER, stored_dtype
+from launch.notify import Notifier
 from launch.process import DISK_ERRORS
 from launch.quiet import quiet_libraries
 from launch.record import Record
@@ -46,6 +48,7 @@ class Start:
     warnings: list[str]
     contents: dict[str, str]
     standing: Standing
+    notifier: Notifier
 
 
 def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wait_for_nodes: int | None = None) -> int:
@@ -54,12 +57,21 @@ def train(path: Path, overrides: list[str], *, skip_self_test: bool = False, wai
     `wait_for_nodes`: begin only when so many nodes of the cluster at RAY_ADDRESS are alive.
     """
     with preemptible():
-        return _train_in_folder(path, overrides, skip_self_test=skip_self_test, wait_for_nodes=wait_for_nodes)
+        return _train_and_tell(path, overrides, skip_self_test=skip_self_test, wait_for_nodes=wait_for_nodes)
 
 
-def _train_in_folder(path: Path, overrides: list[str], *, skip_self_test: bool, wait_for_nodes: int | None) -> int:
+def _train_and_tell(path: Path, overrides: list[str], *, skip_self_test: bool, wait_for_nodes: int | None) -> int:
     """`train`, with signals of a scheduler handled."""
     loaded = load_run(path, overrides)
+    notifier = Notifier(loaded.run.name, loaded.run.notify, RunFolder(run_folder(loaded.run)))
+    with notifier.failures():
+        _train_in_folder(loaded, notifier, skip_self_test=skip_self_test, wait_for_nodes=wait_for_nodes)
+    return 0
+
+
+def _train_in_folder(
+    loaded: LoadedRun, notifier: Notifier, *, skip_self_test: bool, wait_for_nodes: int | None
+) -> None:
     run = loaded.run
     quiet_libraries()
     warnings, inputs = raise_problems(loaded)
@@ -72,9 +84,9 @@ def _train_in_folder(path: Path, overrides: list[str], *, skip_self_test: bool, 
             steps = len(read_metrics(folder).steps)
             print(f"{folder.path} is finished: {steps} steps, report in {folder.report}", flush=True)
             print("\n".join([*here.changed, closing_words(folder)]), flush=True)
-            return 0
+            return
         try:
-            start = Start(run, inputs, warnings, contents, here)
+            start = Start(run, inputs, warnings, contents, here, notifier)
             _train(start, folder, record, skip_self_test=skip_self_test, wait_for_nodes=wait_for_nodes)
         except StillhouseError as error:
             record.ended(error.exit_code, str(error))
@@ -95,7 +107,7 @@ def _train_in_folder(path: Path, overrides: list[str], *, skip_self_test: bool, 
         record.ended(0, "finished")
     with contextlib.suppress(OSError):  # stdout may be closed; the run has ended well
         print(closing_words(folder), flush=True)
-    return 0
+    notifier.ended(0, "finished")
 
 
 def _standing(loaded: LoadedRun, folder: RunFolder, contents: Mapping[str, str]) -> Standing:
@@ -167,10 +179,11 @@ def _train(
             *([length] if length else []),
             *(note for stream in job.streams.values() for note in stream.notes),
         ]
+        start.notifier.follow(observer, steps=job.loop.total_steps)
         for text in (*notes, *runtime.resolved.reasons, *runtime.warnings):
             observer.event("note", text=text)
         record.begin(job, runtime.resolved, started=started, changed=changed, goes_on=here.after is not None)
-        with stall_watch(job, runtime, observer, record) as stall:
+        with stall_watch(job, runtime, observer, record, start.notifier) as stall:
             controller = asyncio.run(_drive(job, runtime, observer, stall))
         record.finish(controller)
 
@@ -211,7 +224,7 @@ async def _drive(job: Job, runtime: Runtime, observer: RunObserver, stall: Stall
 
 
 def stall_watch(
-    job: Job, runtime: Runtime, observer: RunObserver, record: Record
+    job: Job, runtime: Runtime, observer: RunObserver, record: Record, notifier: Notifier
 ) -> contextlib.AbstractContextManager[StallWatch | None]:
     """None with `runtime: in_process`: there a step blocks everything else, and somebody may sit in a debugger."""
     if runtime.cluster is None:
@@ -223,6 +236,7 @@ def stall_watch(
         save_s=faults.step_timeout_s + SAVE_GRACE_S,
         file=job.folder.path / "stall.txt",
         ended=record.ended,
+        tell=partial(notifier.ended, stalled=True),
     )
 
 

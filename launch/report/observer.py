@@ -74,6 +74,9 @@ class RunObserver:
         """Pieces of work that were finished so far: a run in which it does not grow gets no further."""
         self.last: dict[str, tuple[str, float]] = {}
         """What each role finished last, and when."""
+        self.newest_step: StepMetrics | None = None
+        self.newest_evaluation: Evaluation | None = None
+        """Of this attempt."""
 
     def phase(self, text: str) -> None:
         self._finished("run", f"came to: {text}")
@@ -85,12 +88,14 @@ class RunObserver:
         """Adds speed and wait shares; a loop reports a step's spans before the step."""
         self._finished("steps", f"step {metrics.step}")
         metrics = StepMetrics(step=metrics.step, values={**metrics.values, **self._waits.of_step(metrics.values)})
+        self.newest_step = metrics
         with self._reported_once():
             self._metrics.step(metrics)
         self._progress.step(metrics)
 
     def evaluation(self, evaluation: Evaluation, when: Moment) -> None:
         self._finished("evaluations", f"after step {evaluation.step}")
+        self.newest_evaluation = evaluation
         with self._reported_once():
             self._metrics.evaluation(evaluation)
         first = self._metrics.first_evaluation

@@ -41,7 +41,12 @@ def run(
 
     watch = Watch()
     stall = StallWatch(
-        watch, timeout_s=PATIENCE_S, save_s=20.0, file=file, ended=lambda code, why: ended.append((code, why))
+        watch,
+        timeout_s=PATIENCE_S,
+        save_s=20.0,
+        file=file,
+        ended=lambda code, why: ended.append((code, why)),
+        tell=lambda code, why: None,
     )
 
     async def main() -> None:
@@ -144,7 +149,8 @@ async def gets_on(watch):
 
 watch = Watch()
 ended = lambda code, why: (folder / "ended.txt").write_text(f"{code} {why}")
-watched = stall.StallWatch(watch, timeout_s=3.0, save_s=1.0, file=folder / "stall.txt", ended=ended)
+tell = lambda code, why: (folder / "told.txt").write_text(f"{code} {why}")
+watched = stall.StallWatch(watch, timeout_s=3.0, save_s=1.0, file=folder / "stall.txt", ended=ended, tell=tell)
 
 async def main():
     stop = StopRequest(watch)
@@ -182,6 +188,7 @@ def test_the_process_ends_with_4_also_where_its_own_loop_does_not_come_back(
     assert "nothing was scored, trained or saved for 3 s" in said
     assert where in (tmp_path / "stall.txt").read_text()
     assert (tmp_path / "ended.txt").read_text().startswith("4 nothing was scored")
+    assert (tmp_path / "told.txt").read_text() == (tmp_path / "ended.txt").read_text()
 
 
 def test_a_thread_that_is_left_behind_does_not_keep_the_process(tmp_path: Path) -> None:
