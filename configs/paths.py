@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from configs.errors import ConfigError
@@ -13,6 +14,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PATTERN_CHARACTERS = "*?["
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 """Bytes: more, and no file system of Linux has it."""
+
+
+def is_url(path: str) -> bool:
+    """`s3://bucket/rows.jsonl` and the like, whether the protocol exists or not."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path that does not exist as it is written names several: `data/*.jsonl`."""
+    return any(character in path for character in PATTERN_CHARACTERS)
 
 
 def expand_home(path: str | Path) -> Path:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from configs.paths import with_known_home
+from configs.paths import is_url, with_known_home
 from configs.refusal import refusal
 from configs.section import Positive, Section
 
+_BORDER = r"-?(?:\d{1,15}|\d{1,2}%|100%)"
+_PART = re.compile(rf"([\w.-]+)(\[(?:{_BORDER})?:(?:{_BORDER})?\])?")
+_SHOWN_PATHS = 3
+
+Place = Annotated[str, Field(min_length=1)]
+
 
 class Dataset(Section):
-    """One source of rows, read by `datasets`."""
+    """One source of rows."""
 
-    path: str = Field(min_length=1, description="jsonl, json, parquet or arrow file, a folder of them, or a hub name.")
+    path: Place | Annotated[tuple[Place, ...], Field(min_length=1)] = Field(
+        description="File (jsonl, json, csv, tsv, parquet, arrow), folder, pattern (data/*.jsonl), URL or hub name, "
+        "or a list of these."
+    )
     revision: str | None = Field(None, description="Of a dataset on the hub: branch, tag or commit.")
-    split: str = Field("train", description="Which part of a dataset that has several.")
+    split: str = Field(
+        "train",
+        description="A split of a dataset that has several, a slice of one (train[:90%]), or a sum of them.",
+    )
     format: Literal["auto", "messages", "prompt_completion", "prompt", "preference", "text"] = Field(
         "auto",
         description="auto: told by each row's own fields, and the same for all rows. prompt: answers are not read. "
@@ -24,10 +37,40 @@ class Dataset(Section):
     )
     max_rows: Positive | None = Field(None, description="Read only the first rows.")
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """As they are written, `~` included; of `file://` the path."""
+        paths = (self.path,) if isinstance(self.path, str) else self.path
+        return tuple(path.removeprefix("file://") for path in paths)
+
+    @property
+    def name(self) -> str:
+        """All paths, for messages; a long list is cut."""
+        more = f" and {len(self.paths) - _SHOWN_PATHS} more" if len(self.paths) > _SHOWN_PATHS else ""
+        return ", ".join(self.paths[:_SHOWN_PATHS]) + more
+
+    @property
+    def split_parts(self) -> tuple[tuple[str, str], ...]:
+        """(name, slice in brackets or nothing) of each part that is added up."""
+        return tuple((name, part or "") for name, part in _PART.findall(self.split))
+
     @field_validator("path")
     @classmethod
-    def _path_has_a_home(cls, path: str) -> str:
-        return with_known_home(path)
+    def _paths_can_be_looked_for(cls, path: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for one in (path,) if isinstance(path, str) else path:
+            if not is_url(one):
+                with_known_home(one)
+        return path
+
+    @field_validator("split")
+    @classmethod
+    def _split_is_readable(cls, split: str) -> str:
+        if not all(_PART.fullmatch(part) for part in split.split("+")):
+            raise ValueError(
+                "is no split: write a name (train), rows of one (train[:1000], train[200:300]), percent of one "
+                "(train[:90%], train[-5%:]), or several joined by + (train[:80%]+train[90%:])"
+            )
+        return split
 
 
 def with_answers(held_out: Dataset | None) -> Dataset | None:

@@ -17,20 +17,21 @@ from pathlib import Path
 
 from configs.load import dump_run, load_run, run_folder
 from configs.models import ModelSource, Teacher
-from configs.paths import named_path
+from configs.paths import is_url, named_path
 from configs.prompts import Dataset
 from configs.schema import Run
 from configs.tasks import Task
-from launch.files import row_files
+from launch.files import refuse_secret, row_files
 from launch.own_code import CodeFile, own_code, plugin_code
 from trainer.build import build_hash
+from trainer.data.row_files import local_files
 from trainer.errors import ConfigError
 
 MAX_BYTES = 100 * 2**20
 """Of an upload, unless the user allows more: Ray keeps uploads in the memory of the cluster's head."""
 
 SHOWN_FILES = 5
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".jinja")  # which hub names do not have
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".jinja")  # which hub names do not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,14 @@ class _Local:
             found = [(f"/{name}", file) for name, file in rows]
         path = f"prompts/{_digest(found)}-{source.name}"
         return cls(setting, source, path, tuple(found), tuple(str(source / name) for name in left_out))
+
+    @classmethod
+    def of_pattern(cls, setting: str, pattern: Path, files: Sequence[Path]) -> _Local:
+        """The files that a pattern matches. Raises `ConfigError` for one that is called like a secret."""
+        for file in files:
+            refuse_secret(file.name, file, subject=setting)
+        found = [(f"/{number:05}-{file.name}", file) for number, file in enumerate(files, start=1)]
+        return cls(setting, pattern, f"prompts/{_digest(found)}-files", tuple(found))
 
 
 def make_bundle(
@@ -153,7 +162,22 @@ class _Paths:
         return task.model_copy(update={key: self._dataset(f"tasks.{name}.{key}", one) for key, one in rows.items()})
 
     def _dataset(self, setting: str, dataset: Dataset | None) -> Dataset | None:
-        return dataset and dataset.model_copy(update={"path": self._file(f"{setting}.path", dataset.path)})
+        if dataset is None:
+            return None
+        paths = [self._rows(f"{setting}.path", path) for path in dataset.paths]
+        return dataset.model_copy(update={"path": paths[0] if isinstance(dataset.path, str) else tuple(paths)})
+
+    def _rows(self, setting: str, path: str) -> str:
+        """Of a pattern, the files that it matches here are sent, in a folder and under names that sort as they do."""
+        if is_url(path):
+            return path
+        files = [file.path for file in local_files(path)]
+        if not files or Path(path).expanduser().exists():
+            return self._file(setting, path)
+        if all(self._is_shared(file) for file in files):
+            return str(Path(path).expanduser().absolute())
+        self.sent.append(_Local.of_pattern(setting, Path(path).expanduser(), files))
+        return f"{self.sent[-1].path}/*"
 
     def _teacher(self, place: str, teacher: Teacher) -> Teacher:
         template = teacher.chat_template and self._file(f"{place}.chat_template", teacher.chat_template)
@@ -174,10 +198,13 @@ class _Paths:
         if not source.exists():
             _refuse_missing(setting, path)
             return path  # a hub name, or a path of the nodes
-        if any(source.resolve().is_relative_to(place) for place in self._shared):
+        if self._is_shared(source):
             return str(source.absolute())
         self.sent.append(_Local.of(setting, source))
         return self.sent[-1].path
+
+    def _is_shared(self, source: Path) -> bool:
+        return any(source.resolve().is_relative_to(place) for place in self._shared)
 
 
 def _refuse_missing(setting: str, path: str) -> None:

@@ -31,7 +31,8 @@ from configs.prompts import Dataset
 from configs.rules import held_out_by_place, prompts_by_place, teacher_place, teachers_by_place
 from configs.schema import Run
 from trainer.data.content import file_content, files_below, folder_content
-from trainer.data.row_files import PLACES, WHOLE_BYTES, open_raw_rows
+from trainer.data.row_files import local_files, open_raw_rows, remote_files
+from trainer.data.tables import PLACES, WHOLE_BYTES
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _decides(place: str, run: Run) -> bool:
 
 def _where(place: str, run: Run) -> str:
     paths: dict[str, str | None] = {"student.model": run.student.model.path}
-    paths |= {name: dataset.path for name, dataset in (prompts_by_place(run) | held_out_by_place(run)).items()}
+    paths |= {name: dataset.name for name, dataset in (prompts_by_place(run) | held_out_by_place(run)).items()}
     for name, teacher in teachers_by_place(run).items():
         paths |= {f"{name}.model": teacher.model.path, f"{name}.chat_template": teacher.chat_template}
     path = paths.get(place.partition("/")[0])
@@ -104,14 +105,22 @@ def _contents(run: Run, inputs: Inputs) -> Iterator[tuple[str, str]]:
 
 
 def _rows(place: str, dataset: Dataset) -> Iterator[tuple[str, str]]:
-    path = Path(dataset.path).expanduser()
-    if path.is_dir():
-        found = folder_content(_row_files(path), whole_bytes=WHOLE_BYTES, places=PLACES)
+    for number, path in enumerate(dataset.paths, start=1):
+        yield from _source(place if len(dataset.paths) == 1 else f"{place}/{number}", path, dataset)
+
+
+def _source(place: str, path: str, dataset: Dataset) -> Iterator[tuple[str, str]]:
+    """Of one path of a dataset; the files of a pattern by their numbers, since what they are called does not count."""
+    folder = Path(path).expanduser()
+    files = [file.path for file in local_files(path) or remote_files(path)]
+    if len(files) == 1:
+        yield place, file_content(files[0], whole_bytes=WHOLE_BYTES, places=PLACES)
+    elif files or folder.is_dir():
+        named = {f"{number:05}": file for number, file in enumerate(files, start=1)} or _row_files(folder)
+        found = folder_content(named, whole_bytes=WHOLE_BYTES, places=PLACES)
         yield from ((f"{place}/{name}", content) for name, content in found.items())
-    elif path.is_file():
-        yield place, file_content(path, whole_bytes=WHOLE_BYTES, places=PLACES)
     else:
-        rows = open_raw_rows(dataset)
+        rows = open_raw_rows(dataset.model_copy(update={"path": path}))
         chosen = np.unique(np.linspace(0, len(rows) - 1, SAMPLED_ROWS).astype(int))
         lines = [json.dumps(rows.raw(int(row)), sort_keys=True, default=str) for row in chosen]
         yield place, f"{len(rows)} rows, {_digest(chr(10).join(lines))}"

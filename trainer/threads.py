@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -47,3 +48,31 @@ def wrapped(raised: BaseException) -> RuntimeError:
     error = RuntimeError(f"{type(raised).__name__}: {raised}")
     error.__cause__ = raised
     return error
+
+
+def within(
+    seconds: float, function: Callable[[], Result], *, doing: str, alive: Callable[[], float] | None = None
+) -> Result:
+    """What the function returns or raises, from a daemon thread. Raises `TimeoutError` after that many seconds without
+    an answer; with `alive`, which tells by `time.monotonic` when there was progress last, that many after it. The
+    thread is left behind then."""
+    answer: list[tuple[Result | None, BaseException | None]] = []
+    done = threading.Event()
+
+    def work() -> None:
+        try:
+            answer.append((function(), None))
+        except BaseException as raised:  # noqa: BLE001 - it is raised where it is waited for
+            answer.append((None, raised))
+        done.set()
+
+    threading.Thread(target=work, daemon=True, name=doing).start()
+    began = time.monotonic()
+    while not done.wait(min(1.0, seconds)):
+        last = began if alive is None else max(began, alive())
+        if time.monotonic() - last > seconds:
+            raise TimeoutError(f"{doing}: no answer within {seconds:g} s")
+    result, error = answer[0]
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]

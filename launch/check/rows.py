@@ -89,7 +89,7 @@ def _dataset(
     def say() -> str:
         report = reports[0]
         seen = "all" if report.num_checked == report.num_rows else f"{report.num_checked} of {report.num_rows}"
-        counts = f"{dataset.path}: {report.num_rows} rows, {seen} checked, {report.num_ok} good"
+        counts = f"{dataset.name}: {report.num_rows} rows, {seen} checked, {report.num_ok} good"
         lengths = f"{report.min_tokens} to {report.max_tokens} tokens, median {report.median_tokens}"
         written = report.num_ok - report.num_answered
         answers = f"; {report.num_answered} have answers, the teacher writes those of {written}" if written else ""

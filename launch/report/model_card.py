@@ -80,6 +80,7 @@ def model_card(
         ],
         datasets=_datasets(run),
         public_name=public_name,
+        public_names=public_names,
         quality=_quality(records),
         compared=[name for name, task in tasks.items() if task.compares_answers],
         only_compared=all(task.compares_answers for task in tasks.values()),
@@ -96,8 +97,13 @@ def _datasets(run: Run) -> list[tuple[str, Dataset]]:
     return [*training, *(("held out", dataset) for dataset in held_out_by_place(run).values())]
 
 
+def public_names(dataset: Dataset) -> str:
+    """Of all paths of a dataset."""
+    return ", ".join(public_name(path) for path in dataset.paths)
+
+
 def public_name(path: str) -> str:
-    """A hub name as it is; of a local folder or file its own name, since its location is private."""
+    """A hub name as it is; of a local folder, a file or a URL its own name, since its location is private."""
     return path if is_hub_name(path) else Path(path).name
 
 
@@ -120,7 +126,7 @@ def _front_matter(run: Run, licence: str | None, records: Records, *, adapter: b
     if licence is not None:
         known = licence.lower() in _HUB_LICENCES.split()
         card.license, card.license_name = (licence.lower(), None) if known else ("other", licence)
-    datasets = [dataset.path for _, dataset in _datasets(run) if is_hub_name(dataset.path)]
+    datasets = [path for _, dataset in _datasets(run) for path in dataset.paths if is_hub_name(path)]
     card.datasets = list(dict.fromkeys(datasets)) or None
     return card.to_yaml()
 
@@ -135,7 +141,7 @@ def _results(run: Run, records: Records) -> list[EvalResult] | None:
     results = []
     for name, one in measured.items():
         if name in sets:
-            dataset = public_name(sets[name].rows.path)
+            dataset = public_names(sets[name].rows)
             config = None if len(sets) == 1 else name
             values = {"forward_kl": one.forward_kl, "agreement": one.agreement, "perplexity": one.perplexity}
             results += [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.check.run import check
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 
 ROW = {"messages": [{"role": "user", "content": "who is it?"}, {"role": "assistant", "content": "the quick fox"}]}
 RUN = """\
@@ -160,6 +160,43 @@ def test_a_teacher_may_write_for_two_tasks_in_two_ways_and_for_a_route(said: Sai
     )
     assert code == 0, text
     assert "ready: " in text
+
+
+SOURCES = {
+    "a pattern that matches nothing": (
+        "HERE/*.tsv",
+        "run.yaml:11: tasks.chat.prompts: the pattern *.tsv matches no file (",
+    ),
+    "a file of a list that is not there": (
+        "[HERE/rows.jsonl, HERE/rowz.jsonl]",
+        "tasks.chat.prompts: the dataset rowz.jsonl does not exist",
+    ),
+    "a protocol whose package is missing": (
+        "'s3://bucket/rows.jsonl'",
+        "s3:// needs a package that is not installed: pip install s3fs",
+    ),
+    "a slice of nothing": (
+        "HERE/rows.jsonl, split: 'train[90%:10%]'",
+        "rows.jsonl: the split train[90%:10%] holds none of its 3 rows",
+    ),
+    "a slice that is none": (
+        "HERE/rows.jsonl, split: 'train[90'",
+        "run.yaml:11: tasks.chat.prompts.split = 'train[90'\n      is no split: write a name (train), rows of one",
+    ),
+    "a CSV whose record has a cell too many": (
+        "HERE/x.csv",
+        "x.csv:3: has 3 cells, and the header has 2 (prompt, completion)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SOURCES)
+def test_rows_that_cannot_be_found_or_cut_are_one_message(case: str, said: Said, tmp_path: Path) -> None:
+    path, text = SOURCES[case]
+    (tmp_path / "x.csv").write_text("prompt,completion\na, b\nc,d,e\n")
+    code, message = said(("prompts: {path: HERE/rows.jsonl}", f"prompts: {{path: {path}}}"))
+    assert code in (ConfigError.exit_code, DataError.exit_code)
+    assert text in message
 
 
 def test_a_row_that_no_teacher_is_routed_to_is_named_with_its_line(said: Said) -> None:

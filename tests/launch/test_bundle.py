@@ -126,6 +126,29 @@ def test_what_is_no_row_stays_here_and_is_named_and_links_out_are_refused(
         bundled("prompts.path=empty", name="again")
 
 
+def test_the_files_of_a_list_and_of_a_pattern_travel_and_urls_stay(
+    bundled: Callable[..., Bundle], project: Path
+) -> None:
+    (project / "more").mkdir()
+    for name, text in (("b.csv", "text\nb\n"), ("a.jsonl", '{"text": "c"}\n'), ("note.md", "no rows")):
+        (project / "more" / name).write_text(text)
+    bundle = bundled('prompts.path=[data/train.jsonl, "more/[ab].*", "s3://bucket/*.jsonl", owner/rows]')
+    one, pattern, url, hub = bundle.run.prompts.paths
+    assert (bundle.folder / one).read_bytes() == b'{"text": "a"}\n'
+    folder, star = pattern.rsplit("/", 1)
+    assert star == "*"
+    assert contents(bundle.folder / folder) == {"00001-a.jsonl": b'{"text": "c"}\n', "00002-b.csv": b"text\nb\n"}
+    assert (url, hub) == ("s3://bucket/*.jsonl", "owner/rows")
+    (project / "more/z.jsonl").write_text('{"text": "z"}\n')
+    again = bundled('prompts.path=[data/train.jsonl, "more/[ab].*", "s3://bucket/*.jsonl", owner/rows]', name="again")
+    assert again.run == bundle.run, "what is not matched does not count"
+    (project / "more/api_key.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match=r"prompts\.path: more/api_key.jsonl has the name of a secret"):
+        bundled("prompts.path=more/*.jsonl", name="third")
+    shared = bundled("prompts.path=more/[ab].*", name="fourth", shared=[project / "more"])
+    assert shared.run.prompts.path == str(project / "more/[ab].*")
+
+
 def test_names_of_a_hub_and_absolute_paths_of_the_nodes_stay(bundled: Callable[..., Bundle]) -> None:
     run = bundled("prompts.path=owner/rows", "student.model.path=/models/a", "teacher.model.path=owner/model").run
     assert run.prompts.path == "owner/rows"

@@ -1,46 +1,45 @@
-"""The rows of a dataset by number, with the place of each for messages: lines of a jsonl file (`json_lines.py`), or a
-table that `datasets` loads."""
+"""The rows of a dataset by number, with the place of each for messages, whatever its paths name.
+
+    a pattern, a list  --> each of its files, in order
+    a URL              --> a local copy (`remote_files.py`)
+    jsonl, csv, tsv    --> lines of a text file (`text_files.py`), unpacked first where it is compressed
+    parquet, arrow, json, a folder, a hub name --> a table that `datasets` loads (`tables.py`)
+
+Sources stand one after the other; of all of them the slices of `split` are taken, then `max_rows`. A row keeps its
+place in its file.
+"""
 
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 import re
-from bisect import bisect_right
-from collections.abc import Mapping
-from functools import partial
-from itertools import accumulate
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
-from configs.paths import expand_home, refuse_pattern
+from configs.paths import expand_home, is_pattern, is_url
 from configs.prompts import Dataset
+from configs.refusal import did_you_mean
 from configs.section import HUB_NAME
-from trainer.data.content import files_below, folder_content
-from trainer.data.json_lines import BOM, JsonLines
-from trainer.errors import BadRow, ConfigError, DataError, foreign_errors, reason_of
+from trainer.data.csv_lines import SEPARATORS, open_csv
+from trainer.data.json_lines import JsonLines
+from trainer.data.raw_rows import Chosen, RawRows, joined
+from trainer.data.remote_files import expand_url, local_copy, name_in_url
+from trainer.data.tables import BUILDERS, Table, load, open_folder, open_table_file
+from trainer.data.text_files import BOM, TextFile, TextFormat, check_text
+from trainer.data.unpacked import PACKED, unpacked
+from trainer.errors import ConfigError, DataError, foreign_errors, reason_of
 
-MAX_ROW_CHARACTERS = 16 * 2**20
-
-WHOLE_BYTES, PLACES = 256 * 2**20, 1024
-"""How much of row files is read to tell whether they are the same (`trainer/data/content.py`)."""
-
-_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json"}
+LINES = (".jsonl", ".ndjson")
+SUFFIXES = (*LINES, *SEPARATORS, *BUILDERS)
+_SHOWN = 8
 
 
-class RawRows(Protocol):
-    """Rows by number, not yet validated."""
+@dataclass(frozen=True, slots=True)
+class RowFile:
+    """A file of rows on this machine."""
 
-    name: str
-
-    def __len__(self) -> int: ...
-
-    def origin(self, row: int) -> str: ...
-
-    def raw(self, row: int) -> Mapping[str, Any]:
-        """Raises `BadRow` where the row cannot even be decoded."""
-        ...
+    name: str  # for messages: as it was written, or found
+    path: Path
 
 
 def open_raw_rows(dataset: Dataset) -> RawRows:
@@ -49,117 +48,107 @@ def open_raw_rows(dataset: Dataset) -> RawRows:
     Raises `ConfigError` for a path, split or hub name that does not exist, `DataError` for a file that cannot be read
     or has no rows.
     """
-    with foreign_errors(f"cannot look at the dataset {dataset.path!r}"):
-        path = expand_home(dataset.path)
-        is_file, is_folder, exists = path.is_file(), path.is_dir(), path.exists()
-    if (is_file or is_folder) and dataset.revision is not None:
-        raise ConfigError(
-            f"the dataset {dataset.path} lies here and has no revisions: remove revision: {dataset.revision}"
-        )
-    if is_file:
-        rows = _open_file(path, dataset)
-    elif is_folder:
-        rows = Table(dataset.path, _load_folder(path, dataset), dataset.max_rows)
-    elif exists:
-        raise ConfigError(f"the dataset {dataset.path} is neither a file nor a folder")
-    elif _looks_local(dataset.path):
-        raise ConfigError(f"the dataset {dataset.path} does not exist (looked for {path.absolute()})")
-    else:
-        rows = Table(dataset.path, _load(dataset, dataset.path, revision=dataset.revision), dataset.max_rows)
+    parts = dataset.split_parts
+    limit = dataset.max_rows if parts == ((dataset.split, ""),) else None
+    splits = {name: _open_split(dataset, name, max_rows=limit) for name in dict(parts)}
+    rows = joined(dataset.name, [_sliced(splits[name], name, part) for name, part in parts])
     if not len(rows):
-        raise DataError(f"the dataset {dataset.path} has no rows")
+        raise DataError(f"the dataset {dataset.name} has no rows")
+    if dataset.max_rows is not None and len(rows) > dataset.max_rows:
+        rows = Chosen(rows, range(dataset.max_rows))
     return rows
 
 
-class Table:
-    """A dataset that `datasets` loaded (memory-mapped arrow)."""
+def local_files(path: str) -> list[RowFile]:
+    """The files that a path names here, if only through a pattern; none for a folder, a URL and a hub name.
 
-    def __init__(self, name: str, table: Any, max_rows: int | None = None) -> None:
-        self.name = name
-        self._table = table if max_rows is None or max_rows >= len(table) else table.select(range(max_rows))
-        self._batches = self._table.data.table.to_batches()
-        self._ends = list(accumulate(batch.num_rows for batch in self._batches))
-        self._validated: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def origin(self, row: int) -> str:
-        return f"{self.name}[row {row}]"
-
-    def raw(self, row: int) -> Mapping[str, Any]:
-        origin = self.origin(row)
-        batch = bisect_right(self._ends, row)
-        with foreign_errors("cannot be read", error=partial(BadRow, origin)):
-            if batch not in self._validated:  # damaged offsets would end the process, not raise
-                self._batches[batch].validate(full=True)
-                self._validated.add(batch)
-            value = self._table[row]
-        num_characters = _num_characters(value)
-        if num_characters > MAX_ROW_CHARACTERS:
-            millions = num_characters / 2**20
-            raise BadRow(
-                origin,
-                f"the row has {millions:.0f} M characters, the limit is {MAX_ROW_CHARACTERS // 2**20} M: split it",
-            )
-        return value
+    Raises `ConfigError` for a pattern that matches nothing.
+    """
+    if is_url(path):
+        return []
+    with foreign_errors(f"cannot look at the dataset {path!r}"):
+        place = expand_home(path)
+        is_file, exists = place.is_file(), place.exists()
+    if is_file:
+        return [RowFile(path, place)]
+    return [] if exists or not is_pattern(path) else _matching(path, place)
 
 
-def _num_characters(value: Any) -> int:
-    """Of all texts in a row."""
-    found, waiting = 0, [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, (str, bytes)):
-            found += len(item)
-        elif isinstance(item, Mapping):
-            waiting.extend(item.values())
-        elif isinstance(item, list):
-            waiting.extend(item)
-    return found
+def remote_files(path: str) -> list[RowFile]:
+    """Local copies of the files that a URL or its pattern names; none for everything else."""
+    return [RowFile(url, local_copy(url)) for url in expand_url(path)] if is_url(path) else []
 
 
-def _open_file(path: Path, dataset: Dataset) -> RawRows:
-    if path.stat().st_size == 0:
-        raise DataError(f"the dataset {dataset.path} has no rows: the file is empty")
-    suffixes = [suffix.lower() for suffix in path.suffixes]
+def _open_split(dataset: Dataset, split: str, *, max_rows: int | None) -> RawRows:
+    """All rows of one split of all paths, one source after the other."""
+    sources: list[RawRows] = []
+    for path in dataset.paths:
+        left = None if max_rows is None else max_rows - sum(len(source) for source in sources)
+        if left is None or left > 0:
+            sources += _open_path(dataset, path, split, max_rows=left)
+    return joined(dataset.name, sources)
+
+
+def _open_path(dataset: Dataset, path: str, split: str, *, max_rows: int | None) -> list[RawRows]:
+    files = remote_files(path) or local_files(path)
+    place = None if is_url(path) else expand_home(path)
+    if dataset.revision is not None and (files or place is None or place.exists()):
+        where = "is a URL, which says its revision itself" if place is None else "lies here and has no revisions"
+        raise ConfigError(f"the dataset {path} {where}: remove revision: {dataset.revision}")
+    if files:
+        if split != "train":
+            what = "is one file without splits" if len(files) == 1 else "are files without splits"
+            write = f"remove split: {dataset.split}" if dataset.split == split else f"write train for {split} in split"
+            raise ConfigError(f"{path} {what}: {write}")
+        return [_open_file(file, max_rows=max_rows) for file in files]
+    if place is not None and place.is_dir():
+        return [open_folder(place, split, name=path)]
+    if place is not None and place.exists():
+        raise ConfigError(f"the dataset {path} is neither a file nor a folder")
+    if place is not None and _looks_local(path):
+        beside = sorted(one.name for one in place.parent.glob("*")) if place.parent.is_dir() else []
+        hint = did_you_mean(place.name, beside)
+        raise ConfigError(f"the dataset {path} does not exist (looked for {place.absolute()}){hint}")
+    return [Table(path, load(path, path, split=split, revision=dataset.revision))]
+
+
+def _matching(pattern: str, place: Path) -> list[RowFile]:
+    """The files that a pattern matches, sorted by their paths."""
+    found = sorted(glob.glob(str(place), recursive=True))
+    files = [RowFile(name, Path(name)) for name in found if Path(name).is_file()]
+    if files:
+        return files
+    if found:
+        raise ConfigError(f"the pattern {pattern} matches only folders, such as {found[0]}: write {pattern}/*.jsonl")
+    above = next(one for one in place.absolute().parents if not is_pattern(str(one)) or one.exists())
+    names = sorted(one.name for one in above.iterdir() if not one.name.startswith(".")) if above.is_dir() else []
+    there = f"{above} holds {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}" if names else ""
+    there = there or (f"{above} is empty" if above.is_dir() else f"there is no folder {above}")
+    raise ConfigError(f"the pattern {pattern} matches no file ({there})")
+
+
+def _open_file(file: RowFile, *, max_rows: int | None) -> RawRows:
+    name = file.name
+    with foreign_errors(f"cannot read the dataset {name}", error=DataError):
+        if file.path.stat().st_size == 0:
+            raise DataError(f"the dataset {name} has no rows: the file is empty")
+    suffixes = [suffix.lower() for suffix in Path(name_in_url(name) if is_url(name) else name).suffixes]
+    packed = suffixes.pop() if len(suffixes) > 1 and suffixes[-1] in PACKED else ""
     suffix = suffixes[-1] if suffixes else ""
-    if suffix in (".jsonl", ".ndjson") or (suffix == ".json" and not _is_array(path)):
-        if dataset.split != "train":
-            raise ConfigError(f"{dataset.path} is one file without splits: remove split: {dataset.split}")
-        return JsonLines(path, dataset.max_rows)
-    if suffix in (".gz", ".zst", ".bz2", ".xz") and len(suffixes) > 1:
-        suffix = suffixes[-2]
-    if suffix not in _BUILDERS:
+    if suffix not in SUFFIXES:
         raise ConfigError(
-            f"cannot tell the format of {dataset.path} from its name: use .jsonl, .json, .parquet or .arrow"
+            f"cannot tell the format of {name} from its name: use .jsonl, .csv, .tsv, .json, .parquet or .arrow"
         )
-    if "::" in str(path.absolute()):
-        raise ConfigError(
-            f"the dataset {path.absolute()}: the library that reads it cannot read names with ::; rename it"
-        )
-    with foreign_errors(f"cannot read the dataset {dataset.path}", error=DataError):
-        cache = _cache_for({path.name: path})
-    if suffix == ".arrow":
-        _validate_arrow(path, dataset)
-    literal = glob.escape(str(path.absolute()))  # `datasets` takes a file's name for a pattern of names
-    table = _load(dataset, _BUILDERS[suffix], data_files=literal, cache_dir=cache)
-    return Table(dataset.path, table, dataset.max_rows)
+    if suffix in BUILDERS and not (suffix == ".json" and not packed and not _is_array(file.path)):
+        return open_table_file(file.path, suffix, name=name)
+    path = unpacked(file.path, packed, name=name) if packed else file.path
+    return TextFile(path, _layout(path, suffix, name), name=name, max_rows=max_rows)
 
 
-def _validate_arrow(path: Path, dataset: Dataset) -> None:
-    """Raises `DataError` for a damaged file: `datasets` does not check it, and damaged offsets crash the process."""
-    import pyarrow
-
-    with (
-        foreign_errors(f"cannot read the dataset {dataset.path}", error=DataError),
-        pyarrow.memory_map(str(path)) as file,
-    ):
-        is_stream = file.read(6) != b"ARROW1"
-        file.seek(0)
-        reader = pyarrow.ipc.open_stream(file) if is_stream else pyarrow.ipc.open_file(file)
-        for batch in reader if is_stream else map(reader.get_batch, range(reader.num_record_batches)):
-            batch.validate(full=True)
+def _layout(path: Path, suffix: str, name: str) -> TextFormat:
+    with foreign_errors(f"cannot read the dataset {name}", error=DataError), path.open("rb") as file:
+        check_text(file.read(2), name)
+    return open_csv(path, name=name, separator=SEPARATORS[suffix]) if suffix in SEPARATORS else JsonLines()
 
 
 def _is_array(path: Path) -> bool:
@@ -167,60 +156,23 @@ def _is_array(path: Path) -> bool:
         return file.read(64).removeprefix(BOM).lstrip().startswith(b"[")
 
 
-def _load_folder(path: Path, dataset: Dataset) -> Any:
-    if not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
-        refuse_pattern(f"the dataset folder {dataset.path}", path, reader="the library that reads it")
-        with foreign_errors(f"cannot read the dataset {dataset.path}", error=DataError):
-            cache = _cache_for(files_below(path))
-        return _load(dataset, str(path.absolute()), cache_dir=cache)
+def _sliced(rows: RawRows, name: str, part: str) -> RawRows:
+    """The rows of a slice such as `[:90%]`, by the rules of `datasets`: percents are rounded to the nearest row."""
+    if not part:
+        return rows
     import datasets
 
-    hint = "save it again with save_to_disk"
-    with foreign_errors(f"cannot read the dataset {dataset.path}", error=DataError, hint=hint):
-        loaded = datasets.load_from_disk(str(path))
-    if isinstance(loaded, datasets.Dataset):
-        if dataset.split not in ("train", str(loaded.split)):
-            raise ConfigError(f"{dataset.path} is one table without splits: remove split: {dataset.split}")
-        return loaded
-    if dataset.split not in loaded:
-        raise ConfigError(f"{dataset.path} has no split {dataset.split}: write one of {', '.join(loaded)}")
-    return loaded[dataset.split]
-
-
-def _cache_for(files: Mapping[str, Path]) -> str:
-    """A cache folder of `datasets` for the present content of files. Its own cache key is the time of modification,
-    which a copy or an unpacked archive may keep although the rows differ."""
-    import datasets
-
-    content = folder_content(files, whole_bytes=WHOLE_BYTES, places=PLACES)
-    changed = {name: path.stat().st_ctime_ns for name, path in files.items()}  # set by every write, not by its author
-    key = hashlib.sha256(json.dumps([content, changed], sort_keys=True).encode()).hexdigest()[:16]
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / "stillhouse" / key)
-
-
-def _load(dataset: Dataset, builder: str, **options: Any) -> Any:
-    import datasets
-
-    with foreign_errors(f"cannot read the dataset {dataset.path} (split {dataset.split})", error=DataError):
-        try:
-            return datasets.load_dataset(builder, split=dataset.split, **options)
-        except (FileNotFoundError, ConnectionError) as error:
-            raise ConfigError(
-                f"cannot find the dataset {dataset.path}: it is no file or folder here, and the hub answers: {error}"
-            ) from error
-        except datasets.exceptions.DatasetsError as error:
-            reason = reason_of(error.__cause__ or error)
-            raise DataError(f"cannot read the dataset {dataset.path}: {reason}") from error
-        except StopIteration as error:
-            raise DataError(f"the dataset {dataset.path} has no rows") from error
-        except (OSError, ValueError, TypeError) as error:
-            if "corresponds to no data" in str(error):
-                raise DataError(f"the dataset {dataset.path} has no rows") from error
-            kind = ConfigError if "split" in str(error) or "Config name" in str(error) else DataError
-            raise kind(f"cannot read the dataset {dataset.path} (split {dataset.split}): {reason_of(error)}") from error
+    try:
+        (found,) = datasets.ReadInstruction.from_spec("rows" + part).to_absolute({"rows": len(rows)})
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"{rows.name}: the split {name}{part} cannot be taken: {reason_of(error)}") from error
+    chosen = range(found.from_, max(found.from_, found.to))
+    if not chosen:
+        raise ConfigError(f"{rows.name}: the split {name}{part} holds none of its {len(rows)} rows")
+    return Chosen(rows, chosen)
 
 
 def _looks_local(path: str) -> bool:
     """Hub names are `name` or `owner/name`; everything else was meant as a path."""
-    known_suffix = Path(path).suffix.lower() in (*_BUILDERS, ".ndjson")
+    known_suffix = Path(path).suffix.lower() in (*SUFFIXES, *PACKED)
     return known_suffix or not re.fullmatch(HUB_NAME, path)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.prompts import Dataset
+from trainer.data.raw_rows import RawRows
 from trainer.data.read_row import parse_row
 from trainer.data.row import Row, RowFormat, preview
 from trainer.data.row_fields import RowProblem, other_format
-from trainer.data.row_files import RawRows, open_raw_rows
+from trainer.data.row_files import open_raw_rows
 from trainer.errors import BadRow, DataError
 
 _AUTO: Mapping[str, RowFormat] = {"messages": "messages", "prompt": "prompt_completion", "text": "text"}

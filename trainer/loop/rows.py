@@ -90,7 +90,7 @@ def held_out_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
         rows = [answered_by_dataset(prompt) for prompt in stream.take(stream.rows_per_epoch)]
         if not rows:
             place = place_of_held_out(run, one.tasks[0])
-            raise DataError(f"{place}: no row of {one.rows.path} can be used; rows need an answer")
+            raise DataError(f"{place}: no row of {one.rows.name} can be used; rows need an answer")
         found += rows
     return tuple(found)
 

@@ -246,9 +246,8 @@ def test_names_that_the_reading_library_cannot_take_are_refused(tmp_path: Path) 
     chained = (tmp_path / "x.parquet").rename(tmp_path / "zip::x.parquet")
     with pytest.raises(ConfigError, match="cannot read names with ::"):
         open_rows(chained)
-    for path in ("zip::train", "hf://x", "s3://bucket/x"):
-        with pytest.raises(ConfigError, match="does not exist"):
-            Rows.open(Dataset(path=path))
+    with pytest.raises(ConfigError, match="does not exist"):
+        Rows.open(Dataset(path="zip::train"))
     with pytest.raises(ConfigError, match="neither a file nor a folder"):
         Rows.open(Dataset(path="/dev/zero"))
 
@@ -338,7 +337,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> No
         "answer 1",
         "answer 2",
     ]
-    assert rows.raw.origin(2) == (f"{path}:3" if name == "lines.json" else f"{path}[row 2]")
+    assert rows.raw.origin(2) == (f"{path}:3" if name in ("lines.json", "a.jsonl.gz") else f"{path}[row 2]")
     assert len(open_rows(path, max_rows=2)) == 2
 
 
