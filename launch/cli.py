@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from typer.main import get_command
@@ -76,6 +76,7 @@ def _print_version(wanted: bool) -> None:
 
 
 Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
+Parent = Annotated[int | None, typer.Option("--parent", metavar="PID", hidden=True)]
 SkipSelfTest = Annotated[
     bool, typer.Option("--skip-self-test", help="Do not test the devices first; recorded in the manifest.")
 ]
@@ -96,16 +97,19 @@ def train(
         typer.Option("--wait-for-nodes", metavar="N", min=1, help="Begin when N nodes of the Ray cluster are alive."),
     ] = None,
     ending: Annotated[Path | None, typer.Option("--ending", metavar="FILE", hidden=True)] = None,
+    parent: Parent = None,
 ) -> None:
     """Run a distillation on this machine, or on the Ray cluster that RAY_ADDRESS names.
 
     The same command again resumes it from the last checkpoint in its run folder.
     \f
-    A job that was submitted notes in `ending` how the command ended, for `stillhouse status`.
+    A job that was submitted notes in `ending` how the command ended, for `stillhouse status`; one that the Python API
+    started, for the API.
     """
     from configs.errors import StillhouseError
-    from launch.process import system_errors
+    from launch.process import end_with_parent, system_errors
 
+    end_with_parent(parent)
     try:
         with system_errors():
             _refuse_bad_configuration(config, overrides)
@@ -120,11 +124,14 @@ def train(
 
 
 @app.command(epilog="Example: stillhouse check configs/demo.yaml")
-def check(config: Config, overrides: Overrides = None) -> None:
+def check(config: Config, overrides: Overrides = None, parent: Parent = None) -> None:
     """Check all that needs no accelerator: configuration, models, tokenizers, rows, licences, disk.
 
     One line for each thing looked at. Exit code 0 where a run may start, 2 for the configuration, 3 for the data.
     """
+    from launch.process import end_with_parent
+
+    end_with_parent(parent)
     _refuse_bad_configuration(config, overrides)
     from launch.check.run import check as run_check
 
@@ -168,18 +175,28 @@ def prune(
     typer.echo(f"student: {target} keeps {len(layers)} layers of {source} ({keep_layers})")
 
 
-@app.command(epilog="Example: stillhouse export runs/demo models/my-student")
+@app.command(epilog="Example: stillhouse export runs/demo models/my-student --dtype bfloat16")
 def export(
     run: RunFolderArgument,
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="New folder in Hugging Face format.")],
     merge_adapter: Annotated[
         bool, typer.Option("--merge-adapter", help="Write one whole model in place of base model and LoRA adapter.")
     ] = False,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option("--dtype", help="Round the weights; default: as they were trained."),
+    ] = None,
 ) -> None:
-    """Write the student of a run as a folder that transformers and vLLM load."""
-    from launch.export import export as write_student
+    """Write the student of a run as a folder that transformers and vLLM load.
 
-    write_student(run, target, merge_adapter=merge_adapter)
+    It is loaded once, and with --dtype compared with the student before: a number that the dtype cannot hold, or an
+    answer that rounding alone does not explain, and nothing is written.
+    """
+    from launch.export import export as write_student
+    from launch.quiet import quiet_libraries
+
+    quiet_libraries()
+    write_student(run, target, merge_adapter=merge_adapter, dtype=dtype)
 
 
 @app.command(epilog="Example: stillhouse report runs/demo")

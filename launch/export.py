@@ -1,26 +1,28 @@
 """`stillhouse export`: the student of a run as a self-contained folder with its model card, loaded once as a test.
 
-<run>/student  --copy, or base + adapter merged-->  .<target>.tmp-...  --card, load-->  rename to <target>
+<run>/student  --base + adapter merged?-->  --copy, or cast-->  .<target>....  --card, load, compare-->  <target>
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Literal
 
 import peft
-import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from configs.load import load_run
+from configs.models import ModelSource
 from configs.rules import teachers_by_place
 from configs.schema import Run
+from launch.export_check import ADAPTER, Change, base_of, compare, verify
 from launch.files import copy_files, files_in
 from launch.model_folder import licence_of
 from launch.report.artifacts import read_manifest
@@ -28,33 +30,74 @@ from launch.report.metrics import read_metrics
 from launch.report.model_card import model_card
 from trainer.data.chat import Template
 from trainer.errors import ConfigError, foreign_errors
+from trainer.model.cast import cast_folder, kept_in_float32
 from trainer.model.generation_settings import consistent
+from trainer.model.load import build_on_meta, load_config
 from trainer.run_folder import RunFolder, new_folder, read_json, write_json, write_text
 
-ADAPTER = "adapter_config.json"
+DType = Literal["bfloat16", "float16", "float32"]
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
-def export(run_folder: Path, target: Path, merge_adapter: bool) -> None:
-    """Write `target`: a whole model, or a LoRA adapter as it is; with `merge_adapter` base and adapter as one model.
+def export(run_folder: Path, target: Path, merge_adapter: bool, dtype: DType | None = None) -> None:
+    """Write `target`: a whole model, or a LoRA adapter as it is; with `merge_adapter` base and adapter as one model;
+    with `dtype` in that dtype, in place of the one it was trained in.
 
     `target` must not exist or be empty; it appears complete or not at all. Raises ConfigError for a folder without an
-    exported student, a target in use, `merge_adapter` without an adapter, and a student that does not load.
+    exported student, a target in use, `merge_adapter` without an adapter, a student that does not load, a value that
+    `dtype` cannot hold, and an export that does not compute what the student does.
     """
     folder = RunFolder(run_folder)
     is_adapter = _check(folder, target, merge_adapter=merge_adapter)
     run = load_run(folder.config).run
     adapter = is_adapter and not merge_adapter
-    with new_folder(target) as working:
+    with contextlib.ExitStack() as stack:
+        working = stack.enter_context(new_folder(target))
+        source = folder.student
         if is_adapter and merge_adapter:
-            _merge(folder, working, run)
-        else:
-            copy_files(folder.student, working, subject="export")
-        write_text(working / "README.md", card_of(folder, run, adapter=adapter, weights=working))
-        (working / "README.md").chmod(0o644)
-        verify(working, run, adapter=adapter)
+            source = Path(stack.enter_context(TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)))
+            _merge(folder, source, run, dtype="auto" if dtype is None else "float32")
+        notes = _write(source, working, run, dtype)
+        write_text(working / "README.md", card_of(folder, run, adapter=adapter, weights=working, rounded_from=source))
+        for _, file in files_in(working, subject="export"):
+            file.chmod(0o644)  # safetensors writes for its owner alone, and a server is somebody else
+        verify(working, run)
+        if dtype is not None and notes:
+            notes += [_told(compare(source, working, run, dtype=dtype))]
     what = "adapter" if adapter else "model"
     print(f"{target}: {what} in {stored_dtype(target)}, tokenizer and model card; it loads")
+    print("".join(f"  {note}\n" for note in notes), end="")
+
+
+def _write(source: Path, working: Path, run: Run, dtype: DType | None) -> list[str]:
+    """Copy the folder, the weights in `dtype`; returns what is to be told of rounding, nothing where there was none."""
+    copy_files(source, working, subject="export")
+    if dtype is None or stored_dtype(source) == dtype:
+        return []
+    model = None
+    if not (source / ADAPTER).exists():
+        student = ModelSource(path=str(source), trust_remote_code=run.student.model.trust_remote_code)
+        model = build_on_meta(student, load_config(student, role="export"), role="export")
+    keeps = (lambda name: False) if model is None else kept_in_float32(model, dtype)
+    before = stored_dtype(source)
+    try:
+        rounding = cast_folder(source, working, dtype, keeps=keeps)
+    except ConfigError as error:
+        raise ConfigError(f"export: {error}") from None
+    notes = [f"{rounding.num_cast} tensors were {before}"]
+    if rounding.num_zeroed:
+        share = rounding.num_zeroed / rounding.num_values
+        notes += [f"{rounding.num_zeroed:,} values ({share:.2g} of all) are too small for {dtype} and became 0"]
+    if rounding.kept:
+        notes += [f"{len(rounding.kept)} stay as they were, as the architecture asks, first {rounding.kept[0]}"]
+    return notes
+
+
+def _told(change: Change) -> str:
+    return (
+        f"on {change.num_tokens} tokens of a test text: KL to the student before {change.kl:.2g} nats per token, "
+        f"the same first choice on {change.agreement:.0%}"
+    )
 
 
 def stored_dtype(folder: Path) -> str:
@@ -69,14 +112,15 @@ def stored_dtype(folder: Path) -> str:
     return " and ".join(DTYPES.get(name, name.lower()) for name, _ in sizes.most_common())
 
 
-def card_of(folder: RunFolder, run: Run, *, adapter: bool, weights: Path) -> str:
+def card_of(folder: RunFolder, run: Run, *, adapter: bool, weights: Path, rounded_from: Path | None = None) -> str:
     """The model card of what a run folder holds, and of weights that are, or come, beside it."""
+    stored, trained = stored_dtype(weights), "" if rounded_from is None else stored_dtype(rounded_from)
     return model_card(
         run,
         manifest=read_manifest(folder),
         records=read_metrics(folder),
         adapter=adapter,
-        stored_dtype=stored_dtype(weights),
+        stored_dtype=stored if trained in ("", stored) else f"{stored}, rounded from {trained} when it was exported",
         licences={
             "student": licence_of(run.student.model),
             **{place: licence_of(teacher.model) for place, teacher in teachers_by_place(run).items()},
@@ -97,30 +141,6 @@ def complete_student(folder: Path, run: Run, *, stop_ids: Iterable[int]) -> None
         place = Path(run.student.model.path).expanduser()
         base = str(place.absolute()) if place.is_dir() else run.student.model.path  # a hub name stays
         write_json(adapter, read_json(adapter) | {"base_model_name_or_path": base})
-
-
-def verify(model_folder: Path, run: Run, *, adapter: bool) -> None:
-    """Load the folder as a user would and predict one token. Raises ConfigError with what is wrong."""
-    trust = run.student.model.trust_remote_code
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=trust)
-        if adapter:
-            model = peft.PeftModel.from_pretrained(_base(model_folder, run), model_folder)
-            missing: list[str] = []
-        else:
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                model_folder, dtype="auto", trust_remote_code=trust, use_safetensors=True, output_loading_info=True
-            )
-            missing = sorted(loading["missing_keys"])
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"export: transformers does not load the student: {error}") from error
-    if missing:
-        raise ConfigError(f"export: the student lacks {len(missing)} weights, first {missing[0]}")
-    token_ids = tokenizer("Hello", return_tensors="pt")["input_ids"]
-    with torch.inference_mode():
-        logits = model.eval()(token_ids).logits
-    if not torch.isfinite(logits).all():
-        raise ConfigError("export: the student's logits are not finite; look at the losses in the report")
 
 
 def _check(folder: RunFolder, target: Path, *, merge_adapter: bool) -> bool:
@@ -146,10 +166,10 @@ def _check(folder: RunFolder, target: Path, *, merge_adapter: bool) -> bool:
     return is_adapter
 
 
-def _merge(folder: RunFolder, working: Path, run: Run) -> None:
-    """Base weights + adapter as one model; everything that is no adapter file is copied."""
+def _merge(folder: RunFolder, working: Path, run: Run, *, dtype: str) -> None:
+    """Base weights + adapter as one model, added in `dtype`; everything that is no adapter file is copied."""
     student = folder.student
-    adapted = peft.PeftModel.from_pretrained(_base(student, run), student)
+    adapted = peft.PeftModel.from_pretrained(base_of(student, run, dtype=dtype), student)
     merged = adapted.merge_and_unload()
     merged.generation_config = consistent(merged.generation_config)
     merged.save_pretrained(working)
@@ -161,21 +181,3 @@ def _merge(folder: RunFolder, working: Path, run: Run) -> None:
         of_adapter = name in skipped or name.startswith("adapter_model")
         if file.parent == student and not of_adapter and not (working / name).exists():
             shutil.copy2(file, working / name)
-
-
-def _base(adapter: Path, run: Run) -> Any:
-    """The base model of an adapter, in the dtype it is stored in."""
-    name = json.loads((adapter / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    source = run.student.model
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            name or source.path,
-            revision=source.revision,
-            dtype="auto",
-            trust_remote_code=source.trust_remote_code,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"export: the base model {name or source.path} of the adapter does not load: {error}"
-        ) from None

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import errno
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -116,6 +118,18 @@ class ProcessEnd:
         except (OSError, ValueError):  # a full disk, a closed stream: Python reports it, and exits with 120
             return
         os._exit(self._code)
+
+
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+
+
+def end_with_parent(parent: int | None) -> None:
+    """From now on the kernel sends this process SIGTERM when `parent`, which started it, ends without having ended it:
+    a notebook's kernel that is killed leaves no run behind. None: nobody is meant."""
+    if parent is not None:
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -4,66 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
 from safetensors.torch import save_file
+from student_runs import IDS, write_run
 from tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from configs.load import dump_run, load_run
-from configs.schema import Run
+from configs.load import load_run
 from launch.cli import app
 from launch.export import complete_student, export, stored_dtype
 from launch.train import closing_words
 from trainer.errors import ConfigError
 from trainer.run_folder import RunFolder, write_json
-
-IDS = torch.tensor([[1, 40, 50, 60, 70]])
-
-
-def write_run(path: Path, student: Path, **changes: Any) -> RunFolder:
-    folder = RunFolder.create(path)
-    run = Run.model_validate(
-        {
-            "name": "one",
-            "student": {"model": {"path": str(student)}, **changes},
-            "teacher": {"model": {"path": "owner/teacher"}},
-            "prompts": {"path": "x.jsonl"},
-            "training": {"steps": 2},
-        }
-    )
-    folder.config.write_text(dump_run(run))
-    return folder
-
-
-@pytest.fixture
-def whole(tmp_path: Path, tiny_student: Path) -> RunFolder:
-    """A run whose student is a whole model."""
-    folder = write_run(tmp_path / "run", tiny_student)
-    AutoModelForCausalLM.from_pretrained(tiny_student).save_pretrained(folder.student)
-    tiny_tokenizer().save_pretrained(folder.student)
-    return folder
-
-
-@pytest.fixture
-def adapted(tmp_path: Path, tiny_student: Path) -> tuple[RunFolder, torch.Tensor]:
-    """A run whose student is an adapter that changes something, and the logits of base + adapter."""
-    folder = write_run(tmp_path / "run", tiny_student, lora={"rank": 2})
-    base = AutoModelForCausalLM.from_pretrained(tiny_student)
-    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0, 0.3)
-    model.save_pretrained(folder.student)
-    tiny_tokenizer().save_pretrained(folder.student)
-    with torch.no_grad():
-        return folder, model.eval()(IDS).logits
 
 
 def test_a_whole_student_is_exported_with_tokenizer_template_and_card(
