@@ -119,7 +119,7 @@ def test_a_run_may_be_checked_first_from_a_file_a_mapping_or_a_run(tmp_path: Pat
     rows = tmp_path / "train.jsonl"
     rows.write_text('{"prompt": 5}\n')
     with pytest.raises(
-        api.DataError, match=r"^train rows: config: prompts: 1 of 1 rows .*\n(.*\n)* .*train\.jsonl:1: prompt"
+        api.DataError, match=r"^train rows: config: prompts: 1 of 1 rows .*\n(.*\n)* .*train\.jsonl:1: completion"
     ):
         api.check(as_mapping(config), log=log)
 
