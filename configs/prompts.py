@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from configs.paths import is_url, with_known_home
-from configs.refusal import refusal
+from configs.refusal import did_you_mean, refusal
 from configs.section import Positive, Section
 
 _BORDER = r"-?(?:\d{1,15}|\d{1,2}%|100%)"
@@ -16,6 +16,26 @@ _PART = re.compile(rf"([\w.-]+)(\[(?:{_BORDER})?:(?:{_BORDER})?\])?")
 _SHOWN_PATHS = 3
 
 Place = Annotated[str, Field(min_length=1)]
+
+RowFormat = Literal[
+    "messages",
+    "sharegpt",
+    "prompt_completion",
+    "alpaca",
+    "dolly",
+    "query_response",
+    "question_answer",
+    "prompt",
+    "preference",
+    "text",
+]
+
+COLUMNS = (
+    *("messages", "conversations", "prompt", "completion", "chosen", "rejected", "text", "system", "tools", "history"),
+    *("instruction", "input", "output", "context", "query", "response", "question", "answer"),
+    *("weight", "chat_template_kwargs"),
+)
+"""The fields of a row that are read."""
 
 
 class Dataset(Section):
@@ -30,10 +50,15 @@ class Dataset(Section):
         "train",
         description="A split of a dataset that has several, a slice of one (train[:90%]), or a sum of them.",
     )
-    format: Literal["auto", "messages", "prompt_completion", "prompt", "preference", "text"] = Field(
+    format: Literal["auto"] | RowFormat = Field(
         "auto",
         description="auto: told by each row's own fields, and the same for all rows. prompt: answers are not read. "
-        "preference: prompt, chosen and rejected, for terms that compare answers.",
+        "preference: two answers to compare. docs/data.md shows a row of each.",
+    )
+    columns: dict[str, str] = Field(
+        {},
+        description="A field that is read: the name that it has in the rows, {prompt: question, completion: answer}; "
+        "data.question is the field question inside data.",
     )
     max_rows: Positive | None = Field(None, description="Read only the first rows.")
 
@@ -71,6 +96,17 @@ class Dataset(Section):
                 "(train[:90%], train[-5%:]), or several joined by + (train[:80%]+train[90%:])"
             )
         return split
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_read(cls, columns: dict[str, str]) -> dict[str, str]:
+        for ours, theirs in columns.items():
+            if ours not in COLUMNS:
+                text = f"is no field that is read{did_you_mean(ours, COLUMNS)} (there are: {', '.join(COLUMNS)})"
+                raise refusal((ours,), theirs, text)
+            if not theirs.strip():
+                raise refusal((ours,), theirs, "name the field of the rows that it is read from")
+        return columns
 
 
 def with_answers(held_out: Dataset | None) -> Dataset | None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-RowFormat = Literal["messages", "prompt_completion", "prompt", "preference", "text"]
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +77,20 @@ def texts_of(row: Row) -> list[tuple[str, str]]:
             return [("prompt", row.prompt), ("completion", row.completion or "")]
         case PreferenceRow():
             return [*texts_of(row.chosen), *texts_of(row.rejected)]
-    return [
-        (f"messages[{index}].{key}", value)
-        for index, message in enumerate(row.messages)
-        for key, value in message.items()
-        if isinstance(value, str) and key != "role"
-    ]
+    parts = [(f"messages[{index}]", message) for index, message in enumerate(row.messages)]
+    parts += [(f"tools[{index}]", tool) for index, tool in enumerate(row.tools or ())]
+    return [(place, text) for part in parts for place, text in _texts_in(*part) if not place.endswith("].role")]
+
+
+def _texts_in(place: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, inside in value.items():
+            yield from _texts_in(f"{place}.{key}", inside)
+    elif isinstance(value, (list, tuple)):
+        for index, inside in enumerate(value):
+            yield from _texts_in(f"{place}[{index}]", inside)
 
 
 def preview(value: Any, limit: int = 200) -> str:

@@ -10,10 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-
-class RowProblem(ValueError):
-    """What is wrong with a row, field first; the caller adds file and line."""
-
+from trainer.data.formats.values import RowProblem, is_absent
 
 LOSS_FLAGS = ("weight", "loss_weight", "loss", "loss_scale", "loss_mask", "train", "training", "trainable")
 """Of a message: whether it is learnt, or how much. OpenAI: weight 0 or 1; axolotl: train or training; ms-swift: loss,
@@ -22,23 +19,18 @@ loss_scale; verl and slime: loss_mask; tinker: trainable."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Of a message: text that only some chat templates render."""
 
-_TOOLS = "tool calls are not supported; remove the field, or leave such rows out"
 _MEDIA = "only text is supported; remove the field, or leave such rows out"
-_ALWAYS = dict.fromkeys(("tools", "functions", "function_call", "tool_calls", "tool_call_id"), _TOOLS) | dict.fromkeys(
-    ("image", "images", "video", "videos", "audio", "audios"), _MEDIA
+_ALWAYS = dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA)
+_PAIR = (
+    "belongs to a pair of a better and a worse answer, which format: preference reads; to learn one of them, write it "
+    "as completion and remove the other"
 )
-_IN_ROWS = _ALWAYS | {
-    "chat_template_kwargs": "options of single rows are not handed to the chat template; write them into a template of "
-    "your own and name it with teacher.chat_template",
+_PAIRS = dict.fromkeys(("rejected", "non_preferred_output", "rejected_messages"), _PAIR) | {
+    "rejected_response": "belongs to a pair of a better and a worse answer, which is read with columns: {prompt: "
+    "query, chosen: response, rejected: rejected_response}; to learn the better one, remove the field"
 }
-_REJECTED = {
-    "rejected": "pairs of a better and a worse answer are read from rows with prompt, chosen and rejected (format: "
-    "preference); to learn one of them, write it as completion and remove the other",
-}
-_IN_CHATS = {
-    "system": "is not read here; write it as the first message, with role: system",
-    "history": "is not read here; write the earlier turns into messages",
-}
+_HISTORY = {"history": "is not read here; write the earlier turns into messages"}
+_WITH_HISTORY = ("alpaca", "dolly", "query_response", "question_answer", "preference", "text")
 _IN_TURNS = _ALWAYS | {
     "masked": "means the opposite of a mark that is read here; write weight: 0 for a message that is not learnt",
     "train_detail": "parts of a message cannot be left out of the loss; split the message or remove the field",
@@ -51,30 +43,20 @@ _OTHER_WEIGHTS = ("loss_weight", "loss_scale", "sample_weight")
 _LARGEST_WEIGHT = 1e6
 _ANSWERS = ("chosen", "response", "answer", "output")
 _OTHER_FORMATS = (
-    (("conversations",), "ShareGPT's format: rename conversations to messages, from to role (human to user, gpt to "
-     "assistant) and value to content"),
-    (("instruction", "output"), "Alpaca's format: write instruction and input together as prompt, output as "
-     "completion"),
-    (("query", "response"), "ms-swift's format: rename query to prompt and response to completion"),
-    (("question", "answer"), "rename question to prompt and answer to completion"),
-    (("chosen", "rejected"), "pairs of a better and a worse answer: write what both answer as prompt"),
     (("segments",), "axolotl's segments: write prompt and completion"),
     (("input_ids",), "tokens: give the text, which is tokenised here"),
-)  # fmt: skip
+    (("chosen", "rejected"), "pairs of a better and a worse answer: write what both answer as prompt"),
+)
 
 
-def is_absent(value: Any) -> bool:
-    """Whether a field says nothing: tables fill what only other rows have with null or emptiness."""
-    return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
-
-
-def refuse_row_fields(value: Mapping[str, Any], *, chat: bool, pairs: bool = False) -> None:
-    """Raises `RowProblem` for a field of a row that changes its meaning and is not honoured."""
-    _refuse(value, _IN_ROWS | (_IN_CHATS if chat else {}) | ({} if pairs else _REJECTED), place="")
+def refuse_row_fields(value: Mapping[str, Any], *, row_format: str) -> None:
+    """Raises `RowProblem` for a field of a row that changes its meaning and is not honoured in this format."""
+    refused = _ALWAYS | ({} if row_format == "preference" else _PAIRS)
+    _refuse(value, refused | ({} if row_format in _WITH_HISTORY else _HISTORY), place="")
     for field in _OTHER_WEIGHTS:
         if value.get(field) is not None and value[field] != 1:
             raise RowProblem(f"{field}: is not read, here it is {value[field]!r}; the weight of a row is named weight")
-    if value.get("label") is False and "completion" in value:
+    if value.get("label") is False and row_format not in ("text", "prompt"):
         raise RowProblem("label: false marks an answer that must not be learnt; leave such rows out")
 
 
@@ -98,8 +80,8 @@ def refuse_unread_answer(value: Mapping[str, Any]) -> None:
     for field in _ANSWERS:
         if not is_absent(value.get(field)):
             raise RowProblem(
-                f"{field}: looks like the answer, and only completion is read; rename it to completion, or write "
-                "format: prompt for this dataset where it is none"
+                f"{field}: looks like the answer, and only completion is read; write columns: {{completion: {field}}}, "
+                "or format: prompt where it is none"
             )
 
 

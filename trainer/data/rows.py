@@ -1,27 +1,40 @@
-"""Rows of a dataset by number, and the format in which they are read (`trainer/data/read_row.py`).
+"""Rows of a dataset by number, in the format in which they are read (`trainer/data/formats/`).
 
-With `auto` every row is read by its own fields: the first of messages, prompt and text that it has (null is absent). A
-prompt is answered where the row has a completion, and twice where it has chosen and rejected. All rows must have the
-same format; one that has another is a bad row.
+With `auto` every row is read by its own fields (null is absent), after the configuration's `columns` have named them.
+All rows must have the same format; one that has another is a bad row.
+
+A row that fits several has the one that says most: two answers before a conversation, a conversation before a question
+with its answer, and these before plain text, which is often one of the others written out. Two that say equally much
+are an error: which is meant, the configuration must say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from configs.prompts import Dataset
+from configs.prompts import Dataset, RowFormat
+from trainer.data.columns import Columns
+from trainer.data.formats.format import Format
+from trainer.data.formats.messages import MESSAGES, SHAREGPT
+from trainer.data.formats.preference import PREFERENCE
+from trainer.data.formats.prompt import PROMPT, PROMPT_COMPLETION, TEXT
+from trainer.data.formats.single_turn import ALPACA, DOLLY, QUERY_RESPONSE, QUESTION_ANSWER
+from trainer.data.formats.values import RowProblem
 from trainer.data.raw_rows import RawRows
-from trainer.data.read_row import parse_row
-from trainer.data.row import Row, RowFormat, preview
-from trainer.data.row_fields import RowProblem, other_format
+from trainer.data.row import Row, preview
+from trainer.data.row_fields import other_format, refuse_row_fields, row_weight
 from trainer.data.row_files import open_raw_rows
 from trainer.errors import BadRow, DataError
 
-_AUTO: Mapping[str, RowFormat] = {"messages": "messages", "prompt": "prompt_completion", "text": "text"}
-"""The field that tells a row's format, in the order in which `auto` looks: a row with messages and a prompt is read by
-its messages."""
+_BY_RANK = (
+    (PREFERENCE,),
+    (MESSAGES, SHAREGPT),
+    (PROMPT_COMPLETION, ALPACA, DOLLY, QUERY_RESPONSE, QUESTION_ANSWER),
+    (TEXT,),
+)
+FORMATS: Mapping[str, Format] = {one.name: one for one in (PROMPT, *(one for rank in _BY_RANK for one in rank))}
 
 _SEARCHED_ROWS = 10_000
 _SHOWN_FIELDS = 12
@@ -33,44 +46,119 @@ class Rows:
 
     raw: RawRows
     format: RowFormat
+    columns: Columns
     told_by_fields: bool = False  # not named by the configuration: every row must show this format itself
 
     @classmethod
     def open(cls, dataset: Dataset) -> Rows:
-        """Raises as `open_raw_rows` does, and `DataError` where no row fits a format."""
-        raw = open_raw_rows(dataset)
+        """Raises as `open_raw_rows` does, `DataError` where no row fits a format, and `ConfigError` where no row has a
+        column that is mapped."""
+        raw, columns = open_raw_rows(dataset), Columns(dataset.columns)
+        columns.check(_first_rows(raw), where=dataset.name)
         if dataset.format != "auto":
-            return cls(raw=raw, format=dataset.format)
-        return cls(raw=raw, format=_first_format(raw), told_by_fields=True)
+            return cls(raw, dataset.format, columns)
+        return cls(raw, _first_format(raw, columns), columns, told_by_fields=True)
 
     def __len__(self) -> int:
         return len(self.raw)
 
+    @property
+    def title(self) -> str:
+        """What people call the format."""
+        return FORMATS[self.format].title
+
     def read(self, row: int, *, needs_answer: bool) -> Row:
         """Raises `BadRow` naming place and field. Without `needs_answer` a missing answer is no mistake."""
-        value = self.raw.raw(row)
+        raw = self.raw.raw(row)
         try:
-            if self.told_by_fields:
-                _check_own_format(value, self.format)
-            return parse_row(value, row_format=self.format, needs_answer=needs_answer)
+            value = self.columns.apply(raw)
+            self._check_format(value)
+            return _parse(value, FORMATS[self.format], needs_answer=needs_answer)
         except RowProblem as problem:
-            raise BadRow(self.raw.origin(row), str(problem), preview(value)) from problem
+            raise BadRow(self.raw.origin(row), f"{problem}{self._hint(problem, raw)}", preview(raw)) from problem
         except RecursionError:
             raise BadRow(self.raw.origin(row), "not a row: nested too deeply") from None
 
+    def _check_format(self, value: Mapping[str, Any]) -> None:
+        """Raises `RowProblem` for a row of another format than the dataset's: read by that one it would be learnt as
+        something else."""
+        if not self.told_by_fields:
+            return
+        expected, found = FORMATS[self.format], _format_of(value, mapped=self.columns.names)
+        if found is not None and found is not expected:
+            raise RowProblem(
+                f"{found.fields}: the row is of another format than the first one, which is read by its "
+                f"{expected.fields}; give each format a dataset of its own, or name the one to read with format"
+            )
 
-def _first_format(raw: RawRows) -> RowFormat:
+    def _hint(self, problem: RowProblem, raw: Mapping[str, Any]) -> str:
+        """What to write where a row lacks a field because it is of another format than the one named."""
+        if self.told_by_fields or "is missing" not in str(problem):
+            return ""
+        try:
+            found = _format_of(self.columns.apply(raw))
+        except RowProblem:
+            return ""
+        if found is None:
+            return other_format(raw)
+        return f"; the fields are those of {found.title}: write format: {found.name}"
+
+
+def _parse(value: Mapping[str, Any], row_format: Format, *, needs_answer: bool) -> Row:
+    """A validated row, with its weight in the loss. Raises `RowProblem`."""
+    refuse_row_fields(value, row_format=row_format.name)
+    weight = row_weight(value, pairs=row_format is PREFERENCE)
+    row = row_format.read(value, needs_answer)
+    return row if weight == 1.0 else replace(row, weight=weight)
+
+
+def _format_of(row: Mapping[str, Any], *, mapped: Collection[str] = ()) -> Format | None:
+    """The format that a row has, by its own fields; where the configuration maps some, by what these can tell. None
+    where no format fits. Raises `RowProblem` for a row that has two."""
+    only = {name: row[name] for name in mapped if name in row}
+    for fields in (only, row) if only else (row,):
+        for rank in _BY_RANK:
+            fitting = [one for one in rank if one.tells(fields)]
+            if PROMPT_COMPLETION in fitting and row.get("completion") is not None:
+                fitting = [PROMPT_COMPLETION]
+            if len(fitting) > 1:
+                raise RowProblem(_two(fitting))
+            if fitting:
+                return fitting[0]
+    return None
+
+
+def _two(fitting: list[Format]) -> str:
+    first, second = fitting[:2]
+    return (
+        f"{first.fields}: the row has {second.fields} too, and may be read as {first.title} or as {second.title}; "
+        f"write format: {first.name} or format: {second.name}"
+    )
+
+
+def _first_rows(raw: RawRows) -> Iterator[Mapping[str, Any]]:
+    """Those of the first rows that can be decoded."""
+    for row in range(min(len(raw), _SEARCHED_ROWS)):
+        try:
+            yield raw.raw(row)
+        except BadRow:
+            continue
+
+
+def _first_format(raw: RawRows, columns: Columns) -> RowFormat:
     """The format of the first row that has one. Raises `DataError`, or `BadRow` where no row can be decoded."""
     decoded, undecoded = None, None
     for row in range(min(len(raw), _SEARCHED_ROWS)):
         try:
-            value = raw.raw(row)
+            value = columns.apply(raw.raw(row))
+            found = _format_of(value, mapped=columns.names)
         except BadRow as problem:
             undecoded = undecoded or problem
             continue
-        found = _own_format(value)
+        except RowProblem as problem:
+            raise DataError(f"{raw.origin(row)}: {problem}") from problem
         if found is not None:
-            return found
+            return found.name
         decoded = decoded or (row, value)
     if decoded is None:
         assert undecoded is not None
@@ -80,28 +168,10 @@ def _first_format(raw: RawRows) -> RowFormat:
     raise DataError(f"{raw.origin(row)}: {_no_format(value)}{more}")
 
 
-def _own_format(value: Mapping[str, Any]) -> RowFormat | None:
-    found = next((row_format for field, row_format in _AUTO.items() if value.get(field) is not None), None)
-    pair = found == "prompt_completion" and value.get("chosen") is not None and value.get("rejected") is not None
-    return "preference" if pair else found
-
-
 def _no_format(value: Mapping[str, Any]) -> str:
     shown = ", ".join(ascii(field)[1:-1] for field in list(value)[:_SHOWN_FIELDS]) or "none"
     return (
-        f"the fields fit no format; found: {shown}; needed: messages, or prompt and completion, or prompt, or text"
-        f"{other_format(value)}"
-    )
-
-
-def _check_own_format(value: Mapping[str, Any], expected: RowFormat) -> None:
-    """Raises `RowProblem` for a row of another format than the dataset's: read by that one it would be learnt as
-    something else."""
-    found = _own_format(value)
-    if found is None or found == expected:
-        return
-    fields = {row_format: field for field, row_format in _AUTO.items()} | {"preference": "chosen and rejected"}
-    raise RowProblem(
-        f"{fields[found]}: the row is of another format than the first one, which is read by its {fields[expected]}; "
-        "give each format a dataset of its own, or name the one to read with format"
+        f"the fields fit no format; found: {shown}; needed: messages, or prompt and completion, or prompt, or text, or "
+        "those of another format in docs/data.md; fields of other names are mapped, as with columns: {prompt: "
+        f"question, completion: answer}}{other_format(value)}"
     )

@@ -16,6 +16,7 @@ from typing import Any
 from configs.paths import refuse_pattern
 from configs.refusal import did_you_mean
 from trainer.data.content import files_below, folder_content
+from trainer.data.struct_nulls import without_struct_nulls
 from trainer.errors import BadRow, ConfigError, DataError, foreign_errors, reason_of
 
 MAX_ROW_CHARACTERS = 16 * 2**20
@@ -49,7 +50,7 @@ class Table:
             if batch not in self._validated:  # damaged offsets would end the process, not raise
                 self._batches[batch].validate(full=True)
                 self._validated.add(batch)
-            value = self._table[row]
+            value = without_struct_nulls(self._table[row], self._table.features)
         num_characters = _num_characters(value)
         if num_characters > MAX_ROW_CHARACTERS:
             millions = num_characters / 2**20

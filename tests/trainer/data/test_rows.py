@@ -50,7 +50,7 @@ def problem(rows: Rows, row: int, *, needs_answer: bool = True) -> str:
         ({"prompt": [USER], "completion": [ANSWER]}, "prompt_completion", ChatRow((USER, ANSWER), 1)),
         ({"prompt": "a", "completion": " b"}, "prompt_completion", TextRow("a", " b")),
         ({"prompt": "a"}, "prompt_completion", TextRow("a", None)),
-        ({"prompt": [SYSTEM, USER]}, "prompt_completion", ChatRow((SYSTEM, USER), 0)),
+        ({"prompt": [SYSTEM, USER]}, "prompt_completion", ChatRow((SYSTEM, USER), 2)),
         ({"text": "drip"}, "text", CorpusRow("drip")),
         (
             {"prompt": "a", "chosen": " b", "rejected": " c"},
@@ -76,16 +76,16 @@ def test_a_forced_format_wins_and_a_row_without_its_field_is_named(tmp_path: Pat
     assert open_rows(path, format="text").read(0, needs_answer=True) == CorpusRow("x")
     assert "rows.jsonl:1: prompt: is missing" in problem(open_rows(path, format="prompt"), 0, needs_answer=False)
     shared = write_lines(tmp_path / "sharegpt.jsonl", [{"conversations": []}])
-    assert "messages: is missing; ShareGPT's format" in problem(open_rows(shared, format="messages"), 0)
+    assert "messages: is missing; the fields are those of ShareGPT: write format: sharegpt" in problem(
+        open_rows(shared, format="messages"), 0
+    )
     pair = write_lines(tmp_path / "pair.jsonl", [{"prompt": "a", "completion": "b"}])
     assert open_rows(pair, format="prompt").read(0, needs_answer=False) == TextRow("a", None)
 
 
 FOREIGN = {
-    "conversations": ({"conversations": [{"from": "human", "value": "a"}]}, "ShareGPT's format: rename conversations"),
-    "alpaca": ({"instruction": "a", "input": "", "output": "b"}, "Alpaca's format: write instruction and input"),
-    "swift": ({"query": "a", "response": "b"}, "rename query to prompt and response to completion"),
-    "preferences": ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "a better and a worse answer"),
+    "segments": ({"segments": [{"label": True, "text": "a"}]}, "axolotl's segments: write prompt and completion"),
+    "an answer alone": ({"response": "a"}, "with columns: {prompt: question, completion: answer}"),
     "tokens": ({"input_ids": [1, 2]}, "tokens: give the text"),
     "nothing": ({"id": 3}, "the fields fit no format; found: id; needed: messages, or prompt and completion"),
 }
@@ -170,14 +170,20 @@ def test_an_answer_may_count_more_or_less_than_others(tmp_path: Path) -> None:
         ({"messages": [USER, {**ANSWER, "weight": 1, "train": False}]}, "messages[1]: weight and train contradict"),
         ({"messages": [{**USER, "train": True}, ANSWER]}, "messages[0]: is marked as learnt, and only answers are"),
         ({"prompt": [USER, {**ANSWER, "weight": 1}, USER], "completion": [ANSWER]}, "prompt[1]: is marked as learnt"),
-        ({"messages": [USER, {**ANSWER, "function_call": {"name": "f"}}]}, "messages[1].function_call: tool calls are"),
+        (
+            {"messages": [USER, {**ANSWER, "function_call": {"name": "f"}}]},
+            "messages[1]: calls 'f', and the row has no tools",
+        ),
         ({"messages": [USER, {**ANSWER, "masked": True}]}, "messages[1].masked: means the opposite of a mark"),
         ({"messages": [USER, {**ANSWER, "train_detail": [{}]}]}, "messages[1].train_detail: parts of a message"),
         ({"messages": [USER, {**ANSWER, "refusal": "I cannot"}]}, "messages[1].refusal: is not read; write its text"),
         ({"messages": [{**USER, "images": ["a.png"]}, ANSWER]}, "messages[0].images: only text is supported"),
-        ({**GOOD, "functions": [{}]}, "functions: tool calls are not supported"),
+        ({**GOOD, "functions": [{}]}, "functions[0].name: is missing"),
         ({**GOOD, "images": ["a.png"]}, "images: only text is supported"),
-        ({**GOOD, "system": "Be rude."}, "system: is not read here; write it as the first message"),
+        (
+            {"messages": [SYSTEM, USER, ANSWER], "system": "Be rude."},
+            "system: messages[0] is a system turn too; keep one",
+        ),
         ({**GOOD, "weight": 0}, "weight: must be a number above 0 and up to 1000000, not 0; leave out rows"),
         ({**GOOD, "weight": -0.5}, "weight: must be a number above 0"),
         ({**GOOD, "weight": float("nan")}, "weight: must be a number above 0"),
@@ -186,16 +192,25 @@ def test_an_answer_may_count_more_or_less_than_others(tmp_path: Path) -> None:
         ({**GOOD, "weight": False}, "weight: must be a number above 0"),
         ({**GOOD, "loss_weight": 0.3}, "loss_weight: is not read, here it is 0.3; the weight of a row is named weight"),
         ({"prompt": "a", "chosen": " b", "rejected": " c", "weight": 0.5}, "weight: a pair of answers cannot be"),
-        ({**GOOD, "chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: options of single rows"),
-        ({**GOOD, "chosen": " b", "rejected": " c"}, "rejected: pairs of a better and a worse answer"),
+        ({**GOOD, "chat_template_kwargs": [1]}, "chat_template_kwargs: must be an object of variables, not a list"),
+        (
+            {**GOOD, "chosen": " b", "rejected": " c"},
+            "rejected: belongs to a pair of a better and a worse answer, which format: preference",
+        ),
         ({"prompt": "a", "completion": " b", "label": False}, "label: false marks an answer that must not be learnt"),
-        ({"prompt": "a", "response": " b"}, "response: looks like the answer, and only completion is read; rename it"),
-        ({"messages": [{"from": "human", "value": "a"}]}, "messages[0].role: is missing (from and value are "),
+        (
+            {"prompt": "a", "response": " b"},
+            "response: looks like the answer, and only completion is read; write columns: {completion: response}",
+        ),
+        ({**GOOD, "label": False}, "label: false marks an answer that must not be learnt"),
+        ({**GOOD, "history": [["a", "b"]]}, "history: is not read here; write the earlier turns into messages"),
+        ({**GOOD, "rejected_response": "c"}, "rejected_response: belongs to a pair of a better and a worse answer"),
+        ({"messages": [{"role": "user"}, ANSWER]}, "messages[0].content: is missing"),
         ({"messages": [{**USER, "role": "a\ud800"}, ANSWER]}, "messages[0].role: is not text: lone surrogate \\ud800"),
         ({"messages": [{**USER, "name": "\udfff"}, ANSWER]}, "messages[0].name: is not text: lone surrogate"),
         ({"messages": [{**USER, "\ud800": 1}, ANSWER]}, "the name of a field of messages[0]: is not text"),
     ],
-)  # fmt: skip
+)
 def test_a_field_that_changes_the_meaning_is_refused(tmp_path: Path, row: dict, message: str) -> None:
     path = write_lines(tmp_path / "rows.jsonl", [row])
     said = problem(open_rows(path), 0)
@@ -354,16 +369,23 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> No
         ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content: is missing"),
         ({"messages": [USER, {**ANSWER, "content": None}]}, "messages[1].content: must be text, not null"),
         ({"messages": [USER, {**ANSWER, "content": 3}]}, "messages[1].content: must be text, not a number"),
-        ({"messages": [USER, {**ANSWER, "content": []}]}, "messages[1].content: must be text, not a list"),
+        ({"messages": [USER, {**ANSWER, "content": []}]}, "messages[1].content: is empty"),
         ({"messages": [USER, {**ANSWER, "content": " \n"}]}, "messages[1].content: is empty"),
-        ({"messages": [USER, {**ANSWER, "role": "gpt"}]}, "messages[1].role: unknown role 'gpt'"),
+        (
+            {"messages": [USER, {**ANSWER, "role": "clown"}]},
+            "messages[1].role: unknown role 'clown'; write system, user",
+        ),
         ({"messages": [ANSWER, USER]}, "messages[0].role: the first turn must be system or user, not 'assistant'"),
         ({"messages": [USER, USER, ANSWER]}, "messages[1].role: the turn after 'user' must be assistant, not 'user'"),
         ({"messages": [USER, ANSWER, SYSTEM]}, "messages[2].role: the turn after 'assistant' must be user"),
         ({"messages": [SYSTEM]}, "messages: no assistant turn"),
         ({"messages": [USER, {**ANSWER, "content": "a\ud800"}]}, "messages[1].content: is not text: lone surrogate"),
-        ({"messages": [USER, {**ANSWER, "tool_calls": [1]}]}, "messages[1].tool_calls: tool calls are not supported"),
-        ({**GOOD, "tools": "[]"}, "tools: tool calls are not supported"),
+        (
+            {"messages": [USER, {**ANSWER, "tool_calls": [1]}]},
+            "messages[1].tool_calls[0]: must be an object with a name",
+        ),
+        ({**GOOD, "tools": {"a": 1}}, "tools: must be a list of tools, {type: function, function: "),
+        ({**GOOD, "tools": "none"}, "tools: must be a list of tools"),
         ([1, 2], "must be a JSON object with named fields, not a list"),
     ],
 )

@@ -1,0 +1,66 @@
+"""`columns`: fields under the names that are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from given_rows import row_of, rows_of
+from pydantic import ValidationError
+
+from configs.prompts import Dataset
+from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, TextRow
+from trainer.errors import ConfigError
+
+TALK = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "expected"),
+    [
+        ({"prompt": "q", "completion": "a"}, {"q": "a", "a": " b"}, TextRow("a", " b")),
+        ({"prompt": "question", "completion": "answer"}, {"question": "a", "answer": " b"}, TextRow("a", " b")),
+        ({"completion": "response"}, {"prompt": "a", "response": " b"}, TextRow("a", " b")),
+        ({"query": "prompt"}, {"prompt": "a", "response": "b"}, ChatRow(TALK, 0)),
+        (
+            {"instruction": "task.text", "output": "task.answers.0"},
+            {"task": {"text": "a", "answers": ["b", "c"]}},
+            ChatRow(TALK, 0),
+        ),
+        ({"messages": "body.messages"}, {"body": {"messages": TALK}}, ChatRow(TALK, 0)),
+        ({"text": "content.raw"}, {"content.raw": "a", "content": {"raw": "b"}}, CorpusRow("a")),
+        (
+            {"prompt": "q", "chosen": "j", "rejected": "k"},
+            {"q": "a", "j": " b", "k": " c"},
+            PreferenceRow(TextRow("a", " b"), TextRow("a", " c")),
+        ),
+        ({"weight": "quality"}, {"text": "a", "quality": 0.5}, CorpusRow("a", 0.5)),
+        ({"text": "body"}, {"body": "a", "text": "not this", "messages": TALK}, CorpusRow("a")),
+        ({"messages": "messages"}, {"messages": TALK, "conversations": TALK}, ChatRow(TALK, 0)),
+    ],
+)
+def test_a_mapped_field_is_read_under_our_name_and_wins(
+    tmp_path: Path, columns: dict, row: dict, expected: object
+) -> None:
+    assert row_of(tmp_path, row, columns=columns) == expected
+
+
+def test_a_row_without_the_column_has_null_there(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, {"q": "a", "a": " b"}, {"q": "c"}, columns={"prompt": "q", "completion": "a"})
+    assert rows.read(1, needs_answer=False) == TextRow("c", None)
+
+
+def test_a_column_that_no_row_has_is_named_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        rows_of(tmp_path, {"question": "a", "data": {"answer": "b"}}, columns={"prompt": "questoin"})
+    assert str(caught.value).startswith("columns.prompt: no row of ")
+    assert "has a field 'questoin'; did you mean 'question'? (found: question, data, data.answer)" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"columns.completion: .* has a field 'answer'; did you mean 'data.answer'"):
+        rows_of(tmp_path, {"question": "a", "data": {"answer": "b"}}, columns={"completion": "answer"})
+
+
+def test_only_fields_that_are_read_can_be_mapped() -> None:
+    with pytest.raises(ValidationError, match=r"is no field that is read; did you mean 'prompt'\?"):
+        Dataset(path="x", columns={"promt": "q"})
+    with pytest.raises(ValidationError, match="name the field of the rows"):
+        Dataset(path="x", columns={"prompt": " "})
