@@ -29,7 +29,7 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=[*PACKAGES, *(f"{name}.*" for name in PACKAGES)]),
     package_data={
-        "": ["*.jinja", "*.html", "*.css", "*.js"],
+        "": ["*.jinja", "*.html", "*.css", "*.js", "grafana.json"],
         "configs": ["*.yaml", "recipes/*.yaml", "data/*.jsonl", "data/*.md"],
     },
     install_requires=[

@@ -220,6 +220,9 @@ def _generators(run: Run) -> Iterator[Problem]:
 def _one_process(run: Run) -> Iterator[Problem]:
     if run.student.ranks != 1:
         yield ("student", "ranks"), run.student.ranks, "runtime: in_process has one process: write ranks: 1"
+    if run.report.prometheus_port is not None:
+        text = "runtime: in_process has no Ray, which serves metrics: write runtime: ray, or remove it"
+        yield ("report", "prometheus_port"), run.report.prometheus_port, text
     teachers: Mapping[str, Teacher] = run.teachers_by_name()
     labelled = [task for task in run.resolved_tasks().values() if not isinstance(task.labels, NoLabels)]
     scoring = {name for task in labelled for name in task.teachers}

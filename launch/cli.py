@@ -158,6 +158,12 @@ def config_schema() -> None:
     typer.echo(schema())
 
 
+@config_app.command("dashboard", epilog="Example: stillhouse config dashboard > stillhouse.json")
+def config_dashboard() -> None:
+    """Print a Grafana dashboard of runs, to import there (docs/monitoring.md)."""
+    typer.echo(Path(__file__).with_name("report").joinpath("grafana.json").read_text(), nl=False)
+
+
 @app.command(epilog="Example: stillhouse prune models/teacher models/student --keep-layers 0-9,20-29")
 def prune(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Model folder to cut from.")],

@@ -14,6 +14,7 @@ from cluster.model_files import ModelFiles, find_folder
 from cluster.placement.facts import KnownModel, RunFacts
 from cluster.placement.hardware import Hardware
 from cluster.placement.resolve import Resolved, resolve
+from cluster.prometheus import Exported
 from cluster.session import RaySession
 from cluster.students.group import StudentJob
 from configs.models import ModelSource
@@ -41,6 +42,12 @@ class Runtime:
     def start_timeout_s(self) -> float:
         """Of the slowest role."""
         return max(plan.start_timeout_s for plan in (self.resolved.student, *self.resolved.engines))
+
+    def exported(self, run: Run, *, total_steps: int) -> Exported | None:
+        """What the run's numbers are exported by; None where nobody could read them."""
+        if self.cluster is None or (self.cluster.owned and run.report.prometheus_port is None):
+            return None
+        return Exported(run.name, total_steps=total_steps)
 
     def open_session(self, job: Job, observer: Observer) -> Session:
         """Starts nothing yet."""
@@ -77,7 +84,11 @@ def open_runtime(run: Run, inputs: Inputs, stack: contextlib.ExitStack, *, wait_
         return Runtime(resolve_run(run, inputs, Hardware.of_ray()), cluster)
     resolved = resolve_run(run, inputs, Hardware.local())
     store = ray_session.object_store_bytes(run.training.max_label_bytes)
-    cluster = ray_session.start_ray(num_cpus=resolved.placement.num_slots, object_store_bytes=store)
+    cluster = ray_session.start_ray(
+        num_cpus=resolved.placement.num_slots,
+        object_store_bytes=store,
+        metrics_port=run.report.prometheus_port,
+    )
     stack.callback(ray_session.stop_ray, cluster)
     return Runtime(resolved, cluster)
 

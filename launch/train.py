@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from cluster.lifecycle.health import Failure, FailurePolicy, RestartGroup
+from cluster.prometheus import Exported
 from configs.load import LoadedRun, config_hash, dump_run, load_run, run_folder
 from configs.schema import Run
 from launch.check.run import raise_problems
@@ -171,7 +172,7 @@ def _train(
             after=here.after,
         )
         length = new_length(run, here.after, job.loop.total_steps)
-        observer = _observer(job, record, stack)
+        observer = _observer(job, record, runtime.exported(run, total_steps=job.loop.total_steps), stack)
         notes = [
             *start.warnings,
             *told_at_start(run),
@@ -188,12 +189,14 @@ def _train(
         record.finish(controller)
 
 
-def _observer(job: Job, record: Record, stack: contextlib.ExitStack) -> RunObserver:
+def _observer(job: Job, record: Record, exported: Exported | None, stack: contextlib.ExitStack) -> RunObserver:
     """Its files and the progress are closed with the stack."""
     progress = stack.enter_context(Progress(job.loop.total_steps))
     sinks = [TensorBoardSink(job.folder)] if job.run.report.tensorboard else []
     metrics = MetricsLog(job.folder, sinks, tell=progress.note)
-    observer = RunObserver(metrics=metrics, timeline=Timeline(job.folder), progress=progress, record=record)
+    observer = RunObserver(
+        metrics=metrics, timeline=Timeline(job.folder), progress=progress, record=record, exported=exported
+    )
     stack.callback(observer.close)
     return observer
 

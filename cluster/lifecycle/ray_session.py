@@ -10,10 +10,12 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -48,30 +50,52 @@ def start_ray(
     address: str | None = None,
     num_gpus: int | None = None,
     object_store_bytes: int | None = None,
+    metrics_port: int | None = None,
 ) -> RayCluster:
     """Join the cluster at `address` (or RAY_ADDRESS), or start one of this machine where neither is given.
 
     `num_cpus` is the number of slots that the roles need: a role is a logical slot, so a cluster started here has at
     least that many, cores or no cores. `num_gpus` None: Ray counts them. "local" as address never joins anything.
+    `metrics_port`: where a cluster started here serves its metrics; None: nowhere.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address != "local":
         return _join_ray(address)
+    if metrics_port is not None:
+        refuse_used_port(metrics_port)
+    start = partial(_start_here, num_cpus, num_gpus, object_store_bytes, metrics_port)
     try:
-        return _start_here(num_cpus, num_gpus, object_store_bytes)
+        return start()
     except InfrastructureError as error:
         # Its processes get 30 s from Ray, whatever the machine is doing at that moment.
-        cluster = _start_here(num_cpus, num_gpus, object_store_bytes)
+        cluster = start()
         return replace(cluster, warnings=(*cluster.warnings, f"Ray started at the second attempt only: {error}"))
 
 
-def _start_here(num_cpus: int, num_gpus: int | None, object_store_bytes: int | None) -> RayCluster:
+def refuse_used_port(port: int) -> None:
+    """Raises `ConfigError` where another program listens at the port that metrics are to have."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ConfigError(
+                f"report.prometheus_port: {port} cannot be listened at on this machine ({error.strerror}); another run "
+                "may have it: name another port"
+            ) from None
+
+
+def _start_here(
+    num_cpus: int, num_gpus: int | None, object_store_bytes: int | None, metrics_port: int | None
+) -> RayCluster:
     import ray
 
     folder = session_folder()
     needs = Needs(object_store_bytes=object_store_bytes, ray="own")
     unwell = [finding for finding in examine(looks(needs, os.environ)) if finding.status != "ok"]
     os.environ.update(ray_environment(memory_bytes=psutil.virtual_memory().total))
+    if metrics_port is not None:
+        os.environ.update(METRICS_OPEN)
     if any(finding.fatal and finding.subject == "shared memory" for finding in unwell):
         os.environ["RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"] = "1"
     reread_ray_environment()
@@ -93,9 +117,13 @@ def _start_here(num_cpus: int, num_gpus: int | None, object_store_bytes: int | N
             log_to_driver=False,
             logging_level=logging.WARNING,
             _temp_dir=str(ray_folder(folder)),
+            _metrics_export_port=metrics_port,
         )
     started = tuple(child.pid for child in psutil.Process().children() if child.pid not in before)
     warnings = tuple(f"this machine, {finding}" for finding in unwell)
+    if metrics_port is not None:
+        where = f"http://{context.address_info['node_ip_address']}:{metrics_port}/metrics"
+        warnings += (f"report.prometheus_port: whoever reaches this machine can read the run's metrics at {where}",)
     return RayCluster(context.address_info["gcs_address"], True, started, folder, warnings, guard)
 
 
@@ -233,6 +261,10 @@ METRICS_CLOSED = {
 }
 """Of clusters that Stillhouse starts by itself: Ray serves metrics on three ports of every interface, and asks nobody
 for a token. Kubernetes has its own rules for them."""
+
+
+METRICS_OPEN = {"RAY_enable_metrics_collection": "1"}
+"""Of one whose metrics are wanted: at the one port that was asked for."""
 
 
 def ray_environment(*, memory_bytes: int) -> dict[str, str]:

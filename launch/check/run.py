@@ -26,7 +26,7 @@ from configs.rules import teacher_place, teachers_by_place, unused_teachers
 from configs.schema import Run
 from launch.check import models, places, rows
 from launch.check.needs import needs_of
-from launch.check.notify import examine_notify
+from launch.check.watching import examine_metrics, examine_notify
 from launch.contents import contents_of
 from launch.quiet import quiet_libraries
 from launch.resuming import Standing, standing
@@ -124,6 +124,7 @@ def examine(run: Run, inputs: list[Inputs] | None = None) -> Iterator[Finding]:
     yield from places.placement(run, sources, known=known)
     yield from models.licences(run)
     yield from places.examine_folder(run, facts.get("student"))
+    yield from examine_metrics(run)
     yield from examine_notify(run)
 
 

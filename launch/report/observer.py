@@ -21,12 +21,22 @@ import numpy as np
 
 from configs.secrets import without_secrets
 from launch.report.intervals import Interval, seconds_inside, union
-from launch.report.metrics import STUDENT_WAIT, TEACHER_WAIT, TOKENS, TOKENS_PER_S, MetricsLog, SpanKind, Timeline
+from launch.report.metrics import (
+    STUDENT_WAIT,
+    TEACHER_WAIT,
+    TOKENS,
+    TOKENS_PER_S,
+    MetricsLog,
+    SpanKind,
+    Timeline,
+    evaluation_values,
+)
 from launch.report.progress import Progress
 from trainer.protocols import Moment
 from trainer.types import Evaluation, Sequence, StepMetrics
 
 if TYPE_CHECKING:
+    from cluster.prometheus import Exported
     from launch.record import Record
 
 SHOWN = {
@@ -60,10 +70,13 @@ class RunObserver:
         timeline: Timeline,
         progress: Progress,
         record: Record | None = None,
+        exported: Exported | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`record`: of a run that keeps artifacts; `phase` and `generation` raise where a disk refuses them."""
+        """`record`: of a run that keeps artifacts; `phase` and `generation` raise where a disk refuses them.
+        `exported`: for Prometheus."""
         self._record = record
+        self._exported = exported
         self._metrics = metrics
         self._timeline = timeline
         self._progress = progress
@@ -89,6 +102,8 @@ class RunObserver:
         self._finished("steps", f"step {metrics.step}")
         metrics = StepMetrics(step=metrics.step, values={**metrics.values, **self._waits.of_step(metrics.values)})
         self.newest_step = metrics
+        if self._exported is not None:
+            self._exported.step(metrics.step, metrics.values)
         with self._reported_once():
             self._metrics.step(metrics)
         self._progress.step(metrics)
@@ -96,6 +111,8 @@ class RunObserver:
     def evaluation(self, evaluation: Evaluation, when: Moment) -> None:
         self._finished("evaluations", f"after step {evaluation.step}")
         self.newest_evaluation = evaluation
+        if self._exported is not None:
+            self._exported.evaluation({f"evaluation/{k}": v for k, v in evaluation_values(evaluation).items()})
         with self._reported_once():
             self._metrics.evaluation(evaluation)
         first = self._metrics.first_evaluation
@@ -114,6 +131,8 @@ class RunObserver:
         be in it twice."""
         # texts of libraries, which may hold an address with a password, or worse
         fields = {k: without_secrets(v, environment=os.environ) if isinstance(v, str) else v for k, v in fields.items()}
+        if self._exported is not None:
+            self._exported.event(name)
         if name in ("resumed", "students_restarted"):
             self._metrics.resume(fields["from_step"])
         with self._reported_once():

@@ -17,7 +17,7 @@ from web_hooks import web_hook
 from configs.load import load_run
 from configs.notify import Notify
 from launch import train as train_module
-from launch.check.notify import examine_notify
+from launch.check.watching import examine_notify
 from launch.notify import Notifier
 from launch.stall import Stalled
 from trainer.errors import ConfigError, DataError, Preempted, StillhouseError

@@ -1,4 +1,4 @@
-"""What `check` asks of `notify:`: whether the webhook's address is there and answers, whether the command exists."""
+"""What `check` asks of what watches a run: the webhook and the command of `notify:`, the port of metrics."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from urllib.parse import SplitResult, urlsplit
 
+from cluster.lifecycle.ray_session import refuse_used_port
 from cluster.preflight.finding import Finding, attempt, warning
 from configs.notify import Notify
 from configs.schema import Run
@@ -34,6 +35,19 @@ def examine_notify(run: Run) -> Iterator[Finding]:
             yield warning("notify", f"notify.webhook: {shown(notify)} does not answer from here ({reason})")
     if notify.command is not None:
         yield attempt("notify", partial(find_program, notify.command), lambda: f"{told} are told to {notify.command!r}")
+
+
+def examine_metrics(run: Run) -> Iterator[Finding]:
+    """The port of report.prometheus_port, where the run would start a Ray that listens at it."""
+    port = run.report.prometheus_port
+    if port is None:
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        text = "report.prometheus_port: not used, since the cluster at RAY_ADDRESS serves its metrics at its own ports"
+        yield warning("metrics", text)
+        return
+    say = f"served at port {port} of this machine, to whoever reaches it"
+    yield attempt("metrics", partial(refuse_used_port, port), lambda: say)
 
 
 def webhook_parts(notify: Notify) -> SplitResult:
