@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -69,12 +70,22 @@ def series_of(name: str) -> Series:
 
 
 class Exported:
-    """Of one run, whose process is connected to a Ray cluster. Makes each metric when it has its first value."""
+    """Of one run, whose process is connected to a Ray cluster; `close` before it leaves.
 
-    def __init__(self, run: str, *, total_steps: int) -> None:
+    Ray forgets a gauge that was not set for two of its report intervals, so a thread sets each again to its last value:
+    steps may take minutes.
+    """
+
+    def __init__(self, run: str, *, total_steps: int, again_s: float | None = None) -> None:
+        """`again_s`: between two times that gauges are set; None: half an interval of Ray's reports."""
         self._run = run
         self._metrics: dict[str, Gauge | Counter | Histogram] = {}
+        self._gauges: dict[tuple[str, ...], tuple[Gauge, float, dict[str, str]]] = {}
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, args=(again_s,), daemon=True, name="metrics")
         self._record(Series(STEPS, "gauge"), total_steps)
+        self._thread.start()
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         self._record(Series(STEP, "gauge"), step)
@@ -88,27 +99,48 @@ class Exported:
         if name in EVENTS:
             self._record(Series(EVENT, "counter", {"event": name}), 1)
 
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+
     def _values(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._record(series_of(name), value)
 
     def _record(self, series: Series, value: float) -> None:
-        from ray.util.metrics import Counter, Gauge, Histogram
-
-        labels = {"run": self._run, **series.labels}
-        if series.name not in self._metrics:
-            about, keys = f"{series.name.removeprefix(PREFIX)} of a run of Stillhouse", tuple(labels)
-            if series.kind == "histogram":
-                made = Histogram(series.name, about, boundaries=list(SECONDS), tag_keys=keys)
-            else:
-                made = (Gauge if series.kind == "gauge" else Counter)(series.name, about, tag_keys=keys)
-            self._metrics[series.name] = made
-        metric = self._metrics[series.name]
         if not math.isfinite(value):
             return
-        if isinstance(metric, Gauge):
+        labels = {"run": self._run, **series.labels}
+        if series.name not in self._metrics:
+            self._metrics[series.name] = _made(series, tuple(labels))
+        metric = self._metrics[series.name]
+        if series.kind == "gauge":
             metric.set(value, tags=labels)
-        elif isinstance(metric, Histogram):
+            with self._lock:
+                self._gauges[series.name, *labels.values()] = metric, value, labels
+        elif series.kind == "histogram":
             metric.observe(value, tags=labels)
         elif value > 0:  # nothing to add otherwise, and Ray refuses it
             metric.inc(value, tags=labels)
+
+    def _repeat(self, again_s: float | None) -> None:
+        while not self._over.wait(again_s or _report_interval_s() / 2):
+            with self._lock:
+                for gauge, value, labels in self._gauges.values():
+                    gauge.set(value, tags=labels)
+
+
+def _made(series: Series, labels: tuple[str, ...]) -> Gauge | Counter | Histogram:
+    from ray.util.metrics import Counter, Gauge, Histogram
+
+    about = f"{series.name.removeprefix(PREFIX)} of a run of Stillhouse"
+    if series.kind == "histogram":
+        return Histogram(series.name, about, boundaries=list(SECONDS), tag_keys=labels)
+    return (Gauge if series.kind == "gauge" else Counter)(series.name, about, tag_keys=labels)
+
+
+def _report_interval_s() -> float:
+    """Of Ray's processes; it takes none below a second."""
+    import ray
+
+    return max(ray._config.metrics_report_interval_ms(), 1000) / 1000

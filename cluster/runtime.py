@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import psutil
 
-from trainer.build import FAST
+from trainer.build import FAST, LOG_LEVEL
 
 if TYPE_CHECKING:
     import torch
@@ -112,9 +112,17 @@ def environment(
     return dict(sorted(rows.items()))
 
 
+LIBRARY_LEVELS = {
+    "debug": {"VLLM_LOGGING_LEVEL": "DEBUG", "TRANSFORMERS_VERBOSITY": "info", "NCCL_DEBUG": "INFO"},
+    "error": {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"},
+}
+"""By the log level of a run; what `environment` says holds for the others. `trainer/model/zero.py` tells DeepSpeed."""
+
+
 def handed_on() -> dict[str, str]:
     """What this process was told about this project's own code, for all processes of its run, on other nodes too."""
-    return {name: os.environ[name] for name in (FAST,) if name in os.environ}
+    own = {name: os.environ[name] for name in (FAST, LOG_LEVEL) if name in os.environ}
+    return own | LIBRARY_LEVELS.get(own.get(LOG_LEVEL, ""), {})
 
 
 def cache_folder() -> Path:

@@ -16,6 +16,8 @@ from typer.main import get_command
 from launch.bench import bench_app
 from launch.cli_jobs import Config, Overrides, job_app
 from launch.identity import refuse_foreign_packages
+from launch.log_level import LogLevel, set_log_level
+from trainer.build import LOG_LEVEL
 
 app = typer.Typer(
     name="stillhouse",
@@ -77,6 +79,18 @@ def _print_version(wanted: bool) -> None:
 
 Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
 Parent = Annotated[int | None, typer.Option("--parent", metavar="PID", hidden=True)]
+LogLevelOption = Annotated[
+    LogLevel | None,
+    typer.Option(
+        "--log-level",
+        envvar=LOG_LEVEL,
+        case_sensitive=False,
+        show_default="info",
+        help="What is shown. debug: every event, piece of work and step, and all that libraries say, vLLM and "
+        "DeepSpeed in logs/ of the run folder; info: phases, steps, evaluations, notes; warning: evaluations and "
+        "notes; error: what ends the run.",
+    ),
+]
 SkipSelfTest = Annotated[
     bool, typer.Option("--skip-self-test", help="Do not test the devices first; recorded in the manifest.")
 ]
@@ -96,6 +110,7 @@ def train(
         int | None,
         typer.Option("--wait-for-nodes", metavar="N", min=1, help="Begin when N nodes of the Ray cluster are alive."),
     ] = None,
+    level: LogLevelOption = None,
     ending: Annotated[Path | None, typer.Option("--ending", metavar="FILE", hidden=True)] = None,
     parent: Parent = None,
 ) -> None:
@@ -112,6 +127,7 @@ def train(
     end_with_parent(parent)
     try:
         with system_errors():
+            set_log_level(level)
             _refuse_bad_configuration(config, overrides)
             from launch.train import train as run_training
 
@@ -124,7 +140,7 @@ def train(
 
 
 @app.command(epilog="Example: stillhouse check configs/demo.yaml")
-def check(config: Config, overrides: Overrides = None, parent: Parent = None) -> None:
+def check(config: Config, overrides: Overrides = None, level: LogLevelOption = None, parent: Parent = None) -> None:
     """Check all that needs no accelerator: configuration, models, tokenizers, rows, licences, disk.
 
     One line for each thing looked at. Exit code 0 where a run may start, 2 for the configuration, 3 for the data.
@@ -132,6 +148,7 @@ def check(config: Config, overrides: Overrides = None, parent: Parent = None) ->
     from launch.process import end_with_parent
 
     end_with_parent(parent)
+    set_log_level(level)
     _refuse_bad_configuration(config, overrides)
     from launch.check.run import check as run_check
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 
+from launch.log_level import LogLevel, log_level
+
 
 def quiet_libraries() -> None:
-    """Call before models are read: errors stay."""
+    """Call before models are read: errors stay. With log level debug nothing is silenced."""
+    if log_level() is LogLevel.debug:
+        return
     import datasets
     import transformers
 

@@ -21,6 +21,7 @@ from configs.schema import Run
 from launch.check.run import raise_problems
 from launch.contents import contents_of, dtypes_of
 from launch.export import ADAPTER, stored_dtype
+from launch.log_level import log_level
 from launch.notify import Notifier
 from launch.process import DISK_ERRORS
 from launch.quiet import quiet_libraries
@@ -191,7 +192,7 @@ def _train(
 
 def _observer(job: Job, record: Record, exported: Exported | None, stack: contextlib.ExitStack) -> RunObserver:
     """Its files and the progress are closed with the stack."""
-    progress = stack.enter_context(Progress(job.loop.total_steps))
+    progress = stack.enter_context(Progress(job.loop.total_steps, level=log_level()))
     sinks = [TensorBoardSink(job.folder)] if job.run.report.tensorboard else []
     metrics = MetricsLog(job.folder, sinks, tell=progress.note)
     observer = RunObserver(

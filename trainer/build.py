@@ -25,6 +25,9 @@ VARIABLE = "STILLHOUSE_BUILD"
 FAST = "STILLHOUSE_FAST"
 """0 in the environment of a run: all its processes compute the plain formulas (`trainer/model/fast`)."""
 
+LOG_LEVEL = "STILLHOUSE_LOG_LEVEL"
+"""debug, info, warning or error: how much a run says of itself, and its libraries into the logs of its roles."""
+
 
 @functools.cache
 def build_hash() -> str:

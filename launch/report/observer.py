@@ -142,15 +142,20 @@ class RunObserver:
             self._progress.note(f"self-test {verdict}: {fields['test']}: {fields['numbers']}")
         elif name in SHOWN:
             self._progress.note(SHOWN[name].format(**fields))
+        else:
+            self._progress.detail(f"{name}: {', '.join(f'{key} {value}' for key, value in fields.items())}")
 
     def span(self, lane: str, kind: SpanKind, start_s: float, stop_s: float, label: str = "") -> None:
         self._finished(lane, f"{kind} {label}".strip())
         self._waits.add(lane, kind, start_s, stop_s)
+        self._progress.detail(f"{lane}: {kind} {label}, {stop_s - start_s:.3f} s")
         with self._reported_once():
             self._timeline.span(lane, kind, start_s, stop_s, label)
 
     def close(self) -> None:
         """Close the files; the progress is closed by its creator."""
+        if self._exported is not None:
+            self._exported.close()
         for file in (self._metrics, self._timeline):
             with self._reported_once():
                 file.close()

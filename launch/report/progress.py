@@ -20,6 +20,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from launch.log_level import LogLevel
 from launch.report.metrics import LOSS, NOTICEABLE_PADDING, STUDENT_WAIT, TEACHER_WAIT, TOKENS_PER_S
 from launch.report.numbers import duration, fixed, share
 from trainer.types import Evaluation, StepMetrics
@@ -33,7 +34,8 @@ _WINDOW = 20
 class Progress:
     """Shows phases, steps and evaluations. `plain=None` decides by whether the console is a terminal.
 
-    `clock` is monotonic seconds. Use as a context manager, or call `close`.
+    `level`: of the least that is shown. Phases and steps are info, notes and evaluations are warning: what a person may
+    have to know. `clock` is monotonic seconds. Use as a context manager, or call `close`.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class Progress:
         console: Console | None = None,
         plain: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
+        level: LogLevel = LogLevel.info,
     ) -> None:
         self._total = total_steps
         self._console = console or Console()
         self._clock = clock
+        self._level = level
         self._started = clock()
         self._phase: str | None = None
         self._phase_started = self._started
@@ -56,7 +60,7 @@ class Progress:
         self._step_times: deque[float] = deque(maxlen=_WINDOW + 1)
         self._last: Evaluation | None = None
         self._live: Live | None = None
-        if not (plain if plain is not None else not self._console.is_terminal):
+        if level.shows(LogLevel.info) and not (plain if plain is not None else not self._console.is_terminal):
             self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
             self._live.start()
 
@@ -64,7 +68,7 @@ class Progress:
         """A part of the run that is no step has begun ("teachers: loading"); the one before it is over."""
         self._end_phase()
         self._phase, self._phase_started = text, self._clock()
-        if self._live is None:
+        if self._live is None and self._level.shows(LogLevel.info):
             self._print(f"{_clock_text(self._phase_started - self._started)}  {text}")
 
     def step(self, metrics: StepMetrics) -> None:
@@ -73,8 +77,9 @@ class Progress:
         self._step = metrics
         self._step_times.append(now)
         self._shown += 1
-        due = now - self._shown_at >= _PLAIN_EVERY_S
-        if self._live is None and (self._shown <= _FIRST_STEPS or due or metrics.step == self._total):
+        due = self._shown <= _FIRST_STEPS or now - self._shown_at >= _PLAIN_EVERY_S or metrics.step == self._total
+        due = due or self._level is LogLevel.debug
+        if self._live is None and self._level.shows(LogLevel.info) and due:
             self._shown_at = now
             self._print(f"step {metrics.step}/{self._total}  {self._numbers()}  {self._eta()}")
 
@@ -88,7 +93,13 @@ class Progress:
 
     def note(self, text: str) -> None:
         """One line that stays."""
-        self._print(text)
+        if self._level.shows(LogLevel.warning):
+            self._print(text)
+
+    def detail(self, text: str) -> None:
+        """A line for whoever searches for an error: with level debug alone."""
+        if self._level is LogLevel.debug:
+            self._print(f"{_clock_text(self._clock() - self._started)}  {text}")
 
     def close(self) -> None:
         """Leave the terminal as it was found; the last state stays on it. May be called twice."""

@@ -10,7 +10,7 @@ import pytest
 
 from cluster import runtime
 from cluster.runtime import ALL_ROLES, BOTH, CPU, ENGINES, GPU, SCORER, SETTINGS, STUDENT, RankPlace, environment
-from trainer.build import FAST
+from trainer.build import FAST, LOG_LEVEL
 
 HOST_ONLY = {
     "OMP_NUM_THREADS",
@@ -134,7 +134,18 @@ def test_a_process_that_sees_one_gpu_uses_its_first() -> None:
 
 def test_the_switch_of_the_fast_code_is_handed_on_where_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(FAST, raising=False)
+    monkeypatch.delenv(LOG_LEVEL, raising=False)
     assert runtime.handed_on() == {}
     monkeypatch.setenv(FAST, "0")
     monkeypatch.setenv("ANOTHER", "1")
     assert runtime.handed_on() == {"STILLHOUSE_FAST": "0"}
+
+
+@pytest.mark.parametrize(("level", "vllm"), [("debug", "DEBUG"), ("info", None), ("warning", None), ("error", "ERROR")])
+def test_a_log_level_reaches_the_libraries_of_all_processes(
+    level: str, vllm: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LOG_LEVEL, level)
+    environment = runtime.environment("scorer", CPU) | runtime.handed_on()
+    assert environment[LOG_LEVEL] == level
+    assert environment["VLLM_LOGGING_LEVEL"] == (vllm or "WARNING")

@@ -166,3 +166,9 @@ def test_somebody_elses_package_of_our_name_is_refused(name: str, init: bool, tm
         assert "Traceback" not in result.stderr
     else:  # a folder without __init__.py never wins over a package
         assert result.returncode == 0, result.stderr
+
+
+def test_a_log_level_that_is_none_is_refused_with_those_that_are() -> None:
+    result = run("check", "run.yaml", STILLHOUSE_LOG_LEVEL="loud")
+    assert result.returncode == 2
+    assert "'loud' is not one of 'debug', 'info', 'warning', 'error'" in result.stderr

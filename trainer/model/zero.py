@@ -30,6 +30,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from configs.schema import Optimizer
+from trainer.build import LOG_LEVEL
 from trainer.errors import ConfigError, InfrastructureError
 from trainer.model.optimizer import parameter_groups
 
@@ -50,6 +51,8 @@ def start_processes(*, backend: str, timeout_s: float, rank: int, world: int, de
 
     Every collective ends after `timeout_s`, DeepSpeed's own groups included. False in a process that had joined before.
     """
+    if os.environ.get(LOG_LEVEL) in ("debug", "error"):
+        deepspeed.utils.logging.set_log_level_from_string(os.environ[LOG_LEVEL])
     # An operator for inference only, compiled with g++ at this point and leaving files in /dev/shm when killed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(seconds=timeout_s)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from launch.log_level import LogLevel
 from launch.report.metrics import STUDENT_WAIT, TEACHER_WAIT, TOKENS_PER_S, MetricsLog, Timeline, read_metrics
 from launch.report.numbers import duration
 from launch.report.observer import RunObserver
@@ -31,19 +32,32 @@ def evaluation(step: int, kl: float, agreement: float = 0.5) -> Evaluation:
     )
 
 
-def plain_run(steps: int, seconds_per_step: float) -> list[str]:
+def plain_run(steps: int, seconds_per_step: float, level: LogLevel = LogLevel.info) -> list[str]:
     text, clock = io.StringIO(), Clock()
-    with Progress(steps, console=Console(file=text, width=40), clock=clock) as progress:
+    with Progress(steps, console=Console(file=text, width=40), clock=clock, level=level) as progress:
         progress.phase("teachers: loading [weights]")
         clock.now += 12.3
         first = evaluation(0, 6.31, 0.061)
         progress.evaluation(first, None)
+        progress.detail("checkpoint: at_step 2")
         for number in range(1, steps + 1):
             clock.now += seconds_per_step
             values = {"train/loss": 2.0, TOKENS_PER_S: 1234.4, STUDENT_WAIT: 0.25, TEACHER_WAIT: 0.5}
             progress.step(StepMetrics(number, values))
         progress.evaluation(evaluation(steps, 1.05, 0.56), first)
     return text.getvalue().splitlines()
+
+
+def test_a_log_level_leaves_out_what_is_below_it() -> None:
+    begun = {
+        level: [line.strip("[ ").split(" ")[0] for line in plain_run(steps=9, seconds_per_step=1.0, level=level)]
+        for level in LogLevel
+    }
+    steps = ["step"] * 4  # three and the last
+    assert begun[LogLevel.debug] == ["0.0", "evaluation", "12.3", *["step"] * 9, "evaluation"]
+    assert begun[LogLevel.info] == ["0.0", "evaluation", *steps, "evaluation"]
+    assert begun[LogLevel.warning] == ["evaluation", "evaluation"]
+    assert begun[LogLevel.error] == []
 
 
 def test_plain_output_is_sparse_and_complete() -> None:
