@@ -16,8 +16,7 @@ from typer.main import get_command
 from launch.bench import bench_app
 from launch.cli_jobs import Config, Overrides, job_app
 from launch.identity import refuse_foreign_packages
-from launch.log_level import LogLevel, set_log_level
-from trainer.build import LOG_LEVEL
+from launch.log_level import LOG_LEVEL, LogLevel, set_log_level
 
 app = typer.Typer(
     name="stillhouse",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from enum import StrEnum
 
-from trainer.build import LOG_LEVEL
+LOG_LEVEL = "STILLHOUSE_LOG_LEVEL"
+"""As `trainer/build.py` says it to the processes of a run: the command has this before it imports anything."""
 
 
 class LogLevel(StrEnum):

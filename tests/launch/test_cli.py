@@ -13,8 +13,9 @@ import pytest
 import typer
 from typer.main import get_command
 
-from launch import cli
+from launch import cli, log_level
 from launch.cli import app
+from trainer import build
 from trainer.errors import ConfigError, DataError, Diverged, InfrastructureError, Preempted, StillhouseError
 
 HEAVY = ("torch", "ray", "transformers", "datasets", "vllm", "deepspeed", "numpy", "pandas", "matplotlib")
@@ -166,6 +167,10 @@ def test_somebody_elses_package_of_our_name_is_refused(name: str, init: bool, tm
         assert "Traceback" not in result.stderr
     else:  # a folder without __init__.py never wins over a package
         assert result.returncode == 0, result.stderr
+
+
+def test_commands_and_roles_mean_the_same_variable() -> None:
+    assert log_level.LOG_LEVEL == build.LOG_LEVEL
 
 
 def test_a_log_level_that_is_none_is_refused_with_those_that_are() -> None:
