@@ -20,6 +20,7 @@ from configs.models import LoRA, ModelSource, Student
 from trainer.errors import ConfigError
 from trainer.model.config_bounds import config_file
 from trainer.model.load import add_adapters, build_on_meta, load_config
+from trainer.model.sizes import ModelSizes, sizes_of
 from trainer.model.suitability import refuse_unsuitable
 from trainer.model.weights import SAFETENSORS, read_table, refuse_other_tensors, shard_names, weight_files
 
@@ -32,6 +33,7 @@ class ModelFacts:
     num_parameters: int
     num_adapter_parameters: int  # that LoRA would add; 0 without
     max_length: int | None  # tokens its positions are made for, where the architecture says
+    sizes: ModelSizes | None = None  # with the adapters
 
 
 def find_model(source: ModelSource, *, path_name: str, needs_weights: bool) -> str:
@@ -97,6 +99,7 @@ def read_facts(
         num_parameters=num_parameters,
         num_adapter_parameters=0 if lora is None else _adapter_parameters(model, lora),
         max_length=getattr(config.get_text_config(), "max_position_embeddings", None),
+        sizes=sizes_of(model),
     )
 
 

@@ -10,6 +10,10 @@ from cluster.runtime import actors_of
 from configs.engines import Engine
 from configs.labels import Labels
 
+LABEL_CHUNK_ROWS = 512
+"""Rows of labels whose logits exist at once: many enough for an efficient product with lm_head, few enough to stay
+small."""
+
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:

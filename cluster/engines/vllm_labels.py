@@ -28,6 +28,7 @@ from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 from vllm.pooling_params import PoolingParams
 from vllm.v1.pool.metadata import PoolingMetadata
 
+from cluster.engines.plan import LABEL_CHUNK_ROWS
 from configs.labels import LABELS
 from trainer.build import check_build
 from trainer.labels.encoding import Encoding, TeacherShape, load_encoding, pack_rows
@@ -37,9 +38,6 @@ ARCHITECTURE_VARIABLE = "STILLHOUSE_TEACHER_ARCHITECTURE"
 
 TASK = "token_classify"
 """The pooling task that both of vLLM's model runners pass through to a pooler of our own."""
-
-CHUNK_ROWS = 512
-"""Rows whose logits exist at once: many enough for an efficient product with lm_head, few enough to stay small."""
 
 
 def register() -> None:
@@ -176,7 +174,7 @@ class LabelPooler(Pooler):
         target_ids = torch.cat([part.target_ids for part in parts]).to(device, non_blocking=True)
         layout = encoding.layout(TeacherShape(ask.vocabulary_size, hidden_states.shape[-1], hidden_states.dtype))
         chunks = []
-        for chunk, following in zip(rows.split(CHUNK_ROWS), target_ids.split(CHUNK_ROWS), strict=True):
+        for chunk, following in zip(rows.split(LABEL_CHUNK_ROWS), target_ids.split(LABEL_CHUNK_ROWS), strict=True):
             source = hidden_states[chunk]
             if encoding.needs == "logits":
                 source = self.compute_logits(source)  # a collective: every rank computes as many chunks
@@ -203,7 +201,7 @@ class LabelPooler(Pooler):
 
     def _profile(self, hidden_states: torch.Tensor, *, num_requests: int) -> list[torch.Tensor]:
         """vLLM measures the memory of a step with dummy requests: use what a chunk of labels uses at its peak."""
-        logits = self.compute_logits(hidden_states[:CHUNK_ROWS])
+        logits = self.compute_logits(hidden_states[:LABEL_CHUNK_ROWS])
         if logits is not None:
             logits.float().log_softmax(dim=-1)
         return [torch.empty(0, 0, dtype=torch.uint8, device=hidden_states.device) for _ in range(num_requests)]

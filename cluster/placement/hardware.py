@@ -24,6 +24,24 @@ PROBE_TIMEOUT_S = 60.0
 
 _GIB = 2**30
 
+GPU_MEMORY_GIB = {
+    **{"K80": 11.2, "P4": 7.6, "P40": 22.5, "P100": 15.9, "V100": 31.7, "T4": 14.6},
+    **{
+        "A10": 22.0,
+        "A10G": 22.0,
+        "A16": 14.6,
+        "A30": 23.6,
+        "A40": 44.4,
+        "A100": 79.1,
+        "A100-40G": 39.4,
+        "A100-80G": 79.1,
+    },
+    **{"L4": 22.0, "L40": 44.4, "L40S": 44.4, "H20": 95.0, "H100": 79.1, "H200": 139.8, "B200": 178.3, "B300": 268.0},
+    **{"3090": 23.6, "4090": 23.5, "5090": 31.4},
+}
+"""By the name of a kind, as Ray and `_short_name` have it: what its driver reports in all, without ECC. Where a name
+stands for several sizes, the largest, so that nothing is refused that might fit."""
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -40,6 +58,7 @@ class Node:
     labels: Mapping[str, str] = field(default_factory=dict)  # of Ray, those it gives itself (ray.io/...) included
     accelerator_types: tuple[str, ...] = ()  # further names under which Ray knows its accelerators
     host: str = ""  # for people, where `name` is an id
+    gpu_memory_bytes: int | None = None  # of each GPU, where the driver said it
 
     @property
     def free_gpus(self) -> int:
@@ -105,6 +124,7 @@ class Hardware:
                     num_cpus=host.num_cpus,
                     gpus=((*kinds, "GPU")[0],) * num_gpus,
                     memory_bytes=host.memory_bytes,
+                    gpu_memory_bytes=host.gpu_memory_bytes,
                     cpu_has_amx_bf16=host.cpu_has_amx_bf16,
                     num_slots=int(resources.get("CPU", 0)),
                     num_free_gpus=int(available.get("GPU", 0)),
@@ -115,6 +135,12 @@ class Hardware:
                 )
             )
         return cls(tuple(nodes))
+
+
+def gpu_memory_bytes(kind: str) -> int | None:
+    """Of a kind of GPU by its name; None where the name is not known."""
+    known = GPU_MEMORY_GIB.get(kind)
+    return None if known is None else int(known * _GIB)
 
 
 def gpu_has_bfloat16(name: str) -> bool:
@@ -131,6 +157,7 @@ def local_node() -> Node:
         num_cpus=_num_cores(),
         gpus=_local_gpus(),
         memory_bytes=_memory_bytes(),
+        gpu_memory_bytes=_stated_gpu_memory(_gpu_models()),
         cpu_has_amx_bf16=" amx_bf16" in flags,
     )
 
@@ -173,13 +200,24 @@ def _local_gpus() -> tuple[str, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = sorted(Path("/dev").glob("nvidia[0-9]*"))
     count = len(devices) if visible is None else min(len(devices), len([item for item in visible.split(",") if item]))
-    names = [
+    names = _gpu_models()
+    kind = _short_name(names[0]) if names else "GPU"
+    return (kind,) * count
+
+
+def _gpu_models() -> list[str]:
+    """As the driver calls them: `NVIDIA H100 80GB HBM3`."""
+    return [
         match[1].strip()
         for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
         if (match := re.search(r"^Model:\s*(.+)$", _read(str(file)), re.MULTILINE))
     ]
-    kind = _short_name(names[0]) if names else "GPU"
-    return (kind,) * count
+
+
+def _stated_gpu_memory(models: Sequence[str]) -> int | None:
+    """Many names say the size, such as 80GB, of which the driver keeps a hundredth."""
+    sizes = [int(found[1]) for model in models if (found := re.search(r"\b(\d+) ?GB\b", model))]
+    return int(min(sizes) * 0.985 * _GIB) if sizes else None
 
 
 def _short_name(model: str) -> str:

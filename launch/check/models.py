@@ -87,9 +87,8 @@ def tokenizers(run: Run, inputs: list[Inputs]) -> Iterator[Finding]:
     yield attempt("tokenizers", lambda: inputs.append(read_inputs(run)), say)
 
 
-def label_bytes(run: Run, inputs: Inputs) -> Iterator[Finding]:
-    """Whether the labels can be made over this vocabulary, and what one costs."""
-    num_bytes: list[int] = []
+def label_bytes(run: Run, inputs: Inputs, num_bytes: list[int]) -> Iterator[Finding]:
+    """Whether the labels can be made over this vocabulary, and what one costs, which is added to `num_bytes`."""
 
     def look() -> None:
         num_bytes.append(

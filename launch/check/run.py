@@ -24,7 +24,7 @@ from configs.load import LoadedRun, load_run, run_folder
 from configs.losses import Term
 from configs.rules import teacher_place, teachers_by_place, unused_teachers
 from configs.schema import Run
-from launch.check import models, places, rows
+from launch.check import memory, models, places, rows
 from launch.check.needs import needs_of
 from launch.check.watching import examine_metrics, examine_notify
 from launch.contents import contents_of
@@ -112,8 +112,9 @@ def examine(run: Run, inputs: list[Inputs] | None = None) -> Iterator[Finding]:
         yield from models.tokenizers(run, inputs)
     else:
         yield Finding("not checked", "tokenizers", "they need all models")
+    row_bytes: list[int] = []
     if inputs:
-        yield from models.label_bytes(run, inputs[0])
+        yield from models.label_bytes(run, inputs[0], row_bytes)
     yield from rows.examine_rows(run, inputs[0] if inputs else None)
     for place, teacher in teachers_by_place(run).items():
         if place in facts:
@@ -122,6 +123,8 @@ def examine(run: Run, inputs: list[Inputs] | None = None) -> Iterator[Finding]:
             yield from models.generation(run, place, teacher)
     yield from models.attention(run, known=known)
     yield from places.placement(run, sources, known=known)
+    hardware, offer = memory.machines_here(run)
+    yield from memory.examine_memory(run, facts, label_bytes=sum(row_bytes), offer=offer, hardware=hardware)
     yield from models.licences(run)
     yield from places.examine_folder(run, facts.get("student"))
     yield from examine_metrics(run)

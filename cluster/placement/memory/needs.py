@@ -1,0 +1,142 @@
+"""The memory of all roles of a run, as a function of its configuration, the sizes of its models, and the devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cluster.placement.choices import DtypeRule
+from cluster.placement.memory.parts import Part, RoleMemory
+from cluster.placement.memory.processes import CONTROLLER_BASE, RAY_BASE
+from cluster.placement.memory.student import StudentLoad, fallback_pass, student_memory
+from cluster.placement.memory.teacher import EngineLoad, engine_memory
+from cluster.placement.roles import prefix_of, started_roles
+from cluster.runtime import CONTROLLER, GPU, STUDENT, Role, actors_of
+from configs.engines import ENGINES, Vllm
+from configs.held_out import held_out_sets
+from configs.labels import Hidden
+from configs.models import Replicas, Teacher
+from configs.rules import teacher_place
+from configs.schema import Run
+from trainer.model.sizes import ModelSizes, PassMemory
+from trainer.model.zero_config import deepspeed_config
+
+WIDTHS = {"bfloat16": 2, "float32": 4}
+
+Body = Callable[[Run, str], PassMemory | None]
+"""One pass of the student's body at `pass_tokens` of the run, in a dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownSizes:
+    """What was read of a run's models."""
+
+    student: Callable[[Run], ModelSizes]  # with the run's adapters
+    body: Body
+    teachers: Mapping[str, ModelSizes]  # by name
+    quantised: Mapping[str, int]  # name -> bytes of the files, of teachers that are held as they are stored
+    label_bytes: int = 0  # of one row of labels, at most
+
+
+def pass_tokens(run: Run) -> int:
+    """Of the largest micro-batch: a sequence is never cut, so that one may be longer than the budget."""
+    return max(run.training.micro_batch_tokens, run.data.max_length)
+
+
+def memory_needs(run: Run, known: KnownSizes, rule: DtypeRule) -> tuple[RoleMemory, ...]:
+    """`rule`: which accelerator and dtypes the machines have."""
+    found = [_student(run, known, rule)]
+    for name, roles in started_roles(run).items():
+        teacher = run.teachers_by_name()[name]
+        found += [_engine(run, known, rule, teacher, role, replicas) for role, replicas in roles.items()]
+    if run.runtime == "in_process":
+        return (_in_one_process(found),)
+    return (*found, RoleMemory(CONTROLLER, 1, host=(Part("process", CONTROLLER_BASE), Part("Ray", RAY_BASE))))
+
+
+def _student(run: Run, known: KnownSizes, rule: DtypeRule) -> RoleMemory:
+    dtype, tokens, sizes = rule.choose(STUDENT, run.student.dtype), pass_tokens(run), known.student(run)
+    body = known.body(run, dtype) or fallback_pass(
+        sizes, tokens, WIDTHS[dtype], checkpointing=run.student.activation_checkpointing
+    )
+    config = deepspeed_config(
+        student=run.student,
+        optimizer=run.optimizer,
+        dtype=dtype,
+        on_accelerator=rule.accelerator == GPU,
+        hidden_size=sizes.hidden_size,
+    )
+    step_tokens = run.training.sequences_per_step * run.data.max_length
+    load = StudentLoad(
+        ranks=run.student.ranks,
+        accelerator=rule.accelerator,
+        width=WIDTHS[dtype],
+        deepspeed=config,
+        chunk_rows=run.student.loss_chunk_rows,
+        rows=tokens,
+        micro_batches=math.ceil(step_tokens / (run.student.ranks * tokens)),
+        teacher_heads=_teacher_heads(run, known, rule),
+        compares_hidden=any(isinstance(task.soft_labels, Hidden) for task in run.resolved_tasks().values()),
+        labels=_waiting_labels(run, known),
+        batch_labels=tokens * known.label_bytes,
+    )
+    return student_memory(sizes, body, load)
+
+
+def _teacher_heads(run: Run, known: KnownSizes, rule: DtypeRule) -> int:
+    """Of each teacher whose hidden states come to the ranks: as labels, or of the held-out rows."""
+    tasks = run.resolved_tasks().values()
+    asked = {name for task in tasks if isinstance(task.soft_labels, Hidden) for name in task.teachers}
+    if held_out_sets(run):
+        asked |= {name for task in tasks if task.soft_labels is not None for name in task.teachers}
+    total = 0
+    for name in asked & known.teachers.keys():
+        dtype = rule.choose(name, run.teachers_by_name()[name].scorer.dtype)
+        total += known.teachers[name].head * WIDTHS[dtype]
+    return total
+
+
+def _waiting_labels(run: Run, known: KnownSizes) -> int:
+    """Of the steps that are scored ahead and the one that is trained, in each rank."""
+    rows = run.training.sequences_per_step * run.data.max_length * (run.training.depth + 1)
+    return min(rows * known.label_bytes, run.training.max_label_bytes) // run.student.ranks
+
+
+def _engine(
+    run: Run, known: KnownSizes, rule: DtypeRule, teacher: Teacher, role: Role, replicas: Replicas
+) -> RoleMemory:
+    place = f"{teacher_place(run, teacher.name)}.{role}"
+    dtype, sizes = rule.choose(place, replicas.dtype), known.teachers[teacher.name]
+    load = EngineLoad(
+        role=role,
+        actors=actors_of(role, prefix_of(run, teacher.name)),
+        kind=replicas.engine.kind,
+        replicas=replicas.replicas,
+        shards=replicas.tensor_parallel_size,
+        accelerator=rule.accelerator,
+        width=WIDTHS[dtype],
+        weights=known.quantised.get(teacher.name, sizes.all * WIDTHS[dtype]),
+        max_length=run.data.max_length,
+        arguments=_arguments(run, rule, role, replicas, dtype) if isinstance(replicas.engine, Vllm) else {},
+    )
+    return replace(engine_memory(sizes, load), place=place)
+
+
+def _arguments(run: Run, rule: DtypeRule, role: Role, replicas: Replicas, dtype: str) -> Mapping[str, Any]:
+    return ENGINES.load(replicas.engine).arguments(
+        role=role,
+        dtype=dtype,
+        tensor_parallel_size=replicas.tensor_parallel_size,
+        max_length=run.data.max_length,
+        accelerator=rule.accelerator,
+    )
+
+
+def _in_one_process(roles: list[RoleMemory]) -> RoleMemory:
+    """Everything but what a process has anyway, which is there once."""
+    parts = [part for role in roles for part in role.host if part.name != "process"]
+    base = max(part.num_bytes for role in roles for part in role.host if part.name == "process")
+    device = tuple(part for role in roles for part in role.device)
+    return RoleMemory("student and teachers", 1, device, (*parts, Part("process", base)))

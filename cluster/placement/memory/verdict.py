@@ -1,0 +1,138 @@
+"""What a run needs beside what is offered: whether it fits, and which settings would need less. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cluster.placement.choices import DtypeRule
+from cluster.placement.hardware import Hardware, gpu_memory_bytes
+from cluster.placement.memory.needs import KnownSizes, memory_needs
+from cluster.placement.memory.parts import MARGIN, RoleMemory, certain
+from cluster.runtime import GPU, STUDENT
+from configs.models import LoRA
+from configs.schema import Run
+
+Fit = Literal["fits", "close", "over", "cannot"]
+"""close: only if the estimate is not too low. over: not by the estimate. cannot: its certain parts alone are more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a run may use."""
+
+    where: str  # for people: `this machine`
+    host_bytes: int  # of all machines together, swap included
+    gpus: tuple[int | None, ...] = ()  # memory of each, where it is known
+
+    @classmethod
+    def of(cls, hardware: Hardware, where: str, *, swap_bytes: int = 0) -> Offer:
+        gpus = [node.gpu_memory_bytes or gpu_memory_bytes(kind) for node in hardware.nodes for kind in node.gpus]
+        return cls(where, sum(node.memory_bytes for node in hardware.nodes) + swap_bytes, tuple(gpus))
+
+    @property
+    def gpu_bytes(self) -> int | None:
+        """Of the largest GPU: where kinds differ, which role gets which is decided later. None where unknown."""
+        known = [size for size in self.gpus if size is not None]
+        return max(known) if known and len(known) == len(self.gpus) else None
+
+
+def fit(needed: int, sure: int, offered: int) -> Fit:
+    if sure > offered:
+        return "cannot"
+    if needed > offered:
+        return "over"
+    return "close" if needed * (1 + MARGIN) > offered else "fits"
+
+
+def device_fit(role: RoleMemory, offered: int) -> Fit:
+    """Of each device of a role, as far as the role may use it."""
+    return fit(role.device_bytes, certain(role.device), int(offered * role.share))
+
+
+def host_fit(roles: Sequence[RoleMemory], offered: int) -> Fit:
+    """Of all processes together."""
+    return fit(host_bytes(roles), sum(certain(role.host) * role.processes for role in roles), offered)
+
+
+def host_bytes(roles: Sequence[RoleMemory]) -> int:
+    return sum(role.host_bytes * role.processes for role in roles)
+
+
+def num_devices(roles: Sequence[RoleMemory]) -> int:
+    return sum(role.processes for role in roles if role.device)
+
+
+def savings(run: Run, known: KnownSizes, rule: DtypeRule, role: str | None) -> Iterator[tuple[str, int]]:
+    """(settings to write, what the role's device then needs; of all processes where `role` is None), of each change
+    that saves, then of all of them together."""
+    before, together, texts = _needed(run, known, rule, role), run, []
+    for name, value in _candidates(run, role, on_gpu=rule.accelerator == GPU):
+        changed = _with(run, name, value)
+        needed = _needed(changed, known, rule, role)
+        if needed < 0.98 * before:
+            yield f"{name}: {_yaml(value)}", needed
+            texts.append(f"{name}: {_yaml(value)}")
+            together = _with(together, name, value)
+    if len(texts) > 1:
+        yield f"{', '.join(texts[:-1])} and {texts[-1]} together", _needed(together, known, rule, role)
+
+
+def _needed(run: Run, known: KnownSizes, rule: DtypeRule, role: str | None) -> int:
+    roles = memory_needs(run, known, rule)
+    if role is None:
+        return host_bytes(roles)
+    return next(one.device_bytes for one in roles if one.role == role)
+
+
+def _candidates(run: Run, role: str | None, *, on_gpu: bool) -> Iterator[tuple[str, Any]]:
+    """Settings in the order in which they cost least."""
+    if role in (STUDENT, None):
+        yield from _of_student(run, on_gpu=on_gpu)
+    for name, teacher in run.named_teachers().items():
+        place = "teacher" if run.teacher is not None else f"teachers.{name}"
+        for kind, replicas in teacher.roles().items():
+            if on_gpu and role is not None and role.endswith(kind):
+                yield from ((f"{place}.{kind}.tensor_parallel_size", replicas.tensor_parallel_size * n) for n in (2, 4))
+            if role is None and replicas.replicas > 1:
+                yield f"{place}.{kind}.replicas", 1
+
+
+def _of_student(run: Run, *, on_gpu: bool) -> Iterator[tuple[str, Any]]:
+    student = run.student
+    if run.training.micro_batch_tokens > run.data.max_length:
+        yield "training.micro_batch_tokens", run.data.max_length
+    if student.loss_chunk_rows > 128:
+        yield "student.loss_chunk_rows", 128
+    if not student.activation_checkpointing:
+        yield "student.activation_checkpointing", True
+    if student.zero_stage != 3 and student.ranks > 1:
+        yield "student.zero_stage", 3
+    if on_gpu:
+        yield "student.ranks", student.ranks * 2
+        if student.offload == "none":
+            yield "student.offload", "optimizer"
+    elif student.ranks > 1:
+        yield "student.ranks", 1
+    if student.lora is None:
+        yield "student.lora", {"rank": 16}
+
+
+def _with(run: Run, name: str, value: Any) -> Run:
+    """The run with one setting; not validated, since it is only measured."""
+    return _changed(run, name.split("."), LoRA(**value) if name == "student.lora" else value)
+
+
+def _changed(holder: Any, path: list[str], value: Any) -> Any:
+    if not path:
+        return value
+    if isinstance(holder, dict):
+        return {**holder, path[0]: _changed(holder[path[0]], path[1:], value)}
+    return holder.model_copy(update={path[0]: _changed(getattr(holder, path[0]), path[1:], value)})
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
