@@ -74,13 +74,13 @@ def shared(stage: int, *, ranks: int, dtype: str = "bfloat16", **student: object
 
 @pytest.mark.parametrize("ranks", [1, 8, 64])
 def test_states_agree_with_what_deepspeed_estimates(ranks: int) -> None:
-    """It counts 2 bytes a weight for gradients in 16 bit that the stages keep in a bucket here."""
+    """At stage 2 it counts 2 bytes a weight for gradients in 16 bit, which are in a bucket here."""
     two, three = shared(2, ranks=ranks), shared(3, ranks=ranks)
     _, theirs = estimate_zero2_model_states_mem_needs(MIDDLE.all, num_gpus_per_node=ranks, cpu_offload=False)
     assert two.weights + two.optimizer + two.step == pytest.approx(theirs - 2 * MIDDLE.all / ranks, rel=1e-3)
     _, theirs, _ = estimate_zero3_model_states_mem_needs(MIDDLE.all, 0, num_gpus_per_node=ranks, cpu_offload=False)
     gradients = 4 * MIDDLE.all / ranks
-    assert three.weights + three.optimizer + gradients == pytest.approx(theirs - 2 * MIDDLE.all / ranks, rel=0.01)
+    assert three.weights + three.optimizer + gradients == pytest.approx(theirs, rel=0.01)
     assert three.gradients > gradients, "the buckets"
 
 
