@@ -17,7 +17,7 @@ from configs.models import ModelSource
 from configs.paths import ROOT
 from configs.schema import Run
 from configs.section import MAIN
-from trainer.answers.dataset import answered_by_dataset
+from trainer.answers.dataset import answers_of_dataset
 from trainer.data.vocabulary import load_tokenizer
 from trainer.loop.inputs import Inputs, read_inputs
 from trainer.loop.rows import open_stream
@@ -118,4 +118,4 @@ def same_sequences(run: Run, inputs: Inputs | None = None) -> list[Sequence]:
     """What the run's stream will give, in its order, for all its steps."""
     stream = open_stream(run, run.resolved_tasks()[MAIN], inputs or read_inputs(run), quarantine=None)
     count = (run.training.steps or 0) * run.training.sequences_per_step
-    return [answered_by_dataset(prompt) for prompt in stream.take(count)]
+    return [row for prompt in stream.take(count) for row in answers_of_dataset(prompt)]

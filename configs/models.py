@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, field_validator, model_validator
+from pydantic import Field, JsonValue, PositiveFloat, field_validator, model_validator
 
 from configs.engines import AnyEngine, Hf, Vllm
 from configs.paths import expand_home, with_known_home
@@ -164,6 +164,11 @@ class Teacher(Section):
     name: str = Field("teacher", pattern=NAME, description="In metrics; under teachers it is the key.")
     model: ModelSource
     chat_template: str | None = Field(None, description="Path of a jinja file; None: the teacher's own template.")
+    template_arguments: dict[str, JsonValue] = Field(
+        {},
+        description="Variables handed to the chat template wherever it is rendered, such as {enable_thinking: false}; "
+        "those of a row (chat_template_kwargs) win.",
+    )
     scorer: Replicas = Field(default_factory=Replicas)
     generator: Replicas | None = Field(None, description="Needed where the teacher writes answers.")
 

@@ -61,6 +61,12 @@ class Dataset(Section):
         "data.question is the field question inside data.",
     )
     max_rows: Positive | None = Field(None, description="Read only the first rows.")
+    loss_on: Literal["all", "last"] = Field(
+        "all", description="Which assistant turns of a conversation are learnt; last: its last one alone."
+    )
+    system_prompt: str | None = Field(
+        None, min_length=1, description="Put before each conversation that has no system turn of its own."
+    )
 
     @property
     def paths(self) -> tuple[str, ...]:

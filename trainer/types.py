@@ -99,6 +99,15 @@ class Cursor:
 
 
 @dataclass(frozen=True, slots=True)
+class RowText:
+    """One of the texts that a row becomes."""
+
+    token_ids: np.ndarray  # int32 [L]
+    loss_mask: np.ndarray | None  # bool [L], shifted (module docstring); None: the answer is to be written
+    row_weights: np.ndarray | None = None  # float32 [L], shifted: of each row in the row terms; None: all 1
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One row of a dataset, rendered and tokenised once.
 
@@ -112,8 +121,10 @@ class Prompt:
     origin: str  # "file:line" or "dataset[row]", for messages to people
     task: str = MAIN
     teacher: str = ""  # who is asked about it; empty where nobody is, or where there is one teacher
-    alternatives: tuple[tuple[np.ndarray, np.ndarray], ...] = ()  # further answers: (token_ids, loss_mask) of each
-    weight: float = 1.0  # of its answer's rows in the row terms of the objective
+    row_weights: np.ndarray | None = None  # float32 [L], as in `RowText`
+    alternatives: tuple[RowText, ...] = ()  # further answers, which are compared with the first
+    turns: tuple[RowText, ...] = ()  # further turns of a conversation that is no single text for its template
+    weight: float = 1.0  # of its answers' rows in the row terms of the objective, `row_weights` apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +199,8 @@ class Sequence:
     task: str = MAIN
     teacher: str = ""  # who scores it; empty where nobody does, or where there is one teacher
     weight: float = 1.0  # of all its rows in the row terms of the objective
+    row_weights: np.ndarray | None = None  # float32 [L], as in `RowText`; `weight` multiplies them
+    is_turn: bool = False  # of a conversation of several sequences: `sample` counts its texts, each with its own prompt
     reward: float | None = None
     version: str = ""  # of the author's weights
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # float32 [L] each, shifted as the mask is
@@ -200,7 +213,7 @@ class Sequence:
     @property
     def group(self) -> tuple[str, str]:
         """Equal for the answers to one prompt of one task."""
-        return self.task, self.prompt_id
+        return self.task, self.id if self.is_turn else self.prompt_id
 
     @property
     def kind(self) -> tuple[str, str]:

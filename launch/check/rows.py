@@ -93,7 +93,7 @@ def _dataset(
         lengths = f"{report.min_tokens} to {report.max_tokens} tokens, median {report.median_tokens}"
         written = report.num_ok - report.num_answered
         answers = f"; {report.num_answered} have answers, the teacher writes those of {written}" if written else ""
-        return f"{counts}; {lengths}{answers}"
+        return f"{counts}; {lengths}{answers}{_split(report)}"
 
     yield attempt(subject, read, say)
     if reports and reports[0].num_ok:
@@ -113,6 +113,13 @@ def _dataset(
         if report.num_dropped or report.num_truncated:
             text = f"{report.num_dropped} rows are too long and dropped, {report.num_truncated} truncated"
             yield warning(subject, f"{place}: {text}")
+
+
+def _split(report: RowReport) -> str:
+    if not report.num_split:
+        return ""
+    what = "conversation" if report.num_split == 1 else "conversations"
+    return f"; {report.num_split} {what} became {report.num_of_split} sequences: the template rewrites earlier turns"
 
 
 def _epochs(run: Run, steps: int, *, rows: int) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import replace
 from typing import ClassVar
 
 from configs.answers import DatasetAnswers
 from trainer.errors import DataError
 from trainer.protocols import AnswerCollector, Author
-from trainer.types import AnswerCounters, Collected, Prompt, Sequence
+from trainer.types import AnswerCounters, Collected, Prompt, RowText, Sequence
 
 
 class AnswerSource(DatasetAnswers):
@@ -36,24 +35,25 @@ class GivenAnswers:
 
 
 def answers_of_dataset(prompt: Prompt) -> list[Sequence]:
-    """One sequence per answer of the row: of a preference the chosen one is sample 0, the rejected one sample 1."""
-    first = answered_by_dataset(prompt)
-    others = enumerate(prompt.alternatives, start=1)
-    return [first, *(replace(first, token_ids=ids, loss_mask=mask, sample=sample) for sample, (ids, mask) in others)]
-
-
-def answered_by_dataset(prompt: Prompt) -> Sequence:
-    """The sequence of a prompt that came with its answer."""
+    """One sequence per answer of the row: of a preference the chosen one is sample 0, the rejected one sample 1. Of a
+    conversation that is no single text for its template, one per text."""
     if prompt.loss_mask is None:
         raise DataError(
             f"{prompt.origin}: has no answer; answers: teacher and teacher.generator: {{}} let the teacher write it"
         )
-    return Sequence(
-        prompt.id,
-        prompt.token_ids,
-        prompt.loss_mask,
-        author="dataset",
-        task=prompt.task,
-        teacher=prompt.teacher,
-        weight=prompt.weight,
-    )
+    first = RowText(prompt.token_ids, prompt.loss_mask, prompt.row_weights)
+    return [
+        Sequence(
+            prompt.id,
+            text.token_ids,
+            text.loss_mask,
+            author="dataset",
+            sample=sample,
+            task=prompt.task,
+            teacher=prompt.teacher,
+            weight=prompt.weight,
+            row_weights=text.row_weights,
+            is_turn=bool(prompt.turns),
+        )
+        for sample, text in enumerate((first, *prompt.turns, *prompt.alternatives))
+    ]

@@ -12,7 +12,7 @@ from collections.abc import Sequence as AbstractSequence
 import numpy as np
 
 from configs.answers import TeacherAnswers
-from trainer.answers.dataset import answered_by_dataset
+from trainer.answers.dataset import answers_of_dataset
 from trainer.errors import DataError
 from trainer.protocols import AnswerCollector, Author
 from trainer.types import AnswerCounters, Collected, Completion, GenerationRequest, Prompt, Sampling, Sequence
@@ -63,7 +63,7 @@ class WrittenAnswers:
         sequences, counters = [], AnswerCounters()
         for prompt in prompts:
             if prompt.loss_mask is not None:
-                sequences.append(answered_by_dataset(prompt))
+                sequences += answers_of_dataset(prompt)
                 continue
             for sample in range(self._source.n):
                 completion = written[prompt.id, sample]

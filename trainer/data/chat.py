@@ -1,21 +1,15 @@
 """Conversations and text as token ids, and which of them are answers; nothing else renders a chat template.
 
-Chat templates rarely mark what the model writes, so answers are found by rendered prefixes. For assistant turn i
+    messages, tools --> Conversation --rendered--> TurnFinder: texts with answers --tokenised--> RowText
 
-    render(messages[:i], add_generation_prompt=True)   what a generator reads     ^ must be a prefix of
-    render(messages[:i + 1])                           ... answer <end> rest   ^ must be, up to <end>, a prefix of
-    render(messages)                                   the whole text
-
-and the answer is what lies between the first and <end>, the end-of-turn token included. The ids are those of the whole
-text; where an answer begins they must also be those that a generator would have read.
+The ids are those of a whole text; where an answer begins they must also be those that a generator would have read.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -24,14 +18,17 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from configs.paths import expand_home
+from trainer.data.conversation import NONE, Conversation, Tools
 from trainer.data.rendering import HINT, RENDERER, Messages
-from trainer.data.row_fields import REASONING
+from trainer.data.said import check_context, check_tools
 from trainer.data.special_tokens import MARK, SpecialTokens
+from trainer.data.template_arguments import argument_problem
+from trainer.data.template_text import template_text
 from trainer.data.turn_end import TurnEnd, find_turn_end
+from trainer.data.turns import AnswersInText, TurnFinder
 from trainer.errors import ConfigError, DataError, foreign_errors
+from trainer.types import RowText
 
-MAX_TEMPLATE_CHARACTERS = 2**20
 MAX_ANSWERS = 1000
 """In one conversation: the work of finding them grows with its square."""
 
@@ -51,23 +48,24 @@ class TooManyTokens(DataError):
 
 @dataclass(frozen=True)
 class Template:
-    """A tokenizer and a chat template. `text` is None where there is none: only plain text can be encoded then."""
+    """A tokenizer, a chat template, and the variables that it is given at each rendering. `text` is None where there is
+    none: only plain text can be encoded then."""
 
     tokenizer: PreTrainedTokenizerBase
     text: str | None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, path_override: str | Path | None = None) -> Template:
         """The template of a file if one is named, else the tokenizer's own. `ConfigError` for an unreadable one."""
-        if path_override is not None:
-            return cls(tokenizer, _read_template(path_override))
-        if not tokenizer.chat_template:
-            return cls(tokenizer, None)
-        with foreign_errors("cannot read the chat template of the teacher's tokenizer", hint=HINT):
-            text = str(tokenizer.get_chat_template())
-        if len(text) > MAX_TEMPLATE_CHARACTERS:
-            raise ConfigError(f"the teacher's chat template has {len(text)} characters, too many to be one; {HINT}")
-        return cls(tokenizer, text)
+        return cls(tokenizer, template_text(tokenizer, path_override))
+
+    def given(self, arguments: Mapping[str, Any]) -> Template:
+        """The template with these arguments. Raises `ConfigError` for one that it does not read."""
+        problem = self._argument_problem(arguments, "template_arguments")
+        if problem is not None:
+            raise ConfigError(problem)
+        return replace(self, arguments=arguments)
 
     @property
     def end_of_turn_ids(self) -> tuple[int, ...]:
@@ -86,41 +84,72 @@ class Template:
     @cached_property
     def turn_end(self) -> TurnEnd:
         """Raises `ConfigError` for a template from which no student could learn to stop."""
-        return find_turn_end(self.tokenizer, self._render)
+        return find_turn_end(
+            self.tokenizer,
+            lambda messages, generation_prompt=False: self._conversation(messages, None, NONE).render(
+                generation_prompt=generation_prompt
+            ),
+        )
 
-    def render_prompt(self, messages: Messages) -> np.ndarray:
-        """int32 [L]: what a generator reads to answer, generation header included."""
-        return self._array(self._ids(self._render(self._conversation(messages), generation_prompt=True)))
+    def render_prompt(
+        self, messages: Messages, *, tools: Tools | None = None, arguments: Mapping[str, Any] = NONE
+    ) -> np.ndarray:
+        """int32 [L]: what a generator reads to answer, generation header included. `arguments` win over the template's.
+
+        Raises `DataError` for a conversation that the template refuses or of which it loses something.
+        """
+        conversation = self._conversation(messages, tools, arguments)
+        text = conversation.render(generation_prompt=True)
+        self._check_context(conversation, text, generation_prompt=True)
+        return self._array(self._ids(text))
 
     def render(
         self,
         messages: Messages,
         *,
-        loss_from: int = 0,
-        context: Collection[int] = (),
+        learnt: Mapping[int, float] | None = None,
+        tools: Tools | None = None,
+        arguments: Mapping[str, Any] = NONE,
         max_tokens: int | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """ids int32 [L] and loss mask bool [L] (shifted, `trainer/types.py`) of a whole conversation.
+    ) -> tuple[RowText, ...]:
+        """A whole conversation, with the assistant turns whose indices are in `learnt` in the loss, each to its
+        end-of-turn token, with these weights; None: all of them, each with weight 1.
 
-        The mask holds the predictions of the tokens of the assistant turns from index `loss_from` on, each to its
-        end-of-turn token, without those in `context`. Raises `ConfigError` for a template that is not prefix-stable,
-        `DataError` for a conversation that it refuses or whose answer merges with its header, `TooManyTokens` for one
-        of more than `max_tokens`, before anything is done whose cost grows with the square of its turns.
+        One text, unless the template rewrites earlier turns: then each turn that no later rendering repeats is in a
+        text of its own, as a generator would have read and written it. Raises `ConfigError` for a template from which
+        answers cannot be told, `DataError` for a conversation that it refuses or whose answer merges with its header,
+        `TooManyTokens` for a single text of more than `max_tokens`, before anything is done whose cost grows with the
+        square of its turns.
         """
-        messages = self._conversation(messages)
-        whole = self._render(messages)
+        conversation = self._conversation(messages, tools, arguments)
+        if learnt is None:
+            learnt = {index: 1.0 for index, message in enumerate(messages) if message["role"] == "assistant"}
+        whole = conversation.render()
         ids = self._ids(whole)
-        if max_tokens is not None and len(ids) > max_tokens:
+        finder = TurnFinder(conversation.messages, conversation.render, self.turn_end)
+        too_long = max_tokens is not None and len(ids) > max_tokens
+        if too_long and not (learnt and finder.rewrites(min(learnt), whole)):
             raise TooManyTokens(len(ids))
-        answers = [
-            index
-            for index in range(loss_from, len(messages))
-            if messages[index]["role"] == "assistant" and index not in context
-        ]
-        if len(answers) > MAX_ANSWERS:
-            raise DataError(f"has {len(answers)} answers, at most {MAX_ANSWERS} are looked for: split the conversation")
-        spans = [self._answer(messages, index, whole) for index in answers]
-        return self._encode(whole, spans, ids=ids)
+        if len(learnt) > MAX_ANSWERS:
+            raise DataError(f"has {len(learnt)} answers, at most {MAX_ANSWERS} are looked for: split the conversation")
+        texts = finder.find(learnt, whole)
+        self._check_context(conversation, whole)
+        return tuple(
+            self._answered(text, learnt, ids if text.text == whole else self._ids(text.text)) for text in texts
+        )
+
+    def render_pair(self, messages: Messages, **options: Any) -> RowText:
+        """`render` for one of two conversations whose answers are compared, which must each be one text and all of one
+        weight. Raises as it does, and `DataError` where they are not."""
+        texts = self.render(messages, **options)
+        if len(texts) > 1:
+            raise DataError(
+                "has several answers, and the chat template rewrites earlier turns, so they are no single text that "
+                "could be compared: keep one answer in chosen and rejected, or write loss_on: last"
+            )
+        if texts[0].row_weights is not None:
+            raise DataError("has answers of several weights, and answers that are compared cannot be weighted")
+        return texts[0]
 
     def render_text(self, prompt: str, completion: str | None) -> tuple[np.ndarray, np.ndarray | None]:
         """Plain text without a template: ids of prompt, completion and eos, with the latter two in the loss.
@@ -131,8 +160,11 @@ class Template:
         if completion is None:
             return self._array([*self._leading_ids, *self._ids(prompt)]), None
         whole = prompt + completion
-        ids, mask = self._encode(whole, [(len(prompt), len(whole))], ids=self._ids(whole), leading=self._leading_ids)
-        return _append_learnt(ids, mask, self._eos_ids)
+        ids, leading = self._ids(whole), self._leading_ids
+        (rows,) = self._rows(whole, [(len(prompt), len(whole))], ids=ids, before=len(leading))
+        mask = np.zeros(len(leading) + len(ids), dtype=bool)
+        mask[rows] = True
+        return _append_learnt(self._array([*leading, *ids]), mask, self._eos_ids)
 
     def render_corpus(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """ids of (bos) text (eos); every token but the first is in the loss."""
@@ -141,42 +173,23 @@ class Template:
         mask[-1:] = False
         return ids, mask
 
-    def _answer(self, messages: Messages, index: int, whole: str) -> tuple[int, int]:
-        """Where the answer of turn `index` lies in the rendered conversation, end-of-turn token included."""
-        end = self.turn_end
-        header = self._render(messages, num=index, generation_prompt=True)
-        turn = whole if index + 1 == len(messages) else self._render(messages, num=index + 1)
-        turn_name = f"messages[{index}]"
-        if not turn.startswith(header):
-            raise _unstable(turn_name, "the prompt of this turn", header, "the conversation up to it", turn)
-        answer = turn[len(header) :].removesuffix(end.suffix)
-        content = messages[index]["content"]
-        if not turn.endswith(end.suffix) or not answer.rstrip().endswith(content.strip()):
-            raise ConfigError(
-                f"{turn_name}: the chat template does not render this answer as it stands, followed by {end.suffix!r}: "
-                f"it becomes {turn[len(header) :][-120:]!r}; {HINT}"
-            )
-        stop = len(turn) - len(end.suffix) + end.num_characters
-        if not whole.startswith(turn[:stop]):
-            raise _unstable(turn_name, "the conversation up to this turn", turn[:stop], "the whole conversation", whole)
-        return len(header), stop
+    def _answered(self, found: AnswersInText, learnt: Mapping[int, float], ids: list[int]) -> RowText:
+        """`ids` are those of the text."""
+        spans = [(answer.start, answer.stop) for answer in found.answers]
+        rows = self._rows(found.text, spans, ids=ids)
+        token_ids, mask = self._array(ids), np.zeros(len(ids), dtype=bool)
+        weights = np.zeros(len(ids), dtype=np.float32)
+        for answer, own in zip(found.answers, rows, strict=True):
+            mask[own], weights[own] = True, learnt[answer.message]
+        return RowText(token_ids, mask, None if (weights[mask] == 1).all() else weights)
 
-    def _encode(
-        self,
-        text: str,
-        spans: AbstractSequence[tuple[int, int]],
-        *,
-        ids: list[int],
-        leading: AbstractSequence[int] = (),
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """ids of `leading` and the text, whose own are `ids`; the mask holds the predictions of the tokens inside the
-        character spans."""
-        borders = self._borders(text, ids, [cut for span in spans for cut in span])
-        ids = self._array([*leading, *ids])
-        mask = np.zeros(len(ids), dtype=bool)
-        for first, stop in zip(borders[::2], borders[1::2], strict=True):
-            mask[max(len(leading) + first - 1, 0) : len(leading) + stop - 1] = True
-        return ids, mask
+    def _rows(
+        self, text: str, spans: AbstractSequence[tuple[int, int]], *, ids: list[int], before: int = 0
+    ) -> list[slice]:
+        """The rows that predict the tokens inside each of the character spans of a text, whose ids are `ids`, where
+        `before` further tokens come first."""
+        borders = [before + border for border in self._borders(text, ids, [cut for span in spans for cut in span])]
+        return [slice(max(first - 1, 0), stop - 1) for first, stop in zip(borders[::2], borders[1::2], strict=True)]
 
     def _borders(self, text: str, whole: list[int], cuts: AbstractSequence[int]) -> list[int]:
         """For each cut of a text, whose ids are `whole`, the number of tokens before it.
@@ -204,33 +217,47 @@ class Template:
             borders.append(len(prefix))
         return borders
 
-    def _render(self, messages: Messages, *, num: int | None = None, generation_prompt: bool = False) -> str:
-        """The first `num` messages rendered, all of them without."""
+    def _conversation(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any]) -> Conversation:
+        """As the template gets it. Raises `DataError` for what it does not read."""
         if self.text is None:
             raise ConfigError(f"{_NO_TEMPLATE}: name a jinja file with teacher.chat_template")
-        return RENDERER.render(
-            self.text,
-            messages,
-            variables=self._variables,
-            num_messages=len(messages) if num is None else num,
-            generation_prompt=generation_prompt,
-        )
+        problem = self._argument_problem(arguments, "chat_template_kwargs")
+        if problem is not None:
+            raise DataError(problem)
+        if tools and "tools" not in self._read:
+            raise DataError(
+                f"tools: the chat template does not read them, and calls of them would refer to nothing; {HINT}, or "
+                "leave such rows out"
+            )
+        variables = {**self._variables, **arguments} if arguments else self._variables
+        return Conversation.of(self.text, messages, tools, variables)
 
-    def _conversation(self, messages: Messages) -> tuple[Mapping[str, Any], ...]:
-        """The messages as they are sent to the template. Raises `DataError` for text that it would not render."""
-        for index, message in enumerate(messages):
-            for field in REASONING:
-                if message.get(field) and not re.search(rf"\b{field}\b", self.text or ""):
-                    raise DataError(
-                        f"messages[{index}].{field}: the chat template does not read it, and it would be lost; remove "
-                        "it, or name a template that does with teacher.chat_template"
-                    )
-        return tuple(dict(message) for message in messages)
+    @staticmethod
+    def _check_context(conversation: Conversation, text: str, *, generation_prompt: bool = False) -> None:
+        """Raises `DataError` where the rendered text lacks tools, calls, or results of calls."""
+        check_context(text, conversation.messages)
+        if conversation.tools:
+            without = replace(conversation, tools=None).render(generation_prompt=generation_prompt)
+            check_tools(text, without, conversation.tools)
+
+    def _argument_problem(self, arguments: Mapping[str, Any], place: str) -> str | None:
+        if not arguments:
+            return None
+        if self.text is None:
+            return f"{place}: there is no chat template that could read them; remove them, or {HINT}"
+        return argument_problem(arguments, read=self._read, own=self.tokenizer.special_tokens_map, place=place)
+
+    @cached_property
+    def _read(self) -> frozenset[str]:
+        """The variables that the template reads."""
+        assert self.text is not None
+        return RENDERER.variables_of(self.text)
 
     @cached_property
     def _variables(self) -> Mapping[str, Any]:
-        """What `apply_chat_template` tells a template of the tokenizer."""
-        return {name: _as_text(token) for name, token in self.tokenizer.special_tokens_map.items()}
+        """What `apply_chat_template` tells a template of the tokenizer, and the template's arguments."""
+        own = {name: _as_text(token) for name, token in self.tokenizer.special_tokens_map.items()}
+        return {**own, **self.arguments}
 
     @cached_property
     def special_tokens(self) -> SpecialTokens:
@@ -259,21 +286,6 @@ class Template:
         return np.asarray(ids, dtype=np.int32)
 
 
-def _read_template(named: str | Path) -> str:
-    """A template file; devices and files without end are none."""
-    with foreign_errors(f"teacher.chat_template: cannot read {named}"):
-        path = expand_home(named)
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"teacher.chat_template: {named} is no file; name a jinja file")
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_TEMPLATE_CHARACTERS + 1)
-    if len(text) > MAX_TEMPLATE_CHARACTERS:
-        raise ConfigError(
-            f"teacher.chat_template: {named} has over {MAX_TEMPLATE_CHARACTERS} characters, too many for a template"
-        )
-    return text
-
-
 def _as_text(token: Any) -> Any:
     return [str(item) for item in token] if isinstance(token, (list, tuple)) else str(token)
 
@@ -283,12 +295,3 @@ def _append_learnt(ids: np.ndarray, mask: np.ndarray, more: AbstractSequence[int
     longer = np.concatenate([mask, np.zeros(len(more), dtype=bool)])
     longer[len(ids) - 1 : len(longer) - 1] = True
     return np.concatenate([ids, np.asarray(more, dtype=np.int32)]), longer
-
-
-def _unstable(turn: str, first_name: str, first: str, second_name: str, second: str) -> ConfigError:
-    at = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(first))
-    return ConfigError(
-        f"{turn}: the chat template is not prefix-stable, so the answer cannot be told from the rest: at character "
-        f"{at} {first_name} has {first[at : at + 60]!r}, {second_name} has {second[at : at + 60]!r}; {HINT} "
-        "(or use single-turn data, if only earlier turns change)"
-    )

@@ -6,19 +6,19 @@ Training (`trainer/data/prompts.py`) and `check` read rows through the same read
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from configs.prompts import Data, Dataset
 from configs.section import MAIN
 from configs.tasks import Route
 from trainer.data.chat import Template, TooManyTokens
+from trainer.data.dataset_options import learnt_turns, with_system_prompt
 from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, Row, preview, texts_of
 from trainer.data.rows import Rows
 from trainer.data.vocabulary import SharedVocabulary
 from trainer.errors import BadRow, ConfigError, DataError, TooLong
-from trainer.types import Prompt
+from trainer.types import Prompt, RowText
 
 MAX_CHARACTERS = 256
 """For each token that is allowed. No text has tokens of that length on average: a row of more is too long, and need not
@@ -53,7 +53,8 @@ class PromptReader:
     needs_answer: bool
     room_for_answer: int
     rewrite: bool
-    asks: Asked = Asked()
+    asks: Asked
+    dataset: Dataset
 
     @classmethod
     def open(
@@ -79,11 +80,12 @@ class PromptReader:
                 f"an answer of up to {room_for_answer} tokens leaves no room for a prompt in data.max_length "
                 f"{data.max_length}: raise data.max_length or lower answers.max_new_tokens"
             )
-        return cls(rows, data, template, vocabulary.size, needs_answer, room_for_answer, rewrite, asks or Asked())
+        asked = asks or Asked()
+        return cls(rows, data, template, vocabulary.size, needs_answer, room_for_answer, rewrite, asked, dataset)
 
     def read(self, row: int, prompt_id: str) -> tuple[Prompt, bool]:
         """The prompt of a row, and whether it was truncated. Raises `TooLong` or `BadRow`; `ConfigError` for a template
-        that fits no row."""
+        or an option that fits no row."""
         origin = self.rows.raw.origin(row)
         parsed = self.rows.read(row, needs_answer=self.needs_answer)
         if isinstance(parsed, PreferenceRow) and self.asks.chosen:
@@ -95,38 +97,38 @@ class PromptReader:
             problem = _NO_PAIR if self.asks.pairs else _PAIR
             raise BadRow(origin, problem, preview(self.rows.raw.raw(row)))
         answers = (parsed.chosen, parsed.rejected) if isinstance(parsed, PreferenceRow) else (parsed,)
-        problem = next(filter(None, map(_unrendered, answers)), None)
-        if problem is not None:
-            raise BadRow(origin, problem, preview(self.rows.raw.raw(row)))
-        read = [self._read_answer(row, one, origin) for one in answers]
-        (ids, mask, truncated), *others = read
-        alternatives = tuple((ids, mask) for ids, mask, _ in others if mask is not None)
+        ((first, *turns), truncated), *others = [self._read_answer(row, one, origin) for one in answers]
         prompt = Prompt(
             prompt_id,
-            token_ids=ids,
-            loss_mask=mask,
+            token_ids=first.token_ids,
+            loss_mask=first.loss_mask,
+            row_weights=first.row_weights,
             origin=origin,
             task=self.asks.task,
             teacher=self._teacher(row, origin),
-            alternatives=alternatives,
+            alternatives=tuple(text for texts, _ in others for text in texts),
+            turns=tuple(turns),
             weight=1.0 if isinstance(parsed, PreferenceRow) else parsed.weight,
         )
-        return prompt, truncated or any(cut for _, _, cut in others)
+        return prompt, truncated or any(cut for _, cut in others)
 
-    def _read_answer(self, row: int, parsed: Row, origin: str) -> tuple[np.ndarray, np.ndarray | None, bool]:
-        """Token ids, loss mask, and whether they were truncated."""
+    def _read_answer(self, row: int, parsed: Row, origin: str) -> tuple[list[RowText], bool]:
+        """Its texts, at least one, and whether anything of them was cut or left out."""
+        prompted = parsed
         try:
-            ids, mask = self._tokenise(self._without_control(parsed))
+            prompted = with_system_prompt(parsed, self.dataset.system_prompt)
+            texts = self._tokenise(self._without_control(prompted))
         except TooManyTokens as error:
             raise self._too_long(origin, f"{error.num_tokens} tokens") from None
         except ConfigError as error:
-            raise ConfigError(f"{origin}: {error}") from error
+            raise ConfigError(f"{origin}: {error}{_counted(prompted is not parsed, error)}") from error
         except DataError as error:
-            raise BadRow(origin, str(error), preview(self.rows.raw.raw(row))) from error
-        problem = self._id_problem(ids, mask)
+            problem = f"{error}{_counted(prompted is not parsed, error)}"
+            raise BadRow(origin, problem, preview(self.rows.raw.raw(row))) from error
+        problem = next(filter(None, map(self._id_problem, texts)), None)
         if problem is not None:
             raise BadRow(origin, problem, preview(self.rows.raw.raw(row)))
-        return self._fit(ids, mask, origin)
+        return self._fit_all(texts, origin)
 
     def _teacher(self, row: int, origin: str) -> str:
         """Raises `BadRow` for a row whose column says no teacher."""
@@ -161,45 +163,72 @@ class PromptReader:
             )
         return row if found is None else self.template.special_tokens.escaped(row)
 
-    def _tokenise(self, row: Row) -> tuple[np.ndarray, np.ndarray | None]:
-        limit = None if self.data.on_too_long == "truncate" else self.data.max_length
+    def _tokenise(self, row: Row) -> tuple[RowText, ...]:
         match row:
             case CorpusRow() if self.rewrite:
                 raise DataError("is plain text, in which there is no answer to rewrite")
             case CorpusRow():
-                return self.template.render_corpus(row.text)
+                return (RowText(*self.template.render_corpus(row.text)),)
             case ChatRow():
-                if not row.answered and not self.needs_answer:
-                    return self.template.render_prompt(row.messages), None
-                if self.rewrite:
-                    kept = row.messages[: row.loss_from or -1]
-                    return self.template.render_prompt(kept), None
-                return self.template.render(
-                    row.messages, loss_from=row.loss_from, context=row.context, max_tokens=limit
-                )
-        return self.template.render_text(row.prompt, None if self.rewrite else row.completion)
+                return self._render(row)
+        return (RowText(*self.template.render_text(row.prompt, None if self.rewrite else row.completion)),)
 
-    def _id_problem(self, ids: np.ndarray, mask: np.ndarray | None) -> str | None:
+    def _render(self, row: ChatRow) -> tuple[RowText, ...]:
+        given = {"tools": row.tools, "arguments": row.template_arguments}
+        if not row.answered and not self.needs_answer:
+            return (RowText(self.template.render_prompt(row.messages, **given), None),)
+        if self.rewrite:
+            kept = row.messages[: row.loss_from or -1]
+            return (RowText(self.template.render_prompt(kept, **given), None),)
+        learnt = learnt_turns(row, self.dataset.loss_on)
+        limit = None if self.data.on_too_long == "truncate" else self.data.max_length
+        if self.asks.pairs:
+            return (self.template.render_pair(row.messages, learnt=learnt, max_tokens=limit, **given),)
+        return self.template.render(row.messages, learnt=learnt, max_tokens=limit, **given)
+
+    def _id_problem(self, text: RowText) -> str | None:
+        ids = text.token_ids
         outside = ids[(ids < 0) | (ids >= self.vocabulary_size)]
         if len(outside):
             return f"token id {outside[0]} is outside the shared vocabulary 0..{self.vocabulary_size - 1}"
         if len(ids) == 0:
             return "becomes no token at all"
-        if mask is not None and not mask.any():
+        if text.loss_mask is not None and not text.loss_mask.any():
             return "has no token whose prediction could be learnt"
         return None
 
-    def _fit(self, ids: np.ndarray, mask: np.ndarray | None, origin: str) -> tuple[np.ndarray, np.ndarray | None, bool]:
-        limit = self.data.max_length
+    def _fit_all(self, texts: AbstractSequence[RowText], origin: str) -> tuple[list[RowText], bool]:
+        """Those that fit. Of several, some may be too long: they are left out like rows, and what remains is a part of
+        the conversation. Raises `TooLong` where none fits, or where none may be left out."""
+        kept, cut = [], False
+        too_long: TooLong | None = None
+        for text in texts:
+            try:
+                fitted = self._fit(text, origin)
+            except TooLong as error:
+                if self.data.on_too_long == "error":
+                    raise
+                too_long, cut = too_long or error, True
+                continue
+            kept.append(fitted)
+            cut = cut or fitted is not text
+        if not kept:
+            assert too_long is not None
+            raise too_long
+        return kept, cut
+
+    def _fit(self, text: RowText, origin: str) -> RowText:
+        limit, mask = self.data.max_length, text.loss_mask
         room = self.room_for_answer if mask is None else 0
-        if len(ids) + room <= limit:
-            return ids, mask, False
-        length = f"{len(ids)} tokens" + (f" and {room} for the answer" if room else "")
+        if len(text.token_ids) + room <= limit:
+            return text
+        length = f"{len(text.token_ids)} tokens" + (f" and {room} for the answer" if room else "")
         if self.data.on_too_long == "truncate" and mask is not None:
             kept = mask[:limit].copy()
             kept[-1] = False
             if kept.any():
-                return ids[:limit], kept, True
+                weights = None if text.row_weights is None else text.row_weights[:limit]
+                return RowText(text.token_ids[:limit], kept, weights)
             raise TooLong(origin, f"too long: {length}, data.max_length is {limit}, and no answer begins before that")
         raise self._too_long(origin, length)
 
@@ -212,15 +241,6 @@ class PromptReader:
         )
 
 
-def _unrendered(row: Row) -> str | None:
-    """What a row has that is not rendered yet."""
-    if not isinstance(row, ChatRow):
-        return None
-    if row.tools is not None:
-        return "tools: are not rendered yet; leave such rows out"
-    if row.template_arguments:
-        return "chat_template_kwargs: are not handed to the chat template yet; leave such rows out"
-    for index, weight in row.turn_weights.items():
-        if weight != 0:
-            return f"messages[{index}]: has the weight {weight:g}, and only 0 and 1 are honoured yet"
-    return None
+def _counted(prompted: bool, error: Exception) -> str:
+    """A word on the numbers of messages in an error, where `system_prompt` stands before them."""
+    return " (messages are counted with system_prompt as messages[0])" if prompted and "messages[" in str(error) else ""

@@ -35,11 +35,13 @@ class RowReport:
     problems: tuple[str, ...]  # "file:line: field: what is wrong", one per row
     num_dropped: int  # too long, with data.on_too_long: drop or truncate
     num_truncated: int
-    min_tokens: int  # of the ok rows, as they would be trained; 0 where there is none
+    min_tokens: int  # of the sequences of the ok rows, as they would be trained; 0 where there is none
     median_tokens: int
     max_tokens: int
     num_loss_tokens: int  # of the ok rows that have answers
     num_answered: int  # ok rows that have answers; to the others one is written
+    num_split: int  # ok rows of several sequences: conversations whose earlier turns the template rewrites
+    num_of_split: int  # sequences that they became
     num_special: int  # ok rows with special tokens in their text
     first_special: str  # "file:line: field: token"; empty where there is none
 
@@ -218,12 +220,13 @@ def check_rows(reader: PromptReader, *, budget: int) -> RowReport:
         num_truncated += truncated
         if (token := reader.special_token(int(row))) is not None:
             special.append(token)
-    lengths = [len(prompt.token_ids) for prompt in prompts]
-    masks = [prompt.loss_mask for prompt in prompts if prompt.loss_mask is not None]
+    lengths = [len(text.token_ids) for prompt in prompts for text in (prompt, *prompt.turns)]
+    masks = [text.loss_mask for prompt in prompts for text in (prompt, *prompt.turns) if text.loss_mask is not None]
+    split = [prompt for prompt in prompts if prompt.turns]
     return RowReport(
         num_rows=num_rows,
         num_checked=len(chosen),
-        num_ok=len(lengths),
+        num_ok=len(prompts),
         problems=tuple(problems),
         num_dropped=num_dropped,
         num_truncated=num_truncated,
@@ -231,7 +234,9 @@ def check_rows(reader: PromptReader, *, budget: int) -> RowReport:
         median_tokens=int(np.median(lengths)) if lengths else 0,
         max_tokens=max(lengths, default=0),
         num_loss_tokens=sum(int(mask.sum()) for mask in masks),
-        num_answered=len(masks),
+        num_answered=sum(prompt.loss_mask is not None for prompt in prompts),
+        num_split=len(split),
+        num_of_split=sum(1 + len(prompt.turns) for prompt in split),
         num_special=len(special),
         first_special=special[0] if special else "",
     )

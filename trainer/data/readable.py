@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
+from typing import Any
 
 import numpy as np
 
 from configs.prompts import Dataset
 from trainer.data.chat import Template
+from trainer.data.dataset_options import with_system_prompt
 from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, Row
 from trainer.data.rows import Rows
 from trainer.run_folder import Turn
@@ -36,7 +40,8 @@ def readable_prompts(dataset: Dataset, sequences: AbstractSequence[Sequence], te
     rows = Rows.open(dataset)
     found = []
     for sequence in sequences:
-        row = rows.read(int(sequence.id.split(":")[1]), needs_answer=True)
+        row = rows.read(int(sequence.prompt_id.split(":")[1]), needs_answer=True)
+        row = with_system_prompt(row, dataset.system_prompt)
         prompt = prompt_of(sequence)
         text = template.tokenizer.decode(prompt, skip_special_tokens=True)
         found.append(_turns(row, prompt, template) or [{"role": "", "content": text}])
@@ -48,11 +53,18 @@ def _turns(row: Row, prompt: np.ndarray, template: Template) -> list[Turn] | Non
         case ChatRow():
             answers = [i for i, turn in enumerate(row.messages) if turn["role"] == "assistant" and i >= row.loss_from]
             for index in answers[:TURNS_TRIED]:
-                if np.array_equal(template.render_prompt(row.messages[:index]), prompt):
-                    return [{"role": turn["role"], "content": turn["content"]} for turn in row.messages[:index]]
+                given = {"tools": row.tools, "arguments": row.template_arguments}
+                if np.array_equal(template.render_prompt(row.messages[:index], **given), prompt):
+                    return [{"role": turn["role"], "content": _content(turn)} for turn in row.messages[:index]]
             return None
         case PreferenceRow():
             return _turns(row.chosen, prompt, template)
         case CorpusRow():
             return None
     return [{"role": "", "content": row.prompt}]
+
+
+def _content(turn: Mapping[str, Any]) -> str:
+    """With the calls of an assistant turn, a line each."""
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in turn.get("tool_calls") or ()]
+    return "\n".join(filter(None, [turn["content"], *calls]))

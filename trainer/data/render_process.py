@@ -14,6 +14,7 @@ import json
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 DATE = datetime.datetime(2024, 7, 26)
@@ -23,24 +24,27 @@ DATE = datetime.datetime(2024, 7, 26)
 def main(cpu_s: float, memory_bytes: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)  # they are for the run, which ends this by closing stdin
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils import chat_template_utils
 
     _limit_memory(memory_bytes)
     state: dict[str, Any] = {}
     for line in sys.stdin:
         # By the default action of the signal: also inside one long multiplication, where Python runs no handler.
         signal.setitimer(signal.ITIMER_PROF, cpu_s)
-        print(json.dumps(_answer(json.loads(line), state, render_jinja_template)), flush=True)
+        print(json.dumps(_answer(json.loads(line), state, chat_template_utils)), flush=True)
         signal.setitimer(signal.ITIMER_PROF, 0.0)
 
 
-def _answer(request: dict[str, Any], state: dict[str, Any], render: Any) -> dict[str, Any]:
+def _answer(request: dict[str, Any], state: dict[str, Any], transformers: Any) -> dict[str, Any]:
     from jinja2 import TemplateSyntaxError
 
     state |= request  # what a request does not name is as in the one before
     try:
-        (text,), _ = render(
+        if state["do"] == "list variables":
+            return {"names": _variables(state["template"], transformers)}
+        (text,), _ = transformers.render_jinja_template(
             conversations=[state["messages"][: state["num_messages"]]],
+            tools=state["tools"],
             chat_template=state["template"],
             add_generation_prompt=state["generation_prompt"],
             strftime_now=DATE.strftime,
@@ -53,6 +57,34 @@ def _answer(request: dict[str, Any], state: dict[str, Any], render: Any) -> dict
     except Exception as error:  # noqa: BLE001 -- whatever code of others raises is its refusal
         return {"problem": "refused", "reason": f"{type(error).__name__}: {str(error)[:1000]}"}
     return {"text": text}
+
+
+def _variables(template: str, transformers: Any) -> list[str]:
+    """The undeclared variables, without those that are set before they are read: jinja2 counts a name that is set in a
+    branch alone."""
+    from jinja2 import meta
+
+    environment = transformers._compile_jinja_template(template).environment
+    tree = environment.parse(template)
+    first_use: dict[str, str] = {}
+    for name in _names(tree):
+        if name.ctx != "param":  # of a macro, which hides no variable outside of it
+            first_use.setdefault(name.name, name.ctx)
+    undeclared = meta.find_undeclared_variables(tree) - environment.globals.keys()
+    return sorted(name for name in undeclared if first_use.get(name) == "load")
+
+
+def _names(node: Any) -> Iterator[Any]:
+    """Its names in the order of evaluation."""
+    from jinja2 import nodes
+
+    if isinstance(node, nodes.Name):
+        yield node
+    children = list(node.iter_child_nodes())
+    if isinstance(node, (nodes.Assign, nodes.For)):
+        children[:2] = children[1::-1]  # the value before the name that it is given
+    for child in children:
+        yield from _names(child)
 
 
 def _limit_memory(num_bytes: int) -> None:

@@ -53,19 +53,30 @@ class Renderer:
         variables: Mapping[str, Any],
         num_messages: int,
         generation_prompt: bool,
+        tools: AbstractSequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The first `num_messages` rendered as `apply_chat_template` does, given `variables` of the tokenizer.
+        """The first `num_messages` rendered as `apply_chat_template` does, given `tools` and further `variables`.
 
         Raises `ConfigError` for a template that is none or that needs more time or memory than there is, `DataError`
-        where it refuses the conversation. A tuple of messages that was sent in the call before is not sent again.
+        where it refuses the conversation. What is the same object as in the call before is not sent again.
         """
         request = {
+            "do": "render",
             "template": template,
             "variables": variables,
             "messages": messages,
             "num_messages": num_messages,
             "generation_prompt": generation_prompt,
+            "tools": tools,
         }
+        return self._ask(request)["text"]
+
+    def variables_of(self, template: str) -> frozenset[str]:
+        """The names of all variables that a template reads, those that transformers defines for it left out. Raises
+        `ConfigError` as `render` does."""
+        return frozenset(self._ask({"do": "list variables", "template": template})["names"])
+
+    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         with self._lock:
             answer = self._attempt(request)
             if answer is None:
@@ -77,7 +88,7 @@ class Renderer:
                 raise ConfigError(f"the process that renders the chat template ended with code {code} instead; {HINT}")
         match answer.get("problem"):
             case None:
-                return answer["text"]
+                return answer
             case "syntax":
                 raise ConfigError(f"the chat template is no jinja template: {answer['reason']}; {HINT}")
             case "memory":
@@ -93,7 +104,7 @@ class Renderer:
     def _attempt(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
         """The answer, or None where the process ended instead."""
         process = self._running()
-        changed = {key: value for key, value in request.items() if self._sent.get(key) is not value}
+        changed = {key: value for key, value in request.items() if self._sent.get(key, self) is not value}
         self._sent = dict(request)
         try:
             process.stdin.write(json.dumps(changed, default=str).encode() + b"\n")

@@ -77,20 +77,28 @@ def texts_of(row: Row) -> list[tuple[str, str]]:
             return [("prompt", row.prompt), ("completion", row.completion or "")]
         case PreferenceRow():
             return [*texts_of(row.chosen), *texts_of(row.rejected)]
-    parts = [(f"messages[{index}]", message) for index, message in enumerate(row.messages)]
-    parts += [(f"tools[{index}]", tool) for index, tool in enumerate(row.tools or ())]
-    return [(place, text) for part in parts for place, text in _texts_in(*part) if not place.endswith("].role")]
+    found = [
+        text
+        for index, message in enumerate(row.messages)
+        for key, value in message.items()
+        if key != "role"
+        for text in _texts_in(value, f"messages[{index}].{key}")
+    ]
+    given = [*_texts_in(row.tools or (), "tools"), *_texts_in(row.template_arguments, "chat_template_kwargs")]
+    return [*found, *given]
 
 
-def _texts_in(place: str, value: Any) -> Iterator[tuple[str, str]]:
+def _texts_in(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    """(field, text) of all text in a JSON value, the names of its fields included."""
     if isinstance(value, str):
         yield place, value
     elif isinstance(value, Mapping):
-        for key, inside in value.items():
-            yield from _texts_in(f"{place}.{key}", inside)
+        for key, item in value.items():
+            yield f"the name of {place}.{key}", key
+            yield from _texts_in(item, f"{place}.{key}")
     elif isinstance(value, (list, tuple)):
-        for index, inside in enumerate(value):
-            yield from _texts_in(f"{place}[{index}]", inside)
+        for index, item in enumerate(value):
+            yield from _texts_in(item, f"{place}[{index}]")
 
 
 def preview(value: Any, limit: int = 200) -> str:

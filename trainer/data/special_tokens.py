@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -59,13 +61,11 @@ class SpecialTokens:
                 completion = None if row.completion is None else self._marked(row.completion)
                 return replace(row, prompt=self._marked(row.prompt), completion=completion)
         messages = tuple(
-            {
-                key: self._marked(value) if isinstance(value, str) and key != "role" else value
-                for key, value in message.items()
-            }
+            {key: value if key == "role" else self._marked_in(value) for key, value in message.items()}
             for message in row.messages
         )
-        return replace(row, messages=messages)
+        arguments = {name: self._marked_in(value) for name, value in row.template_arguments.items()}
+        return replace(row, messages=messages, tools=self._marked_in(row.tools), template_arguments=arguments)
 
     def ids(self, text: str) -> list[int]:
         """Ids of a text with marks, without any that the tokenizer adds. Raises `DataError` where the tokenizer's own
@@ -82,6 +82,16 @@ class SpecialTokens:
                 "write data.special_tokens_in_text: allow"
             )
         return [originals.get(token, token) for token in found]
+
+    def _marked_in(self, value: Any) -> Any:
+        """A JSON value with all its text marked, the names of fields included."""
+        if isinstance(value, str):
+            return self._marked(value)
+        if isinstance(value, Mapping):
+            return {self._marked(key): self._marked_in(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._marked_in(item) for item in value)
+        return value
 
     def _marked(self, text: str) -> str:
         while self._pattern.search(text):  # what is left of a token may hold another one

@@ -20,6 +20,13 @@ class TurnEnd:
     suffix: str  # all of it: "<|im_end|>\n"
     num_characters: int  # of it up to the end of the end-of-turn token, which the student learns
     token_id: int
+    generation_prompt: str  # what add_generation_prompt puts behind a question, white space apart
+    special: frozenset[str]  # the tokenizer's special tokens
+
+    def last_special(self, text: str) -> tuple[int, int] | None:
+        """Where the last special token in a text begins and ends."""
+        found = [(text.rfind(token), text.rfind(token) + len(token)) for token in self.special if token in text]
+        return max(found, key=lambda place: (place[1], -place[0]), default=None)
 
 
 def find_turn_end(tokenizer: PreTrainedTokenizerBase, render: Callable[..., str]) -> TurnEnd:
@@ -43,13 +50,20 @@ def find_turn_end(tokenizer: PreTrainedTokenizerBase, render: Callable[..., str]
             f"learn to stop; {HINT}"
         )
     end = suffix.index(token) + len(token)
-    return TurnEnd(suffix, end, tokenizer.convert_tokens_to_ids(token))
+    generation_prompt = header.removeprefix(bare).strip()
+    return TurnEnd(
+        suffix, end, tokenizer.convert_tokens_to_ids(token), generation_prompt, frozenset(_special(tokenizer))
+    )
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    added = tokenizer.added_tokens_decoder.values()
+    return {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
 
 
 def _first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
     """The first special token in a text; where there is none, the first added one that is not white space."""
-    added = tokenizer.added_tokens_decoder.values()
-    special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    special, added = _special(tokenizer), tokenizer.added_tokens_decoder.values()
     for candidates in (special, {token.content for token in added if token.content.strip()}):
         found = [(text.index(token), -len(token), token) for token in candidates if token in text]
         if found:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from configs.answers import ANSWERS
+from configs.models import Teacher
+from configs.rules import teacher_place
 from configs.schema import Run
 from configs.tasks import ResolvedTask
 from trainer.data.chat import Template
@@ -82,14 +84,24 @@ def _task_inputs(
     if not names:
         templates, models = {"": Template.of(tokenizers[""])}, {"": run.student.model}
     else:
-        templates = {name: Template.of(tokenizers[name], teachers[name].chat_template) for name in names}
+        templates = {name: _template(run, name, teachers[name], tokenizers[name]) for name in names}
         models = {name: teachers[name].model for name in names}
     template = next(iter(templates.values()))
     for name, other in templates.items():
-        if other.text != template.text:
+        differs = "chat_template" if other.text != template.text else "template_arguments"
+        if (other.text, other.arguments) != (template.text, template.arguments):
             raise ConfigError(
-                f"the teachers {names[0]} and {name} of one route have different chat templates: give them the "
-                "same teachers.<name>.chat_template, or each a task of its own"
+                f"the teachers {names[0]} and {name} of one route have different {differs.replace('_', ' ')}s: give "
+                f"them the same teachers.<name>.{differs}, or each a task of its own"
             )
     ends = {name: tuple(i for i in end_ids(model) if i < vocabulary.size) for name, model in models.items()}
     return TaskInputs(templates, ANSWERS.load(task.answers), ends)
+
+
+def _template(run: Run, name: str, teacher: Teacher, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """Raises ConfigError, at the place of the teacher, for arguments that the template does not read."""
+    template = Template.of(tokenizer, teacher.chat_template)
+    try:
+        return template.given(teacher.template_arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{teacher_place(run, name)}.{error}") from None

@@ -122,7 +122,7 @@ def _part(
     """The part of these sequences, whose first loss row is row `start` of the micro-batch."""
     sequences = [units[u].sequences[s] for u, s in places]
     counts = [sequence.num_loss_tokens for sequence in sequences]
-    weights = np.array([sequence.weight for sequence in sequences], dtype=np.float32)
+    weights = np.concatenate([_row_weights(sequence) for sequence in sequences])
     names = sorted({name for sequence in sequences for name in sequence.columns})
     members: dict[tuple[str, str], list[int]] = {}
     for index, sequence in enumerate(sequences):
@@ -139,11 +139,18 @@ def _part(
             for column in layout
         },
         columns={name: torch.from_numpy(_column(sequences, name)) for name in names},
-        row_weights=None if (weights == 1).all() else torch.from_numpy(np.repeat(weights, counts)),
+        row_weights=None if (weights == 1).all() else torch.from_numpy(weights),
         row_sequences=torch.from_numpy(np.repeat(np.arange(len(sequences)), counts)),
         groups=tuple(tuple(sorted(group, key=lambda i: sequences[i].sample)) for group in members.values()),
         rewards=tuple(sequence.reward for sequence in sequences),
     )
+
+
+def _row_weights(sequence: Sequence) -> np.ndarray:
+    """float32 [n]: of its loss rows in the row terms."""
+    if sequence.row_weights is None:
+        return np.full(sequence.num_loss_tokens, sequence.weight, dtype=np.float32)
+    return (sequence.weight * sequence.row_weights[sequence.loss_mask]).astype(np.float32)
 
 
 def _column(sequences: AbstractSequence[Sequence], name: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from configs.held_out import HeldOutSet, held_out_sets
 from configs.rules import held_out_by_place, place_of_held_out
 from configs.schema import Run
 from configs.tasks import ResolvedTask, Route
-from trainer.answers.dataset import answered_by_dataset
+from trainer.answers.dataset import answers_of_dataset
 from trainer.data.prompt_reader import Asked, PromptReader
 from trainer.data.prompts import PromptStream
 from trainer.errors import ConfigError, DataError
@@ -81,18 +81,24 @@ def held_out_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
     streams = {name: PromptStream(open_held_out(run, inputs, one), seed=0) for name, one in sets.items()}
     num_rows = sum(stream.rows_per_epoch for stream in streams.values())
     if num_rows > MAX_EVALUATION_ROWS:
-        raise ConfigError(
-            f"{', '.join(held_out_by_place(run))}: {num_rows} held-out rows; their labels stay in memory, so at most "
-            f"{MAX_EVALUATION_ROWS} are used: set max_rows there"
-        )
+        raise ConfigError(_too_many(run, f"{num_rows} held-out rows"))
     found: list[Sequence] = []
     for one, stream in zip(sets.values(), streams.values(), strict=True):
-        rows = [answered_by_dataset(prompt) for prompt in stream.take(stream.rows_per_epoch)]
+        rows = [row for prompt in stream.take(stream.rows_per_epoch) for row in answers_of_dataset(prompt)]
         if not rows:
             place = place_of_held_out(run, one.tasks[0])
             raise DataError(f"{place}: no row of {one.rows.name} can be used; rows need an answer")
         found += rows
+        if len(found) > MAX_EVALUATION_ROWS:  # a conversation may be several sequences
+            raise ConfigError(_too_many(run, f"{len(found)} held-out sequences"))
     return tuple(found)
+
+
+def _too_many(run: Run, what: str) -> str:
+    return (
+        f"{', '.join(held_out_by_place(run))}: {what}; their labels stay in memory, so at most {MAX_EVALUATION_ROWS} are "
+        "used: set max_rows there"
+    )
 
 
 def sample_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
@@ -101,5 +107,5 @@ def sample_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
     for task in run.resolved_tasks().values():
         stream = open_stream(run, task, inputs, quarantine=None)
         prompts = stream.take(min(SAMPLE_ROWS, stream.rows_per_epoch))
-        rows += [answered_by_dataset(prompt) for prompt in prompts if prompt.loss_mask is not None]
+        rows += [row for prompt in prompts if prompt.loss_mask is not None for row in answers_of_dataset(prompt)]
     return tuple(rows)

@@ -59,6 +59,13 @@ def template(text: str | None = CHATML, specials: tuple[str, ...] = ()) -> Templ
     return Template.of(tokenizer)
 
 
+def one(made: Template, talk: list[dict], **options: object) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask of a conversation that is a single text."""
+    (text,) = made.render(talk, **options)
+    assert text.row_weights is None
+    return text.token_ids, text.loss_mask
+
+
 def learnt(made: Template, ids: np.ndarray, mask: np.ndarray) -> list[str]:
     """The text of each run of tokens whose prediction is in the loss: row i stands for token i + 1."""
     assert len(ids) == len(mask)
@@ -69,7 +76,7 @@ def learnt(made: Template, ids: np.ndarray, mask: np.ndarray) -> list[str]:
 
 def test_the_loss_holds_the_assistant_turns_of_a_chatml_conversation_and_nothing_else() -> None:
     made = template()
-    ids, mask = made.render(TALK)
+    ids, mask = one(made, TALK)
     whole = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in TALK)
     assert made.tokenizer.decode(ids) == whole
     assert ids.tolist() == made.tokenizer(whole, add_special_tokens=False)["input_ids"]
@@ -92,7 +99,7 @@ def test_other_families_are_masked_alike_and_trim_is_respected(text: str, end: s
     talk = [dict(turn) for turn in TALK[1:]]
     if text is not SMOLLM2:
         talk[1]["content"] = talk[1]["content"] + "  \n"  # these templates trim
-    ids, mask = made.render(talk)
+    ids, mask = one(made, talk)
     assert learnt(made, ids, mask) == [TALK[2]["content"] + end, TALK[4]["content"] + end]
     assert made.end_of_turn_ids == (made.tokenizer.convert_tokens_to_ids(end),)
     assert ids.tolist() == made.tokenizer.apply_chat_template(talk)["input_ids"]
@@ -101,40 +108,45 @@ def test_other_families_are_masked_alike_and_trim_is_respected(text: str, end: s
 def test_a_default_system_turn_appears_once_and_only_without_one() -> None:
     made = template(SMOLLM2)
     for talk in (TALK, TALK[1:]):
-        ids, mask = made.render(talk)
+        ids, mask = one(made, talk)
         assert made.tokenizer.decode(ids).count("<|im_start|>system") == 1
         assert len(learnt(made, ids, mask)) == 2
 
 
 def test_a_prompt_is_exactly_what_precedes_its_answer() -> None:
     made = template(SMOLLM2)
-    ids, mask = made.render(TALK[:3])
+    ids, mask = one(made, TALK[:3])
     first = int(np.argmax(mask)) + 1
     assert made.render_prompt(TALK[:2]).tolist() == ids[:first].tolist()
 
 
 def test_assistant_turns_of_the_prompt_are_context() -> None:
     made = template()
-    assert learnt(made, *made.render(TALK, loss_from=4)) == [TALK[4]["content"] + "<|im_end|>"]
+    assert learnt(made, *one(made, TALK, learnt={4: 1.0})) == [TALK[4]["content"] + "<|im_end|>"]
 
 
 def test_a_turn_marked_as_context_is_read_and_not_learnt() -> None:
     made = template()
-    ids, mask = made.render(TALK, context={2})
-    assert ids.tolist() == made.render(TALK)[0].tolist()
+    ids, mask = one(made, TALK, learnt={4: 1.0})
+    assert ids.tolist() == one(made, TALK)[0].tolist()
     assert learnt(made, ids, mask) == [TALK[4]["content"] + "<|im_end|>"]
 
 
 def test_an_eos_that_only_ends_the_text_is_not_learnt() -> None:
     made = template(PHI3, ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"))
-    assert learnt(made, *made.render(TALK))[0] == TALK[2]["content"] + "<|end|>"
+    assert learnt(made, *one(made, TALK))[0] == TALK[2]["content"] + "<|end|>"
 
 
-def test_a_template_that_is_not_prefix_stable_is_refused_with_the_turn_and_the_difference() -> None:
+def test_a_template_that_writes_into_the_last_turn_alone_gives_each_turn_its_own_text() -> None:
     made = template(DROPS_EARLIER_THINKING)
-    assert learnt(made, *made.render(TALK[:3])) == ["<think>\n\n</think>\n\n" + TALK[2]["content"] + "<|im_end|>"]
-    with pytest.raises(ConfigError, match=r"messages\[2\].*not prefix-stable.*<think>.*teacher.chat_template"):
-        made.render(TALK)
+    texts = made.render(TALK)
+    assert [learnt(made, text.token_ids, text.loss_mask) for text in texts] == [
+        ["<think>\n\n</think>\n\n" + TALK[index]["content"] + "<|im_end|>"] for index in (2, 4)
+    ]
+    for text, index in zip(texts, (2, 4), strict=True):
+        assert text.token_ids.tolist() == made.tokenizer.apply_chat_template(TALK[: index + 1])["input_ids"]
+        first = int(np.argmax(text.loss_mask)) + 1
+        assert made.render_prompt(TALK[:index]).tolist() == text.token_ids[:first].tolist()
 
 
 @pytest.mark.parametrize(
@@ -168,9 +180,9 @@ def test_a_template_that_raises_or_is_broken_says_so() -> None:
 
 def test_an_answer_that_merges_with_its_header_is_refused() -> None:
     made = template(CHATML.replace("assistant\n'", "assistant: br'").replace("m['role'] + '\n'", "m['role'] + ': br'"))
-    assert learnt(made, *made.render([TALK[1], {"role": "assistant", "content": "? yes"}])) == ["? yes<|im_end|>"]
+    assert learnt(made, *one(made, [TALK[1], {"role": "assistant", "content": "? yes"}])) == ["? yes<|im_end|>"]
     with pytest.raises(DataError, match=r"'own fox.*merges into one token"):
-        made.render([TALK[1], {"role": "assistant", "content": "own fox"}])
+        one(made, [TALK[1], {"role": "assistant", "content": "own fox"}])
 
 
 def test_a_named_template_wins_and_a_missing_one_is_an_error(tmp_path) -> None:
@@ -200,7 +212,7 @@ def test_a_tokenizer_that_treats_the_beginning_of_a_text_specially_is_masked_ali
         "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
     )
     made = Template.of(tokenizer)
-    ids, mask = made.render(TALK[1:])
+    ids, mask = one(made, TALK[1:])
     assert ids.tolist() == tokenizer.apply_chat_template(TALK[1:])["input_ids"]
     pieces = [tokenizer.tokenize(f" {TALK[i]['content']}</s>") for i in (2, 4)]
     assert sum(mask) == sum(len(piece) for piece in pieces)
@@ -253,7 +265,7 @@ def test_any_conversation_is_masked_as_its_turns_say(pairs: list[tuple[str, str]
     talk = [] if system is None else [{"role": "system", "content": system}]
     for question, answer in pairs:
         talk += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    ids, mask = made.render(talk)
+    ids, mask = one(made, talk)
     whole = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in talk)
     assert ids.tolist() == made.tokenizer(whole, add_special_tokens=False)["input_ids"]
     assert "".join(learnt(made, ids, mask)) == "".join(answer + "<|im_end|>" for _, answer in pairs)

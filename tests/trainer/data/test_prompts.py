@@ -18,7 +18,7 @@ from trainer.data.prompt_reader import Asked, PromptReader
 from trainer.data.prompts import PromptStream, check_rows
 from trainer.data.vocabulary import SharedVocabulary, fingerprint
 from trainer.errors import ConfigError, DataError
-from trainer.types import Cursor, Prompt, StreamCounters
+from trainer.types import Cursor, Prompt, RowText, StreamCounters
 
 TOKENIZER = tiny_tokenizer()
 TEMPLATE = Template.of(TOKENIZER)
@@ -63,8 +63,13 @@ def same(first: list[Prompt], second: list[Prompt]) -> bool:
     return one == other
 
 
+def rendered(messages: list[dict]) -> RowText:
+    (text,) = TEMPLATE.render(messages)
+    return text
+
+
 def num_tokens(row: dict) -> int:
-    return len(TEMPLATE.render(row["messages"])[0])
+    return len(rendered(row["messages"]).token_ids)
 
 
 def test_every_epoch_holds_every_row_once_in_its_own_seeded_order(tmp_path: Path) -> None:
@@ -144,11 +149,18 @@ def test_an_answer_of_weight_zero_is_in_no_loss(tmp_path: Path) -> None:
         open_stream(write(tmp_path, [{"messages": [question, bad]}])).take(1)
 
 
-def test_a_weight_of_a_turn_that_is_not_honoured_is_no_row(tmp_path: Path) -> None:
+def test_the_weight_of_an_answer_is_that_of_its_rows(tmp_path: Path) -> None:
     half = {"messages": [*talk(0)["messages"], *talk(1)["messages"]]}
     half["messages"][-1] = {**half["messages"][-1], "weight": 0.5}
-    (problem,) = check(write(tmp_path, [talk(0), half])).problems
-    assert "rows.jsonl:2: messages[3]: has the weight 0.5, and only 0 and 1 are honoured yet" in problem
+    (prompt,) = open_stream(write(tmp_path, [half])).take(1)
+    learnt = prompt.row_weights[prompt.loss_mask]
+    second = len(TOKENIZER("answer 1<|im_end|>")["input_ids"])
+    assert learnt.tolist() == [1.0] * (len(learnt) - second) + [0.5] * second
+    assert not prompt.row_weights[~prompt.loss_mask].any()
+    answered = {"prompt": half["messages"][:3], "completion": half["messages"][3:]}
+    (tmp_path / "one").mkdir()
+    (alone,) = open_stream(write(tmp_path / "one", [answered])).take(1)
+    assert set(alone.row_weights[alone.loss_mask].tolist()) == {0.5}
 
 
 def test_the_weight_of_a_row_goes_with_its_prompt(tmp_path: Path) -> None:
@@ -159,9 +171,12 @@ def test_the_weight_of_a_row_goes_with_its_prompt(tmp_path: Path) -> None:
 def test_a_prompt_holds_the_ids_the_mask_and_the_line(tmp_path: Path) -> None:
     dataset = write(tmp_path, [talk(i) for i in range(3)])
     prompt = open_stream(dataset, shuffle=False).take(3)[2]
-    ids, mask = TEMPLATE.render(talk(2)["messages"])
+    expected = rendered(talk(2)["messages"])
     assert prompt.token_ids.dtype == np.int32
-    assert (prompt.token_ids.tolist(), prompt.loss_mask.tolist()) == (ids.tolist(), mask.tolist())
+    assert (prompt.token_ids.tolist(), prompt.loss_mask.tolist()) == (
+        expected.token_ids.tolist(),
+        expected.loss_mask.tolist(),
+    )
     assert prompt.origin == f"{dataset.path}:3"
 
 
@@ -271,7 +286,7 @@ def test_too_long_rows_are_dropped_or_cut_and_counted(tmp_path: Path) -> None:
     assert f"too long: {length} tokens" in json.loads(listing.read_text())["reason"]
     cutting = open_stream(dataset, max_length=length - 2, on_too_long="truncate", shuffle=False)
     cut = cutting.take(2)[1]
-    ids, mask = TEMPLATE.render(row["messages"])
+    ids, mask = rendered(row["messages"]).token_ids, rendered(row["messages"]).loss_mask
     assert cut.token_ids.tolist() == ids[: length - 2].tolist()
     assert not cut.loss_mask[-1]
     assert cut.loss_mask[:-1].tolist() == mask[: length - 3].tolist()
@@ -356,7 +371,7 @@ def test_checking_reports_what_training_would_meet(tmp_path: Path) -> None:
     assert (report.num_rows, report.num_checked, report.num_ok) == (5, 5, 2)
     assert (report.num_dropped, report.num_truncated) == (1, 0)
     assert (report.min_tokens, report.max_tokens) == (num_tokens(rows[0]), num_tokens(rows[3]))
-    assert report.num_loss_tokens == sum(int(TEMPLATE.render(rows[i]["messages"])[1].sum()) for i in (0, 3))
+    assert report.num_loss_tokens == sum(int(rendered(rows[i]["messages"]).loss_mask.sum()) for i in (0, 3))
     assert [p.removeprefix(dataset.path) for p in report.problems] == [
         ":2: messages: no assistant turn, so nothing to learn from",
         ":5: messages: must be a list of {role, content} messages, not a number",

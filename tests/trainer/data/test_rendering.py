@@ -131,5 +131,6 @@ def test_reasoning_that_the_template_would_drop_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHATML.replace("+ m['content']", "+ (m.reasoning_content or '') + m['content']")
     made = Template.of(tokenizer)
-    ids, mask = made.render(talk)
+    (text,) = made.render(talk)
+    ids, mask = text.token_ids, text.loss_mask
     assert tokenizer.decode(ids[1:][mask[:-1]]) == "let me seethe fox<|im_end|>"

@@ -1,0 +1,156 @@
+"""`loss_on`, `system_prompt`, template arguments and conversations of several sequences, as rows are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import chat_templates as shapes
+import numpy as np
+import pytest
+from chat_templates import REASONED, assistant, tokenizer_with, user
+
+from configs.prompts import Data, Dataset
+from trainer.answers.dataset import answers_of_dataset
+from trainer.data.chat import Template
+from trainer.data.prompt_reader import Asked, PromptReader
+from trainer.data.prompts import PromptStream, check_rows
+from trainer.data.vocabulary import SharedVocabulary
+from trainer.errors import BadRow, ConfigError, DataError
+from trainer.loop.plan import groups_of, task_totals
+
+TALK = [user("hi"), assistant("one"), user("more"), assistant("two")]
+
+
+def reader(
+    folder: Path, rows: list[Any], *, shape: str = "HERMES", options: dict[str, Any] | None = None, **given: Any
+) -> PromptReader:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = tokenizer_with(getattr(shapes, shape))
+    data = Data(**{"max_length": 4096, **{name: given.pop(name) for name in list(given) if name in Data.model_fields}})
+    return PromptReader.open(
+        Dataset(path=str(path), **(options or {})),
+        data=data,
+        template=Template.of(tokenizer),
+        vocabulary=SharedVocabulary(size=len(tokenizer), fingerprint="", teacher_rows=999, student_rows=999),
+        **{"needs_answer": True, **given},
+    )
+
+
+def texts_of(rows: PromptReader) -> list[list[str]]:
+    """Of every sequence of every row: its text up to the end, and what is learnt in it."""
+    stream = PromptStream(dataclasses.replace(rows, data=rows.data.model_copy(update={"shuffle": False})), seed=0)
+    found = []
+    for prompt in stream.take(len(rows.rows)):
+        for one in answers_of_dataset(prompt):
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], one.loss_mask.astype(int), [0]]))).reshape(-1, 2)
+            decode = rows.template.tokenizer.decode
+            found.append([decode(one.token_ids), *(decode(one.token_ids[a + 1 : b + 1]) for a, b in edges)])
+    return found
+
+
+def test_the_last_answer_alone_is_learnt_where_that_is_asked(tmp_path: Path) -> None:
+    ((whole, *learnt),) = texts_of(reader(tmp_path, [{"messages": TALK}], options={"loss_on": "last"}))
+    assert learnt == ["two<|im_end|>"]
+    assert "one<|im_end|>" in whole
+    ((_, *learnt),) = texts_of(reader(tmp_path, [{"messages": TALK}]))
+    assert learnt == ["one<|im_end|>", "two<|im_end|>"]
+    weighted = [*TALK[:3], {**TALK[3], "weight": 0.25}]
+    (prompt,) = PromptStream(reader(tmp_path, [{"messages": weighted}], options={"loss_on": "last"}), seed=0).take(1)
+    assert set(prompt.row_weights[prompt.loss_mask].tolist()) == {0.25}
+    ignored = [*TALK[:3], {**TALK[3], "weight": 0}]
+    with pytest.raises(BadRow, match=r"rows.jsonl:1: messages\[3\]: is the only answer that loss_on: last learns"):
+        texts_of(reader(tmp_path, [{"messages": ignored}], options={"loss_on": "last"}))
+
+
+def test_a_system_prompt_is_put_before_conversations_that_have_no_system_turn(tmp_path: Path) -> None:
+    own = [{"role": "system", "content": "rule"}, *TALK]
+    rows = [{"messages": TALK}, {"messages": own}, {"prompt": TALK[:3], "completion": TALK[3:]}]
+    found = texts_of(reader(tmp_path, rows[:2], options={"system_prompt": "be brief"}))
+    assert [text.count("<|im_start|>system\nbe brief<|im_end|>\n") for text, *_ in found] == [1, 0]
+    assert [text.count("<|im_start|>system\n") for text, *_ in found] == [1, 1]
+    assert [learnt for _, *learnt in found] == [["one<|im_end|>", "two<|im_end|>"]] * 2
+    ((text, *learnt),) = texts_of(reader(tmp_path, rows[2:], options={"system_prompt": "be brief"}))
+    assert text.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi")
+    assert learnt == ["two<|im_end|>"], "what was context stays context"
+
+
+def test_a_system_prompt_goes_with_prompts_that_the_teacher_answers(tmp_path: Path) -> None:
+    given = {"options": {"system_prompt": "be brief"}, "needs_answer": False}
+    for row, rewrite in (({"prompt": TALK[:1]}, False), ({"messages": TALK[:2]}, True)):
+        rows = reader(tmp_path, [row], rewrite=rewrite, **given)
+        (prompt,) = PromptStream(rows, seed=0).take(1)
+        assert prompt.loss_mask is None
+        system = {"role": "system", "content": "be brief"}
+        assert prompt.token_ids.tolist() == rows.template.render_prompt([system, *TALK[:1]]).tolist()
+
+
+@pytest.mark.parametrize("row", [{"text": "plain"}, {"prompt": "a", "completion": " b"}])
+def test_a_system_prompt_before_plain_text_is_refused(tmp_path: Path, row: dict[str, str]) -> None:
+    rows = reader(tmp_path, [row], options={"system_prompt": "be brief"}, on_bad_row="skip")
+    with pytest.raises(
+        ConfigError, match=r"rows.jsonl:1: system_prompt: .* this row is plain text, which has no turns"
+    ):
+        check_rows(rows, budget=10)
+
+
+def test_messages_in_errors_say_that_the_system_prompt_is_counted(tmp_path: Path) -> None:
+    talk = [user("hi"), assistant("one", reasoning_content="hm")]
+    with pytest.raises(BadRow, match=r"messages\[2\].reasoning_content: .*counted with system_prompt as messages\[0\]"):
+        texts_of(reader(tmp_path, [{"messages": talk}], options={"system_prompt": "be brief"}))
+
+
+def test_a_conversation_of_several_sequences_is_one_prompt_and_no_comparison(tmp_path: Path) -> None:
+    rows = reader(tmp_path, [{"messages": REASONED, "weight": 0.5}, {"messages": REASONED[:2]}], shape="QWEN3")
+    first, second = PromptStream(dataclasses.replace(rows, data=Data(shuffle=False)), seed=0).take(2)
+    sequences = answers_of_dataset(first)
+    assert [one.id for one in sequences] == ["0:0", "0:0#1"]
+    assert {one.weight for one in sequences} == {0.5}
+    assert groups_of(sequences, compared={"main"}) == [[0], [1]]
+    assert task_totals(sequences)["main"].num_groups == 2
+    assert len(answers_of_dataset(second)) == 1
+    report = check_rows(rows, budget=10)
+    assert (report.num_ok, report.num_answered, report.num_split, report.num_of_split) == (2, 2, 1, 2)
+    assert report.num_loss_tokens == sum(one.num_loss_tokens for one in [*sequences, *answers_of_dataset(second)])
+    assert report.max_tokens == max(one.num_tokens for one in sequences)
+
+
+def test_of_several_sequences_each_has_the_length_that_is_allowed(tmp_path: Path) -> None:
+    long = {**REASONED[3], "reasoning_content": "kind " * 40}
+    row = {"messages": [*REASONED[:3], long]}
+    fits, too_long = answers_of_dataset(PromptStream(reader(tmp_path, [row], shape="QWEN3"), seed=0).take(1)[0])
+    limit = too_long.num_tokens - 1
+    assert fits.num_tokens <= limit
+    with pytest.raises(DataError, match=rf"too long: {limit + 1} tokens, data.max_length is {limit}"):
+        texts_of(reader(tmp_path, [row], shape="QWEN3", max_length=limit))
+    dropped = PromptStream(reader(tmp_path, [row], shape="QWEN3", max_length=limit, on_too_long="drop"), seed=0)
+    (one,) = answers_of_dataset(dropped.take(1)[0])
+    assert one.token_ids.tolist() == fits.token_ids.tolist()
+    assert (dropped.counters.good, dropped.counters.truncated) == (1, 1)
+    cut = PromptStream(reader(tmp_path, [row], shape="QWEN3", max_length=limit, on_too_long="truncate"), seed=0)
+    whole, truncated = answers_of_dataset(cut.take(1)[0])
+    assert whole.token_ids.tolist() == fits.token_ids.tolist()
+    assert truncated.token_ids.tolist() == too_long.token_ids[:limit].tolist()
+    few = fits.num_tokens - 1
+    none = PromptStream(
+        reader(tmp_path, [row, {"messages": TALK[:2]}], shape="QWEN3", max_length=few, on_too_long="drop"), seed=0
+    )
+    none.take(2)
+    assert none.counters.dropped_too_long == 1
+
+
+def test_answers_that_are_compared_must_be_single_sequences_of_one_weight(tmp_path: Path) -> None:
+    pairs = {"asks": Asked(pairs=True), "shape": "QWEN3"}
+    one, other = ([{**REASONED[1]}, REASONED[2], {**REASONED[3], "content": text}] for text in ("yes", "no"))
+    row = {"prompt": REASONED[:1], "chosen": one, "rejected": other}
+    with pytest.raises(BadRow, match=r"rewrites earlier turns, so they are no single text.*loss_on: last"):
+        PromptStream(reader(tmp_path, [row], **pairs), seed=0).take(1)
+    (prompt,) = PromptStream(reader(tmp_path, [row], **pairs, options={"loss_on": "last"}), seed=0).take(1)
+    sequences = answers_of_dataset(prompt)
+    assert groups_of(sequences, compared={"main"}) == [[0, 1]]
+    heavy = {**row, "chosen": [{**one[2], "weight": 0.5}], "rejected": [other[2]]}
+    with pytest.raises(BadRow, match="answers that are compared cannot be weighted"):
+        PromptStream(reader(tmp_path, [heavy], **pairs), seed=0).take(1)
