@@ -96,8 +96,8 @@ def held_out_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
 
 def _too_many(run: Run, what: str) -> str:
     return (
-        f"{', '.join(held_out_by_place(run))}: {what}; their labels stay in memory, so at most {MAX_EVALUATION_ROWS} are "
-        "used: set max_rows there"
+        f"{', '.join(held_out_by_place(run))}: {what}; their labels stay in memory, so at most "
+        f"{MAX_EVALUATION_ROWS} are used: set max_rows there"
     )
 
 
