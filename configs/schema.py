@@ -26,6 +26,7 @@ from configs.rules import NO_TEACHER, broken_rules, place_of_teacher
 from configs.section import MOST_SECONDS, NAME, Bytes, Natural, Positive, Seconds, Section
 from configs.stations import Station
 from configs.tasks import Name, ResolvedTask, Route, Task, resolve_tasks
+from configs.trackers import TRACKERS, AnyTracker, TrackerChoice
 
 
 class Optimizer(Section):
@@ -108,7 +109,6 @@ class Faults(Section):
 class Report(Section):
     """What is watched and shown."""
 
-    tensorboard: bool = Field(False, description="Write event files too; needs the extra of that name.")
     generate: Natural = Field(3, description="Held-out prompts that student and teacher answer for the report.")
     generate_tokens: Positive = Field(64, description="Of one such answer, at most.")
     viewer_sequences: Natural = Field(4, description="Held-out sequences in the token viewer.")
@@ -144,6 +144,7 @@ class Run(Section):
     faults: Faults = Faults()
     report: Report = Report()
     notify: Notify | None = Field(None, description="Who is told how the run ended.")
+    trackers: tuple[AnyTracker, ...] = Field((), description="Where the numbers of the run go beside its folder.")
 
     @field_validator("folder")
     @classmethod
@@ -175,6 +176,16 @@ class Run(Section):
         if nobody and not isinstance(labels, NoLabels):
             raise ValueError(NO_TEACHER)
         return labels
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_tracker_once(cls, trackers: tuple[TrackerChoice, ...]) -> tuple[TrackerChoice, ...]:
+        places = [one.destination() for one in trackers]
+        for i, place in enumerate(places):
+            if place in places[:i]:
+                text = f"goes to the same place as trackers.{places.index(place)}; remove one of the two"
+                raise refusal((i,), trackers[i].kind, text)
+        return trackers
 
     @model_validator(mode="after")
     def _sections_hold_together(self) -> Run:
@@ -208,6 +219,7 @@ class Run(Section):
             place = ".".join(map(str, place_of_teacher(self, name)))
             for role, replicas in teacher.roles().items():
                 yield f"{place}.{role}.engine", ENGINES, replicas.engine
+        yield from ((f"trackers.{i}", TRACKERS, one) for i, one in enumerate(self.trackers))
 
     def resolved_tasks(self) -> Mapping[str, ResolvedTask]:
         """All tasks with every station filled in, by name; `main` alone where the run names none."""

@@ -34,6 +34,7 @@ OTHER_WORDS = {
     "train_batch_size": "sequences_per_step",
     "train_dataset": "prompts",
     "tp": "tensor_parallel_size",
+    **dict.fromkeys(("logger", "mlflow", "report_to", "tensorboard", "trackio", "wandb"), "trackers"),
 }
 """Words of other trainers, by key or by whole path, and what is nearest to them here."""
 
@@ -42,7 +43,6 @@ NOT_NEEDED = {
     "optimizer.kind": "the optimizer is AdamW",
     "optimizer.name": "the optimizer is AdamW",
     "optimizer.type": "the optimizer is AdamW",
-    "wandb": "metrics go to metrics.jsonl, and to TensorBoard with report.tensorboard: true",
 }
 """What is no setting here, by key or by whole path, and why."""
 
@@ -50,6 +50,7 @@ NEW_SPELLING = {
     "elicitation": "answers, at the top level, and its kinds are dataset (was feature) and teacher (was labeling)",
     "data.train": "prompts, at the top level, with what stood below train",
     "teacher.writer": "generator",
+    "report.tensorboard": "trackers: [tensorboard], at the top level",
 }
 """Keys of older versions, by whole path, and what to write now."""
 

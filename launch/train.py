@@ -27,13 +27,14 @@ from launch.process import DISK_ERRORS
 from launch.quiet import quiet_libraries
 from launch.record import Record
 from launch.report.exactness import told_at_start
-from launch.report.metrics import MetricsLog, TensorBoardSink, Timeline, read_metrics
+from launch.report.metrics import MetricsLog, Timeline, read_metrics
 from launch.report.observer import RunObserver
 from launch.report.progress import Progress
 from launch.resuming import Standing, new_length, refuse_changes, standing
 from launch.runtimes import Runtime, open_runtime
 from launch.stall import SAVE_GRACE_S, StallWatch, stall_timeout_s
 from launch.stopping import StopRequest, preemptible
+from launch.trackers.trackers import Trackers
 from trainer.errors import ConfigError, InfrastructureError, StillhouseError
 from trainer.loop.controller import Controller
 from trainer.loop.inputs import Inputs
@@ -107,8 +108,7 @@ def _train_in_folder(
             record.ended(1, repr(error))
             raise RuntimeError(f"a plug-in or a library ended the run by raising {error!r}") from error
         record.ended(0, "finished")
-    with contextlib.suppress(OSError):  # stdout may be closed; the run has ended well
-        print(closing_words(folder), flush=True)
+    _say(closing_words(folder))
     notifier.ended(0, "finished")
 
 
@@ -158,7 +158,8 @@ def _train(
     started = time.time()
     run, here = start.run, start.standing
     write_text(folder.config, dump_run(run))
-    with contextlib.ExitStack() as stack:
+    trackers = Trackers(run, folder, goes_on=here.after is not None, tell=_say)
+    with trackers, contextlib.ExitStack() as stack:
         runtime = open_runtime(run, start.inputs, stack, wait_for_nodes=wait_for_nodes)
         dtypes = dtypes_of(run, runtime.resolved)
         changed = [*here.changed, *(refuse_changes(run, folder, here.after, dtypes) if here.after else [])]
@@ -173,7 +174,8 @@ def _train(
             after=here.after,
         )
         length = new_length(run, here.after, job.loop.total_steps)
-        observer = _observer(job, record, runtime.exported(run, total_steps=job.loop.total_steps), stack)
+        exported = runtime.exported(run, total_steps=job.loop.total_steps)
+        observer = _observer(job, record, trackers, exported, stack)
         notes = [
             *start.warnings,
             *told_at_start(run),
@@ -190,11 +192,17 @@ def _train(
         record.finish(controller)
 
 
-def _observer(job: Job, record: Record, exported: Exported | None, stack: contextlib.ExitStack) -> RunObserver:
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # stdout may be closed
+        print(text, flush=True)
+
+
+def _observer(
+    job: Job, record: Record, trackers: Trackers, exported: Exported | None, stack: contextlib.ExitStack
+) -> RunObserver:
     """Its files and the progress are closed with the stack."""
     progress = stack.enter_context(Progress(job.loop.total_steps, level=log_level()))
-    sinks = [TensorBoardSink(job.folder)] if job.run.report.tensorboard else []
-    metrics = MetricsLog(job.folder, sinks, tell=progress.note)
+    metrics = MetricsLog(job.folder, tell=progress.note, rewound=trackers.rewound)
     observer = RunObserver(
         metrics=metrics, timeline=Timeline(job.folder), progress=progress, record=record, exported=exported
     )

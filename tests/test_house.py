@@ -114,7 +114,7 @@ def test_links_inside_the_documents_lead_somewhere() -> None:
 
 def test_the_lock_meets_setup_py() -> None:
     versions = locked()
-    for name in ("", "cpu", "dev", "tensorboard"):
+    for name in ("", "cpu", "dev", "tensorboard", "wandb", "mlflow", "trackio"):
         for requirement in setup_requirements()[name]:
             found = versions[canonical(requirement.name)]
             assert requirement.specifier.contains(found, prereleases=True), f"{requirement}: locked {found}"

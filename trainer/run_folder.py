@@ -3,7 +3,7 @@
 <run>/  config.yaml      the resolved configuration        checkpoints/   committed checkpoints
         manifest.json    versions, machine, roles, counts  student/       the exported student
         metrics.jsonl    one record a line                 logs/          one file per role
-        timeline.jsonl   who was busy when                 tensorboard/   only if asked for
+        timeline.jsonl   who was busy when                 trackers/      what trackers were sent, if asked for
         samples.json     tokens for the viewer             report.html    everything above, to look at
         generations.json answers before and after          exit.json      how the run ended
         rejected.jsonl   rows that were not used
@@ -126,10 +126,6 @@ class RunFolder:
     @property
     def student(self) -> Path:
         return self.path / "student"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
 
     @property
     def report(self) -> Path:

@@ -88,6 +88,18 @@ def vllm(asked: Iterable[str] | None = None, found: Installed = installed) -> Fi
     return ok("vLLM", f"{name} {version}")
 
 
+def extra(name: str, asked: Iterable[str] | None = None, found: Installed = installed) -> Finding:
+    """What one of our extras installs, which is named as the module that it is for."""
+    wanted = [r for r in map(Requirement, requirements()[1] if asked is None else asked) if r.marker is not None]
+    needed = [r for r in wanted if r.marker.evaluate({"extra": name}) and not r.marker.evaluate({"extra": ""})]
+    wrong = [text for r in needed if (text := _mismatch(r, found)) is not None]
+    if not needed and importlib.util.find_spec(name) is None:
+        wrong = [f"{name} is missing"]
+    if wrong:
+        return problem(name, "; ".join(wrong), f"pip install 'stillhouse[{name}]'")
+    return ok(name, ", ".join(f"{r.name} {found(r.name)}" for r in needed) or "is installed")
+
+
 def plugin(points: Iterable[metadata.EntryPoint] | None = None) -> Finding:
     """vLLM finds the maker of labels by an entry point, in each of its processes."""
     registered = metadata.entry_points(group=PLUGIN_GROUP) if points is None else points

@@ -24,7 +24,7 @@ from configs.load import LoadedRun, load_run, run_folder
 from configs.losses import Term
 from configs.rules import teacher_place, teachers_by_place, unused_teachers
 from configs.schema import Run
-from launch.check import memory, models, places, rows
+from launch.check import memory, models, places, rows, trackers
 from launch.check.needs import needs_of
 from launch.check.watching import examine_metrics, examine_notify
 from launch.contents import contents_of
@@ -45,7 +45,7 @@ def check(path: Path, overrides: Sequence[str]) -> int:
     findings = [ok("configuration", f"{path}, run {run.name}")]
     _print(findings[0])
     inputs: list[Inputs] = []
-    for finding in chain(examine(run, inputs), _standing(run, inputs)):
+    for finding in chain(examine(run, inputs), trackers.reached(run), _standing(run, inputs)):
         _print(replace(finding, text=loaded.located(finding.text)))
         findings.append(finding)
     problems = [finding for finding in findings if finding.fatal]
@@ -103,6 +103,7 @@ def examine(run: Run, inputs: list[Inputs] | None = None) -> Iterator[Finding]:
     inputs = [] if inputs is None else inputs
     yield from _plugins(run)
     yield from _packages(run)
+    yield from trackers.installed(run)
     yield from unused(run)
     facts, found = models.examine_models(run)
     yield from found

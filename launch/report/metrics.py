@@ -1,4 +1,4 @@
-"""The numbers of a run on disk: metrics.jsonl (always), the timeline, and further sinks if asked for.
+"""The numbers of a run on disk: metrics.jsonl, which trackers follow (`launch/trackers`), and the timeline.
 
 One JSON object a line: `{"time", "kind": "step" | "evaluation" | "event", "step", ...}`. A number that is not finite is
 written as null and named under `"non_finite"`, so that the file stays JSON and nothing is hidden. The log of a resumed
@@ -11,13 +11,12 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 from configs.losses import LOSSES
 from configs.stations import DOTTED_NAME
-from trainer.errors import ConfigError
 from trainer.records import MAX_INTEGER, append_lines, ignore, read_lines
 from trainer.run_folder import RunFolder, plain, write_text
 from trainer.types import Evaluation, StepMetrics
@@ -38,6 +37,7 @@ TEACHER_WAIT = "wait/teacher_share"
 _LARGEST = 1e100
 """Of a number that is read back: charts calculate with sums, quotients and margins of them."""
 
+EVALUATION = "evaluation/"
 EVALUATION_FIELDS = ("num_rows", "forward_kl", "agreement", "perplexity", "teacher_perplexity", "padding_mass")
 _OF_TEACHERS = ("forward_kl", "agreement", "teacher_perplexity")  # left out where no teacher scored the rows
 NOTICEABLE_PADDING = 5e-4
@@ -51,9 +51,10 @@ def is_term(name: str) -> bool:
 
 
 def evaluation_values(evaluation: Evaluation) -> dict[str, float]:
-    """Its numbers by name; of a task among several `task/chat/forward_kl`. What nobody scored is left out."""
+    """Its numbers by name, `forward_kl`; of a task among several `task/chat/forward_kl`. What nobody scored is left
+    out."""
     of = {"": evaluation} | {f"task/{name}/": one for name, one in evaluation.tasks.items()}
-    values = {f"{place}{name}": getattr(one, name) for place, one in of.items() for name in EVALUATION_FIELDS}
+    values = {f"{at}{name}": getattr(one, name) for at, one in of.items() for name in EVALUATION_FIELDS}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -61,7 +62,7 @@ def _evaluation(step: int, values: Mapping[str, float]) -> Evaluation:
     """Raises ValueError for values that `evaluation_values` does not give."""
     tasks: dict[str, dict[str, float]] = {}
     for name, value in values.items():
-        area, _, field = name.rpartition("/")
+        area, _, field = name.removeprefix(EVALUATION).rpartition("/")  # older versions wrote names without it
         if field in EVALUATION_FIELDS and (not area or area.startswith("task/")):
             tasks.setdefault(area.removeprefix("task/"), {})[field] = value
     blank = dict.fromkeys(_OF_TEACHERS)
@@ -73,35 +74,22 @@ def _evaluation(step: int, values: Mapping[str, float]) -> Evaluation:
     return replace(total, tasks=of_tasks)
 
 
-class Sink(Protocol):
-    """Somewhere else that numbers go."""
-
-    def scalars(self, step: int, values: Mapping[str, float], *, time_s: float) -> None:
-        """Finite or not, keyed `{area}/{name}`; called in the order of the steps."""
-        ...
-
-    def resume(self, step: int) -> None:
-        """Forget everything after this step; it will come again."""
-        ...
-
-    def close(self) -> None: ...
-
-
 class MetricsLog:
-    """Writes metrics.jsonl, one flushed line per record, and feeds the sinks."""
+    """Writes metrics.jsonl, one flushed line per record. Trackers follow the file (`launch/trackers`)."""
 
     def __init__(
         self,
         folder: RunFolder,
-        sinks: Sequence[Sink] = (),
         *,
         clock: Callable[[], float] = time.time,
         tell: Callable[[str], None] = ignore,
+        rewound: Callable[[int], None] = lambda step: None,
     ) -> None:
-        """`tell` gets a sentence for each line of an earlier attempt that cannot be read."""
+        """`tell` gets a sentence for each line of an earlier attempt that cannot be read, `rewound` the step after
+        which the log goes on, when the file has nothing later."""
         self._tell = tell
         self._path = folder.metrics
-        self._sinks = tuple(sinks)
+        self._rewound = rewound
         self._clock = clock
         self._step = 0
         self._has_begun = False
@@ -126,13 +114,12 @@ class MetricsLog:
         evaluations = _in_order(kept).evaluations
         self.first_evaluation = evaluations[0] if evaluations else None
         self._evaluated = {evaluation.step for evaluation in evaluations}
-        for sink in self._sinks:
-            sink.resume(step)
+        self._rewound(step)
 
     def step(self, metrics: StepMetrics) -> None:
         self._begin(metrics.step)
         self._step = metrics.step
-        self._scalars("step", metrics.step, metrics.values, metrics.values)
+        self._scalars("step", metrics.step, metrics.values)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Its numbers; the samples go to samples.json (`launch.report.page.sample_records`). One that was made again
@@ -142,8 +129,8 @@ class MetricsLog:
             return
         self._evaluated.add(evaluation.step)
         self.first_evaluation = self.first_evaluation or evaluation
-        values = evaluation_values(evaluation)
-        self._scalars("evaluation", evaluation.step, values, {f"evaluation/{k}": v for k, v in values.items()})
+        values = {f"{EVALUATION}{name}": value for name, value in evaluation_values(evaluation).items()}
+        self._scalars("evaluation", evaluation.step, values)
 
     def event(self, name: str, **fields: Any) -> None:
         """Something that happened after the last logged step; `fields` are JSON values of your choice."""
@@ -154,54 +141,21 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-        for sink in self._sinks:
-            sink.close()
 
     def _begin(self, step: int) -> None:
         if not self._has_begun:
             self.resume(step - 1)
 
-    def _scalars(self, kind: str, step: int, values: Mapping[str, float], named: Mapping[str, float]) -> None:
-        now = self._clock()
-        record: dict[str, Any] = {"time": now, "kind": kind, "step": step, **plain(dict(values))}
+    def _scalars(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        record: dict[str, Any] = {"time": self._clock(), "kind": kind, "step": step, **plain(dict(values))}
         non_finite = {name: str(float(value)) for name, value in values.items() if not math.isfinite(value)}
         if non_finite:
             record["non_finite"] = non_finite
         self._write(record)
-        for sink in self._sinks:
-            sink.scalars(step, named, time_s=now)
 
     def _write(self, record: Mapping[str, Any]) -> None:
         self._file.write(_line(record))
         self._file.flush()
-
-
-class TensorBoardSink:
-    """Event files under `<run>/tensorboard`. Raises ConfigError where the extra is not installed."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigError(
-                "report.tensorboard: true needs the extra `tensorboard`, which is not installed: "
-                "pip install 'stillhouse[tensorboard]', or set report.tensorboard: false"
-            ) from None
-        self._folder = folder.tensorboard
-        self._make = SummaryWriter
-        self._writer = SummaryWriter(str(self._folder))
-
-    def scalars(self, step: int, values: Mapping[str, float], *, time_s: float) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, global_step=step, walltime=time_s)
-        self._writer.flush()
-
-    def resume(self, step: int) -> None:
-        self._writer.close()
-        self._writer = self._make(str(self._folder), purge_step=step + 1)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class Timeline:

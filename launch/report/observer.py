@@ -1,7 +1,7 @@
-"""The observer of a run: hands every event to the metrics log (with TensorBoard), the timeline, the terminal and the
+"""The observer of a run: hands every event to the metrics log, the timeline, the terminal and the
 run artifacts.
 
-loops, teachers, students --step, evaluation, event, span--> RunObserver --> metrics.jsonl and its sinks
+loops, teachers, students --step, evaluation, event, span--> RunObserver --> metrics.jsonl, which trackers follow
                           --phase, generation-->                         --> timeline.jsonl
                                                                          --> Progress
                                                                          --> Record: manifest, samples, generations

@@ -105,8 +105,8 @@ CASES = {
     "a module that is not there": (GOOD + "labels: my_house.labels\n", [], ["no module 'my_house'"]),
     "text for a number": (GOOD + "seed: '3'\n", [], ["seed = '3'", "must be a whole number (without quotes)"]),
     "a number for text": (GOOD.replace("good", "7"), [], ["name = 7", "must be text (in quotes: '7')"]),
-    "a number for a switch": (GOOD + "report: {tensorboard: 1}\n", [], ["must be true or false"]),
-    "no is text in YAML 1.2": (GOOD + "report: {tensorboard: no}\n", [], ["= 'no'", "must be true or false"]),
+    "a number for a switch": (GOOD + "data: {shuffle: 1}\n", [], ["must be true or false"]),
+    "no is text in YAML 1.2": (GOOD + "data: {shuffle: no}\n", [], ["= 'no'", "must be true or false"]),
     "half a number": (GOOD + "optimizer: {learning_rate: 1e-4x}\n", [], ["'1e-4x'", "must be a number"]),
     "not finite": (GOOD + "optimizer: {learning_rate: .inf}\n", [], ["must be a finite number"]),
     "an engine for a scorer": (GOOD, ["teacher.scorer=hf"], ["here {engine: hf}"]),
@@ -227,6 +227,8 @@ WORDS = {
     f"{WRITES} answers.num_return_sequences=4": f"{WRITES} answers.n=4",
     f"{WRITES} answers.num_samples=4": f"{WRITES} answers.n=4",
     f"{WRITES} answers.stop_strings=[x]": f"{WRITES} answers.stop=[x]",
+    "report_to=wandb": "trackers=[wandb]",
+    "wandb={project: x}": "trackers=[{kind: wandb, project: x}]",
     "prompts.format=text data.max_seq_length=64": "prompts.format=text data.max_length=64",
 }
 
@@ -242,7 +244,7 @@ def test_the_advice_on_an_unknown_key_is_accepted(written: str, meant: str, refu
     load(GOOD, *others, right)
 
 
-@pytest.mark.parametrize("key", ["optimizer.name", "optimizer.type", "training.gradient_accumulation_steps", "wandb"])
+@pytest.mark.parametrize("key", ["optimizer.name", "optimizer.type", "training.gradient_accumulation_steps"])
 def test_what_is_no_setting_here_is_to_be_removed(key: str, refused: Refused) -> None:
     message = refused(GOOD, f"{key}=1")
     assert f"unknown key '{key.rpartition('.')[2]}'; remove it: " in message
@@ -425,6 +427,7 @@ OLD = {
     "elicitation=labeling": "it is now written answers, at the top level",
     "data.train={path: x}": "it is now written prompts, at the top level",
     "teacher.writer={}": "it is now written generator",
+    "report.tensorboard=true": "it is now written trackers: [tensorboard], at the top level",
     "answers=labeling": "the kind labeling is now called teacher; write teacher",
     "answers.kind=feature": "the kind feature is now called dataset; write dataset",
 }

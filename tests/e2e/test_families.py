@@ -104,6 +104,6 @@ def test_the_reported_kl_is_that_of_the_exported_student_in_float64(runs: Path, 
             t, s = (rows.double().log_softmax(-1) for rows in logits)
         total += float((t.exp() * (t - s)).sum())
         count += int(mask.sum())
-    before, after = (record["forward_kl"] for record in records(runs / name / "run", "evaluation"))
+    before, after = (record["evaluation/forward_kl"] for record in records(runs / name / "run", "evaluation"))
     assert after == pytest.approx(total / count, rel=2e-4, abs=1e-9)
     assert after != before

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
 def test_a_run_leaves_a_student_that_learned_a_report_and_no_process(golden: Path) -> None:
     evaluations = records(golden, "evaluation")
     assert [record["step"] for record in evaluations] == [0, 8]
-    assert evaluations[1]["forward_kl"] < 0.8 * evaluations[0]["forward_kl"]
+    assert evaluations[1]["evaluation/forward_kl"] < 0.8 * evaluations[0]["evaluation/forward_kl"]
     assert (golden / "report.html").stat().st_size > 10_000
     answers = read_json(golden / "generations.json")
     assert [turn["role"] for turn in answers["prompts"][0]] == ["user"]
@@ -182,5 +182,5 @@ def test_the_settings_that_the_first_page_suggests_train(tmp_path: Path, overrid
     config = tiny_run(tmp_path, {"runtime": "in_process", "student": {"ranks": 1}, "training": {"steps": 12}})
     result = stillhouse("train", str(config), "--set", override)
     assert result.returncode == 0, result.stdout + result.stderr
-    before, after = (record["forward_kl"] for record in records(tmp_path / "run", "evaluation"))
+    before, after = (record["evaluation/forward_kl"] for record in records(tmp_path / "run", "evaluation"))
     assert after < 0.9 * before

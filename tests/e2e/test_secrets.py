@@ -56,7 +56,7 @@ def holders(folder: Path) -> list[str]:
 def test_a_planted_secret_is_nowhere_to_be_found(
     tmp_path: Path, short_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"training": {"steps": 4, "save_every": 2}, "report": {"tensorboard": True}}
+    changes = {"training": {"steps": 4, "save_every": 2}, "trackers": ["tensorboard"]}
     config = tiny_run(tmp_path / "place", changes)
     kept = short_folder / "kept"
     kept.mkdir()

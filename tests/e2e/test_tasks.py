@@ -70,8 +70,9 @@ def test_hard_labels_alone_need_no_teacher(tmp_path: Path) -> None:
     assert math.isfinite(trained[12])
     assert trained[12] < trained[1]
     before, after = records(tmp_path / "run", "evaluation")
-    assert after["perplexity"] < before["perplexity"]
-    assert not {"forward_kl", "agreement", "teacher_perplexity"} & (before.keys() | after.keys())
+    assert after["evaluation/perplexity"] < before["evaluation/perplexity"]
+    absent = {f"evaluation/{name}" for name in ("forward_kl", "agreement", "teacher_perplexity")}
+    assert not absent & (before.keys() | after.keys())
     assert "perplexity is measured on them, KL and agreement not" in result.stdout
     assert "KL to teacher" not in (tmp_path / "run/report.html").read_text()
     assert "| perplexity |" in (tmp_path / "run/student/README.md").read_text()
@@ -196,6 +197,7 @@ def test_rows_of_a_column_go_to_their_teachers_whose_tokens_add_up(undisturbed: 
 def test_each_task_is_evaluated_by_its_teacher_and_all_together(undisturbed: Path) -> None:
     before, after = records(undisturbed, "evaluation")
     fields = ("num_rows", "forward_kl", "agreement", "perplexity", "teacher_perplexity", "padding_mass")
+    before, after = ({k.removeprefix("evaluation/"): v for k, v in one.items()} for one in (before, after))
     for found in (before, after):
         of_tasks = {name: {one: found[f"task/{name}/{one}"] for one in fields} for name in ("chat", "code", "mixed")}
         num_rows = {name: task["num_rows"] for name, task in of_tasks.items()}

@@ -52,7 +52,7 @@ def test_the_demo_learns_in_a_handful_of_steps_and_vllm_loads_its_student(
     result = stillhouse("train", "configs/demo.yaml", *arguments, timeout_s=1200)
     assert result.returncode == 0, result.stdout + result.stderr
     before, after = records(run, "evaluation")
-    assert after["forward_kl"] < 0.8 * before["forward_kl"]
+    assert after["evaluation/forward_kl"] < 0.8 * before["evaluation/forward_kl"]
     assert {e["test"] for e in events(run, "self_test")} >= {
         "labels against transformers",
         "topk labels against hidden",

@@ -1,32 +1,17 @@
-"""The metrics log: complete lines, every step once after a resume, sinks that say the same."""
+"""The metrics log: complete lines, every step once after a resume, followers that hear of it."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from launch.report.metrics import MetricsLog, TensorBoardSink, Timeline, is_term, read_metrics
+from launch.report.metrics import MetricsLog, Timeline, is_term, read_metrics
 from trainer.run_folder import RunFolder, read_lines
 from trainer.types import Evaluation, StepMetrics
-
-
-class ListSink:
-    def __init__(self) -> None:
-        self.calls: list[tuple[object, ...]] = []
-
-    def scalars(self, step: int, values: Mapping[str, float], *, time_s: float) -> None:
-        self.calls.append((step, dict(values), time_s))
-
-    def resume(self, step: int) -> None:
-        self.calls.append(("resume", step))
-
-    def close(self) -> None:
-        self.calls.append(("close",))
 
 
 def evaluation(step: int, kl: float = 1.0) -> Evaluation:
@@ -59,12 +44,12 @@ def test_every_record_is_on_disk_before_the_next_one(folder: RunFolder) -> None:
             "time": 12.5,
             "kind": "evaluation",
             "step": 0,
-            "num_rows": 10,
-            "forward_kl": 6.0,
-            "agreement": 0.5,
-            "perplexity": 9.0,
-            "teacher_perplexity": 8.0,
-            "padding_mass": 0.0,
+            "evaluation/num_rows": 10,
+            "evaluation/forward_kl": 6.0,
+            "evaluation/agreement": 0.5,
+            "evaluation/perplexity": 9.0,
+            "evaluation/teacher_perplexity": 8.0,
+            "evaluation/padding_mass": 0.0,
         },
         {"time": 12.5, "kind": "step", "step": 1, "train/loss": 2.5},
         {"time": 12.5, "kind": "event", "step": 1, "name": "teacher_lost", "replica": "scorer-0"},
@@ -79,8 +64,9 @@ def test_an_evaluation_of_several_tasks_comes_back_with_each_and_without_what_no
     log = MetricsLog(folder)
     log.evaluation(several)
     (line,) = read_lines(folder.metrics)
-    assert (line["forward_kl"], line["task/chat+code/forward_kl"], line["task/sft/perplexity"]) == (1.0, 2.0, 12.0)
-    assert "task/sft/forward_kl" not in line
+    names = ("forward_kl", "task/chat+code/forward_kl", "task/sft/perplexity")
+    assert [line[f"evaluation/{name}"] for name in names] == [1.0, 2.0, 12.0]
+    assert "evaluation/task/sft/forward_kl" not in line
     assert read_metrics(folder).evaluations == (several,)
 
 
@@ -104,8 +90,8 @@ def test_a_resumed_log_holds_every_step_once_and_keeps_events(folder: RunFolder)
     with folder.metrics.open("a") as file:
         file.write('{"kind": "step", "st')  # killed while writing
 
-    sink = ListSink()
-    second = MetricsLog(folder, [sink])
+    rewound: list[int] = []
+    second = MetricsLog(folder, rewound=rewound.append)
     second.resume(3)
     assert second.first_evaluation == evaluation(0, kl=6.0)
     for number in range(4, 7):
@@ -118,8 +104,7 @@ def test_a_resumed_log_holds_every_step_once_and_keeps_events(folder: RunFolder)
     assert [s.values["train/loss"] for s in records.steps] == [1, 1, 1, 0.5, 0.5, 0.5]
     assert [e.step for e in records.evaluations] == [0]
     assert [e.name for e in records.events] == ["students_lost"]
-    assert sink.calls[0] == ("resume", 3)
-    assert sink.calls[-1] == ("close",)
+    assert rewound == [3]
 
 
 def test_a_run_that_begins_again_replaces_the_steps_of_the_attempt_before(folder: RunFolder) -> None:
@@ -137,19 +122,13 @@ def test_an_event_may_not_hide_the_fields_of_the_log(folder: RunFolder) -> None:
         MetricsLog(folder).event("x", step=3)
 
 
-def test_tensorboard_files_hold_the_same_numbers_also_after_a_resume(folder: RunFolder) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = MetricsLog(folder, [TensorBoardSink(folder)], clock=lambda: 100.0)
-    for number in (1, 2, 3):
-        log.step(step(number, loss=float(number)))
-    log.evaluation(evaluation(3, kl=0.25))
-    log.resume(2)
-    log.step(step(3, loss=30.0))
-    log.close()
-    events = EventAccumulator(str(folder.tensorboard)).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+def test_evaluations_that_an_older_version_wrote_are_read(folder: RunFolder) -> None:
+    numbers = {"num_rows": 5, "perplexity": 9.0, "padding_mass": 0.0}
+    of_task = {f"task/chat/{name}": value for name, value in numbers.items()}
+    line = {"time": 1.0, "kind": "evaluation", "step": 2, **numbers, **of_task}
+    folder.metrics.write_text(json.dumps(line) + "\n")
+    chat = Evaluation(2, 5, None, None, 9.0, None)
+    assert read_metrics(folder).evaluations == (replace(chat, tasks={"chat": chat}),)
 
 
 def test_the_timeline_refuses_a_kind_nobody_would_draw(folder: RunFolder) -> None:
@@ -168,10 +147,8 @@ def test_an_evaluation_made_again_after_a_resume_is_in_the_log_once(folder: RunF
         log.step(step(number))
     log.evaluation(evaluation(3, kl=2.0))
     log.close()
-    sink = ListSink()
-    log = MetricsLog(folder, [sink])
+    log = MetricsLog(folder)
     log.resume(3)
     log.evaluation(evaluation(3, kl=2.0))
     log.evaluation(evaluation(6, kl=1.0))
     assert [record["step"] for record in read_lines(folder.metrics) if record["kind"] == "evaluation"] == [3, 6]
-    assert [call[0] for call in sink.calls] == ["resume", 6]
