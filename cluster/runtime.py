@@ -69,8 +69,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("MALLOC_MMAP_THRESHOLD_", "16777216", (STUDENT,), (CPU,), "tensors below 16 MiB stay in the heap"),
     Setting("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1", (STUDENT,), (CPU,), "huge pages where the kernel offers them"),
     Setting("MALLOC_ARENA_MAX", "1", WORKERS, (CPU,), "calls run in threads: their own arenas map what is over 64 MB"),
-    Setting("MALLOC_TRIM_THRESHOLD_", "-1", WORKERS, (CPU,), "the heap never shrinks"),
-    Setting("MALLOC_TOP_PAD_", "268435456", WORKERS, (CPU,), "the heap grows by 256 MiB at a time"),
+    # Activations are freed in the order in which backward undoes them, from the top of the heap down: a student gives
+    # them back while its gradients grow, which takes one system call for 64 MiB.
+    Setting("MALLOC_TRIM_THRESHOLD_", "67108864", (STUDENT,), (CPU,), "the heap shrinks by 64 MiB at a time"),
+    Setting("MALLOC_TOP_PAD_", "33554432", (STUDENT,), (CPU,), "the heap grows by 32 MiB at a time"),
+    Setting("MALLOC_TRIM_THRESHOLD_", "-1", ENGINES, (CPU,), "the heap never shrinks"),
+    Setting("MALLOC_TOP_PAD_", "268435456", ENGINES, (CPU,), "the heap grows by 256 MiB at a time"),
     # students
     Setting("DS_ACCELERATOR", "cpu", (STUDENT,), (CPU,), "DeepSpeed would guess from installed packages"),
     Setting("DS_ACCELERATOR", "cuda", (STUDENT,), (GPU,), "DeepSpeed would guess from installed packages"),

@@ -26,6 +26,7 @@ from cluster.engines.vllm_loop import EngineLoop, Request
 from configs.engines import Vllm
 from configs.labels import HELD_OUT, Labels
 from trainer.errors import ConfigError, InfrastructureError
+from trainer.heap import give_back
 from trainer.labels.encoding import load_encoding
 from trainer.model.head import head_width
 from trainer.types import Sampling, Sequence, SoftLabelBlock, Unit, UnitReport
@@ -183,6 +184,7 @@ def build_engine(plan: EnginePlan) -> LLMEngine:
 
         engine = LLMEngine.from_engine_args(EngineArgs(**source, **plan.arguments))
         try_out(engine, plan)
+        give_back()  # weights as they were read, before they were packed for this processor
         return engine
 
 

@@ -1,4 +1,5 @@
-"""Where vLLM computes another model than transformers does, or cannot split it: refused, or set right by overrides.
+"""Where vLLM computes another model than transformers does, or cannot split it: refused, or set right by overrides;
+and what its KV cache takes.
 
 Decided from a model's configuration alone; vLLM itself is not imported.
 """
@@ -59,3 +60,22 @@ def vllm_overrides(config: Any, *, trust_remote_code: bool = False) -> dict[str,
     else:
         return {}
     return window if text is config else {"text_config": window}
+
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+"""Of `layer_types`: those whose cache is keys and values of every token."""
+
+
+def kv_cache_bytes(config: Any, *, num_tokens: int, dtype: str) -> int | None:
+    """What the keys and values of so many tokens take, in blocks of `dtype`; None for a model with layers of another
+    kind, or another kind of attention."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    shared = getattr(text, "num_key_value_heads", None) or heads
+    layers = getattr(text, "num_hidden_layers", None)
+    if not heads or not layers or getattr(text, "kv_lora_rank", None):
+        return None
+    if not set(getattr(text, "layer_types", None) or ()) <= ATTENTION_LAYERS:
+        return None
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2 * layers * shared * width * {"float32": 4, "bfloat16": 2}[dtype] * num_tokens

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -76,18 +77,29 @@ def kill_local(identity: ProcessIdentity) -> bool:
 
 
 def kill_actor(actor: Any, identity: ProcessIdentity | None) -> list[Any]:
-    """Give an actor up: `ray.kill`, and where its process is known, a task on its node that makes sure.
+    """Give an actor up: `ray.kill`, and where its process is known, something on its node that makes sure: a thread of
+    this process, or a task of another node, which may need a process of its own.
 
     Returns what `wait_killed` waits for. A node that is gone has ended its processes with it.
     """
     ray.kill(actor, no_restart=True)
     if identity is None:
         return []
+    if identity.node == ray.get_runtime_context().get_node_id():
+        killing = threading.Thread(target=kill_local, args=(identity,), daemon=True, name="kill")
+        killing.start()
+        return [killing]
     there = NodeAffinitySchedulingStrategy(identity.node, soft=False)
     return [ray.remote(kill_local).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(identity)]
 
 
-def wait_killed(refs: Iterable[Any]) -> None:
-    """Until the kills were carried out, or their node turned out to be gone; bounded."""
+def wait_killed(killings: Iterable[Any]) -> None:
+    """Until what `kill_actor` began is carried out, or its node turned out to be gone; bounded."""
+    deadline, refs = time.monotonic() + KILL_TIMEOUT_S, []
+    for killing in killings:
+        if isinstance(killing, threading.Thread):
+            killing.join(max(0.0, deadline - time.monotonic()))
+        else:
+            refs.append(killing)
     with contextlib.suppress(RayError):
-        ray.get(list(refs), timeout=KILL_TIMEOUT_S)
+        ray.get(refs, timeout=max(0.0, deadline - time.monotonic()))

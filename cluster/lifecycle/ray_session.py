@@ -22,6 +22,7 @@ import psutil
 
 from cluster.lifecycle import ray_token
 from cluster.lifecycle.guard import Guard
+from cluster.lifecycle.ray_idle import NO_SPARE_WORKERS, without_idle_services
 from cluster.preflight.finding import examine
 from cluster.preflight.joining import check_cluster
 from cluster.preflight.machine import Needs, looks
@@ -96,6 +97,7 @@ def _start_here(
     os.environ.update(ray_environment(memory_bytes=psutil.virtual_memory().total))
     if metrics_port is not None:
         os.environ.update(METRICS_OPEN)
+    os.environ.setdefault(*NO_SPARE_WORKERS)
     if any(finding.fatal and finding.subject == "shared memory" for finding in unwell):
         os.environ["RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"] = "1"
     reread_ray_environment()
@@ -107,6 +109,7 @@ def _start_here(
         _signal_handlers_kept(),
         _temporary_files_in(folder),
         _hangups_blocked(),
+        without_idle_services(),
     ):
         context = ray.init(
             address="local",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.engines.plan import EnginePlan
-from cluster.engines.vllm_limits import WIDER_IN_VLLM, vllm_overrides
+from cluster.engines.vllm_limits import WIDER_IN_VLLM, kv_cache_bytes, vllm_overrides
 from cluster.placement.choices import Choices
 from cluster.placement.facts import KnownModel
 from cluster.placement.roles import prefix_of, started_roles
-from cluster.runtime import GENERATOR, GPU, SCORER, Role, actors_of, backend_of, device_type_of
+from cluster.runtime import CPU, GENERATOR, GPU, SCORER, Role, actors_of, backend_of, device_type_of
 from configs.engines import ENGINES, Vllm
 from configs.labels import HELD_OUT, Labels
 from configs.models import ModelSource, Replicas, Teacher
@@ -65,6 +65,7 @@ def student_plan(choices: Choices) -> StudentPlan:
             dtype=dtype,
             on_accelerator=choices.accelerator == GPU,
             hidden_size=hidden_size,
+            weight_bytes=known.num_bytes,
         ),
         collective_timeout_s=run.faults.step_timeout_s,
         start_timeout_s=_start_timeout_s(run, model, known.num_bytes),
@@ -148,9 +149,22 @@ class _Teacher:
         actors = actors_of(role, prefix_of(self.choices.run, self.teacher.name))
         if any(group.executor == "ray" for group in self.choices.placement.of_role(actors)):
             arguments["distributed_executor_backend"] = "ray"  # a replica larger than every node
-        if isinstance(replicas.engine, Vllm) and (overrides := _overrides(self._known, self.teacher.model)):
-            arguments["hf_overrides"] = arguments.get("hf_overrides", {}) | overrides
+        if isinstance(replicas.engine, Vllm):
+            if overrides := _overrides(self._known, self.teacher.model):
+                arguments["hf_overrides"] = arguments.get("hf_overrides", {}) | overrides
+            if role == SCORER and self.choices.accelerator == CPU and replicas.engine.kv_cache_bytes is None:
+                arguments["kv_cache_memory_bytes"] = self._scorer_cache(arguments, dtype)
         return arguments
+
+    def _scorer_cache(self, arguments: Mapping[str, Any], dtype: str) -> int:
+        """On a host: what a scorer's cache needs, and no more. A sequence is in it only while it is read: beside the
+        tokens of a step there are those of one sequence that was begun, and what its last block leaves empty of it."""
+        most = arguments["kv_cache_memory_bytes"]
+        if self._known.config is None:
+            return most
+        tokens = arguments["max_num_batched_tokens"] + arguments["max_model_len"]
+        tokens += arguments["max_num_seqs"] * arguments["block_size"]
+        return min(most, kv_cache_bytes(self._known.config, num_tokens=tokens, dtype=dtype) or most)
 
     @property
     def _tasks(self) -> list[ResolvedTask]:

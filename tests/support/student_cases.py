@@ -306,6 +306,26 @@ def _anonymous_bytes() -> int:
     raise AssertionError("the kernel reports no anonymous memory")
 
 
+def case_master_weights(place: Place) -> dict[str, Any]:
+    """Whether the partition of this rank is memory of its own beside the weights, by dtype; and what a checkpoint of
+    float32 weights holds of it: elements, and bytes of its file."""
+    found: dict[str, Any] = {}
+    for dtype in ("float32", "bfloat16"):
+        run = _run(place, zero_stage=2)
+        rank = build(run, place, dtype=dtype)
+        optimizer = rank._zero._engine.optimizer
+        weights, master = optimizer.bit16_groups_flat[0], optimizer.single_partition_of_fp32_groups[0]
+        found[dtype] = weights.untyped_storage().data_ptr() != master.untyped_storage().data_ptr()
+        if dtype == "float32":
+            train(rank, run, place, last=1)
+            folder = _checkpoint(place, "masters")
+            rank.save(1, folder)
+            (file,) = folder.rglob(f"*pp_rank_{place.rank}_*optim*")
+            found |= {"elements": master.numel(), "bytes": file.stat().st_size}
+        rank.close()
+    return found
+
+
 def case_staging_twice(place: Place) -> list[dict[str, float]]:
     """A step staged again, as after lost labels, is trained once and as if staged once."""
     if place.world == 2:

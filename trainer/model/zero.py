@@ -19,9 +19,11 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT, SINGLE_PARTITION_OF_FP32_GROUPS
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import distributed
@@ -110,6 +112,15 @@ class TensorsOnly(TorchCheckpointEngine):
     """DeepSpeed's own files, read as tensors, plain values and the few classes that it writes into them; anything
     else in a pickle is refused before it runs."""
 
+    def save(self, state_dict: Any, path: str) -> None:
+        """torch.save writes all of the memory behind a tensor, and a partition may be a part of the weights."""
+        shards = state_dict.get(OPTIMIZER_STATE_DICT)
+        if isinstance(shards, dict) and SINGLE_PARTITION_OF_FP32_GROUPS in shards:
+            own = [partition.detach().clone() for partition in shards[SINGLE_PARTITION_OF_FP32_GROUPS]]
+            shards = {**shards, SINGLE_PARTITION_OF_FP32_GROUPS: own}
+            state_dict = {**state_dict, OPTIMIZER_STATE_DICT: shards}
+        super().save(state_dict, path)
+
     def load(self, path: str, map_location: Any = None) -> Any:
         with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
             try:
@@ -135,6 +146,7 @@ class ZeroModel:
             dist_init_required=False,
         )
         self._engine.checkpoint_engine = TensorsOnly(self._engine._config)
+        share_master_weights(self._engine.optimizer)
         if self._engine.device.type != device.type:
             raise ConfigError(f"DeepSpeed chose the device {self._engine.device}, the run is planned for {device}")
 
@@ -181,6 +193,22 @@ class ZeroModel:
     def close(self) -> None:
         """Release hooks and buffers. The process group stays."""
         self._engine.destroy()
+
+
+def share_master_weights(optimizer: Any) -> None:
+    """Where the weights are float32, let the master weights of a partition be the weights themselves.
+
+    At stages 1 and 2 DeepSpeed updates a float32 copy of its partition and casts it into the weights. Of weights that
+    are float32 that copy is the same numbers a second time.
+    """
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload:
+        return
+    for index, master in enumerate(optimizer.single_partition_of_fp32_groups):
+        rank = distributed.get_rank(optimizer.real_dp_process_group[index])
+        weights = optimizer.parallel_partitioned_bit16_groups[index][rank]
+        if weights.dtype == master.dtype and weights.device == master.device:
+            master.data = weights.detach()
+    optimizer._link_all_hp_params()  # each parameter knows its part of the master weights
 
 
 def _make_optimizer(

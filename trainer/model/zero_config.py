@@ -14,15 +14,23 @@ from configs.schema import Optimizer
 _HOST = "cpu"  # DeepSpeed's word for the memory that offloaded state goes to, whatever the device
 _BUCKET_ELEMENTS = {True: 200_000_000, False: 20_000_000}  # by on_accelerator: elements reduced or gathered at once
 _SMALLEST_BUCKET = 4_000_000  # elements; a collective of less costs its latency
+_BYTES_A_BUCKET_ELEMENT = 100  # of the weights' files: buckets of 1 % of a model, or 2 where files are bfloat16
 
 
 def deepspeed_config(
-    *, student: Student, optimizer: Optimizer, dtype: str, on_accelerator: bool, hidden_size: int | None = None
+    *,
+    student: Student,
+    optimizer: Optimizer,
+    dtype: str,
+    on_accelerator: bool,
+    hidden_size: int | None = None,
+    weight_bytes: int | None = None,
 ) -> dict[str, Any]:
     """What `deepspeed.initialize` gets as `config`.
 
     `dtype` is "float32" or "bfloat16"; bfloat16 keeps float32 master weights and optimizer states. `hidden_size` of
-    the student sizes ZeRO-3's buffers; without it they have fixed sizes.
+    the student sizes ZeRO-3's buffers, `weight_bytes` of its files the buckets of stages 1 and 2; without them they
+    have fixed sizes.
     """
     assert dtype in ("float32", "bfloat16"), dtype
     return {
@@ -34,7 +42,9 @@ def deepspeed_config(
         "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": True},
         "communication_data_type": "bf16" if dtype == "bfloat16" else "fp32",
         "data_types": {"grad_accum_dtype": _accumulation_dtype(student, dtype)},
-        "zero_optimization": _zero(student, on_accelerator=on_accelerator, hidden_size=hidden_size),
+        "zero_optimization": _zero(
+            student, _bucket_elements(on_accelerator, weight_bytes), hidden_size, on_accelerator=on_accelerator
+        ),
         # Off accelerators the optimizer is torch's own, which DeepSpeed otherwise refuses to offload.
         "zero_force_ds_cpu_optimizer": on_accelerator,
         "checkpoint": {"tag_validation": "Ignore"},
@@ -48,8 +58,13 @@ def _accumulation_dtype(student: Student, dtype: str) -> str:
     return "bf16" if dtype == "bfloat16" and student.zero_stage == 1 else "fp32"
 
 
-def _zero(student: Student, *, on_accelerator: bool, hidden_size: int | None) -> dict[str, Any]:
-    bucket = _BUCKET_ELEMENTS[on_accelerator]
+def _bucket_elements(on_accelerator: bool, weight_bytes: int | None) -> int:
+    """A bucket is memory of every rank, so that of a small model is small."""
+    most = _BUCKET_ELEMENTS[on_accelerator]
+    return most if weight_bytes is None else min(most, max(_SMALLEST_BUCKET, weight_bytes // _BYTES_A_BUCKET_ELEMENT))
+
+
+def _zero(student: Student, bucket: int, hidden_size: int | None, *, on_accelerator: bool) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": student.zero_stage,
         # Overlapping needs streams, and at stage 1 gradients are reduced by `step` alone.

@@ -112,6 +112,21 @@ def test_settings_equal_the_golden_file(name: str) -> None:
     assert text == file.read_text(), "read the difference (how: docstring of this file)"
 
 
+def test_on_a_host_the_cache_of_a_scorer_follows_its_model() -> None:
+    run, hardware = SCENARIOS["laptop"][:2]
+    small = LlamaConfig(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576)
+    unknown = resolved(run, hardware)
+    plans = resolved(run, hardware, teacher_config=small).engines
+    for plan, as_before in zip(plans, unknown.engines, strict=True):
+        given, before = (p.arguments["kv_cache_memory_bytes"] for p in (plan, as_before))
+        a_token = 2 * 30 * 3 * 64 * (4 if plan.dtype == "float32" else 2)
+        if plan.role == "generator":
+            assert given == before
+            continue
+        longest = plan.arguments["max_num_batched_tokens"] + plan.max_length
+        assert a_token * longest <= given < before, "a step and a sequence that was begun fit"
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_settings_for_hosts_and_for_gpus_never_mix(name: str) -> None:
     result = resolved(*SCENARIOS[name])

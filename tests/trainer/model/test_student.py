@@ -328,6 +328,15 @@ def test_at_stage_three_no_rank_holds_the_student_whole_while_it_loads(world: Pa
         assert peaks["whole"] > 0.9 * size, "the measure sees a whole student"
 
 
+def test_float32_weights_are_their_own_master_weights_and_a_checkpoint_holds_each_once(
+    pair: list[dict[str, Any]],
+) -> None:
+    for rank in pair:
+        case = rank["master_weights"]
+        assert (case["float32"], case["bfloat16"]) == (False, True)
+        assert case["bytes"] < 3.5 * 4 * case["elements"], "master weights and two moments, each once"
+
+
 def test_a_rank_that_hangs_ends_the_others_step_at_the_collective_timeout(pair: list[dict[str, Any]]) -> None:
     words, waited_s = pair[0]["the_last_one_a_rank_that_hangs"]
     assert "8000ms" in words

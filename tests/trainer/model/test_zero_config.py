@@ -72,3 +72,19 @@ def test_no_key_is_misspelt() -> None:
 def test_it_needs_neither_torch_nor_deepspeed() -> None:
     code = "import sys, trainer.model.zero_config; print(sorted({'torch', 'deepspeed'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def _buckets(weight_bytes: int | None, *, accelerator: bool) -> set[int]:
+    student, optimizer = Student(model=ModelSource(path="m"), zero_stage=2), Optimizer()
+    config = deepspeed_config(
+        student=student, optimizer=optimizer, dtype="float32", on_accelerator=accelerator, weight_bytes=weight_bytes
+    )
+    return {config["zero_optimization"][name] for name in ("reduce_bucket_size", "allgather_bucket_size")}
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_buckets_are_as_small_as_the_model(accelerator: bool) -> None:
+    most = max(_buckets(None, accelerator=accelerator))
+    assert _buckets(200_000_000, accelerator=accelerator) == {4_000_000}
+    assert _buckets(1_500_000_000, accelerator=accelerator) == {15_000_000}
+    assert _buckets(10**12, accelerator=accelerator) == {most}
