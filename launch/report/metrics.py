@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from configs.losses import LOSSES
-from configs.stations import DOTTED_NAME
+from trainer.metric_names import TERM
 from trainer.records import MAX_INTEGER, append_lines, ignore, read_lines
 from trainer.run_folder import RunFolder, plain, write_text
 from trainer.types import Evaluation, StepMetrics
@@ -26,7 +25,7 @@ SpanKind = Literal["train", "score", "generate", "stage", "evaluate", "save", "s
 
 LOSS = "train/loss"
 """Names of step values that people are shown."""
-_TERM = re.compile(rf"(?:train|task/[^/]+)/(?:{'|'.join(LOSSES.kinds())}|{DOTTED_NAME.pattern})(?:_\d+)?")
+_TERM = re.compile(rf"(?:train|task/[^/]+)/{TERM}")
 TOKENS = "train/tokens"
 LEARNING_RATE = "train/learning_rate"
 GRAD_NORM = "train/grad_norm"

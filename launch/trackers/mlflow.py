@@ -36,6 +36,7 @@ class Tracker(Mlflow):
             answers(f"{uri.rstrip('/')}/health")
 
     def begin(self, run: RunFacts) -> MlflowRun:
+        self.reach()  # says in a line what the library says in ten
         for name, value in PATIENCE.items():
             os.environ.setdefault(name, value)
         from mlflow.tracking import MlflowClient

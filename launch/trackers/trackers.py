@@ -136,7 +136,8 @@ class _Child:
                 env={**QUIET, **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 start_new_session=True,  # a terminal's Ctrl-C is for the run, which ends this process
             )
-        threading.Thread(target=self._listen, daemon=True, name=f"tracker-{name}").start()
+        self._listener = threading.Thread(target=self._listen, daemon=True, name=f"tracker-{name}")
+        self._listener.start()
         self.send(told)
 
     def send(self, order: Mapping[str, Any]) -> None:
@@ -155,6 +156,7 @@ class _Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # helpers of its library too
         self._process.wait()
+        self._listener.join(_GRACE_S)  # what it told last
 
     def _listen(self) -> None:
         """Tell what it tells, and that it is gone where it should not be."""

@@ -33,6 +33,7 @@ class Tracker(Wandb):
         answers(url)
 
     def begin(self, run: RunFacts) -> History:
+        self.reach()  # the library itself would ask for a key, and wait
         import wandb
 
         settings = wandb.Settings(

@@ -1,0 +1,51 @@
+"""Whole runs log no name that the contract lacks, and the contract has no name that nothing logs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_folder
+from tiny_runs import chat_row, records, run_of, stillhouse, tiny_run, write_rows
+
+from trainer.metric_names import METRICS, metric_of
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
+IN_ONE_PROCESS = {"runtime": "in_process", "student": {"ranks": 1}, "training": {"steps": 3}}
+NO_NUMBERS = {"time", "kind", "step", "non_finite"}
+
+
+def of_several_tasks(folder: Path) -> Path:
+    """Two teachers and two tasks, of which one has its answers written."""
+    folder.mkdir(parents=True)
+    tiny_folder(folder / "code", seed=3)
+    asked = write_rows(folder / "asked.jsonl", [{"prompt": chat_row(i)["prompt"]} for i in range(8)])
+    engine = {"engine": {"kind": "hf"}, "dtype": "float32"}
+    teachers = {
+        "prose": {"model": {"path": str(folder / "teacher")}, "scorer": engine, "generator": engine},
+        "code": {"model": {"path": str(folder / "code")}, "scorer": engine},
+    }
+    answers = {"kind": "teacher", "max_new_tokens": 8}
+    tasks = {
+        "chat": {"teacher": "prose", "prompts": {"path": str(asked)}, "answers": answers},
+        "code": {"teacher": "code", "labels": "hidden", "objective": [{"loss": "reverse_kl"}]},
+    }
+    return run_of(folder, {**IN_ONE_PROCESS, "teachers": teachers, "tasks": tasks})
+
+
+def names_of(config: Path, kind: str) -> set[str]:
+    return {name for record in records(config.parent / "run", kind) for name in record} - NO_NUMBERS
+
+
+def test_runs_and_the_contract_have_the_same_names(tmp_path: Path) -> None:
+    of_one_task = tiny_run(tmp_path / "one", IN_ONE_PROCESS)
+    configs = (of_one_task, of_several_tasks(tmp_path / "several"))
+    for config in configs:
+        result = stillhouse("train", str(config))
+        assert result.returncode == 0, result.stdout + result.stderr
+    logged = {kind: set().union(*(names_of(config, kind) for config in configs)) for kind in ("step", "evaluation")}
+    for kind, names in logged.items():
+        found = {name: metric_of(name) for name in names}
+        assert {name for name, metric in found.items() if metric is None or metric.kind != kind} == set()
+        families = {metric.name for metric in found.values() if metric is not None}
+        assert families == {metric.name for metric in METRICS if metric.kind == kind}

@@ -1,0 +1,99 @@
+"""The numbers of a run: every name in metrics.jsonl, its unit and its meaning.
+
+This is the contract. Trackers and Prometheus have the same names, docs/metrics.md is made of them, and a test holds
+whole runs against them, in both directions. A name is `{area}/{name}`, with the unit at its end where it has one
+(`_s`, `_bytes`, `_tokens`); parts in `<...>` are words of the configuration.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.losses import LOSSES
+from configs.stations import DOTTED_NAME
+
+TERM = rf"(?:{'|'.join(LOSSES.kinds())}|{DOTTED_NAME.pattern})(?:_\d+)?"
+PARTS = {"<task>": r"[^/]+", "<teacher>": r"[^/]+", "<term>": TERM}
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A number, or a family of them."""
+
+    name: str
+    unit: str
+    meaning: str
+    kind: Literal["step", "evaluation"] = "step"
+    summed: bool = False  # whether the sum over steps means something
+
+    def matches(self, name: str) -> bool:
+        """Whether `name` is one of this family."""
+        return re.fullmatch("".join(PARTS.get(part) or re.escape(part) for part in self.parts), name) is not None
+
+    @property
+    def parts(self) -> list[str]:
+        return re.split(r"(<\w+>)", self.name)
+
+
+def _of_evaluation(name: str, unit: str, meaning: str) -> Metric:
+    return Metric(f"evaluation/{name}", unit, meaning, kind="evaluation")
+
+
+EVALUATION = (
+    _of_evaluation("num_rows", "rows", "rows that were evaluated: tokens of answers, each with its prediction"),
+    _of_evaluation("forward_kl", "nats per row", "KL(teacher, student) over the whole vocabulary, whatever is trained"),
+    _of_evaluation("agreement", "share", "rows where the likeliest id is the same for student and teacher"),
+    _of_evaluation("perplexity", "", "of the student on the target ids: exp of its mean cross-entropy"),
+    _of_evaluation("teacher_perplexity", "", "of the teacher on the same ids"),
+    _of_evaluation("padding_mass", "share", "mean probability that the student gives to ids that do not exist"),
+)
+"""Of the held-out rows; what needs a teacher is absent where none scored them."""
+
+METRICS = (
+    Metric("train/loss", "nats", "what is minimised: the weighted terms of all tasks over the loss tokens of the step"),
+    Metric("train/<term>", "nats", "a term of the objective, unweighted, over its loss tokens or groups; a second one "
+           "of its kind ends in `_2`. NaN in a step that has nothing of it"),
+    Metric("train/padding", "nats", "-log of the probability that the student leaves for ids that exist"),
+    Metric("train/grad_norm", "", "L2 norm of the gradient, before it is clipped to `optimizer.max_grad_norm`"),
+    Metric("train/learning_rate", "", "of this step"),
+    Metric("train/tokens", "tokens", "prompts and answers of all ranks", summed=True),
+    Metric("train/loss_tokens", "tokens", "those that the loss is about", summed=True),
+    Metric("train/skipped", "0 or 1", "1: loss or gradient was not finite, and nothing was learnt", summed=True),
+    Metric("train/micro_batches", "", "forward passes of each rank", summed=True),
+    Metric("step/seconds", "s", "`student/wait_s` and `student/step_s`"),
+    Metric("step/sequences", "", "prompts with their answers that were trained on", summed=True),
+    Metric("student/wait_s", "s", "until the labels of the step were there", summed=True),
+    Metric("student/step_s", "s", "the step itself, on all ranks", summed=True),
+    Metric("student/compute_s", "s", "of it forward and backward passes, on the slowest rank", summed=True),
+    Metric("student/optimizer_s", "s", "of it the optimizer and its communication, on the slowest rank", summed=True),
+    Metric("scorer/score_s", "s", "engine time that the labels of the step took, all replicas together", summed=True),
+    Metric("labels/rows", "rows", "labels: one for each loss token that a teacher judged", summed=True),
+    Metric("labels/bytes", "bytes", "of them", summed=True),
+    Metric("labels/mass", "share", "of the teacher's probability that they hold: 1 for `hidden` and `dense`"),
+    Metric("throughput/tokens_per_s", "tokens/s", "`train/tokens` over the time from one step to the next"),
+    Metric("wait/student_share", "share", "time of the last ten steps in which the student did not train"),
+    Metric("wait/teacher_share", "share", "time of the last ten steps in which a teacher had nothing to do, mean over "
+           "replicas"),
+    Metric("answers/written", "", "answers that a teacher wrote for the step", summed=True),
+    Metric("answers/empty", "", "of them without a token", summed=True),
+    Metric("answers/cut_off", "", "of them as long as `answers.max_new_tokens`, and not at an end", summed=True),
+    Metric("answers/dropped", "", "of them not trained on", summed=True),
+    Metric("task/<task>/<term>", "nats", "as `train/<term>`, of one task among several"),
+    Metric("task/<task>/padding", "nats", "as `train/padding`, of one task"),
+    Metric("task/<task>/sequences", "", "as `step/sequences`, of one task", summed=True),
+    Metric("task/<task>/loss_tokens", "tokens", "as `train/loss_tokens`, of one task", summed=True),
+    Metric("teacher/<teacher>/tokens", "tokens", "of the sequences that it was asked about", summed=True),
+    Metric("teacher/<teacher>/token_share", "share", "of the tokens that any teacher was asked about"),
+    *EVALUATION,
+    *(
+        Metric(one.name.replace("/", "/task/<task>/"), one.unit, f"as `{one.name}`, of one task", kind="evaluation")
+        for one in EVALUATION
+    ),
+)  # fmt: skip
+
+
+def metric_of(name: str) -> Metric | None:
+    """The entry of a name; None for one that the contract lacks."""
+    return next((metric for metric in METRICS if metric.matches(name)), None)
