@@ -78,10 +78,9 @@ def _dataset(
 
     def read() -> None:
         try:
-            reader = opened()
+            report = check_rows(opened(), budget=ROW_BUDGET)
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from None
-        report = check_rows(reader, budget=ROW_BUDGET)
         reports.append(report)
         if report.num_ok == 0 or (report.problems and run.data.on_bad_row == "error"):
             raise DataError(_bad_rows(place, report))
@@ -93,7 +92,7 @@ def _dataset(
         lengths = f"{report.min_tokens} to {report.max_tokens} tokens, median {report.median_tokens}"
         written = report.num_ok - report.num_answered
         answers = f"; {report.num_answered} have answers, the teacher writes those of {written}" if written else ""
-        return f"{counts}; {lengths}{answers}{_split(report)}"
+        return f"{counts}; {lengths}{answers}{_options(dataset)}"
 
     yield attempt(subject, read, say)
     if reports and reports[0].num_ok:
@@ -110,16 +109,24 @@ def _dataset(
                 "plain text, or allow where they are meant"
             )
             yield warning(subject, f"{place}: {text}")
+        if report.num_split:
+            text = (
+                f"{report.num_split} conversations became {report.num_of_split} sequences: the template rewrites "
+                "earlier turns, so each answer is learnt behind the text that it was asked with; loss_on: last learns "
+                "the last one alone"
+            )
+            yield warning(subject, f"{place}: {text}")
         if report.num_dropped or report.num_truncated:
             text = f"{report.num_dropped} rows are too long and dropped, {report.num_truncated} truncated"
             yield warning(subject, f"{place}: {text}")
 
 
-def _split(report: RowReport) -> str:
-    if not report.num_split:
-        return ""
-    what = "conversation" if report.num_split == 1 else "conversations"
-    return f"; {report.num_split} {what} became {report.num_of_split} sequences: the template rewrites earlier turns"
+def _options(dataset: Dataset) -> str:
+    texts = {
+        "; learnt: the last answer of each conversation": dataset.loss_on == "last",
+        "; system_prompt before those without a system turn": dataset.system_prompt is not None,
+    }
+    return "".join(text for text, said in texts.items() if said)
 
 
 def _epochs(run: Run, steps: int, *, rows: int) -> str:

@@ -160,6 +160,25 @@ def test_a_template_file_is_told_by_its_text(tmp_path: Path) -> None:
         place.look()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teacher.template_arguments={enable_thinking: false}", r"teacher.template_arguments.enable_thinking: "),
+        ("teacher.template_arguments={}", r"teacher.template_arguments.effort: "),
+        ("prompts.loss_on=last", r'prompts.loss_on: "last", was "all"'),
+        ("prompts.system_prompt=be brief", r'prompts.system_prompt: "be brief", was null'),
+    ],
+)
+def test_a_run_goes_on_with_the_same_rendering_alone(tmp_path: Path, override: str, message: str) -> None:
+    (tmp_path / "chat.jinja").write_text(CHATML + "{{ effort }}{{ enable_thinking }}")
+    arguments = {"chat_template": str(tmp_path / "chat.jinja"), "template_arguments": {"effort": "low"}}
+    place = Place(tmp_path / "one", {"teacher": arguments})
+    place.stop_at(4)
+    assert place.look().after is not None
+    with pytest.raises(ConfigError, match=message):
+        place.look(override)
+
+
 def test_the_students_first_weights_count_under_adapters_alone(tmp_path: Path) -> None:
     for name, lora in (("whole", None), ("adapters", {"rank": 2})):
         place = Place(tmp_path / name, {"student": {"ranks": 1, "lora": lora}})

@@ -7,7 +7,9 @@ from typing import Any
 import chat_templates as shapes
 import numpy as np
 import pytest
-from chat_templates import BESIDE, ONE_CALL, PARALLEL, REASONED, TOOL, assistant, tokenizer_with, user
+from chat_templates import BESIDE, ONE_CALL, PARALLEL, REASONED, TOOL, assistant, call, result, tokenizer_with, user
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trainer.data.chat import Template, TooManyTokens
 from trainer.errors import ConfigError, DataError
@@ -244,3 +246,54 @@ def test_the_arguments_of_a_row_win_over_those_of_the_run() -> None:
     assert read().endswith(empty)
     assert read(arguments={"enable_thinking": True}).endswith(bare)
     assert read().endswith(empty), "and only for that row"
+
+
+words = st.text(st.characters(blacklist_categories=("Cs",)), min_size=1, max_size=12).filter(lambda t: t.strip() == t)
+values = st.one_of(words, st.integers(-9, 9), st.booleans(), st.none(), st.lists(words, max_size=2))
+reasons = st.none() | words.filter(lambda text: "think>" not in text)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Questions, each answered after some rounds of calls and their results."""
+    talk: list[dict[str, Any]] = []
+    for _ in range(draw(st.integers(1, 3))):
+        talk.append(user(draw(words)))
+        for _ in range(draw(st.integers(0, 2))):
+            calls = [call(n, **{draw(words): draw(values)}) for n in range(draw(st.integers(1, 2)))]
+            talk += [assistant(draw(st.just("") | words), *calls), *(result(n, draw(words)) for n in range(len(calls)))]
+        talk.append(assistant(draw(words)))
+    for turn in talk:
+        if turn["role"] == "assistant" and (reason := draw(reasons)) is not None:
+            turn["reasoning_content"] = reason
+    return talk
+
+
+SHAPES = {"thinking": made(shapes.QWEN3), "not thinking": made(shapes.QWEN3, enable_thinking=False)}
+SHAPES["stable"] = made(shapes.HERMES)
+
+
+@settings(max_examples=40, deadline=None)
+@given(conversations(), st.sampled_from(sorted(SHAPES)))
+def test_any_conversation_is_learnt_turn_by_turn_as_it_is_generated(talk: list[dict[str, Any]], shape: str) -> None:
+    """Against transformers' prompt and text of each turn by itself."""
+    template, options = SHAPES[shape], {"tools": [TOOL], **SHAPES[shape].arguments}
+    if shape != "thinking":
+        talk = [{name: value for name, value in turn.items() if name != "reasoning_content"} for turn in talk]
+    render = template.tokenizer.apply_chat_template
+    learnt_at: list[tuple[list[int], list[int]]] = []
+    texts = template.render(talk, tools=[TOOL])
+    for text in texts:
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], text.loss_mask.astype(int), [0]]))).reshape(-1, 2)
+        ids = text.token_ids.tolist()
+        learnt_at += [(ids[: a + 1], ids[a + 1 : b + 1]) for a, b in edges]
+    answers = [index for index, turn in enumerate(talk) if turn["role"] == "assistant"]
+    assert len(learnt_at) == len(answers)
+    for (before, answer), index in zip(learnt_at, answers, strict=True):
+        assert before == render(talk[:index], add_generation_prompt=True, **options)["input_ids"]
+        whole = render(talk[: index + 1], **options)["input_ids"]
+        assert answer == whole[len(before) : len(before) + len(answer)]
+        assert template.tokenizer.decode(whole[len(before) + len(answer) :]) == "\n"
+    if shape == "stable":
+        assert len(texts) == 1
+        assert is_as_transformers_marks_it(template, texts[0], talk, tools=[TOOL])

@@ -1,0 +1,92 @@
+"""Conversations whose earlier turns the template rewrites, and tool calls, through the real command.
+
+The oracle is a run on plain text: what a generator reads before each answer, by transformers, and the answer behind it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import chat_templates as shapes
+import pytest
+import torch
+from chat_templates import REASONED, assistant, result, user
+from safetensors.torch import load_file
+from tiny_models import tiny_tokenizer
+from tiny_runs import records, stillhouse, tiny_run, write_rows
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
+
+LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+CALLS = [{"type": "function", "function": {"name": "look", "arguments": {"at": place}}} for place in ("Bern", "Rome")]
+TOOLS = [
+    user("Rain?"),
+    assistant("I look.", *CALLS, reasoning_content="both"),
+    result(1, "rain"),
+    result(2, "sun"),
+    assistant("In Bern.", reasoning_content="so it is"),
+    user("thanks"),
+    assistant("sure"),
+]
+BRIEF: dict[str, Any] = {
+    "runtime": "in_process",
+    "student": {"ranks": 1},
+    "optimizer": {"warmup_steps": 0},
+    "data": {"max_length": 512, "shuffle": False, "special_tokens_in_text": "allow"},
+    "training": {"steps": 4, "micro_batch_tokens": 1024, "depth": 0},
+}
+
+
+def turns_as_text(talk: list[dict[str, Any]], weights: dict[int, float], **given: Any) -> list[dict[str, Any]]:
+    """A row of plain text for each answer. The eos that is put behind a completion is the template's end of turn."""
+    tokenizer = tiny_tokenizer()
+    rows = []
+    for index, turn in enumerate(talk):
+        if turn["role"] == "assistant":
+            given |= {"chat_template": shapes.QWEN3, "tokenize": False}
+            prompt = tokenizer.apply_chat_template(talk[:index], add_generation_prompt=True, **given)
+            whole = tokenizer.apply_chat_template(talk[: index + 1], **given)
+            answer = whole.removeprefix(prompt).removesuffix("<|im_end|>\n")
+            assert whole == prompt + answer + "<|im_end|>\n"
+            rows.append({"prompt": prompt, "completion": answer, "weight": weights.get(index, 1.0)})
+    return rows
+
+
+def trained(folder: Path, rows: list[dict[str, Any]], *, per_step: int) -> tuple[list[float], list[float], Path]:
+    """Loss and number of loss tokens of each step, and the student."""
+    changes = {**BRIEF, "training": {**BRIEF["training"], "sequences_per_step": per_step}}
+    config = tiny_run(folder, {**changes, "teacher": {"chat_template": str(folder / "chat.jinja")}})
+    (folder / "chat.jinja").write_text(shapes.QWEN3)
+    write_rows(folder / "train.jsonl", rows)
+    ran = stillhouse("train", str(config))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    steps = records(folder / "run", "step")
+    losses, tokens = ([step[f"train/{name}"] for step in steps] for name in ("loss", "loss_tokens"))
+    assert ("conversations became" in ran.stdout + ran.stderr) == ("messages" in rows[0])
+    return losses, tokens, folder / "run" / "student" / "model.safetensors"
+
+
+def test_a_run_on_conversations_is_one_on_what_a_generator_reads_before_each_answer(tmp_path: Path) -> None:
+    weights = {1: 0.5}
+    weighted = [
+        {**turn, **({"weight": weights[index]} if index in weights else {})} for index, turn in enumerate(TOOLS)
+    ]
+    conversations = [{"messages": REASONED}, {"messages": weighted, "tools": [LOOK]}]
+    texts = [*turns_as_text(REASONED, {}), *turns_as_text(TOOLS, weights, tools=[LOOK])]
+    assert len(texts) == 5
+    losses, tokens, student = trained(tmp_path / "conversations", conversations, per_step=2)
+    expected, same_tokens, oracle = trained(tmp_path / "texts", texts, per_step=5)
+    assert tokens == same_tokens
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert losses[-1] < losses[0]
+    start = load_file(tmp_path / "texts" / "student" / "model.safetensors")
+    ours, theirs = (
+        torch.cat([(weight - start[name]).flatten() for name, weight in load_file(file).items()])
+        for file in (student, oracle)
+    )
+    assert (ours - theirs).norm() < 0.005 * theirs.norm(), "they moved the same way, but for rounding"
+
+    unweighted = [{**row, "weight": 1.0} for row in texts]
+    others, _, _ = trained(tmp_path / "unweighted", unweighted, per_step=5)
+    assert others[0] != pytest.approx(losses[0], rel=1e-2), "the weight is seen"
