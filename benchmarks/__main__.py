@@ -2,6 +2,7 @@
 
 python -m benchmarks distil  --teacher FOLDER    CPU time per token of the pipeline, against the plain recipe (plain.py)
 python -m benchmarks scoring --teacher FOLDER    CPU time of a labelled batch, against vLLM's bare prefill of it
+python -m benchmarks memory  CONFIG              peak memory of each role of a run, beside what `check` predicts
 
 docs/benchmarks.md says how to read the numbers. How fast a run of yours is: `stillhouse bench`.
 """
@@ -79,6 +80,30 @@ def scoring(
     plan = ScoringPlan(teacher=teacher, batches=tuple(Batch.parse(text) for text in batch), rounds=rounds)
     with _work_folder() as work:
         result = measure(plan, work, note=_note)
+    Console(width=max(Console().width, 120)).print(result.table())
+    write_numbers(out, result.to_json())
+
+
+@app.command(epilog="Example: python -m benchmarks memory configs/demo.yaml --set training.steps=8 --out memory.json")
+def memory(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set one value; may be given several times.")
+    ] = None,
+    small: Annotated[
+        bool, typer.Option("--small", help="With models of one layer: what is left is the processes' own.")
+    ] = False,
+    out: Out = None,
+) -> None:
+    """Peak memory of each role of a run on this machine's processor, beside what `check` predicts."""
+    from rich.console import Console
+
+    from benchmarks.memory import measure
+    from benchmarks.workload import small_models
+
+    with _work_folder() as work:
+        given = [*(overrides or []), *(small_models(config, overrides or [], work) if small else [])]
+        result = measure(config, given, work)
     Console(width=max(Console().width, 120)).print(result.table())
     write_numbers(out, result.to_json())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +14,10 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from configs.load import load_run
 from configs.models import ModelSource
 from configs.paths import ROOT
+from configs.rules import teachers_by_place
 from configs.schema import Run
 from configs.section import MAIN
 from trainer.answers.dataset import answers_of_dataset
@@ -44,15 +47,30 @@ class Workload:
 
 def make_student(teacher: Path, folder: Path, *, seed: int) -> None:
     """Llama, 6 layers of 384 (6 heads, 2 of keys and values, MLP 1024), tied, with the teacher's tokenizer."""
+    _make_llama(teacher, folder, seed=seed, layers=6, heads=6, kv_heads=2, width=384, inner=1024)
+
+
+def small_models(config: Path, overrides: AbstractSequence[str], work: Path) -> list[str]:
+    """Settings that put a Llama of one layer of 64 with the same tokenizer in place of every model of a run."""
+    run = load_run(config, overrides).run
+    teachers = {place: teacher.model for place, teacher in teachers_by_place(run).items()}
+    tokens = Path(next(iter(teachers.values()), run.student.model).path)
+    _make_llama(tokens, work / "small", seed=0, layers=1, heads=2, kv_heads=1, width=64, inner=128)
+    return [f"{place}.model.path={work / 'small'}" for place in (*teachers, "student")]
+
+
+def _make_llama(
+    teacher: Path, folder: Path, *, seed: int, layers: int, heads: int, kv_heads: int, width: int, inner: int
+) -> None:
     vocabulary = AutoConfig.from_pretrained(teacher).get_text_config()
     config = AutoConfig.for_model(
         "llama",
         vocab_size=vocabulary.vocab_size,
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        intermediate_size=1024,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=inner,
         tie_word_embeddings=True,
         max_position_embeddings=2048,
         bos_token_id=vocabulary.bos_token_id,
