@@ -61,18 +61,29 @@ def submit(
     ] = False,
     shared: Shared = None,
     max_upload: MaxUpload = 100,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Send it without looking at models, rows and memory first.")
+    ] = False,
 ) -> None:
     """Send a run to a cluster, a scheduler or the background, with the code and the rows that lie here.
 
-    Nothing needs to be installed there but the packages that Stillhouse uses. The same command again resumes the run.
+    First it is looked at as `stillhouse check` does, as far as this machine sees. Nothing needs to be installed there
+    but the packages that Stillhouse uses. The same command again resumes the run.
     """
     from launch.submit import Destination
     from launch.submit import submit as send
 
-    place, max_bytes = Destination(kind, given or [], target_file), int(max_upload * 2**20)
-    raise typer.Exit(
-        send(config, overrides or [], place, dry_run=dry_run, follow=follow, max_bytes=max_bytes, shared=shared or [])
+    code = send(
+        config,
+        overrides or [],
+        Destination(kind, given or [], target_file),
+        dry_run=dry_run,
+        follow=follow,
+        max_bytes=int(max_upload * 2**20),
+        shared=shared or [],
+        checks=not no_check,
     )
+    raise typer.Exit(code)
 
 
 @job_app.command(epilog="Example: stillhouse status demo")

@@ -66,9 +66,13 @@ def submit(
     follow: bool,
     max_bytes: int,
     shared: Sequence[Path],
+    checks: bool = True,
 ) -> int:
-    """Send a run to a target. Returns 0, or with `follow` the exit code of the run itself."""
+    """Send a run to a target, after a look at it as `check` has it. Returns 0, that of `check` where nothing was sent,
+    or with `follow` the exit code of the run itself."""
     target, options = destination.load()
+    if checks and (code := _look(config, overrides, destination.kind, target, options)):
+        return code
     with tempfile.TemporaryDirectory(prefix="stillhouse-bundle-") as folder:
         bundle = make_bundle(
             config, list(overrides), folder=Path(folder) / "bundle", max_bytes=max_bytes, shared=shared
@@ -90,6 +94,16 @@ def submit(
     for command, purpose in NEXT_COMMANDS:
         typer.echo(f"  stillhouse {command} {record.name:<20}  {purpose}")
     return 0
+
+
+def _look(config: Path, overrides: Sequence[str], kind: str, target: Target, options: Any) -> int:
+    from launch.check.run import check_to_send  # here: it imports what the other commands do without
+    from launch.check.there import HERE, There
+
+    if kind == "local":
+        return check_to_send(config, overrides, HERE)
+    offered = getattr(target, "offer", None)  # a target of somebody else's may have none
+    return check_to_send(config, overrides, There(elsewhere=True, offer=offered(options) if offered else None))
 
 
 def status(run: str) -> int:

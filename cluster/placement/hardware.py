@@ -42,6 +42,9 @@ GPU_MEMORY_GIB = {
 """By the name of a kind, as Ray and `_short_name` have it: what its driver reports in all, without ECC. Where a name
 stands for several sizes, the largest, so that nothing is refused that might fit."""
 
+_KEPT_BY_THE_USER = 0.985
+"""Of the size that a name says, such as 80GB; the driver has the rest."""
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -138,9 +141,13 @@ class Hardware:
 
 
 def gpu_memory_bytes(kind: str) -> int | None:
-    """Of a kind of GPU by its name; None where the name is not known."""
-    known = GPU_MEMORY_GIB.get(kind)
-    return None if known is None else int(known * _GIB)
+    """Of a kind of GPU by its name, as Ray, Slurm or a cloud write it; None where it is not known."""
+    words = re.split(r"[\s_-]+", kind.upper())
+    sizes = [int(found[1]) for word in words if (found := re.fullmatch(r"(\d+)GB?", word))]
+    known = [GPU_MEMORY_GIB[word] for word in words if word in GPU_MEMORY_GIB]
+    if sizes:
+        return int(min(sizes) * _KEPT_BY_THE_USER * _GIB)
+    return int(known[0] * _GIB) if known else None
 
 
 def gpu_has_bfloat16(name: str) -> bool:
@@ -215,9 +222,9 @@ def _gpu_models() -> list[str]:
 
 
 def _stated_gpu_memory(models: Sequence[str]) -> int | None:
-    """Many names say the size, such as 80GB, of which the driver keeps a hundredth."""
+    """Where the driver's names say the size."""
     sizes = [int(found[1]) for model in models if (found := re.search(r"\b(\d+) ?GB\b", model))]
-    return int(min(sizes) * 0.985 * _GIB) if sizes else None
+    return int(min(sizes) * _KEPT_BY_THE_USER * _GIB) if sizes else None
 
 
 def _short_name(model: str) -> str:

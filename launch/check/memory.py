@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 
 import psutil
 import torch
 
 from cluster.model_files import ModelFiles, find_folder
-from cluster.placement.choices import DtypeRule, choose_accelerator
+from cluster.placement.choices import DtypeRule
 from cluster.placement.hardware import Hardware
 from cluster.placement.memory import verdict
 from cluster.placement.memory.needs import Body, KnownSizes, memory_needs, pass_tokens
@@ -32,44 +33,42 @@ from trainer.model.weights import is_quantised
 SUBJECT = "memory"
 _SHOWN_BYTES = 10**7
 MAX_ADVICE = 3
+_UNKNOWN = {
+    "auto": DtypeRule(GPU, True, ""),
+    "gpu": DtypeRule(GPU, True, ""),
+    "cpu": DtypeRule(CPU, False, ""),
+}
+"""By what a run asks for, where its machines are not known: current GPUs, processors of today's laptops."""
 
 
 def examine_memory(
-    run: Run, facts: Mapping[str, ModelFacts], *, label_bytes: int = 0, offer: Offer | None, hardware: Hardware | None
+    run: Run, facts: Mapping[str, ModelFacts], *, label_bytes: int = 0, offer: Offer | None
 ) -> Iterator[Finding]:
-    """Findings about a run on `hardware`; None where its machines are not known here."""
+    """Findings about a run on what is offered; None where that is not known here."""
     known = known_sizes(run, facts, label_bytes=label_bytes)
     if known is None:
         yield Finding("not checked", SUBJECT, "it needs all models")
         return
-    rule = _rule(run, hardware)
+    rule = offer.rule(run) if offer is not None else _UNKNOWN[run.accelerator]
     try:
         roles = memory_needs(run, known, rule)
     except ConfigError as error:  # a dtype that the GPUs do not have
         yield problem(SUBJECT, str(error))
         return
     yield from rows(roles)
-    if offer is not None and hardware is not None and (rule.accelerator == CPU or hardware.num_gpus):
+    if offer is not None and (rule.accelerator == CPU or offer.gpus):
         yield from beside(run, known, rule, roles, offer)
+    else:
+        needed = f"{verdict.num_devices(roles)} GPUs, and " if rule.accelerator == GPU else ""
+        yield ok(SUBJECT, f"needed: {needed}{size_text(verdict.host_bytes(roles))} of host memory together")
 
 
-def machines_here(run: Run) -> tuple[Hardware, Offer] | tuple[None, None]:
+def offer_here(run: Run) -> Offer | None:
     """This machine, where it is the one that the run will use."""
     if run.runtime == "ray" and os.environ.get("RAY_ADDRESS"):
-        return None, None
-    hardware = Hardware.local()
-    return hardware, Offer.of(hardware, "this machine", swap_bytes=psutil.swap_memory().total)
-
-
-def _rule(run: Run, hardware: Hardware | None) -> DtypeRule:
-    """Of the accelerator that the run will have; where that depends on machines not known here, of GPUs."""
-    on_gpus, on_hosts = DtypeRule(GPU, True, ""), DtypeRule(CPU, False, "")
-    if hardware is None:
-        return on_hosts if run.accelerator == CPU else on_gpus
-    try:
-        return DtypeRule.of(hardware, choose_accelerator(run, hardware))
-    except ConfigError:  # GPUs are asked for, and this machine has none
-        return on_gpus
+        return None
+    offer = Offer.of(Hardware.local(), "this machine", swap_bytes=psutil.swap_memory().total)
+    return replace(offer, is_here=True)
 
 
 # --- what was read of the models --------------------------------------------------------------------------------------
@@ -161,12 +160,15 @@ def beside(
     if rule.accelerator == GPU:
         needed, there = verdict.num_devices(roles), len(offer.gpus)
         text = f"{needed} GPUs needed, {offer.where} has {there}"
-        yield ok(SUBJECT, text) if needed <= there else warning(SUBJECT, text, "more replicas and ranks need more GPUs")
+        advice = "lower ranks, replicas or tensor_parallel_size, or take more"
+        short = warning if offer.is_here else problem  # a run that is looked at here may be meant for elsewhere
+        yield ok(SUBJECT, text) if needed <= there else short(SUBJECT, text, advice)
         if offer.gpu_bytes is not None:
             for role in roles:
                 if role.device:
                     yield from _device(run, known, rule, role, offer)
-    yield _host(run, known, rule, roles, offer)
+    if offer.host_bytes is not None:
+        yield _host(run, known, rule, roles, offer)
 
 
 def _device(run: Run, known: KnownSizes, rule: DtypeRule, role: RoleMemory, offer: Offer) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from configs.models import ModelSource, Teacher
 from configs.paths import refuse_pattern
 from configs.rules import teacher_place, teachers_by_place
 from configs.schema import Run
+from launch.check.there import HERE, UNSEEN, There
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
 from trainer.errors import ConfigError
 from trainer.loop.inputs import Inputs, read_inputs
@@ -24,11 +25,14 @@ from trainer.model.generation_settings import unused_settings
 from trainer.model.load import load_config
 
 
-def examine_models(run: Run) -> tuple[dict[str, ModelFacts], list[Finding]]:
+def examine_models(run: Run, there: There = HERE) -> tuple[dict[str, ModelFacts], list[Finding]]:
     """By role what is known of the models that can be read, and the findings about all."""
     facts: dict[str, ModelFacts] = {}
     found: list[Finding] = []
     for role, source, needs_weights in models_of(run):
+        if not there.sees(source):
+            found.append(Finding(UNSEEN, f"{role} model", f"{source.path} is on the nodes, and not on this machine"))
+            continue
 
         def look(role: str = role, source: ModelSource = source, needs_weights: bool = needs_weights) -> None:
             facts[role] = _read(run, role, source, needs_weights=needs_weights)

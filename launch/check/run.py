@@ -26,6 +26,7 @@ from configs.rules import teacher_place, teachers_by_place, unused_teachers
 from configs.schema import Run
 from launch.check import memory, models, places, rows, trackers
 from launch.check.needs import needs_of
+from launch.check.there import HERE, UNSEEN, There
 from launch.check.watching import examine_metrics, examine_notify
 from launch.contents import contents_of
 from launch.quiet import quiet_libraries
@@ -48,14 +49,11 @@ def check(path: Path, overrides: Sequence[str]) -> int:
     for finding in chain(examine(run, inputs), trackers.reached(run), _standing(run, inputs)):
         _print(replace(finding, text=loaded.located(finding.text)))
         findings.append(finding)
-    problems = [finding for finding in findings if finding.fatal]
-    if problems:
-        typer.echo(f"{len(problems)} problem{'s' if len(problems) > 1 else ''}; nothing was started")
-        return min(problem.exit_code for problem in problems)
-    typer.echo(
-        f"ready: {shlex.join(['stillhouse', 'train', str(path), *(p for o in overrides for p in ('--set', o))])}"
-    )
-    return 0
+    code = _told(findings, "nothing was started")
+    if code == 0:
+        sets = [part for text in overrides for part in ("--set", text)]
+        typer.echo(f"ready: {shlex.join(['stillhouse', 'train', str(path), *sets])}")
+    return code
 
 
 def _standing(run: Run, inputs: list[Inputs]) -> Iterator[Finding]:
@@ -79,6 +77,27 @@ def _standing(run: Run, inputs: list[Inputs]) -> Iterator[Finding]:
     yield from (warning("earlier steps", text) for text in (*damaged, *(here[0].changed if here else ())))
 
 
+def check_to_send(path: Path, overrides: Sequence[str], there: There) -> int:
+    """As `check`, of a run that is sent elsewhere: warnings, problems, its memory, and what only the nodes can tell.
+    0: it may be sent."""
+    quiet_libraries()
+    loaded = load_run(path, overrides)
+    findings = []
+    for finding in examine(loaded.run, there=there):
+        if finding.status != "ok" or finding.subject == memory.SUBJECT:
+            _print(replace(finding, text=loaded.located(finding.text)))
+        findings.append(finding)
+    return _told(findings, "nothing was sent; send it as it is with --no-check")
+
+
+def _told(findings: Sequence[Finding], nothing: str) -> int:
+    problems = [finding for finding in findings if finding.fatal]
+    if not problems:
+        return 0
+    typer.echo(f"{len(problems)} problem{'s' if len(problems) > 1 else ''}; {nothing}")
+    return min(problem.exit_code for problem in problems)
+
+
 def collect_problems(run: Run, inputs: list[Inputs] | None = None) -> list[Finding]:
     """All findings that are not ok, warnings among them (`fatal` tells them apart). Starts and writes nothing."""
     return [finding for finding in examine(run, inputs) if finding.status in ("warning", "problem")]
@@ -98,14 +117,15 @@ def raise_problems(loaded: LoadedRun) -> tuple[list[str], Inputs]:
     return [loaded.located(finding.message) for finding in found], inputs[0]
 
 
-def examine(run: Run, inputs: list[Inputs] | None = None) -> Iterator[Finding]:
+def examine(run: Run, inputs: list[Inputs] | None = None, there: There = HERE) -> Iterator[Finding]:
     """Every finding, in the order of the pipeline. What is read of the pair on the way is added to `inputs`."""
     inputs = [] if inputs is None else inputs
     yield from _plugins(run)
-    yield from _packages(run)
-    yield from trackers.installed(run)
+    if not there.elsewhere:
+        yield from _packages(run)
+        yield from trackers.installed(run)
     yield from unused(run)
-    facts, found = models.examine_models(run)
+    facts, found = models.examine_models(run, there)
     yield from found
     known = set(facts)
     sources = {role: source for role, source, _ in models.models_of(run)}
@@ -124,10 +144,13 @@ def examine(run: Run, inputs: list[Inputs] | None = None) -> Iterator[Finding]:
             yield from models.generation(run, place, teacher)
     yield from models.attention(run, known=known)
     yield from places.placement(run, sources, known=known)
-    hardware, offer = memory.machines_here(run)
-    yield from memory.examine_memory(run, facts, label_bytes=sum(row_bytes), offer=offer, hardware=hardware)
+    offer = there.offer if there.elsewhere else memory.offer_here(run)
+    yield from memory.examine_memory(run, facts, label_bytes=sum(row_bytes), offer=offer)
     yield from models.licences(run)
-    yield from places.examine_folder(run, facts.get("student"))
+    if there.elsewhere:
+        yield Finding(UNSEEN, "nodes", "packages, trackers, run folder and disk: the run asks its nodes when it starts")
+    else:
+        yield from places.examine_folder(run, facts.get("student"))
     yield from examine_metrics(run)
     yield from examine_notify(run)
 

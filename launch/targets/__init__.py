@@ -25,6 +25,7 @@ from trainer.errors import ConfigError, Preempted
 from trainer.records import Moment
 
 if TYPE_CHECKING:
+    from cluster.placement.memory.verdict import Offer
     from launch.bundle import Bundle
 
 KINDS = ("kuberay", "local", "ray", "skypilot", "slurm")
@@ -115,6 +116,10 @@ class Target(Protocol):
 
     def prepare(self, bundle: Bundle, options: Any, job: str) -> Shipment:
         """What would be sent. Pure: starts nothing, connects to nothing, writes nothing."""
+        ...
+
+    def offer(self, options: Any) -> Offer | None:
+        """What a run may use there, as far as the options say; None where they do not. Pure. Optional."""
         ...
 
     def submit(self, bundle: Bundle, shipment: Shipment, options: Any, job: str) -> JobRecord:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field, field_validator
 
 from cluster.lifecycle.ray_session import RAY_SETTINGS
+from cluster.placement.hardware import gpu_memory_bytes
+from cluster.placement.memory.verdict import Offer
 from configs.refusal import refusal
 from configs.section import Section
 from launch import templates
@@ -77,6 +79,22 @@ def refuse_in_process(run: Run, kind: str) -> None:
         raise ConfigError(
             f"runtime: in_process is one process, and --to {kind} starts nodes for it: write runtime: ray"
         )
+
+
+def offer_of(where: str, gpus: Sequence[str], *, host_bytes: int | None) -> Offer:
+    """Of machines with GPUs of these kinds; "" for a kind that is not known."""
+    sizes = [gpu_memory_bytes(kind) for kind in gpus]
+    return Offer(where, tuple(gpus), None if None in sizes else max(sizes, default=None), host_bytes)
+
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
+
+
+def bytes_of(text: str, *, plain: str = "") -> int:
+    """`64G`, `64Gi`; a number alone is in units of `plain`."""
+    found = re.fullmatch(r"(\d+)([KMGT]?)i?\+?", text)
+    assert found is not None, text
+    return int(found[1]) * _UNITS[found[2] or plain]
 
 
 def note_of_paths_outside(run: Run, mount: str) -> str:

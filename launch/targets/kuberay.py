@@ -31,6 +31,7 @@ from launch.targets.kuberay_manifests import Options
 from trainer.errors import ConfigError, InfrastructureError, Preempted, foreign_errors
 
 if TYPE_CHECKING:
+    from cluster.placement.memory.verdict import Offer
     from launch.bundle import Bundle
 
 POLL_S = 2.0
@@ -65,6 +66,12 @@ class Target:
         files = {"rayjob.yaml": manifests.objects(bundle.run, options, job), **texts}
         command = (*_kubectl(options), "create", "--filename", "-")
         return Shipment(files | common.parts_of(bundle, parts), command, note)
+
+    def offer(self, options: Options) -> Offer:
+        pods = [(group.replicas, group) for group in (options.teachers, options.students)]
+        gpus = [_gpu_kind(group) for count, group in pods for _ in range(count * group.gpus)]
+        memory = sum(count * common.bytes_of(group.memory) for count, group in [*pods, (1, options.head)])
+        return common.offer_of("the pods", gpus, host_bytes=memory)
 
     def submit(self, bundle: Bundle, shipment: Shipment, options: Options, job: str) -> JobRecord:
         texts = {manifests.SCRIPT: str(shipment.files[manifests.SCRIPT])}
@@ -164,6 +171,12 @@ def _status(item: Mapping[str, Any]) -> JobStatus:
         name=metadata.get("annotations", {}).get("stillhouse.io/run", ""),
         submitted=datetime.fromisoformat(metadata["creationTimestamp"]).timestamp(),
     )
+
+
+def _gpu_kind(pod: manifests.Pod) -> str:
+    """As its node selector names it, by the labels of NVIDIA's operator and of GKE; "" where it does not."""
+    labels = ("nvidia.com/gpu.product", "cloud.google.com/gke-accelerator")
+    return next((pod.node_selector[label] for label in labels if label in pod.node_selector), "")
 
 
 def _kubectl(options: Options) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from launch.targets.common import COMMAND, Line, Python, Variable, WithEnvironme
 from trainer.errors import ConfigError, InfrastructureError, Preempted
 
 if TYPE_CHECKING:
+    from cluster.placement.memory.verdict import Offer
     from launch.bundle import Bundle
 
 TASK = "task.yaml"
@@ -95,6 +96,12 @@ class Target:
             **options.model_dump(),
         )
         return Shipment({TASK: task, **parts}, _command(options, job), note)
+
+    def offer(self, options: Options) -> Offer:
+        kind, _, count = (options.accelerators or ":0").partition(":")
+        memory = None if options.memory is None else options.nodes * common.bytes_of(str(options.memory), plain="G")
+        gpus = [kind] * (int(count or 1) * options.nodes)
+        return common.offer_of("the task", gpus, host_bytes=memory)
 
     def submit(self, bundle: Bundle, shipment: Shipment, options: Options, job: str) -> JobRecord:
         if shutil.which("sky") is None:

@@ -20,11 +20,21 @@ from typing import TYPE_CHECKING
 
 from launch.jobs import copy_results, run_status, waited_too_long
 from launch.targets import OVER, JobRecord, JobStatus, Shipment, State, state_of
-from launch.targets.common import follow_file, missing_command, refuse_in_process, run_command, wait_until, write_files
+from launch.targets.common import (
+    bytes_of,
+    follow_file,
+    missing_command,
+    offer_of,
+    refuse_in_process,
+    run_command,
+    wait_until,
+    write_files,
+)
 from launch.targets.slurm_script import MARK, Options, render, submission_folder
 from trainer.errors import ConfigError, InfrastructureError
 
 if TYPE_CHECKING:
+    from cluster.placement.memory.verdict import Offer
     from launch.bundle import Bundle
 
 SCRIPT, LOG, STOP_ASKED = "job.sbatch", "job.log", "stop_asked"
@@ -59,6 +69,14 @@ class Target:
         sent = {file.name: file for file in sorted(bundle.folder.iterdir())}
         note = f"copied to {folder}, which every node must see under this path; output in {folder / LOG}"
         return Shipment({SCRIPT: script, **sent}, ("sbatch", "--parsable", str(folder / SCRIPT)), note)
+
+    def offer(self, options: Options) -> Offer | None:
+        if options.nodes is None:
+            return None
+        kind, _, count = str(options.gpus_per_node or 0).rpartition(":")
+        memory = None if options.memory is None else options.nodes * bytes_of(str(options.memory), plain="M")
+        where = f"the job's {options.nodes} node{'s' if options.nodes > 1 else ''}"
+        return offer_of(where, [kind] * (int(count) * options.nodes), host_bytes=memory)
 
     def submit(self, bundle: Bundle, shipment: Shipment, options: Options, job: str) -> JobRecord:
         if shutil.which("sbatch") is None:

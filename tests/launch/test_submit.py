@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import socket
 import stat
@@ -10,13 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import requests
+from command_line import SECRET, stillhouse
 from fakes.ray_dashboard import FakeDashboard, fake_dashboard
 from ray_head import free_port
 from ruamel.yaml import YAML
@@ -24,13 +23,10 @@ from ruamel.yaml import YAML
 from configs.load import load_run
 from launch import submit
 from launch.bundle import Bundle
-from launch.cli import main
 from launch.jobs import write_record
-from launch.process import ProcessEnd
 from launch.targets import local, ray, ray_client
 from trainer.run_folder import RunFolder
 
-SECRET = "hf_" + "plantedsecret" * 3
 JOB = {
     "submission_id": "small-1",
     "status": "RUNNING",
@@ -72,17 +68,9 @@ def dashboard() -> FakeDashboard:
         yield fake
 
 
-def stillhouse(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command as its entry point runs it, in this process: a new one would take most of a test's time."""
-    output, errors = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
-        patch.setattr(sys, "argv", ["stillhouse", *arguments])
-        patch.setattr(ProcessEnd, "_leave", lambda end: None)  # else it ends the process of the tests, too
-        for name, value in {"HF_TOKEN": SECRET, **environment}.items():
-            patch.setenv(name, value)
-        with pytest.raises(SystemExit) as ended:
-            main()
-    return subprocess.CompletedProcess(arguments, ended.value.code or 0, output.getvalue(), errors.getvalue())
+def submit_unchecked(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The models here are empty folders: tests/launch/test_submit_check.py has the look before."""
+    return stillhouse("submit", "--no-check", *arguments, **environment)
 
 
 def remember(project: Path, address: str, **fields: object) -> None:
@@ -106,7 +94,7 @@ def assert_refused(result: subprocess.CompletedProcess[str], *parts: str, code: 
 
 def test_a_dry_run_prints_the_whole_request_and_contacts_nobody(project: Path, dashboard: FakeDashboard) -> None:
     given = ["--with", f"address={dashboard.address}", "--with", "driver_resources={head: 1}"]
-    result = stillhouse("submit", "run.yaml", "--to", "ray", "--dry-run", "--set", "seed=7", *given)
+    result = submit_unchecked("run.yaml", "--to", "ray", "--dry-run", "--set", "seed=7", *given)
     assert result.returncode == 0, result.stderr
     text = result.stdout
     request = json.loads(text.split("----- job.json -----\n")[1].split("\n\n")[0])
@@ -123,7 +111,7 @@ def test_a_dry_run_prints_the_whole_request_and_contacts_nobody(project: Path, d
 
 
 def test_a_dry_run_of_the_local_target_leaves_nothing_behind(project: Path) -> None:
-    result = stillhouse("submit", "run.yaml", "--to", "local", "--dry-run")
+    result = submit_unchecked("run.yaml", "--to", "local", "--dry-run")
     assert result.returncode == 0, result.stderr
     assert (
         f"command   {sys.executable} -m launch train run.yaml --ending {project}/runs/small/submissions/"
@@ -133,7 +121,7 @@ def test_a_dry_run_of_the_local_target_leaves_nothing_behind(project: Path) -> N
 
 
 def test_two_dry_runs_differ_only_in_the_name_of_the_job(project: Path) -> None:
-    first, second = (stillhouse("submit", "run.yaml", "--to", "ray", "--dry-run").stdout for _ in range(2))
+    first, second = (submit_unchecked("run.yaml", "--to", "ray", "--dry-run").stdout for _ in range(2))
     job = [text.split("job ")[1].split(":")[0] for text in (first, second)]
     assert job[0] != job[1]
     assert first.replace(job[0], "J") == second.replace(job[1], "J")
@@ -143,13 +131,13 @@ def test_two_dry_runs_differ_only_in_the_name_of_the_job(project: Path) -> None:
     ("kind", "part"), [("rai", "did you mean 'ray'?"), ("__init__", "unknown kind"), ("cloud", "there are")]
 )
 def test_an_unknown_target_is_answered_with_the_nearest(project: Path, kind: str, part: str) -> None:
-    assert_refused(stillhouse("submit", "run.yaml", "--to", kind), f"--to {kind}", part)
+    assert_refused(submit_unchecked("run.yaml", "--to", kind), f"--to {kind}", part)
 
 
 def test_wrong_options_are_told_all_at_once_with_their_places(project: Path) -> None:
     (project / "site.yaml").write_text("adress: http://x:1\nstop_wait_s: soon\n")
     given = ["--with", "driver_cpus=-1", "--with", "environment={MY_API_KEY: abcdefgh}"]
-    result = stillhouse("submit", "run.yaml", "--to", "ray", "--target-file", "site.yaml", *given)
+    result = submit_unchecked("run.yaml", "--to", "ray", "--target-file", "site.yaml", *given)
     assert_refused(
         result,
         "options of --to ray: 4 problems",
@@ -166,9 +154,9 @@ def test_a_wrong_configuration_and_a_large_upload_are_refused_before_the_cluster
     project: Path, dashboard: FakeDashboard
 ) -> None:
     to_ray = ["--to", "ray", "--with", f"address={dashboard.address}"]
-    assert_refused(stillhouse("submit", "run.yaml", *to_ray, "--set", "training.step=1"), "unknown key 'step'")
+    assert_refused(submit_unchecked("run.yaml", *to_ray, "--set", "training.step=1"), "unknown key 'step'")
     (project / "rows.jsonl").write_bytes(b"x" * (3 * 2**20))
-    result = stillhouse("submit", "run.yaml", *to_ray, "--max-upload", "2")
+    result = submit_unchecked("run.yaml", *to_ray, "--max-upload", "2")
     assert_refused(result, "more than the 2 MiB allowed", "rows.jsonl (prompts.path)")
     assert dashboard.changes == []
     assert not (project / "runs").exists()
@@ -179,13 +167,13 @@ def test_a_wrong_configuration_and_a_large_upload_are_refused_before_the_cluster
 
 def test_an_address_that_does_not_answer_is_named(project: Path) -> None:
     address = f"http://127.0.0.1:{free_port()}"
-    result = stillhouse("submit", "run.yaml", "--to", "ray", "--with", f"address={address}")
+    result = submit_unchecked("run.yaml", "--to", "ray", "--with", f"address={address}")
     assert_refused(result, f"no Ray dashboard answers at {address} (Connection refused)", "--with address=")
 
 
 @pytest.mark.parametrize("address", ["head:8265", "ray://head:10001", "http://head:8265/jobs"])
 def test_what_is_no_address_of_a_dashboard_is_refused_as_such(project: Path, address: str) -> None:
-    result = stillhouse("submit", "run.yaml", "--to", "ray", "--with", f"address={address}")
+    result = submit_unchecked("run.yaml", "--to", "ray", "--with", f"address={address}")
     assert_refused(result, f"address: {address} is not the address of a Ray dashboard")
 
 
@@ -193,7 +181,7 @@ def test_a_missing_token_a_wrong_one_and_an_unreadable_one_are_three_messages(
     project: Path, dashboard: FakeDashboard
 ) -> None:
     dashboard.token = "right"
-    command = ["submit", "run.yaml", "--to", "ray", "--with", f"address={dashboard.address}"]
+    command = ["submit", "run.yaml", "--no-check", "--to", "ray", "--with", f"address={dashboard.address}"]
     assert_refused(stillhouse(*command), "wants a token and got none (HTTP 401)", "RAY_AUTH_TOKEN_PATH")
     (project / "token").write_text("wrong\n")
     (project / "token").chmod(0o600)
@@ -220,7 +208,7 @@ def test_another_version_of_ray_or_python_is_refused_and_both_are_named(
 ) -> None:
     import ray
 
-    command = ["submit", "run.yaml", "--to", "ray", "--with", f"address={dashboard.address}"]
+    command = ["submit", "run.yaml", "--no-check", "--to", "ray", "--with", f"address={dashboard.address}"]
     dashboard.ray = "2.59.1"
     assert_refused(stillhouse(*command), "runs Ray 2.59.1", f"this machine has Ray {ray.__version__}")
     dashboard.ray, dashboard.python = ray.__version__, "3.10.4"
@@ -232,7 +220,7 @@ def test_a_cluster_on_the_network_without_a_token_is_refused_unless_asked(
     project: Path, dashboard: FakeDashboard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(requests, "request", _as_if_on_this_machine(dashboard, requests.request))
-    command = ["submit", "run.yaml", "--to", "ray", "--with", "address=http://head.cluster:8265"]
+    command = ["submit", "run.yaml", "--no-check", "--to", "ray", "--with", "address=http://head.cluster:8265"]
     result = stillhouse(*command)
     assert_refused(result, "asks for no token", "insecure=true")
     assert "warning: token and code go to head.cluster unencrypted" in result.stderr
@@ -251,14 +239,14 @@ def _as_if_on_this_machine(dashboard: FakeDashboard, request: Callable[..., Any]
 def test_a_second_job_of_a_run_that_is_not_over_is_refused(project: Path, dashboard: FakeDashboard) -> None:
     folder = str(project / "runs/small")
     dashboard.jobs = [{**JOB, "metadata": {"stillhouse": "train", "name": "small", "folder": folder}}]
-    result = stillhouse("submit", "run.yaml", "--to", "ray", "--with", f"address={dashboard.address}")
+    result = submit_unchecked("run.yaml", "--to", "ray", "--with", f"address={dashboard.address}")
     assert_refused(result, "the job small-1 of the same run folder", "is running", "stillhouse logs -f small")
     assert dashboard.changes == []
 
 
 def test_a_web_server_that_is_no_dashboard_is_named_as_such(project: Path, dashboard: FakeDashboard) -> None:
     dashboard.answer = lambda path, authorization: (200, b"<html>hello</html>")
-    result = stillhouse("submit", "run.yaml", "--to", "ray", "--with", f"address={dashboard.address}")
+    result = submit_unchecked("run.yaml", "--to", "ray", "--with", f"address={dashboard.address}")
     assert_refused(result, "not as the dashboard of a Ray cluster")
 
 
@@ -497,7 +485,7 @@ def test_a_local_job_whose_shell_was_killed_is_no_longer_running(project: Path) 
 def test_a_run_folder_that_is_in_use_is_refused(project: Path) -> None:
     (project / "runs/small").mkdir(parents=True)
     with RunFolder(project / "runs/small").lock():
-        assert_refused(stillhouse("submit", "run.yaml", "--to", "local"), "is in use by pid")
+        assert_refused(submit_unchecked("run.yaml", "--to", "local"), "is in use by pid")
     assert not (project / "runs/small/jobs").exists()
 
 

@@ -117,7 +117,9 @@ def test_a_cluster_without_stillhouse_runs_what_was_submitted_and_gives_it_back(
 def test_a_run_that_fails_on_the_cluster_returns_its_own_code(head: RayHead, here: Path, tmp_path: Path) -> None:
     config = tiny_run(tmp_path / "tiny", {"name": "bad"})
     write_rows(tmp_path / "tiny" / "train.jsonl", [{"prompt": 7, "completion": None}])
-    result = submit(head, config, "--follow")
+    looked = submit(head, config)
+    assert (looked.returncode, "nothing was sent" in looked.stdout) == (3, True)
+    result = submit(head, config, "--no-check", "--follow")
     assert result.returncode == 3, result.stdout + result.stderr
     assert "failed, exit code 3" in result.stdout
     status = to(head, "status", "bad")

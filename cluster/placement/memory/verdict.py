@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster.placement.choices import DtypeRule
-from cluster.placement.hardware import Hardware, gpu_memory_bytes
+from cluster.placement.hardware import Hardware, gpu_has_bfloat16, gpu_memory_bytes
 from cluster.placement.memory.needs import KnownSizes, memory_needs
 from cluster.placement.memory.parts import MARGIN, RoleMemory, certain
-from cluster.runtime import GPU, STUDENT
+from cluster.runtime import CPU, GPU, STUDENT
 from configs.models import LoRA
 from configs.schema import Run
 
@@ -20,22 +20,33 @@ Fit = Literal["fits", "close", "over", "cannot"]
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a run may use."""
+    """What a run may use, as far as it is known."""
 
     where: str  # for people: `this machine`
-    host_bytes: int  # of all machines together, swap included
-    gpus: tuple[int | None, ...] = ()  # memory of each, where it is known
+    gpus: tuple[str, ...] = ()  # kind of each
+    gpu_bytes: int | None = None  # of the largest: where kinds differ, which role gets which is decided later
+    host_bytes: int | None = None  # of all machines together, swap included
+    fast_bfloat16: bool = False  # of the processors
+    is_here: bool = False  # the machine that looks; where a run is sent it is only used there
 
     @classmethod
     def of(cls, hardware: Hardware, where: str, *, swap_bytes: int = 0) -> Offer:
-        gpus = [node.gpu_memory_bytes or gpu_memory_bytes(kind) for node in hardware.nodes for kind in node.gpus]
-        return cls(where, sum(node.memory_bytes for node in hardware.nodes) + swap_bytes, tuple(gpus))
+        kinds = tuple(kind for node in hardware.nodes for kind in node.gpus)
+        sizes = [node.gpu_memory_bytes or gpu_memory_bytes(kind) for node in hardware.nodes for kind in node.gpus]
+        return cls(
+            where,
+            gpus=kinds,
+            gpu_bytes=None if None in sizes else max(sizes, default=None),
+            host_bytes=sum(node.memory_bytes for node in hardware.nodes) + swap_bytes,
+            fast_bfloat16=all(node.cpu_has_amx_bf16 for node in hardware.nodes),
+        )
 
-    @property
-    def gpu_bytes(self) -> int | None:
-        """Of the largest GPU: where kinds differ, which role gets which is decided later. None where unknown."""
-        known = [size for size in self.gpus if size is not None]
-        return max(known) if known and len(known) == len(self.gpus) else None
+    def rule(self, run: Run) -> DtypeRule:
+        """Accelerator and dtypes of a run there. Where it asks for GPUs, those, whether there are any or not."""
+        if run.accelerator == CPU or (run.accelerator == "auto" and not self.gpus):
+            return DtypeRule(CPU, self.fast_bfloat16, f"this CPU has {'' if self.fast_bfloat16 else 'no '}amx_bf16")
+        old = [kind for kind in self.gpus if not gpu_has_bfloat16(kind)]
+        return DtypeRule(GPU, not old, f"{', '.join(dict.fromkeys(old or self.gpus))} has no bfloat16")
 
 
 def fit(needed: int, sure: int, offered: int) -> Fit:

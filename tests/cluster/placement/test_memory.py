@@ -175,6 +175,22 @@ def test_what_is_offered_is_that_of_the_machines() -> None:
     assert offer.gpu_bytes == gpu_memory_bytes("H100")
     assert Offer.of(Hardware((replace(node, gpus=("Gaudi",)),)), "x").gpu_bytes is None
     assert Offer.of(Hardware((replace(node, gpu_memory_bytes=7),)), "x").gpu_bytes == 7
+    old = replace(node, gpus=("V100",))
+    rules = [Offer.of(Hardware((one,)), "x").rule(make_run()) for one in (node, old, replace(node, gpus=()))]
+    assert [(rule.accelerator, rule.choose("student", "auto")) for rule in rules] == [
+        ("gpu", "bfloat16"),
+        ("gpu", "float32"),
+        ("cpu", "float32"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "gib"),
+    [("H100", 79), ("h100", 79), ("A100-40G", 39), ("nvidia_a100_80gb_pcie", 78), ("L4", 22), ("mi300", None)],
+)
+def test_the_memory_of_a_gpu_follows_from_its_name(kind: str, gib: int | None) -> None:
+    found = gpu_memory_bytes(kind)
+    assert (None if found is None else found // GIB) == gib
 
 
 def test_an_estimate_refuses_only_by_what_is_certain() -> None:
