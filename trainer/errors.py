@@ -18,6 +18,10 @@ class Defect(StillhouseError):
     exit_code = 1
 
 
+class WrongKey(ConfigError):
+    """A value inside a section of the configuration: the message begins with its key, dotted, below that section."""
+
+
 class DataError(StillhouseError):
     """A dataset row is wrong, or too many rows were rejected."""
 

@@ -13,7 +13,7 @@ from configs.schema import Run
 from configs.tasks import ResolvedTask
 from trainer.data.prompt_reader import PromptReader
 from trainer.data.prompts import RowReport, check_rows
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, WrongKey
 from trainer.loop.inputs import Inputs
 from trainer.loop.job import total_steps
 from trainer.loop.rows import open_held_out, open_reader
@@ -75,13 +75,17 @@ def _dataset(
     run: Run, subject: str, place: str, dataset: Dataset, opened: Callable[[], PromptReader], *, training: bool
 ) -> Iterator[Finding]:
     reports: list[RowReport] = []
+    titles: list[str] = []
 
     def read() -> None:
         try:
-            report = check_rows(opened(), budget=ROW_BUDGET)
+            reader = opened()
+            report = check_rows(reader, budget=ROW_BUDGET)
         except ConfigError as error:
-            raise ConfigError(f"{place}: {error}") from None
+            below = "." if isinstance(error, WrongKey) else ": "
+            raise ConfigError(f"{place}{below}{error}") from None
         reports.append(report)
+        titles.append(reader.rows.title)
         if report.num_ok == 0 or (report.problems and run.data.on_bad_row == "error"):
             raise DataError(_bad_rows(place, report))
 
@@ -92,7 +96,7 @@ def _dataset(
         lengths = f"{report.min_tokens} to {report.max_tokens} tokens, median {report.median_tokens}"
         written = report.num_ok - report.num_answered
         answers = f"; {report.num_answered} have answers, the teacher writes those of {written}" if written else ""
-        return f"{counts}; {lengths}{answers}{_options(dataset)}"
+        return f"{counts}; {lengths}{answers}; read as {titles[0]}{_options(dataset)}"
 
     yield attempt(subject, read, say)
     if reports and reports[0].num_ok:

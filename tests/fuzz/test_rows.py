@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from mutations import Damage, outcomes
+from pydantic import ValidationError
 from tiny_models import tiny_tokenizer
 
-from configs.prompts import Data, Dataset
+from configs.prompts import COLUMNS, Data, Dataset, RowFormat
 from trainer.data.chat import Template
 from trainer.data.prompt_reader import PromptReader
 from trainer.data.prompts import RowReport, check_rows
+from trainer.data.row import texts_of
+from trainer.data.rows import Rows
 from trainer.data.vocabulary import SharedVocabulary, fingerprint
 from trainer.errors import ConfigError, DataError
 
@@ -33,7 +37,29 @@ def turn(role: str, content: str) -> dict[str, Any]:
 TALK = {"messages": [turn("system", "be kind"), turn("user", "who?"), turn("assistant", "the quick fox")]}
 PAIR = {"prompt": [turn("user", "who?")], "completion": [turn("assistant", "the lazy dog")]}
 TEXTS = {"prompt": "who jumps over", "completion": " the lazy dog"}
-ROWS: list[dict[str, Any]] = [TALK, PAIR, TEXTS, {"prompt": "who?"}, {"text": "the quick brown fox"}]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{}"}}]}
+ASKED = turn("user", "who?")
+FOREIGN: list[dict[str, Any]] = [
+    {"conversations": [{"from": "human", "value": "who?"}, {"from": "gpt", "value": "the fox"}], "system": "be kind"},
+    {"conversation": [{"human": "who?", "assistant": "the fox"}]},
+    {"messages": json.dumps(TALK["messages"])},
+    {"messages": [{**ASKED, "content": [{"type": "text", "text": "who?"}]}, turn("assistant", "the fox")]},
+    {
+        "messages": [ASKED, CALL, {**turn("tool", "1"), "tool_call_id": "a"}, turn("assistant", "the fox")],
+        "tools": TOOLS,
+    },
+    {"instruction": "who?", "input": "jumps", "output": "the fox", "history": [["a", "b"]]},
+    {"query": "who?", "response": "the fox", "system": "be kind", "chat_template_kwargs": {"a": 1}},
+    {"question": "who?", "answer": "the fox", "weight": 0.5},
+    {"chosen": [ASKED, turn("assistant", "the fox")], "rejected": [ASKED, turn("assistant", "a dog")]},
+    {
+        "input": {"messages": [ASKED], "tools": TOOLS},
+        "preferred_output": [CALL],
+        "non_preferred_output": [turn("assistant", "no")],
+    },
+]
+ROWS: list[dict[str, Any]] = [TALK, PAIR, TEXTS, {"prompt": "who?"}, {"text": "the quick brown fox"}, *FOREIGN]
 
 GOOD = [json.dumps(TALK).encode()] * 6
 CUT = json.dumps(TALK).encode()[:40]
@@ -131,6 +157,46 @@ def test_damaged_rows_are_counted_or_refused(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_damaged_tables_are_counted_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes(lambda seed: look(write_damaged_table(tmp_path, seed)), range(30))
+
+
+def parsed(folder: Path, row: Any, **options: Any) -> str:
+    """What a row of another trainer is read as, or the one line that refuses it."""
+    file = folder / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    said = ""
+    try:
+        rows = Rows.open(Dataset(path=str(file), **options))
+        read = rows.read(0, needs_answer=False)
+    except (ConfigError, DataError) as error:
+        said = str(error)
+    if said:
+        assert said.startswith((str(file), "columns.")), said
+        assert "\n" not in said, said
+        return "refused"
+    assert texts_of(read), "a row that is read has text"
+    return rows.format
+
+
+@pytest.mark.timeout(600)
+def test_damaged_rows_of_other_trainers_are_read_or_refused_by_their_place(tmp_path: Path) -> None:
+    assert [parsed(tmp_path, row) for row in FOREIGN].count("refused") == 0
+    ended: Counter[str] = Counter()
+    for seed in range(600):
+        damage = Damage(seed)
+        row = damage.tree(damage.random.choice(FOREIGN))
+        names = list(row) if isinstance(row, dict) else []
+        options = {}
+        if names and damage.random.random() < 0.3:
+            options = {"columns": {damage.random.choice(COLUMNS): damage.random.choice(names) or "a"}}
+        if damage.random.random() < 0.3:
+            options["format"] = damage.random.choice(RowFormat.__args__)
+        try:
+            dataset = Dataset(path="x", **options)
+        except ValidationError:
+            continue  # a name of nothing
+        ended[parsed(tmp_path, row, **dataset.model_dump(include=set(options)))] += 1
+    assert ended["refused"] > 100, ended
+    assert len(ended) > 5, ended
 
 
 @pytest.mark.long

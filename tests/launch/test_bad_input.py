@@ -199,6 +199,87 @@ def test_rows_that_cannot_be_found_or_cut_are_one_message(case: str, said: Said,
     assert text in message
 
 
+def shared(*turns: tuple[str, str], **fields: object) -> dict[str, object]:
+    return {"conversations": [{"from": role, "value": text} for role, text in turns], **fields}
+
+
+ASKED = ("human", "who is it?")
+TALK = shared(ASKED, ("gpt", "the quick fox"))
+CALL = shared(ASKED, ("function_call", '{"name": "look", "arguments": {}}'))
+ROWS = {
+    "a column that no row has": (
+        [{"question": "a", "answer": " b"}],
+        ", columns: {prompt: questoin, completion: answer}",
+        "run.yaml:11: tasks.chat.prompts.columns.prompt: no row of rows.jsonl has a field 'questoin'; did you mean "
+        "'question'? (found: question, answer)",
+    ),
+    "a column for a field that is not read": (
+        [ROW],
+        ", columns: {promt: question}",
+        "run.yaml:11: tasks.chat.prompts.columns.promt = 'question'\n      is no field that is read; did you mean "
+        "'prompt'? (there are: messages, ",
+    ),
+    "a tool call without its tools": (
+        [TALK, CALL],
+        "",
+        "rows.jsonl:2: conversations[1]: calls 'look', and the row has no tools; write those that could be called as",
+    ),
+    "a call of a tool that is not there": (
+        [CALL | {"tools": [{"name": "listen"}]}],
+        "",
+        "rows.jsonl:1: conversations[1]: call 0 is of 'look', and the row's tools are others (listen)",
+    ),
+    "rows of two formats": (
+        [TALK, ROW],
+        "",
+        "rows.jsonl:2: messages: the row is of another format than the first one, which is read by its conversations",
+    ),
+    "a row that may be read in two ways": (
+        [ROW | TALK],
+        "",
+        "rows.jsonl:1: messages: the row has conversations too, and may be read as messages or as ShareGPT; write ",
+    ),
+    "a row of another format than the one named": (
+        [TALK],
+        ", format: messages",
+        "rows.jsonl:1: messages: is missing; the fields are those of ShareGPT: write format: sharegpt",
+    ),
+    "a field of nothing": (
+        [{"title": "a"}],
+        "",
+        "rows.jsonl:1: the fields fit no format; found: title; needed: messages, or prompt and completion",
+    ),
+    "an answer of a bad kind": (
+        [TALK, ROW["messages"]],
+        "",
+        'rows.jsonl:2: must be a JSON object with named fields, not a list; write {"messages": [...]}',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_that_say_nothing_clear_are_one_message(case: str, said: Said, tmp_path: Path) -> None:
+    rows, options, text = ROWS[case]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, message = said(("HERE/rows.jsonl}", f"HERE/chat.jsonl{options}}}"))
+    assert code in (ConfigError.exit_code, DataError.exit_code)
+    assert text.replace("rows.jsonl", "chat.jsonl") in message
+
+
+def test_check_says_as_what_rows_are_read(said: Said, tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text(json.dumps(TALK) + "\n")
+    code, text = said(("HERE/rows.jsonl}", "HERE/chat.jsonl}"))
+    assert code == 0
+    assert "chat.jsonl: 1 rows, all checked, 1 good; " in text
+    assert "; read as ShareGPT\n" in text
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"question": "the quick", "answer": " fox"}) + "\n")
+    columns = ", columns: {prompt: question, completion: answer}"
+    assert (
+        "; read as prompt and completion, without the chat template\n"
+        in said(("HERE/rows.jsonl}", f"HERE/chat.jsonl{columns}}}"))[1]
+    )
+
+
 def test_a_row_that_no_teacher_is_routed_to_is_named_with_its_line(said: Said) -> None:
     code, text = said(("{python: code, prose: prose}", "{python: code, verse: prose}"))
     assert code == 3

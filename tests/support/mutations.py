@@ -85,7 +85,8 @@ class Damage:
                 there, name = self.random.choice(others)
                 holder[key] = copy.deepcopy(there[name])
             case 5 if type(holder[key]) in (int, float):
-                holder[key] *= self.random.choice([-1, 0, 0.5, 2, 1000, 10**12])
+                factor = self.random.choice([-1, 0, 0.5, 2, 1000, 10**12])
+                holder[key] *= factor if abs(holder[key]) < 1e300 else int(factor)
             case _:
                 holder[key] = self.value()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.refusal import did_you_mean
-from trainer.errors import ConfigError
+from trainer.errors import WrongKey
 
 _MISSING = object()
 _SHOWN_FIELDS = 20
@@ -30,7 +30,7 @@ class Columns:
         return rest | {ours: None if value is _MISSING else value for ours, value in found.items()}
 
     def check(self, rows: Iterable[Mapping[str, Any]], *, where: str) -> None:
-        """Raises `ConfigError` for a name that none of these rows has."""
+        """Raises `WrongKey` for a name that none of these rows has."""
         left, seen = dict(self.names), dict[str, None]()
         for row in rows if left else ():
             left = {ours: theirs for ours, theirs in left.items() if _value_at(row, theirs) is _MISSING}
@@ -38,7 +38,7 @@ class Columns:
                 return
             seen |= dict.fromkeys(_fields_of(row))
         for ours, theirs in left.items():
-            raise ConfigError(
+            raise WrongKey(
                 f"columns.{ours}: no row of {where} has a field {theirs!r}{did_you_mean(theirs, seen)} (found: "
                 f"{', '.join(list(seen)[:_SHOWN_FIELDS]) or 'none'})"
             )

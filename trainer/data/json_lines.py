@@ -22,19 +22,24 @@ class JsonLines:
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:
-            cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
+            hint = _hint(text, error)
             raise BadRow(
-                origin,
-                f"not a JSON object: {error.msg} at column {error.colno}"
-                + ("; the line ends too early (was the file cut off?)" if cut else "; write one JSON object per line"),
-                preview(record),
+                origin, f"not a JSON object: {error.msg} at column {error.colno}; {hint}", preview(record)
             ) from error
         except RecursionError as error:
             raise BadRow(origin, "not a row: JSON nested too deeply", preview(record)) from error
         except ValueError as error:
             raise BadRow(origin, f"not a JSON object: {error}", preview(record)) from error
         if not isinstance(value, dict):
-            raise BadRow(
-                origin, f"must be a JSON object with named fields, not a {type(value).__name__}", preview(record)
-            )
+            hint = '; write {"messages": [...]}' if isinstance(value, list) and "role" in text else ""
+            what = f"must be a JSON object with named fields, not a {type(value).__name__}{hint}"
+            raise BadRow(origin, what, preview(record))
         return value
+
+
+def _hint(text: str, error: json.JSONDecodeError) -> str:
+    if text.strip() == "{":
+        return "one object stands on several lines: write each on a line of its own, or all in a list, [{...}, {...}]"
+    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
+        return "the line ends too early (was the file cut off?)"
+    return "write one JSON object per line"

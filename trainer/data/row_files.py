@@ -32,6 +32,7 @@ from trainer.errors import ConfigError, DataError, foreign_errors, reason_of
 LINES = (".jsonl", ".ndjson")
 SUFFIXES = (*LINES, *SEPARATORS, *BUILDERS)
 _SHOWN = 8
+_GIT_LFS = b"version https://git-lfs.github.com/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,10 @@ def _open_file(file: RowFile, *, max_rows: int | None) -> RawRows:
     with foreign_errors(f"cannot read the dataset {name}", error=DataError):
         if file.path.stat().st_size == 0:
             raise DataError(f"the dataset {name} has no rows: the file is empty")
+        with file.path.open("rb") as opened:
+            is_pointer = opened.read(len(_GIT_LFS)) == _GIT_LFS
+    if is_pointer:
+        raise DataError(f"the dataset {name} is a pointer of Git LFS and holds no rows: get the file with git lfs pull")
     suffixes = [suffix.lower() for suffix in Path(name_in_url(name) if is_url(name) else name).suffixes]
     packed = suffixes.pop() if len(suffixes) > 1 and suffixes[-1] in PACKED else ""
     suffix = suffixes[-1] if suffixes else ""

@@ -51,7 +51,7 @@ class Rows:
 
     @classmethod
     def open(cls, dataset: Dataset) -> Rows:
-        """Raises as `open_raw_rows` does, `DataError` where no row fits a format, and `ConfigError` where no row has a
+        """Raises as `open_raw_rows` does, `DataError` where no row fits a format, and `WrongKey` where no row has a
         column that is mapped."""
         raw, columns = open_raw_rows(dataset), Columns(dataset.columns)
         columns.check(_first_rows(raw), where=dataset.name)
@@ -64,8 +64,11 @@ class Rows:
 
     @property
     def title(self) -> str:
-        """What people call the format."""
-        return FORMATS[self.format].title
+        """What people call the format, and whether its rows are text that no chat template is put around."""
+        title = FORMATS[self.format].title
+        first = next((self.columns.apply(row) for row in _first_rows(self.raw)), {})
+        is_text = "prompt" in self.format or self.format == "preference"
+        return f"{title}, without the chat template" if is_text and isinstance(first.get("prompt"), str) else title
 
     def read(self, row: int, *, needs_answer: bool) -> Row:
         """Raises `BadRow` naming place and field. Without `needs_answer` a missing answer is no mistake."""

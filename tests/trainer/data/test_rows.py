@@ -539,6 +539,28 @@ def test_a_file_whose_rows_are_all_broken_says_why(tmp_path: Path) -> None:
         open_rows(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.json",
+            json.dumps(GOOD, indent=2),
+            ":1: .*one object stands on several lines: write each on a line of its own",
+        ),
+        ("a.jsonl", json.dumps([USER, ANSWER]), r':1: must be .* not a list; write {"messages": \[...\]}'),
+        (
+            "a.parquet",
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "a pointer of Git LFS and holds no",
+        ),
+    ],
+)
+def test_files_that_are_nearly_rows_say_what_they_are(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        open_rows(tmp_path / name)
+
+
 def test_a_table_row_is_named_by_its_number(tmp_path: Path) -> None:
     datasets.Dataset.from_list([GOOD, {"messages": [USER]}]).to_parquet(tmp_path / "a.parquet")
     assert "a.parquet[row 1]: messages: no assistant turn" in problem(open_rows(tmp_path / "a.parquet"), 1)
