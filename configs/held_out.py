@@ -19,6 +19,8 @@ class HeldOutSet:
 
     tasks: tuple[ResolvedTask, ...]
     rows: Dataset
+    fraction: float | None = None
+    """Of these rows, which the tasks train on otherwise; None: all."""
 
     @property
     def name(self) -> str:
@@ -42,6 +44,13 @@ def held_out_sets(run: Run) -> Mapping[str, HeldOutSet]:
     for task in run.resolved_tasks().values():
         if task.evaluation is not None:
             route = task.route.model_dump_json() if task.route is not None else ""
-            members.setdefault((task.evaluation.model_dump_json(), route, *task.teachers), []).append(task)
-    sets = (HeldOutSet(tuple(tasks), tasks[0].evaluation) for tasks in members.values() if tasks[0].evaluation)
-    return {one.name: one for one in sets}
+            source = "" if task.fraction is None else task.prompts.model_dump_json()
+            members.setdefault((task.evaluation.model_dump_json(), source, route, *task.teachers), []).append(task)
+    return {one.name: one for one in (_set_of(tasks) for tasks in members.values())}
+
+
+def _set_of(tasks: list[ResolvedTask]) -> HeldOutSet:
+    evaluation = tasks[0].evaluation
+    assert evaluation is not None
+    rows = evaluation if evaluation.fraction is None else tasks[0].prompts
+    return HeldOutSet(tuple(tasks), rows, evaluation.fraction)

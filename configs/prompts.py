@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from configs.paths import is_url, with_known_home
 from configs.refusal import did_you_mean, refusal
@@ -71,7 +71,7 @@ class Dataset(Section):
     @property
     def paths(self) -> tuple[str, ...]:
         """As they are written, `~` included; of `file://` the path."""
-        paths = (self.path,) if isinstance(self.path, str) else self.path
+        paths = (self.path,) if isinstance(self.path, str) else self.path or ()
         return tuple(path.removeprefix("file://") for path in paths)
 
     @property
@@ -87,8 +87,8 @@ class Dataset(Section):
 
     @field_validator("path")
     @classmethod
-    def _paths_can_be_looked_for(cls, path: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        for one in (path,) if isinstance(path, str) else path:
+    def _paths_can_be_looked_for(cls, path: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        for one in (path,) if isinstance(path, str) else path or ():
             if not is_url(one):
                 with_known_home(one)
         return path
@@ -115,17 +115,40 @@ class Dataset(Section):
         return columns
 
 
-def with_answers(held_out: Dataset | None) -> Dataset | None:
-    """Raises the refusal of held-out rows whose format leaves answers unread."""
-    if held_out is not None and held_out.format == "prompt":
-        raise refusal(("format",), "prompt", "held-out rows need answers: name another format")
-    return held_out
+class HeldOutRows(Dataset):
+    """Rows with answers to measure the student on: a dataset of their own, or a fraction of those of `prompts`."""
+
+    path: Place | Annotated[tuple[Place, ...], Field(min_length=1)] | None = Field(
+        None, description="As in prompts; None: a fraction of those is held out."
+    )
+    fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Of the rows of prompts, drawn by the seed and left out of training."
+    )
+
+    @property
+    def name(self) -> str:
+        """All paths, or the fraction, for messages."""
+        return super().name if self.fraction is None else f"{self.fraction:g} of the training rows"
+
+    @model_validator(mode="after")
+    def _is_a_dataset_or_a_fraction(self) -> HeldOutRows:
+        if self.path is None and self.fraction is None:
+            text = "'path' is missing: name the held-out rows, or write fraction: 0.05 to hold out some of prompts"
+            raise refusal(("path",), None, text)
+        fields = type(self).model_fields.items()
+        given = [name for name, field in fields if name != "fraction" and getattr(self, name) != field.default]
+        if self.fraction is not None and given:
+            text = f"a fraction takes rows of prompts, as they are read there: remove {given[0]}, or fraction"
+            raise refusal((given[0],), getattr(self, given[0]), text)
+        if self.format == "prompt":
+            raise refusal(("format",), "prompt", "held-out rows need answers: name another format")
+        return self
 
 
 class Data(Section):
     """Rows and how they become token sequences."""
 
-    evaluation: Dataset | None = Field(None, description="Held-out rows with answers; scored once, at start.")
+    evaluation: HeldOutRows | None = Field(None, description="Held-out rows with answers; scored once, at start.")
     max_length: Positive = Field(2048, description="Tokens of prompt and answer together.")
     on_too_long: Literal["error", "drop", "truncate"] = Field(
         "error", description="drop: left out and counted; truncate: the beginning is kept."
@@ -137,8 +160,3 @@ class Data(Section):
         "does not; escape: they are read as plain text; error: the row is bad.",
     )
     shuffle: bool = Field(True, description="Another order in each epoch, from the seed; false: as the rows lie.")
-
-    @field_validator("evaluation")
-    @classmethod
-    def _evaluation_has_answers(cls, rows: Dataset | None) -> Dataset | None:
-        return with_answers(rows)

@@ -15,7 +15,7 @@ from configs.refusal import did_you_mean
 from configs.section import MAIN
 
 if TYPE_CHECKING:
-    from configs.prompts import Dataset
+    from configs.prompts import Dataset, HeldOutRows
     from configs.schema import Run, Teacher
     from configs.tasks import ResolvedTask
 
@@ -66,7 +66,7 @@ def prompts_by_place(run: Run) -> dict[str, Dataset]:
     return {place: task.prompts for place, task in places.items() if task.prompts is not None}
 
 
-def held_out_by_place(run: Run) -> dict[str, Dataset]:
+def held_out_by_place(run: Run) -> dict[str, HeldOutRows]:
     """All held-out rows that a task is evaluated on, each once, by their place in the configuration."""
     tasks = [task for task in run.resolved_tasks().values() if task.evaluation is not None]
     return {place_of_held_out(run, task): task.evaluation for task in tasks}
@@ -112,6 +112,9 @@ def _stations(run: Run, task: ResolvedTask) -> Iterator[Problem]:
     if task.answers.needs_answer and rows == "prompt":
         write = "write answers: teacher and teacher.generator: {}"
         yield place, rows, f"answers: {kind} needs rows with answers: name another format, or {write}"
+    if task.fraction is not None and rows == "prompt":
+        text = "held-out rows need answers, and a fraction of these has none: name rows with data.evaluation.path"
+        yield place, rows, text
     if task.answers.needs_generator and rows == "text":
         yield place, rows, f"answers: {kind} answers prompts, and format: text has none; write answers: dataset"
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from configs.answers import Answers, AnyAnswers
 from configs.labels import AnyLabels, Labels, NoLabels
 from configs.losses import AnyTerm, Term
-from configs.prompts import Dataset, with_answers
+from configs.prompts import Dataset, HeldOutRows
 from configs.section import MAIN, NAME, Section, Weight
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Task(Section):
 
     prompts: Dataset | None = Field(None, description="The rows to train on.")
     answers: AnyAnswers | None = Field(None, description="Who writes the text that is trained on.")
-    evaluation: Dataset | None = Field(None, description="Held-out rows of the task; None: data.evaluation.")
+    evaluation: HeldOutRows | None = Field(None, description="Held-out rows of the task; None: data.evaluation.")
     labels: AnyLabels | None = Field(None, description="What the teacher says of each token.")
     objective: tuple[AnyTerm, ...] | None = Field(None, min_length=1, description="Weighted terms of the loss.")
     teacher: Name | None = Field(None, description="Its name; None: the only teacher, or as `route` says.")
@@ -46,11 +46,6 @@ class Task(Section):
     normaliser: Literal["run", "task"] = Field(
         "run", description="What a sum over loss tokens is divided by: those of the step, or those of the task in it."
     )
-
-    @field_validator("evaluation")
-    @classmethod
-    def _evaluation_has_answers(cls, rows: Dataset | None) -> Dataset | None:
-        return with_answers(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +62,12 @@ class ResolvedTask:
     weight: float = 1.0
     share: float = 1.0
     normaliser: Literal["run", "task"] = "run"
-    evaluation: Dataset | None = None
+    evaluation: HeldOutRows | None = None
+
+    @property
+    def fraction(self) -> float | None:
+        """Of its rows that is held out, if any is."""
+        return None if self.evaluation is None else self.evaluation.fraction
 
     @property
     def soft_labels(self) -> Labels | None:

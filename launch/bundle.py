@@ -164,6 +164,8 @@ class _Paths:
     def _dataset(self, setting: str, dataset: Dataset | None) -> Dataset | None:
         if dataset is None:
             return None
+        if dataset.path is None:  # a fraction of the rows to train on
+            return dataset
         paths = [self._rows(f"{setting}.path", path) for path in dataset.paths]
         return dataset.model_copy(update={"path": paths[0] if isinstance(dataset.path, str) else tuple(paths)})
 

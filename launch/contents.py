@@ -105,7 +105,7 @@ def _contents(run: Run, inputs: Inputs) -> Iterator[tuple[str, str]]:
 
 
 def _rows(place: str, dataset: Dataset) -> Iterator[tuple[str, str]]:
-    for number, path in enumerate(dataset.paths, start=1):
+    for number, path in enumerate(dataset.paths, start=1):  # none for a fraction of other rows
         yield from _source(place if len(dataset.paths) == 1 else f"{place}/{number}", path, dataset)
 
 

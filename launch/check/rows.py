@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 from cluster.preflight.finding import Finding, attempt, ok, warning
@@ -11,6 +12,7 @@ from configs.prompts import Dataset
 from configs.rules import place_of_held_out, station_place
 from configs.schema import Run
 from configs.tasks import ResolvedTask
+from launch.check.overlap import Opened, overlaps
 from trainer.data.prompt_reader import PromptReader
 from trainer.data.prompts import RowReport, check_rows
 from trainer.errors import ConfigError, DataError, WrongKey
@@ -26,6 +28,7 @@ SHOWN_ROWS = 10
 
 def examine_rows(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
     tasks = run.resolved_tasks().values()
+    training: list[Opened] = []
     for task in tasks:
         subject = f"{task.name} rows" if run.tasks else "train rows"
         place = station_place(run, task, "prompts")
@@ -33,15 +36,17 @@ def examine_rows(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
             yield Finding("not checked", subject, "they need the tokenizer")
         elif task.prompts is not None:
             read = partial(open_reader, run, inputs, task)
-            yield from _dataset(run, subject, place, task.prompts, read, training=True)
-    yield from _held_out(run, inputs)
+            yield from _dataset(run, _Source(subject, place, task.prompts, training=True), read, training)
+    held_out: list[Opened] = []
+    yield from _held_out(run, inputs, held_out)
+    yield from overlaps(held_out, training)
     if run.tasks:
         total = sum(task.share for task in tasks)
         drawn = (run.training.steps or 0) * run.training.sequences_per_step
         yield from (_task(task, total, drawn) for task in tasks)
 
 
-def _held_out(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
+def _held_out(run: Run, inputs: Inputs | None, opened: list[Opened]) -> Iterator[Finding]:
     sets = held_out_sets(run)
     if not sets:
         yield warning("evaluation rows", "data.evaluation: none, so the run cannot tell how good the student is")
@@ -51,7 +56,9 @@ def _held_out(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
             yield Finding("not checked", subject, "they need the tokenizer")
         else:
             read = partial(open_held_out, run, inputs, one)
-            yield from _dataset(run, subject, place_of_held_out(run, one.tasks[0]), one.rows, read, training=False)
+            place = place_of_held_out(run, one.tasks[0])
+            source = _Source(subject, place, one.rows, training=False, fraction=one.fraction)
+            yield from _dataset(run, source, read, opened)
         if not one.is_scored:
             yield ok(subject, "no teacher's labels: perplexity is measured, KL and agreement are not")
         elif any(task.compares_answers for task in one.tasks):
@@ -71,15 +78,33 @@ def _task(task: ResolvedTask, total: float, drawn: int) -> Finding:
     return ok(f"task {task.name}", f"{share}, weight {task.weight:g}, {objective}, teacher: {teachers}")
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Rows of a run, and what to call them."""
+
+    subject: str
+    place: str
+    dataset: Dataset
+    training: bool
+    fraction: float | None = None  # of the dataset that is held out
+
+    @property
+    def name(self) -> str:
+        return self.dataset.name if self.fraction is None else f"{self.fraction:g} of {self.dataset.name}"
+
+
 def _dataset(
-    run: Run, subject: str, place: str, dataset: Dataset, opened: Callable[[], PromptReader], *, training: bool
+    run: Run, source: _Source, read_from: Callable[[], PromptReader], opened: list[Opened]
 ) -> Iterator[Finding]:
+    """What the rows are found to be; those that could be opened are added to `opened`."""
+    subject, place = source.subject, source.place
     reports: list[RowReport] = []
     titles: list[str] = []
 
     def read() -> None:
         try:
-            reader = opened()
+            reader = read_from()
+            opened.append(Opened(subject, place, reader.rows))
             report = check_rows(reader, budget=ROW_BUDGET)
         except ConfigError as error:
             below = "." if isinstance(error, WrongKey) else ": "
@@ -92,16 +117,16 @@ def _dataset(
     def say() -> str:
         report = reports[0]
         seen = "all" if report.num_checked == report.num_rows else f"{report.num_checked} of {report.num_rows}"
-        counts = f"{dataset.name}: {report.num_rows} rows, {seen} checked, {report.num_ok} good"
+        counts = f"{source.name}: {report.num_rows} rows, {seen} checked, {report.num_ok} good"
         lengths = f"{report.min_tokens} to {report.max_tokens} tokens, median {report.median_tokens}"
         written = report.num_ok - report.num_answered
         answers = f"; {report.num_answered} have answers, the teacher writes those of {written}" if written else ""
-        return f"{counts}; {lengths}{answers}; read as {titles[0]}{_options(dataset)}"
+        return f"{counts}; {lengths}{answers}; read as {titles[0]}{_options(source.dataset)}"
 
     yield attempt(subject, read, say)
     if reports and reports[0].num_ok:
         report = reports[0]
-        if training and run.training.epochs is not None:
+        if source.training and run.training.epochs is not None:
             steps = partial(total_steps, run, rows_per_epoch=report.num_rows)
             yield attempt("steps", steps, lambda: _epochs(run, steps(), rows=report.num_rows))
         if report.problems and run.data.on_bad_row == "skip":

@@ -98,8 +98,8 @@ def _datasets(run: Run) -> list[tuple[str, Dataset]]:
 
 
 def public_names(dataset: Dataset) -> str:
-    """Of all paths of a dataset."""
-    return ", ".join(public_name(path) for path in dataset.paths)
+    """Of all paths of a dataset, or what fraction of the training rows it is."""
+    return ", ".join(public_name(path) for path in dataset.paths) or dataset.name
 
 
 def public_name(path: str) -> str:

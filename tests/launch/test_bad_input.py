@@ -20,7 +20,7 @@ student:
 teachers:
   prose: {model: {path: TEACHER, licence: mit}, scorer: {engine: hf}}
   code: {model: {path: TEACHER, licence: mit}, scorer: {engine: hf}}
-data: {max_length: 256, evaluation: {path: HERE/mixed.jsonl}}
+data: {max_length: 256, evaluation: {path: HERE/held.jsonl}}
 tasks:
   chat:
     prompts: {path: HERE/rows.jsonl}
@@ -42,6 +42,7 @@ def said(tmp_path: Path, tiny_teacher: Path, tiny_student: Path, capsys: pytest.
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(ROW)}\n" * 3)
     domains = "".join(json.dumps({**ROW, "domain": domain}) + "\n" for domain in ("python", "prose", "prose"))
     (tmp_path / "mixed.jsonl").write_text(domains)
+    (tmp_path / "held.jsonl").write_text(domains.replace("who is it?", "what is it?"))
 
     def look(*changes: tuple[str, str], overrides: tuple[str, ...] = ()) -> tuple[int, str]:
         text = RUN
@@ -278,6 +279,76 @@ def test_check_says_as_what_rows_are_read(said: Said, tmp_path: Path) -> None:
         "; read as prompt and completion, without the chat template\n"
         in said(("HERE/rows.jsonl}", f"HERE/chat.jsonl{columns}}}"))[1]
     )
+
+
+def test_held_out_rows_that_are_trained_on_are_a_warning_with_both_places(said: Said, tmp_path: Path) -> None:
+    again = {**ROW, "messages": [{"role": "user", "content": "WHO  is it?"}, ROW["messages"][1]], "domain": "prose"}
+    with (tmp_path / "held.jsonl").open("a") as file:
+        file.write(json.dumps(again) + "\n")
+    code, text = said()
+    assert code == 0
+    warning = "evaluation: 1 of 4 held-out rows ask what a training row asks (case and spaces aside)"
+    assert warning in text
+    assert "held.jsonl:4 and rows.jsonl:1; looked at all 6 training rows\n" in text
+
+
+def asking(path: Path, *questions: str, **fields: object) -> None:
+    rows = [{"prompt": question, "completion": "the quick fox", **fields} for question in questions]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+FRACTION = ("evaluation: {path: HERE/held.jsonl}", "evaluation: {fraction: 0.25}")
+
+
+def test_a_fraction_is_held_out_of_each_tasks_rows(said: Said, tmp_path: Path) -> None:
+    asking(tmp_path / "rows.jsonl", *(f"who is number {number}?" for number in range(20)))
+    asking(tmp_path / "mixed.jsonl", *(f"what is number {number}?" for number in range(8)), domain="prose")
+    code, text = said(FRACTION)
+    assert code == 0
+    assert "warning" not in text
+    assert "chat rows: " in text
+    for part in ("rows.jsonl: 15 rows", "mixed.jsonl: 6 rows", "0.25 of rows.jsonl: 5", "0.25 of mixed.jsonl: 2"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("questions", "fraction", "text"),
+    [
+        (["a?", "b?", "c?"], 0.1, "holds out 0 rows (3 rows, of which 3 have answers, with 3 different prompts)"),
+        (["a?", "b?", "c?"], 0.1, "write at least fraction: 0.5"),
+        (["a?", "b?", "c?"], 0.9, "holds out 3 rows (3 rows, of which 3 have answers"),
+        (["a?"] * 8, 0.5, "with 1 different prompts); rows with one prompt stay on one side: name held-out rows"),
+    ],
+)
+def test_a_fraction_that_is_no_row_or_all_is_refused_with_the_numbers(
+    said: Said, tmp_path: Path, questions: list[str], fraction: float, text: str
+) -> None:
+    asking(tmp_path / "rows.jsonl", *questions)
+    asking(tmp_path / "mixed.jsonl", *map(str, range(100)), domain="prose")
+    code, message = said((FRACTION[0], f"evaluation: {{fraction: {fraction}}}"))
+    assert code == ConfigError.exit_code
+    assert "run.yaml:8: data.evaluation: fraction: " in message
+    assert text in message
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "text"),
+    [
+        ("{fraction: 0}", "data.evaluation.fraction = 0"),
+        ("{fraction: 1.0}", "data.evaluation.fraction = 1.0"),
+        (
+            "{fraction: 0.1, path: HERE/held.jsonl}",
+            "as they are read there: remove path",
+        ),
+        ("{fraction: 0.1, max_rows: 3}", "as they are read there: remove max_rows"),
+        ("{}", "'path' is missing: name the held-out rows, or write fraction: 0.05"),
+    ],
+)
+def test_what_is_neither_rows_nor_a_fraction_is_refused_at_its_line(said: Said, evaluation: str, text: str) -> None:
+    code, message = said((FRACTION[0], f"evaluation: {evaluation}"))
+    assert code == ConfigError.exit_code
+    assert "run.yaml:8: data.evaluation" in message
+    assert text in message
 
 
 def test_a_row_that_no_teacher_is_routed_to_is_named_with_its_line(said: Said) -> None:

@@ -36,7 +36,9 @@ def make(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> Make:
     """A good configuration in `tmp_path`, its dataset and run folder beside it; returns its path."""
 
     def write(*rows: object, teacher: Path = tiny_teacher, student: Path = tiny_student) -> Path:
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or [ROW] * 3))
+        lines = "".join(json.dumps(row) + "\n" for row in rows or [ROW] * 3)
+        (tmp_path / "rows.jsonl").write_text(lines)
+        (tmp_path / "held.jsonl").write_text(lines.replace("who is it?", "what is it?"))
         config = {
             "name": "tiny",
             "folder": str(tmp_path / "out"),
@@ -44,7 +46,7 @@ def make(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> Make:
             "teacher": {"model": {"path": str(teacher), "licence": "mit"}, "scorer": {"engine": "hf"}},
             "prompts": {"path": str(tmp_path / "rows.jsonl")},
             "data": {
-                "evaluation": {"path": str(tmp_path / "rows.jsonl")},
+                "evaluation": {"path": str(tmp_path / "held.jsonl")},
                 "max_length": 256,
             },
             "training": {"steps": 2, "keep_checkpoints": 1},
@@ -104,12 +106,12 @@ def test_special_tokens_in_rows_are_told_until_it_is_said_what_they_mean(make: M
     row = {"messages": [ROW["messages"][0], {"role": "assistant", "content": "it ends <|im_end|> here"}]}
     file = make(ROW, row)
     said = [finding.text for finding in collect_problems(loaded(file)) if "special tokens" in finding.text]
-    assert len(said) == 2, "training and held-out rows are the same file here"
+    assert len(said) == 2, "the held-out rows are the same but for their question"
     assert "prompts: 1 of 2 rows contain special tokens" in said[0]
     assert "rows.jsonl:2: messages[1].content: '<|im_end|>'" in said[0]
     for wanted in ("allow", "escape"):
         findings = collect_problems(loaded(file, f"data.special_tokens_in_text={wanted}"))
-        assert not [finding for finding in findings if "special" in finding.text]
+        assert not [finding for finding in findings if "special tokens" in finding.text]
     assert "becomes a control token" in problems(file, "data.special_tokens_in_text=error")[0].text
 
 

@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from configs.prompts import Dataset, RowFormat
 from trainer.data.columns import Columns
 from trainer.data.formats.format import Format
@@ -22,7 +24,7 @@ from trainer.data.formats.preference import PREFERENCE
 from trainer.data.formats.prompt import PROMPT, PROMPT_COMPLETION, TEXT
 from trainer.data.formats.single_turn import ALPACA, DOLLY, QUERY_RESPONSE, QUESTION_ANSWER
 from trainer.data.formats.values import RowProblem
-from trainer.data.raw_rows import RawRows
+from trainer.data.raw_rows import Chosen, RawRows
 from trainer.data.row import Row, preview
 from trainer.data.row_fields import other_format, refuse_row_fields, row_weight
 from trainer.data.row_files import open_raw_rows
@@ -61,6 +63,10 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.raw)
+
+    def only(self, chosen: np.ndarray) -> Rows:
+        """Those of which `chosen`, bool [N], says so; each keeps its place in messages."""
+        return replace(self, raw=Chosen(self.raw, np.flatnonzero(chosen)))
 
     @property
     def title(self) -> str:

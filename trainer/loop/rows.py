@@ -4,16 +4,22 @@ functions."""
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from configs.held_out import HeldOutSet, held_out_sets
+from configs.prompts import Dataset
 from configs.rules import held_out_by_place, place_of_held_out
 from configs.schema import Run
 from configs.tasks import ResolvedTask, Route
 from trainer.answers.dataset import answers_of_dataset
+from trainer.data.prompt_keys import PromptKeys, held_out_of, keys_of
 from trainer.data.prompt_reader import Asked, PromptReader
 from trainer.data.prompts import PromptStream
+from trainer.data.row_files import local_files
 from trainer.errors import ConfigError, DataError
 from trainer.types import Sequence
 
@@ -23,11 +29,14 @@ if TYPE_CHECKING:
 SAMPLE_ROWS = 16  # training rows looked at for the label self-test
 MAX_EVALUATION_ROWS = 4096
 
+MOST_KEYS = 8  # datasets of which a fraction is held out; 9 bytes a row
+_KEYS: dict[tuple[object, ...], PromptKeys] = {}
+
 
 def open_reader(run: Run, inputs: Inputs, task: ResolvedTask) -> PromptReader:
     """The rows to train a task on."""
     of_task = inputs.tasks[task.name]
-    return PromptReader.open(
+    reader = PromptReader.open(
         task.prompts,
         data=run.data,
         template=of_task.template,
@@ -37,19 +46,58 @@ def open_reader(run: Run, inputs: Inputs, task: ResolvedTask) -> PromptReader:
         rewrite=of_task.answers.rewrite,
         asks=Asked(task.name, _asked(run, task), _route(task), pairs=task.compares_answers),
     )
+    if task.fraction is None:
+        return reader
+    keys = _keys_of(task.prompts, reader)
+    return replace(reader, rows=reader.rows.only(~held_out_of(keys, task.fraction, seed=run.seed)))
 
 
 def open_held_out(run: Run, inputs: Inputs, held_out: HeldOutSet) -> PromptReader:
     """Held-out rows, by the template of the teacher that scores them, of preferences the chosen answer; each row names
-    its set as its task."""
+    its set as its task. Raises `ConfigError` for a fraction that is no row."""
     task = held_out.task
-    return PromptReader.open(
+    reader = PromptReader.open(
         held_out.rows,
         data=run.data.model_copy(update={"shuffle": False}),
         template=inputs.tasks[task.name].template,
         vocabulary=inputs.vocabulary,
         needs_answer=True,
         asks=Asked(held_out.name, _asked(run, task), _route(task), chosen=True),
+    )
+    if held_out.fraction is None:
+        return reader
+    return _fraction_of(reader, _keys_of(held_out.rows, reader), held_out.fraction, seed=run.seed)
+
+
+def _keys_of(dataset: Dataset, reader: PromptReader) -> PromptKeys:
+    """Of all rows, which are read once for both sides, and for `check` and the run that follows it."""
+    stats = [file.path.stat() for path in dataset.paths for file in local_files(path)]
+    changed = tuple((stat.st_ino, stat.st_size, stat.st_ctime_ns) for stat in stats)
+    known = (dataset.model_dump_json(), len(reader.rows), changed)
+    if known not in _KEYS:
+        _KEYS[known] = keys_of(reader.rows)
+        while len(_KEYS) > MOST_KEYS:
+            _KEYS.pop(next(iter(_KEYS)))
+    return _KEYS[known]
+
+
+def _fraction_of(reader: PromptReader, keys: PromptKeys, fraction: float, *, seed: int) -> PromptReader:
+    rows = reader.rows
+    chosen = held_out_of(keys, fraction, seed=seed)
+    if chosen.any() and not chosen.all():
+        return replace(reader, rows=rows.only(chosen))
+    num, num_answered = len(rows), int(keys.answered.sum())
+    num_prompts = len(np.unique(keys.keys[keys.answered]))
+    hint = f"write at least fraction: {1.5 / num:.2g}" if num > 1 else "name held-out rows with path"
+    if round(fraction * num) == num:
+        hint = f"write at most fraction: {1 - 1.5 / num:.2g}" if num > 1 else "name held-out rows with path"
+    if not num_answered:
+        hint = "held-out rows need answers: name some with path"
+    elif 0 < round(fraction * num) < num:
+        hint = "rows with one prompt stay on one side: name held-out rows with path"
+    counts = f"{num} rows, of which {num_answered} have answers, with {num_prompts} different prompts"
+    raise ConfigError(
+        f"fraction: {fraction:g} of {rows.raw.name} holds out {int(chosen.sum())} rows ({counts}); {hint}"
     )
 
 
@@ -95,9 +143,10 @@ def held_out_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
 
 
 def _too_many(run: Run, what: str) -> str:
+    fraction = any(task.fraction is not None for task in run.resolved_tasks().values())
     return (
         f"{', '.join(held_out_by_place(run))}: {what}; their labels stay in memory, so at most "
-        f"{MAX_EVALUATION_ROWS} are used: set max_rows there"
+        f"{MAX_EVALUATION_ROWS} are used: {'lower fraction' if fraction else 'set max_rows'} there"
     )
 
 
