@@ -39,6 +39,8 @@ OTHER_WORDS = {
 """Words of other trainers, by key or by whole path, and what is nearest to them here."""
 
 NOT_NEEDED = {
+    "api_key": "keys stay out of a configuration; trackers take them from the environment (WANDB_API_KEY, "
+    "MLFLOW_TRACKING_TOKEN, HF_TOKEN)",
     "gradient_accumulation_steps": "micro-batches follow from training.micro_batch_tokens and sequences_per_step",
     "optimizer.kind": "the optimizer is AdamW",
     "optimizer.name": "the optimizer is AdamW",

@@ -7,7 +7,7 @@ from trainer.metric_names import METRICS, Metric
 HEAD = """# Metrics
 
 Made from `trainer/metric_names.py` by `python docs/metrics_table.py`. Every number of a run has one name, in
-`metrics.jsonl`, in the trackers and, in Prometheus' alphabet, [there](monitoring.md).
+`metrics.jsonl`, in the trackers ([tracking](tracking.md)) and, in Prometheus' alphabet, [there](monitoring.md).
 `<task>` and `<teacher>` are names of the configuration, `<term>` is a kind of loss ([objectives](objectives.md)) or the
 module of one of yours. A number is absent where the run has nothing of it: `answers/` where no teacher writes, `task/`
 and `teacher/` where there is only one. A step's numbers are of that step alone, all ranks together, unless its meaning

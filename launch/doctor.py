@@ -42,7 +42,7 @@ def doctor(path: Path | None, overrides: Sequence[str], *, address: str | None) 
     sheet = Sheet()
     here = f"this machine ({os.uname().nodename})"
     needs = Needs(run_folder=str(Path.cwd())) if run is None else needs_of(run)
-    for finding in examine(software.looks(needs_vllm=needs.vllm)):
+    for finding in examine(software.looks(needs_vllm=needs.vllm, extras=needs.extras)):
         sheet.add(here, finding)
     if run is not None:
         models, needs = look_at_models(run, needs)

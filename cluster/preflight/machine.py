@@ -41,6 +41,7 @@ class Needs:
     """What is asked of a machine, as plain values: a node is sent them. None where nothing is known or asked."""
 
     vllm: bool = True
+    extras: tuple[str, ...] = ()  # of ours, for the process of the run's controller
     models: tuple[tuple[str, str | None], ...] = ()  # path and revision
     run_folder: str | None = None  # absolute
     shared: tuple[str, str] | None = None  # a folder that every node should see, and its mark

@@ -122,7 +122,7 @@ def look(packages: Mapping[str, Sequence[str]], build: str | None, needs: Mappin
 def answer(needs: Mapping[str, Any]) -> dict[str, Any]:
     """The other questions, to the node that this runs on."""
     asked = Needs(**needs)
-    looks = [*software.looks(needs_vllm=asked.vllm), *machine.looks(asked, os.environ)]
+    looks = [*software.looks(needs_vllm=asked.vllm, extras=asked.extras), *machine.looks(asked, os.environ)]
     if asked.shared is not None:
         path, mark = asked.shared
         looks.insert(0, Look("shared folder", lambda: shared_folder(SharedFolder(Path(path), mark))))

@@ -7,6 +7,8 @@ import importlib.util
 import platform
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from cluster.preflight.finding import Finding, Look, ok, problem
+from cluster.preflight.finding import Finding, Look, ok, problem, warning
 from cluster.runtime import CPU, GPU
 
 DISTRIBUTION = "stillhouse"
@@ -26,10 +28,11 @@ MEDIA = ("torchvision", "torchaudio", "torchcodec")
 Installed = Callable[[str], str | None]
 
 
-def looks(*, needs_vllm: bool) -> list[Look]:
-    """All of this file; of vLLM where it is needed."""
+def looks(*, needs_vllm: bool, extras: Iterable[str] = ()) -> list[Look]:
+    """All of this file; of vLLM and of our extras what is needed."""
     of_vllm = [Look("vLLM", vllm), Look("label plug-in", plugin)] if needs_vllm else []
-    return [Look("Python", python), Look("packages", packages), *of_vllm, Look("media packages", media)]
+    of_extras = [Look(f"extra {name}", partial(extra_of_controller, name)) for name in extras]
+    return [Look("Python", python), Look("packages", packages), *of_vllm, *of_extras, Look("media packages", media)]
 
 
 def installed(name: str) -> str | None:
@@ -98,6 +101,15 @@ def extra(name: str, asked: Iterable[str] | None = None, found: Installed = inst
     if wrong:
         return problem(name, "; ".join(wrong), f"pip install 'stillhouse[{name}]'")
     return ok(name, ", ".join(f"{r.name} {found(r.name)}" for r in needed) or "is installed")
+
+
+def extra_of_controller(name: str) -> Finding:
+    """`extra`, on a machine that may be any of a run's. Its controller alone needs it, so what is missing is a
+    warning."""
+    found = extra(name)
+    if not found.fatal:
+        return replace(found, subject=f"extra {name}")
+    return warning(f"extra {name}", f"{found.text}: a run whose controller is here needs it", found.advice)
 
 
 def plugin(points: Iterable[metadata.EntryPoint] | None = None) -> Finding:

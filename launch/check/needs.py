@@ -15,6 +15,7 @@ def needs_of(run: Run) -> Needs:
     sources = (*(teacher.model for teacher in teachers), run.student.model)
     return Needs(
         vllm=any(isinstance(replicas.engine, Vllm) for teacher in teachers for replicas in teacher.roles().values()),
+        extras=tuple(dict.fromkeys(choice.extra for choice in run.trackers if choice.extra is not None)),
         models=tuple((source.path, source.revision) for source in sources),
         run_folder=str(run_folder(run).absolute()),
         object_store_bytes=object_store_bytes(run.training.max_label_bytes),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import netrc
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,7 +15,7 @@ from launch.trackers.protocol import Ending, Point, RunFacts
 from launch.trackers.reaching import answers
 
 SERVICE = "https://api.wandb.ai"
-BEGIN_S = 30
+BEGIN_S = 20
 
 
 class Tracker(Wandb):
@@ -45,19 +46,23 @@ class Tracker(Wandb):
             silent=True,
             init_timeout=BEGIN_S,
         )
-        made = wandb.init(
-            project=self.project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT,
-            entity=self.entity,
-            group=self.group,
-            tags=list(self.tags) or None,
-            mode=self.in_mode,
-            id=run.id,
-            name=run.name,
-            dir=str(run.folder),
-            config=dict(run.config),
-            resume="allow",
-            settings=settings,
-        )
+        try:
+            made = wandb.init(
+                project=self.project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT,
+                entity=self.entity,
+                group=self.group,
+                tags=list(self.tags) or None,
+                mode=self.in_mode,
+                id=run.id,
+                name=run.name,
+                dir=str(run.folder),
+                config=dict(run.config),
+                resume="allow",
+                settings=settings,
+            )
+        except Exception:
+            wandb.teardown(1)  # its helper process would say at the next attempt that the id is in use
+            raise
         return History(made, online=self.in_mode == "online")
 
 
@@ -67,7 +72,8 @@ class History:
     def __init__(self, run: Any, *, online: bool) -> None:
         self._run = run
         self.held = run.starting_step - 1 if online else None
-        self.where = run.url if online else f"wandb sync {run.settings.sync_dir}"
+        starts = Path(run.settings.sync_dir).with_name("offline-run-*")  # all of the run: they are sent in their order
+        self.where = run.url if online else f"wandb sync {starts}"
 
     def log(self, points: Sequence[Point]) -> None:
         for point in points:

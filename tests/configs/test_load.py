@@ -228,7 +228,7 @@ WORDS = {
     f"{WRITES} answers.num_samples=4": f"{WRITES} answers.n=4",
     f"{WRITES} answers.stop_strings=[x]": f"{WRITES} answers.stop=[x]",
     "report_to=wandb": "trackers=[wandb]",
-    "wandb={project: x}": "trackers=[{kind: wandb, project: x}]",
+    "mlflow=true": "trackers=[mlflow]",
     "prompts.format=text data.max_seq_length=64": "prompts.format=text data.max_length=64",
 }
 

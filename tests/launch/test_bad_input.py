@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.preflight import software
 from launch.check.run import check
 from trainer.errors import ConfigError, DataError
 
@@ -396,3 +397,55 @@ def test_a_term_of_a_user_that_nothing_computes_is_a_problem(
     computed = "from trainer.losses.terms import computes\n@computes(Term)\ndef gap(pair, *, part): return pair\n"
     (tmp_path / "own_terms" / "right.py").write_text(source + computed)
     assert said(("[{loss: forward_kl}]", "[{loss: own_terms.right}]"))[0] == 0
+
+
+END = "training: {steps: 2, sequences_per_step: 4}"
+TRACKERS = {
+    "wanbd": "run.yaml:21: trackers.0 = 'wanbd'\n      unknown kind 'wanbd'; did you mean 'wandb'?",
+    "{kind: wandb, api_key: x}": "unknown key 'api_key'; remove it: keys stay out of a configuration; trackers take",
+    "{kind: wandb, tracking_uri: x}": "unknown key 'tracking_uri': remove tracking_uri, only mlflow has it",
+    "{kind: wandb, tags: [a]}, wandb": "trackers.1 = 'wandb'\n      goes to the same place as trackers.0; remove one",
+    "{kind: trackio, space_id: a/b, server_url: 'http://c'}": "keep one of space_id and server_url",
+    "fakes.nowhere": "there is no module 'fakes.nowhere' on the Python path",
+}
+
+
+@pytest.mark.parametrize(("written", "text"), TRACKERS.items())
+def test_a_tracker_that_is_none_is_refused_at_its_place(written: str, text: str, said: Said) -> None:
+    code, told = said(
+        (END, f"{END}\ntrackers:\n- {written}" if "}, " not in written else f"{END}\ntrackers: [{written}]")
+    )
+    assert code == ConfigError.exit_code
+    assert text in told
+
+
+def test_a_tracker_whose_library_is_missing_is_refused_with_what_to_install(
+    said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = software.metadata.version
+
+    def version(name: str) -> str:
+        if name == "wandb":
+            raise software.metadata.PackageNotFoundError(name)
+        return there(name)
+
+    monkeypatch.setattr(software.metadata, "version", version)
+    code, told = said((END, f"{END}\ntrackers:\n- {{kind: wandb, project: x}}"))
+    assert code == ConfigError.exit_code
+    assert "run.yaml:21: trackers.0: wandb is missing; pip install 'stillhouse[wandb]'" in told
+
+
+def test_a_tracker_that_does_not_answer_is_a_warning(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETRC", "/nowhere")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    trackers = "trackers: [tensorboard, {kind: mlflow, tracking_uri: 'http://127.0.0.1:9'}, wandb]"
+    code, told = said((END, f"{END}\n{trackers}"))
+    assert code == 0
+    assert "trackers.0: tensorboard is ready" in told
+    assert (
+        "trackers.1: mlflow: http://127.0.0.1:9/health cannot be reached: [Errno 111] Connection refused; a run" in told
+    )
+    assert (
+        "wandb: no key for https://api.wandb.ai: run `wandb login`, set WANDB_API_KEY, or write mode: offline" in told
+    )

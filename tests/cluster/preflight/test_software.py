@@ -79,3 +79,26 @@ def test_the_build_of_torch_is_read_without_importing_it() -> None:
     import torch
 
     assert software.torch_cuda() == torch.version.cuda
+
+
+def test_what_an_extra_installs_is_named_where_it_is_missing_or_too_old() -> None:
+    asked = [*ASKED, 'mlflow-skinny>=3; extra == "mlflow"', 'alembic>=1.13; extra == "mlflow"']
+    there = told(mlflow_skinny="3.17.2", alembic="1.20")
+    assert software.extra("mlflow", asked, there).status == "ok"
+    found = software.extra("mlflow", asked, told(mlflow_skinny="2.9"))
+    assert (found.status, found.text, found.advice) == (
+        "problem",
+        "mlflow-skinny 2.9, needed >=3; alembic is missing",
+        "pip install 'stillhouse[mlflow]'",
+    )
+    assert software.extra("no_such_module", [], told()).text == "no_such_module is missing"
+
+
+def test_an_extra_of_the_controller_is_a_warning_on_a_machine_that_may_be_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(software, "extra", lambda name: software.problem(name, "wandb is missing", "pip install it"))
+    subjects = [look.subject for look in software.looks(needs_vllm=False, extras=("wandb",))]
+    assert "extra wandb" in subjects
+    found = software.extra_of_controller("wandb")
+    assert (found.status, found.text) == ("warning", "wandb is missing: a run whose controller is here needs it")

@@ -46,9 +46,28 @@ def test_an_offline_run_and_the_one_that_goes_on_hold_each_step_once_under_one_i
     config = {item.key or "/".join(item.nested_key): item.value_json for item in runs[0].config.update}
     assert json.loads(config["training"])["steps"] == 9
     assert [exit_code(file) for file in files(tmp_path)] == [0, 0]
-    assert all(text.startswith("wandb: wandb sync ") for text in told)
+    assert told == [f"wandb: wandb sync {tmp_path}/run/wandb/offline-run-*"] * 2
 
 
 def exit_code(file: Path) -> int:
     (ending,) = (record.exit for record in records(file) if record.HasField("exit"))
     return int(ending.exit_code)
+
+
+def test_no_secret_of_the_environment_and_nothing_of_the_code_is_in_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = {"WANDB_API_KEY": "k" * 40, "HF_TOKEN": "hf_" + "q" * 30, "DATABASE_PASSWORD": "open-sesame-123"}
+    for name, secret in planted.items():
+        monkeypatch.setenv(name, secret)
+    with followed(tmp_path, {"kind": "wandb", "mode": "offline"}, []) as (followers, folder):
+        log = MetricsLog(folder, rewound=followers.rewound)
+        log.step(step(1))
+        log.close()
+    written = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert files(tmp_path)[0] in written
+    found = [
+        (file, name) for file in written for name, secret in planted.items() if secret.encode() in file.read_bytes()
+    ]
+    assert found == []
+    assert not [file for file in written if file.suffix == ".py"]
