@@ -5,6 +5,7 @@ It says only what the run knows. A licence that is not stated is "not stated", a
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -207,6 +208,7 @@ def _settings(run: Run, manifest: Mapping[str, Any], records: Records, *, stored
         ("tokens trained", _count(counters, "trained_tokens")),
         ("tokens in the loss", _count(counters, "trained_loss_tokens")),
         ("maximal length", f"{run.data.max_length:,} tokens"),
+        ("variables of the chat template", _template_arguments(run)),
         (
             "optimizer",
             f"AdamW, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule} schedule, "
@@ -220,6 +222,13 @@ def _settings(run: Run, manifest: Mapping[str, Any], records: Records, *, stored
         ("seed", str(run.seed)),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def _template_arguments(run: Run) -> str:
+    """Whoever asks the student gives its template the same."""
+    given = {place: teacher.template_arguments for place, teacher in teachers_by_place(run).items()}
+    texts = {place: ", ".join(f"{k}={json.dumps(v)}" for k, v in one.items()) for place, one in given.items() if one}
+    return "; ".join(texts.values() if len(given) == 1 else (f"{place}: {text}" for place, text in texts.items()))
 
 
 def _precision(run: Run, manifest: Mapping[str, Any]) -> str:

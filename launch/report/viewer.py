@@ -66,11 +66,12 @@ class ViewedSequence:
 
     @property
     def title(self) -> str:
-        """For people, who count rows from 1; ids are `<epoch>:<row>`."""
+        """For people, who count rows from 1; ids are `<epoch>:<row>`, with `#<text>` behind the first one of a row."""
         task, _, place = self.id.rpartition("/")
-        row = place.removeprefix("0:")
+        row, _, text = place.removeprefix("0:").partition("#")
         of = f" of {task}" if task else ""
-        return f"held-out row {int(row) + 1:,}{of}" if row.isdecimal() and row != place else self.id
+        turn = f", its text {int(text) + 1}" if text.isdecimal() else ""
+        return f"held-out row {int(row) + 1:,}{of}{turn}" if row.isdecimal() and row != place else self.id
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,6 +130,13 @@ WRONG: dict[str, tuple[list[dict[str, Any]], dict[str, str], type[Exception], st
         ConfigError,
         "run.yaml:10: prompts: rows.jsonl:1: system_prompt: is put before conversations, and this row is plain text",
     ),
+    "the last answer of plain text": (
+        [{"text": "plain"}],
+        {"shape": "HERMES", "on": "last"},
+        ConfigError,
+        "run.yaml:10: prompts: rows.jsonl:1: loss_on: last learns the last answer of conversations, and this row is "
+        "plain text",
+    ),
     "a word that loss_on does not know": (
         [{"messages": TALK}],
         {"shape": "HERMES", "on": "lats"},

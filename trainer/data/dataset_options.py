@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from trainer.data.row import ChatRow, PreferenceRow, Row
+from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, Row
 from trainer.errors import ConfigError, DataError
 
 SYSTEM_ROLES = ("system", "developer")
@@ -32,6 +32,14 @@ def with_system_prompt(row: Row, system_prompt: str | None) -> Row:
         "system_prompt: is put before conversations, and this row is plain text, which has no turns; remove "
         "system_prompt, or write the prompt of such rows as messages"
     )
+
+
+def refuse_without_turns(row: Row, loss_on: Literal["all", "last"]) -> None:
+    """Raises `ConfigError` for plain text of which the last answer is to be learnt."""
+    if loss_on == "last" and isinstance(row, CorpusRow):
+        raise ConfigError(
+            "loss_on: last learns the last answer of conversations, and this row is plain text; remove it"
+        )
 
 
 def learnt_turns(row: ChatRow, loss_on: Literal["all", "last"]) -> dict[int, float]:

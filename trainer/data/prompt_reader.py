@@ -13,7 +13,7 @@ from configs.prompts import Data, Dataset
 from configs.section import MAIN
 from configs.tasks import Route
 from trainer.data.chat import Template, TooManyTokens
-from trainer.data.dataset_options import learnt_turns, with_system_prompt
+from trainer.data.dataset_options import learnt_turns, refuse_without_turns, with_system_prompt
 from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, Row, preview, texts_of
 from trainer.data.rows import Rows
 from trainer.data.vocabulary import SharedVocabulary
@@ -116,6 +116,7 @@ class PromptReader:
         """Its texts, at least one, and whether anything of them was cut or left out."""
         prompted = parsed
         try:
+            refuse_without_turns(parsed, self.dataset.loss_on)
             prompted = with_system_prompt(parsed, self.dataset.system_prompt)
             texts = self._tokenise(self._without_control(prompted))
         except TooManyTokens as error:

@@ -14,7 +14,6 @@ import json
 import resource
 import signal
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 DATE = datetime.datetime(2024, 7, 26)
@@ -60,31 +59,55 @@ def _answer(request: dict[str, Any], state: dict[str, Any], transformers: Any) -
 
 
 def _variables(template: str, transformers: Any) -> list[str]:
-    """The undeclared variables, without those that are set before they are read: jinja2 counts a name that is set in a
-    branch alone."""
-    from jinja2 import meta
+    """The variables that may be read before the template itself gives them a value. (jinja2's own list of undeclared
+    variables has every name that is set in a branch.)"""
+    from jinja2 import nodes
 
     environment = transformers._compile_jinja_template(template).environment
     tree = environment.parse(template)
-    first_use: dict[str, str] = {}
-    for name in _names(tree):
-        if name.ctx != "param":  # of a macro, which hides no variable outside of it
-            first_use.setdefault(name.name, name.ctx)
-    undeclared = meta.find_undeclared_variables(tree) - environment.globals.keys()
-    return sorted(name for name in undeclared if first_use.get(name) == "load")
+    read: set[str] = set()
+    _follow(tree, set(environment.globals), read)
+    return sorted(read - {macro.name for macro in tree.find_all(nodes.Macro)})  # which call each other in any order
 
 
-def _names(node: Any) -> Iterator[Any]:
-    """Its names in the order of evaluation."""
+def _follow(node: Any, given: set[str], read: set[str]) -> None:
+    """Goes through the node as it is evaluated: `given` are the names that surely have a value, `read` the others."""
     from jinja2 import nodes
 
-    if isinstance(node, nodes.Name):
-        yield node
-    children = list(node.iter_child_nodes())
-    if isinstance(node, (nodes.Assign, nodes.For)):
-        children[:2] = children[1::-1]  # the value before the name that it is given
-    for child in children:
-        yield from _names(child)
+    def inside(*parts: Any, also: tuple[str, ...] = ()) -> set[str]:
+        own = given | set(also)
+        for part in parts:
+            _follow(part, own, read)
+        return own
+
+    match node:
+        case nodes.Name(ctx="load"):
+            read |= {node.name} - given
+        case nodes.Name():
+            given.add(node.name)
+        case nodes.Assign():
+            _follow(node.node, given, read)
+            _follow(node.target, given, read)
+        case nodes.AssignBlock():
+            inside(*node.body)
+            _follow(node.target, given, read)
+        case nodes.If():
+            _follow(node.test, given, read)
+            branches = [inside(*node.body), inside(*node.else_)]
+            branches += [inside(branch.test, *branch.body) for branch in node.elif_]
+            given |= set.intersection(*branches)
+        case nodes.For():
+            _follow(node.iter, given, read)
+            inside(node.target, *([node.test] if node.test else []), *node.body, also=("loop",))
+            inside(*node.else_)
+        case nodes.Macro():
+            given.add(node.name)
+            inside(*node.args, *node.defaults, *node.body, also=("caller", "varargs", "kwargs"))
+        case nodes.CallBlock() | nodes.FilterBlock() | nodes.With() | nodes.Scope():
+            inside(*node.iter_child_nodes())
+        case _:
+            for child in node.iter_child_nodes():
+                _follow(child, given, read)
 
 
 def _limit_memory(num_bytes: int) -> None:

@@ -80,6 +80,11 @@ class TurnFinder:
         """Whether the rendered conversation does not repeat this turn as a generator would have written it."""
         return not whole.startswith(self._one(index, whole).decisive)
 
+    def _refusal(self, text: str) -> ConfigError | DataError:
+        """Of the row where it calls tools: a template that loses those may be right for all others."""
+        calls = any(message.get("tool_calls") for message in self.messages)
+        return DataError(text) if calls else ConfigError(text)
+
     def _one(self, index: int, whole: str) -> AnswersInText:
         """Turn `index` in the text that ends with it."""
         header = self.render(index, True)
@@ -92,12 +97,12 @@ class TurnFinder:
         answer = turn[opened.start() if opened else len(header) : body]
         begins = self.end.generation_prompt
         if begins and answer.lstrip().startswith(begins):
-            raise ConfigError(
+            raise self._refusal(
                 f"{name}: the prompt of this turn lacks {begins!r}, with which the chat template begins the answer, "
                 f"so the student would learn to write it; {HINT}"
             )
         if not message.get("tool_calls") and not _ends_with(answer, message["content"]):
-            raise ConfigError(
+            raise self._refusal(
                 f"{name}: the chat template does not render this answer as it stands, followed by "
                 f"{self.end.suffix!r}: it becomes {turn[len(header) :][-120:]!r}; {HINT}"
             )
@@ -113,7 +118,7 @@ class TurnFinder:
             found = self.end.last_special(turn[start:])
             if found is not None:
                 return start + found[0], start + found[1]
-        raise ConfigError(
+        raise self._refusal(
             f"{name}: the chat template does not render this answer as it stands, followed by {suffix!r}: "
             f"it becomes {turn[start:][-120:]!r}; {HINT}"
         )
@@ -138,7 +143,7 @@ class TurnFinder:
             return header + rest
         opened = _OPENED.search(header)
         if opened is None or not turn.startswith(header[: opened.start()]) or message.get("tool_calls"):
-            raise unstable(name, "the prompt of this turn", header, "the conversation up to it", turn)
+            raise self._refusal(_parted(name, header, turn))
         tag, content = opened[1], message["content"].strip()
         reasoning, closing, rest = content.partition(f"</{tag}>")
         if not closing or not _ends_with(turn.removesuffix(self.end.suffix), rest):
@@ -151,12 +156,12 @@ class TurnFinder:
         return header + written + self.end.suffix
 
 
-def unstable(turn: str, first_name: str, first: str, second_name: str, second: str) -> ConfigError:
-    """Two renderings of a turn that should be equal as far as the first goes."""
-    at = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(first))
-    return ConfigError(
-        f"{turn}: the chat template is not prefix-stable, so the answer cannot be told from the rest: at character "
-        f"{at} {first_name} has {first[at : at + 60]!r}, {second_name} has {second[at : at + 60]!r}; {HINT}"
+def _parted(name: str, header: str, turn: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(header, turn, strict=False)) if a != b), min(len(header), len(turn)))
+    return (
+        f"{name}: the chat template is not prefix-stable, so the answer cannot be told from the rest: at character "
+        f"{at} the prompt of this turn has {header[at : at + 60]!r}, the conversation up to it has "
+        f"{turn[at : at + 60]!r}; {HINT}"
     )
 
 

@@ -59,6 +59,13 @@ def test_the_card_says_what_became_of_written_answers() -> None:
     assert "answers of the teacher" not in model_card(run(), manifest=MANIFEST, records=RECORDS)
 
 
+def test_the_card_says_what_the_chat_template_was_given() -> None:
+    teacher = {"model": {"path": "owner/big"}, "template_arguments": {"enable_thinking": False, "effort": "low"}}
+    card = model_card(run(teacher=teacher), manifest=MANIFEST, records=RECORDS)
+    assert '| variables of the chat template | enable\\_thinking=false, effort="low" |' in card
+    assert "variables of the chat" not in model_card(run(), manifest=MANIFEST, records=RECORDS)
+
+
 def test_the_card_names_teacher_data_settings_and_quality() -> None:
     card = model_card(run(), manifest=MANIFEST, records=RECORDS)
     assert front_matter(card) == {

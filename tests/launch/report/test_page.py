@@ -233,6 +233,7 @@ def test_the_wall_time_is_that_from_the_command_on_and_of_a_resumed_run_the_time
 
 def test_rows_of_the_viewer_are_counted_from_one() -> None:
     assert ViewedSequence("0:1233", (), None, None).title == "held-out row 1,234"
+    assert ViewedSequence("chat/0:3#1", (), None, None).title == "held-out row 4 of chat, its text 2"
     assert ViewedSequence("some text", (), None, None).title == "some text"
 
 

@@ -191,7 +191,7 @@ def test_a_prompt_that_is_another_than_the_answers_beginning_is_refused() -> Non
     late = shapes.HERMES.replace(
         "{% if add_generation_prompt %}", "{% if add_generation_prompt and messages[-1].role != 'tool' %}"
     )
-    with pytest.raises(ConfigError, match=r"messages\[3\]: the prompt of this turn lacks '<\|im_start\|>assistant'"):
+    with pytest.raises(DataError, match=r"messages\[3\]: the prompt of this turn lacks '<\|im_start\|>assistant'"):
         made(late).render(ONE_CALL, tools=[TOOL])
 
 

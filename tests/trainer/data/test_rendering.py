@@ -134,3 +134,30 @@ def test_reasoning_that_the_template_would_drop_is_refused() -> None:
     (text,) = made.render(talk)
     ids, mask = text.token_ids, text.loss_mask
     assert tokenizer.decode(ids[1:][mask[:-1]]) == "let me seethe fox<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "names"),
+    [
+        ("{{ a }}{{ b.c }}{{ d['e'] }}{{ f(g) }}", {"a", "b", "d", "f", "g"}),
+        ("{% set a = a | default(1) %}{{ a }}", {"a"}),
+        ("{% set a = 1 %}{{ a }}", set()),
+        ("{% if not a is defined %}{% set a = 1 %}{% endif %}{{ a }}", {"a"}),
+        ("{% if b %}{% set a = b %}{% endif %}{{ a }}", {"a", "b"}),
+        ("{% if b %}{% set a = 1 %}{% elif c %}{% set a = 2 %}{% else %}{% set a = 3 %}{% endif %}{{ a }}", {"b", "c"}),
+        ("{% for m in messages if m.x %}{{ loop.index }}{% set a = m %}{{ a }}{% endfor %}{{ a }}", {"messages", "a"}),
+        ("{% macro f(x, y=z) %}{{ x }}{{ y }}{{ g() }}{% endmacro %}{% macro g() %}{% endmacro %}{{ f(1) }}", {"z"}),
+        ("{% set ns = namespace(n=0) %}{% set ns.n = a %}{{ ns.n }}{{ range(3) }}{{ strftime_now('') }}", {"a"}),
+        ("{% generation %}{% set b = 1 %}{{ a }}{% endgeneration %}{{ raise_exception('b') }}", {"a"}),
+        ("{% set a %}{{ b }}{% endset %}{{ a }}", {"b"}),
+    ],
+)
+def test_the_variables_of_a_template_are_those_that_it_may_read(
+    renderer: Renderer, template: str, names: set[str]
+) -> None:
+    assert renderer.variables_of(template) == names
+
+
+def test_a_template_whose_variables_cannot_be_listed_says_so(renderer: Renderer) -> None:
+    with pytest.raises(ConfigError, match="no jinja template: line 1"):
+        renderer.variables_of("{{ a")
