@@ -3,6 +3,7 @@
 python -m benchmarks distil  --teacher FOLDER    CPU time per token of the pipeline, against the plain recipe (plain.py)
 python -m benchmarks scoring --teacher FOLDER    CPU time of a labelled batch, against vLLM's bare prefill of it
 python -m benchmarks memory  CONFIG              peak memory of each role of a run, beside what `check` predicts
+python -m benchmarks draft RUN TEACHER           how many tokens a student saves its teacher in speculative decoding
 
 docs/benchmarks.md says how to read the numbers. How fast a run of yours is: `stillhouse bench`.
 """
@@ -104,6 +105,36 @@ def memory(
     with _work_folder() as work:
         given = [*(overrides or []), *(small_models(config, overrides or [], work) if small else [])]
         result = measure(config, given, work)
+    Console(width=max(Console().width, 120)).print(result.table())
+    write_numbers(out, result.to_json())
+
+
+@app.command(epilog="Example: python -m benchmarks draft runs/demo .cache/models/smollm2-135m-instruct")
+def draft(
+    student: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_STUDENT", exists=True, file_okay=False, help="Run or model folder.")
+    ],
+    teacher: Annotated[Path, typer.Argument(metavar="TEACHER", exists=True, file_okay=False, help="Model folder.")],
+    prompts: Annotated[
+        Path, typer.Option("--prompts", metavar="FILE", exists=True, dir_okay=False, help="JSON lines with `prompt`.")
+    ] = Path("configs/data/demo_eval.jsonl"),
+    num_prompts: Annotated[int, typer.Option("--num-prompts", min=1, help="Of the file, from its beginning.")] = 32,
+    draft_tokens: Annotated[int, typer.Option("--draft-tokens", min=1, help="The student writes at a time.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of an answer.")] = 64,
+    out: Out = None,
+) -> None:
+    """How many tokens a student saves its teacher as the draft model of speculative decoding in vLLM.
+
+    Of a run folder the student before training is measured too, as a control.
+    """
+    from rich.console import Console
+
+    from benchmarks.draft import DraftPlan
+    from benchmarks.draft import draft as measure
+
+    plan = DraftPlan(student, teacher, prompts, num_prompts, draft_tokens, max_new_tokens)
+    with _work_folder() as work:
+        result = measure(plan, work, note=_note)
     Console(width=max(Console().width, 120)).print(result.table())
     write_numbers(out, result.to_json())
 
