@@ -12,12 +12,11 @@ import re
 import runpy
 import shlex
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from doc_blocks import Block, blocks_of
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
@@ -32,9 +31,10 @@ from trainer.types import PairedLogProbs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOT_RUN = re.compile(r"<!-- not run here: \S.{9,} -->")
 LANGUAGES = {"console", "yaml", "json", "bash", "python", ""}
 
+AFTER = "tests/test_after_training.py::test_the_python_of_the_page_runs_and_both_ways_to_ask_agree"
+SERVED = "tests/test_after_training.py::test_the_server_of_the_page_answers_as_transformers_does_and_only_with_the_key"
 RUNS = "tests/e2e/test_runs.py::test_a_run_leaves_a_student_that_learned_a_report_and_no_process"
 LOCAL = "tests/launch/test_submit.py::test_a_job_outlives_its_submission_and_saves_when_it_is_stopped"
 CLUSTER = (
@@ -50,6 +50,9 @@ BY_TEST = {
     r"stillhouse train my-run.yaml( --set training.depth=0)?": RUNS,
     r"stillhouse export runs/my-run models/my-student": "tests/launch/test_export.py::"
     "test_a_whole_student_is_exported_with_tokenizer_template_and_card",
+    r"stillhouse export runs/my-run models/my-student-bf16 --dtype bfloat16": AFTER,
+    r"export VLLM_API_KEY=.*": SERVED,
+    r"python -m vllm\.entrypoints\.openai\.api_server .*": SERVED,
     r"stillhouse prune .*": "tests/trainer/model/test_prune.py::"
     "test_pruned_logits_equal_a_model_built_by_hand_from_the_kept_layers",
     r"stillhouse doctor( configs/demo.yaml)?": "tests/launch/test_doctor.py::test_each_line_is_ok_or_says_what_to_do",
@@ -61,38 +64,6 @@ BY_TEST = {
     r"stillhouse submit my-run.yaml --to slurm .*folder=/shared/runs/my-run": SLURM,
     r"stillhouse list --to slurm": SLURM_VERBS,
 }
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block."""
-
-    page: Path
-    line: int
-    language: str
-    text: str
-    not_run: bool
-
-    @property
-    def commands(self) -> list[str]:
-        """Without what follows a # that begins a word."""
-        lines = [line[2:] for line in self.text.splitlines() if line.startswith("$ ")]
-        return [re.sub(r"\s+# .*", "", line).strip() for line in lines]
-
-
-def blocks_of(page: Path, text: str) -> Iterator[Block]:
-    lines = text.splitlines()
-    start = None
-    for number, line in enumerate(lines):
-        if not line.startswith("```"):
-            continue
-        if start is None:
-            start = number
-            continue
-        marked = start > 0 and NOT_RUN.fullmatch(lines[start - 1]) is not None
-        yield Block(page, start + 1, lines[start][3:], "\n".join(lines[start + 1 : number]) + "\n", marked)
-        start = None
-    assert start is None, f"{page.name}:{start}: the block has no end"
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page, page.read_text())]
@@ -146,7 +117,7 @@ def test_the_tests_that_are_named_exist_and_know_the_command(test: str) -> None:
     text = (ROOT / file).read_text()
     assert function in {node.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)}
     for pattern in (pattern for pattern, named in BY_TEST.items() if named == test):
-        words = re.match(r"\w+ \(?([\w|]+)", pattern)
+        words = re.match(r"\w+ \(?([\w|-]+)", pattern)
         assert words is not None
         assert all(word in text for word in words[1].split("|")), pattern
 
