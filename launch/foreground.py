@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import psutil
 
 from configs.paths import named_path
-from launch.jobs import RECORD, RUNS, readable, steps_of
+from launch.jobs import RECORD, RUNS, pace_of, readable, steps_of
 from launch.report.artifacts import read_manifest
 from launch.targets import JobStatus, State
 from trainer.errors import Preempted
@@ -48,6 +48,7 @@ def status_of(folder: RunFolder) -> JobStatus:
         message=message,
         name=folder.path.absolute().name,
         submitted=manifest.get("started"),
+        pace=pace_of(folder) if state == "running" else "",
     )
 
 

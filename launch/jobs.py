@@ -7,6 +7,7 @@ need the run's name and nothing else. It holds no secret, and only its owner can
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -22,6 +23,7 @@ from configs.refusal import did_you_mean
 from configs.secrets import without_secrets
 from launch.files import copy_files
 from launch.report.artifacts import read_manifest
+from launch.report.hours import LEFT, hours_text, left_text, read_attempts
 from launch.targets import JobRecord, RunStatus
 from trainer.errors import ConfigError, InfrastructureError
 from trainer.records import ignore, read_record
@@ -133,7 +135,7 @@ def run_status(run: Path, job: str) -> RunStatus:
     ending = readable(lambda: read_record(ending_file(run, job), Ending))
     step, steps = steps_of(folder)
     if ending is None:
-        return RunStatus(step, steps)
+        return RunStatus(step, steps, pace=pace_of(folder))
     return RunStatus(step, steps, ending.code, ending.reason[:_MAX_REASON] if ending.code else "")
 
 
@@ -141,6 +143,19 @@ def steps_of(folder: RunFolder) -> tuple[int | None, int | None]:
     """(last step trained, steps in all), each where it is known."""
     step = next(iter(reversed(_STEP.findall(last_lines(folder.metrics)))), None)
     return (None if step is None else int(step)), read_manifest(folder).get("total_steps")
+
+
+def pace_of(folder: RunFolder) -> str:
+    """`ETA 1 h 05 min, 3.2 of 41 GPU-hours`, by the last step; "" where that does not say it."""
+    line = next((text for text in reversed(last_lines(folder.metrics).splitlines()) if _STEP.search(text)), "{}")
+    attempts = read_attempts(read_manifest(folder))
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return ""
+    if not attempts or not isinstance(values.get(LEFT), int | float):
+        return ""
+    return ", ".join(filter(None, (left_text(values), hours_text(values, attempts[-1].kind))))
 
 
 def last_lines(file: Path, *, max_bytes: int = 64 * 1024) -> str:

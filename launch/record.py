@@ -22,16 +22,19 @@ import psutil
 
 from cluster.placement.resolve import Resolved
 from cluster.placement.roles import started_roles
+from cluster.runtime import GPU
 from configs.held_out import held_out_sets
 from configs.rules import teachers_by_place
 from configs.schema import Run
 from configs.secrets import without_secrets
 from launch.export import card_of, complete_student
-from launch.report.artifacts import read_generations, read_manifest
+from launch.report.artifacts import Manifest, read_generations, read_manifest
 from launch.report.environment import manifest_environment
 from launch.report.exactness import exactness_of
+from launch.report.hours import Attempt, Devices, Hours, read_attempts
 from launch.report.metrics import Records, read_metrics
 from launch.report.page import BEFORE_START, sample_records, write_report
+from launch.report.timeline import read_timeline
 from trainer.data.readable import answer_of, readable_prompts
 from trainer.errors import InfrastructureError
 from trainer.loop.job import Job
@@ -55,7 +58,10 @@ class Record:
         self, job: Job, resolved: Resolved, *, started: float, changed: Iterable[str] = (), goes_on: bool = False
     ) -> None:
         """`changed`: inputs that are not what the run began with; where it `goes_on`, those of earlier starts stay."""
-        before = read_manifest(self._folder) if goes_on else {}
+        earlier = read_manifest(self._folder)
+        before = earlier if goes_on else {}
+        devices, began = devices_of(resolved), self._command_began()
+        attempt = {"began": began, "ended": None, "devices": devices.count, "kind": devices.kind}
         self._job = job
         run = job.run
         self._folder.exit.unlink(missing_ok=True)
@@ -63,6 +69,7 @@ class Record:
             **manifest_environment(),
             "config_hash": job.config_hash,
             "total_steps": job.loop.total_steps,
+            "attempts": [*map(asdict, self.attempts(earlier)), attempt],
             "started": started,
             "phases_began_s": {
                 "imports and checks": 0.0,
@@ -85,6 +92,11 @@ class Record:
             },
         }
         self._write_manifest()
+
+    def attempts(self, earlier: Manifest | None = None) -> list[Attempt]:
+        """The starts before this one; one that was killed ended with its last record."""
+        seen = self._folder.metrics.stat().st_mtime if self._folder.metrics.exists() else None
+        return read_attempts(read_manifest(self._folder) if earlier is None else earlier, last_seen=seen)
 
     def phase(self, text: str) -> None:
         """A part of the run begins; the manifest holds when, in seconds after the process did."""
@@ -137,6 +149,10 @@ class Record:
         is more important than that it cannot be noted, and a report can be made again.
         """
         said = without_secrets(reason, environment=os.environ)
+        if self._manifest:
+            self._manifest["attempts"][-1]["ended"] = time.time()
+            with contextlib.suppress(OSError):  # the exit code below is more important
+                self._write_manifest()
         try:
             write_json(self._folder.exit, {"code": code, "reason": said, "time": time.time()})
         except OSError as error:
@@ -185,6 +201,26 @@ def counted(records: Records) -> dict[str, int]:
 
 def _whole(number: float | None) -> int:
     return 0 if number is None or math.isnan(number) else int(number)
+
+
+def devices_of(resolved: Resolved) -> Devices:
+    """What a run holds: GPUs, or the cores that its processes use."""
+    placement = resolved.placement
+    if resolved.accelerator == GPU:
+        return Devices(max(1, placement.num_gpus), "GPU")
+    threads = int(resolved.student_environment.get("OMP_NUM_THREADS", "1"))
+    used = threads * max(1, placement.num_slots)
+    local = "RAY_ADDRESS" not in os.environ
+    return Devices(max(1, min(used, len(os.sched_getaffinity(0))) if local else used), "core")
+
+
+def hours_of(job: Job, record: Record, devices: Devices) -> Hours:
+    """Of this start of a run; evaluations and saves of earlier ones say what they cost."""
+    costs: dict[str, list[float]] = {}
+    for span in read_timeline(job.folder):
+        if span.lane == "student":
+            costs.setdefault(span.kind, []).append(span.stop_s - span.start_s)
+    return Hours(job.loop, devices, began=psutil.Process().create_time(), earlier=record.attempts(), costs=costs)
 
 
 def roles_of(run: Run, resolved: Resolved) -> dict[str, Any]:

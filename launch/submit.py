@@ -241,7 +241,8 @@ def _tell(found: JobStatus, kind: str, folder: Path | str) -> int:
     code = "" if found.exit_code is None else f", exit code {found.exit_code}"
     steps = "" if found.step is None else f", step {found.step} of {found.steps}"
     job = "" if found.job == "-" else f": {found.job}"
-    typer.echo(f"{code}{steps}{job} ({kind}), run folder {folder}")
+    pace = f", {found.pace}" if found.pace else ""
+    typer.echo(f"{code}{steps}{pace}{job} ({kind}), run folder {folder}")
     if found.message:
         typer.echo(without_controls(found.message))
     return exit_code(found)

@@ -25,8 +25,10 @@ from launch.log_level import log_level
 from launch.notify import Notifier
 from launch.process import DISK_ERRORS
 from launch.quiet import quiet_libraries
-from launch.record import Record
+from launch.record import Record, devices_of, hours_of
+from launch.report.artifacts import read_manifest
 from launch.report.exactness import told_at_start
+from launch.report.hours import Hours, read_attempts, spent
 from launch.report.metrics import MetricsLog, Timeline, read_metrics
 from launch.report.observer import RunObserver
 from launch.report.progress import Progress
@@ -140,9 +142,11 @@ def closing_words(folder: RunFolder) -> str:
         student = f"an adapter{stored}: peft loads it; stillhouse export --merge-adapter makes a whole model of it"
     else:
         student = f"a Hugging Face folder{stored}: transformers and vLLM load it"
+    took = spent(read_attempts(read_manifest(folder)))
     return "\n".join(
         [
             "",
+            *([f"took      {took}"] if took else []),
             f"report    {folder.report}    (open it in a browser: curves, timeline, tokens, answers before and after)",
             f"student   {folder.student}    ({student})",
             "next      stillhouse export "
@@ -175,7 +179,8 @@ def _train(
         )
         length = new_length(run, here.after, job.loop.total_steps)
         exported = runtime.exported(run, total_steps=job.loop.total_steps)
-        observer = _observer(job, record, trackers, exported, stack)
+        hours = hours_of(job, record, devices_of(runtime.resolved))
+        observer = _observer(job, record, trackers, exported, hours, stack)
         notes = [
             *start.warnings,
             *told_at_start(run),
@@ -198,13 +203,23 @@ def _say(text: str) -> None:
 
 
 def _observer(
-    job: Job, record: Record, trackers: Trackers, exported: Exported | None, stack: contextlib.ExitStack
+    job: Job,
+    record: Record,
+    trackers: Trackers,
+    exported: Exported | None,
+    hours: Hours,
+    stack: contextlib.ExitStack,
 ) -> RunObserver:
     """Its files and the progress are closed with the stack."""
-    progress = stack.enter_context(Progress(job.loop.total_steps, level=log_level()))
+    progress = stack.enter_context(Progress(job.loop.total_steps, level=log_level(), device=hours.devices.kind))
     metrics = MetricsLog(job.folder, tell=progress.note, rewound=trackers.rewound)
     observer = RunObserver(
-        metrics=metrics, timeline=Timeline(job.folder), progress=progress, record=record, exported=exported
+        metrics=metrics,
+        timeline=Timeline(job.folder),
+        progress=progress,
+        record=record,
+        exported=exported,
+        hours=hours,
     )
     stack.callback(observer.close)
     return observer

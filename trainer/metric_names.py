@@ -76,6 +76,10 @@ METRICS = (
     Metric("wait/student_share", "share", "time of the last ten steps in which the student did not train"),
     Metric("wait/teacher_share", "share", "time of the last ten steps in which a teacher had nothing to do, mean over "
            "replicas"),
+    Metric("run/left_s", "s", "until the end, by the median of the last steps, evaluations and checkpoints; from the "
+           "fourth step of a start on"),
+    Metric("run/device_hours", "hours", "that GPUs were held, or without any cores used, over all starts of the run"),
+    Metric("run/device_hours_expected", "hours", "of them at the end, where it goes on like this"),
     Metric("answers/written", "", "answers that a teacher wrote for the step", summed=True),
     Metric("answers/empty", "", "of them without a token", summed=True),
     Metric("answers/cut_off", "", "of them as long as `answers.max_new_tokens`, and not at an end", summed=True),

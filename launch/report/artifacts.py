@@ -26,11 +26,21 @@ class DataFacts(TypedDict, total=False):
     stop_ids: list[int]
 
 
+class AttemptRecord(TypedDict):
+    """One start of a run; without an end while it goes on, or where it was killed."""
+
+    began: Moment
+    ended: Moment | None
+    devices: int
+    kind: str
+
+
 class Manifest(TypedDict, total=False):
     """manifest.json; it holds more, which is shown as it is."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
+    attempts: list[AttemptRecord]
     started: Moment
     finished: Moment | None
     total_steps: int

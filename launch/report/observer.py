@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from configs.secrets import without_secrets
+from launch.report.hours import Hours
 from launch.report.intervals import Interval, seconds_inside, union
 from launch.report.metrics import (
     STUDENT_WAIT,
@@ -71,11 +72,13 @@ class RunObserver:
         progress: Progress,
         record: Record | None = None,
         exported: Exported | None = None,
+        hours: Hours | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`record`: of a run that keeps artifacts; `phase` and `generation` raise where a disk refuses them.
-        `exported`: for Prometheus."""
+        `exported`: for Prometheus; `hours`: what is left and spent, added to every step."""
         self._record = record
+        self._hours = hours
         self._exported = exported
         self._metrics = metrics
         self._timeline = timeline
@@ -100,7 +103,10 @@ class RunObserver:
     def step(self, metrics: StepMetrics) -> None:
         """Adds speed and wait shares; a loop reports a step's spans before the step."""
         self._finished("steps", f"step {metrics.step}")
-        metrics = StepMetrics(step=metrics.step, values={**metrics.values, **self._waits.of_step(metrics.values)})
+        values = {**metrics.values, **self._waits.of_step(metrics.values)}
+        if self._hours is not None:
+            values |= self._hours.of_step(metrics.step, values)
+        metrics = StepMetrics(step=metrics.step, values=values)
         self.newest_step = metrics
         if self._exported is not None:
             self._exported.step(metrics.step, metrics.values)
@@ -148,6 +154,8 @@ class RunObserver:
     def span(self, lane: str, kind: SpanKind, start_s: float, stop_s: float, label: str = "") -> None:
         self._finished(lane, f"{kind} {label}".strip())
         self._waits.add(lane, kind, start_s, stop_s)
+        if self._hours is not None and lane == "student":
+            self._hours.took(kind, stop_s - start_s)
         self._progress.detail(f"{lane}: {kind} {label}, {stop_s - start_s:.3f} s")
         with self._reported_once():
             self._timeline.span(lane, kind, start_s, stop_s, label)

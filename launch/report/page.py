@@ -21,6 +21,7 @@ from configs.document import read_document
 from launch import templates
 from launch.report.artifacts import Tell, read_manifest
 from launch.report.charts import charts
+from launch.report.hours import read_attempts
 from launch.report.metrics import NOTICEABLE_PADDING, TOKENS_PER_S, Records, read_metrics
 from launch.report.numbers import Form, compact, duration, percent
 from launch.report.tasks import tables
@@ -218,6 +219,17 @@ def _factor(before: float, after: float) -> str:
 def _time_tile(spans: Sequence[Span], manifest: Mapping[str, Any]) -> list[Tile]:
     """Wall time from the command to the end. Of a run that was resumed or has not ended: the time
     in which some role worked, over all attempts."""
+    attempts = read_attempts(manifest)
+    hours = sum(attempt.device_s for attempt in attempts) / 3600
+    if hours:
+        last = attempts[-1]
+        on = f"{last.devices} {last.kind}{'s' if last.devices > 1 else ''}"
+        starts = f", {len(attempts)} starts" if len(attempts) > 1 else ""
+        return [*_wall(spans, manifest), Tile(f"{last.kind}-hours", (compact(hours),), f"{on}{starts}")]
+    return _wall(spans, manifest)
+
+
+def _wall(spans: Sequence[Span], manifest: Mapping[str, Any]) -> list[Tile]:
     started, finished = manifest.get("started"), manifest.get("finished")
     if started is not None and finished is not None and manifest.get("resumed_from") is None:
         before = (manifest.get("phases_began_s") or {}).get(BEFORE_START, 0.0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
@@ -21,14 +20,13 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.log_level import LogLevel
+from launch.report.hours import hours_text, left_text
 from launch.report.metrics import LOSS, NOTICEABLE_PADDING, STUDENT_WAIT, TEACHER_WAIT, TOKENS_PER_S
 from launch.report.numbers import duration, fixed, share
 from trainer.types import Evaluation, StepMetrics
 
 _FIRST_STEPS = 3
 _PLAIN_EVERY_S = 10.0
-_WINDOW = 20
-"""Step durations that the ETA averages."""
 
 
 class Progress:
@@ -46,7 +44,9 @@ class Progress:
         plain: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
         level: LogLevel = LogLevel.info,
+        device: str = "device",
     ) -> None:
+        self._device = device
         self._total = total_steps
         self._console = console or Console()
         self._clock = clock
@@ -57,7 +57,6 @@ class Progress:
         self._step: StepMetrics | None = None
         self._shown = 0
         self._shown_at = -math.inf
-        self._step_times: deque[float] = deque(maxlen=_WINDOW + 1)
         self._last: Evaluation | None = None
         self._live: Live | None = None
         if level.shows(LogLevel.info) and not (plain if plain is not None else not self._console.is_terminal):
@@ -75,7 +74,6 @@ class Progress:
         self._end_phase()
         now = self._clock()
         self._step = metrics
-        self._step_times.append(now)
         self._shown += 1
         due = self._shown <= _FIRST_STEPS or now - self._shown_at >= _PLAIN_EVERY_S or metrics.step == self._total
         due = due or self._level is LogLevel.debug
@@ -163,10 +161,8 @@ class Progress:
     def _eta(self) -> str:
         if self._step is None or self._step.step >= self._total:
             return f"{duration(self._clock() - self._started)} since the start"
-        if len(self._step_times) < 2:
-            return "ETA -"
-        pace = (self._step_times[-1] - self._step_times[0]) / (len(self._step_times) - 1)
-        return f"ETA {duration(pace * (self._total - self._step.step))}"
+        values = self._step.values
+        return "  ".join(filter(None, (left_text(values), hours_text(values, self._device))))
 
 
 def _quality(before: Evaluation | None, now: Evaluation) -> str:

@@ -71,8 +71,11 @@ class JobRecord:
         self, state: State, exit_code: int | None = None, *, message: str = "", written: RunStatus | None = None
     ) -> JobStatus:
         """`JobStatus` of this job, with the steps that its run has `written`."""
-        step, steps = (None, None) if written is None else (written.step, written.steps)
-        return JobStatus(self.job, state, exit_code, step, steps, message, self.name, self.submitted)
+        written = written or RunStatus()
+        pace = written.pace if state == "running" else ""
+        return JobStatus(
+            self.job, state, exit_code, written.step, written.steps, message, self.name, self.submitted, pace
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class RunStatus:
     steps: int | None = None
     exit_code: int | None = None  # of the job's command, once it has ended
     reason: str = ""  # why it ended so, where it failed or was stopped
+    pace: str = ""  # what is left and spent, for people
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,7 @@ class JobStatus:
     message: str = ""
     name: str = ""  # of the run, where the scheduler knows it
     submitted: float | None = None
+    pace: str = ""  # what is left and spent, while it runs
 
     @property
     def over(self) -> bool:

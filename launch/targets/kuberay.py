@@ -94,7 +94,7 @@ class Target:
             return found
         written = run_status(folder, record.job)
         if not found.over or found.state == "stopped" or written.exit_code is None:
-            return replace(found, step=written.step, steps=written.steps)
+            return replace(found, step=written.step, steps=written.steps, pace=written.pace)
         return record.status(state_of(written.exit_code), written.exit_code, message=written.reason, written=written)
 
     def logs(self, record: JobRecord, *, follow: bool) -> Iterator[str]:

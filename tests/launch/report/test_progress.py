@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from launch.log_level import LogLevel
+from launch.report.hours import EXPECTED, LEFT, USED
 from launch.report.metrics import STUDENT_WAIT, TEACHER_WAIT, TOKENS_PER_S, MetricsLog, Timeline, read_metrics
 from launch.report.numbers import duration
 from launch.report.observer import RunObserver
@@ -34,7 +35,7 @@ def evaluation(step: int, kl: float, agreement: float = 0.5) -> Evaluation:
 
 def plain_run(steps: int, seconds_per_step: float, level: LogLevel = LogLevel.info) -> list[str]:
     text, clock = io.StringIO(), Clock()
-    with Progress(steps, console=Console(file=text, width=40), clock=clock, level=level) as progress:
+    with Progress(steps, console=Console(file=text, width=40), clock=clock, level=level, device="GPU") as progress:
         progress.phase("teachers: loading [weights]")
         clock.now += 12.3
         first = evaluation(0, 6.31, 0.061)
@@ -43,6 +44,8 @@ def plain_run(steps: int, seconds_per_step: float, level: LogLevel = LogLevel.in
         for number in range(1, steps + 1):
             clock.now += seconds_per_step
             values = {"train/loss": 2.0, TOKENS_PER_S: 1234.4, STUDENT_WAIT: 0.25, TEACHER_WAIT: 0.5}
+            if number >= 4:
+                values |= {LEFT: (steps - number) * seconds_per_step, USED: 0.6, EXPECTED: 6.7}
             progress.step(StepMetrics(number, values))
         progress.evaluation(evaluation(steps, 1.05, 0.56), first)
     return text.getvalue().splitlines()
@@ -88,8 +91,9 @@ def test_a_plain_step_line_says_where_the_run_is() -> None:
     lines = plain_run(steps=100, seconds_per_step=30.0)
     assert lines[11] == (
         "step 10/100  1,234 tokens/s  loss 2.000  KL 6.310 at step 0  "
-        "waiting: student 25%, teacher 50%  ETA 45 min 00 s"
+        "waiting: student 25%, teacher 50%  ETA 45 min 00 s  0.6 of 6.7 GPU-hours"
     )
+    assert lines[2].endswith("teacher 50%  ETA -"), "nothing is said before it is known"
     assert not any("\x1b" in line for line in lines)
 
 
