@@ -20,7 +20,7 @@ from cluster.placement.memory.verdict import Offer
 from cluster.preflight.finding import Finding, ok, problem, warning
 from cluster.preflight.machine import size_text
 from cluster.runtime import CPU, GPU
-from configs.models import LoRA
+from configs.models import LoRA, ModelSource
 from configs.rules import teacher_place
 from configs.schema import Run
 from launch.model_folder import ModelFacts
@@ -81,16 +81,23 @@ def known_sizes(run: Run, facts: Mapping[str, ModelFacts], *, label_bytes: int) 
         return None
     quantised = {}
     for name, teacher in run.teachers_by_name().items():
-        folder = find_folder(teacher.model.path, teacher.model.revision)
-        if folder is not None and is_quantised(load_config(teacher.model, role=f"{places[name]}.model")):
-            quantised[name] = ModelFiles.of(folder).weight_bytes
+        size = _file_bytes(teacher.model)
+        if size is not None and is_quantised(load_config(teacher.model, role=f"{places[name]}.model")):
+            quantised[name] = size
     return KnownSizes(
         student=_student_sizes(run, facts["student"]),
         body=_body(run),
         teachers={name: facts[place].sizes for name, place in places.items()},
         quantised=quantised,
         label_bytes=label_bytes,
+        student_file_bytes=_file_bytes(run.student.model),
     )
+
+
+def _file_bytes(source: ModelSource) -> int | None:
+    """Of the weights, where they are on this machine."""
+    folder = find_folder(source.path, source.revision)
+    return None if folder is None else ModelFiles.of(folder).weight_bytes
 
 
 def _student_sizes(run: Run, facts: ModelFacts) -> Callable[[Run], ModelSizes]:

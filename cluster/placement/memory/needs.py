@@ -38,6 +38,7 @@ class KnownSizes:
     teachers: Mapping[str, ModelSizes]  # by name
     quantised: Mapping[str, int]  # name -> bytes of the files, of teachers that are held as they are stored
     label_bytes: int = 0  # of one row of labels, at most
+    student_file_bytes: int | None = None  # of its weights, where they are here
 
 
 def pass_tokens(run: Run) -> int:
@@ -67,6 +68,7 @@ def _student(run: Run, known: KnownSizes, rule: DtypeRule) -> RoleMemory:
         dtype=dtype,
         on_accelerator=rule.accelerator == GPU,
         hidden_size=sizes.hidden_size,
+        weight_bytes=known.student_file_bytes,
     )
     step_tokens = run.training.sequences_per_step * run.data.max_length
     load = StudentLoad(
@@ -120,6 +122,7 @@ def _engine(
         weights=known.quantised.get(teacher.name, sizes.all * WIDTHS[dtype]),
         max_length=run.data.max_length,
         arguments=_arguments(run, rule, role, replicas, dtype) if isinstance(replicas.engine, Vllm) else {},
+        cache_is_given=isinstance(replicas.engine, Vllm) and replicas.engine.kv_cache_bytes is not None,
     )
     return replace(engine_memory(sizes, load), place=place)
 

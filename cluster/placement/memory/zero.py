@@ -3,10 +3,10 @@
 P trained and F frozen elements of w bytes, W ranks, n = P / W. The ranks' shares are those of DeepSpeed 0.19:
 
     stage   weights           master   Adam   gradients while micro-batches add up
-    1       (P + F) w         4 n      8 n    P w, and a copy of the share at the step
-    2       (P + F) w         4 n      8 n    float32: 4 n, twice from the second micro-batch on; bfloat16: 4 n
+    1       (P + F) w         4 n*     8 n    P w, and a copy of the share at the step
+    2       (P + F) w         4 n*     8 n    float32: 4 n, twice from the second micro-batch on; bfloat16: 4 n
     3       (P + F) w / W,    4 n*     8 n    4 n, and a copy at the step
-            and what is gathered              * none where the weights are float32 already
+            and what is gathered              * none where the weights are float32 themselves, and not offloaded
 
 ZeRO: arXiv 1910.02054, section 5. A share of stages 1 and 2 ends inside a parameter, which both neighbours then keep
 whole among their gradients.
@@ -51,7 +51,7 @@ def zero_share(
     bucket = min(zero["reduce_bucket_size"], trained) * width * (2 if zero["overlap_comm"] else 1)
     sent = min(zero["reduce_bucket_size"], trained) * width  # a bucket is joined once more to be sent
     offloaded = "offload_optimizer" in zero
-    states = share * (FLOAT32 + _ADAM)
+    states = share * (_ADAM + (FLOAT32 if offloaded or width != FLOAT32 else 0))
     if zero["stage"] == 1:
         gradients, step = trained * width, trained * width + bucket + touched * width
     elif width == FLOAT32:
