@@ -2,7 +2,7 @@
 
     RunObserver --steps, evaluations, events--> Exported --ray.util.metrics--> the node's agent --HTTP--> Prometheus
 
-The names are those of metrics.jsonl in Prometheus' alphabet: `train/loss` is `stillhouse_train_loss`, to which Ray adds
+The names are those of docs/metrics.md in the alphabet of Prometheus: `train/loss` is `stillhouse_train_loss`. Ray adds
 `ray_` in front, and Prometheus `_total` behind what is summed. Labels are the run, and the task or teacher of a value
 that belongs to one: as many as the configuration names. What is not finite is left out, as Ray does by itself.
 """
@@ -16,18 +16,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from trainer.metric_names import metric_of
+
 if TYPE_CHECKING:
     from ray.util.metrics import Counter, Gauge, Histogram
 
 Kind = Literal["gauge", "counter", "histogram"]
 
 PREFIX = "stillhouse_"
-SUMMED = re.compile(
-    r"train/(tokens|loss_tokens|skipped|micro_batches)|step/sequences|labels/(rows|bytes)|answers/\w+|scorer/score_s"
-    r"|task/[^/]+/(sequences|loss_tokens)|teacher/[^/]+/tokens|student/\w+_s"
-)
-"""Values of one step whose sum over the steps means something."""
-
 SPREAD = "step/seconds"
 SECONDS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """Upper ends of the histogram's buckets; a longer step is in the last one, which has no end."""
@@ -57,7 +53,8 @@ class Series:
 def series_of(name: str) -> Series:
     """Of a value by its name in metrics.jsonl: `task/chat/jsd` is `stillhouse_task_jsd{task="chat"}`. Values of an
     evaluation have a task each, "" for all rows together."""
-    kind: Kind = "histogram" if name == SPREAD else "counter" if SUMMED.fullmatch(name) else "gauge"
+    known = metric_of(name)
+    kind: Kind = "histogram" if name == SPREAD else "counter" if known is not None and known.summed else "gauge"
     area, slash, rest = name.partition("/")
     labels = {}
     if area == "evaluation":

@@ -138,8 +138,26 @@ def train(
     raise typer.Exit(code)
 
 
-@app.command(epilog="Example: stillhouse check configs/demo.yaml")
-def check(config: Config, overrides: Overrides = None, level: LogLevelOption = None, parent: Parent = None) -> None:
+@app.command(
+    epilog="Examples: stillhouse check configs/demo.yaml · stillhouse check configs/demo.yaml --rows 3 --from 120"
+)
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            "--rows",
+            metavar="N",
+            min=1,
+            help="Show so many rows of each dataset as trained, with what is learnt.",
+        ),
+    ] = None,
+    first: Annotated[int, typer.Option("--from", metavar="ROW", min=1, help="The first one to show.")] = 1,
+    tokens: Annotated[bool, typer.Option("--tokens", help="With --rows: a table of their tokens too.")] = False,
+    level: LogLevelOption = None,
+    parent: Parent = None,
+) -> None:
     """Check all that needs no accelerator: configuration, models, tokenizers, rows, licences, disk.
 
     One line for each thing looked at. Exit code 0 where a run may start, 2 for the configuration, 3 for the data.
@@ -150,8 +168,11 @@ def check(config: Config, overrides: Overrides = None, level: LogLevelOption = N
     set_log_level(level)
     _refuse_bad_configuration(config, overrides)
     from launch.check.run import check as run_check
+    from launch.check.shown_rows import Wanted
 
-    raise typer.Exit(run_check(config, overrides or []))
+    shown = rows if rows is not None or (first == 1 and not tokens) else 1
+    wanted = None if shown is None else Wanted(shown, first, tokens)
+    raise typer.Exit(run_check(config, overrides or [], wanted=wanted))
 
 
 @config_app.command("show", epilog="Example: stillhouse config show configs/demo.yaml --origins")

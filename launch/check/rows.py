@@ -12,6 +12,7 @@ from configs.prompts import Dataset
 from configs.rules import place_of_held_out, station_place
 from configs.schema import Run
 from configs.tasks import ResolvedTask
+from launch.check.bad_rows import bad_rows
 from launch.check.overlap import Opened, overlaps
 from trainer.data.prompt_reader import PromptReader
 from trainer.data.prompts import RowReport, check_rows
@@ -22,8 +23,6 @@ from trainer.loop.rows import open_held_out, open_reader
 
 ROW_BUDGET = 2000
 """Rows read of each dataset; of a larger one they are spread evenly. Training checks every row as it reads it."""
-
-SHOWN_ROWS = 10
 
 
 def examine_rows(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
@@ -112,7 +111,7 @@ def _dataset(
         reports.append(report)
         titles.append(reader.rows.title)
         if report.num_ok == 0 or (report.problems and run.data.on_bad_row == "error"):
-            raise DataError(_bad_rows(place, report))
+            raise DataError(bad_rows(place, report))
 
     def say() -> str:
         report = reports[0]
@@ -130,7 +129,7 @@ def _dataset(
             steps = partial(total_steps, run, rows_per_epoch=report.num_rows)
             yield attempt("steps", steps, lambda: _epochs(run, steps(), rows=report.num_rows))
         if report.problems and run.data.on_bad_row == "skip":
-            yield warning(subject, _bad_rows(place, report))
+            yield warning(subject, bad_rows(place, report))
         if report.num_special and run.data.special_tokens_in_text == "warn":
             text = (
                 f"{report.num_special} of {report.num_checked} rows contain special tokens in their text, which become "
@@ -163,15 +162,3 @@ def _epochs(run: Run, steps: int, *, rows: int) -> str:
     last = (run.training.epochs or 0) * rows - (steps - 1) * size
     text = f"{run.training.epochs} epochs of {rows} rows are {steps} steps of {size}"
     return text if last == size else f"{text}, the last of {last}"
-
-
-def _bad_rows(place: str, report: RowReport) -> str:
-    lines = [f"{place}: {len(report.problems)} of {report.num_checked} rows cannot be used"]
-    if not report.problems:
-        lines = [
-            f"{place}: no row is left: {report.num_dropped} of {report.num_checked} are too long; raise data.max_length"
-        ]
-    lines += [f"    {problem}" for problem in report.problems[:SHOWN_ROWS]]
-    if len(report.problems) > SHOWN_ROWS:
-        lines.append(f"    and {len(report.problems) - SHOWN_ROWS} more")
-    return "\n".join(lines)

@@ -26,6 +26,7 @@ from configs.rules import teacher_place, teachers_by_place, unused_teachers
 from configs.schema import Run
 from launch.check import memory, models, places, rows, trackers
 from launch.check.needs import needs_of
+from launch.check.shown_rows import Wanted, show_rows
 from launch.check.there import HERE, UNSEEN, There
 from launch.check.watching import examine_metrics, examine_notify
 from launch.contents import contents_of
@@ -38,8 +39,9 @@ from trainer.losses.terms import function_of
 from trainer.run_folder import RunFolder
 
 
-def check(path: Path, overrides: Sequence[str]) -> int:
-    """Print one line for each thing looked at. 0: a run may start; 2, 3: exit code of `ConfigError`, `DataError`."""
+def check(path: Path, overrides: Sequence[str], *, wanted: Wanted | None = None) -> int:
+    """Print one line for each thing looked at, and the rows that are `wanted`. 0: a run may start; 2, 3: exit code of
+    `ConfigError`, `DataError`."""
     quiet_libraries()
     loaded = load_run(path, overrides)
     run = loaded.run
@@ -49,6 +51,9 @@ def check(path: Path, overrides: Sequence[str]) -> int:
     for finding in chain(examine(run, inputs), trackers.reached(run), _standing(run, inputs)):
         _print(replace(finding, text=loaded.located(finding.text)))
         findings.append(finding)
+    if wanted is not None:
+        for line in show_rows(run, inputs[0], wanted) if inputs else ["rows are not shown: they need the tokenizer"]:
+            typer.echo(line, color=True)
     code = _told(findings, "nothing was started")
     if code == 0:
         sets = [part for text in overrides for part in ("--set", text)]
@@ -148,11 +153,12 @@ def examine(run: Run, inputs: list[Inputs] | None = None, there: There = HERE) -
     yield from memory.examine_memory(run, facts, label_bytes=sum(row_bytes), offer=offer)
     yield from models.licences(run)
     if there.elsewhere:
-        yield Finding(UNSEEN, "nodes", "packages, trackers, run folder and disk: the run asks its nodes when it starts")
+        unseen = "packages, trackers, notify, run folder and disk: the run asks its nodes when it starts"
+        yield Finding(UNSEEN, "nodes", unseen)
     else:
         yield from places.examine_folder(run, facts.get("student"))
-    yield from examine_metrics(run)
-    yield from examine_notify(run)
+        yield from examine_metrics(run)
+        yield from examine_notify(run)
 
 
 def _plugins(run: Run) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ from configs.secrets import without_secrets
 from launch.report.hours import Hours
 from launch.report.intervals import Interval, seconds_inside, union
 from launch.report.metrics import (
+    EVALUATION,
     STUDENT_WAIT,
     TEACHER_WAIT,
     TOKENS,
@@ -118,7 +119,7 @@ class RunObserver:
         self._finished("evaluations", f"after step {evaluation.step}")
         self.newest_evaluation = evaluation
         if self._exported is not None:
-            self._exported.evaluation({f"evaluation/{k}": v for k, v in evaluation_values(evaluation).items()})
+            self._exported.evaluation({f"{EVALUATION}{k}": v for k, v in evaluation_values(evaluation).items()})
         with self._reported_once():
             self._metrics.evaluation(evaluation)
         first = self._metrics.first_evaluation

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import socket
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from cluster.lifecycle.ray_session import refuse_used_port
 from cluster.prometheus import EVENT, EVENTS, STEP, STEPS, Series, series_of
 from launch.report import metrics
+from launch.report.observer import RunObserver
+from launch.report.progress import Progress
 from trainer.errors import ConfigError
+from trainer.metric_names import METRICS
+from trainer.run_folder import RunFolder
+from trainer.types import Evaluation, StepMetrics
 
 NAMES = {
     "train/loss": ("ray_stillhouse_train_loss", {}),
@@ -34,10 +43,12 @@ NAMES = {
     "evaluation/task/a.b/forward_kl": ("ray_stillhouse_evaluation_forward_kl", {"task": "a.b"}),
 }
 EXPOSED = re.compile(r"ray_stillhouse_\w+")
-STEP_VALUES = (
-    *(metrics.LOSS, metrics.TOKENS, metrics.LEARNING_RATE, metrics.GRAD_NORM, metrics.TOKENS_PER_S),
-    *(metrics.STUDENT_WAIT, metrics.TEACHER_WAIT, "step/seconds", "labels/bytes", "teacher/x/token_share"),
-)
+
+
+EXAMPLES = [
+    metric.name.replace("<task>", "chat").replace("<teacher>", "big").replace("<term>", "jsd") for metric in METRICS
+]
+"""One name of each entry of docs/metrics.md."""
 
 
 def dashboard() -> dict[str, Any]:
@@ -57,9 +68,15 @@ def test_a_value_has_one_name_in_prometheus(name: str) -> None:
     assert re.fullmatch(r"[a-z_][a-zA-Z0-9_]*", series.exposed)
 
 
+def test_no_two_numbers_of_the_contract_share_a_series() -> None:
+    series = [(one.exposed, *sorted(one.labels.items())) for one in map(series_of, EXAMPLES)]
+    assert len(set(series)) == len(series)
+    kinds = {metric.name: series_of(name).kind for metric, name in zip(METRICS, EXAMPLES, strict=True)}
+    assert {name for name, kind in kinds.items() if kind == "counter"} == {one.name for one in METRICS if one.summed}
+
+
 def test_every_expression_of_the_dashboard_asks_for_what_a_run_exports() -> None:
-    evaluated = [f"evaluation/{name}" for name in metrics.EVALUATION_FIELDS]
-    known = {series_of(name).exposed for name in (*STEP_VALUES, *evaluated)}
+    known = {series_of(name).exposed for name in EXAMPLES}
     known |= {Series(STEP, "gauge").exposed, Series(STEPS, "gauge").exposed, Series(EVENT, "counter").exposed}
     asked = [(name, expression) for expression in expressions() for name in EXPOSED.findall(expression)]
     assert len(asked) > 20
@@ -99,3 +116,39 @@ def test_a_port_that_is_taken_is_refused_by_name() -> None:
         with pytest.raises(ConfigError, match=f"report.prometheus_port: {port} cannot be listened at"):
             refuse_used_port(port)
     refuse_used_port(port)
+
+
+class Heard:
+    """What an `Exported` is told."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.over = False
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        self.names += [series_of(name).exposed for name in values]
+
+    def evaluation(self, values: Mapping[str, float]) -> None:
+        self.names += [series_of(name).exposed for name in values]
+
+    def event(self, name: str) -> None:
+        self.names.append(name)
+
+    def close(self) -> None:
+        self.over = True
+
+
+def test_the_observer_hands_on_every_number_by_its_name(tmp_path: Path) -> None:
+    heard, folder = Heard(), RunFolder(tmp_path)
+    log, timeline = metrics.MetricsLog(folder), metrics.Timeline(folder)
+    with Progress(3, console=Console(file=io.StringIO())) as progress:
+        observer = RunObserver(metrics=log, timeline=timeline, progress=progress, exported=heard)
+        observer.step(StepMetrics(1, {"train/loss": 2.0}))
+        one = Evaluation(1, num_rows=3, forward_kl=0.5, agreement=0.5, perplexity=9.0, teacher_perplexity=8.0)
+        observer.evaluation(replace(one, tasks={"chat": one}), "during")
+        observer.event("teacher_restart", replica="scorer-0", reason="gone", restarts=1)
+        observer.close()
+    assert heard.names[0] == "ray_stillhouse_train_loss"
+    assert heard.names.count("ray_stillhouse_evaluation_forward_kl") == 2
+    assert heard.names[-1] == "teacher_restart"
+    assert heard.over

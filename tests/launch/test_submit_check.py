@@ -43,7 +43,7 @@ def test_a_good_run_is_sent_after_its_memory_was_told(submit: Submit) -> None:
     looked, _, sent = result.stdout.partition("--to ray, job small-")
     assert "memory:   1 x student" in looked
     assert "memory: needed: 2 GPUs, and" in looked
-    assert "not checked  nodes: packages, trackers, run folder and disk" in looked
+    assert "not checked  nodes: packages, trackers, notify, run folder and disk" in looked
     assert "----- job.json -----" in sent
 
 

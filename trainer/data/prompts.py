@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RowReport:
-    """num_checked = num_ok + num_dropped + len(problems)."""
+    """num_checked = num_ok + num_dropped + len(bad_rows)."""
 
     num_rows: int
     num_checked: int
     num_ok: int  # truncated ones included
-    problems: tuple[str, ...]  # "file:line: field: what is wrong", one per row
+    bad_rows: tuple[BadRow, ...]
     num_dropped: int  # too long, with data.on_too_long: drop or truncate
     num_truncated: int
     min_tokens: int  # of the sequences of the ok rows, as they would be trained; 0 where there is none
@@ -44,6 +44,11 @@ class RowReport:
     num_of_split: int  # sequences that they became
     num_special: int  # ok rows with special tokens in their text
     first_special: str  # "file:line: field: token"; empty where there is none
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Of each bad row "file:line: field: what is wrong"."""
+        return tuple(map(str, self.bad_rows))
 
 
 class Quarantine:
@@ -214,7 +219,7 @@ def check_rows(reader: PromptReader, *, budget: int) -> RowReport:
             if isinstance(problem, TooLong) and reader.data.on_too_long != "error":
                 num_dropped += 1
             else:
-                problems.append(str(problem))
+                problems.append(problem)
             continue
         prompts.append(prompt)
         num_truncated += truncated
@@ -227,7 +232,7 @@ def check_rows(reader: PromptReader, *, budget: int) -> RowReport:
         num_rows=num_rows,
         num_checked=len(chosen),
         num_ok=len(prompts),
-        problems=tuple(problems),
+        bad_rows=tuple(problems),
         num_dropped=num_dropped,
         num_truncated=num_truncated,
         min_tokens=min(lengths, default=0),
