@@ -30,7 +30,10 @@ class Conversation:
 
     @classmethod
     def of(cls, template: str, messages: Messages, tools: Tools | None, variables: Mapping[str, Any]) -> Conversation:
-        """Raises `DataError` for what the template does not read and would lose."""
+        """A developer's turn is a system turn for a template that does not know the role: most would leave it out.
+
+        Raises `DataError` for what the template does not read and would lose.
+        """
         for index, message in enumerate(messages):
             for field in (*REASONING, "tool_calls"):
                 if message.get(field) and not re.search(rf"\b{field}\b", template):
@@ -38,7 +41,12 @@ class Conversation:
                         f"messages[{index}].{field}: the chat template does not read it, and it would be lost; remove "
                         f"it, or {HINT}"
                     )
-        return cls(template, tuple(dict(message) for message in messages), tuple(tools) if tools else None, variables)
+        knows_developers = re.search(r"\bdeveloper\b", template) is not None
+        given = (dict(message) for message in messages)
+        given = (
+            one | {"role": "system"} if one["role"] == "developer" and not knows_developers else one for one in given
+        )
+        return cls(template, tuple(given), tuple(tools) if tools else None, variables)
 
     def render(self, num: int | None = None, generation_prompt: bool = False) -> str:
         """The first `num` messages rendered, all of them without. Raises as `Renderer.render` does."""

@@ -52,6 +52,18 @@ def test_tool_calls_are_learnt_and_their_results_are_not(talk: list[dict]) -> No
     assert all(piece.endswith("<|im_end|>") for piece in learnt(template, text))
 
 
+def test_a_developer_is_a_system_turn_where_the_template_does_not_know_the_role() -> None:
+    turns = [{"role": "developer", "content": "Be brief."}, user("Rain?"), assistant("Yes.")]
+    as_system = [{**turns[0], "role": "system"}, *turns[1:]]
+    template = made(shapes.QWEN3)
+    (text,) = template.render(turns)
+    assert text.token_ids.tolist() == template.render(as_system)[0].token_ids.tolist()
+    assert "Be brief." in template.tokenizer.decode(text.token_ids)
+    knowing = made("{# user or developer #}" + shapes.EMPTY_BLOCK)
+    (text,) = knowing.render(turns)
+    assert "developer\nBe brief." in knowing.tokenizer.decode(text.token_ids)
+
+
 def test_a_call_ends_with_the_token_that_its_template_puts_there() -> None:
     template = made(shapes.LLAMA)
     (text,) = template.render(ONE_CALL, tools=[TOOL])

@@ -1,12 +1,13 @@
 """One question and one answer in fields of their own, read as a conversation of two turns.
 
-    alpaca            instruction, input?      output      Stanford Alpaca, LLaMA-Factory
-    dolly             instruction, context?    response    Dolly, torchtune
-    query_response    query                    response    ms-swift
-    question_answer   question                 answer
+    alpaca            instruction    output      Stanford Alpaca, LLaMA-Factory
+    dolly             instruction    response    Dolly, GPTeacher, torchtune
+    query_response    query          response    ms-swift
+    question_answer   question       answer
 
-Each may have `system`, and `history`, a list of earlier [question, answer] pairs, whose answers are learnt as well. A
-second text of the question follows the first after a line break, as in LLaMA-Factory and ms-swift.
+An instruction may have a text that it is about, `input` or `context`, which follows after a line break, as in
+LLaMA-Factory and ms-swift. Each may have `system`, and `history`, a list of earlier [question, answer] pairs, whose
+answers are learnt as well.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from trainer.data.formats.turn import Turn, plain_turn
 from trainer.data.formats.values import RowProblem, field_of, is_absent, json_of, kind_of, text_of
 from trainer.data.row import Row
 
+_ABOUT = ("input", "context")
 _PAIRS = "a list of [question, answer] pairs"
 
 
@@ -29,7 +31,6 @@ class Names:
     """The fields of a format of this family."""
 
     asked: str
-    more: str | None
     answer: str
 
     def tell(self, row: Mapping[str, Any]) -> bool:
@@ -51,8 +52,15 @@ class Names:
     def question(self, row: Mapping[str, Any]) -> list[Turn]:
         """The turns before the answer."""
         text = text_of(self.asked, field_of(row, self.asked))
-        if self.more is not None and not is_absent(row.get(self.more)):
-            text = f"{text}\n{text_of(self.more, row[self.more])}"
+        about = [name for name in _ABOUT if not is_absent(row.get(name))]
+        if about and self.asked != "instruction":
+            raise RowProblem(
+                f"{about[0]}: is not read beside {self.asked}; write columns: {{instruction: {self.asked}, {about[0]}: "
+                f"{about[0]}, output: {self.answer}}} to put it after the question"
+            )
+        if len(about) > 1:
+            raise RowProblem(f"{about[1]}: {about[0]} says what the instruction is about too; keep one of them")
+        text += "".join(f"\n{text_of(name, row[name])}" for name in about)
         return [*_history(row), plain_turn("user", self.asked, text)]
 
 
@@ -77,10 +85,10 @@ def _format(name: str, title: str, names: Names) -> Format:
 
 
 NAMES: Mapping[str, Names] = {
-    "alpaca": Names("instruction", "input", "output"),
-    "dolly": Names("instruction", "context", "response"),
-    "query_response": Names("query", None, "response"),
-    "question_answer": Names("question", None, "answer"),
+    "alpaca": Names("instruction", "output"),
+    "dolly": Names("instruction", "response"),
+    "query_response": Names("query", "response"),
+    "question_answer": Names("question", "answer"),
 }
 ALPACA = _format("alpaca", "Alpaca", NAMES["alpaca"])
 DOLLY = _format("dolly", "Dolly", NAMES["dolly"])

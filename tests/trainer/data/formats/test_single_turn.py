@@ -36,6 +36,11 @@ def talk(*texts: str) -> tuple[dict[str, str], ...]:
             "dolly",
             ("Sum up.\nA still.", "Drips."),
         ),
+        (
+            {"instruction": "Sum up.", "input": "A still.", "response": "Drips."},
+            "dolly",
+            ("Sum up.\nA still.", "Drips."),
+        ),
         ({"query": "What drips?", "response": "The still."}, "query_response", ("What drips?", "The still.")),
         (
             {"question": "What drips?", "answer": "The still.", "id": 3},
@@ -69,6 +74,11 @@ def test_an_answer_that_is_to_be_written_may_be_empty(tmp_path: Path, answer: di
         ({"instruction": "a", "output": 3}, "output: must be text, not a number"),
         ({"instruction": " ", "output": "b"}, "instruction: is empty"),
         ({"instruction": "a", "input": ["x"], "output": "b"}, "input: must be text, not a list"),
+        (
+            {"question": "a", "context": "x", "answer": "b"},
+            "context: is not read beside question; write columns: {instruction: question, context: context, output: ",
+        ),
+        ({"instruction": "a", "input": "x", "context": "y", "output": "b"}, "context: input says what the instruction"),
         ({"question": "a", "answer": {"text": ["b"]}}, "answer: must be text, not an object"),
         (
             {"query": "a", "response": "b", "history": [["c"]]},
