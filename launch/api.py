@@ -87,7 +87,7 @@ def load_run(folder: str | Path) -> RunResult:
 @contextmanager
 def _written(config: Config, overrides: Mapping[str, Any] | None) -> Iterator[_Named]:
     """Inside, the arguments of a command that name the configuration."""
-    changes = [f"{key}={json.dumps(value)}" for key, value in (overrides or {}).items()]
+    changes = [f"{key}={_json(value)}" for key, value in (overrides or {}).items()]
     if isinstance(config, str | Path):
         yield _Named(Path(config), changes, hidden="")
         return
@@ -122,10 +122,14 @@ class _Named:
 
 
 def _plain(config: Mapping[str, Any] | Run) -> Any:
-    """Only what YAML has. Raises ConfigError for anything else."""
-    values = config.model_dump(mode="json") if isinstance(config, Run) else config
+    """Only what YAML has."""
+    return json.loads(_json(config.model_dump(mode="json") if isinstance(config, Run) else config))
+
+
+def _json(values: Any) -> str:
+    """Raises ConfigError for what is neither JSON nor a path."""
     try:
-        return json.loads(json.dumps(values, default=_path_text, allow_nan=False))
+        return json.dumps(values, default=_path_text, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"config: {error}. A configuration is made of texts, numbers, lists and mappings") from None
 

@@ -12,13 +12,14 @@ import pandas
 import pytest
 import torch
 from ruamel.yaml import YAML
+from student_runs import IDS
 from tiny_runs import records, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.load import load_run as load_config
 from launch import api
 from launch.api_process import run_command
-from trainer.run_folder import write_text
+from trainer.run_folder import RunFolder, write_text
 
 IN_PROCESS = {"runtime": "in_process", "student": {"ranks": 1, "zero_stage": 1}, "training": {"steps": 4}}
 
@@ -144,6 +145,22 @@ def test_a_wrong_configuration_is_an_exception_at_once(tmp_path: Path, change: d
 def test_an_override_is_named_as_it_is_for_the_command(tmp_path: Path) -> None:
     with pytest.raises(api.ConfigError, match=r"--set training\.stepz=3"):
         api.distil(tiny_run(tmp_path), {"training.stepz": 3}, log=pytest.fail)
+
+
+def test_an_override_may_be_a_path_and_nothing_that_no_file_could_say(tmp_path: Path) -> None:
+    with pytest.raises(api.ConfigError, match=r'--set training\.steps="/nowhere"'):
+        api.distil(tiny_run(tmp_path), {"training.steps": Path("/nowhere")}, log=pytest.fail)
+    with pytest.raises(api.ConfigError, match="is of type set"):
+        api.distil(tiny_run(tmp_path), {"training.steps": {3}}, log=pytest.fail)
+
+
+def test_an_adapter_answers_on_its_base(adapted: tuple[RunFolder, torch.Tensor]) -> None:
+    folder, expected = adapted
+    result = api.load_run(folder.path)
+    model, _ = result.student()
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, expected, atol=1e-5)
+    assert len(result.generate(["the quick brown fox"], max_new_tokens=2)) == 1
 
 
 def test_a_run_that_cannot_start_raises_what_the_command_would_say(tmp_path: Path) -> None:
