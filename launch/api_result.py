@@ -45,12 +45,12 @@ class RunResult:
 
     @property
     def steps(self) -> pandas.DataFrame:
-        """A row for each optimizer step, by its number: `train/loss` and the other numbers of metrics.jsonl."""
+        """A row for each optimizer step, by its number; columns as docs/metrics.md names them, `train/loss`."""
         return _table({record.step: record.values for record in read_metrics(self._folder).steps})
 
     @property
     def evaluations(self) -> pandas.DataFrame:
-        """A row for each evaluation of held-out rows, by its step: `forward_kl`, `agreement`, `perplexity` ..."""
+        """A row for each evaluation, by its step; columns as in docs/metrics.md without `evaluation/`: `forward_kl`."""
         return _table({record.step: evaluation_values(record) for record in read_metrics(self._folder).evaluations})
 
     @property

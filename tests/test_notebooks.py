@@ -60,5 +60,5 @@ def test_the_notebook_distils_compares_and_exports(tmp_path: Path) -> None:
     assert "model in bfloat16" in text_of(shown['folder = result.export(RUNS / "notebook-student", dtype="bfloat16")'])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "notebook-student").num_parameters() > 0
     measured = [json.loads(line) for line in (tmp_path / "runs/notebook/metrics.jsonl").read_text().splitlines()]
-    kl = [record["forward_kl"] for record in measured if record["kind"] == "evaluation"]
+    kl = [record["evaluation/forward_kl"] for record in measured if record["kind"] == "evaluation"]
     assert kl[-1] < kl[0]

@@ -59,7 +59,7 @@ def test_a_run_gives_its_numbers_its_answers_and_its_lines(made: tuple[Path, api
     assert list(result.steps.index) == [1, 2, 3]
     assert list(result.steps["train/loss"]) == [record["train/loss"] for record in logged]
     measured = records(result.folder, "evaluation")
-    assert list(result.evaluations["forward_kl"]) == [record["forward_kl"] for record in measured]
+    assert list(result.evaluations["forward_kl"]) == [record["evaluation/forward_kl"] for record in measured]
     assert result.evaluations.index.name == "step"
     assert isinstance(result.evaluations, pandas.DataFrame)
     assert len(result.generations["after"]) == len(result.generations["prompts"]) == 1
