@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from trainer.metric_names import metric_of
@@ -50,6 +51,7 @@ class Series:
         return f"ray_{self.name}" + {"gauge": "", "counter": "_total", "histogram": "_bucket"}[self.kind]
 
 
+@cache
 def series_of(name: str) -> Series:
     """Of a value by its name in metrics.jsonl: `task/chat/jsd` is `stillhouse_task_jsd{task="chat"}`. Values of an
     evaluation have a task each, "" for all rows together."""

@@ -13,12 +13,13 @@ from functools import partial
 from urllib.parse import SplitResult, urlsplit
 
 from cluster.lifecycle.ray_session import refuse_used_port
-from cluster.preflight.finding import Finding, attempt, warning
+from cluster.preflight.finding import Finding, Silence, attempt, bounded, warning
 from configs.notify import Notify
 from configs.schema import Run
 from trainer.errors import ConfigError
 
 CONNECT_S = 3.0
+ANSWER_S = 5.0  # with the name server's
 PORTS = {"http": 80, "https": 443}
 
 
@@ -66,7 +67,15 @@ def shown(notify: Notify) -> str:
 
 
 def unreachable(parts: SplitResult) -> str | None:
-    """Why nobody listens there, or at the proxy on the way; None where somebody does."""
+    """Why nobody listens there, or at the proxy on the way; None where somebody does. A name server that does not
+    answer is not waited for."""
+    try:
+        return next(bounded((_refusal_of(one) for one in (parts,)), first_s=ANSWER_S, then_s=ANSWER_S))
+    except Silence:
+        return "no answer"
+
+
+def _refusal_of(parts: SplitResult) -> str | None:
     assert parts.hostname is not None
     proxy = urllib.request.getproxies().get(parts.scheme)
     if proxy and not urllib.request.proxy_bypass(parts.hostname):

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from web_hooks import web_hook
 from configs.load import load_run
 from configs.notify import Notify
 from launch import train as train_module
+from launch.check import watching
 from launch.check.watching import examine_notify
 from launch.notify import Notifier
 from launch.stall import Stalled
@@ -321,3 +323,19 @@ def test_check_refuses_what_could_never_be_told(tmp_path: Path, notify: dict[str
 @pytest.mark.parametrize("command", ['test "$STILLHOUSE_KIND" = end || mail me', "A=b env", "if true; then :; fi"])
 def test_check_takes_every_command_that_the_shell_reads(tmp_path: Path, command: str) -> None:
     assert [status for status, _ in findings(tmp_path, command=command)] == ["ok"]
+
+
+def test_check_does_not_wait_for_a_name_server_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = threading.Event()
+    monkeypatch.setattr(watching, "ANSWER_S", 0.3)
+    monkeypatch.setattr(watching.socket, "create_connection", lambda *args, **more: asked.wait(60))
+    began = time.monotonic()
+    (_, (status, text)) = findings(tmp_path, webhook="http://somewhere.example/x")
+    asked.set()
+    assert time.monotonic() - began < 20
+    assert (status, text) == (
+        "warning",
+        "notify.webhook: http://somewhere.example does not answer from here (no answer)",
+    )
