@@ -19,6 +19,7 @@ import numpy as np
 from configs.prompts import Dataset, RowFormat
 from trainer.data.columns import Columns
 from trainer.data.formats.format import Format
+from trainer.data.formats.guess import columns_for
 from trainer.data.formats.messages import MESSAGES, SHAREGPT
 from trainer.data.formats.preference import PREFERENCE
 from trainer.data.formats.prompt import PROMPT, PROMPT_COMPLETION, TEXT
@@ -181,6 +182,5 @@ def _no_format(value: Mapping[str, Any]) -> str:
     shown = ", ".join(ascii(field)[1:-1] for field in list(value)[:_SHOWN_FIELDS]) or "none"
     return (
         f"the fields fit no format; found: {shown}; needed: messages, or prompt and completion, or prompt, or text, or "
-        "those of another format in docs/data.md; fields of other names are mapped, as with columns: {prompt: "
-        f"question, completion: answer}}{other_format(value)}"
+        f"those of another format in docs/data.md{other_format(value) or f'; {columns_for(value)}'}"
     )

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from given_rows import row_of, rows_of
 from pydantic import ValidationError
+from ruamel.yaml import YAML
 
 from configs.prompts import Dataset
 from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, TextRow
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 
 TALK = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
@@ -64,3 +65,30 @@ def test_only_fields_that_are_read_can_be_mapped() -> None:
         Dataset(path="x", columns={"promt": "q"})
     with pytest.raises(ValidationError, match="name the field of the rows"):
         Dataset(path="x", columns={"prompt": " "})
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        ({"problem": "a", "solution": "b", "level": "hard"}, {"question": "problem", "answer": "solution"}, TALK),
+        ({"id": "x", "data": {"Input": "a", "target": "b"}}, {"question": "data.Input", "answer": "data.target"}, TALK),
+        ({"body": {"messages": TALK}, "input": "x", "output": "y"}, {"messages": "body.messages"}, TALK),
+        ({"turns": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {"messages": "turns"}, TALK),
+        ({"targets": "a b c"}, {"text": "targets"}, "a b c"),
+    ],
+)
+def test_what_a_refusal_tells_to_write_reads_the_row(
+    tmp_path: Path, row: dict, columns: dict, expected: object
+) -> None:
+    with pytest.raises(DataError) as caught:
+        rows_of(tmp_path, row)
+    written = str(caught.value).rpartition("write columns: ")[2]
+    assert YAML(typ="safe").load(written) == columns
+    read = row_of(tmp_path, row, columns=columns)
+    assert (read.messages if isinstance(read, ChatRow) else read.text) == expected
+
+
+def test_a_refusal_that_knows_no_field_says_how_they_are_mapped(tmp_path: Path) -> None:
+    for row in ({"title": "a"}, {"problem": "a"}, {"a\x00": [1]}, {"list": [{"role": "user"}]}):
+        with pytest.raises(DataError, match=r"mapped, as with columns: \{question: problem, answer: solution\}"):
+            rows_of(tmp_path, row)

@@ -85,7 +85,7 @@ def test_a_forced_format_wins_and_a_row_without_its_field_is_named(tmp_path: Pat
 
 FOREIGN = {
     "segments": ({"segments": [{"label": True, "text": "a"}]}, "axolotl's segments: write prompt and completion"),
-    "an answer alone": ({"response": "a"}, "with columns: {prompt: question, completion: answer}"),
+    "an answer alone": ({"response": "a"}, "to learn response as plain text write columns: {text: response}"),
     "tokens": ({"input_ids": [1, 2]}, "tokens: give the text"),
     "nothing": ({"id": 3}, "the fields fit no format; found: id; needed: messages, or prompt and completion"),
 }
