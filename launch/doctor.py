@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from cluster.lifecycle.ray_session import RayCluster, start_ray, stop_ray
+from cluster.placement.hardware import Hardware
 from cluster.preflight import machine, software
 from cluster.preflight.finding import Finding, Silence, bounded, examine, ok, problem
 from cluster.preflight.machine import Needs
@@ -22,6 +24,9 @@ from configs.load import load_run, run_folder
 from configs.schema import Run
 from launch.check.needs import needs_of
 from trainer.errors import StillhouseError
+
+if TYPE_CHECKING:
+    from launch.model_folder import ModelFacts
 
 JOIN_TIMEOUT_S = 90.0
 """Until the cluster has been joined: imports, and the 20 s that Ray takes to find a token wrong."""
@@ -38,6 +43,7 @@ def doctor(path: Path | None, overrides: Sequence[str], *, address: str | None) 
     """Print what is found. 0: no problems (perhaps warnings); 1: problems. Raises `ConfigError` for a configuration
     that cannot be read."""
     run = None if path is None else load_run(path, overrides).run
+    facts: dict[str, ModelFacts] = {}
     address = address or os.environ.get("RAY_ADDRESS") or None
     sheet = Sheet()
     here = f"this machine ({os.uname().nodename})"
@@ -45,8 +51,8 @@ def doctor(path: Path | None, overrides: Sequence[str], *, address: str | None) 
     for finding in examine(software.looks(needs_vllm=needs.vllm, extras=needs.extras)):
         sheet.add(here, finding)
     if run is not None:
-        models, needs = look_at_models(run, needs)
-        for finding in models:
+        facts, models, needs = look_at_models(run, needs)
+        for finding in models if address else (*models, *memory_of(run, facts, None)):
             sheet.add(here, finding)
     own = replace(needs, several_nodes=address is not None, ray="running" if address else "by_hand")
     own = own if address is None else replace(own, object_store_bytes=None)
@@ -54,7 +60,7 @@ def doctor(path: Path | None, overrides: Sequence[str], *, address: str | None) 
         sheet.add(here, finding)
     if address is None:
         return sheet.end()
-    found = bounded(look_at_cluster(address, needs), first_s=JOIN_TIMEOUT_S, then_s=SILENCE_TIMEOUT_S)
+    found = bounded(look_at_cluster(address, needs, run, facts), first_s=JOIN_TIMEOUT_S, then_s=SILENCE_TIMEOUT_S)
     try:
         for where, finding in found:
             sheet.add(where, finding)
@@ -66,8 +72,9 @@ def doctor(path: Path | None, overrides: Sequence[str], *, address: str | None) 
     return sheet.end()
 
 
-def look_at_models(run: Run, needs: Needs) -> tuple[list[Finding], Needs]:
-    """As `check` looks at them; and the needs with the disk that the student's size asks for."""
+def look_at_models(run: Run, needs: Needs) -> tuple[dict[str, ModelFacts], list[Finding], Needs]:
+    """As `check` looks at them: what is known of them, the findings, and the needs with the disk that the student's
+    size asks for."""
     from launch.check.models import examine_models
     from launch.disk import DiskNeed
     from launch.quiet import quiet_libraries
@@ -76,11 +83,23 @@ def look_at_models(run: Run, needs: Needs) -> tuple[list[Finding], Needs]:
     facts, found = examine_models(run)
     student = facts.get("student")
     if student is None:
-        return found, needs
-    return found, replace(needs, disk_bytes=DiskNeed.of(run, student).bytes_to_come(run_folder(run)))
+        return facts, found, needs
+    return facts, found, replace(needs, disk_bytes=DiskNeed.of(run, student).bytes_to_come(run_folder(run)))
 
 
-def look_at_cluster(address: str, needs: Needs) -> Iterator[tuple[str, Finding]]:
+def memory_of(run: Run, facts: Mapping[str, ModelFacts], cluster: Hardware | None) -> Iterator[Finding]:
+    """What the run needs beside what a cluster has, or this machine."""
+    from cluster.placement.memory.verdict import Offer
+    from launch.check.memory import examine_memory, offer_here
+
+    offer = offer_here(run) if cluster is None else Offer.of(cluster, CLUSTER)
+    found = examine_memory(run, facts, offer=offer)
+    yield from (finding for finding in found if finding.status != "not checked")  # the models say why
+
+
+def look_at_cluster(
+    address: str, needs: Needs, run: Run | None, facts: Mapping[str, ModelFacts]
+) -> Iterator[tuple[str, Finding]]:
     try:
         cluster = start_ray(num_cpus=0, address=address)
     except StillhouseError as error:
@@ -91,6 +110,8 @@ def look_at_cluster(address: str, needs: Needs) -> Iterator[tuple[str, Finding]]
 
     yield CLUSTER, joined(cluster)
     yield from examine_members(needs, warnings=cluster.warnings)
+    if run is not None:
+        yield from ((CLUSTER, finding) for finding in memory_of(run, facts, Hardware.of_ray()))
     stop_ray(cluster)
 
 

@@ -68,6 +68,8 @@ METRICS = (
     Metric("student/step_s", "s", "the step itself, on all ranks", summed=True),
     Metric("student/compute_s", "s", "of it forward and backward passes, on the slowest rank", summed=True),
     Metric("student/optimizer_s", "s", "of it the optimizer and its communication, on the slowest rank", summed=True),
+    Metric("student/peak_bytes", "bytes", "the most memory of the fullest rank so far: of tensors on its GPU, or of "
+           "the whole process without one"),
     Metric("scorer/score_s", "s", "engine time that the labels of the step took, all replicas together", summed=True),
     Metric("labels/rows", "rows", "labels: one for each loss token that a teacher judged", summed=True),
     Metric("labels/bytes", "bytes", "of them", summed=True),

@@ -33,6 +33,8 @@ def test_a_problem_gives_exit_code_1_and_what_to_do(tmp_path: Path, quiet: dict[
     result = stillhouse("doctor", str(config), **quiet)
     assert result.returncode == 0, result.stdout
     assert f"teacher model    {tmp_path}/run/teacher: " in result.stdout
+    assert "memory             2 x student " in result.stdout
+    assert " of this machine" in result.stdout
     weights = tmp_path / "run" / "teacher" / "model.safetensors"
     weights.rename(weights.with_name("pytorch_model.bin"))
     shutil.rmtree(tmp_path / "run" / "student")

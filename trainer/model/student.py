@@ -14,6 +14,7 @@ on all ranks.
 from __future__ import annotations
 
 import math
+import resource
 import time
 from collections.abc import Sequence as AbstractSequence
 from pathlib import Path
@@ -169,22 +170,23 @@ class StudentRank:
         rate = learning_rate(step, settings=self._run.optimizer, total_steps=self._total_steps)
         outcome = self._zero.step(rate)
         self._wait_for_device()
-        own = [staged.num_tokens, computed - started, time.perf_counter() - computed]
+        own = [staged.num_tokens, computed - started, time.perf_counter() - computed, peak_bytes(self._device)]
         ranks = all_gather(torch.cat([sums, torch.tensor(own, dtype=sums.dtype, device=self._device)]))
         totals, slowest = ranks.sum(0), ranks.amax(0)
         return StepMetrics(
             step=step,
             values={
                 "train/loss": float(totals[0]) / self._world if staged.num_loss_tokens else math.nan,
-                **self._term_means(totals[1:-3].tolist(), staged),
+                **self._term_means(totals[1:-4].tolist(), staged),
                 "train/grad_norm": outcome.grad_norm,
                 "train/learning_rate": rate,
-                "train/tokens": float(totals[-3]),
+                "train/tokens": float(totals[-4]),
                 "train/loss_tokens": float(staged.num_loss_tokens),
                 "train/skipped": float(outcome.skipped),
                 "train/micro_batches": float(len(staged.micro_batches)),
-                "student/compute_s": float(slowest[-2]),
-                "student/optimizer_s": float(slowest[-1]),
+                "student/compute_s": float(slowest[-3]),
+                "student/optimizer_s": float(slowest[-2]),
+                "student/peak_bytes": float(slowest[-1]),
             },
         )
 
@@ -355,6 +357,13 @@ class StudentRank:
             self._zero.close()
         if self._owns_processes:
             stop_processes()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has had: tensors on its accelerator, or without one all that is resident."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.get_device_module(device).max_memory_allocated(device)
 
 
 def _encoding_of(task: ResolvedTask) -> Encoding | None:
