@@ -201,6 +201,14 @@ def config_dashboard() -> None:
     typer.echo(Path(__file__).with_name("report").joinpath("grafana.json").read_text(), nl=False)
 
 
+@app.command(epilog="Example: stillhouse sync runs/demo --set 'trackers=[{kind: wandb, project: distil}]'")
+def sync(run: RunFolderArgument, overrides: Overrides = None) -> None:
+    """Send the numbers of a run that is over to its trackers, or to others: what they do not have yet."""
+    from launch.sync import sync as send
+
+    send(run, overrides or [])
+
+
 @app.command(epilog="Example: stillhouse prune models/teacher models/student --keep-layers 0-9,20-29")
 def prune(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Model folder to cut from.")],

@@ -65,6 +65,8 @@ BY_TEST = {
     r"stillhouse list --to ray": "tests/launch/test_submit.py::test_logs_come_whole_and_list_names_only_our_jobs",
     r"stillhouse submit my-run.yaml --to slurm .*folder=/shared/runs/my-run": SLURM,
     r"stillhouse list --to slurm": SLURM_VERBS,
+    r"stillhouse sync runs/my-run.*": "tests/launch/trackers/test_follower.py::"
+    "test_sync_sends_a_run_that_is_over_and_only_what_is_missing",
 }
 
 

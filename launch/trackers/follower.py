@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock
+
 from configs.errors import reason_of
 from configs.secrets import without_secrets
 from configs.trackers import TRACKERS
@@ -63,7 +65,8 @@ class Follower:
         self._orders: queue.Queue[int | Ending | None] = queue.Queue()
         self._points = NewPoints(assignment.run.folder / "metrics.jsonl")
         self._record = assignment.run.folder / "trackers" / f"{assignment.name}.json"
-        self._sent = Sent.read(self._record, id=assignment.run.id, destination=destination)
+        self._destination = destination
+        self._sent = Sent()
         self._waiting: deque[Point] = deque()
         self._rewinds: deque[int] = deque()
         self._reads = False  # from the first order on: before it the file is that of an earlier attempt
@@ -71,13 +74,20 @@ class Follower:
         self._failures = 0
         self.calls_since: float | None = None
         """Since when the tracker has been busy with a call."""
+        self.complete = True
+        """Whether everything was sent, once the run is over."""
 
     def order(self, what: int | Ending | None) -> None:
         """The run goes on after a step, or it has ended (None: nobody knows how). From any thread."""
         self._orders.put(what)
 
     def follow(self) -> None:
-        """Until the run has ended."""
+        """Until the run has ended. The follower of a process that was killed may still be at work: it is waited for."""
+        with FileLock(self._record.with_suffix(".lock")):
+            self._sent = Sent.read(self._record, id=self._facts.id, destination=self._destination)
+            self._follow()
+
+    def _follow(self) -> None:
         while True:
             over, ending = self._take_orders()
             self.calls_since = time.monotonic()
@@ -146,6 +156,7 @@ class Follower:
         self._failures += 1
         said = without_secrets(f"{self._name}: {reason_of(error)}", environment=os.environ)
         if over:
+            self.complete = False
             self._tell(f"{said}; {self.state} is not there, and is in metrics.jsonl")
         elif self._failures == 1:
             self._tell(f"{said}; the run goes on, and what is missing there is sent when that succeeds")
@@ -164,7 +175,16 @@ def serve(orders: IO[str], tell: Tell) -> int:
     assignment = Assignment(told["name"], told["parameters"], facts, told["close_s"])
     choice = TRACKERS.validate(assignment.parameters)
     follower = Follower(assignment, TRACKERS.load(choice), destination=choice.destination(), tell=tell)
-    worker = threading.Thread(target=follower.follow, daemon=True)
+
+    def follow() -> None:
+        try:
+            follower.follow()
+        except Exception as error:
+            follower.complete = False
+            tell(f"{assignment.name}: {reason_of(error)}; the run goes on without it")
+            raise
+
+    worker = threading.Thread(target=follow, daemon=True)
     worker.start()
     _pass_on(orders, follower, name=assignment.name, tell=tell)
     worker.join(assignment.close_s)
@@ -173,7 +193,7 @@ def serve(orders: IO[str], tell: Tell) -> int:
             f"{assignment.name}: no answer within {assignment.close_s:.0f} s of the end of the run; {follower.state} "
             "may not be there, and is in metrics.jsonl"
         )
-    return int(worker.is_alive())
+    return int(worker.is_alive() or not follower.complete)
 
 
 def _pass_on(orders: IO[str], follower: Follower, *, name: str, tell: Tell) -> None:

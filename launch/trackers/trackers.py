@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from configs.schema import Run
+from configs.secrets import without_secrets
 from configs.trackers import TrackerChoice
 from trainer.errors import ConfigError, StillhouseError
 from trainer.records import read_json
@@ -42,12 +43,16 @@ QUIET = {
 class Trackers:
     """Those of one run: `with` it around the run."""
 
-    def __init__(self, run: Run, folder: RunFolder, *, goes_on: bool, tell: Callable[[str], None]) -> None:
-        """`goes_on`: from a checkpoint. `tell` gets a sentence, from other threads."""
+    def __init__(
+        self, run: Run, folder: RunFolder, *, goes_on: bool, tell: Callable[[str], None], close_s: float | None = None
+    ) -> None:
+        """`goes_on`: from a checkpoint. `tell` gets a sentence, from other threads. `close_s`: for `close`; None:
+        `CLOSE_S`."""
         self._run = run
         self._folder = folder
         self._tell = tell
         self._id = _id(run, folder, goes_on=goes_on) if run.trackers else ""
+        self._close_s = CLOSE_S if close_s is None else close_s
         self._children: list[_Child] = []
 
     def __enter__(self) -> Trackers:
@@ -57,9 +62,12 @@ class Trackers:
                 "name": name,
                 "parameters": choice.flat(),
                 "run": {**facts, "config": self._run.model_dump(mode="json")},
-                "close_s": CLOSE_S - _GRACE_S,
+                "close_s": self._close_s - _GRACE_S,
             }
-            self._children.append(_Child(name, told, self._folder.logs / f"tracker-{name}.log", self._tell))
+            try:
+                self._children.append(_Child(name, told, self._folder.logs / f"tracker-{name}.log", self._tell))
+            except OSError as error:
+                self._tell(f"{name}: its process cannot be started ({error}); the run goes on without it")
         return self
 
     def rewound(self, step: int) -> None:
@@ -70,12 +78,18 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        until = time.monotonic() + CLOSE_S
-        ending = {**_ended_by(error), "summary": _summary(self._folder)}
-        for child in self._children:
+        self.close(*_ended_by(error))
+
+    def close(self, code: int, reason: str) -> bool:
+        """The run has ended with `code`; whether every tracker has everything."""
+        until = time.monotonic() + self._close_s
+        said = without_secrets(reason, environment=os.environ)
+        ending = {"code": code, "reason": said, "summary": _summary(self._folder)}
+        children, self._children = self._children, []
+        for child in children:
             child.send({"end": ending})
-        for child in self._children:
-            child.wait(until)
+        complete = [child.wait(until) for child in children]
+        return all(complete)
 
 
 def names(trackers: tuple[TrackerChoice, ...]) -> list[str]:
@@ -101,13 +115,14 @@ def _id(run: Run, folder: RunFolder, *, goes_on: bool) -> str:
     return made
 
 
-def _ended_by(error: BaseException | None) -> dict[str, Any]:
+def _ended_by(error: BaseException | None) -> tuple[int, str]:
+    """Exit code and reason."""
     if error is None:
-        return {"code": 0, "reason": "finished"}
+        return 0, "finished"
     if isinstance(error, StillhouseError):
-        return {"code": error.exit_code, "reason": str(error).partition("\n")[0]}
+        return error.exit_code, str(error).partition("\n")[0]
     interrupted = isinstance(error, KeyboardInterrupt) or type(error).__name__ == "CancelledError"
-    return {"code": 130, "reason": "interrupted"} if interrupted else {"code": 1, "reason": type(error).__name__}
+    return (130, "interrupted") if interrupted else (1, type(error).__name__)
 
 
 def _summary(folder: RunFolder) -> dict[str, float]:
@@ -147,16 +162,16 @@ class _Child:
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
             self._process.stdin.flush()
 
-    def wait(self, until: float) -> None:
-        """Until it has ended, or the time is up: then it is ended."""
+    def wait(self, until: float) -> bool:
+        """Until it has ended, or the time is up: then it is ended. Whether it has sent everything."""
         try:
             self._process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._tell(f"{self._name}: its process does not end and is killed; metrics.jsonl has everything")
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # helpers of its library too
-        self._process.wait()
         self._listener.join(_GRACE_S)  # what it told last
+        return self._process.wait() == 0
 
     def _listen(self) -> None:
         """Tell what it tells, and that it is gone where it should not be."""

@@ -16,12 +16,14 @@ import pytest
 import trackers_of
 from trackers_of import evaluation, step, wait_for
 
+from configs.load import dump_run
 from configs.schema import Run
 from launch.report.metrics import MetricsLog
+from launch.sync import sync
 from launch.trackers import follower, trackers
 from launch.trackers.trackers import Trackers
-from trainer.errors import InfrastructureError
-from trainer.run_folder import RunFolder
+from trainer.errors import ConfigError, InfrastructureError
+from trainer.run_folder import RunFolder, write_json
 
 
 @pytest.fixture
@@ -233,3 +235,27 @@ def test_a_run_that_fails_says_so_and_one_that_is_killed_is_closed_without_a_wor
     os.waitpid(pid, 0)
     wait_for(lambda: diary(tmp_path)[-1] == ["close", None])
     assert steps(tmp_path) == [1, 2]
+
+
+def test_sync_sends_a_run_that_is_over_and_only_what_is_missing(
+    run_with: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, folder = run_with(rewinds=False)
+    log = MetricsLog(folder)
+    for number in (1, 2, 3):
+        log.step(step(number))
+    log.close()
+    with pytest.raises(ConfigError, match=r"holds no run with numbers: metrics.jsonl and config.yaml are needed"):
+        sync(folder.path, [])
+    folder.config.write_text(dump_run(run))
+    write_json(folder.exit, {"code": 5, "reason": "diverged", "time": 1.0})
+    for _ in range(2):
+        sync(folder.path, [])
+    assert steps(tmp_path) == [1, 2, 3]
+    assert [entry for entry in diary(tmp_path) if entry[0] == "close"] == [["close", [5, "diverged"]]] * 2
+    assert "sent: 3 steps, 0 evaluations" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="names no tracker; name one, for example: stillhouse sync"):
+        sync(folder.path, ["trackers=[]"])
+    (tmp_path / "trouble").write_text("raise")
+    with pytest.raises(InfrastructureError, match="not everything was sent"):
+        sync(folder.path, [f"trackers.0.trouble={tmp_path}/trouble"])
