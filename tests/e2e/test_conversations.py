@@ -5,6 +5,10 @@ The oracle is a run on plain text: what a generator reads before each answer, by
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,11 @@ import pytest
 import torch
 from chat_templates import REASONED, assistant, result, user
 from safetensors.torch import load_file
-from tiny_models import tiny_tokenizer
+from tiny_models import tiny_folder, tiny_tokenizer
 from tiny_runs import records, stillhouse, tiny_run, write_rows
+
+from cluster.runtime import environment
+from trainer.data.chat import Template
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
@@ -36,6 +43,51 @@ BRIEF: dict[str, Any] = {
     "data": {"max_length": 512, "shuffle": False, "special_tokens_in_text": "allow"},
     "training": {"steps": 4, "micro_batch_tokens": 1024, "depth": 0},
 }
+
+
+CHAT = """
+import json, sys
+from vllm import LLM, SamplingParams
+given = json.load(open(sys.argv[1]))
+llm = LLM(
+    given["model"], dtype="float32", enforce_eager=True, disable_log_stats=True, kv_cache_memory_bytes=2**25,
+    max_model_len=512, max_num_batched_tokens=512, max_num_seqs=4,
+)
+for one in given["chats"]:
+    (answer,) = llm.chat(
+        one["messages"], SamplingParams(max_tokens=1), chat_template=one["template"], tools=one["tools"],
+        chat_template_kwargs=one["arguments"], use_tqdm=False,
+    )
+    print("PROMPT", json.dumps(list(answer.prompt_token_ids)))
+"""
+
+
+def test_a_prompt_is_what_vllm_reads_when_it_is_asked_with_the_same_messages(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "teacher")
+    asked = [
+        (shapes.HERMES, TOOLS[:4], [LOOK], {}),
+        (shapes.QWEN3, TOOLS[:6], [LOOK], {"enable_thinking": False}),
+        (shapes.QWEN3, REASONED[:3], None, {}),
+        (shapes.DEEPSEEK_R1, [user("1 + 1?"), assistant("<think>hm</think>2"), user("and?")], None, {}),
+    ]
+    chats = [dict(zip(("template", "messages", "tools", "arguments"), one, strict=True)) for one in asked]
+    (tmp_path / "asked.json").write_text(json.dumps({"model": str(folder), "chats": chats}))
+    changed = {**os.environ, **environment("scorer", "cpu")}
+    ran = subprocess.run(
+        [sys.executable, "-c", CHAT, str(tmp_path / "asked.json")],
+        capture_output=True, text=True, timeout=600, env=changed, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    read = [json.loads(line.partition(" ")[2]) for line in ran.stdout.splitlines() if line.startswith("PROMPT")]
+    assert len(read) == len(chats)
+    for ids, one in zip(read, chats, strict=True):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = one["template"]
+        template = Template.of(tokenizer).given(one["arguments"])
+        if one["template"] == shapes.HERMES:  # which has no place for reasoning
+            one["messages"] = [{k: v for k, v in turn.items() if k != "reasoning_content"} for turn in one["messages"]]
+        assert template.render_prompt(one["messages"], tools=one["tools"]).tolist() == ids
+        assert template.render_prompt(one["messages"][:1]).tolist() != ids
 
 
 def turns_as_text(talk: list[dict[str, Any]], weights: dict[int, float], **given: Any) -> list[dict[str, Any]]:

@@ -203,3 +203,18 @@ def test_a_template_that_writes_marks_in_ascii_cannot_escape(tmp_path: Path) -> 
     rows = dataclasses.replace(rows, template=Template.of(tokenizer_with(in_ascii)))
     with pytest.raises(BadRow, match=r"writes text of the row in ASCII alone.*special_tokens_in_text: allow"):
         texts_of(rows)
+
+
+def test_the_tool_call_of_the_page_is_read_as_it_stands(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith('{"tools"')]
+    row = json.loads(line)
+    as_openai = json.loads(line)
+    as_openai["messages"][1] |= {"content": None}
+    as_openai["messages"][1]["tool_calls"][0]["function"]["arguments"] = '{"city": "Bern"}'
+    first, second = texts_of(reader(tmp_path, [row, as_openai]))
+    assert first == second
+    assert first[1:] == [
+        '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call><|im_end|>',
+        "Yes.<|im_end|>",
+    ]
