@@ -96,7 +96,9 @@ def _contents(run: Run, inputs: Inputs) -> Iterator[tuple[str, str]]:
     yield from _model("student.model", run.student.model)
     for task in run.resolved_tasks().values():
         for name in task.teachers:
-            yield f"{teacher_place(run, name)}.chat_template", _digest(inputs.tasks[task.name].template.text or "")
+            template = inputs.tasks[task.name].template
+            texts = (template.text or "") + (template.with_tools or "")
+            yield f"{teacher_place(run, name)}.chat_template", _digest(texts)
     for place, station, choice in run.choices():
         kind = station.kind_of(choice)
         found = importlib.util.find_spec(kind) if "." in kind else None

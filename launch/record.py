@@ -128,7 +128,7 @@ class Record:
         """The run came to its end: complete the student's folder and the manifest."""
         assert self._job is not None
         job = self._job
-        job.inputs.tokenizer.chat_template = job.inputs.first.template.text
+        job.inputs.tokenizer.chat_template = job.inputs.first.template.saved
         job.inputs.tokenizer.save_pretrained(self._folder.student)
         complete_student(self._folder.student, job.run, stop_ids=job.inputs.first.stop_ids)
         self._manifest |= {

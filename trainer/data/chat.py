@@ -23,9 +23,9 @@ from trainer.data.rendering import HINT, RENDERER, Messages
 from trainer.data.said import check_context, check_tools
 from trainer.data.special_tokens import MARK, SpecialTokens
 from trainer.data.template_arguments import argument_problem
-from trainer.data.template_text import template_text
+from trainer.data.template_text import TOOL_USE, template_text, tools_text
 from trainer.data.turn_end import TurnEnd, find_turn_end
-from trainer.data.turns import AnswersInText, TurnFinder
+from trainer.data.turns import AnswersInText, TooManyTokens, TurnFinder
 from trainer.errors import ConfigError, DataError, foreign_errors
 from trainer.types import RowText
 
@@ -33,17 +33,6 @@ MAX_ANSWERS = 1000
 """In one conversation: the work of finding them grows with its square."""
 
 _NO_TEMPLATE = "the data are conversations, but the teacher's tokenizer has no chat template"
-
-
-class TooManyTokens(DataError):
-    """A conversation of more tokens than asked for; its answers were not looked for."""
-
-    def __init__(self, num_tokens: int) -> None:
-        super().__init__(f"{num_tokens} tokens")
-        self.num_tokens = num_tokens
-
-    def __reduce__(self) -> tuple[type, tuple[int]]:
-        return (TooManyTokens, (self.num_tokens,))
 
 
 @dataclass(frozen=True)
@@ -54,11 +43,19 @@ class Template:
     tokenizer: PreTrainedTokenizerBase
     text: str | None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    with_tools: str | None = None  # instead of `text` for conversations with tools, where the tokenizer has two
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, path_override: str | Path | None = None) -> Template:
         """The template of a file if one is named, else the tokenizer's own. `ConfigError` for an unreadable one."""
-        return cls(tokenizer, template_text(tokenizer, path_override))
+        return cls(tokenizer, template_text(tokenizer, path_override), with_tools=tools_text(tokenizer, path_override))
+
+    @property
+    def saved(self) -> str | dict[str, str] | None:
+        """As a tokenizer keeps it."""
+        if self.text is None or self.with_tools is None:
+            return self.text
+        return {"default": self.text, TOOL_USE: self.with_tools}
 
     def given(self, arguments: Mapping[str, Any]) -> Template:
         """The template with these arguments. Raises `ConfigError` for one that it does not read."""
@@ -230,7 +227,7 @@ class Template:
                 "leave such rows out"
             )
         variables = {**self._variables, **arguments} if arguments else self._variables
-        return Conversation.of(self.text, messages, tools, variables)
+        return Conversation.of(self.with_tools if tools and self.with_tools else self.text, messages, tools, variables)
 
     @staticmethod
     def _check_context(conversation: Conversation, text: str, *, generation_prompt: bool = False) -> None:
@@ -250,8 +247,7 @@ class Template:
     @cached_property
     def _read(self) -> frozenset[str]:
         """The variables that the template reads."""
-        assert self.text is not None
-        return RENDERER.variables_of(self.text)
+        return frozenset().union(*(RENDERER.variables_of(text) for text in (self.text, self.with_tools) if text))
 
     @cached_property
     def _variables(self) -> Mapping[str, Any]:

@@ -11,6 +11,14 @@ from trainer.data.rendering import HINT
 from trainer.errors import ConfigError, foreign_errors
 
 MAX_TEMPLATE_CHARACTERS = 2**20
+TOOL_USE = "tool_use"
+
+
+def tools_text(tokenizer: PreTrainedTokenizerBase, path_override: str | Path | None) -> str | None:
+    """The template of a tokenizer with several that is for conversations with tools, as transformers names it."""
+    if path_override is not None or not isinstance(tokenizer.chat_template, dict):
+        return None
+    return tokenizer.chat_template.get(TOOL_USE)
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase, path_override: str | Path | None) -> str | None:

@@ -29,6 +29,17 @@ _OPENED = re.compile(r"<(\w+)>(\s*)$")
 _REASONING = re.compile(r"</(think|thinking|thought|reasoning)>")
 
 
+class TooManyTokens(DataError):
+    """A conversation of more tokens than asked for; its answers were not looked for."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__(f"{num_tokens} tokens")
+        self.num_tokens = num_tokens
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return (TooManyTokens, (self.num_tokens,))
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """One answer in a text."""

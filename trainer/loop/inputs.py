@@ -88,8 +88,8 @@ def _task_inputs(
         models = {name: teachers[name].model for name in names}
     template = next(iter(templates.values()))
     for name, other in templates.items():
-        differs = "chat_template" if other.text != template.text else "template_arguments"
-        if (other.text, other.arguments) != (template.text, template.arguments):
+        differs = "chat_template" if other.saved != template.saved else "template_arguments"
+        if (other.saved, other.arguments) != (template.saved, template.arguments):
             raise ConfigError(
                 f"the teachers {names[0]} and {name} of one route have different {differs.replace('_', ' ')}s: give "
                 f"them the same teachers.<name>.{differs}, or each a task of its own"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import chat_templates as shapes
@@ -10,6 +11,8 @@ import pytest
 from chat_templates import BESIDE, ONE_CALL, PARALLEL, REASONED, TOOL, assistant, call, result, tokenizer_with, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import CHATML
+from transformers import AutoTokenizer
 
 from trainer.data.chat import Template, TooManyTokens
 from trainer.errors import ConfigError, DataError
@@ -258,6 +261,23 @@ def test_the_arguments_of_a_row_win_over_those_of_the_run() -> None:
     assert read().endswith(empty)
     assert read(arguments={"enable_thinking": True}).endswith(bare)
     assert read().endswith(empty), "and only for that row"
+
+
+def test_a_tokenizer_may_have_a_template_of_its_own_for_tools(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(CHATML)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": shapes.HERMES}
+    template = Template.of(tokenizer)
+    (text,) = template.render(ONE_CALL, tools=[TOOL])
+    assert is_as_transformers_marks_it(template, text, ONE_CALL, tools=[TOOL])
+    plain = ONE_CALL[:1] + ONE_CALL[3:]
+    (text,) = template.render(plain)
+    assert text.token_ids.tolist() == tokenizer.apply_chat_template(plain)["input_ids"]
+    tokenizer.chat_template = template.saved
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
+    (tmp_path / "own.jinja").write_text(CHATML)
+    with pytest.raises(DataError, match="tools: the chat template does not read them"):
+        Template.of(tokenizer, tmp_path / "own.jinja").render(ONE_CALL, tools=[TOOL])
 
 
 words = st.text(st.characters(blacklist_categories=("Cs",)), min_size=1, max_size=12).filter(lambda t: t.strip() == t)
