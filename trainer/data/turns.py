@@ -107,7 +107,7 @@ class TurnFinder:
         opened = _OPENED.search(header)  # a prompt may write the first tag of the reasoning
         answer = turn[opened.start() if opened else len(header) : body]
         begins = self.end.generation_prompt
-        if begins and answer.lstrip().startswith(begins):
+        if begins and turn[len(header) : body].lstrip().startswith(begins):
             raise self._refusal(
                 f"{name}: the prompt of this turn lacks {begins!r}, with which the chat template begins the answer, "
                 f"so the student would learn to write it; {HINT}"

@@ -210,6 +210,16 @@ def test_a_prompt_that_is_another_than_the_answers_beginning_is_refused() -> Non
         made(late).render(ONE_CALL, tools=[TOOL])
 
 
+def test_a_prompt_may_end_with_a_tag_and_a_template_may_need_tools() -> None:
+    tagged = shapes.HERMES.replace("<|im_start|>assistant\n", "<assistant>")
+    (text,) = made(tagged).render([user("hi"), assistant("one"), user("more"), assistant("two")])
+    assert learnt(made(tagged), text) == ["one<|im_end|>", "two<|im_end|>"]
+    refusing = "{% if not tools and messages | selectattr('tool_calls', 'defined') | list %}"
+    template = made(refusing + "{{ raise_exception('calls of what?') }}{% endif %}" + shapes.HERMES)
+    (text,) = template.render(ONE_CALL, tools=[TOOL])
+    assert is_as_transformers_marks_it(template, text, ONE_CALL, tools=[TOOL])
+
+
 def test_reasoning_that_is_read_and_not_written_is_an_error() -> None:
     dropped = shapes.QWEN3.replace("(loop.last or reasoning)", "false")
     with pytest.raises(DataError, match=r"messages\[1\].reasoning_content: the chat template leaves it out"):
