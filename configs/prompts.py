@@ -50,6 +50,9 @@ class Dataset(Section):
         "train",
         description="A split of a dataset that has several, a slice of one (train[:90%]), or a sum of them.",
     )
+    streaming: bool = Field(
+        False, description="Read while the run trains, for what does not fit a disk: jsonl, csv, tsv and parquet."
+    )
     format: Literal["auto"] | RowFormat = Field(
         "auto",
         description="auto: told by each row's own fields, and the same for all rows. prompt: answers are not read. "
@@ -103,6 +106,15 @@ class Dataset(Section):
             )
         return split
 
+    @model_validator(mode="after")
+    def _stream_is_whole(self) -> Dataset:
+        """A stream has no length before its end."""
+        if self.streaming and "[" in self.split:
+            raise refusal(("split",), self.split, "a stream has no known length to slice: name a whole split")
+        if self.streaming and self.max_rows is not None:
+            raise refusal(("max_rows",), self.max_rows, "a stream is read as far as the run trains: remove max_rows")
+        return self
+
     @field_validator("columns")
     @classmethod
     def _columns_are_read(cls, columns: dict[str, str]) -> dict[str, str]:
@@ -137,6 +149,8 @@ class HeldOutRows(Dataset):
             raise refusal(("path",), None, text)
         fields = type(self).model_fields.items()
         given = [name for name, field in fields if name != "fraction" and getattr(self, name) != field.default]
+        if self.streaming:
+            raise refusal(("streaming",), True, "held-out rows are read once and kept: remove streaming")
         if self.fraction is not None and given:
             text = f"a fraction takes rows of prompts, as they are read there: remove {given[0]}, or fraction"
             raise refusal((given[0],), getattr(self, given[0]), text)

@@ -74,8 +74,12 @@ def held_out_by_place(run: Run) -> dict[str, HeldOutRows]:
 
 def place_of_held_out(run: Run, task: ResolvedTask) -> str:
     """Where the held-out rows of a task are named."""
+    return ".".join(map(str, _held_out_place(run, task)))
+
+
+def _held_out_place(run: Run, task: ResolvedTask) -> Place:
     own = run.tasks.get(task.name)
-    return "data.evaluation" if own is None or own.evaluation is None else f"tasks.{task.name}.evaluation"
+    return ("data", "evaluation") if own is None or own.evaluation is None else ("tasks", task.name, "evaluation")
 
 
 def unused_teachers(run: Run) -> tuple[str, ...]:
@@ -115,6 +119,9 @@ def _stations(run: Run, task: ResolvedTask) -> Iterator[Problem]:
     if task.fraction is not None and rows == "prompt":
         text = "held-out rows need answers, and a fraction of these has none: name rows with data.evaluation.path"
         yield place, rows, text
+    if task.fraction is not None and task.prompts.streaming:
+        text = "a fraction needs the number of rows, which a stream does not tell: name held-out rows with path"
+        yield (*_held_out_place(run, task), "fraction"), task.fraction, text
     if task.answers.needs_generator and rows == "text":
         yield place, rows, f"answers: {kind} answers prompts, and format: text has none; write answers: dataset"
 
@@ -249,6 +256,9 @@ def _steps(run: Run) -> Iterator[Problem]:
         yield ("training", "micro_batch_tokens"), budget, text
     if run.tasks and run.training.epochs is not None:
         text = "tasks come to their ends at different times: write steps, the number of optimizer steps, instead"
+        yield ("training", "epochs"), run.training.epochs, text
+    if run.training.epochs is not None and any(rows.streaming for rows in prompts_by_place(run).values()):
+        text = "where a stream ends is known only there: write steps, the number of optimizer steps, instead"
         yield ("training", "epochs"), run.training.epochs, text
     steps, warmup, every = run.training.steps, run.optimizer.warmup_steps, run.training.evaluate_every
     if steps is not None and warmup >= steps:

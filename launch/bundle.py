@@ -17,14 +17,14 @@ from pathlib import Path
 
 from configs.load import dump_run, load_run, run_folder
 from configs.models import ModelSource, Teacher
-from configs.paths import is_url, named_path
+from configs.paths import is_pattern, is_url, named_path
 from configs.prompts import Dataset
 from configs.schema import Run
 from configs.tasks import Task
 from launch.files import refuse_secret, row_files
 from launch.own_code import CodeFile, own_code, plugin_code
 from trainer.build import build_hash
-from trainer.data.row_files import local_files
+from trainer.data.local_files import local_files
 from trainer.errors import ConfigError
 
 MAX_BYTES = 100 * 2**20
@@ -51,6 +51,7 @@ class Bundle:
     build: str  # `trainer.build.build_hash()` of the code
     files: tuple[BundleFile, ...]
     left_out: tuple[str, ...] = ()  # files in folders of rows that cannot hold rows
+    fetched: tuple[str, ...] = ()  # URLs and names of the hub by which rows are read from where the run is
 
     @property
     def num_bytes(self) -> int:
@@ -127,7 +128,9 @@ def make_bundle(
     files = sorted((file.relative_to(folder).as_posix(), file.stat().st_size) for file in folder.rglob("*"))
     files = [(name, size) for name, size in files if (folder / name).is_file()]
     left_out = tuple(name for local in locals_ for name in local.left_out)
-    return Bundle(folder, run, build_hash(), tuple(BundleFile(name, size) for name, size in files), left_out)
+    return Bundle(
+        folder, run, build_hash(), tuple(BundleFile(name, size) for name, size in files), left_out, paths.fetched
+    )
 
 
 def _place(file: Path) -> Path:
@@ -142,6 +145,12 @@ class _Paths:
     def __init__(self, shared: Sequence[Path]) -> None:
         self._shared = shared
         self.sent: list[_Local] = []
+        self._fetched: list[str] = []
+
+    @property
+    def fetched(self) -> tuple[str, ...]:
+        """What rows are read by that does not travel, each once."""
+        return tuple(dict.fromkeys(self._fetched))
 
     def rewritten(self, run: Run) -> Run:
         changes = {
@@ -172,7 +181,10 @@ class _Paths:
     def _rows(self, setting: str, path: str) -> str:
         """Of a pattern, the files that it matches here are sent, in a folder and under names that sort as they do."""
         if is_url(path):
+            self._fetched.append(path)
             return path
+        if not is_pattern(path) and not Path(path).expanduser().exists() and not path.startswith("/"):
+            self._fetched.append(path)
         files = [file.path for file in local_files(path)]
         if not files or Path(path).expanduser().exists():
             return self._file(setting, path)

@@ -27,12 +27,16 @@ from cluster.model_files import PLACES as WEIGHT_PLACES
 from cluster.model_files import WHOLE_BYTES as WHOLE_WEIGHTS
 from cluster.model_files import find_folder
 from configs.models import ModelSource
+from configs.paths import is_url
 from configs.prompts import Dataset
 from configs.rules import held_out_by_place, prompts_by_place, teacher_place, teachers_by_place
 from configs.schema import Run
+from trainer.data.cache import PLACES, WHOLE_BYTES
 from trainer.data.content import file_content, files_below, folder_content
-from trainer.data.row_files import local_files, open_raw_rows, remote_files
-from trainer.data.tables import PLACES, WHOLE_BYTES
+from trainer.data.local_files import local_files
+from trainer.data.remote_files import identity
+from trainer.data.row_files import open_raw_rows, remote_files
+from trainer.data.stream_files import stream_files
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,6 +48,7 @@ TOKENIZER_FILES = (".json", ".jinja", ".model", ".tiktoken", ".py")
 TOKENIZER_NAMES = ("vocab.txt", "merges.txt")
 STUDENT_NAMES = ("config.json", "generation_config.json")
 SAMPLED_ROWS = 512
+LOOKED_AFTER = 64  # files of a stream whose servers are asked whether they changed
 CODE = " code"
 
 
@@ -107,6 +112,9 @@ def _contents(run: Run, inputs: Inputs) -> Iterator[tuple[str, str]]:
 
 
 def _rows(place: str, dataset: Dataset) -> Iterator[tuple[str, str]]:
+    if dataset.streaming:
+        yield from _stream(place, dataset)
+        return
     for number, path in enumerate(dataset.paths, start=1):  # none for a fraction of other rows
         yield from _source(place if len(dataset.paths) == 1 else f"{place}/{number}", path, dataset)
 
@@ -126,6 +134,18 @@ def _source(place: str, path: str, dataset: Dataset) -> Iterator[tuple[str, str]
         chosen = np.unique(np.linspace(0, len(rows) - 1, SAMPLED_ROWS).astype(int))
         lines = [json.dumps(rows.raw(int(row)), sort_keys=True, default=str) for row in chosen]
         yield place, f"{len(rows)} rows, {_digest(chr(10).join(lines))}"
+
+
+def _stream(place: str, dataset: Dataset) -> Iterator[tuple[str, str]]:
+    """Files here as those of rows that are read whole; of others, which are not fetched, what their servers say."""
+    files = stream_files(dataset)
+    here = {f"{number:05}": Path(file.path) for number, file in enumerate(files, start=1) if not is_url(file.path)}
+    found = folder_content(here, whole_bytes=WHOLE_BYTES, places=PLACES)
+    yield from ((f"{place}/{name}", content) for name, content in found.items())
+    away = [file.path for file in files if is_url(file.path)]
+    if away:
+        told = [identity(url) for url in away[:LOOKED_AFTER]]
+        yield place, f"{len(away)} files, {_digest(json.dumps([len(away), told], sort_keys=True))}"
 
 
 def _row_files(folder: Path) -> dict[str, Path]:

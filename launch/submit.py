@@ -199,9 +199,10 @@ def describe(bundle: Bundle, shipment: Shipment, *, kind: str, job: str) -> str:
 
 
 def left_out_lines(bundle: Bundle) -> list[str]:
-    """One line where files in folders of rows stay here, because they cannot hold rows."""
+    """What of the rows stays here or is not here: files in folders that cannot hold rows; URLs and names of the hub."""
     names = ", ".join(bundle.left_out[:5]) + (", ..." if len(bundle.left_out) > 5 else "")
-    return [f"not sent, no files of rows: {names}"] if bundle.left_out else []
+    left_out = [f"not sent, no files of rows: {names}"] if bundle.left_out else []
+    return [*left_out, *([f"the nodes must reach: {', '.join(bundle.fetched)}"] if bundle.fetched else [])]
 
 
 def _listing(path: Path) -> Iterator[str]:

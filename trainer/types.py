@@ -79,6 +79,16 @@ class AnswerCounters:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamPlace:
+    """Where a block of a streamed dataset begins (`trainer/data/streamed.py`)."""
+
+    position: int  # of its first row in the epoch
+    file: int  # in the order of the epoch
+    offset: int  # byte of a text file, row of a parquet file
+    line: int  # of a text file, from 1
+
+
+@dataclass(frozen=True, slots=True)
 class Cursor:
     """How far the prompt stream has been *trained*: `position` prompts of epoch `epoch`, in the order of `seed`."""
 
@@ -87,6 +97,7 @@ class Cursor:
     seed: int
     counters: StreamCounters = StreamCounters()  # what was met on the way there, over all attempts
     answers: AnswerCounters = AnswerCounters()  # likewise, of what was written for the prompts
+    place: StreamPlace | None = None  # of a stream: where the block begins in which the position lies
     tasks: dict[str, Cursor] = field(default_factory=dict)  # of each, where there are several: the rest is their sum
 
     def with_answers(self, by_task: Mapping[str, AnswerCounters]) -> Cursor:

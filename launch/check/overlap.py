@@ -10,6 +10,7 @@ import numpy as np
 from cluster.preflight.finding import Finding, warning
 from trainer.data.prompt_keys import UNREADABLE, keys_of
 from trainer.data.rows import Rows
+from trainer.data.streamed import StreamedRows
 
 LOOKED_AT = 50_000
 """Rows of each dataset; of a larger one they are spread evenly."""
@@ -57,6 +58,8 @@ def _first_of_each(training: list[Opened]) -> Mapping[int, tuple[Rows, int]]:
 def _looked_at(training: list[Opened]) -> str:
     total = sum(len(one.rows) for one in training)
     seen = sum(len(_spread(one.rows)) for one in training)
+    if any(isinstance(one.rows.raw, StreamedRows) for one in training):
+        return f"{seen} training rows, of a stream the first ones"
     return f"all {total} training rows" if seen == total else f"{seen} of {total} training rows"
 
 

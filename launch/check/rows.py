@@ -117,6 +117,9 @@ def _dataset(
         report = reports[0]
         seen = "all" if report.num_checked == report.num_rows else f"{report.num_checked} of {report.num_rows}"
         counts = f"{source.name}: {report.num_rows} rows, {seen} checked, {report.num_ok} good"
+        if source.dataset.streaming:
+            first = f"of the first {report.num_rows} rows {report.num_checked}"
+            counts = f"{source.name}: a stream, {first} checked, {report.num_ok} good; the others as they are trained"
         lengths = f"{report.min_tokens} to {report.max_tokens} tokens, median {report.median_tokens}"
         written = report.num_ok - report.num_answered
         answers = f"; {report.num_answered} have answers, the teacher writes those of {written}" if written else ""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs_under_fault import assert_same_result, counted, losses, notes
+from runs_under_fault import assert_same_result, counted, end_started, losses, notes, start, when
 from safetensors.torch import load_file, save_file
 from tiny_runs import records, stillhouse, tiny_run
 
@@ -21,6 +24,12 @@ TEN_ROWS = {
     "prompts": {"max_rows": 10},
     "training": {"steps": None, "epochs": 1, "sequences_per_step": 4, "save_every": 0},
 }
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    yield
+    end_started()
 
 
 def sizes(run: Path) -> list[int]:
@@ -80,3 +89,28 @@ def test_a_student_that_is_broken_before_the_first_step_is_refused(tmp_path: Pat
     result = stillhouse("train", str(config), "--skip-self-test")
     assert result.returncode == 2, result.stdout + result.stderr
     assert "before the first step" in result.stderr
+
+
+def test_a_streamed_run_that_is_killed_goes_on_with_the_rows_it_would_have_had(tmp_path: Path) -> None:
+    stream = {
+        "runtime": "in_process",
+        "student": {"ranks": 1},
+        "prompts": {"path": str(tmp_path / "part*.jsonl"), "streaming": True},
+        "training": {"save_every": 2, "steps": 12},
+    }
+    config, run, golden = tiny_run(tmp_path, stream), tmp_path / "run", tmp_path / "golden"
+    rows = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
+    for number in range(4):
+        (tmp_path / f"part{number}.jsonl").write_text("".join(rows[number * 10 : number * 10 + 10]))
+    whole = stillhouse("train", str(config), "--set", f"folder={golden}")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert len(losses(golden)) == 12, "96 sequences of 40 rows: the third epoch is begun"
+
+    process = start(config)
+    when(run, lambda: 6 in losses(run), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    assert max(losses(run)) < 12
+    after = stillhouse("train", str(config))
+    assert after.returncode == 0, after.stdout + after.stderr
+    assert_same_result(run, golden)

@@ -282,6 +282,45 @@ def test_check_says_as_what_rows_are_read(said: Said, tmp_path: Path) -> None:
     )
 
 
+STREAMS = {
+    "a slice": (
+        [("rows.jsonl}", "rows.jsonl, streaming: true, split: 'train[:9%]'}")],
+        "run.yaml:11: tasks.chat.prompts.split = 'train[:9%]'\n      a stream has no known length to slice",
+    ),
+    "max_rows": (
+        [("rows.jsonl}", "rows.jsonl, streaming: true, max_rows: 3}")],
+        "run.yaml:11: tasks.chat.prompts.max_rows = 3\n      a stream is read as far as the run trains: remove",
+    ),
+    "a fraction": (
+        [("rows.jsonl}", "rows.jsonl, streaming: true}"), ("{path: HERE/held.jsonl}", "{fraction: 0.5}")],
+        "run.yaml:8: data.evaluation.fraction = 0.5\n      a fraction needs the number of rows, which a stream",
+    ),
+    "held-out rows": (
+        [("held.jsonl}", "held.jsonl, streaming: true}")],
+        "run.yaml:8: data.evaluation.streaming = True\n      held-out rows are read once and kept: remove streaming",
+    ),
+    "epochs": (
+        [("rows.jsonl}", "rows.jsonl, streaming: true}"), ("training: {steps: 2", "training: {epochs: 2")],
+        "training.epochs = 2\n      where a stream ends is known only there: write steps",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_what_a_stream_cannot_be_is_refused_with_what_to_write(case: str, said: Said) -> None:
+    changes, text = STREAMS[case]
+    code, message = said(*changes)
+    assert code == ConfigError.exit_code
+    assert text in message
+
+
+def test_check_says_that_it_looked_at_the_first_rows_of_a_stream(said: Said) -> None:
+    code, text = said(("rows.jsonl}", "rows.jsonl, streaming: true}"))
+    assert code == 0
+    assert "rows.jsonl: a stream, of the first 3 rows 3 checked, 3 good; the others as they are trained; " in text
+    assert "warning" not in text
+
+
 def test_held_out_rows_that_are_trained_on_are_a_warning_with_both_places(said: Said, tmp_path: Path) -> None:
     again = {**ROW, "messages": [{"role": "user", "content": "WHO  is it?"}, ROW["messages"][1]], "domain": "prose"}
     with (tmp_path / "held.jsonl").open("a") as file:

@@ -21,6 +21,7 @@ from configs.load import config_hash, load_run
 from configs.losses import LOSSES
 from launch.bundle import Bundle, make_bundle
 from launch.own_code import plugin_code
+from launch.submit import left_out_lines
 from trainer.build import build_hash
 from trainer.errors import ConfigError
 
@@ -139,6 +140,8 @@ def test_the_files_of_a_list_and_of_a_pattern_travel_and_urls_stay(
     assert star == "*"
     assert contents(bundle.folder / folder) == {"00001-a.jsonl": b'{"text": "c"}\n', "00002-b.csv": b"text\nb\n"}
     assert (url, hub) == ("s3://bucket/*.jsonl", "owner/rows")
+    assert bundle.fetched == ("s3://bucket/*.jsonl", "owner/rows")
+    assert left_out_lines(bundle) == ["the nodes must reach: s3://bucket/*.jsonl, owner/rows"]
     (project / "more/z.jsonl").write_text('{"text": "z"}\n')
     again = bundled('prompts.path=[data/train.jsonl, "more/[ab].*", "s3://bucket/*.jsonl", owner/rows]', name="again")
     assert again.run == bundle.run, "what is not matched does not count"

@@ -9,6 +9,8 @@ from typing import Any, BinaryIO
 from trainer.data.text_files import Record, decoded, lines_of, preview
 from trainer.errors import BadRow
 
+LINES = (".jsonl", ".ndjson")
+
 
 class JsonLines:
     """Blank lines are no rows, and a UTF-8 byte order mark is skipped."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.errors import BadRow, ConfigError, DataError, TooLong
+from trainer.errors import BadRow, ConfigError, DataError, InfrastructureError, TooLong
 from trainer.records import append_lines, read_lines
 from trainer.types import Cursor, Prompt, StreamCounters
 
@@ -25,11 +25,15 @@ if TYPE_CHECKING:
     from trainer.data.prompt_reader import PromptReader
 
 
+MOST_UNUSABLE = 8192
+"""Rows of a stream that may be left out one after the other before the run ends."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowReport:
     """num_checked = num_ok + num_dropped + len(bad_rows)."""
 
-    num_rows: int
+    num_rows: int  # of a stream: those of its first block
     num_checked: int
     num_ok: int  # truncated ones included
     bad_rows: tuple[BadRow, ...]
@@ -93,7 +97,7 @@ class PromptStream:
         self._reader = reader
         self._num_epochs = num_epochs
         self._cursor = Cursor(epoch=0, position=0, seed=seed)
-        self._order: tuple[int, np.ndarray] | None = None  # (epoch, its permutation)
+        self._order = reader.rows.order(seed=seed, shuffle=reader.data.shuffle)
         self._unusable_in_a_row = 0
         self._first_problem = ""
         self._quarantine = None if quarantine is None else Quarantine(quarantine)
@@ -104,9 +108,9 @@ class PromptStream:
         return () if self._quarantine is None else tuple(self._quarantine.notes)
 
     @property
-    def rows_per_epoch(self) -> int:
-        """Positions of an epoch: all rows, usable or not."""
-        return len(self._reader.rows)
+    def rows_per_epoch(self) -> int | None:
+        """Positions of an epoch: all rows, usable or not. None for a stream, whose end is not known before."""
+        return self._order.num_rows
 
     @property
     def counters(self) -> StreamCounters:
@@ -124,11 +128,7 @@ class PromptStream:
                 f"the checkpoint's data order has seed {cursor.seed}, this run has seed {self._cursor.seed}: "
                 "a run continues only with its own seed"
             )
-        if not 0 <= cursor.position <= self.rows_per_epoch:
-            raise ConfigError(
-                f"the checkpoint stands at row position {cursor.position}, but the dataset "
-                f"{self._reader.rows.raw.name} has {self.rows_per_epoch} rows: it has changed since the run began"
-            )
+        self._order.seek(cursor)
         self._cursor = cursor
         self._unusable_in_a_row = 0
 
@@ -149,22 +149,25 @@ class PromptStream:
         return prompts
 
     def _is_over(self) -> bool:
-        if self._num_epochs is None:
+        num_rows = self.rows_per_epoch
+        if self._num_epochs is None or num_rows is None:
             return False
-        return (
-            self._cursor.epoch * self.rows_per_epoch + self._cursor.position >= self._num_epochs * self.rows_per_epoch
-        )
+        return self._cursor.epoch * num_rows + self._cursor.position >= self._num_epochs * num_rows
 
     def _next(self) -> Prompt | None:
         epoch, position = self._cursor.epoch, self._cursor.position
-        if position == self.rows_per_epoch:
+        row = self._order.row(epoch, position)
+        if row is None:
             epoch, position = epoch + 1, 0
-        if position == 0:
+            row = self._order.row(epoch, position)
+            if row is None:
+                raise InfrastructureError(f"the dataset {self._reader.rows.raw.name} has no rows any more")
+        if position == 0 and self.rows_per_epoch is not None:
             self._unusable_in_a_row = 0
-        row = int(self._permutation(epoch)[position])
         prompt, change = self._read(row, f"{epoch}:{row}")
         counters = self._cursor.counters.plus(change)
-        self._cursor = replace(self._cursor, epoch=epoch, position=position + 1, counters=counters)
+        place = self._order.place
+        self._cursor = replace(self._cursor, epoch=epoch, position=position + 1, counters=counters, place=place)
         return prompt
 
     def _read(self, row: int, prompt_id: str) -> tuple[Prompt | None, StreamCounters]:
@@ -189,19 +192,12 @@ class PromptStream:
         self._unusable_in_a_row += 1
         if self._quarantine is not None:
             self._quarantine.list(problem)
-        if self._unusable_in_a_row >= self.rows_per_epoch:
+        most = self.rows_per_epoch or MOST_UNUSABLE
+        if self._unusable_in_a_row >= most:
             raise DataError(
-                f"0 of {self.rows_per_epoch} rows of the dataset {self._reader.rows.raw.name} are usable; "
+                f"0 of {most} rows of the dataset {self._reader.rows.raw.name} are usable; "
                 f"for example {self._first_problem}"
             )
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if self._order is None or self._order[0] != epoch:
-            num = self.rows_per_epoch
-            shuffled = self._reader.data.shuffle
-            order = np.random.default_rng((self._cursor.seed, epoch)).permutation(num) if shuffled else np.arange(num)
-            self._order = (epoch, order)
-        return self._order[1]
 
 
 def check_rows(reader: PromptReader, *, budget: int) -> RowReport:

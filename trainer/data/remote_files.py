@@ -20,8 +20,8 @@ from urllib.parse import unquote, urlsplit
 from fsspec.callbacks import Callback
 
 from configs.refusal import did_you_mean
-from trainer.data.tables import cache_folder
-from trainer.errors import ConfigError, DataError, reason_of
+from trainer.data.cache import cache_folder
+from trainer.errors import ConfigError, DataError, StillhouseError, reason_of
 from trainer.threads import within
 
 CONNECT_S, SILENCE_S = 15, 60
@@ -46,8 +46,8 @@ def expand_url(url: str) -> list[str]:
     marks = "*" if url.lower().startswith(("http://", "https://")) else "*?["
     if not any(mark in url for mark in marks):
         return [url]
-    system, path = _file_system(url)
-    with _asking(url):
+    system, path = file_system(url)
+    with asking(url):
         found = within(SILENCE_S, partial(system.glob, path, detail=True), doing=f"looking for {url}")
     names = sorted(name for name, info in found.items() if info.get("type") == "file")
     if not names:
@@ -58,8 +58,8 @@ def expand_url(url: str) -> list[str]:
 def identity(url: str) -> dict[str, str] | None:
     """What the server says of the file: its size and by what a change is told; None where it says nothing of the kind.
     Raises `ConfigError` where there is no such file or no such server."""
-    system, path = _file_system(url)
-    with _asking(url):
+    system, path = file_system(url)
+    with asking(url):
         info = within(SILENCE_S, partial(system.info, path), doing=f"looking for {url}")
     if info.get("type") == "directory":
         raise ConfigError(f"the dataset {url} is a folder: name its files, such as {url.rstrip('/')}/*.jsonl")
@@ -98,22 +98,22 @@ class _Progress(Callback):
 
 
 def _fetch(url: str, draft: str) -> None:
-    system, path = _file_system(url)
+    system, path = file_system(url)
     progress = _Progress()
-    with _asking(url, arriving=True):
+    with asking(url, arriving=True):
         get = partial(system.get_file, path, draft, callback=progress)
         within(2 * SILENCE_S, get, doing=f"fetching {url}", alive=lambda: progress.at)
 
 
-def _file_system(url: str) -> tuple[Any, str]:
+def file_system(url: str) -> tuple[Any, str]:
     """Raises `ConfigError` for an unknown protocol, and for one whose package is missing."""
     import fsspec
-    from fsspec.registry import known_implementations
+    from fsspec.registry import known_implementations, registry
 
     protocol = url.partition("://")[0].lower()
     if "::" in url:
         raise ConfigError(f"the dataset {url}: URLs inside of others are not read; unpack the file, and name it")
-    known = sorted({*known_implementations, *fsspec.available_protocols()})
+    known = sorted({*known_implementations, *registry})
     if protocol not in known:
         hint = did_you_mean(protocol, known) or "; such as https, s3, gs, abfs, hf or file"
         raise ConfigError(f"the dataset {url}: there is no protocol {protocol}://{hint}")
@@ -138,10 +138,12 @@ def _options(protocol: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _asking(url: str, *, arriving: bool = False) -> Iterator[None]:
+def asking(url: str, *, arriving: bool = False) -> Iterator[None]:
     """Around a question about a URL: its errors as a `ConfigError`, or while it is `arriving` a `DataError`."""
     try:
         yield
+    except StillhouseError:
+        raise
     except FileNotFoundError as error:
         cause = error.__cause__  # over HTTP the reason, of whatever kind
         if cause is None or getattr(cause, "status", None) in (404, 410):

@@ -11,17 +11,16 @@ place in its file.
 
 from __future__ import annotations
 
-import glob
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
-from configs.paths import expand_home, is_pattern, is_url
+from configs.paths import expand_home, is_url
 from configs.prompts import Dataset
 from configs.refusal import did_you_mean
 from configs.section import HUB_NAME
 from trainer.data.csv_lines import SEPARATORS, open_csv
-from trainer.data.json_lines import JsonLines
+from trainer.data.json_lines import LINES, JsonLines
+from trainer.data.local_files import RowFile, local_files
 from trainer.data.raw_rows import Chosen, RawRows, joined
 from trainer.data.remote_files import expand_url, local_copy, name_in_url
 from trainer.data.tables import BUILDERS, Table, load, open_folder, open_table_file
@@ -29,18 +28,8 @@ from trainer.data.text_files import BOM, TextFile, TextFormat, check_text
 from trainer.data.unpacked import PACKED, unpacked
 from trainer.errors import ConfigError, DataError, foreign_errors, reason_of
 
-LINES = (".jsonl", ".ndjson")
 SUFFIXES = (*LINES, *SEPARATORS, *BUILDERS)
-_SHOWN = 8
 _GIT_LFS = b"version https://git-lfs.github.com/"
-
-
-@dataclass(frozen=True, slots=True)
-class RowFile:
-    """A file of rows on this machine."""
-
-    name: str  # for messages: as it was written, or found
-    path: Path
 
 
 def open_raw_rows(dataset: Dataset) -> RawRows:
@@ -58,21 +47,6 @@ def open_raw_rows(dataset: Dataset) -> RawRows:
     if dataset.max_rows is not None and len(rows) > dataset.max_rows:
         rows = Chosen(rows, range(dataset.max_rows))
     return rows
-
-
-def local_files(path: str) -> list[RowFile]:
-    """The files that a path names here, if only through a pattern; none for a folder, a URL and a hub name.
-
-    Raises `ConfigError` for a pattern that matches nothing.
-    """
-    if is_url(path):
-        return []
-    with foreign_errors(f"cannot look at the dataset {path!r}"):
-        place = expand_home(path)
-        is_file, exists = place.is_file(), place.exists()
-    if is_file:
-        return [RowFile(path, place)]
-    return [] if exists or not is_pattern(path) else _matching(path, place)
 
 
 def remote_files(path: str) -> list[RowFile]:
@@ -111,21 +85,6 @@ def _open_path(dataset: Dataset, path: str, split: str, *, max_rows: int | None)
         hint = did_you_mean(place.name, beside)
         raise ConfigError(f"the dataset {path} does not exist (looked for {place.absolute()}){hint}")
     return [Table(path, load(path, path, split=split, revision=dataset.revision))]
-
-
-def _matching(pattern: str, place: Path) -> list[RowFile]:
-    """The files that a pattern matches, sorted by their paths."""
-    found = sorted(glob.glob(str(place), recursive=True))
-    files = [RowFile(name, Path(name)) for name in found if Path(name).is_file()]
-    if files:
-        return files
-    if found:
-        raise ConfigError(f"the pattern {pattern} matches only folders, such as {found[0]}: write {pattern}/*.jsonl")
-    above = next(one for one in place.absolute().parents if not is_pattern(str(one)) or one.exists())
-    names = sorted(one.name for one in above.iterdir() if not one.name.startswith(".")) if above.is_dir() else []
-    there = f"{above} holds {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}" if names else ""
-    there = there or (f"{above} is empty" if above.is_dir() else f"there is no folder {above}")
-    raise ConfigError(f"the pattern {pattern} matches no file ({there})")
 
 
 def _open_file(file: RowFile, *, max_rows: int | None) -> RawRows:

@@ -25,10 +25,13 @@ from trainer.data.formats.preference import PREFERENCE
 from trainer.data.formats.prompt import PROMPT, PROMPT_COMPLETION, TEXT
 from trainer.data.formats.single_turn import ALPACA, DOLLY, QUERY_RESPONSE, QUESTION_ANSWER
 from trainer.data.formats.values import RowProblem
+from trainer.data.order import Order, Permuted
 from trainer.data.raw_rows import Chosen, RawRows
 from trainer.data.row import Row, preview
 from trainer.data.row_fields import other_format, refuse_row_fields, row_weight
 from trainer.data.row_files import open_raw_rows
+from trainer.data.stream_files import stream_files
+from trainer.data.streamed import StreamedRows, StreamOrder
 from trainer.errors import BadRow, DataError
 
 _BY_RANK = (
@@ -56,7 +59,7 @@ class Rows:
     def open(cls, dataset: Dataset) -> Rows:
         """Raises as `open_raw_rows` does, `DataError` where no row fits a format, and `WrongKey` where no row has a
         column that is mapped."""
-        raw, columns = open_raw_rows(dataset), Columns(dataset.columns)
+        raw, columns = _raw_rows(dataset), Columns(dataset.columns)
         columns.check(_first_rows(raw), where=dataset.name)
         if dataset.format != "auto":
             return cls(raw, dataset.format, columns)
@@ -68,6 +71,12 @@ class Rows:
     def only(self, chosen: np.ndarray) -> Rows:
         """Those of which `chosen`, bool [N], says so; each keeps its place in messages."""
         return replace(self, raw=Chosen(self.raw, np.flatnonzero(chosen)))
+
+    def order(self, *, seed: int, shuffle: bool) -> Order:
+        """Which row stands at which position of an epoch; a stream has an order of its own."""
+        if isinstance(self.raw, StreamedRows):
+            return StreamOrder(self.raw, seed=seed, shuffle=shuffle)
+        return Permuted(self.raw.name, len(self.raw), seed=seed, shuffle=shuffle)
 
     @property
     def title(self) -> str:
@@ -112,6 +121,10 @@ class Rows:
         if found is None:
             return other_format(raw)
         return f"; the fields are those of {found.title}: write format: {found.name}"
+
+
+def _raw_rows(dataset: Dataset) -> RawRows:
+    return StreamedRows(dataset.name, stream_files(dataset)) if dataset.streaming else open_raw_rows(dataset)
 
 
 def _parse(value: Mapping[str, Any], row_format: Format, *, needs_answer: bool) -> Row:

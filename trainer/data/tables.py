@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -15,14 +13,12 @@ from typing import Any
 
 from configs.paths import refuse_pattern
 from configs.refusal import did_you_mean
-from trainer.data.content import files_below, folder_content
+from trainer.data.cache import cache_for
+from trainer.data.content import files_below
 from trainer.data.struct_nulls import without_struct_nulls
 from trainer.errors import BadRow, ConfigError, DataError, foreign_errors, reason_of
 
 MAX_ROW_CHARACTERS = 16 * 2**20
-
-WHOLE_BYTES, PLACES = 256 * 2**20, 1024
-"""How much of row files is read to tell whether they are the same (`trainer/data/content.py`)."""
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json"}
 
@@ -51,9 +47,9 @@ class Table:
                 self._batches[batch].validate(full=True)
                 self._validated.add(batch)
             value = without_struct_nulls(self._table[row], self._table.features)
-        num_characters = _num_characters(value)
-        if num_characters > MAX_ROW_CHARACTERS:
-            millions = num_characters / 2**20
+        length = num_characters(value)
+        if length > MAX_ROW_CHARACTERS:
+            millions = length / 2**20
             raise BadRow(
                 origin,
                 f"the row has {millions:.0f} M characters, the limit is {MAX_ROW_CHARACTERS // 2**20} M: split it",
@@ -61,7 +57,7 @@ class Table:
         return value
 
 
-def _num_characters(value: Any) -> int:
+def num_characters(value: Any) -> int:
     """Of all texts in a row."""
     found, waiting = 0, [value]
     while waiting:
@@ -123,22 +119,6 @@ def open_folder(path: Path, split: str, *, name: str) -> Table:
     if split not in loaded:
         raise ConfigError(f"{name} has no split {split}: write one of {', '.join(loaded)}{did_you_mean(split, loaded)}")
     return Table(name, loaded[split])
-
-
-def cache_for(files: Mapping[str, Path]) -> Path:
-    """A cache folder for what is made of the present content of files. The cache key of `datasets` itself is the time
-    of modification, which a copy or an unpacked archive may keep although the rows differ."""
-    content = folder_content(files, whole_bytes=WHOLE_BYTES, places=PLACES)
-    changed = {name: path.stat().st_ctime_ns for name, path in files.items()}  # set by every write, not by its author
-    return cache_folder([content, changed])
-
-
-def cache_folder(key: Any) -> Path:
-    """A folder below the cache of `datasets`, named by the hash of a key that JSON can write."""
-    import datasets
-
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(datasets.config.HF_DATASETS_CACHE) / "stillhouse" / digest
 
 
 def load(name: str, builder: str, *, split: str, **options: Any) -> Any:

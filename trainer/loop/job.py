@@ -58,9 +58,9 @@ class Job:
         return {name: task.soft_labels for name, task in self.tasks.items()}
 
     @property
-    def rows_per_epoch(self) -> int:
-        """Of all tasks together."""
-        return sum(stream.rows_per_epoch for stream in self.streams.values())
+    def rows_per_epoch(self) -> int | None:
+        """Of all tasks together; None where one of them streams."""
+        return summed_rows(self.streams)
 
     @property
     def counters(self) -> StreamCounters:
@@ -110,7 +110,7 @@ def make_job(
     streams = {
         name: open_stream(run, task, inputs, quarantine=folder.rejected) for name, task in run.resolved_tasks().items()
     }
-    rows_per_epoch = sum(stream.rows_per_epoch for stream in streams.values())
+    rows_per_epoch = summed_rows(streams)
     return Job(
         run=run,
         folder=folder,
@@ -126,7 +126,13 @@ def make_job(
     )
 
 
-def total_steps(run: Run, *, rows_per_epoch: int, after: TrainingState | None = None) -> int:
+def summed_rows(streams: Mapping[str, PromptStream]) -> int | None:
+    """The rows of an epoch of all; None where one of them is a stream without a known end."""
+    rows = [stream.rows_per_epoch for stream in streams.values()]
+    return None if None in rows else sum(num for num in rows if num is not None)
+
+
+def total_steps(run: Run, *, rows_per_epoch: int | None, after: TrainingState | None = None) -> int:
     """The optimizer steps of a run. Steps go over the borders of epochs, and the last one of the last epoch is as short
     as what is left, so that every row is trained `epochs` times; one that goes on `after` such an end has a short step
     in its middle.
@@ -136,6 +142,7 @@ def total_steps(run: Run, *, rows_per_epoch: int, after: TrainingState | None = 
     training = run.training
     if training.steps is not None:
         return training.steps
+    assert rows_per_epoch is not None  # epochs of a stream are refused
     trained = 0 if after is None else after.cursor.epoch * rows_per_epoch + after.cursor.position
     left = (training.epochs or 0) * rows_per_epoch - trained
     steps = (0 if after is None else after.step) + math.ceil(left / training.sequences_per_step)
@@ -149,7 +156,12 @@ def total_steps(run: Run, *, rows_per_epoch: int, after: TrainingState | None = 
 
 
 def loop_settings(
-    run: Run, inputs: Inputs, teacher_dtypes: Mapping[str, str], *, rows_per_epoch: int, after: TrainingState | None
+    run: Run,
+    inputs: Inputs,
+    teacher_dtypes: Mapping[str, str],
+    *,
+    rows_per_epoch: int | None,
+    after: TrainingState | None,
 ) -> LoopSettings:
     training, tasks = run.training, run.resolved_tasks().values()
     labelled = {name: task for task in tasks if task.soft_labels is not None for name in task.teachers}

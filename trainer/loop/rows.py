@@ -16,10 +16,10 @@ from configs.rules import held_out_by_place, place_of_held_out
 from configs.schema import Run
 from configs.tasks import ResolvedTask, Route
 from trainer.answers.dataset import answers_of_dataset
+from trainer.data.local_files import local_files
 from trainer.data.prompt_keys import PromptKeys, held_out_of, keys_of
 from trainer.data.prompt_reader import Asked, PromptReader
 from trainer.data.prompts import PromptStream
-from trainer.data.row_files import local_files
 from trainer.errors import ConfigError, DataError
 from trainer.types import Sequence
 
@@ -127,12 +127,12 @@ def held_out_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
     """The evaluation rows as sequences, set by set in file order. Empty where the run names none."""
     sets = held_out_sets(run)
     streams = {name: PromptStream(open_held_out(run, inputs, one), seed=0) for name, one in sets.items()}
-    num_rows = sum(stream.rows_per_epoch for stream in streams.values())
+    num_rows = sum(stream.rows_per_epoch or 0 for stream in streams.values())
     if num_rows > MAX_EVALUATION_ROWS:
         raise ConfigError(_too_many(run, f"{num_rows} held-out rows"))
     found: list[Sequence] = []
     for one, stream in zip(sets.values(), streams.values(), strict=True):
-        rows = [row for prompt in stream.take(stream.rows_per_epoch) for row in answers_of_dataset(prompt)]
+        rows = [row for prompt in stream.take(stream.rows_per_epoch or 0) for row in answers_of_dataset(prompt)]
         if not rows:
             place = place_of_held_out(run, one.tasks[0])
             raise DataError(f"{place}: no row of {one.rows.name} can be used; rows need an answer")
@@ -155,6 +155,6 @@ def sample_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:
     rows = []
     for task in run.resolved_tasks().values():
         stream = open_stream(run, task, inputs, quarantine=None)
-        prompts = stream.take(min(SAMPLE_ROWS, stream.rows_per_epoch))
+        prompts = stream.take(min(SAMPLE_ROWS, stream.rows_per_epoch or SAMPLE_ROWS))
         rows += [row for prompt in prompts if prompt.loss_mask is not None for row in answers_of_dataset(prompt)]
     return tuple(rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prompt_streams import BAD, TEMPLATE, TOKENIZER, VOCABULARY, open_reader, open_stream, same, talk
 from tiny_models import tiny_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
@@ -16,21 +17,9 @@ from configs.tasks import Route
 from trainer.data.chat import Template
 from trainer.data.prompt_reader import Asked, PromptReader
 from trainer.data.prompts import PromptStream, check_rows
-from trainer.data.vocabulary import SharedVocabulary, fingerprint
+from trainer.data.vocabulary import SharedVocabulary
 from trainer.errors import ConfigError, DataError
-from trainer.types import Cursor, Prompt, RowText, StreamCounters
-
-TOKENIZER = tiny_tokenizer()
-TEMPLATE = Template.of(TOKENIZER)
-VOCABULARY = SharedVocabulary(
-    size=len(TOKENIZER), fingerprint=fingerprint(TOKENIZER), teacher_rows=320, student_rows=320
-)
-BAD = {"messages": [{"role": "user", "content": "alone"}]}
-
-
-def talk(number: int, words: int = 1) -> dict:
-    question = {"role": "user", "content": f"question {number}?"}
-    return {"messages": [question, {"role": "assistant", "content": f"answer {number}" + " drop" * (words - 1)}]}
+from trainer.types import Cursor, RowText, StreamCounters
 
 
 def write(folder: Path, rows: list[object]) -> Dataset:
@@ -39,28 +28,9 @@ def write(folder: Path, rows: list[object]) -> Dataset:
     return Dataset(path=str(path))
 
 
-def open_stream(dataset: Dataset, *, seed: int = 5, needs_answer: bool = True, **options: object) -> PromptStream:
-    of_stream, of_reader = (
-        {k: options.pop(k) for k in names if k in options}
-        for names in (("quarantine", "num_epochs"), ("room_for_answer", "rewrite"))
-    )
-    reader = open_reader(dataset, data=Data(**options), needs_answer=needs_answer, **of_reader)
-    return PromptStream(reader, seed=seed, **of_stream)
-
-
-def open_reader(dataset: Dataset, **options: object) -> PromptReader:
-    given = {"template": TEMPLATE, "vocabulary": VOCABULARY, "needs_answer": True, **options}
-    return PromptReader.open(dataset, **given)
-
-
 def check(dataset: Dataset, *, budget: int = 1000, needs_answer: bool = True, room_for_answer: int = 0, **options):
     given = {"needs_answer": needs_answer, "room_for_answer": room_for_answer}
     return check_rows(open_reader(dataset, data=Data(**options), **given), budget=budget)
-
-
-def same(first: list[Prompt], second: list[Prompt]) -> bool:
-    one, other = ([(p.id, p.token_ids.tolist(), p.origin) for p in prompts] for prompts in (first, second))
-    return one == other
 
 
 def rendered(messages: list[dict]) -> RowText:

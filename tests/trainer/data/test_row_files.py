@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import csv
 import gzip
-import http.server
 import json
 import lzma
-import threading
 import time
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import datasets
 import fsspec
 import pytest
+from web_server import served as served
 
 from configs.prompts import Dataset
 from trainer.data import remote_files
@@ -241,33 +238,6 @@ def test_an_unknown_split_of_a_folder_is_told_the_nearest(tmp_path: Path) -> Non
 def test_what_is_no_split_is_refused_by_the_configuration(split: str) -> None:
     with pytest.raises(ValueError, match=r"is no split: write a name \(train\)"):
         Dataset(path="a.jsonl", split=split)
-
-
-class Server(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None: ...
-
-    def do_GET(self) -> None:
-        if self.path.startswith("/secret"):
-            self.send_error(403)
-        elif self.path.startswith("/silent"):
-            time.sleep(3)
-        else:
-            super().do_GET()
-
-    do_HEAD = do_GET
-
-
-@pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
-    """A web server on this machine: its URL, and the folder that it shows."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    folder = tmp_path / "served"
-    folder.mkdir()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", folder
-    server.shutdown()
-    server.server_close()
 
 
 def test_rows_are_read_from_a_web_server_and_again_when_they_change(served: tuple[str, Path]) -> None:
