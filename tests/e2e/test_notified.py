@@ -72,6 +72,7 @@ def test_a_run_that_is_preempted_tells_so_when_it_is_asked_to(tmp_path: Path) ->
     assert notice["step"] == max(losses(run))
 
 
+@pytest.mark.long
 def test_a_run_that_gets_no_further_tells_so_once(tmp_path: Path) -> None:
     run = tmp_path / "run"
     faults = {"stall_timeout_s": 120, "step_timeout_s": 150, "ping_timeout_s": 600, "max_student_restarts": 0}
