@@ -11,7 +11,7 @@ from tiny_runs import chat_row, records, run_of, stillhouse, tiny_run, write_row
 from trainer.metric_names import METRICS, metric_of
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
-IN_ONE_PROCESS = {"runtime": "in_process", "student": {"ranks": 1}, "training": {"steps": 3}}
+IN_ONE_PROCESS = {"runtime": "in_process", "student": {"ranks": 1}, "training": {"steps": 6}}
 NO_NUMBERS = {"time", "kind", "step", "non_finite"}
 
 
