@@ -122,7 +122,9 @@ class Follower:
             self._reads = True
 
     def _go_on(self) -> None:
-        """Everything that is due."""
+        """Everything that is due; nothing before the run has numbers, so that one that cannot start leaves no trace."""
+        if not self._reads:
+            return
         if self._tracked is None:
             self._tracked = self._tracker.begin(self._facts)
             if (held := self._tracked.held) is not None:
@@ -134,7 +136,7 @@ class Follower:
             self._rewinds.popleft()
             self._points.from_the_start()
             self._waiting.clear()
-        while self._reads and self._refill():
+        while self._refill():
             some = [self._waiting[i] for i in range(min(MANY_POINTS, len(self._waiting)))]
             self._tracked.log(some)
             for point in some:
@@ -149,8 +151,8 @@ class Follower:
         return bool(self._waiting)
 
     def _close(self, ending: Ending | None) -> None:
-        assert self._tracked is not None
-        self._tracked.close(ending)
+        if self._tracked is not None:
+            self._tracked.close(ending)
 
     def _failed(self, error: Exception, *, over: bool) -> None:
         self._failures += 1

@@ -211,8 +211,9 @@ def test_a_tracker_whose_process_dies_is_told(run_with: Any, tmp_path: Path, tol
     run, folder = run_with(trouble=str(tmp_path / "trouble"))
     with Trackers(run, folder, goes_on=False, tell=told.append) as followers:
         log = MetricsLog(folder, rewound=followers.rewound)
-        wait_for(lambda: told)
         log.step(step(1))
+        wait_for(lambda: told)
+        log.step(step(2))
         log.close()
     (text,) = told
     assert text.startswith("fakes.diary: its process ended with code 7; see ")
@@ -259,3 +260,9 @@ def test_sync_sends_a_run_that_is_over_and_only_what_is_missing(
     (tmp_path / "trouble").write_text("raise")
     with pytest.raises(InfrastructureError, match="not everything was sent"):
         sync(folder.path, [f"trackers.0.trouble={tmp_path}/trouble"])
+
+
+def test_a_run_that_cannot_start_leaves_no_trace(run_with: Any, tmp_path: Path, told: list[str]) -> None:
+    run, folder = run_with()
+    Trackers(run, folder, goes_on=False, tell=told.append).__enter__().close(2, "there is no such model")
+    assert (diary(tmp_path), told) == ([], [])
