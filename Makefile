@@ -1,9 +1,9 @@
-# The two commands of the README (make demo, make test) and the small ones behind them.
+# The commands of the README (make demo-quick, make demo, make test) and the small ones behind them.
 # Everything is written below this folder: .venv (packages), .cache (downloads, models), runs (run folders).
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup models demo test test-fast test-stack test-long lint format lock clean
+.PHONY: help setup models demo demo-quick test test-fast test-stack test-long lint format lock clean
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -67,6 +67,9 @@ models: setup  ## convert the demo's teacher and cut its student out of it (seco
 
 demo: models  ## distil a real teacher into a smaller student on this machine, and write a report
 	@HF_HUB_OFFLINE=1 $(BIN)/stillhouse train configs/demo.yaml
+
+demo-quick: models  ## a few minutes of the same: a falling loss, and an answer before and after
+	@HF_HUB_OFFLINE=1 $(BIN)/stillhouse train configs/demo-quick.yaml
 
 test: test-fast test-stack  ## all tests: the fast tier, then the tier on real Ray, vLLM and DeepSpeed
 

@@ -132,6 +132,8 @@ class InProcessStudents:
 class InProcessSession:
     """All roles of a run in this process. Implements `trainer.protocols.Session`."""
 
+    in_one_process = True
+
     def __init__(self, job: StudentJob, resolved: Resolved, *, observer: Observer) -> None:
         deadline_s = job.run.faults.score_timeout_s
         for plan in resolved.engines:

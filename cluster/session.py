@@ -49,6 +49,8 @@ CLOSE_TIMEOUT_S = 90.0  # more than the bounds of every role's own close togethe
 class RaySession:
     """Implements `trainer.protocols.Session`. Ray is up; `reserve` comes first, `close` last."""
 
+    in_one_process = False
+
     def __init__(
         self, job: StudentJob, resolved: Resolved, *, folder: RunFolder, observer: Observer, shared: bool = False
     ) -> None:

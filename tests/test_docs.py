@@ -45,6 +45,7 @@ SLURM_VERBS = "tests/launch/test_targets_slurm.py::test_a_submitted_job_is_follo
 
 BY_TEST = {
     r"make demo": "tests/e2e/test_vllm_runs.py::test_the_demo_learns_in_a_handful_of_steps_and_vllm_loads_its_student",
+    r"make demo-quick": "tests/e2e/test_vllm_runs.py::test_the_quick_demo_learns_with_one_engine",
     r"make test": "tests/test_house.py::test_ci_runs_the_test_command_of_the_readme",
     r"stillhouse check my-run.yaml --rows \d( --from \d+ --tokens)?": "tests/launch/test_shown_rows.py::"
     "test_the_command_check_prints_the_rows_before_its_verdict",

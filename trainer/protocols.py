@@ -258,6 +258,11 @@ class Session(Protocol):
     def students(self) -> StudentGroup: ...
 
     @property
+    def in_one_process(self) -> bool:
+        """Whether roles compute in this process: then one thing at a time."""
+        ...
+
+    @property
     def teachers(self) -> Mapping[str, TeacherPools]:
         """By name."""
         ...

@@ -32,6 +32,7 @@ from configs.schema import Run
 from trainer.build import check_build
 from trainer.data.vocabulary import SharedVocabulary
 from trainer.errors import Defect, LabelsLost, StudentsLost
+from trainer.imports import absent
 from trainer.protocols import Observer, SelfTestResult, StudentInfo
 from trainer.types import BlockRef, Evaluation, RankBatch, SoftLabelBlock, StepMetrics, StudentPlan, Unit
 
@@ -70,7 +71,8 @@ class RankActor:
     def build(self, job: StudentJob, place: RankPlace, world: int, address: str, port: int) -> StudentInfo:
         """Join the group and load the model; collective."""
         os.environ.update(runtime.student_environment(place, world=world, address=address, port=port))
-        from trainer.model.student import StudentRank
+        with absent("mlflow"):  # DeepSpeed's autotuner, which no run uses, imports all of it: 80 MB and seconds
+            from trainer.model.student import StudentRank
 
         self._device = runtime.device_of(job.plan.device_type, place.local_rank)
         runtime.enter_device(self._device)

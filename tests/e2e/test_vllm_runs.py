@@ -72,6 +72,29 @@ def test_the_demo_learns_in_a_handful_of_steps_and_vllm_loads_its_student(
     assert loaded.stdout.split()[-1] == "4"
 
 
+def test_the_quick_demo_learns_with_one_engine(
+    demo_models: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    settings = {
+        "folder": str(run),
+        "training.steps": "4",
+        "training.evaluate_every": "0",
+        "optimizer.warmup_steps": "1",
+        "data.evaluation.max_rows": "4",
+        "report.generate": "1",
+        "report.generate_tokens": "8",
+    }
+    arguments = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    monkeypatch.chdir(CHECKOUT)
+    result = stillhouse("train", "configs/demo-quick.yaml", *arguments, timeout_s=1200)
+    assert result.returncode == 0, result.stdout + result.stderr
+    before, after = records(run, "evaluation")
+    assert after["evaluation/forward_kl"] < 0.8 * before["evaluation/forward_kl"]
+    assert {event["role"] for event in events(run, "process")} == {"scorer-0", "student-0", "student-1"}
+    assert left_running(run) == []
+
+
 def test_a_killed_controller_takes_everything_with_it_and_the_run_goes_on(golden: Path, tmp_path: Path) -> None:
     """`golden` had two ranks as well, and a teacher in plain transformers."""
     config, run = tiny_run(tmp_path, {**SHARDED, "training": {"save_every": 2}}), tmp_path / "run"

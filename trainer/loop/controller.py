@@ -9,16 +9,16 @@ start roles -> self-tests -> held-out labels, evaluation, generations before -> 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.errors import ConfigError, Diverged, Preempted, StudentsLost
 from trainer.loop.checkpoint import Checkpoints, Committed
 from trainer.loop.held_out import HeldOut
 from trainer.loop.hooks import Checkpoint, CheckpointWriter, Evaluate
 from trainer.loop.scoring import UnitScorers, first_error
-from trainer.loop.start_checks import check_start
+from trainer.loop.start_checks import check_students, check_teachers
 from trainer.loop.supply import Supply
 from trainer.loop.train import Loops
 from trainer.protocols import Observer, SelfTestResult, Session, StudentInfo
@@ -88,26 +88,50 @@ class Controller:
         committed = await self._latest()
         self._observer.phase("starting teachers and students")
         await self._start(committed.folder if committed else None)
-        self._observer.phase("self-tests")
-        self.self_tests = await check_start(self._job, self._session, self._observer)
-        self._observer.phase("scoring held-out rows")
-        await self._held_out.prepare()
+        self._observer.phase("self-tests, scoring held-out rows")
+        await self._check_and_look(first=committed is None)
         step = 0
         if committed is not None:
             step = self.resumed_from = committed.state.step
             self._source.seek(committed.state.cursor)
             self.non_finite_steps = committed.state.non_finite_steps
             self._observer.event("resumed", from_step=step)
-        else:
-            self._observer.phase("evaluating the student before training")
-            try:
-                async with asyncio.TaskGroup() as looks:
-                    looks.create_task(self._held_out.look("before", 0))
-                    looks.create_task(self._held_out.ask_teacher())
-            except BaseExceptionGroup as group:
-                raise first_error(group) from None
         self._observer.phase("training")
         await self._train(step)
+
+    async def _check_and_look(self, *, first: bool) -> None:
+        """Self-tests; and while the test of the labels runs a teacher in this process, what else is asked of the others
+        before step 1. Students do one thing at a time.
+
+        `first`: nothing is trained yet, so the student is evaluated.
+        """
+        job, session, observer = self._job, self._session, self._observer
+        students = await check_students(job, session, observer)
+        labels, _ = await self._at_once(check_teachers(job, session, observer), self._held_out_rows(first=first))
+        self.self_tests = (*students, *labels)
+
+    async def _held_out_rows(self, *, first: bool) -> None:
+        await self._held_out.prepare()
+        if first:
+            self._observer.phase("testing labels, evaluating the student before training")
+            await self._at_once(self._held_out.look("before", 0), self._held_out.ask_teacher())
+
+    async def _at_once(self, *work: Coroutine[Any, Any, Any]) -> list[Any]:
+        """What each returns, or the error of the first that fails."""
+        limit = asyncio.Semaphore(1 if self._session.in_one_process else len(work))
+
+        async def within(one: Coroutine[Any, Any, Any]) -> Any:
+            async with limit:
+                return await one
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(within(one)) for one in work]
+        except BaseExceptionGroup as errors:
+            for one in work:
+                one.close()  # those that were not begun
+            raise first_error(errors) from None
+        return [task.result() for task in tasks]
 
     async def _start(self, checkpoint: Path | None) -> None:
         """Teachers and students load at the same time: start-up is mostly imports and weights."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from configs.labels import HELD_OUT, Labels, TopK
 from trainer.checks.label_check import check_labels, plan_check, teacher_lengths, teacher_truth
 from trainer.errors import SelfTestError
+from trainer.heap import give_back
 from trainer.protocols import Observer, SelfTestResult, Session
 from trainer.types import Sequence
 
@@ -17,12 +18,22 @@ if TYPE_CHECKING:
     from trainer.loop.job import Job
 
 
-async def check_start(job: Job, session: Session, observer: Observer) -> tuple[SelfTestResult, ...]:
-    """Raises `SelfTestError` where labels, packing, loss or collectives are wrong on this machine."""
+async def check_students(job: Job, session: Session, observer: Observer) -> tuple[SelfTestResult, ...]:
+    """Raises `SelfTestError` where packing, loss or collectives are wrong on this machine."""
     if job.skip_self_test:
         observer.event("self_test_skipped")
         return ()
-    results = (*await session.students.self_test(), *await _check_labels(job, session))
+    return _passed(await session.students.self_test(), observer)
+
+
+async def check_teachers(job: Job, session: Session, observer: Observer) -> tuple[SelfTestResult, ...]:
+    """Raises `SelfTestError` where labels are wrong on this machine. Asks nothing of the students."""
+    if job.skip_self_test:
+        return ()
+    return _passed(await _check_labels(job, session), observer)
+
+
+def _passed(results: tuple[SelfTestResult, ...], observer: Observer) -> tuple[SelfTestResult, ...]:
     for result in results:
         observer.event("self_test", test=result.name, passed=result.passed, numbers=result.numbers)
     failed = [f"{result.name}: {result.numbers}" for result in results if not result.passed]
@@ -65,6 +76,7 @@ async def _check_teacher(
     head, logits = await asyncio.to_thread(
         teacher_truth, unit, model, vocabulary_size=job.inputs.vocabulary.size, dtype=dtype
     )
+    give_back()  # the whole teacher was here for a moment
     return check_labels(
         unit,
         hidden=await asyncio.to_thread(session.read_block, hidden),

@@ -1,0 +1,32 @@
+"""What a rank imports, and what it need not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from trainer.imports import absent
+
+
+def test_an_absent_module_cannot_be_imported_inside_and_can_after() -> None:
+    with absent("colorsys"), pytest.raises(ModuleNotFoundError):
+        import colorsys
+    import colorsys
+
+    assert colorsys.rgb_to_hsv(0, 0, 0) == (0, 0, 0)
+    with absent("colorsys"):
+        import colorsys as again
+
+        assert again is colorsys, "what was imported before stays"
+
+
+def test_deepspeed_does_not_bring_mlflow_into_a_rank() -> None:
+    code = (
+        "import sys; from trainer.imports import absent\n"
+        "with absent('mlflow'): import trainer.model.student\n"
+        "print('mlflow' in sys.modules, 'deepspeed' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert result.stdout.split()[-2:] == ["False", "True"], result.stderr
