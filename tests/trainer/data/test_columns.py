@@ -88,7 +88,17 @@ def test_what_a_refusal_tells_to_write_reads_the_row(
     assert (read.messages if isinstance(read, ChatRow) else read.text) == expected
 
 
+def test_a_question_alone_is_one_for_the_teacher(tmp_path: Path) -> None:
+    row = {"problem": "a"}
+    with pytest.raises(DataError) as caught:
+        rows_of(tmp_path, row)
+    written = str(caught.value).rpartition("by the teacher write ")[2]
+    assert written == "format: question_answer, columns: {question: problem}"
+    read = row_of(tmp_path, row, needs_answer=False, **YAML(typ="safe").load(f"{{{written}}}"))
+    assert (read.messages, read.answered) == (TALK[:1], False)
+
+
 def test_a_refusal_that_knows_no_field_says_how_they_are_mapped(tmp_path: Path) -> None:
-    for row in ({"title": "a"}, {"problem": "a"}, {"a\x00": [1]}, {"list": [{"role": "user"}]}):
+    for row in ({"title": "a"}, {"a\x00": [1]}, {"list": [{"role": "user"}]}):
         with pytest.raises(DataError, match=r"mapped, as with columns: \{question: problem, answer: solution\}"):
             rows_of(tmp_path, row)

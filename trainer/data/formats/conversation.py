@@ -117,6 +117,8 @@ def _check_calls(turns: AbstractSequence[Turn], tools: Tools | None) -> None:
     """Raises `RowProblem` for calls of tools that the row does not name, and for results that belong to no call."""
     known = names_of(tools or ())
     for index, turn in enumerate(turns):
+        if turn.calls and turn.role != "assistant":
+            raise RowProblem(f"{turn.place}: calls tools, and only assistant turns do; its role is {turn.said!r}")
         for number, call in enumerate(turn.calls):
             name = call["function"]["name"]
             if tools is None:

@@ -23,6 +23,11 @@ def columns_for(row: Mapping[str, Any]) -> str:
         )
     if answered:
         return f"to learn {_shown(answered)} as plain text write columns: {{text: {_shown(answered)}}}"
+    if asked:
+        return (
+            f"to have {_shown(asked)} answered by the teacher write format: question_answer, columns: {{question: "
+            f"{_shown(asked)}}}"
+        )
     return _ANY
 
 

@@ -152,6 +152,10 @@ def test_a_prompt_may_end_with_a_result(tmp_path: Path) -> None:
             talk(calling(CALL, function_call={"name": "weather"})),
             "messages[1].tool_calls: messages[1].function_call has calls too",
         ),
+        (
+            {"messages": [{**USER, "tool_calls": [CALL]}, ANSWER], "tools": [TOOL]},
+            "messages[0]: calls tools, and only assistant turns do; its role is 'user'",
+        ),
         (talk({"role": "assistant", "content": None}), "messages[1].content: must be text, not null"),
         (
             talk(ANSWER, tools=[{"type": "retrieval", "function": FUNCTION}]),
