@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hollow_models import LLAMA_1B, LLAMA_8B, hollow_folder
@@ -18,6 +19,7 @@ GIB = 2**30
 LAPTOP = Node("laptop", num_cpus=4, memory_bytes=8 * GIB)
 H100S = Node("big", num_cpus=64, gpus=("H100",) * 8, memory_bytes=1000 * GIB)
 L4S = Node("small", num_cpus=64, gpus=("L4",) * 8, memory_bytes=1000 * GIB)
+DISK = SimpleNamespace(total=10**12, used=0, free=10**12)
 Said = Callable[..., tuple[int, str]]
 
 
@@ -34,6 +36,7 @@ def said(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     """What `check` returns and prints of a run on a machine."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("psutil.swap_memory", lambda: type("Swap", (), {"total": 0}))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: DISK)
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(ROW)}\n" * 3)
 
     def look(machine: Node, student: Path, teacher: Path, *overrides: str) -> tuple[int, str]:

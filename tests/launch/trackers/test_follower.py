@@ -166,8 +166,9 @@ def test_a_tracker_that_hangs_costs_a_bounded_time_at_the_end_and_leaves_no_proc
     monkeypatch.setattr(trackers, "CLOSE_S", 5.0)
     (tmp_path / "trouble").write_text("hang")
     run, folder = run_with(trouble=str(tmp_path / "trouble"))
+    before = set(psutil.Process().children())
     with Trackers(run, folder, goes_on=False, tell=told.append) as followers:
-        (child,) = psutil.Process().children()
+        (child,) = set(psutil.Process().children()) - before
         log = MetricsLog(folder, rewound=followers.rewound)
         began = time.monotonic()
         for number in range(1, 2001):
