@@ -1,9 +1,10 @@
 """What a process of each kind has in memory before it holds a model: the interpreter, its libraries, what they start.
 
 Measured, since no formula gives it. On hosts: 2026-11-29, 2 cores with AVX-512, Python 3.11, torch 2.13, the column
-"process alone" of
+"process alone" of the first command; the controller's is between that and the second's
 
     python -m benchmarks memory configs/demo.yaml --small --set training.steps=6
+    python -m benchmarks memory configs/demo.yaml --set training.steps=5
 
 On GPUs: estimates that were not measured.
 """
@@ -22,7 +23,7 @@ ENGINE_BASE: Mapping[str, Mapping[Accelerator, int]] = {
     "vllm": {CPU: 570 * _MB, GPU: 4000 * _MB},
     "hf": {CPU: 600 * _MB, GPU: 3000 * _MB},
 }
-CONTROLLER_BASE = 960 * _MB
+CONTROLLER_BASE = 1100 * _MB
 RAY_BASE = 900 * _MB  # all of its processes together
 # fmt: on
 
