@@ -23,7 +23,7 @@ ENGINE_BASE: Mapping[str, Mapping[Accelerator, int]] = {
     "vllm": {CPU: 570 * _MB, GPU: 4000 * _MB},
     "hf": {CPU: 600 * _MB, GPU: 3000 * _MB},
 }
-CONTROLLER_BASE = 1100 * _MB
+CONTROLLER_BASE = 1200 * _MB
 RAY_BASE = 900 * _MB  # all of its processes together
 # fmt: on
 
