@@ -396,7 +396,7 @@ def test_a_row_that_no_teacher_is_routed_to_is_named_with_its_line(said: Said) -
     assert code == 3
     assert "run.yaml:15: tasks.mixed.prompts: 2 of 3 rows cannot be used\n" in text
     assert "mixed.jsonl:2: domain: is 'prose', which is not in route.map (there are: python, verse)" in text
-    assert "mixed.jsonl:3: domain: " in text
+    assert "(there are: python, verse) (1 more: mixed.jsonl:3)" in text
 
 
 @pytest.mark.parametrize(
