@@ -7,6 +7,7 @@ its logits never exist whole (`StudentModule`).
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -100,6 +101,11 @@ def _open_head(head: torch.nn.Module) -> None:
     head.forward = forward
 
 
+LOADING = threading.RLock()
+"""Held while transformers builds or loads a model: meanwhile it switches the tying of weights off for the whole
+process, and a model that another thread builds just then would have its head apart from its embedding."""
+
+
 def load_config(source: ModelSource, *, role: str) -> Any:
     """The transformers configuration of a model. Raises `ConfigError` naming `role` (such as "student.model")."""
     refuse_absurd_sizes(source, role=role)
@@ -112,7 +118,8 @@ def load_config(source: ModelSource, *, role: str) -> Any:
 def build_on_meta(source: ModelSource, config: Any, *, role: str, **options: Any) -> PreTrainedModel:
     """The model that a configuration describes, of tensors with a shape and no memory. Raises `ConfigError` for what
     is no causal language model or cannot be built; `options` are those of transformers' `from_config`."""
-    with foreign_errors(f"{role}: {source.path} is no causal language model for transformers"), torch.device("meta"):
+    doing = f"{role}: {source.path} is no causal language model for transformers"
+    with LOADING, foreign_errors(doing), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code, **options)
 
 
@@ -122,14 +129,15 @@ def load_causal(source: ModelSource, *, role: str, **options: Any) -> PreTrained
     Raises `ConfigError` naming `role` for a folder that lacks a tensor, which transformers would fill with random
     numbers, and whatever transformers raises: the border is the caller's.
     """
-    causal, info = AutoModelForCausalLM.from_pretrained(
-        source.path,
-        revision=source.revision,
-        trust_remote_code=source.trust_remote_code,
-        use_safetensors=True,  # other formats are pickles, which run code when they are read
-        output_loading_info=True,
-        **options,
-    )
+    with LOADING:
+        causal, info = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            use_safetensors=True,  # other formats are pickles, which run code when they are read
+            output_loading_info=True,
+            **options,
+        )
     refuse_missing(info["missing_keys"], causal, role=role, place=source.path)
     return causal
 
