@@ -41,6 +41,8 @@ _IN_TURNS = _ALWAYS | {
 }
 _OTHER_WEIGHTS = ("loss_weight", "loss_scale", "sample_weight")
 _LARGEST_WEIGHT = 1e6
+_NO_NUMBERS = " (this one is text, as all cells of a CSV file are: write such rows as JSON lines or parquet)"
+_GOOD = ("label", "kto_tag")  # of TRL and LLaMA-Factory: whether the answer is a good one
 _ANSWERS = ("chosen", "response", "answer", "output")
 _OTHER_FORMATS = (
     (("segments",), "axolotl's segments: write prompt and completion"),
@@ -56,8 +58,9 @@ def refuse_row_fields(value: Mapping[str, Any], *, row_format: str) -> None:
     for field in _OTHER_WEIGHTS:
         if value.get(field) is not None and value[field] != 1:
             raise RowProblem(f"{field}: is not read, here it is {value[field]!r}; the weight of a row is named weight")
-    if value.get("label") is False and row_format not in ("text", "prompt"):
-        raise RowProblem("label: false marks an answer that must not be learnt; leave such rows out")
+    for field in _GOOD:
+        if _is_false(value.get(field)) and row_format not in ("text", "prompt"):
+            raise RowProblem(f"{field}: false marks an answer that must not be learnt; leave such rows out")
 
 
 def row_weight(value: Mapping[str, Any], *, pairs: bool) -> float:
@@ -68,11 +71,15 @@ def row_weight(value: Mapping[str, Any], *, pairs: bool) -> float:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= _LARGEST_WEIGHT:
         raise RowProblem(
             f"weight: must be a number above 0 and up to {_LARGEST_WEIGHT:.0f}, not {ascii(weight)[:40]}; leave out "
-            "rows that are not to be learnt"
+            f"rows that are not to be learnt{_NO_NUMBERS if isinstance(weight, str) else ''}"
         )
     if pairs:
         raise RowProblem(f"weight: a pair of answers cannot be weighted, here it is {weight!r}; remove the field")
     return float(weight)
+
+
+def _is_false(value: Any) -> bool:
+    return value is False or (isinstance(value, str) and value.strip().lower() == "false")
 
 
 def refuse_unread_answer(value: Mapping[str, Any]) -> None:

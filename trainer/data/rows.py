@@ -11,6 +11,7 @@ are an error: which is meant, the configuration must say.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from trainer.data.formats.single_turn import ALPACA, DOLLY, QUERY_RESPONSE, QUES
 from trainer.data.formats.values import RowProblem
 from trainer.data.order import Order, Permuted
 from trainer.data.raw_rows import Chosen, RawRows
-from trainer.data.row import Row, preview
+from trainer.data.row import PreferenceRow, Row, TextRow, preview
 from trainer.data.row_fields import other_format, refuse_row_fields, row_weight
 from trainer.data.row_files import open_raw_rows
 from trainer.data.stream_files import stream_files
@@ -82,9 +83,15 @@ class Rows:
     def title(self) -> str:
         """What people call the format, and whether its rows are text that no chat template is put around."""
         title = FORMATS[self.format].title
-        first = next((self.columns.apply(row) for row in _first_rows(self.raw)), {})
-        is_text = "prompt" in self.format or self.format == "preference"
-        return f"{title}, without the chat template" if is_text and isinstance(first.get("prompt"), str) else title
+        first = next(self._parsed(), None)
+        is_text = isinstance(first.chosen if isinstance(first, PreferenceRow) else first, TextRow)
+        return f"{title}, without the chat template" if is_text else title
+
+    def _parsed(self) -> Iterator[Row]:
+        """Those of the first rows that can be read."""
+        for row in range(min(len(self), _SEARCHED_ROWS)):
+            with suppress(BadRow):
+                yield self.read(row, needs_answer=False)
 
     def read(self, row: int, *, needs_answer: bool) -> Row:
         """Raises `BadRow` naming place and field. Without `needs_answer` a missing answer is no mistake."""

@@ -188,7 +188,11 @@ def test_an_answer_may_count_more_or_less_than_others(tmp_path: Path) -> None:
         ({**GOOD, "weight": -0.5}, "weight: must be a number above 0"),
         ({**GOOD, "weight": float("nan")}, "weight: must be a number above 0"),
         ({**GOOD, "weight": 1e7}, "weight: must be a number above 0"),
-        ({**GOOD, "weight": "0.5"}, "weight: must be a number above 0"),
+        (
+            {**GOOD, "weight": "0.5"},
+            "weight: must be a number above 0 and up to 1000000, not '0.5'; leave out rows that are not to be learnt "
+            "(this one is text, as all cells of a CSV file are",
+        ),
         ({**GOOD, "weight": False}, "weight: must be a number above 0"),
         ({**GOOD, "loss_weight": 0.3}, "loss_weight: is not read, here it is 0.3; the weight of a row is named weight"),
         ({"prompt": "a", "chosen": " b", "rejected": " c", "weight": 0.5}, "weight: a pair of answers cannot be"),
@@ -202,6 +206,8 @@ def test_an_answer_may_count_more_or_less_than_others(tmp_path: Path) -> None:
             {"prompt": "a", "response": " b"},
             "response: looks like the answer, and only completion is read; write columns: {completion: response}",
         ),
+        ({"prompt": "a", "completion": " b", "label": "False"}, "label: false marks an answer that must not be"),
+        ({"instruction": "a", "output": "b", "kto_tag": False}, "kto_tag: false marks an answer that must not be"),
         ({**GOOD, "label": False}, "label: false marks an answer that must not be learnt"),
         ({**GOOD, "history": [["a", "b"]]}, "history: is not read here; write the earlier turns into messages"),
         ({**GOOD, "rejected_response": "c"}, "rejected_response: belongs to a pair of a better and a worse answer"),

@@ -18,7 +18,7 @@ from trainer.data.formats.messages import SHAREGPT_FIELDS, sharegpt_turns
 from trainer.data.formats.prompt import ending_with_a_question, read_pair
 from trainer.data.formats.single_turn import NAMES
 from trainer.data.formats.turn import Turn, plain_turn
-from trainer.data.formats.turns import role_named, turn_of, turns_of
+from trainer.data.formats.turns import role_named, talk_of, turn_of, turns_of
 from trainer.data.formats.values import RowProblem, kind_of, text_of
 from trainer.data.row import ChatRow, PreferenceRow, TextRow
 
@@ -48,6 +48,7 @@ def _read(row: Mapping[str, Any], needs_answer: bool) -> PreferenceRow:
         if row.get(name) is None:
             found = "null" if name in row else "missing"
             raise RowProblem(f"{name}: is {found}; a preference has prompt, chosen and rejected")
+    row = {**row, **{name: talk_of(name, row[name]) for name in pair}}
     if all(_begins_with_a_question(row[name]) for name in pair):
         chosen, rejected = _whole_conversations(row, pair)
     else:
@@ -92,7 +93,7 @@ def _given(turns: list[Turn], num_given: int) -> list[Turn]:
 
 def _check_prompt(row: Mapping[str, Any], alike: list[Turn], pair: Pair) -> None:
     """Raises `RowProblem` where a prompt beside whole conversations is not in what they have in common."""
-    prompt = row.get("prompt")
+    prompt = talk_of("prompt", row.get("prompt"))
     if isinstance(prompt, list):
         agrees = [turn.message for turn in turns_of("prompt", prompt)] == [turn.message for turn in alike]
     else:

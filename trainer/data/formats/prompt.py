@@ -8,7 +8,7 @@ from typing import Any
 from trainer.data.formats.conversation import conversation
 from trainer.data.formats.format import Format
 from trainer.data.formats.turn import Turn
-from trainer.data.formats.turns import turns_of
+from trainer.data.formats.turns import talk_of, turns_of, written_answer
 from trainer.data.formats.values import RowProblem, field_of, is_absent, text_of
 from trainer.data.row import ChatRow, CorpusRow, Row, TextRow
 from trainer.data.row_fields import refuse_unread_answer
@@ -34,10 +34,11 @@ def _read(row: Mapping[str, Any], completion: Any, *, needs_answer: bool) -> Row
 
 
 def read_pair(row: Mapping[str, Any], answer: Any, *, name: str) -> ChatRow | TextRow:
-    """The prompt of a row with an answer, null for none, whose field has this name."""
-    prompt = field_of(row, "prompt")
+    """The prompt of a row with an answer, null for none, whose field has this name. Messages may be JSON text."""
+    prompt = talk_of("prompt", field_of(row, "prompt"))
     if not isinstance(prompt, list):
-        return _text_pair(row, answer, name=name)
+        return _text_pair(row, written_answer(name, answer), name=name)
+    answer = talk_of(name, answer)
     turns = ending_with_a_question(turns_of("prompt", prompt))
     if answer is None:
         return conversation(turns, row, needs_answer=False, num_given=len(turns), name="prompt")

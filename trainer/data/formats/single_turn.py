@@ -19,6 +19,7 @@ from typing import Any
 from trainer.data.formats.conversation import conversation
 from trainer.data.formats.format import Format
 from trainer.data.formats.turn import Turn, plain_turn
+from trainer.data.formats.turns import is_talk, written_answer
 from trainer.data.formats.values import RowProblem, field_of, is_absent, json_of, kind_of, text_of
 from trainer.data.row import Row
 
@@ -46,12 +47,19 @@ class Names:
                 raise RowProblem(f"{self.answer}: {found}, and answers are needed here")
             num_given = len(turns)
         else:
-            turns.append(plain_turn("assistant", self.answer, text_of(self.answer, row[self.answer])))
+            answer = written_answer(self.answer, row[self.answer])
+            turns.append(plain_turn("assistant", self.answer, text_of(self.answer, answer)))
         return conversation(turns, row, needs_answer=needs_answer, num_given=num_given, name=self.answer)
 
     def question(self, row: Mapping[str, Any]) -> list[Turn]:
         """The turns before the answer."""
         text = text_of(self.asked, field_of(row, self.asked))
+        if is_talk(text):
+            raise RowProblem(
+                f"{self.asked}: is a conversation as JSON text, whose JSON would be the question; write columns: "
+                f"{{messages: {self.asked}}} where it has its answer, else {{prompt: {self.asked}, completion: "
+                f"{self.answer}}}"
+            )
         about = [name for name in _ABOUT if not is_absent(row.get(name))]
         if about and self.asked != "instruction":
             raise RowProblem(

@@ -6,6 +6,7 @@ the names that its row has for it, for messages.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ LLaMA-Factory, ms-swift), Gemini's `model`, Llama's `ipython`."""
 _BY_NAME = {name: role for role, names in _ROLES.items() for name in names}
 
 _LIST = "a list of {role, content} messages"
+_TALK = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
+_SPEAKER = re.compile(r"""["'](role|from)["']\s*:\s*["'](\w+)["']""")
 
 
 def turns_of(name: str, value: Any) -> list[Turn]:
@@ -43,6 +46,29 @@ def turns_of(name: str, value: Any) -> list[Turn]:
     if len(value) > MAX_TURNS:
         raise RowProblem(f"{name}: has {len(value)} turns, the limit is {MAX_TURNS}; split the conversation")
     return [turn_of(f"{name}[{index}]", message) for index, message in enumerate(value)]
+
+
+def talk_of(name: str, value: Any) -> Any:
+    """The turns that JSON text says, as a column of a CSV file has them; everything else as it is. Raises `RowProblem`
+    for turns in Python's notation."""
+    return json_of(name, value, what=_LIST) if is_talk(value) else value
+
+
+def is_talk(value: Any) -> bool:
+    """Whether a value is text that is a list of turns written out."""
+    return isinstance(value, str) and _TALK.match(value) is not None and _SPEAKER.search(value) is not None
+
+
+def written_answer(place: str, value: Any) -> Any:
+    """An answer as it is, which may be a conversation written out where that is what was asked for. Raises `RowProblem`
+    for one that is messages of an assistant alone: their JSON would be learnt."""
+    if is_talk(value) and all(
+        role_named(found[2]) in ("assistant", "tool", "call") for found in _SPEAKER.finditer(value)
+    ):
+        raise RowProblem(
+            f"{place}: is messages as JSON text, and what they answer is text; write both as messages, or both as text"
+        )
+    return value
 
 
 def role_named(said: str) -> str | None:

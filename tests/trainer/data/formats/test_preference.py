@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,17 @@ SAME = {
         "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
         "preferred_output": [GOOD],
         "non_preferred_output": [BAD],
+    },
+    "explicit, as JSON text": {
+        "prompt": json.dumps([USER]),
+        "chosen": json.dumps([GOOD]),
+        "rejected": json.dumps([BAD]),
+    },
+    "implicit, as JSON text": {"chosen": json.dumps([USER, GOOD]), "rejected": json.dumps([USER, BAD])},
+    "a question with messages as JSON text": {
+        "question": "What drips?",
+        "chosen": json.dumps([GOOD]),
+        "rejected": json.dumps([BAD]),
     },
     "a question with two answers": {"question": "What drips?", "chosen": "The still.", "rejected": "Nothing."},
 }
@@ -125,3 +137,13 @@ def test_answers_may_call_tools(tmp_path: Path) -> None:
     read = row_of(tmp_path, row)
     assert read.chosen.tools == read.rejected.tools == tuple(tools)
     assert read.chosen.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
+def test_messages_written_as_json_do_not_answer_a_text(tmp_path: Path) -> None:
+    row = {"prompt": "What drips?", "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD])}
+    assert problem_of(tmp_path, row).startswith("chosen: is a list of messages but prompt is text")
+
+
+def test_whole_conversations_beside_a_text_are_rendered_with_the_template(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, {"prompt": "What drips?", "chosen": [USER, GOOD], "rejected": [USER, BAD]})
+    assert rows.title == "preference pairs"

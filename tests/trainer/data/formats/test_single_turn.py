@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,14 @@ def test_an_answer_that_is_to_be_written_may_be_empty(tmp_path: Path, answer: di
             "context: is not read beside question; write columns: {instruction: question, context: context, output: ",
         ),
         ({"instruction": "a", "input": "x", "context": "y", "output": "b"}, "context: input says what the instruction"),
+        (
+            {"question": json.dumps(talk("a")), "answer": "b"},
+            "question: is a conversation as JSON text, whose JSON would be the question; write columns: {messages:",
+        ),
+        (
+            {"question": "a", "answer": json.dumps([{"role": "assistant", "content": "b"}])},
+            "answer: is messages as JSON text, and what they answer is text",
+        ),
         ({"question": "a", "answer": {"text": ["b"]}}, "answer: must be text, not an object"),
         (
             {"query": "a", "response": "b", "history": [["c"]]},
@@ -109,3 +118,17 @@ def test_a_row_that_may_be_read_in_two_ways_is_refused_with_both(tmp_path: Path)
 def test_plain_text_is_what_has_no_other_format(tmp_path: Path) -> None:
     row = {"instruction": "a", "output": "b", "text": "Below is an instruction"}
     assert row_of(tmp_path, row, format="text") == CorpusRow("Below is an instruction")
+
+
+def test_an_answer_that_is_a_conversation_written_out_is_learnt_as_it_stands(tmp_path: Path) -> None:
+    written = json.dumps(talk("a", "b"))
+    assert row_of(tmp_path, {"instruction": "Write a talk.", "output": written}).messages[1]["content"] == written
+    assert row_of(tmp_path, {"prompt": "A talk:", "completion": written}) == TextRow("A talk:", written)
+
+
+def test_a_prompt_and_its_completion_may_be_json_text(tmp_path: Path) -> None:
+    asked, answer = talk("a", "b")
+    row = {"prompt": json.dumps([asked]), "completion": json.dumps([answer])}
+    assert row_of(tmp_path, row) == ChatRow((asked, answer), 1)
+    assert row_of(tmp_path, {"prompt": row["prompt"]}, needs_answer=False) == ChatRow((asked,), 1)
+    assert "this is Python's notation" in problem_of(tmp_path, {"prompt": str([asked]), "completion": "b"})
