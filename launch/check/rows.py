@@ -127,29 +127,32 @@ def _dataset(
 
     yield attempt(subject, read, say)
     if reports and reports[0].num_ok:
-        report = reports[0]
-        if source.training and run.training.epochs is not None:
-            steps = partial(total_steps, run, rows_per_epoch=report.num_rows)
-            yield attempt("steps", steps, lambda: _epochs(run, steps(), rows=report.num_rows))
-        if report.problems and run.data.on_bad_row == "skip":
-            yield warning(subject, bad_rows(place, report))
-        if report.num_special and run.data.special_tokens_in_text == "warn":
-            text = (
-                f"{report.num_special} of {report.num_checked} rows contain special tokens in their text, which become "
-                f"control tokens: {report.first_special}; write data.special_tokens_in_text: escape to read them as "
-                "plain text, or allow where they are meant"
-            )
-            yield warning(subject, f"{place}: {text}")
-        if report.num_split:
-            text = (
-                f"{report.num_split} conversations became {report.num_of_split} sequences: the template rewrites "
-                "earlier turns, so each answer is learnt behind the text that it was asked with; loss_on: last learns "
-                "the last one alone"
-            )
-            yield warning(subject, f"{place}: {text}")
-        if report.num_dropped or report.num_truncated:
-            text = f"{report.num_dropped} rows are too long and dropped, {report.num_truncated} truncated"
-            yield warning(subject, f"{place}: {text}")
+        yield from _remarks(run, source, reports[0])
+
+
+def _remarks(run: Run, source: _Source, report: RowReport) -> Iterator[Finding]:
+    """What a person should know of rows that can be trained."""
+    if source.training and run.training.epochs is not None:
+        steps = partial(total_steps, run, rows_per_epoch=report.num_rows)
+        yield attempt("steps", steps, lambda: _epochs(run, steps(), rows=report.num_rows))
+    texts = []
+    if report.num_special and run.data.special_tokens_in_text == "warn":
+        texts.append(
+            f"{report.num_special} of {report.num_checked} rows contain special tokens in their text, which become "
+            f"control tokens: {report.first_special}; write data.special_tokens_in_text: escape to read them as "
+            "plain text, or allow where they are meant"
+        )
+    if report.num_split:
+        texts.append(
+            f"{report.num_split} conversations became {report.num_of_split} sequences: the template rewrites "
+            "earlier turns, so each answer is learnt behind the text that it was asked with; loss_on: last learns "
+            "the last one alone"
+        )
+    if report.num_dropped or report.num_truncated:
+        texts.append(f"{report.num_dropped} rows are too long and dropped, {report.num_truncated} truncated")
+    if report.problems and run.data.on_bad_row == "skip":
+        yield warning(source.subject, bad_rows(source.place, report))
+    yield from (warning(source.subject, f"{source.place}: {text}") for text in texts)
 
 
 def _options(dataset: Dataset) -> str:

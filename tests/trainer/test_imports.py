@@ -10,7 +10,8 @@ import pytest
 from trainer.imports import absent
 
 
-def test_an_absent_module_cannot_be_imported_inside_and_can_after() -> None:
+def test_an_absent_module_cannot_be_imported_inside_and_can_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     with absent("colorsys"), pytest.raises(ModuleNotFoundError):
         import colorsys
     import colorsys
