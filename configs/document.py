@@ -19,7 +19,7 @@ from ruamel.yaml.error import YAMLError
 from configs.errors import ConfigError
 from configs.keys import KeyPath, dotted, tag_at
 from configs.refusal import did_you_mean
-from configs.secrets import find_secret, without_secrets
+from configs.secrets import find_secret, without_named_secrets, without_secrets
 
 MAX_DEPTH = 32
 MAX_VALUES = 20_000
@@ -86,7 +86,7 @@ def read_document(
     for number, override in enumerate(overrides):
         name, equals, text = override.partition("=")
         parts = _parts(document.tree, name.strip())
-        origin = Origin(f"{option} {show(without_secrets(override), str, longest=200)}", (1, number))
+        origin = Origin(f"{option} {show(without_named_secrets(override), str, longest=200)}", (1, number))
         try:
             if not equals or not all(parts):
                 example = ", for example --set training.steps=100" if option == "--set" else ""

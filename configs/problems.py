@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from configs.document import Document, Problem, show
 from configs.keys import Key, KeyPath, dotted, keys_of, unknown_key
 from configs.refusal import did_you_mean
+from configs.secrets import MASK, says_secret
 from configs.section import NAME
 
 PLAINLY = {
@@ -52,6 +53,8 @@ def find_problems(document: Document, error: ValidationError, model: type[BaseMo
     problems = list(document.problems)
     for (path, _), (value, text) in found.items():
         shown = None if isinstance(value, dict | BaseModel | None) else show(value)
+        if shown is not None and path and says_secret(str(path[-1])):
+            shown = MASK
         problems.append(Problem(document.origin(path), path, shown, text + _hints(path, value, text, keys)))
     return problems
 

@@ -23,7 +23,9 @@ _WEBHOOK = re.compile(  # whoever knows the address may write there
     r"|(?<=\.webhook\.office\.com/)[^\s'\"]+"
     r"|(?<=://hooks\.zapier\.com/)[^\s'\"]+"
 )
-_SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API_?|ACCESS_|PRIVATE_)KEY)$", re.IGNORECASE)
+_NAMES = r"(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(?:API_?|ACCESS_|PRIVATE_)KEY)"
+_SECRET_NAME = re.compile(f"{_NAMES}$", re.IGNORECASE)
+_NAMED_VALUE = re.compile(rf"({_NAMES}[\"']?\s*[:=]\s*)(?:\"[^\"]*\"|'[^']*'|[^\s,\[\]{{}}\"']+)", re.IGNORECASE)
 
 
 def find_secret(text: str) -> str | None:
@@ -49,7 +51,17 @@ def without_secrets(text: str, *, environment: Mapping[str, str] | None = None) 
     return text
 
 
+def says_secret(name: str) -> bool:
+    """Whether a key of this name holds a secret: `api_key`, `HF_TOKEN`."""
+    return _SECRET_NAME.search(name) is not None
+
+
+def without_named_secrets(setting: str) -> str:
+    """A setting as it was typed, `trackers=[{kind: wandb, api_key: ...}]`, with `***` for what such keys hold."""
+    return _NAMED_VALUE.sub(rf"\1{MASK}", without_secrets(setting))
+
+
 def secret_values(environment: Mapping[str, str]) -> list[str]:
     """Values of the variables whose names say secret, longest first, so that no part of one is left behind."""
-    found = {v for name, v in environment.items() if _SECRET_NAME.search(name) and len(v) >= MIN_SECRET_CHARACTERS}
+    found = {v for name, v in environment.items() if says_secret(name) and len(v) >= MIN_SECRET_CHARACTERS}
     return sorted(found, key=lambda value: (-len(value), value))

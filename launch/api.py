@@ -87,6 +87,8 @@ def load_run(folder: str | Path) -> RunResult:
 @contextmanager
 def _written(config: Config, overrides: Mapping[str, Any] | None) -> Iterator[_Named]:
     """Inside, the arguments of a command that name the configuration."""
+    if not isinstance(overrides, Mapping | None):
+        raise ConfigError(f'overrides are a mapping, for example {{"training.steps": 20}}; these are {overrides!r:.60}')
     changes = [f"{key}={_json(value)}" for key, value in (overrides or {}).items()]
     if isinstance(config, str | Path):
         yield _Named(Path(config), changes, hidden="")

@@ -15,7 +15,12 @@ class Tracker(TensorBoard):
     """The folder of the event files."""
 
     def reach(self) -> None:
-        """A folder answers."""
+        if self.folder is not None:
+            from cluster.preflight.machine import writable  # for `check`: the process that writes needs none of it
+
+            found = writable("folder", self.folder)
+            if found.fatal:
+                raise OSError(found.text)
 
     def begin(self, run: RunFacts) -> EventFiles:
         return EventFiles(self.folder or run.folder / "tensorboard", run)

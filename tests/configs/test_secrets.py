@@ -8,7 +8,7 @@ import pytest
 
 from configs.errors import ConfigError
 from configs.load import load_run
-from configs.secrets import find_secret, secret_values, without_secrets
+from configs.secrets import find_secret, secret_values, without_named_secrets, without_secrets
 
 KEY = "hf_" + "Ab1" * 12
 SECRETS = [
@@ -68,3 +68,26 @@ def test_a_configuration_with_a_secret_is_refused_without_showing_it(
     assert "prompts.path" in message
     assert "environment variable" in message
     assert message.startswith(f"{file}: 1 problem")
+
+
+@pytest.mark.parametrize("key", ["api_key", "password", "WANDB_API_KEY", "access_token"])
+@pytest.mark.parametrize("by_override", [False, True])
+def test_what_a_key_named_as_a_secret_holds_is_not_shown(tmp_path: Path, key: str, by_override: bool) -> None:
+    file = tmp_path / "run.yaml"
+    tracker = f"{{kind: wandb, {key}: plain0123456789words}}"
+    file.write_text(
+        "name: x\nstudent: {model: {path: a}}\nteacher: {model: {path: b}}\nprompts: {path: rows.jsonl}\n"
+        "labels: topk\ntraining: {steps: 3}\n" + (f"trackers: [{tracker}]\n" if not by_override else "")
+    )
+    with pytest.raises(ConfigError) as refused:
+        load_run(file, [f"trackers=[{tracker}]"] if by_override else [])
+    message = str(refused.value)
+    assert "plain0123456789words" not in message
+    assert f"trackers.0.{key} = ***" in message
+    assert f"unknown key '{key}'" in message
+
+
+def test_settings_that_hold_no_secret_are_shown_as_they_were_typed() -> None:
+    for typed in ("labels={kind: token}", "answers.max_new_tokens=64", "data.special_tokens_in_text=escape"):
+        assert without_named_secrets(typed) == typed
+    assert without_named_secrets("a={api_key: 'two words', project: x}") == "a={api_key: ***, project: x}"

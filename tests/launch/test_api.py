@@ -152,6 +152,8 @@ def test_an_override_may_be_a_path_and_nothing_that_no_file_could_say(tmp_path: 
         api.distil(tiny_run(tmp_path), {"training.steps": Path("/nowhere")}, log=pytest.fail)
     with pytest.raises(api.ConfigError, match="is of type set"):
         api.distil(tiny_run(tmp_path), {"training.steps": {3}}, log=pytest.fail)
+    with pytest.raises(api.ConfigError, match=r"overrides are a mapping.*these are 'training\.steps=3'"):
+        api.distil(tiny_run(tmp_path), "training.steps=3", log=pytest.fail)
 
 
 def test_an_adapter_answers_on_its_base(adapted: tuple[RunFolder, torch.Tensor]) -> None:

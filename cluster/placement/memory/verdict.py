@@ -11,6 +11,7 @@ from cluster.placement.hardware import Hardware, gpu_has_bfloat16, gpu_memory_by
 from cluster.placement.memory.needs import KnownSizes, memory_needs
 from cluster.placement.memory.parts import MARGIN, RoleMemory, certain
 from cluster.runtime import CPU, GPU, STUDENT
+from configs.engines import Vllm
 from configs.models import LoRA
 from configs.schema import Run
 
@@ -106,6 +107,9 @@ def _candidates(run: Run, role: str | None, *, on_gpu: bool) -> Iterator[tuple[s
         for kind, replicas in teacher.roles().items():
             if on_gpu and role is not None and role.endswith(kind):
                 yield from ((f"{place}.{kind}.tensor_parallel_size", replicas.tensor_parallel_size * n) for n in (2, 4))
+            cache_is_given = isinstance(replicas.engine, Vllm) and replicas.engine.kv_cache_bytes is not None
+            if cache_is_given and (role is None or role.endswith(kind)):
+                yield f"{place}.{kind}.engine.kv_cache_bytes", None
             if role is None and replicas.replicas > 1:
                 yield f"{place}.{kind}.replicas", 1
 
@@ -146,4 +150,6 @@ def _changed(holder: Any, path: list[str], value: Any) -> Any:
 def _yaml(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -150,6 +150,14 @@ def test_settings_that_need_less_are_told_with_what_they_need() -> None:
     assert next(iter(of_scorer)) == "teacher.scorer.tensor_parallel_size: 2"
 
 
+@pytest.mark.parametrize("role", ["scorer", None])
+def test_a_cache_that_was_written_too_large_is_what_to_take_out(role: str | None) -> None:
+    run = make_run(teacher__scorer={"engine": {"kind": "vllm", "kv_cache_bytes": 10**12}})
+    rule = DtypeRule("cpu", False, "") if role is None else GPUS
+    found = dict(verdict.savings(run, known(), rule, role))
+    assert found["teacher.scorer.engine.kv_cache_bytes: null"] < 10**12
+
+
 def test_hidden_labels_hold_the_teachers_head_and_its_products_on_the_student() -> None:
     topk, hidden = (needs(make_run(labels=kind), teacher=MIDDLE)["student"] for kind in ("topk", "hidden"))
     parts = {part.name: part.num_bytes for part in hidden.device}

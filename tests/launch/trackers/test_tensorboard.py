@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,12 @@ def test_the_event_files_hold_each_step_once_also_after_a_resume(tmp_path: Path)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     found = [(event.step, event.value, event.wall_time) for event in events.Scalars("train/loss")]
     assert found == [(1, 1.0, 101.0), (2, 2.0, 102.0), (3, 30.0, 200.0)]
+
+
+def test_a_folder_that_cannot_be_made_is_told_by_check(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    for folder, refused in ((tmp_path / "new" / "one", False), (tmp_path / "taken" / "one", True)):
+        tracker = TRACKERS.load(TRACKERS.validate({"kind": "tensorboard", "folder": str(folder)}))
+        with pytest.raises(OSError, match="is a file") if refused else nullcontext():
+            tracker.reach()
+        assert not folder.exists(), "it is only looked at"
