@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from cluster.preflight.finding import Finding, attempt, ok, warning
 from configs.held_out import held_out_sets
+from configs.paths import is_url
 from configs.prompts import Dataset
 from configs.rules import place_of_held_out, station_place
 from configs.schema import Run
 from configs.tasks import ResolvedTask
 from launch.check.bad_rows import bad_rows
 from launch.check.overlap import Opened, overlaps
+from trainer.data.local_files import local_files
 from trainer.data.prompt_reader import PromptReader
 from trainer.data.prompts import RowReport, check_rows
 from trainer.errors import ConfigError, DataError, WrongKey
@@ -152,7 +155,18 @@ def _remarks(run: Run, source: _Source, report: RowReport) -> Iterator[Finding]:
         texts.append(f"{report.num_dropped} rows are too long and dropped, {report.num_truncated} truncated")
     if report.problems and run.data.on_bad_row == "skip":
         yield warning(source.subject, bad_rows(source.place, report))
+    again = _named_again(source.dataset) if source.fraction is None else None
+    if again is not None:
+        texts.append(f"{again} is named more than once, and its rows are read as often; tasks with shares weigh files")
     yield from (warning(source.subject, f"{source.place}: {text}") for text in texts)
+
+
+def _named_again(dataset: Dataset) -> str | None:
+    """The first file that several paths of a dataset name, if only through patterns."""
+    named = [(path, path) for path in dataset.paths if is_url(path)]
+    named += [(file.name, file.path.resolve()) for path in dataset.paths for file in local_files(path)]
+    seen: set[str | Path] = set()
+    return next((name for name, place in named if place in seen or seen.add(place)), None)
 
 
 def _options(dataset: Dataset) -> str:

@@ -321,6 +321,13 @@ def test_check_says_that_it_looked_at_the_first_rows_of_a_stream(said: Said) -> 
     assert "warning" not in text
 
 
+def test_a_file_that_two_paths_name_is_a_warning(said: Said) -> None:
+    code, text = said(("path: HERE/rows.jsonl", "path: [HERE/ro*.jsonl, HERE/./rows.jsonl]"))
+    assert code == 0
+    assert "rows.jsonl is named more than once, and its rows are read as often" in text
+    assert "more than once" not in said(("path: HERE/rows.jsonl", "path: HERE/ro*.jsonl"))[1]
+
+
 def test_held_out_rows_that_are_trained_on_are_a_warning_with_both_places(said: Said, tmp_path: Path) -> None:
     again = {**ROW, "messages": [{"role": "user", "content": "WHO  is it?"}, ROW["messages"][1]], "domain": "prose"}
     with (tmp_path / "held.jsonl").open("a") as file:

@@ -148,9 +148,17 @@ def asking(url: str, *, arriving: bool = False) -> Iterator[None]:
         cause = error.__cause__  # over HTTP the reason, of whatever kind
         if cause is None or getattr(cause, "status", None) in (404, 410):
             raise ConfigError(f"the dataset {url} does not exist: the server has no such file") from error
-        raise ConfigError(f"cannot read the dataset {url}: {reason_of(cause)}; can this machine reach it?") from error
+        raise ConfigError(f"cannot read the dataset {url}: {reason_of(cause)}{_advice(cause)}") from error
     except PermissionError as error:
         raise ConfigError(f"the dataset {url} may not be read: {reason_of(error)}; are credentials needed?") from error
     except Exception as error:
         kind = DataError if arriving else ConfigError
-        raise kind(f"cannot read the dataset {url}: {reason_of(error)}; can this machine reach it?") from error
+        raise kind(f"cannot read the dataset {url}: {reason_of(error)}{_advice(error)}") from error
+
+
+def _advice(error: Exception) -> str:
+    """What to look at. A server that answers with a status was reached."""
+    status = getattr(error, "status", None)
+    if status in (401, 403):
+        return "; are credentials needed?"
+    return "; can this machine reach it?" if not status else ""

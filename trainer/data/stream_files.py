@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,10 +26,11 @@ from trainer.data.csv_lines import SEPARATORS, CsvLines
 from trainer.data.json_lines import LINES, JsonLines
 from trainer.data.local_files import local_files
 from trainer.data.remote_files import asking, expand_url, file_system, name_in_url
+from trainer.data.struct_nulls import without_struct_nulls
 from trainer.data.tables import num_characters
 from trainer.data.text_files import TextFormat, check_length, check_text
 from trainer.data.unpacked import PACKED, unpacker
-from trainer.errors import ConfigError, foreign_errors
+from trainer.errors import BadRow, ConfigError, foreign_errors
 
 PIECE_BYTES = 2**20
 PARQUET_ROWS = 64  # decoded at once
@@ -67,11 +69,13 @@ class StreamedRow:
     content: bytes | Mapping[str, Any]
     layout: TextFormat | None
     size: int  # bytes of text
+    features: Any = None  # `datasets.Features` of a parquet file
 
     def raw(self) -> Mapping[str, Any]:
         """Raises `BadRow`."""
         if self.layout is None:
-            return self.content  # type: ignore[return-value]
+            with foreign_errors("cannot be read", error=partial(BadRow, self.origin)):
+                return without_struct_nulls(self.features.decode_example(self.content), self.features)
         check_length(self.size, self.origin)
         return self.layout.decode(self.content, self.origin)  # type: ignore[arg-type]
 
@@ -121,10 +125,12 @@ def _text_rows(
 
 
 def _parquet_rows(file: StreamFile, stack: ExitStack, offset: int) -> Iterator[StreamedRow]:
+    import datasets
     import pyarrow.parquet
 
     content = _opened(file, "", stack, random_access=True)
     table = pyarrow.parquet.ParquetFile(content, buffer_size=PIECE_BYTES, pre_buffer=False)
+    features = datasets.Features.from_arrow_schema(table.schema_arrow)
     ends = list(accumulate(table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)))
     first = bisect_right(ends, offset)
     row = ends[first - 1] if first else 0
@@ -132,7 +138,7 @@ def _parquet_rows(file: StreamFile, stack: ExitStack, offset: int) -> Iterator[S
     for batch in table.iter_batches(PARQUET_ROWS, row_groups=groups, use_threads=False) if groups else ():
         skipped = min(max(0, offset - row), batch.num_rows)
         for number, value in enumerate(batch.slice(skipped).to_pylist(), start=row + skipped):
-            yield StreamedRow(f"{file.path}[row {number}]", number, 1, value, None, num_characters(value))
+            yield StreamedRow(f"{file.path}[row {number}]", number, 1, value, None, num_characters(value), features)
         row += batch.num_rows
 
 

@@ -258,7 +258,7 @@ def test_rows_are_read_from_a_web_server_and_again_when_they_change(served: tupl
     ("path", "message"),
     [
         ("/nowhere.jsonl", "does not exist: the server has no such file"),
-        ("/secret.jsonl", "cannot read the dataset .*secret.jsonl: .*403"),
+        ("/secret.jsonl", "cannot read the dataset .*secret.jsonl: .*403.*; are credentials needed"),
         ("/silent.jsonl", "silent.jsonl.*can this machine reach it"),
     ],
 )

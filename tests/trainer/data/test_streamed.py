@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import fsspec
+import pyarrow.parquet
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from prompt_streams import BAD, open_stream, same, talk
@@ -20,6 +21,7 @@ from configs.prompts import Dataset
 from trainer.data import stream_files as files
 from trainer.data import streamed
 from trainer.data.prompts import PromptStream
+from trainer.data.rows import Rows
 from trainer.errors import ConfigError, DataError, InfrastructureError
 from trainer.types import Cursor
 
@@ -221,6 +223,35 @@ def test_bad_rows_of_a_stream_are_named_and_left_out_and_damaged_files_end_it(tm
     (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(100))
     with pytest.raises(DataError, match=r"cannot read the dataset .*a.parquet"):
         open_stream(Dataset(path=str(tmp_path / "a.parquet"), streaming=True))
+
+
+def call(name: str, **arguments: object) -> dict[str, object]:
+    called = {"id": "a", "type": "function", "function": {"name": name, "arguments": arguments}}
+    schema = {"type": "object", "properties": {key: {"type": "string"} for key in arguments}}
+    return {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [called]}],
+        "tools": [{"type": "function", "function": {"name": name, "parameters": schema}}],
+    }
+
+
+def test_a_stream_of_a_table_says_what_the_table_says(tmp_path: Path) -> None:
+    """Arrow gives every call the arguments of all others, as null, and writes columns of any JSON as text."""
+    rows = [call("rain", city="Bern", day=None), call("add", left="1", right="2")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "calls.parquet")
+    features = datasets.Features({"conversations": datasets.Json(), "system": datasets.Value("string")})
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": None}]
+    datasets.Dataset.from_list(
+        [{"conversations": turns, "system": None}, {"conversations": turns, "system": "c"}], features=features
+    ).to_parquet(tmp_path / "json.parquet")
+    for name in ("calls.parquet", "json.parquet"):
+        streamed_rows, whole = (
+            Rows.open(Dataset(path=str(tmp_path / name), streaming=streaming)) for streaming in (True, False)
+        )
+        for number in range(2):
+            assert streamed_rows.raw.raw(number) == whole.raw.raw(number)
+            assert streamed_rows.read(number, needs_answer=True) == whole.read(number, needs_answer=True)
+    first = Rows.open(Dataset(path=str(tmp_path / "calls.parquet"), streaming=True)).read(0, needs_answer=True)
+    assert first.messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Bern"}
 
 
 def test_a_stream_of_nothing_but_bad_rows_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
