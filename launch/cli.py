@@ -158,7 +158,7 @@ def check(
     level: LogLevelOption = None,
     parent: Parent = None,
 ) -> None:
-    """Check all that needs no accelerator: configuration, models, tokenizers, rows, licences, disk.
+    """Check all that needs no accelerator: configuration, models, rows, memory, trackers, licences, disk.
 
     One line for each thing looked at. Exit code 0 where a run may start, 2 for the configuration, 3 for the data.
     """

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, get_args
 
 import peft
 from safetensors import safe_open
@@ -47,6 +47,8 @@ def export(run_folder: Path, target: Path, merge_adapter: bool, dtype: DType | N
     exported student, a target in use, `merge_adapter` without an adapter, a student that does not load, a value that
     `dtype` cannot hold, and an export that does not compute what the student does.
     """
+    if dtype not in (None, *get_args(DType)):
+        raise ConfigError(f"export: there is no dtype {dtype!r}; write one of {', '.join(get_args(DType))}")
     folder = RunFolder(run_folder)
     is_adapter = _check(folder, target, merge_adapter=merge_adapter)
     run = load_run(folder.config).run

@@ -24,6 +24,8 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import psutil
+
 from configs.notify import Ending, Notify
 from configs.secrets import without_secrets
 from launch.process import system_errors
@@ -76,7 +78,7 @@ class Notifier:
         self._notify = notify
         self._folder = folder
         self._tell = tell
-        self._began = time.time()
+        self._began = psutil.Process().create_time()  # as the hours of a run are counted
         self._observer: RunObserver | None = None
         self._steps: int | None = None
         self._told = threading.Lock()  # never given back

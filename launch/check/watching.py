@@ -62,7 +62,7 @@ def webhook_parts(notify: Notify) -> SplitResult:
 def shown(notify: Notify) -> str:
     """The webhook by its host alone: the rest of an address may be a secret."""
     parts = webhook_parts(notify)
-    source = f", whose address is in {', '.join(notify.variables)}" if notify.variables else ""
+    source = f" (its address is in {', '.join(notify.variables)})" if notify.variables else ""
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{source}"
 
 

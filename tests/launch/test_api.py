@@ -205,3 +205,10 @@ def test_a_folder_without_a_run_or_a_student_says_so(tmp_path: Path) -> None:
 def test_export_is_the_command(made: tuple[Path, api.RunResult, list[str]], tmp_path: Path) -> None:
     folder = made[1].export(tmp_path / "small", dtype="bfloat16")
     assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["int8", torch.bfloat16])
+def test_a_dtype_that_export_does_not_write_is_refused_with_those_it_does(tmp_path: Path, dtype: object) -> None:
+    write_text(tmp_path / "config.yaml", json.dumps({}))
+    with pytest.raises(api.ConfigError, match=r"there is no dtype .*; write one of bfloat16, float16, float32"):
+        api.load_run(tmp_path).export(tmp_path / "out", dtype=dtype)

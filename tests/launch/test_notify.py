@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from web_hooks import web_hook
 
@@ -21,6 +22,7 @@ from launch import train as train_module
 from launch.check import watching
 from launch.check.watching import examine_notify
 from launch.notify import Notifier
+from launch.report.numbers import duration
 from launch.stall import Stalled
 from trainer.errors import ConfigError, DataError, Preempted, StillhouseError
 from trainer.run_folder import RunFolder
@@ -74,8 +76,10 @@ def test_a_webhook_gets_one_post_with_everything_that_a_person_asks_first(tmp_pa
     assert notice["report"] == str(tmp_path / "report.html")
     assert notice["host"] == os.uname().nodename
     assert notice["text"].startswith(
-        f"mine failed on {notice['host']}, after 0 s, exit code 3, step 7 of 20, loss 1.25"
+        f"mine failed on {notice['host']}, after {duration(notice['ended'] - notice['began'])}, exit code 3, "
+        "step 7 of 20, loss 1.25"
     )
+    assert notice["began"] == psutil.Process().create_time(), "imports count, as in what the run says that it took"
     assert "train.jsonl:4: no answer" in notice["text"], "a chat shows `text` alone"
 
 
@@ -293,7 +297,7 @@ def test_check_says_who_is_told_what_and_shows_no_secret(tmp_path: Path, monkeyp
         found = findings(tmp_path, webhook="${HOOK}", command=["sh", "-c", "true"])
         assert hook.posted == []
     assert found == [
-        ("ok", f"end, failure and stall are told to http://127.0.0.1:{hook.server_port}, whose address is in HOOK"),
+        ("ok", f"end, failure and stall are told to http://127.0.0.1:{hook.server_port} (its address is in HOOK)"),
         ("ok", "end, failure and stall are told to ('sh', '-c', 'true')"),
     ]
 
