@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,21 +60,37 @@ def sizes_of(model: torch.nn.Module) -> ModelSizes:
 
 
 def _ffn_width(config: Any) -> int:
-    inner = getattr(config, "intermediate_size", None) or 4 * _width(config)
-    experts = getattr(config, "num_experts_per_tok", None) or 0
-    return max(inner, experts * (getattr(config, "moe_intermediate_size", None) or inner)) if experts else inner
+    return max(map(_ffn_width_of, _layer_configs(config)))
+
+
+def _ffn_width_of(layer: Any) -> int:
+    inner = getattr(layer, "intermediate_size", None) or 4 * _width(layer)
+    experts = getattr(layer, "num_experts_per_tok", None) or 0
+    return max(inner, experts * (getattr(layer, "moe_intermediate_size", None) or inner)) if experts else inner
 
 
 def _cached(config: Any) -> int:
     latent = getattr(config, "kv_lora_rank", None)  # multi-head latent attention caches one latent and one rotary key
     if latent:
         return _layers(config) * (latent + (getattr(config, "qk_rope_head_dim", None) or 0))
-    heads = getattr(config, "num_attention_heads", None) or 1
-    return 2 * _layers(config) * _kv_heads(config) * (getattr(config, "head_dim", None) or _width(config) // heads)
+    return sum(2 * _kv_heads_of(layer) * _head_width(layer) for layer in _layer_configs(config))
+
+
+def _head_width(layer: Any) -> int:
+    return getattr(layer, "head_dim", None) or _width(layer) // (getattr(layer, "num_attention_heads", None) or 1)
 
 
 def _kv_heads(config: Any) -> int:
-    return getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None) or 1
+    return min(map(_kv_heads_of, _layer_configs(config)))
+
+
+def _kv_heads_of(layer: Any) -> int:
+    return getattr(layer, "num_key_value_heads", None) or getattr(layer, "num_attention_heads", None) or 1
+
+
+def _layer_configs(config: Any) -> Sequence[Any]:
+    """The configuration of each layer: where layers differ (Gemma 4), that of the whole model refuses to be asked."""
+    return config.per_layer_config if config.is_heterogeneous else [config] * _layers(config)
 
 
 def _layers(config: Any) -> int:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import architecture_folder
+from every_architecture import ARCHITECTURES, tiny_config
 from tiny_models import tiny_folder
+from transformers import AutoModelForCausalLM
 
 from configs.models import LoRA, ModelSource
 from trainer.model.load import build_on_meta, load_config, load_student
@@ -98,3 +101,24 @@ def test_sizes_tell_trained_from_frozen_and_a_head_of_its_own_from_a_shared_one(
     assert (tied.tied, own.tied) == (True, False)
     assert own.all - tied.all == tied.head == 320 * 64
     assert tied.cached == 2 * 2 * 2 * 32, "keys and values of two layers, two heads of 32"
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "llama", "qwen3", "gemma2", "phi3"])
+def test_what_a_token_leaves_in_a_cache_is_what_transformers_caches(name: str, tmp_path: Path) -> None:
+    architecture_folder(tmp_path / name, name)  # Gemma 4 has layers of two widths
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+    layers = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values.layers
+    assert sizes_of(model).cached * 3 == sum(layer.keys.numel() + layer.values.numel() for layer in layers)
+
+
+def test_sizes_are_told_of_every_architecture() -> None:
+    told = 0
+    for name in ARCHITECTURES:
+        model = None
+        with contextlib.suppress(Exception), torch.device("meta"):  # some are not built of the sizes of tests
+            model = AutoModelForCausalLM.from_config(tiny_config(name))
+        if model is not None:
+            sizes = sizes_of(model)
+            assert min(sizes.cached, sizes.kv_heads, sizes.ffn_width, sizes.head) > 0, name
+            told += 1
+    assert told > 150
