@@ -116,21 +116,21 @@ def _dataset(
         if report.num_ok == 0 or (report.problems and run.data.on_bad_row == "error"):
             raise DataError(bad_rows(place, report))
 
-    def say() -> str:
-        report = reports[0]
-        seen = "all" if report.num_checked == report.num_rows else f"{report.num_checked} of {report.num_rows}"
-        counts = f"{source.name}: {report.num_rows} rows, {seen} checked, {report.num_ok} good"
-        if source.dataset.streaming:
-            first = f"of the first {report.num_rows} rows {report.num_checked}"
-            counts = f"{source.name}: a stream, {first} checked, {report.num_ok} good; the others as they are trained"
-        lengths = f"{report.min_tokens} to {report.max_tokens} tokens, median {report.median_tokens}"
-        written = report.num_ok - report.num_answered
-        answers = f"; {report.num_answered} have answers, the teacher writes those of {written}" if written else ""
-        return f"{counts}; {lengths}{answers}; read as {titles[0]}{_options(source.dataset)}"
-
-    yield attempt(subject, read, say)
+    yield attempt(subject, read, lambda: _found(source, reports[0], titles[0]))
     if reports and reports[0].num_ok:
         yield from _remarks(run, source, reports[0])
+
+
+def _found(source: _Source, report: RowReport, title: str) -> str:
+    seen = "all" if report.num_checked == report.num_rows else f"{report.num_checked} of {report.num_rows}"
+    counts = f"{source.name}: {report.num_rows} rows, {seen} checked, {report.num_ok} good"
+    if source.dataset.streaming:
+        first = f"of the first {report.num_rows} rows {report.num_checked}"
+        counts = f"{source.name}: a stream, {first} checked, {report.num_ok} good; the others as they are trained"
+    lengths = f"{report.min_tokens} to {report.max_tokens} tokens, median {report.median_tokens}"
+    written = report.num_ok - report.num_answered
+    answers = f"; {report.num_answered} have answers, the teacher writes those of {written}" if written else ""
+    return f"{counts}; {lengths}{answers}; read as {title}{_options(source.dataset)}"
 
 
 def _remarks(run: Run, source: _Source, report: RowReport) -> Iterator[Finding]:

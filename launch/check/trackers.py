@@ -34,7 +34,10 @@ def reached(run: Run) -> Iterator[Finding]:
 def _reach(place: str, choice: TrackerChoice) -> Finding:
     def look() -> None:
         with foreign_errors(f"{place}: {choice.kind}"):
-            TRACKERS.load(choice).reach()
+            try:
+                TRACKERS.load(choice).reach()
+            except SystemExit as left:  # it would end the command without a word
+                raise RuntimeError(f"it calls sys.exit({left.code!r})") from None
 
     questions = (attempt(place, one, lambda: f"{choice.kind} is ready") for one in (look,))
     try:

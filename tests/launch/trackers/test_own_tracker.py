@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from trackers_of import evaluation, followed, step
 
 from configs.trackers import TRACKERS
+from launch.check.trackers import reached
 from launch.report.metrics import MetricsLog
 
 PAGE = Path(__file__).parents[3] / "docs" / "tracking.md"
@@ -39,3 +41,17 @@ def test_the_tracker_of_the_page_tracks_a_run(tmp_path: Path, monkeypatch: pytes
     found = TRACKERS.validate({**tracker, "file": str(tmp_path / "nowhere/curves.csv")})
     with pytest.raises(OSError, match="there is no folder"):
         TRACKERS.load(found).reach()
+
+
+def test_a_tracker_that_leaves_when_it_is_asked_does_not_end_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "leaving").mkdir()
+    (tmp_path / "leaving/early.py").write_text(
+        "from configs.trackers import TrackerChoice\n\n\nclass Tracker(TrackerChoice):\n"
+        "    def reach(self):\n        raise SystemExit(5)\n\n    def begin(self, run):\n        pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (finding,) = reached(SimpleNamespace(trackers=[TRACKERS.validate({"kind": "leaving.early"})]))
+    assert finding.status == "warning"
+    assert "leaving.early: RuntimeError: it calls sys.exit(5)" in finding.text
