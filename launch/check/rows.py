@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from cluster.preflight.finding import Finding, attempt, ok, warning
-from configs.held_out import held_out_sets
+from configs.held_out import HeldOutSet, held_out_sets
 from configs.paths import is_url
 from configs.prompts import Dataset
 from configs.rules import place_of_held_out, station_place
@@ -61,10 +61,23 @@ def _held_out(run: Run, inputs: Inputs | None, opened: list[Opened]) -> Iterator
             place = place_of_held_out(run, one.tasks[0])
             source = _Source(subject, place, one.rows, training=False, fraction=one.fraction)
             yield from _dataset(run, source, read, opened)
+        if left := _left_behind(one):
+            text = f"prompts has {' and '.join(left)}, and these rows have not: they are measured as other texts than "
+            yield warning(subject, f"{place_of_held_out(run, one.tasks[0])}: {text}the trained ones; write it here too")
         if not one.is_scored:
             yield ok(subject, "no teacher's labels: perplexity is measured, KL and agreement are not")
         elif any(task.compares_answers for task in one.tasks):
             yield ok(subject, "KL and agreement are those with the reference: how far the student has moved from it")
+
+
+def _left_behind(held_out: HeldOutSet) -> list[str]:
+    """Options of the rows to train on, as they are written, that their held-out rows do not say anything of."""
+    fields, trained = Dataset.model_fields, held_out.task.prompts
+    return [
+        f"{name}: {getattr(trained, name)[:40]}"
+        for name in ("system_prompt", "loss_on")
+        if trained is not None and getattr(trained, name) != fields[name].default == getattr(held_out.rows, name)
+    ]
 
 
 def _task(task: ResolvedTask, total: float, drawn: int) -> Finding:

@@ -328,6 +328,15 @@ def test_a_file_that_two_paths_name_is_a_warning(said: Said) -> None:
     assert "more than once" not in said(("path: HERE/rows.jsonl", "path: HERE/ro*.jsonl"))[1]
 
 
+def test_options_of_prompts_that_held_out_rows_lack_are_a_warning(said: Said) -> None:
+    trained = ("HERE/rows.jsonl}", "HERE/rows.jsonl, loss_on: last}")
+    code, text = said(trained)
+    assert code == 0
+    assert "evaluation: prompts has loss_on: last, and these rows have not: they are measured as other texts" in text
+    assert "measured as other" not in said(trained, ("HERE/held.jsonl}", "HERE/held.jsonl, loss_on: last}"))[1]
+    assert "measured as other" not in said(trained, FRACTION)[1]
+
+
 def test_held_out_rows_that_are_trained_on_are_a_warning_with_both_places(said: Said, tmp_path: Path) -> None:
     again = {**ROW, "messages": [{"role": "user", "content": "WHO  is it?"}, ROW["messages"][1]], "domain": "prose"}
     with (tmp_path / "held.jsonl").open("a") as file:

@@ -54,6 +54,6 @@ def learnt_turns(row: ChatRow, loss_on: Literal["all", "last"]) -> dict[int, flo
             f"messages[{asked[0]}]: is the only answer that loss_on: last learns, and is marked as not to be learnt; "
             "leave such rows out, or write loss_on: all"
             if loss_on == "last" and asked
-            else "no assistant turn is to be learnt"
+            else "every assistant turn is marked as not to be learnt; leave such rows out"
         )
     return learnt
