@@ -43,10 +43,12 @@ def check_tools(text: str, without: str, tools: Iterable[Mapping[str, Any]]) -> 
 
 
 def check_context(text: str, messages: Iterable[Mapping[str, Any]]) -> None:
-    """`text` is a rendered conversation or prompt. Raises `DataError` where a call or the result of one is not in it:
-    what follows would refer to nothing."""
+    """`text` is a rendered conversation or prompt. Raises `DataError` where a system turn, a call or the result of
+    one is not in it: what follows would refer to nothing."""
     position = 0
     for index, message in enumerate(messages):
+        if message["role"] in ("system", "developer") and not _has(text, message["content"]):
+            raise DataError(f"messages[{index}]: the chat template leaves out the {message['role']} turn{_ESCAPE}")
         if message["role"] == "tool" and not any(writing in text for writing in _writings(message["content"].strip())):
             raise DataError(f"messages[{index}]: the chat template does not render this result of a tool{_ESCAPE}")
         for number, call in enumerate(message.get("tool_calls") or ()):
@@ -92,6 +94,12 @@ def _writings(value: Any) -> list[str]:
         escaped = [json.dumps(value, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)]
         return [value, *escaped, *(json.dumps(text, ensure_ascii=False)[1:-1] for text in escaped)]
     return [json.dumps(value), str(value)]
+
+
+def _has(text: str, content: str) -> bool:
+    """Whether the text has the content in one of its writings, white space aside."""
+    squeezed = _squeezed(text)
+    return any(_squeezed(writing) in squeezed for writing in _writings(content))
 
 
 def _squeezed(text: str) -> str:

@@ -97,6 +97,20 @@ def test_a_system_prompt_before_plain_text_is_refused(tmp_path: Path, row: dict[
         check_rows(rows, budget=10)
 
 
+@pytest.mark.parametrize("options", [{}, {"system_prompt": "Be brief."}])
+def test_a_system_turn_that_the_template_drops_makes_the_row_a_bad_one(
+    tmp_path: Path, options: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drops = "{%- set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + shapes.HERMES
+    monkeypatch.setattr(shapes, "DROPS_SYSTEM", drops, raising=False)
+    turns = TALK if options else [{"role": "system", "content": "Be brief."}, *TALK]
+    read = reader(tmp_path, [{"messages": turns}], options=options)
+    assert "Be brief." in read.template.tokenizer.decode(read.read(0, "0:0")[0].token_ids)
+    read = reader(tmp_path, [{"messages": turns}], shape="DROPS_SYSTEM", options=options)
+    with pytest.raises(BadRow, match=r"messages\[0\].*: the chat template leaves out the system turn"):
+        read.read(0, "0:0")
+
+
 def test_messages_in_errors_say_that_the_system_prompt_is_counted(tmp_path: Path) -> None:
     talk = [user("hi"), assistant("one", reasoning_content="hm")]
     with pytest.raises(BadRow, match=r"messages\[2\].reasoning_content: .*counted with system_prompt as messages\[0\]"):
