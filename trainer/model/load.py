@@ -101,7 +101,7 @@ def _open_head(head: torch.nn.Module) -> None:
     head.forward = forward
 
 
-LOADING = threading.RLock()
+_LOADING = threading.RLock()
 """Held while transformers builds or loads a model: meanwhile it switches the tying of weights off for the whole
 process, and a model that another thread builds just then would have its head apart from its embedding."""
 
@@ -119,7 +119,7 @@ def build_on_meta(source: ModelSource, config: Any, *, role: str, **options: Any
     """The model that a configuration describes, of tensors with a shape and no memory. Raises `ConfigError` for what
     is no causal language model or cannot be built; `options` are those of transformers' `from_config`."""
     doing = f"{role}: {source.path} is no causal language model for transformers"
-    with LOADING, foreign_errors(doing), torch.device("meta"):
+    with _LOADING, foreign_errors(doing), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code, **options)
 
 
@@ -129,7 +129,7 @@ def load_causal(source: ModelSource, *, role: str, **options: Any) -> PreTrained
     Raises `ConfigError` naming `role` for a folder that lacks a tensor, which transformers would fill with random
     numbers, and whatever transformers raises: the border is the caller's.
     """
-    with LOADING:
+    with _LOADING:
         causal, info = AutoModelForCausalLM.from_pretrained(
             source.path,
             revision=source.revision,

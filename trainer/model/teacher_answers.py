@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from configs.models import ModelSource
 from trainer.errors import foreign_errors
-from trainer.model.load import LOADING
+from trainer.model.load import load_causal
 from trainer.model.weights import weight_bytes
 
 ANSWER_BYTES = 2**30
@@ -25,15 +25,7 @@ def teacher_answers(
     if weight_bytes(source) > ANSWER_BYTES:
         return None
     with torch.random.fork_rng(devices=[]), torch.inference_mode(), foreign_errors("teacher.model: no answers"):
-        with LOADING:
-            model = AutoModelForCausalLM.from_pretrained(
-                source.path,
-                revision=source.revision,
-                trust_remote_code=source.trust_remote_code,
-                dtype=torch.float32,
-                use_safetensors=True,
-                attn_implementation="eager",
-            ).eval()
+        model = load_causal(source, role="teacher.model", dtype=torch.float32, attn_implementation="eager").eval()
         settings = GenerationConfig(
             do_sample=False,
             max_new_tokens=max_new_tokens,
