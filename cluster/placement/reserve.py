@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from trainer.errors import InsufficientResources
 
 POLL_S = 0.1
 SAY_AFTER_S = 10.0
+OVERTAKEN_AFTER_S = 5.0  # a cluster that has room gives it at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +70,28 @@ async def create_groups(
 ) -> PlacedGroups:
     """Reserve what the run needs. At the deadline raises `InsufficientResources`: what is needed, registered and free.
 
+    All groups are asked for at once, so that an autoscaler sees the whole need. Ray serves whichever fits first: where
+    others hold a part of the cluster, groups of small bundles may lie down on the pieces that together a large one
+    needs, and keep it out for good. Those are given back then, and asked for again behind it.
+
     `run_id` begins the name of every group. `note` is told once where this takes longer than a moment.
     """
+    placed: dict[str, PlacedGroup] = {}  # by name, the hardest to place first
+    started = time.monotonic()
+
+    async def wait_until_reserved() -> None:
+        await _all_reserved(placed.values(), _needed(placement), started=started, timeout_s=timeout_s, note=note)
+
     with contextlib.ExitStack() as undo:
-        groups = []
+        undo.callback(lambda: [remove_placement_group(one.handle) for one in placed.values()])
         for group in placement.groups:
-            handle = placement_group(
-                [dict(bundle) for bundle in group.bundles],
-                strategy=group.strategy,
-                name=f"{run_id}/{group.name}" if run_id else "",
-                bundle_label_selector=[dict(group.labels)] * len(group.bundles) if group.labels else None,
-            )
-            undo.callback(remove_placement_group, handle)
-            groups.append(PlacedGroup(group, handle))
-        await _all_reserved(groups, _needed(placement), timeout_s=timeout_s, note=note)
+            placed[group.name] = _request(group, run_id)
+        for group in await _give_back_overtaken(placed, within_s=min(OVERTAKEN_AFTER_S, timeout_s)):
+            await wait_until_reserved()
+            placed[group.name] = _request(group, run_id)
+        await wait_until_reserved()
         undo.pop_all()
-    return PlacedGroups(tuple(groups))
+    return PlacedGroups(tuple(placed[group.name] for group in placement.groups))
 
 
 async def wait_until_placed(placed: PlacedGroup, *, timeout_s: float, note: Callable[[str], None]) -> None:
@@ -94,13 +101,42 @@ async def wait_until_placed(placed: PlacedGroup, *, timeout_s: float, note: Call
     """
     bundles = placed.group.bundles
     needed = {key: sum(bundle.get(key, 0) for bundle in bundles) for key in ("CPU", GPU.upper())}
-    await _all_reserved([placed], needed, timeout_s=timeout_s, note=note)
+    await _all_reserved([placed], needed, started=time.monotonic(), timeout_s=timeout_s, note=note)
+
+
+def _request(group: Group, run_id: str) -> PlacedGroup:
+    handle = placement_group(
+        [dict(bundle) for bundle in group.bundles],
+        strategy=group.strategy,
+        name=f"{run_id}/{group.name}" if run_id else "",
+        bundle_label_selector=[dict(group.labels)] * len(group.bundles) if group.labels else None,
+    )
+    return PlacedGroup(group, handle)
+
+
+async def _give_back_overtaken(placed: dict[str, PlacedGroup], *, within_s: float) -> list[Group]:
+    """Take out of `placed` what is there although a group before it is missing when the time is over."""
+    until = time.monotonic() + within_s
+    while missing := [name for name in placed if not await asyncio.to_thread(_is_reserved, placed[name])]:
+        if time.monotonic() > until:
+            later = list(placed)[list(placed).index(missing[0]) + 1 :]
+            overtaken = [placed.pop(name) for name in later if name not in missing]
+            for one in overtaken:
+                remove_placement_group(one.handle)
+            return [one.group for one in overtaken]
+        await asyncio.sleep(POLL_S)
+    return []
 
 
 async def _all_reserved(
-    groups: Sequence[PlacedGroup], needed: Mapping[str, float], *, timeout_s: float, note: Callable[[str], None]
+    groups: Iterable[PlacedGroup],
+    needed: Mapping[str, float],
+    *,
+    started: float,
+    timeout_s: float,
+    note: Callable[[str], None],
 ) -> None:
-    started, said = time.monotonic(), False
+    said = False
     while missing := [one for one in groups if not await asyncio.to_thread(_is_reserved, one)]:
         waited = time.monotonic() - started
         names = ", ".join(one.group.name for one in missing)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Iterator
 
 import pytest
 from fake_gpus import run_roles
+from ray.util.placement_group import placement_group, remove_placement_group
 from raylets import OBJECT_STORE_BYTES, ray_cluster
 
 from cluster.lifecycle import ray_session
 from cluster.placement.groups import RoleRequest
 from cluster.placement.hardware import Hardware
+from cluster.placement.reserve import PlacedGroups, create_groups, nodes_of
 from cluster.placement.topology import place
 from cluster.runtime import GPU, SCORER, STUDENT
 
+KINDS = ("accelerator_type:H100", "accelerator_type:A100")
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 
@@ -51,3 +55,25 @@ def test_ranks_on_two_nodes_have_their_own_local_sizes(two_nodes: None) -> None:
     assert [int(table["LOCAL_SIZE"]) for table in rank_tables] == [nodes.count(node) for node in nodes]
     assert {table["LOCAL_RANK"] for table in rank_tables} == {"0"}
     assert len(teacher_places[0][1]) == 4
+
+
+def test_small_groups_do_not_keep_a_large_one_out_when_others_leave(two_nodes: None) -> None:
+    """Five GPUs of each node are free: the ranks fit at once, on both, where the teacher then never would."""
+    import ray
+
+    hogs = [placement_group([{"GPU": 1.0}] * 3 + [{kind: 0.001}], strategy="STRICT_PACK") for kind in KINDS]
+    ray.get([hog.ready() for hog in hogs], timeout=60)
+    wanted = place([RoleRequest(STUDENT, 10, GPU), RoleRequest(SCORER, 1, GPU, 6)], Hardware.of_ray())
+
+    async def reserve_while_others_leave() -> PlacedGroups:
+        reserving = asyncio.create_task(create_groups(wanted, timeout_s=90))
+        await asyncio.sleep(3)
+        for hog in hogs:
+            remove_placement_group(hog)
+        return await reserving
+
+    groups = asyncio.run(reserve_while_others_leave())
+    (student,), (scorer,) = groups.of_role(STUDENT), groups.of_role(SCORER)
+    assert len(nodes_of(scorer)) == 1
+    assert len(student.group.bundles) == 10
+    groups.release()
