@@ -19,6 +19,8 @@ class Labels(Choice):
 
     gives: ClassVar[frozenset[Need]] = frozenset({"labels"})
     """What terms of an objective find in them."""
+    needs_row_keys: ClassVar[bool] = False
+    """Whether labels are drawn, with random numbers of the row alone."""
 
     temperature: PositiveFloat = Field(1.0, description="Of teacher and student alike; losses are scaled by T^2.")
 

@@ -311,7 +311,7 @@ class SoftLabelBlock:
 
     header: LabelHeader
     tokens_hash: str
-    columns: Mapping[str, np.ndarray]  # each [N, width]; bfloat16 travels as uint16 bits
+    columns: Mapping[str, np.ndarray]  # each [N, width], a ragged one flat [R]; bfloat16 travels as uint16 bits
     row_offsets: np.ndarray  # int64 [S + 1]: sequence s owns rows row_offsets[s] : row_offsets[s + 1]
 
     @property

@@ -29,7 +29,7 @@ from configs.engines import Hf
 from configs.labels import Labels
 from configs.models import ModelSource
 from trainer.errors import ConfigError
-from trainer.labels.encoding import Column, Encoding, load_encoding, pack_rows
+from trainer.labels.encoding import Column, Encoding, load_encoding, pack_rows, row_keys
 from trainer.model.attention import REFERENCE
 from trainer.model.load import load_causal
 from trainer.types import Sequence, SoftLabelBlock, Unit, UnitReport
@@ -126,7 +126,8 @@ class HfScorer:
         else:
             logits = self._model(input_ids=token_ids[None], use_cache=False, logits_to_keep=rows).logits[0]
             source = logits[:, : self._plan.vocabulary_size]
-        return pack_rows(encoding.encode(source, token_ids[rows + 1]), layout).cpu().numpy()
+        keys = {"row_keys": row_keys(token_ids.cpu(), rows.cpu()).to(device)} if encoding.needs_row_keys else {}
+        return pack_rows(encoding.encode(source, token_ids[rows + 1], **keys), layout).cpu().numpy()
 
     def statistics(self) -> EngineStatistics:
         return self._loop.statistics()

@@ -15,6 +15,7 @@ from cluster.engines.plan import EnginePlan
 from configs.labels import Labels
 from trainer.errors import EngineDead, UnitRejected
 from trainer.labels.encoding import Column, Encoding, TeacherShape, unpack_rows
+from trainer.labels.ragged import flatten_ragged
 from trainer.types import GenerationRequest, LabelHeader, Sequence, SoftLabelBlock, Unit, UnitReport
 
 BFLOAT16_EXPONENT = 0x7F80
@@ -97,7 +98,7 @@ def label_block(
     returned = [len(part) for part in packed]
     if asked != returned:
         raise EngineDead(f"unit {unit.id}: asked for {asked} rows, the engine returned {returned}")
-    columns = unpack_rows(np.concatenate(packed), layout)
+    columns = flatten_ragged(unpack_rows(np.concatenate(packed), layout), layout)
     header = LabelHeader(
         teacher=plan.teacher,
         weights_version=plan.weights_version,

@@ -31,7 +31,7 @@ from vllm.v1.pool.metadata import PoolingMetadata
 from cluster.engines.plan import LABEL_CHUNK_ROWS
 from configs.labels import LABELS
 from trainer.build import check_build
-from trainer.labels.encoding import Encoding, TeacherShape, load_encoding, pack_rows
+from trainer.labels.encoding import Encoding, TeacherShape, load_encoding, pack_rows, row_keys
 
 ARCHITECTURE_VARIABLE = "STILLHOUSE_TEACHER_ARCHITECTURE"
 """Names the architecture to replace; inherited by tensor-parallel workers. Unset: this process scores nothing."""
@@ -116,6 +116,7 @@ class Part:
     request: int  # index in the batch
     rows: torch.Tensor  # int64 [n] rows of the step's hidden states
     target_ids: torch.Tensor  # int64 [n]
+    row_keys: torch.Tensor  # int64 [n], of an encoding that draws; else [0]
 
 
 class LabelPooler(Pooler):
@@ -161,7 +162,8 @@ class LabelPooler(Pooler):
                 metadata.pooling_states[i].clean()
             at = ask.positions(start, end)
             if len(at):
-                part = Part(request=i, rows=at - start + offset, target_ids=token_ids[i][at + 1].to(torch.int64))
+                keys = row_keys(token_ids[i], at) if self._encoding(ask).needs_row_keys else at[:0]
+                part = Part(i, at - start + offset, token_ids[i][at + 1].to(torch.int64), keys)
                 groups.setdefault(encoding_key(ask), (ask, []))[1].append(part)
             offset += num
         yield from groups.values()
@@ -170,11 +172,15 @@ class LabelPooler(Pooler):
         """uint8 [rows of all parts, bytes]; own memory, since vLLM reuses the buffer of the hidden states."""
         device = hidden_states.device
         encoding = self._encoding(ask)
-        rows = torch.cat([part.rows for part in parts]).to(device, non_blocking=True)
-        target_ids = torch.cat([part.target_ids for part in parts]).to(device, non_blocking=True)
+        rows, target_ids, keys = (
+            torch.cat(tensors).to(device, non_blocking=True)
+            for tensors in zip(*((part.rows, part.target_ids, part.row_keys) for part in parts), strict=True)
+        )
         layout = encoding.layout(TeacherShape(ask.vocabulary_size, hidden_states.shape[-1], hidden_states.dtype))
         chunks = []
-        for chunk, following in zip(rows.split(LABEL_CHUNK_ROWS), target_ids.split(LABEL_CHUNK_ROWS), strict=True):
+        for start in range(0, len(rows), LABEL_CHUNK_ROWS):
+            here = slice(start, start + LABEL_CHUNK_ROWS)
+            chunk, drawn = rows[here], {"row_keys": keys[here]} if encoding.needs_row_keys else {}
             source = hidden_states[chunk]
             if encoding.needs == "logits":
                 source = self.compute_logits(source)  # a collective: every rank computes as many chunks
@@ -183,7 +189,7 @@ class LabelPooler(Pooler):
             if source is None or get_tensor_model_parallel_rank() != 0:
                 chunks.append(chunk.new_empty(len(chunk), 0, dtype=torch.uint8))
             else:
-                chunks.append(pack_rows(encoding.encode(source, following), layout))
+                chunks.append(pack_rows(encoding.encode(source, target_ids[here], **drawn), layout))
         return torch.cat(chunks)
 
     def _encoding(self, ask: Ask) -> Encoding:

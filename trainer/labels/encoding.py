@@ -6,6 +6,7 @@ logits or hidden [n, .] --make--> columns --pack_rows--> bytes ~~~> unpack_rows 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -26,15 +27,20 @@ ABSENT = -1e4
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One array of an encoding: `[N, width]` of a torch dtype."""
+    """One array of an encoding: `[N, width]` of a torch dtype.
+
+    With `counts`, the name of a column of one number a row, the first so many entries of a row are meant and a block
+    holds no others (`trainer/labels/ragged.py`); `encode` and `align` see rectangles all the same.
+    """
 
     name: str
     dtype: torch.dtype
     width: int
+    counts: str = ""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of one row."""
+        """Bytes of one row, of a ragged one at most."""
         return self.width * self.dtype.itemsize
 
 
@@ -54,6 +60,9 @@ class Encoding(Protocol):
     needs: Literal["logits", "hidden"]
     """What `encode` gets as `source`: logits `[n, V]` (sliced to the true vocabulary, soft-capped), or the final hidden
     states `[n, H]` (after the final norm, what lm_head reads)."""
+    needs_row_keys: bool
+    """Whether `encode` draws: it is then given `row_keys`, int64 [n], equal for the same row of the same text wherever
+    and whenever it is scored (`row_keys` of this file)."""
     temperature: float
     least_vocabulary: int  # ids that a vocabulary needs for such labels to be made of it
 
@@ -62,7 +71,9 @@ class Encoding(Protocol):
         ...
 
     def encode(self, source: torch.Tensor, target_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Columns for `n` rows. `target_ids` int64 [n] holds the token after each row. `source` is only read."""
+        """Columns for `n` rows. `target_ids` int64 [n] holds the token after each row. `source` is only read.
+
+        One that draws has a third parameter, `row_keys` (see `needs_row_keys`)."""
         ...
 
     def prepare(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
@@ -111,6 +122,15 @@ def unpack_rows(packed: np.ndarray, layout: tuple[Column, ...]) -> dict[str, np.
     if start != packed.shape[1]:
         raise ValueError(f"packed rows hold {packed.shape[1]} bytes, the layout {layout} needs {start}")
     return columns
+
+
+def row_keys(token_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """int64 [n]: what random numbers of these rows of a text are drawn with, the same on every replica and device.
+
+    `token_ids` int [L] are all tokens that are read, `rows` int64 [n]; both in host memory.
+    """
+    digest = hashlib.blake2b(token_ids.to(torch.int32).contiguous().numpy().tobytes(), digest_size=8).digest()
+    return rows + int.from_bytes(digest, "little", signed=True) // 2
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype:

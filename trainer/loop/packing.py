@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from trainer.errors import UnitRejected
-from trainer.labels.encoding import Column, Encoding, TeacherShape, numpy_dtype
+from trainer.labels.encoding import Column, Encoding, TeacherShape
+from trainer.labels.ragged import has_form, num_entries, padded, rows_of
 from trainer.types import BatchPart, LabelHeader, Sequence, SoftLabelBlock, TokenBatch, Unit
 
 
-def check_block(unit: Unit, block: SoftLabelBlock, *, header: LabelHeader) -> None:
+def check_block(unit: Unit, block: SoftLabelBlock, *, header: LabelHeader, layout: AbstractSequence[Column]) -> None:
     """Raises `UnitRejected` naming the unit unless the block holds labels of exactly its tokens and rows, as meant by
     `header`; its teacher may have moved on to other weights."""
     if dataclasses.replace(block.header, weights_version=header.weights_version) != header:
@@ -31,9 +32,14 @@ def check_block(unit: Unit, block: SoftLabelBlock, *, header: LabelHeader) -> No
     wanted = np.cumsum([0, *(sequence.num_loss_tokens for sequence in unit.sequences)])
     if not np.array_equal(block.row_offsets, wanted):
         raise UnitRejected(f"unit {unit.id}: labels for rows {block.row_offsets.tolist()}, asked for {wanted.tolist()}")
-    for name, column in block.columns.items():
-        if len(column) != wanted[-1]:
-            raise UnitRejected(f"unit {unit.id}: column {name} has {len(column)} rows, asked for {wanted[-1]}")
+    # Those that count the entries of others first: they are fixed, and have the right length when they are added up.
+    for column in sorted(layout, key=lambda one: one.counts != ""):
+        found, asked = len(block.columns[column.name]), num_entries(block.columns, column, int(wanted[-1]))
+        if found != asked:
+            what = "entries" if column.counts else "rows"
+            raise UnitRejected(f"unit {unit.id}: column {column.name} has {found} {what}, asked for {asked}")
+        if column.counts and block.columns[column.counts].max(initial=0) > column.width:
+            raise UnitRejected(f"unit {unit.id}: {column.counts} counts more than {column.width} entries of a row")
 
 
 def check_finite(unit: Unit, block: SoftLabelBlock, *, layout: AbstractSequence[Column]) -> None:
@@ -44,9 +50,9 @@ def check_finite(unit: Unit, block: SoftLabelBlock, *, layout: AbstractSequence[
         values = _to_torch(np.ascontiguousarray(block.columns[column.name]), column.dtype)
         bad = ~values.isfinite()
         if bad.any():
-            row = int(bad.any(dim=1).nonzero()[0])
+            first = f"{'entry' if column.counts else 'row'} {int(bad.nonzero()[0, 0])}"
             raise UnitRejected(
-                f"unit {unit.id}: {int(bad.sum())} numbers of column {column.name} are not finite, first in row {row}"
+                f"unit {unit.id}: {int(bad.sum())} numbers of column {column.name} are not finite, first in {first}"
             )
 
 
@@ -59,14 +65,10 @@ def layout_of(encoding: Encoding, block: SoftLabelBlock) -> tuple[Column, ...]:
         dtype=getattr(torch, header.dtype),
     )
     layout = encoding.layout(shape)
-    if not all(_fits(column, block.columns.get(column.name)) for column in layout):
-        described = {name: (column.dtype.name, column.shape[1]) for name, column in block.columns.items()}
+    if not all(has_form(column, block.columns.get(column.name)) for column in layout):
+        described = {name: (column.dtype.name, *column.shape[1:]) for name, column in block.columns.items()}
         raise UnitRejected(f"the labels of {header.teacher} have columns {described}, not those of {encoding}")
     return layout
-
-
-def _fits(column: Column, values: np.ndarray | None) -> bool:
-    return values is not None and values.shape[1] == column.width and values.dtype == numpy_dtype(column.dtype)
 
 
 Layouts = Mapping[tuple[str, str], AbstractSequence[Column]]
@@ -132,12 +134,7 @@ def _part(
         task=task,
         teacher=teacher,
         rows=slice(start, start + sum(counts)),
-        labels={
-            column.name: _to_torch(
-                np.concatenate([_rows_of(blocks[u], s, column.name) for u, s in places]), column.dtype
-            )
-            for column in layout
-        },
+        labels=_labels(layout, [(blocks[u], s) for u, s in places]),
         columns={name: torch.from_numpy(_column(sequences, name)) for name in names},
         row_weights=None if (weights == 1).all() else torch.from_numpy(weights),
         row_sequences=torch.from_numpy(np.repeat(np.arange(len(sequences)), counts)),
@@ -165,9 +162,22 @@ def to_device(batch: TokenBatch, device: torch.device) -> TokenBatch:
     return _each_tensor(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def _rows_of(block: SoftLabelBlock, sequence: int, column: str) -> np.ndarray:
-    start, stop = block.row_offsets[sequence : sequence + 2]
-    return block.columns[column][start:stop]
+def _labels(
+    layout: AbstractSequence[Column], places: AbstractSequence[tuple[SoftLabelBlock, int]]
+) -> dict[str, torch.Tensor]:
+    """Each column of these sequences of blocks, [n, width]; of a ragged one the width is that of its longest row."""
+    joined = {
+        column.name: np.concatenate(
+            [rows_of(block.columns, column, *block.row_offsets[s : s + 2].tolist()) for block, s in places]
+        )
+        for column in layout
+    }
+    return {
+        column.name: _to_torch(
+            padded(joined[column.name], joined[column.counts]) if column.counts else joined[column.name], column.dtype
+        )
+        for column in layout
+    }
 
 
 def _to_torch(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:

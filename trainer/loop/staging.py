@@ -131,7 +131,7 @@ class Staging:
                 layouts[unit.kind] = layout_of(encoding, block)
                 if encoding.needs == "hidden":
                     self._load_teacher_head(unit.kind[1], getattr(torch, header.dtype))
-            check_block(unit, block, header=header)
+            check_block(unit, block, header=header, layout=layouts[unit.kind])
             check_finite(unit, block, layout=layouts[unit.kind])
         return layouts
 

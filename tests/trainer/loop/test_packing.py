@@ -34,6 +34,9 @@ class FakeEncoding:
         return (Column("hidden", shape.dtype, shape.hidden_size), Column("ids", torch.uint16, 2))
 
 
+LAYOUT = FakeEncoding().layout(TeacherShape(9, 3, torch.bfloat16))
+
+
 def _sequence(name: str, length: int, rows: tuple[int, ...]) -> Sequence:
     mask = np.zeros(length, dtype=bool)
     mask[list(rows)] = True
@@ -104,18 +107,20 @@ def test_an_empty_micro_batch_is_one_token_without_loss_rows(units: tuple[Unit, 
 
 def test_a_block_must_hold_exactly_the_rows_of_its_unit(units: tuple[Unit, ...]) -> None:
     unit, block = units[0], _block(units[0])
-    check_block(unit, block, header=HEADER)
+    check_block(unit, block, header=HEADER, layout=LAYOUT)
     with pytest.raises(UnitRejected, match=r"unit u1.*other tokens"):
-        check_block(units[1], block, header=HEADER)
+        check_block(units[1], block, header=HEADER, layout=LAYOUT)
     short = dataclasses.replace(block, row_offsets=np.array([0, 2, 2]))
     with pytest.raises(UnitRejected, match=r"rows \[0, 2, 2\], asked for \[0, 3, 3\]"):
-        check_block(unit, short, header=HEADER)
+        check_block(unit, short, header=HEADER, layout=LAYOUT)
     columns = {**block.columns, "ids": block.columns["ids"][1:]}
     with pytest.raises(UnitRejected, match="column ids has 2 rows"):
-        check_block(unit, dataclasses.replace(block, columns=columns), header=HEADER)
+        check_block(unit, dataclasses.replace(block, columns=columns), header=HEADER, layout=LAYOUT)
     with pytest.raises(UnitRejected, match="others of this run"):
-        check_block(unit, block, header=dataclasses.replace(HEADER, dtype="float32"))
-    check_block(unit, block, header=dataclasses.replace(HEADER, weights_version="2"))  # a teacher may move
+        check_block(unit, block, header=dataclasses.replace(HEADER, dtype="float32"), layout=LAYOUT)
+    check_block(
+        unit, block, header=dataclasses.replace(HEADER, weights_version="2"), layout=LAYOUT
+    )  # a teacher may move
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
