@@ -21,6 +21,10 @@ class Labels(Choice):
     """What terms of an objective find in them."""
     needs_row_keys: ClassVar[bool] = False
     """Whether labels are drawn, with random numbers of the row alone."""
+    code_version: ClassVar[int] = 1
+    """Raised where its file makes other numbers of the same logits: labels that a store keeps are then made again."""
+    is_kept: ClassVar[bool] = True
+    """Whether they follow from teacher and tokens alone, so that a store may keep them."""
 
     temperature: PositiveFloat = Field(1.0, description="Of teacher and student alike; losses are scaled by T^2.")
 
