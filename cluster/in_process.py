@@ -26,6 +26,7 @@ from trainer.types import (
     Evaluation,
     GenerationRequest,
     RankBatch,
+    RowIds,
     SoftLabelBlock,
     StepMetrics,
     Unit,
@@ -48,8 +49,10 @@ class InProcessTeacher:
     def start(self) -> None:
         self._engine = start_engine(self._plan, f"{self._plan.actors}-0")
 
-    async def score(self, unit: Unit, encoding: Labels) -> tuple[UnitReport, SoftLabelBlock]:
-        report, block = await self._engine.score(unit, encoding, deadline_s=self._deadline_s)
+    async def score(
+        self, unit: Unit, encoding: Labels, given: RowIds | None = None
+    ) -> tuple[UnitReport, SoftLabelBlock]:
+        report, block = await self._engine.score(unit, encoding, deadline_s=self._deadline_s, given=given)
         check_report(report, unit)
         self._observer.span(report.replica, "score", report.started_s, report.started_s + report.score_s, unit.id)
         return report, block

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, field_validator
 
-from configs.section import Need, Positive
+from configs.section import Natural, Need, Positive
 from configs.stations import Choice, Station
 
 
@@ -25,6 +25,9 @@ class Labels(Choice):
     """Raised where its file makes other numbers of the same logits: labels that a store keeps are then made again."""
     is_kept: ClassVar[bool] = True
     """Whether they follow from teacher and tokens alone, so that a store may keep them."""
+
+    takes_ids: ClassVar[bool] = False
+    """Whether whoever asks for them says of which ids: a request carries `num_given` ids for each row."""
 
     temperature: PositiveFloat = Field(1.0, description="Of teacher and student alike; losses are scaled by T^2.")
 
@@ -61,6 +64,36 @@ class Dense(Labels):
     )
 
 
+class GivenIds(Labels):
+    """The teacher's log-probabilities on the student's own likeliest ids, and the mass of all others: what reverse_kl
+    needs, which lives where the student's mass is."""
+
+    kind: Literal["given_ids"] = "given_ids"
+
+    takes_ids: ClassVar[bool] = True
+
+    k: Positive = Field(64, description="Ids given for each row, the likeliest of whom `ids` names.")
+    ids: Literal["student"] = Field(
+        "student", description="Who chooses them: the student, one forward pass of its own before a step is scored."
+    )
+    add_target: bool = Field(True, description="The target id is given too.")
+    add_teacher_topk: Natural = Field(0, description="The teacher adds as many ids, its likeliest that are not given.")
+
+    @property
+    def num_given(self) -> int:
+        """Ids that a request carries for each row."""
+        return self.k + self.add_target
+
+    @property
+    def num_kept(self) -> int:
+        """Ids that a label holds for each row."""
+        return self.num_given + self.add_teacher_topk
+
+    @property
+    def least_vocabulary(self) -> int:
+        return self.num_kept
+
+
 class Token(Labels):
     """The log-probability of the target id alone: for terms over whole answers."""
 
@@ -86,7 +119,7 @@ class NoLabels(Choice):
 
 LABELS = Station(
     Labels,
-    (TopK, Hidden, Dense, Token, NoLabels),
+    (TopK, GivenIds, Hidden, Dense, Token, NoLabels),
     package="trainer.labels",
     class_name="Encoding",
     default="topk",

@@ -64,6 +64,7 @@ class Divergence(Term):
     needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
     exactness: ClassVar[Mapping[str, Exactness]] = {
         "topk": "lower_bound",
+        "given_ids": "lower_bound",
         "hidden": "exact",
         "dense": "exact",
         "token": "refused",

@@ -23,6 +23,8 @@ from trainer.types import (
     GenerationRequest,
     Prompt,
     RankBatch,
+    RowIds,
+    RowIdsRef,
     Sequence,
     SoftLabelBlock,
     StepMetrics,
@@ -59,8 +61,8 @@ class Observer(Protocol):
 class Scorers(Protocol):
     """A pool of scorer replicas of one teacher."""
 
-    async def score(self, unit: Unit, encoding: Labels) -> tuple[UnitReport, BlockRef]:
-        """Labels for every loss row of the unit, whatever dies meanwhile.
+    async def score(self, unit: Unit, encoding: Labels, given: RowIdsRef | None = None) -> tuple[UnitReport, BlockRef]:
+        """Labels for every loss row of the unit, whatever dies meanwhile. `given`: where the encoding `takes_ids`.
 
         Raises `TeachersLost` when the pool has given up, `UnitRejected` when the unit itself cannot be scored.
         """
@@ -178,7 +180,9 @@ class Hook(Protocol):
 class ScoringEngine(Protocol):
     """Software that runs one replica of a teacher for scoring. Built inside its process; no method outlives `close`."""
 
-    async def score(self, unit: Unit, encoding: Labels, *, deadline_s: float) -> tuple[UnitReport, SoftLabelBlock]:
+    async def score(
+        self, unit: Unit, encoding: Labels, *, deadline_s: float, given: RowIds | None = None
+    ) -> tuple[UnitReport, SoftLabelBlock]:
         """Raises `DeadlineExceeded` after aborting the unit's requests, `UnitRejected` for input the model refuses."""
         ...
 

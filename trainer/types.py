@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 BlockRef = object
 """Where a block lies: the block itself in one process, an object reference on a cluster. Opaque to the loops."""
 
+RowIdsRef = object
+"""Where the ids that a unit's teacher is asked about lie, likewise."""
+
 
 @dataclass(frozen=True, slots=True)
 class StreamCounters:
@@ -277,6 +280,19 @@ class Unit:
     def tokens_hash(self) -> str:
         """Identifies the exact tokens and rows a block was made for."""
         return hash_tokens(self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class RowIds:
+    """Ids that somebody chose for each loss row of a unit, on which a teacher is then asked for log-probabilities."""
+
+    tokens_hash: str  # of the unit
+    ids: np.ndarray  # int32 [N, K]: different ids of a row, at least one, then -1 from where it has no more
+
+    def of_sequences(self, unit: Unit) -> list[np.ndarray]:
+        """int32 [n, K] of each sequence that has loss rows."""
+        borders = np.cumsum([s.num_loss_tokens for s in unit.sequences if s.num_loss_tokens])
+        return np.split(self.ids, borders[:-1])
 
 
 def hash_tokens(sequences: AbstractSequence[Sequence]) -> str:

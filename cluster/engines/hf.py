@@ -19,11 +19,13 @@ from cluster.engines.plan import EnginePlan
 from cluster.engines.refusals import start_errors
 from cluster.engines.units import (
     EngineStatistics,
+    check_given,
     check_unit,
     label_block,
     teacher_shape,
     tokens_to_read,
     unit_report,
+    with_given,
 )
 from configs.engines import Hf
 from configs.labels import Labels
@@ -32,7 +34,7 @@ from trainer.errors import ConfigError
 from trainer.labels.encoding import Column, Encoding, load_encoding, pack_rows, row_keys
 from trainer.model.attention import REFERENCE
 from trainer.model.load import load_causal
-from trainer.types import Sequence, SoftLabelBlock, Unit, UnitReport
+from trainer.types import RowIds, Sequence, SoftLabelBlock, Unit, UnitReport
 
 
 class Engine(Hf):
@@ -89,15 +91,18 @@ class HfScorer:
         self._loop = SequenceLoop(name)
         self._shape = teacher_shape(plan, model.get_output_embeddings().weight.shape[1])
 
-    async def score(self, unit: Unit, encoding: Labels, *, deadline_s: float) -> tuple[UnitReport, SoftLabelBlock]:
+    async def score(
+        self, unit: Unit, encoding: Labels, *, deadline_s: float, given: RowIds | None = None
+    ) -> tuple[UnitReport, SoftLabelBlock]:
         """See the protocol."""
         check_unit(unit, vocabulary_size=self._plan.vocabulary_size, max_length=self._plan.max_length)
+        check_given(unit, given, encoding=encoding, vocabulary_size=self._plan.vocabulary_size)
         made = load_encoding(encoding)
         layout = made.layout(self._shape)
         started_s, started_at = time.time(), time.monotonic()
         packed = await self._loop.run(
-            [sequence for sequence in unit.sequences if sequence.num_loss_tokens],
-            lambda sequence: self._labels(sequence, made, layout),
+            with_given(unit, given),
+            lambda asked: self._labels(*asked, made, layout),
             name=f"unit {unit.id}",
             deadline_s=deadline_s,
         )
@@ -116,7 +121,9 @@ class HfScorer:
         return report, block
 
     @torch.inference_mode()
-    def _labels(self, sequence: Sequence, encoding: Encoding, layout: tuple[Column, ...]) -> np.ndarray:
+    def _labels(
+        self, sequence: Sequence, given: np.ndarray | None, encoding: Encoding, layout: tuple[Column, ...]
+    ) -> np.ndarray:
         """uint8 [n, bytes] of one sequence. Logits come from the model itself, whatever its head does."""
         device = self._model.device
         token_ids = torch.from_numpy(tokens_to_read(sequence)).long().to(device)
@@ -126,8 +133,10 @@ class HfScorer:
         else:
             logits = self._model(input_ids=token_ids[None], use_cache=False, logits_to_keep=rows).logits[0]
             source = logits[:, : self._plan.vocabulary_size]
-        keys = {"row_keys": row_keys(token_ids.cpu(), rows.cpu()).to(device)} if encoding.needs_row_keys else {}
-        return pack_rows(encoding.encode(source, token_ids[rows + 1], **keys), layout).cpu().numpy()
+        extra = {"row_keys": row_keys(token_ids.cpu(), rows.cpu()).to(device)} if encoding.needs_row_keys else {}
+        if given is not None:
+            extra["given_ids"] = torch.from_numpy(given.astype(np.int64)).to(device)
+        return pack_rows(encoding.encode(source, token_ids[rows + 1], **extra), layout).cpu().numpy()
 
     def statistics(self) -> EngineStatistics:
         return self._loop.statistics()

@@ -16,7 +16,7 @@ from configs.labels import Labels
 from trainer.errors import EngineDead, UnitRejected
 from trainer.labels.encoding import Column, Encoding, TeacherShape, unpack_rows
 from trainer.labels.ragged import flatten_ragged
-from trainer.types import GenerationRequest, LabelHeader, Sequence, SoftLabelBlock, Unit, UnitReport
+from trainer.types import GenerationRequest, LabelHeader, RowIds, Sequence, SoftLabelBlock, Unit, UnitReport
 
 BFLOAT16_EXPONENT = 0x7F80
 """Bits that are all set in a bfloat16 infinity or NaN, and in nothing else."""
@@ -54,6 +54,38 @@ def check_unit(unit: Unit, *, vocabulary_size: int, max_length: int) -> None:
         raise UnitRejected(f"unit {unit.id}: no row of its {len(unit.sequences)} sequence(s) counts in the loss")
 
 
+def check_given(unit: Unit, given: RowIds | None, *, encoding: Labels, vocabulary_size: int) -> None:
+    """Refuse, with `UnitRejected`, ids that a teacher cannot be asked about; a unit that passed `check_unit`."""
+    if given is None or not encoding.takes_ids:
+        if given is None and not encoding.takes_ids:
+            return
+        wanted = "needs ids of each row" if encoding.takes_ids else "takes no ids"
+        raise UnitRejected(f"unit {unit.id}: labels: {encoding.kind} {wanted}, the request holds {given and 'some'}")
+    ids, shape = given.ids, (unit.num_rows, encoding.num_given)
+    if given.tokens_hash != unit.tokens_hash():
+        raise UnitRejected(f"unit {unit.id}: its ids were given for other tokens ({given.tokens_hash})")
+    if ids.shape != shape or ids.dtype.kind != "i":
+        raise UnitRejected(
+            f"unit {unit.id}: its given ids are {ids.dtype} {list(ids.shape)}, needed are int {list(shape)}"
+        )
+    _check_given_rows(unit, ids, vocabulary_size)
+
+
+def _check_given_rows(unit: Unit, ids: np.ndarray, vocabulary_size: int) -> None:
+    """Ids of the vocabulary, each once in its row, and behind the last one -1: a repeated id would count twice."""
+    absent = ids == -1
+    ordered = np.sort(ids, axis=1)
+    wrong = {
+        f"an id outside the vocabulary of {vocabulary_size}": (ids < -1) | (ids >= vocabulary_size),
+        "no id at all, or one behind a -1": absent[:, :1] | (absent[:, :-1] & ~absent[:, 1:]).any(1, keepdims=True),
+        "an id twice": (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != -1),
+    }
+    for what, places in wrong.items():
+        if places.any():
+            row = int(np.flatnonzero(places.any(1))[0])
+            raise UnitRejected(f"unit {unit.id}: row {row} of its given ids holds {what}: {ids[row, :8].tolist()} ...")
+
+
 def check_request(request: GenerationRequest, *, vocabulary_size: int, max_length: int) -> None:
     """Refuse, with `UnitRejected`, a prompt that leaves no room for an answer or holds a wrong id."""
     what = f"prompt {request.prompt_id}" + (f" ({request.origin})" if request.origin else "")
@@ -73,6 +105,12 @@ def check_ids(token_ids: np.ndarray, what: str, vocabulary_size: int) -> None:
         raise UnitRejected(
             f"{what}: token id {int(token_ids[at])} at {at} is outside the vocabulary of {vocabulary_size}"
         )
+
+
+def with_given(unit: Unit, given: RowIds | None) -> list[tuple[Sequence, np.ndarray | None]]:
+    """The sequences that have loss rows, each with the ids given for these, int32 [n, K]."""
+    asked = [sequence for sequence in unit.sequences if sequence.num_loss_tokens]
+    return list(zip(asked, [None] * len(asked) if given is None else given.of_sequences(unit), strict=True))
 
 
 def tokens_to_read(sequence: Sequence) -> np.ndarray:

@@ -11,15 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from cluster.engines.plan import EnginePlan
 from cluster.engines.refusals import start_errors
 from cluster.engines.units import (
     EngineStatistics,
+    check_given,
     check_unit,
     label_block,
     teacher_shape,
     tokens_to_read,
     unit_report,
+    with_given,
 )
 from cluster.engines.vllm_generator import VllmGenerator, sampling_params
 from cluster.engines.vllm_loop import EngineLoop, Request
@@ -29,7 +33,7 @@ from trainer.errors import ConfigError, InfrastructureError
 from trainer.heap import give_back
 from trainer.labels.encoding import load_encoding
 from trainer.model.head import head_width
-from trainer.types import Sampling, Sequence, SoftLabelBlock, Unit, UnitReport
+from trainer.types import RowIds, Sampling, Sequence, SoftLabelBlock, Unit, UnitReport
 
 if TYPE_CHECKING:
     from vllm import PoolingParams
@@ -192,7 +196,8 @@ def try_out(engine: LLMEngine, plan: EnginePlan) -> None:
     """The shortest requests there are: kernels that do not take this model say so at its first pass, and not before."""
     if plan.role == "scorer":
         encoding = plan.encodings[0] if plan.encodings else HELD_OUT
-        trials = [([0, 0], label_request(encoding, plan, spans=[0, 1]))]
+        given = np.arange(encoding.num_given)[None] if encoding.takes_ids else None
+        trials = [([0, 0], label_request(encoding, plan, spans=[0, 1], given=given))]
     else:
         ways = Sampling(max_tokens=1), Sampling(max_tokens=1, temperature=1.0, top_p=0.9, top_k=2, min_p=0.1)
         trials = [([0], sampling_params(way, max_tokens=1, seed=0, logit_bias=None)) for way in ways]
@@ -202,11 +207,14 @@ def try_out(engine: LLMEngine, plan: EnginePlan) -> None:
         engine.step()
 
 
-def label_request(encoding: Labels, plan: EnginePlan, *, spans: list[int]) -> PoolingParams:
-    """`spans` are start, end, start, end, ... of the asked rows."""
+def label_request(
+    encoding: Labels, plan: EnginePlan, *, spans: list[int], given: np.ndarray | None = None
+) -> PoolingParams:
+    """`spans` are start, end, start, end, ... of the asked rows; `given` int [rows, num_given] are their ids."""
     from cluster.engines.vllm_labels import Ask
 
-    ask = Ask(encoding.flat(), plan.vocabulary_size, spans)
+    given_ids = b"" if given is None else np.ascontiguousarray(given, dtype=np.int32).tobytes()
+    ask = Ask(encoding.flat(), plan.vocabulary_size, spans, given_ids)
     return ask.to_params()
 
 
@@ -218,13 +226,16 @@ class VllmScorer:
         self._loop = loop
         self._hidden_size = hidden_size
 
-    async def score(self, unit: Unit, encoding: Labels, *, deadline_s: float) -> tuple[UnitReport, SoftLabelBlock]:
+    async def score(
+        self, unit: Unit, encoding: Labels, *, deadline_s: float, given: RowIds | None = None
+    ) -> tuple[UnitReport, SoftLabelBlock]:
         """See the protocol. Several calls at once share the engine's batches."""
         plan = self._plan
         check_unit(unit, vocabulary_size=plan.vocabulary_size, max_length=plan.max_length)
+        check_given(unit, given, encoding=encoding, vocabulary_size=plan.vocabulary_size)
         made = load_encoding(encoding)
         finished = await self._loop.submit(
-            [self._request(sequence, encoding) for sequence in unit.sequences if sequence.num_loss_tokens],
+            [self._request(sequence, encoding, ids) for sequence, ids in with_given(unit, given)],
             name=f"unit {unit.id}",
             num_tokens=unit.num_tokens,
             num_rows=unit.num_rows,
@@ -244,9 +255,10 @@ class VllmScorer:
         )
         return report, block
 
-    def _request(self, sequence: Sequence, encoding: Labels) -> Request:
+    def _request(self, sequence: Sequence, encoding: Labels, given: np.ndarray | None) -> Request:
         spans = [edge for span in sequence.spans() for edge in span]
-        return Request(tokens_to_read(sequence).tolist(), label_request(encoding, self._plan, spans=spans))
+        asked = label_request(encoding, self._plan, spans=spans, given=given)
+        return Request(tokens_to_read(sequence).tolist(), asked)
 
     def statistics(self) -> EngineStatistics:
         return self._loop.statistics

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from vllm import ModelRegistry
 from vllm.config import VllmConfig
@@ -89,6 +90,7 @@ class Ask:
     labels: dict[str, object]  # flat: the kind and its parameters
     vocabulary_size: int
     spans: list[int]  # start, end, start, end, ... of the asked rows
+    given_ids: bytes = b""  # int32 [asked rows, K], of encodings that take ids: bytes, which vLLM copies for free
 
     def to_params(self) -> PoolingParams:
         return PoolingParams(
@@ -99,6 +101,7 @@ class Ask:
                 "labels": self.labels,
                 "vocabulary_size": self.vocabulary_size,
                 "spans": self.spans,
+                "given_ids": self.given_ids,
             },
         )
 
@@ -108,6 +111,12 @@ class Ask:
         clipped = ((max(a, start), min(b, end)) for a, b in pairs)
         return torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(a, b) for a, b in clipped if a < b)])
 
+    def given_between(self, start: int, end: int) -> torch.Tensor:
+        """int32 [n, K]: the ids given for `positions(start, end)`; [n, 0] where the encoding takes none."""
+        before, num_rows = (len(self.positions(0, border)) for border in (start, self.spans[-1]))
+        ids = np.frombuffer(self.given_ids, dtype=np.int32).reshape(num_rows, -1)
+        return torch.from_numpy(ids[before : before + len(self.positions(start, end))].copy())
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -116,7 +125,7 @@ class Part:
     request: int  # index in the batch
     rows: torch.Tensor  # int64 [n] rows of the step's hidden states
     target_ids: torch.Tensor  # int64 [n]
-    row_keys: torch.Tensor  # int64 [n], of an encoding that draws; else [0]
+    extra: dict[str, torch.Tensor]  # what `encode` is given of each row besides: row_keys, given_ids
 
 
 class LabelPooler(Pooler):
@@ -162,8 +171,10 @@ class LabelPooler(Pooler):
                 metadata.pooling_states[i].clean()
             at = ask.positions(start, end)
             if len(at):
-                keys = row_keys(token_ids[i], at) if self._encoding(ask).needs_row_keys else at[:0]
-                part = Part(i, at - start + offset, token_ids[i][at + 1].to(torch.int64), keys)
+                extra = {"row_keys": row_keys(token_ids[i], at)} if self._encoding(ask).needs_row_keys else {}
+                if ask.given_ids:
+                    extra["given_ids"] = ask.given_between(start, end)
+                part = Part(i, at - start + offset, token_ids[i][at + 1].to(torch.int64), extra)
                 groups.setdefault(encoding_key(ask), (ask, []))[1].append(part)
             offset += num
         yield from groups.values()
@@ -172,15 +183,16 @@ class LabelPooler(Pooler):
         """uint8 [rows of all parts, bytes]; own memory, since vLLM reuses the buffer of the hidden states."""
         device = hidden_states.device
         encoding = self._encoding(ask)
-        rows, target_ids, keys = (
+        rows, target_ids, *extra = (
             torch.cat(tensors).to(device, non_blocking=True)
-            for tensors in zip(*((part.rows, part.target_ids, part.row_keys) for part in parts), strict=True)
+            for tensors in zip(*((part.rows, part.target_ids, *part.extra.values()) for part in parts), strict=True)
         )
         layout = encoding.layout(TeacherShape(ask.vocabulary_size, hidden_states.shape[-1], hidden_states.dtype))
         chunks = []
         for start in range(0, len(rows), LABEL_CHUNK_ROWS):
             here = slice(start, start + LABEL_CHUNK_ROWS)
-            chunk, drawn = rows[here], {"row_keys": keys[here]} if encoding.needs_row_keys else {}
+            chunk = rows[here]
+            more = {name: values[here] for name, values in zip(parts[0].extra, extra, strict=True)}
             source = hidden_states[chunk]
             if encoding.needs == "logits":
                 source = self.compute_logits(source)  # a collective: every rank computes as many chunks
@@ -189,7 +201,7 @@ class LabelPooler(Pooler):
             if source is None or get_tensor_model_parallel_rank() != 0:
                 chunks.append(chunk.new_empty(len(chunk), 0, dtype=torch.uint8))
             else:
-                chunks.append(pack_rows(encoding.encode(source, target_ids[here], **drawn), layout))
+                chunks.append(pack_rows(encoding.encode(source, target_ids[here], **more), layout))
         return torch.cat(chunks)
 
     def _encoding(self, ask: Ask) -> Encoding:

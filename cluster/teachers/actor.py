@@ -17,7 +17,7 @@ from configs.engines import ENGINES
 from configs.labels import Labels
 from trainer.build import check_build
 from trainer.protocols import GeneratingEngine, ScoringEngine
-from trainer.types import Completion, GenerationRequest, SoftLabelBlock, Unit, UnitReport
+from trainer.types import Completion, GenerationRequest, RowIds, SoftLabelBlock, Unit, UnitReport
 
 
 def start_engine(plan: EnginePlan, name: str) -> ScoringEngine | GeneratingEngine:
@@ -53,8 +53,11 @@ class TeacherActor:
     async def ping(self) -> None:
         """Answers while the engine works: it has a thread of its own."""
 
-    async def score(self, unit: Unit, encoding: Labels, deadline_s: float) -> tuple[UnitReport, SoftLabelBlock]:
-        return await self._engine.score(unit, encoding, deadline_s=deadline_s)
+    async def score(
+        self, unit: Unit, encoding: Labels, deadline_s: float, given: RowIds | None = None
+    ) -> tuple[UnitReport, SoftLabelBlock]:
+        """`given` is an argument of its own, so Ray brings it to this node before the call starts."""
+        return await self._engine.score(unit, encoding, deadline_s=deadline_s, given=given)
 
     async def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> list[Completion]:
         return await self._engine.generate(requests, deadline_s=deadline_s)

@@ -48,7 +48,7 @@ from trainer.errors import (
     UnitRejected,
 )
 from trainer.protocols import Observer
-from trainer.types import BlockRef, Completion, GenerationRequest, Unit, UnitReport
+from trainer.types import BlockRef, Completion, GenerationRequest, RowIdsRef, Unit, UnitReport
 
 MAX_MISSES = 3  # deadlines in a row without an answer: more than `CREDITS`, so that it is not one heavy unit
 CREDITS = 2  # units in flight per replica: with 1 the engine idles between units, with more a lost replica costs more
@@ -109,11 +109,11 @@ class ReplicaPool:
         await asyncio.gather(*(self._start(index) for index in range(len(self._replicas))))
         self._watchers = [asyncio.create_task(self._watch(index)) for index in range(len(self._replicas))]
 
-    async def score(self, unit: Unit, encoding: Labels) -> tuple[UnitReport, BlockRef]:
+    async def score(self, unit: Unit, encoding: Labels, given: RowIdsRef | None = None) -> tuple[UnitReport, BlockRef]:
         deadline_s = self._faults.score_timeout_s
 
         async def send(actor: Any) -> tuple[UnitReport, BlockRef]:
-            report_ref, block_ref = actor.score.options(num_returns=2).remote(unit, encoding, deadline_s)
+            report_ref, block_ref = actor.score.options(num_returns=2).remote(unit, encoding, deadline_s, given)
             report = await answer(report_ref, deadline_s + ANSWER_GRACE_S)
             check_report(report, unit)
             return report, block_ref

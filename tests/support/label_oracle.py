@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from trainer.labels.encoding import ABSENT
 from trainer.model.head import Head, HeadShape
-from trainer.types import Sequence, Unit
+from trainer.types import RowIds, Sequence, Unit
 
 VOCABULARY = 283  # of tests/support/tiny_models.py; its models are padded to 320
 
@@ -26,6 +27,18 @@ def random_unit(unit_id: str, *lengths_and_spans: tuple[int, list[tuple[int, int
         token_ids = rng.integers(0, VOCABULARY, length).astype(np.int32)
         sequences.append(Sequence(f"{unit_id}/{i}", token_ids, mask, "dataset"))
     return Unit(unit_id, tuple(sequences))
+
+
+def random_given_ids(unit: Unit, num_given: int, *, seed: int = 1) -> RowIds:
+    """Different random ids for every row of a unit, the target id first; every third row has half of them."""
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.permutation(VOCABULARY)[:num_given] for _ in range(unit.num_rows)]).astype(np.int32)
+    targets = np.concatenate([s.token_ids[np.flatnonzero(s.loss_mask) + 1] for s in unit.sequences])
+    for row, target in zip(ids, targets, strict=True):
+        row[row == target] = row[0]
+        row[0] = target
+    ids[::3, (num_given + 1) // 2 :] = -1
+    return RowIds(unit.tokens_hash(), ids)
 
 
 def oracle_of(folder: Path, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
@@ -64,9 +77,12 @@ def label_errors(
     k = ids.shape[1]
     rest = oracle.copy()
     np.put_along_axis(rest, ids, -np.inf, axis=1)
+    absent = columns["logprobs"] == ABSENT
+    best = oracle[rows, ids] if kind == "given_ids" else -np.sort(-oracle, axis=1)[:, :k]
+    wrong = np.where(absent, 0.0, columns["logprobs"].astype(np.float64) - oracle[rows, ids])
     return {
-        "ids": float(np.abs(oracle[rows, ids] - -np.sort(-oracle, axis=1)[:, :k]).max()),
-        "logprobs_f16": float(np.abs(columns["logprobs"].astype(np.float64) - oracle[rows, ids]).max()),
+        "ids": float(np.abs(oracle[rows, ids] - best).max()),
+        "logprobs_f16": float(np.abs(wrong).max()),
         "tail": float(np.abs(columns["tail"][:, 0] - np.log(np.exp(rest).sum(1))).max()),
         "target": float(np.abs(columns["target"] - oracle[rows, target_ids[:, None]]).max()),
     }

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from label_oracle import VOCABULARY, random_unit
+from label_oracle import VOCABULARY, random_given_ids, random_unit
 from transformers import AutoConfig
 
 from cluster.engines.plan import EnginePlan
@@ -96,7 +96,9 @@ def score_once(
     scorer = engine.start_scorer(engine_plan(engine, folder, tensor_parallel_size=tensor_parallel_size), "scorer-0")
 
     async def score_all() -> list[Any]:
-        return await asyncio.gather(*(scorer.score(unit, spec, deadline_s=DEADLINE_S) for spec in specs))
+        given = [random_given_ids(unit, spec.num_given) if spec.takes_ids else None for spec in specs]
+        asked = zip(specs, given, strict=True)
+        return await asyncio.gather(*(scorer.score(unit, s, deadline_s=DEADLINE_S, given=ids) for s, ids in asked))
 
     try:
         return [(report, dict(block.columns)) for report, block in asyncio.run(score_all())]

@@ -174,7 +174,8 @@ def _compare(
         rounded = truth.to(getattr(torch, dtype)).float()
         rounding = _kl(truth, rounded)
         if encoding.needs == "logits":
-            rounding = max(rounding, mean_kl(truth, encoding.encode(rounded, target_ids)))
+            ids = {"given_ids": columns["ids"][:, : encoding.num_given].int()} if encoding.takes_ids else {}
+            rounding = max(rounding, mean_kl(truth, encoding.encode(rounded, target_ids, **ids)))
         flat = _flatness(truth, rounding, dtype)
         told_apart, numbers = bool(flat), numbers + flat
     return SelfTestResult(name=name, passed=aligned <= tolerance and told_apart, numbers=numbers)

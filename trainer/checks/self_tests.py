@@ -215,7 +215,9 @@ def _random_labels(
     if encoding is None:
         return {}, None
     if encoding.needs == "logits":
-        return encoding.encode(3 * torch.randn(ROWS, size).to(subject.device), target_ids), None
+        logits = 3 * torch.randn(ROWS, size).to(subject.device)
+        ids = {"given_ids": torch.rand_like(logits).topk(encoding.num_given).indices} if encoding.takes_ids else {}
+        return encoding.encode(logits, target_ids, **ids), None
     width = 32
     weight = torch.randn(size, width).to(subject.device, subject.dtype)
     hidden = torch.randn(ROWS, width).to(subject.device, subject.dtype)

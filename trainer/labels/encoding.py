@@ -63,6 +63,9 @@ class Encoding(Protocol):
     needs_row_keys: bool
     """Whether `encode` draws: it is then given `row_keys`, int64 [n], equal for the same row of the same text wherever
     and whenever it is scored (`row_keys` of this file)."""
+    takes_ids: bool
+    """Whether `encode` is given `given_ids`, int [n, num_given]: those that the request carries for each row, the first
+    one always an id, then -1 from where a row has no more."""
     temperature: float
     least_vocabulary: int  # ids that a vocabulary needs for such labels to be made of it
 
@@ -73,7 +76,7 @@ class Encoding(Protocol):
     def encode(self, source: torch.Tensor, target_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Columns for `n` rows. `target_ids` int64 [n] holds the token after each row. `source` is only read.
 
-        One that draws has a third parameter, `row_keys` (see `needs_row_keys`)."""
+        One that draws has a third parameter, `row_keys` (see `needs_row_keys`), one that takes ids `given_ids`."""
         ...
 
     def prepare(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:

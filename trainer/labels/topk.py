@@ -3,21 +3,20 @@
 The pair is over k + 1 events, the kept ids and one lumped tail. For forward_kl its gradient at the kept ids is exactly
 that of the whole vocabulary (q - p); the tail event moves the student's remaining mass as a whole, q (1 - p_tail /
 q_tail). Without a tail event the student learns p / P_kept and gets over-confident (arXiv 2503.16870 measures it).
-
-Both tails are sums over the ids that are not kept, never 1 - sum: in float16 or bfloat16 that difference is noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
 
 from configs.labels import TopK
 from trainer.labels.encoding import ABSENT, Column, TeacherShape
-from trainer.model.fast import cache_blocks, softmax_and_log_sum_exp, top_k
+from trainer.labels.kept import id_dtype, kept_and_tail, rest_of
+from trainer.model.fast import cache_blocks, top_k
 from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ class Encoding(TopK):
         """Raises `ValueError` where k exceeds the vocabulary."""
         self._check_vocabulary(shape.vocabulary_size)
         wide = (Column("tail", torch.float32, 1), Column("target", torch.float32, 1))
-        ids = Column("ids", _id_dtype(shape.vocabulary_size), self.k)
+        ids = Column("ids", id_dtype(shape.vocabulary_size), self.k)
         logprobs = Column("logprobs", torch.float16, self.k)
         return (*wide, *sorted((ids, logprobs), key=lambda column: -column.dtype.itemsize))
 
@@ -49,7 +48,7 @@ class Encoding(TopK):
         columns = {
             "tail": source.new_empty(n, 1, dtype=torch.float32),
             "target": source.new_empty(n, 1, dtype=torch.float32),
-            "ids": source.new_empty(n, self.k, dtype=_id_dtype(v)),
+            "ids": source.new_empty(n, self.k, dtype=id_dtype(v)),
             "logprobs": source.new_empty(n, self.k, dtype=torch.float16),
         }
         with torch.no_grad():
@@ -68,7 +67,7 @@ class Encoding(TopK):
         """[n, K + 1] events, the tail last. The teacher's are its columns, renormalised: that removes the float16
         rounding of `logprobs` (at most 0.004 nats) and nothing else, since the mass of kept ids and tail is one."""
         teacher = torch.cat([labels["logprobs"].to(logits.dtype), labels["tail"].to(logits.dtype)], dim=1)
-        events = _kept_and_tail(logits, labels["ids"].long(), self.temperature)
+        events = kept_and_tail(logits, labels["ids"].long(), self.temperature)
         return PairedLogProbs(events.log_softmax(1), teacher.log_softmax(1), exhaustive=False)
 
     def mass(self, columns: Mapping[str, np.ndarray]) -> float:
@@ -89,7 +88,7 @@ class Encoding(TopK):
         if self.k == logits.shape[1]:
             total, tail = kept, torch.full_like(kept, ABSENT)
         else:
-            _, rest = _rest(logits, ids, self.temperature)
+            _, rest = rest_of(logits, ids, self.temperature)
             total = torch.logaddexp(kept, rest)
             tail = rest - total
         target = logits.gather(1, target_ids[:, None]) / self.temperature - total
@@ -99,48 +98,3 @@ class Encoding(TopK):
             "ids": ids,
             "logprobs": (values - total).clamp_(min=ABSENT),
         }
-
-
-def _kept_and_tail(logits: torch.Tensor, ids: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Unnormalised log-probabilities [n, K + 1] of the kept ids and of everything else; differentiable by `logits`."""
-    if ids.shape[1] == logits.shape[1]:
-        kept = logits.gather(1, ids) / temperature
-        return torch.cat([kept, kept.detach().logsumexp(1, keepdim=True) + ABSENT], dim=1)
-    return _KeptAndTail.apply(logits, ids, temperature)
-
-
-def _rest(logits: torch.Tensor, ids: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax [n, V] over the ids that are *not* in `ids` (exactly 0 at those that are), and their log-sum-exp [n, 1].
-
-    finfo.min and not -inf fills the gaps, so that a row whose rest is all -inf stays finite.
-    """
-    rest = logits.scatter(1, ids, torch.finfo(logits.dtype).min)
-    if temperature != 1.0:
-        rest.div_(temperature)
-    return softmax_and_log_sum_exp(rest)
-
-
-class _KeptAndTail(torch.autograd.Function):
-    """Gather and masked log-sum-exp in one, because their separate backwards would fill [n, V] three times.
-
-    Gradient by logits: g_tail softmax(rest) off the kept ids, g_k at them, both over the temperature.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor, temperature: float) -> torch.Tensor:
-        rest, tail = _rest(logits, ids, temperature)
-        ctx.save_for_backward(rest, ids)
-        ctx.temperature = temperature
-        return torch.cat([logits.gather(1, ids).div_(temperature), tail], dim=1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        rest, ids = ctx.saved_tensors
-        grad = grad / ctx.temperature
-        # In place: the buffer is this node's own, and autograd refuses a second backward through a changed one.
-        return rest.mul_(grad[:, -1:]).scatter_(1, ids, grad[:, :-1]), None, None
-
-
-def _id_dtype(vocabulary_size: int) -> torch.dtype:
-    return torch.uint16 if vocabulary_size <= 2**16 else torch.int32

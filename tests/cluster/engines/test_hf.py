@@ -12,14 +12,22 @@ import pytest
 import torch
 from architectures import EVERY, architecture_config, architecture_folder
 from generation_oracle import PADDING, check_logprobs, generation_requests, warped
-from label_oracle import VOCABULARY, assert_labels_match, label_errors, oracle_of, random_unit, teacher_head_of
+from label_oracle import (
+    VOCABULARY,
+    assert_labels_match,
+    label_errors,
+    oracle_of,
+    random_given_ids,
+    random_unit,
+    teacher_head_of,
+)
 from tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from vllm_process import engine_plan
 
 from cluster.engines.hf import Engine
 from cluster.engines.hf_generator import draw, restrict
-from configs.labels import Dense, Hidden, Labels, Token, TopK
+from configs.labels import Dense, GivenIds, Hidden, Labels, Token, TopK
 from configs.models import ModelSource
 from trainer.errors import ConfigError, DeadlineExceeded, UnitRejected, foreign_errors
 from trainer.model.attention_choice import packable_layers
@@ -33,12 +41,13 @@ UNIT = random_unit("0:0", (60, [(5, 20), (31, 59)]), (90, [(60, 80)]), (12, []),
     ("family", "options"),
     [("llama", {}), ("llama", {"tied": False}), ("qwen2", {}), ("qwen3", {"tied": False}), ("gemma2", {})],
 )
-@pytest.mark.parametrize("spec", [TopK(k=8), Dense(), Hidden(), Token()])
+@pytest.mark.parametrize("spec", [TopK(k=8), Dense(), Hidden(), Token(), GivenIds(k=8)])
 def test_labels_equal_transformers(tmp_path: Path, family: str, options: dict[str, object], spec: Labels) -> None:
     folder = tiny_folder(tmp_path / family, family, **options)
     scorer = Engine().start_scorer(engine_plan(Engine(), folder), "hf-0")
-    report, block = asyncio.run(scorer.score(UNIT, spec, deadline_s=60))
-    again = asyncio.run(scorer.score(UNIT, spec, deadline_s=60))[1]
+    given = random_given_ids(UNIT, 9) if spec.takes_ids else None
+    report, block = asyncio.run(scorer.score(UNIT, spec, deadline_s=60, given=given))
+    again = asyncio.run(scorer.score(UNIT, spec, deadline_s=60, given=given))[1]
     statistics = scorer.statistics()
     scorer.close()
     oracle, target_ids = oracle_of(folder, UNIT)

@@ -7,15 +7,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from label_oracle import VOCABULARY, random_unit
+from label_oracle import VOCABULARY, random_given_ids, random_unit
 from vllm_process import engine_plan
 
 from cluster.engines.hf import Engine
-from cluster.engines.units import check_request, check_unit, count_non_finite, label_block, tokens_to_read
-from configs.labels import Labels
+from cluster.engines.units import (
+    check_given,
+    check_request,
+    check_unit,
+    count_non_finite,
+    label_block,
+    tokens_to_read,
+    with_given,
+)
+from configs.labels import GivenIds, Labels, TopK
 from trainer.errors import EngineDead, UnitRejected
 from trainer.labels.encoding import Column
-from trainer.types import GenerationRequest, Sampling, Unit
+from trainer.types import GenerationRequest, RowIds, Sampling, Unit
 
 UNIT = random_unit("0:0", (20, [(3, 9), (12, 19)]), (8, []), (10, [(0, 4)]))
 LAYOUT = (Column("x", torch.float32, 2),)
@@ -48,6 +56,49 @@ def test_a_loss_row_after_the_last_token_is_refused() -> None:
 
 def test_a_unit_without_loss_rows_is_refused() -> None:
     refuse(replace(UNIT, sequences=UNIT.sequences[1:2]), "no row")
+
+
+GIVEN, ENCODING = random_given_ids(UNIT, 6), GivenIds(k=5)
+
+
+def test_ids_of_every_row_pass_and_are_cut_by_sequence() -> None:
+    check_given(UNIT, GIVEN, encoding=ENCODING, vocabulary_size=VOCABULARY)
+    check_given(UNIT, None, encoding=TopK(), vocabulary_size=VOCABULARY)
+    (first, of_first), (last, of_last) = with_given(UNIT, GIVEN)
+    assert (first.id, last.id) == ("0:0/0", "0:0/2")
+    assert np.array_equal(of_first, GIVEN.ids[:13])
+    assert np.array_equal(of_last, GIVEN.ids[13:])
+
+
+def changed(row: int, *ids: int) -> RowIds:
+    wrong = GIVEN.ids.copy()
+    wrong[row, : len(ids)] = ids
+    return replace(GIVEN, ids=wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "encoding", "match"),
+    [
+        (None, ENCODING, "labels: given_ids needs ids of each row, the request holds None"),
+        (GIVEN, TopK(), "labels: topk takes no ids"),
+        (GIVEN, GivenIds(k=6), r"its given ids are int32 \[17, 6\], needed are int \[17, 7\]"),
+        (replace(GIVEN, ids=GIVEN.ids[1:]), ENCODING, r"its given ids are int32 \[16, 6\]"),
+        (replace(GIVEN, ids=GIVEN.ids.astype(np.float32)), ENCODING, "its given ids are float32"),
+        (replace(GIVEN, tokens_hash="other"), ENCODING, r"its ids were given for other tokens \(other\)"),
+        (
+            changed(4, VOCABULARY),
+            ENCODING,
+            "row 4 of its given ids holds an id outside the vocabulary of 283",
+        ),
+        (changed(2, -2), ENCODING, "row 2 of its given ids holds an id outside"),
+        (changed(5, 7, 8, 7), ENCODING, r"row 5 of its given ids holds an id twice: \[7, 8, 7"),
+        (changed(3, -1), ENCODING, "row 3 of its given ids holds no id at all, or one behind a -1"),
+        (changed(1, 9, -1), ENCODING, "row 1 of its given ids holds no id at all, or one behind a -1"),
+    ],
+)
+def test_ids_that_no_teacher_can_be_asked_about_are_refused(given: object, encoding: Labels, match: str) -> None:
+    with pytest.raises(UnitRejected, match=f"unit 0:0: {match}"):
+        check_given(UNIT, given, encoding=encoding, vocabulary_size=VOCABULARY)
 
 
 def test_a_prompt_that_leaves_no_room_is_refused() -> None:

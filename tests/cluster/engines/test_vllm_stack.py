@@ -19,14 +19,14 @@ from transformers import AutoTokenizer
 
 from cluster.engines.hf import Engine as HfEngine
 from cluster.engines.vllm import Engine
-from configs.labels import Dense, Hidden, Token, TopK
+from configs.labels import Dense, GivenIds, Hidden, Token, TopK
 from trainer.errors import ConfigError, EngineDead
 from trainer.types import Completion, GenerationRequest, Sampling
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 UNIT = random_unit("0:0", (60, [(5, 20), (31, 59)]), (90, [(60, 80)]), (7, [(0, 3)]), (12, []), (33, [(0, 32)]))
-SPECS = (TopK(k=8), Dense(), Hidden(), Token())
+SPECS = (TopK(k=8), Dense(), Hidden(), Token(), GivenIds(k=8), GivenIds(k=1, add_target=False, add_teacher_topk=7))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,7 @@ def check(folder: Path, answers: list[tuple[object, dict[str, np.ndarray]]]) -> 
         assert report.num_bytes == sum(column.nbytes for column in columns.values())
         assert report.num_non_finite == 0
         kept = {
+            "given_ids": 1 - np.exp(columns["tail"].astype(np.float64)).mean() if spec.takes_ids else None,
             "topk": np.exp(-np.sort(-oracle, axis=1)[:, :8]).sum(1).mean(),
             "token": np.exp(oracle[np.arange(len(oracle)), target_ids]).mean(),
         }.get(spec.kind, 1.0)
