@@ -13,12 +13,15 @@ from pydantic import Field, PositiveFloat, field_validator
 from configs.section import Natural, Need, Positive
 from configs.stations import Choice, Station
 
+_DISTRIBUTIONS: frozenset[Need] = frozenset({"labels", "target_event", "likeliest_ids"})
+
 
 class Labels(Choice):
     """Base of all encodings, those of a user's included."""
 
     gives: ClassVar[frozenset[Need]] = frozenset({"labels"})
-    """What terms of an objective find in them."""
+    """What terms of an objective find in them. target_event: the pair tells where the target id is, and its
+    log-probabilities; likeliest_ids: every event but the tail is one id, the teacher's likeliest among them."""
     needs_row_keys: ClassVar[bool] = False
     """Whether labels are drawn, with random numbers of the row alone."""
     code_version: ClassVar[int] = 1
@@ -41,6 +44,9 @@ class TopK(Labels):
     """The k likeliest ids of each row, and the mass of all others."""
 
     kind: Literal["topk"] = "topk"
+
+    gives: ClassVar[frozenset[Need]] = _DISTRIBUTIONS
+
     k: Positive = Field(64, description="Ids kept of each row.")
 
     @property
@@ -52,6 +58,9 @@ class Hidden(Labels):
     """The teacher's last hidden state: exact, and multiplied by the teacher's head on the student's side."""
 
     kind: Literal["hidden"] = "hidden"
+
+    gives: ClassVar[frozenset[Need]] = _DISTRIBUTIONS
+
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: what the teacher computes in.")
 
 
@@ -59,6 +68,9 @@ class Dense(Labels):
     """The log-probability of every id."""
 
     kind: Literal["dense"] = "dense"
+
+    gives: ClassVar[frozenset[Need]] = _DISTRIBUTIONS
+
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="float16 halves the bytes and rounds by up to 0.004 nats, bfloat16 by up to 0.03."
     )
@@ -70,6 +82,7 @@ class GivenIds(Labels):
 
     kind: Literal["given_ids"] = "given_ids"
 
+    gives: ClassVar[frozenset[Need]] = frozenset({"labels", "target_event"})
     takes_ids: ClassVar[bool] = True
 
     k: Positive = Field(64, description="Ids given for each row, the likeliest of whom `ids` names.")

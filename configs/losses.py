@@ -6,14 +6,21 @@ The values are computed in `trainer/losses/`. Here stands what can be refused be
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 
-from configs.section import Need, Section, Weight
+from configs.section import Need, Positive, Section, Weight
 from configs.stations import Station
 
+if TYPE_CHECKING:
+    from configs.labels import Labels, NoLabels
+
 Exactness = Literal["exact", "lower_bound", "unbiased", "biased", "refused"]
+
+
+_OF_ROWS: frozenset[Need] = frozenset({"groups", "rewards"})
+"""Needs that labels have no part in."""
 
 
 class Term(Section):
@@ -25,8 +32,11 @@ class Term(Section):
     form: ClassVar[Literal["row", "sequence"]] = "row"
     """row: a function of one row, averaged over loss tokens; sequence: of whole answers, averaged over groups."""
     needs: ClassVar[frozenset[Need]] = frozenset()
-    """labels: of every row, from a teacher; groups: several answers to one prompt; rewards: a number per answer;
-    target_logprobs: log-probabilities of the target ids alone, from a teacher."""
+    """labels: of every row, from a teacher; target_event: among them the target id; likeliest_ids: the teacher's
+    likeliest ids, each by itself; groups: several answers to one prompt; rewards: a number per answer; target_logprobs:
+    log-probabilities of the target ids alone, from a teacher."""
+    tells: ClassVar[tuple[str, ...]] = ()
+    """What its function says of each row beside the value; metrics have the means."""
     exactness: ClassVar[Mapping[str, Exactness]] = {}
     """By kind of labels, how the value compares with that over the whole vocabulary. A kind of a user's is not listed
     and allowed."""
@@ -43,9 +53,18 @@ class Term(Section):
         return bool(cls.needs & {"labels", "target_logprobs"})
 
     @classmethod
-    def exactness_with(cls, kind: str) -> Exactness | None:
-        """`exactness` with labels of a kind; exact where it looks at none, None for a kind of a user's."""
-        return cls.exactness.get(kind) if cls.looks_at_labels() else "exact"
+    def exactness_with(cls, labels: Labels | NoLabels | type[Labels]) -> Exactness | None:
+        """`exactness` with labels of a kind, `refused` where those lack what it needs; exact where it looks at none,
+        None where the kind is a user's."""
+        if not cls.looks_at_labels():
+            return "exact"
+        if cls.needs - _OF_ROWS - labels.gives:
+            return "refused"
+        return cls.exactness.get(labels.model_fields["kind"].default if isinstance(labels, type) else labels.kind)
+
+    def problem_with(self, labels: Labels) -> str | None:
+        """Why it cannot be computed from labels with these parameters, and what to write; None where it can."""
+        return None
 
     @property
     def compares_answers(self) -> bool:
@@ -72,6 +91,12 @@ class Divergence(Term):
     instead: ClassVar[str] = "write labels: topk (some ids of each row) or labels: hidden (exact)"
 
 
+_BIASED_BY_A_TAIL: Mapping[str, Exactness] = {
+    kind: "biased" if found == "lower_bound" else found for kind, found in Divergence.exactness.items()
+}
+"""Of what is no f-divergence: lumped, it may come out smaller or larger."""
+
+
 class ForwardKl(Divergence):
     """KL(teacher, student) (arXiv 1503.02531): covers all modes of the teacher."""
 
@@ -91,6 +116,9 @@ class Jsd(Divergence):
     beta: Annotated[float, Field(gt=0, lt=1)] = Field(
         description="weight of the teacher in the mixture, for example beta: 0.5."
     )
+    normalised: bool = Field(
+        False, description="Divided by beta (1 - beta): as large as forward_kl near beta 0, as reverse_kl near 1."
+    )
 
 
 class SkewForwardKl(Divergence):
@@ -98,6 +126,106 @@ class SkewForwardKl(Divergence):
 
     loss: Literal["skew_forward_kl"] = "skew_forward_kl"
     alpha: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="weight of the teacher in the mixture.")
+
+
+class SkewReverseKl(Divergence):
+    """KL(student, alpha student + (1 - alpha) teacher) (DistiLLM, arXiv 2402.03898): reverse_kl, bounded."""
+
+    loss: Literal["skew_reverse_kl"] = "skew_reverse_kl"
+    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="weight of the student in the mixture.")
+
+
+class Tvd(Divergence):
+    """The total variation distance, half the sum of |p - q| (f-distill, arXiv 2307.15190): bounded by 1 and robust."""
+
+    loss: Literal["tvd"] = "tvd"
+
+
+class AdaptiveKl(Divergence):
+    """forward_kl and reverse_kl of each row, weighted by how far teacher and student differ over the teacher's
+    likeliest ids and over the others (AKL, arXiv 2404.02657)."""
+
+    loss: Literal["adaptive_kl"] = "adaptive_kl"
+    head_mass: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="The head: the likeliest ids while their probabilities sum to no more than this, at least one."
+    )
+
+    exactness: ClassVar[Mapping[str, Exactness]] = _BIASED_BY_A_TAIL
+
+
+class AlphaBeta(Divergence):
+    """The alpha-beta divergence (ABKD, arXiv 2505.04560): forward_kl at (1, 0), reverse_kl at (0, 1)."""
+
+    loss: Literal["alpha_beta"] = "alpha_beta"
+    alpha: Annotated[float, Field(ge=0.05, le=2)] = Field(
+        0.2, description="Larger: less where teacher and student agree."
+    )
+    beta: Annotated[float, Field(ge=0.05, le=2)] = Field(0.7, description="Larger: more where the student is sure.")
+
+    exactness: ClassVar[Mapping[str, Exactness]] = _BIASED_BY_A_TAIL
+
+
+class Taid(Divergence):
+    """KL(m, student) with a target m between both models, in logits, that moves to the teacher while the loss falls
+    (TAID, arXiv 2501.16937)."""
+
+    loss: Literal["taid"] = "taid"
+    start: Annotated[float, Field(ge=0, lt=1)] = Field(0.4, description="Weight of the teacher's logits at first.")
+    end: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="And at the end of the run.")
+    step_size: Annotated[float, Field(ge=0, le=1)] = Field(5e-4, description="How fast a falling loss moves it.")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="Of the relative change of the loss.")
+
+    exactness: ClassVar[Mapping[str, Exactness]] = _BIASED_BY_A_TAIL
+
+    @model_validator(mode="after")
+    def _moves_forwards(self) -> Taid:
+        if self.start > self.end:
+            raise ValueError(f"taid moves from start to end: start ({self.start:g}) must not exceed end ({self.end:g})")
+        return self
+
+
+class Lsm(Divergence):
+    """KL(student, teacher) over the teacher's k likeliest ids, both renormalised there (LSM, arXiv 2603.25562); ids
+    outside get no gradient at all."""
+
+    loss: Literal["lsm"] = "lsm"
+    k: Positive = Field(32, description="Ids of each row; no more than the labels keep.")
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"labels", "likeliest_ids"})
+    exactness: ClassVar[Mapping[str, Exactness]] = {**_BIASED_BY_A_TAIL, "topk": "exact"}
+
+    def problem_with(self, labels: Labels) -> str | None:
+        if labels.kind == "topk" and labels.k < self.k:
+            kept = f"lsm compares {self.k} ids of each row, and labels: topk keep {labels.k}"
+            return f"{kept}: write k: {labels.k} or less here, or k: {self.k} there"
+        return None
+
+
+class Dkd(Divergence):
+    """The target id against all others, and the others among themselves, each with a weight of its own (DKD, arXiv
+    2203.08679); forward_kl is the first plus (1 - p(target)) times the second."""
+
+    loss: Literal["dkd"] = "dkd"
+    alpha: Annotated[float, Field(ge=0, le=1e3)] = Field(1.0, description="Of the target id against all others.")
+    beta: Annotated[float, Field(ge=0, le=1e3)] = Field(1.0, description="Of the other ids among themselves.")
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"labels", "target_event"})
+
+
+class Atkd(Divergence):
+    """dkd whose easy rows, those where the teacher is surest of the target id, learn from the other ids alone (ATKD,
+    arXiv 2402.11890)."""
+
+    loss: Literal["atkd"] = "atkd"
+    easy_weight: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.2, description="Of the mean over easy rows; the mean over hard rows has the rest."
+    )
+    hard_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="Of the rows that is hard, by a threshold that follows it from step to step."
+    )
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"labels", "target_event"})
+    tells: ClassVar[tuple[str, ...]] = ("hard_share",)
 
 
 class CrossEntropy(Term):
@@ -118,5 +246,25 @@ class Dpo(Term):
     exactness: ClassVar[Mapping[str, Exactness]] = {"token": "exact"}
 
 
-LOSSES = Station(Term, (ForwardKl, ReverseKl, Jsd, SkewForwardKl, CrossEntropy, Dpo), class_name="Term", tag="loss")
+LOSSES = Station(
+    Term,
+    (
+        ForwardKl,
+        ReverseKl,
+        Jsd,
+        SkewForwardKl,
+        SkewReverseKl,
+        Tvd,
+        AdaptiveKl,
+        AlphaBeta,
+        Taid,
+        Lsm,
+        Dkd,
+        Atkd,
+        CrossEntropy,
+        Dpo,
+    ),
+    class_name="Term",
+    tag="loss",
+)
 AnyTerm = Annotated[Term, LOSSES]

@@ -139,9 +139,11 @@ def _objective(run: Run, task: ResolvedTask) -> Iterator[Problem]:
         missing = term.needs - task.labels.gives
         if "labels" in missing or "target_logprobs" in missing:
             yield place, value, _needs(task, term, missing)
-        elif term.exactness.get(task.labels.kind) == "refused":
+        elif term.exactness_with(task.labels) == "refused":
             text = f"{term.loss} cannot be computed from labels: {task.labels.kind}; {term.instead}"
             yield place, value, text
+        elif problem := term.problem_with(task.labels):
+            yield place, value, problem
 
 
 def _pairs(run: Run, task: ResolvedTask) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ DType = Literal["auto", "bfloat16", "float32"]
 MAIN = "main"
 """The name of the only task, where the stations stand at the top level."""
 
-Need = Literal["labels", "groups", "rewards", "target_logprobs"]
+Need = Literal["labels", "target_event", "likeliest_ids", "groups", "rewards", "target_logprobs"]
 """What a term of an objective may need of a task."""
 
 MOST = 2**31 - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from configs.labels import LABELS
+from configs.labels import LABELS, Labels, NoLabels
 from configs.losses import LOSSES, Term
 
 HEAD = """# Terms of an objective
@@ -38,9 +38,10 @@ def total_variation(pair: PairedLogProbs, *, alpha: float) -> torch.Tensor:  # l
 
 def terms_table() -> str:
     """The page."""
-    kinds = [kind for kind in LABELS.kinds() if kind != "none"]
+    labels = [one for one in LABELS.built_in if one is not NoLabels]
+    kinds = [LABELS.kind_of(one) for one in labels]
     lines = [HEAD, f"| loss | form | needs | {' | '.join(kinds)} |", "|---" * (3 + len(kinds)) + "|"]
-    lines += [_row(term, kinds) for term in LOSSES.built_in]
+    lines += [_row(term, labels) for term in LOSSES.built_in]
     lines += [
         "",
         *(f"- `{LOSSES.kind_of(term)}`: {' '.join((term.__doc__ or '').split())}" for term in LOSSES.built_in),
@@ -48,10 +49,10 @@ def terms_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(term: type[Term], kinds: list[str]) -> str:
+def _row(term: type[Term], labels: list[type[Labels]]) -> str:
     needs = ", ".join(sorted(need.replace("_", " ") for need in term.needs)) or "nothing"
-    cells = [(term.exactness_with(kind) or "refused").replace("_", " ") for kind in kinds]
-    cells = cells if term.looks_at_labels() else ["-"] * len(kinds)
+    cells = [(term.exactness_with(one) or "refused").replace("_", " ") for one in labels]
+    cells = cells if term.looks_at_labels() else ["-"] * len(labels)
     return f"| `{LOSSES.kind_of(term)}` | {term.form} | {needs} | {' | '.join(cells)} |"
 
 

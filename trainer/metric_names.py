@@ -15,7 +15,7 @@ from configs.losses import LOSSES
 from configs.stations import DOTTED_NAME
 
 TERM = rf"(?:{'|'.join(LOSSES.kinds())}|{DOTTED_NAME.pattern})(?:_\d+)?"
-PARTS = {"<task>": r"[^/]+", "<teacher>": r"[^/]+", "<term>": TERM}
+PARTS = {"<task>": r"[^/]+", "<teacher>": r"[^/]+", "<term>": TERM, "<own>": r"t|hard_share"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,8 @@ METRICS = (
     Metric("train/loss", "nats", "what is minimised: the weighted terms of all tasks over the loss tokens of the step"),
     Metric("train/<term>", "nats", "a term of the objective, unweighted, over its loss tokens or groups; a second one "
            "of its kind ends in `_2`. NaN in a step that has nothing of it"),
+    Metric("train/<term>_<own>", "", "what a term tells beside its value: `taid_t`, the teacher's weight; "
+           "`atkd_hard_share`, the share of hard rows"),
     Metric("train/padding", "nats", "-log of the probability that the student leaves for ids that exist"),
     Metric("train/grad_norm", "", "L2 norm of the gradient, before it is clipped to `optimizer.max_grad_norm`"),
     Metric("train/learning_rate", "", "of this step"),

@@ -432,6 +432,9 @@ class PairedLogProbs:
     student: torch.Tensor  # float32 [N, E], carries the gradient
     teacher: torch.Tensor  # float32 [N, E]
     exhaustive: bool
+    student_scores: torch.Tensor | None = None  # float32 [N, E], what `student` is the log-softmax of
+    ids: torch.Tensor | None = None  # int64 [N, E - 1] of the events before the tail; None: no tail, event e is id e
+    teacher_target: torch.Tensor | None = None  # float32 [N], of the target id, where that may lie in the tail
 
 
 @dataclass(frozen=True, slots=True)

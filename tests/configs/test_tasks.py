@@ -171,6 +171,21 @@ MISTAKES = {
         ["tasks.code.labels=token"],
         "forward_kl cannot be computed from labels: token; write labels: topk (some ids of each row) or labels: hidden",
     ),
+    "a term of the target id, from labels of a user's that do not tell it": (
+        ONE,
+        ["objective=[{loss: dkd}]", "labels=fakes.poisoned_labels"],
+        "dkd cannot be computed from labels: fakes.poisoned_labels; write labels: topk (some ids of each row) or",
+    ),
+    "more ids than the labels keep": (
+        ONE,
+        ["objective=[{loss: lsm, k: 20}]", "labels={kind: topk, k: 16}"],
+        "lsm compares 20 ids of each row, and labels: topk keep 16: write k: 16 or less here, or k: 20 there",
+    ),
+    "a schedule that goes back": (
+        ONE,
+        ["objective=[{loss: taid, start: 0.9, end: 0.8}]"],
+        "taid moves from start to end: start (0.9) must not exceed end (0.8)",
+    ),
     "a comparison of answers without log-probabilities": (
         ONE,
         ["objective=[{loss: dpo}]"],

@@ -40,9 +40,10 @@ def reverse_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return forward_kl(q, p)
 
 
-def jsd(p: torch.Tensor, q: torch.Tensor, beta: float) -> torch.Tensor:
+def jsd(p: torch.Tensor, q: torch.Tensor, beta: float, normalised: bool = False) -> torch.Tensor:
     m = beta * p + (1 - beta) * q
-    return beta * forward_kl(p, m) + (1 - beta) * forward_kl(q, m)
+    value = beta * forward_kl(p, m) + (1 - beta) * forward_kl(q, m)
+    return value / (beta * (1 - beta)) if normalised else value
 
 
 def skew_forward_kl(p: torch.Tensor, q: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -47,6 +47,8 @@ from trainer.types import Unit
 STAGES = (1, 2, 3)
 LORA = {"rank": 4, "dropout": 0.2}
 SMALL_BUDGET = 48  # tokens: about four micro-batches
+FORWARD = [{"loss": "forward_kl"}, {"loss": "cross_entropy", "weight": 0.25}]
+SCHEDULED = [*FORWARD, {"loss": "taid", "weight": 0.1}, {"loss": "atkd", "weight": 0.1}]
 
 
 def _run(place: Place, **student: Any) -> Run:
@@ -117,7 +119,7 @@ def case_resume(place: Place) -> dict[str, Any]:
         ("lora", {"zero_stage": 2, "lora": LORA}),
         ("lora3", {"zero_stage": 3, "lora": LORA}),
     ):
-        run = _run(place, **student)
+        run = make_run(place.folder.parent, student=student, objective=SCHEDULED if name == "stage2" else FORWARD)
         folder = _checkpoint(place, name)
         rank = build(run, place)
         once = train(rank, run, place, last=4)

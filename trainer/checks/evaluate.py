@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from trainer.losses.divergences import forward_kl
+from trainer.losses.kl import forward_kl
 from trainer.model.fast import cache_blocks
 from trainer.model.head import Head, HeadShape
 from trainer.types import Evaluation, PairedLogProbs

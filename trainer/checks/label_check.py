@@ -27,7 +27,7 @@ from trainer.errors import foreign_errors
 from trainer.labels.encoding import load_encoding
 from trainer.labels.token import LOGPROB
 from trainer.loop.packing import layout_of, pack
-from trainer.losses.divergences import forward_kl
+from trainer.losses.kl import forward_kl
 from trainer.model.attention import REFERENCE
 from trainer.model.attention_choice import changing_lengths, lengths_to_cross
 from trainer.model.head import Head

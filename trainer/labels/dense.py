@@ -47,7 +47,7 @@ class Encoding(Dense):
             teacher = teacher.log_softmax(1)
         if self.temperature != 1.0:
             logits = logits / self.temperature
-        return PairedLogProbs(logits.log_softmax(1), teacher, exhaustive=True)
+        return PairedLogProbs(logits.log_softmax(1), teacher, exhaustive=True, student_scores=logits)
 
     def mass(self, columns: Mapping[str, np.ndarray]) -> float:
         return 1.0

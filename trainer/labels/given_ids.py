@@ -82,7 +82,14 @@ class Encoding(GivenIds):
         events = kept_and_tail(logits, ids, self.temperature)
         absent = torch.nn.functional.pad(_repeated(ids), (0, 1))
         events = torch.where(absent, events.detach().amax(1, keepdim=True) + ABSENT, events)
-        return PairedLogProbs(events.log_softmax(1), teacher.log_softmax(1), exhaustive=False)
+        return PairedLogProbs(
+            events.log_softmax(1),
+            teacher.log_softmax(1),
+            exhaustive=False,
+            student_scores=events,
+            ids=ids,
+            teacher_target=labels["target"][:, 0] if "target" in labels else None,
+        )
 
     def mass(self, columns: Mapping[str, np.ndarray]) -> float:
         return float(-np.expm1(columns["tail"].astype(np.float64)).mean())

@@ -47,7 +47,7 @@ class Encoding(Hidden):
         teacher = head.shape.apply(product.to(logits.dtype))
         if self.temperature != 1.0:
             teacher, logits = teacher / self.temperature, logits / self.temperature
-        return PairedLogProbs(logits.log_softmax(1), teacher.log_softmax(1), exhaustive=True)
+        return PairedLogProbs(logits.log_softmax(1), teacher.log_softmax(1), exhaustive=True, student_scores=logits)
 
     def mass(self, columns: Mapping[str, np.ndarray]) -> float:
         return 1.0

@@ -67,8 +67,16 @@ class Encoding(TopK):
         """[n, K + 1] events, the tail last. The teacher's are its columns, renormalised: that removes the float16
         rounding of `logprobs` (at most 0.004 nats) and nothing else, since the mass of kept ids and tail is one."""
         teacher = torch.cat([labels["logprobs"].to(logits.dtype), labels["tail"].to(logits.dtype)], dim=1)
-        events = kept_and_tail(logits, labels["ids"].long(), self.temperature)
-        return PairedLogProbs(events.log_softmax(1), teacher.log_softmax(1), exhaustive=False)
+        ids = labels["ids"].long()
+        events = kept_and_tail(logits, ids, self.temperature)
+        return PairedLogProbs(
+            events.log_softmax(1),
+            teacher.log_softmax(1),
+            exhaustive=False,
+            student_scores=events,
+            ids=ids,
+            teacher_target=labels["target"][:, 0] if "target" in labels else None,
+        )
 
     def mass(self, columns: Mapping[str, np.ndarray]) -> float:
         return float(-np.expm1(columns["tail"].astype(np.float64)).mean())

@@ -19,16 +19,19 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
 from configs.losses import CrossEntropy
 from trainer.labels.encoding import Encoding
-from trainer.losses import divergences, preference  # noqa: F401 - their terms are registered when they are imported
+from trainer.losses import distances, kl, mixtures, preference  # noqa: F401 - their terms are registered when imported
 from trainer.losses.padding import padding_nats
-from trainer.losses.terms import SequenceScores, check_complete, computes, function_of
+from trainer.losses.schedules import VALUE
+from trainer.losses.target import TargetEvent
+from trainer.losses.terms import Schedule, SequenceScores, check_complete, computes, function_of, schedule_of
+from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:
     from configs.losses import Term
@@ -48,12 +51,25 @@ check_complete()
 
 @dataclass(frozen=True, slots=True)
 class WeightedTerm:
-    """One term with everything that multiplies it; `function` has its parameters bound."""
+    """One term with everything that multiplies it; `function` has its parameters bound, those of a schedule
+    excepted."""
 
     name: str
     factor: float
-    function: Callable[..., torch.Tensor]
+    function: Callable[..., Any]
     needs_labels: bool = False
+    needs_target: bool = False
+    tells: tuple[str, ...] = ()
+    schedule: Schedule | None = None
+
+    def rows(
+        self, pair: PairedLogProbs | None, target: TargetEvent | None, logits: torch.Tensor, target_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """([n] with gradient, what it tells of these rows)."""
+        given = ((pair, target) if self.needs_target else (pair,)) if self.needs_labels else (logits, target_ids)
+        arguments = {} if self.schedule is None else self.schedule.arguments()
+        found = self.function(*given, **arguments)
+        return found if self.tells else (found, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +90,17 @@ class Objective:
         weighted: dict[str, list[WeightedTerm]] = {"row": [], "sequence": []}
         for position, term in enumerate(terms):
             nth = 1 + sum(earlier.loss == term.loss for earlier in terms[:position])
-            needs_labels = "labels" in term.needs
+            needs_labels, schedule = "labels" in term.needs, schedule_of(term)
             assert encoding is not None or not term.needs & {"labels", "target_logprobs"}, term
             weighted[term.form].append(
                 WeightedTerm(
                     name=term.loss if nth == 1 else f"{term.loss}_{nth}",
                     factor=term.weight * encoding.temperature**2 if needs_labels else term.weight,
-                    function=partial(function_of(term), **term.parameters()),
+                    function=function_of(term) if schedule else partial(function_of(term), **term.parameters()),
                     needs_labels=needs_labels,
+                    needs_target="target_event" in term.needs,
+                    tells=term.tells,
+                    schedule=schedule,
                 )
             )
         return cls(
@@ -94,7 +113,8 @@ class Objective:
     @property
     def row_names(self) -> tuple[str, ...]:
         """Of what `rows` gives, in its order."""
-        return (*(term.name for term in self.row_terms), *((PADDING,) if self.padding_weight else ()))
+        names = (name for term in self.row_terms for name in (term.name, *(f"{term.name}_{own}" for own in term.tells)))
+        return (*names, *((PADDING,) if self.padding_weight else ()))
 
     @property
     def sequence_names(self) -> tuple[str, ...]:
@@ -128,10 +148,14 @@ class Objective:
         vocabulary, with gradient, where the objective has a term for them; None there: they count as absent.
         """
         pair = encoding.align(logits, labels, teacher_head) if self.needs_labels else None
+        target = None
+        if any(term.needs_target for term in self.row_terms):
+            target = TargetEvent.of(pair, logits, target_ids, temperature=encoding.temperature)
         loss, values = None, {}
         for term in self.row_terms:
-            value = term.function(pair) if term.needs_labels else term.function(logits, target_ids)
+            value, told = term.rows(pair, target, logits, target_ids)
             values[term.name] = value.detach()
+            values |= {f"{term.name}_{own}": told[own] for own in term.tells}
             loss = value * term.factor if loss is None else loss + value * term.factor
         if self.padding_weight:
             value = logits.new_zeros(logits.shape[0]) if padding is None else padding_nats(logits, padding)
@@ -149,3 +173,22 @@ class Objective:
             loss = sum(value * term.factor for value, term in zip(values, self.sequence_terms, strict=True))
             (gradient,) = torch.autograd.grad(loss, student)
         return loss.detach(), gradient, [value.detach() for value in values]
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """Of the terms that have one, by name."""
+        terms = (*self.row_terms, *self.sequence_terms)
+        return {term.name: term.schedule for term in terms if term.schedule is not None}
+
+    def told(self) -> dict[str, float]:
+        """What schedules say of the coming step, as `{term}_{name}`."""
+        return {
+            f"{term}_{name}": value for term, found in self.schedules.items() for name, value in found.told().items()
+        }
+
+    def advance(self, means: Mapping[str, float], progress: float) -> None:
+        """Move all schedules. means: of `row_names`, over all rows of all ranks in a step that learnt something."""
+        for term in self.row_terms:
+            if term.schedule is not None:
+                own = {name: means[f"{term.name}_{name}"] for name in term.tells}
+                term.schedule.advance({VALUE: means[term.name], **own}, progress)

@@ -5,24 +5,30 @@ exact it is for each encoding. The function stands in a file of this folder, und
 parameters of its class as keywords. By the class it gets
 
     a row term that needs labels      PairedLogProbs, log-probabilities of both models    -> [N] nats
+    and target events                 the same, and a TargetEvent                         -> [N] nats
     a row term that needs none        student logits [N, V], target ids [N]               -> [N] nats
     a sequence term                   SequenceScores, whole answers by groups             -> [G], one value per group
+
+A row term whose class `tells` something returns ([N], {name: [N]}). One with a schedule, a class under
+`@follows(Class)`, gets the numbers of that in place of its parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from configs.losses import LOSSES, Term
 from trainer.errors import ConfigError
 
-Function = TypeVar("Function", bound=Callable[..., torch.Tensor])
+Function = TypeVar("Function", bound=Callable[..., Any])
+Made = TypeVar("Made", bound="type[Schedule]")
 
-_FUNCTIONS: dict[type[Term], Callable[..., torch.Tensor]] = {}
+_FUNCTIONS: dict[type[Term], Callable[..., Any]] = {}
+_SCHEDULES: dict[type[Term], type[Schedule]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,30 @@ class SequenceScores:
     groups: tuple[tuple[int, ...], ...]  # [G] positions in S: the answers to one prompt, in the order of their samples
 
 
+class Schedule:
+    """Base of what moves a term's numbers from step to step: a function of means over all ranks and of what it was, so
+    that it is equal on all of them."""
+
+    numbers: dict[str, float]
+    """All of its state, as a checkpoint keeps it."""
+
+    def __init__(self, term: Any) -> None:
+        raise NotImplementedError
+
+    def arguments(self) -> dict[str, float]:
+        """Keywords of the term's function in the coming step."""
+        raise NotImplementedError
+
+    def told(self) -> dict[str, float]:
+        """What the metrics of the coming step say of it."""
+        return {}
+
+    def advance(self, means: Mapping[str, float], progress: float) -> None:
+        """After a step that learnt something. means: the term's bare value, as `value`, and what it `tells`, over all
+        its rows on all ranks; progress: the share of the run that is done."""
+        raise NotImplementedError
+
+
 def computes(term: type[Term]) -> Callable[[Function], Function]:
     """Decorator: the function that computes the terms of this class."""
 
@@ -50,7 +80,24 @@ def computes(term: type[Term]) -> Callable[[Function], Function]:
     return register
 
 
-def function_of(term: Term) -> Callable[..., torch.Tensor]:
+def follows(term: type[Term]) -> Callable[[Made], Made]:
+    """Decorator: the schedule of the terms of this class."""
+
+    def register(schedule: Made) -> Made:
+        assert term not in _SCHEDULES, f"{term.__name__} follows {_SCHEDULES[term].__name__} already"
+        _SCHEDULES[term] = schedule
+        return schedule
+
+    return register
+
+
+def schedule_of(term: Term) -> Schedule | None:
+    """A new schedule for a term, None where its numbers stand still."""
+    made = _SCHEDULES.get(type(term))
+    return None if made is None else made(term)
+
+
+def function_of(term: Term) -> Callable[..., Any]:
     """What computes a term, without its parameters bound. Raises `ConfigError` for a term of a user's without one."""
     if type(term) not in _FUNCTIONS:
         raise ConfigError(

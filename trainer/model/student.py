@@ -173,11 +173,16 @@ class StudentRank:
         own = [staged.num_tokens, computed - started, time.perf_counter() - computed, peak_bytes(self._device)]
         ranks = all_gather(torch.cat([sums, torch.tensor(own, dtype=sums.dtype, device=self._device)]))
         totals, slowest = ranks.sum(0), ranks.amax(0)
+        terms = self._term_means(totals[1:-4].tolist(), staged)
+        scheduled = self._schedules_told()
+        if not outcome.skipped:
+            self._advance_schedules(terms, step)
         return StepMetrics(
             step=step,
             values={
                 "train/loss": float(totals[0]) / self._world if staged.num_loss_tokens else math.nan,
-                **self._term_means(totals[1:-4].tolist(), staged),
+                **terms,
+                **scheduled,
                 "train/grad_norm": outcome.grad_norm,
                 "train/learning_rate": rate,
                 "train/tokens": float(totals[-4]),
@@ -203,9 +208,26 @@ class StudentRank:
             totals = staged.totals.get(task, TaskTotals(0, 0))
             of_groups = name in self._objectives[task].sequence_names
             count = totals.num_groups if of_groups else totals.num_loss_tokens
-            area = "train" if len(self._tasks) == 1 else f"task/{task}"
-            means[f"{area}/{name}"] = value / count if count else math.nan
+            means[f"{self._area(task)}/{name}"] = value / count if count else math.nan
         return means
+
+    def _area(self, task: str) -> str:
+        """Of the task's metrics."""
+        return "train" if len(self._tasks) == 1 else f"task/{task}"
+
+    def _schedules_told(self) -> dict[str, float]:
+        return {
+            f"{self._area(task)}/{name}": value
+            for task, objective in self._objectives.items()
+            for name, value in objective.told().items()
+        }
+
+    def _advance_schedules(self, means: dict[str, float], step: int) -> None:
+        """By means that are equal on all ranks; those of tasks without a row in this step stand still."""
+        for task, objective in self._objectives.items():
+            own = {name: means[f"{self._area(task)}/{name}"] for name in objective.row_names}
+            if not any(math.isnan(value) for value in own.values()):
+                objective.advance(own, step / max(1, self._total_steps))
 
     def _train_on(self, batch: TokenBatch, staged: StagedStep) -> torch.Tensor:
         """Add one micro-batch's gradient; float64 [1 + terms]: the scaled loss and the bare terms, summed over rows."""
@@ -284,7 +306,12 @@ class StudentRank:
         """Collective. Write shards and random states into an existing folder and flush them; nothing is committed."""
         self._zero.save(folder)
         file = folder / f"rank_{self._rank}.pt"
-        torch.save({"step": step, "world": self._world, "random": self._random_states()}, file)
+        schedules = {
+            task: {name: dict(schedule.numbers) for name, schedule in objective.schedules.items()}
+            for task, objective in self._objectives.items()
+        }
+        state = {"step": step, "world": self._world, "random": self._random_states(), "schedules": schedules}
+        torch.save(state, file)
         flush_to_disk(file)
 
     def load(self, folder: Path) -> int:
@@ -301,6 +328,9 @@ class StudentRank:
         state = torch.load(file, weights_only=True)
         self._zero.load(folder)
         self._set_random_states(state["random"])
+        for task, objective in self._objectives.items():
+            for name, schedule in objective.schedules.items():
+                schedule.numbers = dict(state["schedules"][task][name])
         return state["step"]
 
     def _random_states(self) -> dict[str, torch.Tensor]:

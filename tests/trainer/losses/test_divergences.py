@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from trainer.labels.encoding import ABSENT
-from trainer.losses.divergences import forward_kl, jsd, reverse_kl, skew_forward_kl
+from trainer.losses.kl import forward_kl, reverse_kl
+from trainer.losses.mixtures import jsd, skew_forward_kl
 from trainer.losses.terms import function_of
 from trainer.types import PairedLogProbs
 
