@@ -3,6 +3,8 @@
 python -m benchmarks distil  --teacher FOLDER    CPU time per token of the pipeline, against the plain recipe (plain.py)
 python -m benchmarks scoring --teacher FOLDER    CPU time of a labelled batch, against vLLM's bare prefill of it
 python -m benchmarks memory  CONFIG              peak memory of each role of a run, beside what `check` predicts
+python -m benchmarks losses                      CPU time and memory of every divergence with every encoding
+python -m benchmarks exactness                   the bias of every divergence with every encoding, on real models
 python -m benchmarks draft RUN TEACHER           how many tokens a student saves its teacher in speculative decoding
 
 docs/benchmarks.md says how to read the numbers. How fast a run of yours is: `stillhouse bench`.
@@ -10,6 +12,7 @@ docs/benchmarks.md says how to read the numbers. How fast a run of yours is: `st
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
@@ -107,6 +110,45 @@ def memory(
         result = measure(config, given, work)
     Console(width=max(Console().width, 120)).print(result.table())
     write_numbers(out, result.to_json())
+
+
+@app.command(epilog="Example: python -m benchmarks losses --vocabulary 151936 --labels hidden --out losses.json")
+def losses(
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Of the micro-batch.")] = 2048,
+    vocabulary: Annotated[int, typer.Option("--vocabulary", min=2, help="Ids.")] = 49152,
+    width: Annotated[int, typer.Option("--width", min=1, help="Of hidden states.")] = 576,
+    labels: Annotated[list[str] | None, typer.Option("--labels", help="Kinds; several; all if none.")] = None,
+    rounds: Rounds = 3,
+    out: Out = None,
+) -> None:
+    """CPU time and peak memory of the loss with its gradients, every divergence with every encoding, in turns."""
+    from rich.console import Console
+
+    from benchmarks.losses import LossPlan
+    from benchmarks.losses import losses as measure
+
+    result = measure(LossPlan(rows, vocabulary, width, rounds, tuple(labels or ())), note=_note)
+    Console(width=max(Console().width, 100)).print(result.table())
+    write_numbers(out, result.to_json())
+
+
+@app.command(epilog="Example: python -m benchmarks exactness, then python docs/exactness_table.py > docs/exactness.md")
+def exactness(
+    teacher: Teacher = Path(".cache/models/smollm2-135m-instruct"),
+    student: Annotated[
+        Path, typer.Option("--student", metavar="FOLDER", exists=True, file_okay=False, help="Model folder.")
+    ] = Path(".cache/models/smollm2-135m-20-layers"),
+    texts: Annotated[int, typer.Option("--texts", min=1, help="Held-out rows of the demo.")] = 16,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Of each text, spread over its answer.")] = 16,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Written as JSON.")] = Path("docs/exactness.json"),
+) -> None:
+    """How far value and gradient of every divergence with every encoding are from those over the whole vocabulary."""
+    from benchmarks.exactness import ExactnessPlan
+    from benchmarks.exactness import exactness as measure
+
+    plan = ExactnessPlan(teacher, student, Path("configs/data/demo_eval.jsonl"), texts, rows)
+    out.write_text(json.dumps(measure(plan, note=_note), indent=1) + "\n", encoding="utf-8")
+    _note(f"written: {out}")
 
 
 @app.command(epilog="Example: python -m benchmarks draft runs/demo .cache/models/smollm2-135m-instruct")

@@ -10,7 +10,8 @@ HEAD = """# Terms of an objective
 Made from `configs/losses.py` by `python docs/terms_table.py`. An objective is a list of terms, each with a `weight`:
 `objective: [{loss: forward_kl}, {loss: cross_entropy, weight: 0.2}]`. What a cell says of a term with these `labels`:
 **exact**, the value over the whole vocabulary; **lower bound** of it; **unbiased**, **biased** estimates of it;
-**refused** by `check`, which says what to use instead; **-**, the labels are not looked at.
+**refused** by `check`, which says what to use instead; **-**, the labels are not looked at. How large a bias is stands
+in [exactness.md](exactness.md).
 
 `dpo` is trained on rows with `prompt`, `chosen` and `rejected`. Its reference is the teacher that the task names,
 mostly the student before training: `teacher: {model: {path: models/student}}`, `labels: token`.

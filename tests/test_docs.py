@@ -234,7 +234,10 @@ def test_the_exit_codes_of_the_page_are_those_of_the_errors() -> None:
     assert raised | {0, 130} <= codes
 
 
-@pytest.mark.parametrize(("page", "made_by"), [("objectives", "terms_table"), ("metrics", "metrics_table")])
+MADE = [("objectives", "terms_table"), ("exactness", "exactness_table"), ("metrics", "metrics_table")]
+
+
+@pytest.mark.parametrize(("page", "made_by"), MADE)
 def test_a_page_that_is_made_of_code_is_what_the_code_says(page: str, made_by: str) -> None:
     make = runpy.run_path(str(ROOT / "docs" / f"{made_by}.py"))[made_by]
     assert (ROOT / "docs" / f"{page}.md").read_text() == make()
