@@ -43,7 +43,7 @@ def held_out_sets(run: Run) -> Mapping[str, HeldOutSet]:
     members: dict[tuple[str, ...], list[ResolvedTask]] = {}
     for task in run.resolved_tasks().values():
         if task.evaluation is not None:
-            route = task.route.model_dump_json() if task.route is not None else ""
+            route = (task.route or task.ensemble).model_dump_json() if task.route or task.ensemble else ""
             source = "" if task.fraction is None else task.prompts.model_dump_json()
             members.setdefault((task.evaluation.model_dump_json(), source, route, *task.teachers), []).append(task)
     return {one.name: one for one in (_set_of(tasks) for tasks in members.values())}

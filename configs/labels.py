@@ -32,6 +32,9 @@ class Labels(Choice):
     takes_ids: ClassVar[bool] = False
     """Whether whoever asks for them says of which ids: a request carries `num_given` ids for each row."""
 
+    of_every_id: ClassVar[bool] = False
+    """Whether their events are all ids of the vocabulary, in its order: those of several teachers are then the same."""
+
     temperature: PositiveFloat = Field(1.0, description="Of teacher and student alike; losses are scaled by T^2.")
 
     @property
@@ -60,6 +63,7 @@ class Hidden(Labels):
     kind: Literal["hidden"] = "hidden"
 
     gives: ClassVar[frozenset[Need]] = _DISTRIBUTIONS
+    of_every_id: ClassVar[bool] = True
 
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: what the teacher computes in.")
 
@@ -70,6 +74,7 @@ class Dense(Labels):
     kind: Literal["dense"] = "dense"
 
     gives: ClassVar[frozenset[Need]] = _DISTRIBUTIONS
+    of_every_id: ClassVar[bool] = True
 
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="float16 halves the bytes and rounds by up to 0.004 nats, bfloat16 by up to 0.03."

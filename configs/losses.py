@@ -37,6 +37,8 @@ class Term(Section):
     log-probabilities of the target ids alone, from a teacher."""
     tells: ClassVar[tuple[str, ...]] = ()
     """What its function says of each row beside the value; metrics have the means."""
+    moves: ClassVar[bool] = False
+    """Whether numbers of it follow the run, by a schedule."""
     exactness: ClassVar[Mapping[str, Exactness]] = {}
     """By kind of labels, how the value compares with that over the whole vocabulary. A kind of a user's is not listed
     and allowed."""
@@ -176,6 +178,7 @@ class Taid(Divergence):
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="Of the relative change of the loss.")
 
     exactness: ClassVar[Mapping[str, Exactness]] = _BIASED_BY_A_TAIL
+    moves: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _moves_forwards(self) -> Taid:
@@ -226,6 +229,7 @@ class Atkd(Divergence):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"labels", "target_event"})
     tells: ClassVar[tuple[str, ...]] = ("hard_share",)
+    moves: ClassVar[bool] = True
 
 
 class CrossEntropy(Term):

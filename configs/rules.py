@@ -33,6 +33,7 @@ def broken_rules(run: Run) -> Iterator[Problem]:
         yield from _stations(run, task)
         yield from _objective(run, task)
         yield from _pairs(run, task)
+        yield from _ensemble(run, task)
     wrong = [problem for task in tasks for problem in _asked(run, task)]
     yield from wrong or _generators(run)
     if run.runtime == "in_process":
@@ -185,8 +186,15 @@ def _asked(run: Run, task: ResolvedTask) -> Iterator[Problem]:
     if own is not None and own.teacher is not None:
         if own.route is not None:
             yield ("tasks", task.name, "route"), None, "teacher is given too: keep one of teacher and route"
+        if own.ensemble is not None:
+            yield ("tasks", task.name, "ensemble"), None, "teacher is given too: keep one of teacher and ensemble"
         if own.teacher not in known:
             yield ("tasks", task.name, "teacher"), own.teacher, _unknown(own.teacher, known)
+    if task.route is not None and task.ensemble is not None:
+        yield _place(run, task, "ensemble"), None, "route is given too: keep one of route and ensemble"
+    for index, name in enumerate(task.ensemble.teachers if task.ensemble else ()):
+        if name not in known:
+            yield (*_place(run, task, "ensemble"), "teachers", index), name, _unknown(name, known)
     if task.route is not None:
         place = _place(run, task, "route")
         for value, name in task.route.map.items():
@@ -201,11 +209,34 @@ def _asked(run: Run, task: ResolvedTask) -> Iterator[Problem]:
     elif task.asks and not task.teachers:
         names = ", ".join(known)
         if run.tasks:
-            text = f"the run has several teachers: write teacher: with one of {names}, or a route"
+            text = f"the run has several teachers: write teacher: with one of {names}, a route, or an ensemble"
             yield ("tasks", task.name, "teacher"), None, text
         else:
-            text = f"the run has several teachers ({names}), and no task says which is asked: write tasks, or a route"
-            yield ("teachers",), None, text
+            text = f"the run has several teachers ({names}), and no task says which is asked: write tasks, a route, or "
+            yield ("teachers",), None, text + "an ensemble"
+
+
+def _ensemble(run: Run, task: ResolvedTask) -> Iterator[Problem]:
+    """What several teachers on the same tokens cannot do."""
+    ensemble, labels = task.ensemble, task.soft_labels
+    if ensemble is None:
+        return
+    place = _place(run, task, "ensemble")
+    if task.answers.needs_generator:
+        text = f"answers: {task.answers.kind} are written by one teacher, and an ensemble is several: write answers: "
+        yield _place(run, task, "answers"), task.answers.kind, text + "dataset, or teacher: NAME instead of ensemble"
+    if compared := next((term.loss for term in task.objective if "target_logprobs" in term.needs), None):
+        text = f"{compared} compares with one reference: write teacher: {ensemble.teachers[0]} instead of ensemble"
+        yield place, None, text
+    elif labels is not None and ensemble.how in ("probability_mean", "logit_mean") and not labels.of_every_id:
+        text = f"needs the same ids of every teacher, and labels: {labels.kind} hold each its own: write "
+        yield (*place, "how"), ensemble.how, text + "labels: hidden, or how: per_teacher or min_ce"
+    elif labels is not None and ensemble.how == "min_ce" and "target_event" not in labels.gives:
+        text = f"needs log-probabilities of the target ids, which labels: {labels.kind} do not tell: write "
+        yield (*place, "how"), ensemble.how, text + "labels: topk, or how: per_teacher"
+    elif ensemble.how == "per_teacher" and (moving := next((one.loss for one in task.objective if one.moves), None)):
+        text = f"{moving} follows the run by one schedule, and per_teacher makes a term of it for each: write how: "
+        yield (*place, "how"), ensemble.how, text + "probability_mean, or another loss"
 
 
 def _unknown(name: str, known: tuple[str, ...]) -> str:

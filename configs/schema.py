@@ -25,7 +25,7 @@ from configs.refusal import refusal, refusals
 from configs.rules import NO_TEACHER, broken_rules, place_of_teacher
 from configs.section import MOST_SECONDS, NAME, Bytes, Natural, Positive, Seconds, Section
 from configs.stations import Station
-from configs.tasks import Name, ResolvedTask, Route, Task, resolve_tasks
+from configs.tasks import Ensemble, Name, ResolvedTask, Route, Task, resolve_tasks
 from configs.trackers import TRACKERS, AnyTracker, TrackerChoice
 
 
@@ -134,6 +134,7 @@ class Run(Section):
     teachers: dict[Name, Teacher] = Field({}, description="Several teachers by name, instead of teacher.")
     tasks: dict[Name, Task] = Field({}, description="Several tasks by name; the rest of one stands beside tasks.")
     route: Route | None = Field(None, description="Which of several teachers is asked about a row.")
+    ensemble: Ensemble | None = Field(None, description="Several teachers that are asked about the same tokens.")
     prompts: Dataset | None = Field(None, description="The rows to train on.")
     data: Data = Data()
     answers: AnyAnswers = DatasetAnswers()

@@ -13,6 +13,9 @@ DType = Literal["auto", "bfloat16", "float32"]
 MAIN = "main"
 """The name of the only task, where the stations stand at the top level."""
 
+TOGETHER = "+"
+"""Joins the names of teachers that are asked about the same tokens; no name holds it."""
+
 Need = Literal["labels", "target_event", "likeliest_ids", "groups", "rewards", "target_logprobs"]
 """What a term of an objective may need of a task."""
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from configs.answers import Answers, AnyAnswers
 from configs.labels import AnyLabels, Labels, NoLabels
 from configs.losses import AnyTerm, Term
 from configs.prompts import Dataset, HeldOutRows
-from configs.section import MAIN, NAME, Section, Weight
+from configs.refusal import refusal
+from configs.section import MAIN, NAME, TOGETHER, Section, Weight
 
 if TYPE_CHECKING:
     from configs.schema import Run
@@ -29,6 +30,67 @@ class Route(Section):
     )
 
 
+How = Literal["probability_mean", "logit_mean", "per_teacher", "min_ce"]
+
+
+class Ensemble(Section):
+    """Several teachers that are asked about the same tokens, and what is made of what they say."""
+
+    teachers: tuple[Name, ...] = Field(description="Names of at least two.")
+    how: How = Field(
+        "probability_mean",
+        description="probability_mean: their mixture; logit_mean: their geometric mean, renormalised; per_teacher: "
+        "terms of its own for each; min_ce: of each sequence the one with the lowest cross-entropy on its target ids.",
+    )
+    weights: dict[Name, Weight] = Field(
+        {}, description="Of each teacher, relative to the others; none given: equal. They are divided by their sum."
+    )
+    weights_column: str | None = Field(
+        None, min_length=1, description="Instead of weights: a field of every row that holds its own, {name: number}."
+    )
+    on_lost: Literal["end", "continue"] = Field(
+        "end",
+        description="When a teacher is lost for good: end the run, or go on with the rest, by their own weights. What "
+        "it did not judge is counted.",
+    )
+
+    @field_validator("teachers")
+    @classmethod
+    def _at_least_two(cls, teachers: tuple[str, ...]) -> tuple[str, ...]:
+        for index, name in enumerate(teachers):
+            if name in teachers[:index]:
+                text = f"{name} is named twice: name it once, and give it more weight with weights: {{{name}: 2, ...}}"
+                raise refusal((index,), name, text)
+        if len(teachers) < 2:
+            alone = teachers[0] if teachers else "NAME"
+            raise ValueError(f"an ensemble is of at least two teachers: for one, write teacher: {alone}, no ensemble")
+        return teachers
+
+    @model_validator(mode="after")
+    def _weights_are_of_its_teachers(self) -> Ensemble:
+        names, written = ", ".join(self.teachers), ", ".join(f"{name}: 1" for name in self.teachers)
+        if self.weights_column is not None and self.weights:
+            raise refusal(("weights_column",), self.weights_column, "weights are given too: keep one of the two")
+        given = "weights" if self.weights else "weights_column" if self.weights_column is not None else None
+        if self.how == "min_ce" and given:
+            text = f"how: min_ce takes one teacher for each sequence: remove {given}, or write how: probability_mean"
+            raise refusal((given,), None, text)
+        for name in self.weights:
+            if name not in self.teachers:
+                raise refusal(
+                    ("weights", name), self.weights[name], f"is no teacher of the ensemble ({names}): remove it"
+                )
+        if self.weights and (missing := [name for name in self.teachers if name not in self.weights]):
+            text = f"{missing[0]} has no weight: give one to each, weights: {{{written}}}, or to none"
+            raise refusal(("weights",), None, text)
+        return self
+
+    @property
+    def asked(self) -> str:
+        """The names of its teachers in one word, as rows and units carry it."""
+        return TOGETHER.join(self.teachers)
+
+
 class Task(Section):
     """What is not said here comes from the top level."""
 
@@ -37,8 +99,11 @@ class Task(Section):
     evaluation: HeldOutRows | None = Field(None, description="Held-out rows of the task; None: data.evaluation.")
     labels: AnyLabels | None = Field(None, description="What the teacher says of each token.")
     objective: tuple[AnyTerm, ...] | None = Field(None, min_length=1, description="Weighted terms of the loss.")
-    teacher: Name | None = Field(None, description="Its name; None: the only teacher, or as `route` says.")
+    teacher: Name | None = Field(
+        None, description="Its name; None: the only teacher, or as `route` or `ensemble` says."
+    )
     route: Route | None = Field(None, description="Instead of teacher: by a column of each row.")
+    ensemble: Ensemble | None = Field(None, description="Instead of teacher: several about the same tokens.")
     weight: Weight = Field(1.0, description="Of the task's loss in the sum.")
     share: Annotated[float, Field(ge=0)] = Field(
         1.0, description="Of the sequences of a step; the shares of all tasks are its parts."
@@ -57,8 +122,9 @@ class ResolvedTask:
     answers: Answers
     labels: Labels | NoLabels
     objective: tuple[Term, ...]
-    teacher: str | None  # None: `route` says, or nobody is asked
+    teacher: str | None  # None: `route` or `ensemble` says, or nobody is asked
     route: Route | None
+    ensemble: Ensemble | None = None
     weight: float = 1.0
     share: float = 1.0
     normaliser: Literal["run", "task"] = "run"
@@ -89,6 +155,8 @@ class ResolvedTask:
         """The names of all teachers that are asked."""
         if not self.asks:
             return ()
+        if self.ensemble is not None:
+            return self.ensemble.teachers
         routed = () if self.route is None else tuple(dict.fromkeys(self.route.map.values()))
         return routed if self.teacher is None else (self.teacher,)
 
@@ -99,15 +167,17 @@ def resolve_tasks(run: Run) -> Mapping[str, ResolvedTask]:
     only = known[0] if len(known) == 1 else None
     resolved = {}
     for name, task in (run.tasks or {MAIN: Task()}).items():
-        route = task.route or (run.route if task.teacher is None else None)
+        says = task.teacher is not None or task.route is not None or task.ensemble is not None
+        route, ensemble = (task.route, task.ensemble) if says else (run.route, run.ensemble)
         resolved[name] = ResolvedTask(
             name=name,
             prompts=task.prompts or run.prompts,
             answers=task.answers or run.answers,
             labels=task.labels or run.labels,
             objective=task.objective or run.objective,
-            teacher=task.teacher or (only if route is None else None),
+            teacher=task.teacher or (only if route is None and ensemble is None else None),
             route=route,
+            ensemble=ensemble,
             weight=task.weight,
             share=task.share,
             normaliser=task.normaliser,

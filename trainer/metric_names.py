@@ -57,6 +57,8 @@ METRICS = (
            "of its kind ends in `_2`. NaN in a step that has nothing of it"),
     Metric("train/<term>_<own>", "", "what a term tells beside its value: `taid_t`, the teacher's weight; "
            "`atkd_hard_share`, the share of hard rows"),
+    Metric("train/<term>/<teacher>", "nats", "a term of one of several teachers (`ensemble.how: per_teacher`), over "
+           "the loss tokens that it judged"),
     Metric("train/padding", "nats", "-log of the probability that the student leaves for ids that exist"),
     Metric("train/grad_norm", "", "L2 norm of the gradient, before it is clipped to `optimizer.max_grad_norm`"),
     Metric("train/learning_rate", "", "of this step"),
@@ -89,12 +91,21 @@ METRICS = (
     Metric("answers/cut_off", "", "of them as long as `answers.max_new_tokens`, and not at an end", summed=True),
     Metric("answers/dropped", "", "of them not trained on", summed=True),
     Metric("task/<task>/<term>", "nats", "as `train/<term>`, of one task among several"),
+    Metric("task/<task>/<term>/<teacher>", "nats", "as `train/<term>/<teacher>`, of one task"),
     Metric("task/<task>/padding", "nats", "as `train/padding`, of one task"),
     Metric("task/<task>/sequences", "", "as `step/sequences`, of one task", summed=True),
     Metric("task/<task>/loss_tokens", "tokens", "as `train/loss_tokens`, of one task", summed=True),
     Metric("teacher/<teacher>/tokens", "tokens", "of the sequences that it was asked about", summed=True),
     Metric("teacher/<teacher>/token_share", "share", "of the tokens that any teacher was asked about"),
+    Metric("teacher/<teacher>/weight", "share", "its mean weight over the loss tokens of ensembles that name it; with "
+           "`how: min_ce` the share of tokens in sequences for which it was picked"),
+    Metric("teacher/<teacher>/lost_rows", "rows", "loss tokens of ensembles that it did not judge, being lost",
+           summed=True),
     *EVALUATION,
+    Metric("evaluation/teacher/<teacher>/forward_kl", "nats per row", "KL(teacher, student) of one of several teachers "
+           "on the same rows, whose `evaluation/forward_kl` is that of what they become together", kind="evaluation"),
+    Metric("evaluation/task/<task>/teacher/<teacher>/forward_kl", "nats per row", "as "
+           "`evaluation/teacher/<teacher>/forward_kl`, of one task", kind="evaluation"),
     *(
         Metric(one.name.replace("/", "/task/<task>/"), one.unit, f"as `{one.name}`, of one task", kind="evaluation")
         for one in EVALUATION

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from configs.section import MAIN
+from configs.section import MAIN, TOGETHER
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +134,8 @@ class Prompt:
     loss_mask: np.ndarray | None  # bool [L]
     origin: str  # "file:line" or "dataset[row]", for messages to people
     task: str = MAIN
-    teacher: str = ""  # who is asked about it; empty where nobody is, or where there is one teacher
+    teacher: str = ""  # who is asked about it, several as in `Sequence`; empty where nobody is, or there is one teacher
+    teacher_weights: Mapping[str, float] | None = None  # as in `Sequence`
     row_weights: np.ndarray | None = None  # float32 [L], as in `RowText`
     alternatives: tuple[RowText, ...] = ()  # further answers, which are compared with the first
     turns: tuple[RowText, ...] = ()  # further turns of a conversation that is no single text for its template
@@ -211,7 +212,8 @@ class Sequence:
     author: str  # of the answer: "dataset", or as in `Completion`
     sample: int = 0  # which of the answers to its prompt
     task: str = MAIN
-    teacher: str = ""  # who scores it; empty where nobody does, or where there is one teacher
+    teacher: str = ""  # who scores it, several joined by TOGETHER; empty where nobody does, or there is one teacher
+    teacher_weights: Mapping[str, float] | None = None  # of its own, where its row says them
     weight: float = 1.0  # of all its rows in the row terms of the objective
     row_weights: np.ndarray | None = None  # float32 [L], as in `RowText`; `weight` multiplies them
     is_turn: bool = False  # of a conversation of several sequences: `sample` counts its texts, each with its own prompt
@@ -276,6 +278,15 @@ class Unit:
     @property
     def num_rows(self) -> int:
         return sum(s.num_loss_tokens for s in self.sequences)
+
+    def asked(self) -> tuple[Unit, ...]:
+        """What each teacher scores, in their order: the unit itself, or where several are asked one unit for each."""
+        names = self.kind[1].split(TOGETHER)
+        return (self,) if len(names) == 1 else tuple(self.of_teacher(name, f"{self.id}@{name}") for name in names)
+
+    def of_teacher(self, name: str, unit_id: str) -> Unit:
+        """The same sequences, scored by others."""
+        return Unit(unit_id, tuple(replace(sequence, teacher=name) for sequence in self.sequences))
 
     def tokens_hash(self) -> str:
         """Identifies the exact tokens and rows a block was made for."""
@@ -396,7 +407,10 @@ class RankBatch:
 
 @dataclass(frozen=True, slots=True)
 class BatchPart:
-    """The loss rows of one task and teacher in a micro-batch: a slice of its rows, in the order of the sequences."""
+    """The loss rows of one task and teacher in a micro-batch: a slice of its rows, in the order of the sequences.
+
+    Of several teachers (names joined by TOGETHER) the labels are `<teacher>/<column>`, with `<teacher>/weight`.
+    """
 
     task: str
     teacher: str
@@ -483,6 +497,7 @@ class Evaluation:
     )
     samples: tuple[SampleTokens, ...] = ()
     tasks: Mapping[str, Evaluation] = field(default_factory=dict)  # of each, where there are several: this is their sum
+    teachers: Mapping[str, float] = field(default_factory=dict)  # forward_kl to each of several that are asked together
 
     @property
     def headline(self) -> tuple[str, float]:

@@ -176,8 +176,7 @@ class StudentGroup:
             rank.stage.remote(batch, *rank_blocks)
             for rank, batch, rank_blocks in zip(self._ranks, batches, blocks, strict=True)
         ]
-        units = [[unit.id for unit in batch.units] for batch in batches]
-        await self._staged(refs, units)
+        await self._staged(refs, [_ids(batch.units) for batch in batches])
 
     async def stage_evaluation(
         self, units: Sequence[Sequence[Unit]], blocks: Sequence[Sequence[BlockRef | None]]
@@ -186,7 +185,7 @@ class StudentGroup:
             rank.stage_evaluation.remote(list(rank_units), *rank_blocks)
             for rank, rank_units, rank_blocks in zip(self._ranks, units, blocks, strict=True)
         ]
-        await self._staged(refs, [[unit.id for unit in rank_units] for rank_units in units])
+        await self._staged(refs, [_ids(rank_units) for rank_units in units])
 
     async def step(self, step: int) -> StepMetrics:
         return (await self._all("step", step, what=f"step {step}"))[0]
@@ -268,3 +267,8 @@ class StudentGroup:
             raise group_error(failed, "staging of labels")
         if lost:
             raise LabelsLost(lost)
+
+
+def _ids(units: Sequence[Unit]) -> list[str]:
+    """Of what teachers were asked about them."""
+    return [one.id for unit in units for one in unit.asked()]

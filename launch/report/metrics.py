@@ -25,7 +25,7 @@ SpanKind = Literal["train", "score", "generate", "stage", "evaluate", "save", "s
 
 LOSS = "train/loss"
 """Names of step values that people are shown."""
-_TERM = re.compile(rf"(?:train|task/[^/]+)/{TERM}")
+_TERM = re.compile(rf"(?:train|task/[^/]+)/{TERM}(?:/[^/]+)?")
 TOKENS = "train/tokens"
 LEARNING_RATE = "train/learning_rate"
 GRAD_NORM = "train/grad_norm"
@@ -38,6 +38,9 @@ _LARGEST = 1e100
 
 EVALUATION = "evaluation/"
 EVALUATION_FIELDS = ("num_rows", "forward_kl", "agreement", "perplexity", "teacher_perplexity", "padding_mass")
+_EVALUATED = re.compile(
+    rf"(?:task/(?P<task>[^/]+)/)?(?:teacher/(?P<teacher>[^/]+)/forward_kl|(?P<field>{'|'.join(EVALUATION_FIELDS)}))"
+)
 _OF_TEACHERS = ("forward_kl", "agreement", "teacher_perplexity")  # left out where no teacher scored the rows
 NOTICEABLE_PADDING = 5e-4
 """The share of a student's probability on ids that do not exist from which on people are shown it."""
@@ -45,7 +48,7 @@ NOTICEABLE_PADDING = 5e-4
 
 def is_term(name: str) -> bool:
     """Whether a step value is a term of an objective, unweighted: `train/jsd`, a second one
-    of its kind `train/jsd_2`, of a task among several `task/chat/jsd`."""
+    of its kind `train/jsd_2`, of a task among several `task/chat/jsd`, of a teacher among several `train/jsd/big`."""
     return _TERM.fullmatch(name) is not None
 
 
@@ -54,16 +57,22 @@ def evaluation_values(evaluation: Evaluation) -> dict[str, float]:
     out."""
     of = {"": evaluation} | {f"task/{name}/": one for name, one in evaluation.tasks.items()}
     values = {f"{at}{name}": getattr(one, name) for at, one in of.items() for name in EVALUATION_FIELDS}
-    return {name: value for name, value in values.items() if value is not None}
+    each = {f"{at}teacher/{name}/forward_kl": kl for at, one in of.items() for name, kl in one.teachers.items()}
+    return {name: value for name, value in values.items() if value is not None} | each
 
 
 def _evaluation(step: int, values: Mapping[str, float]) -> Evaluation:
     """Raises ValueError for values that `evaluation_values` does not give."""
-    tasks: dict[str, dict[str, float]] = {}
+    tasks: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
-        area, _, field = name.removeprefix(EVALUATION).rpartition("/")  # older versions wrote names without it
-        if field in EVALUATION_FIELDS and (not area or area.startswith("task/")):
-            tasks.setdefault(area.removeprefix("task/"), {})[field] = value
+        found = _EVALUATED.fullmatch(name.removeprefix(EVALUATION))  # older versions wrote names without it
+        if found is None:
+            continue
+        of_task = tasks.setdefault(found["task"] or "", {})
+        if found["teacher"]:
+            of_task.setdefault("teachers", {})[found["teacher"]] = value
+        else:
+            of_task[found["field"]] = value
     blank = dict.fromkeys(_OF_TEACHERS)
     try:
         total = Evaluation(step, **(blank | tasks.pop("", {})))

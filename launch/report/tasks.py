@@ -40,8 +40,23 @@ def _trained(records: Records) -> Table:
 
 def _asked(records: Records) -> Table:
     tokens = _sums(records, "teacher/", "/tokens")
-    rows = [(name, *_part(tokens, name)) for name in _named(records, "teacher/", "/tokens")]
-    return Table("What was asked of each teacher", ("teacher", "tokens", "of all"), tuple(rows))
+    names, columns = _named(records, "teacher/", "/tokens"), ("teacher", "tokens", "of all")
+    rows = [(name, *_part(tokens, name)) for name in names]
+    if together := _named(records, "teacher/", "/weight"):
+        columns = (*columns, "mean weight", "tokens not judged, since it was lost")
+        rows = [
+            (*row, *(_together(records, name) if name in together else ("-", "-")))
+            for name, row in zip(names, rows, strict=True)
+        ]
+    return Table("What was asked of each teacher", columns, tuple(rows))
+
+
+def _together(records: Records, name: str) -> tuple[str, str]:
+    """What a teacher counts for beside others on the same tokens, and what it missed."""
+    weights = [step.values[key] for step in records.steps if (key := f"teacher/{name}/weight") in step.values]
+    finite = [weight for weight in weights if math.isfinite(weight)]
+    lost = _sums(records, "teacher/", "/lost_rows").get(name, 0.0)
+    return percent(math.fsum(finite) / len(finite), 3) if finite else "-", f"{lost:,.0f}"
 
 
 def _held_out(records: Records) -> Table:

@@ -330,3 +330,93 @@ def test_a_scorer_that_is_not_started_may_name_any_engine_in_one_process(
     run = load(ONE, *writes, "labels=none", "objective=[{loss: cross_entropy}]")
     assert run.teacher.scorer.engine.kind == "vllm"
     assert "teacher.scorer.engine = 'vllm'" in refused(ONE, *writes)
+
+
+TOGETHER = """\
+name: x
+student: {model: {path: models/student}}
+teachers:
+  big: {model: {path: models/big}}
+  code: {model: {path: models/code}}
+prompts: {path: rows.jsonl}
+labels: hidden
+ensemble: {teachers: [big, code], weights: {big: 3, code: 1}}
+training: {steps: 10}
+"""
+
+
+def test_several_teachers_are_asked_together_and_a_task_may_ask_others(load: Callable[..., Run]) -> None:
+    (task,) = load(TOGETHER).resolved_tasks().values()
+    assert (task.teacher, task.teachers, task.ensemble.asked) == (None, ("big", "code"), "big+code")
+    assert (task.ensemble.how, task.ensemble.on_lost) == ("probability_mean", "end")
+    tasks = "tasks={a: {}, b: {teacher: code}, c: {ensemble: {teachers: [code, big], how: min_ce}}}"
+    a, b, c = load(TOGETHER, tasks).resolved_tasks().values()
+    assert (a.ensemble, b.ensemble, c.ensemble.how) == (task.ensemble, None, "min_ce")
+    assert (b.teachers, c.teachers) == (("code",), ("code", "big"))
+
+
+WRONG_ENSEMBLES = {
+    "an unknown teacher": (
+        ["ensemble.teachers=[big, cod]", "ensemble.weights={}"],
+        "ensemble.teachers.1 = 'cod'\n      there is no teacher 'cod'; did you mean 'code'?",
+    ),
+    "one teacher": (["ensemble={teachers: [big]}"], "for one, write teacher: big, no ensemble"),
+    "a teacher twice": (
+        ["ensemble={teachers: [big, big]}"],
+        "big is named twice: name it once, and give it more weight",
+    ),
+    "a weight of another": (
+        ["ensemble.weights.bog=1"],
+        "is no teacher of the ensemble (big, code): remove it",
+    ),
+    "a weight that is missing": (
+        ["ensemble.weights={big: 2}"],
+        "code has no weight: give one to each, weights: {big: 1, code: 1}, or to none",
+    ),
+    "a weight of zero": (["ensemble.weights.code=0"], "ensemble.weights.code = 0\n      must be at least 0.000000001"),
+    "weights twice": (["ensemble.weights_column=w"], "weights are given too: keep one of the two"),
+    "weights where one is picked": (
+        ["ensemble.how=min_ce"],
+        "min_ce takes one teacher for each sequence: remove weights, or write how: probability_mean",
+    ),
+    "a method that does not exist": (
+        ["ensemble.how=mean"],
+        "'probability_mean', 'logit_mean', 'per_teacher' or 'min_ce'",
+    ),
+    "ids of each teacher's own": (
+        ["labels=topk"],
+        "needs the same ids of every teacher, and labels: topk hold each its own: write labels: hidden, or how: "
+        "per_teacher or min_ce",
+    ),
+    "a geometric mean of such ids": (
+        ["labels=topk", "ensemble.how=logit_mean"],
+        "write labels: hidden",
+    ),
+    "a schedule for each teacher": (
+        ["ensemble={teachers: [big, code], how: per_teacher}", "objective=[{loss: taid}]"],
+        "taid follows the run by one schedule, and per_teacher makes a term of it for each",
+    ),
+    "several references": (
+        ["labels=token", "objective=[{loss: dpo}]"],
+        "dpo compares with one reference: write teacher: big instead of ensemble",
+    ),
+    "several authors": (
+        ["answers=teacher"],
+        "are written by one teacher, and an ensemble is several: write answers: dataset, or teacher: NAME",
+    ),
+    "a route too": (["route={column: d, map: {x: big}}"], "route is given too: keep one of route and ensemble"),
+    "a teacher too": (
+        ["tasks={a: {teacher: big, ensemble: {teachers: [big, code]}}}"],
+        "tasks.a.ensemble\n      teacher is given too: keep one of teacher and ensemble",
+    ),
+}
+
+
+@pytest.mark.parametrize(("overrides", "words"), WRONG_ENSEMBLES.values(), ids=WRONG_ENSEMBLES)
+def test_an_ensemble_that_cannot_be_says_what_to_write(refused: Refused, overrides: list[str], words: str) -> None:
+    assert words in refused(TOGETHER, *overrides)
+
+
+def test_the_recipe_of_an_ensemble_is_a_run() -> None:
+    (task,) = load_run(Path(__file__).parents[2] / "configs/recipes/ensemble.yaml").run.resolved_tasks().values()
+    assert (task.ensemble.asked, task.ensemble.weights) == ("prose+code", {"prose": 3.0, "code": 1.0})

@@ -12,11 +12,12 @@ from trainer.metric_names import METRICS, metric_of
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
 IN_ONE_PROCESS = {"runtime": "in_process", "student": {"ranks": 1}, "training": {"steps": 6}}
+TOGETHER = {"teachers": ["prose", "code"], "how": "per_teacher"}
 NO_NUMBERS = {"time", "kind", "step", "non_finite"}
 
 
 def of_several_tasks(folder: Path) -> Path:
-    """Two teachers and two tasks, of which one has its answers written."""
+    """Two teachers and three tasks, of which one has its answers written and one asks both teachers together."""
     folder.mkdir(parents=True)
     tiny_folder(folder / "code", seed=3)
     asked = write_rows(folder / "asked.jsonl", [{"prompt": chat_row(i)["prompt"]} for i in range(8)])
@@ -29,8 +30,19 @@ def of_several_tasks(folder: Path) -> Path:
     tasks = {
         "chat": {"teacher": "prose", "prompts": {"path": str(asked)}, "answers": answers},
         "code": {"teacher": "code", "labels": "hidden", "objective": [{"loss": "reverse_kl"}]},
+        "both": {"ensemble": TOGETHER},
     }
     return run_of(folder, {**IN_ONE_PROCESS, "teachers": teachers, "tasks": tasks})
+
+
+def of_an_ensemble(folder: Path) -> Path:
+    """One task, which asks two teachers together."""
+    folder.mkdir(parents=True)
+    tiny_folder(folder / "code", seed=3)
+    paths = {"prose": folder / "teacher", "code": folder / "code"}
+    engine = {"engine": {"kind": "hf"}, "dtype": "float32"}
+    teachers = {name: {"model": {"path": str(path)}, "scorer": engine} for name, path in paths.items()}
+    return run_of(folder, {**IN_ONE_PROCESS, "teachers": teachers, "ensemble": TOGETHER})
 
 
 def names_of(config: Path, kind: str) -> set[str]:
@@ -38,8 +50,10 @@ def names_of(config: Path, kind: str) -> set[str]:
 
 
 def test_runs_and_the_contract_have_the_same_names(tmp_path: Path) -> None:
-    of_one_task = tiny_run(tmp_path / "one", IN_ONE_PROCESS)
-    configs = (of_one_task, of_several_tasks(tmp_path / "several"))
+    of_one_task = tiny_run(
+        tmp_path / "one", {**IN_ONE_PROCESS, "objective": [{"loss": "forward_kl"}, {"loss": "taid"}]}
+    )
+    configs = (of_one_task, of_several_tasks(tmp_path / "several"), of_an_ensemble(tmp_path / "together"))
     for config in configs:
         result = stillhouse("train", str(config))
         assert result.returncode == 0, result.stdout + result.stderr

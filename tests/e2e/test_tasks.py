@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs_under_fault import assert_same_result, events, finish, held, losses, newest, start, when
+from runs_under_fault import DIES_AFTER_STEP_5, assert_same_result, events, finish, held, losses, newest, start, when
 from tiny_models import tiny_folder
 from tiny_runs import chat_row, records, run_of, stillhouse, tiny_run, write_rows
 
@@ -104,21 +104,6 @@ IN_ONE_PROCESS = {
     "student": {"ranks": 1},
     "training": {"steps": STEPS, "save_every": 2, "save_every_minutes": 0, "keep_checkpoints": 9},
 }
-DIES_AFTER_STEP_5 = """
-import os, signal
-from launch.cli import main
-from launch.report.observer import RunObserver
-
-told = RunObserver.step
-
-def told_and_killed(self, metrics):
-    told(self, metrics)
-    if metrics.step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-RunObserver.step = told_and_killed
-main()
-"""
 
 
 def three_tasks(folder: Path) -> Path:

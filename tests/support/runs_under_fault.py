@@ -18,6 +18,23 @@ from leftovers import once_gone
 from safetensors.torch import load_file
 from tiny_runs import records
 
+DIES_AFTER_STEP_5 = """
+import os, signal
+from launch.cli import main
+from launch.report.observer import RunObserver
+
+told = RunObserver.step
+
+def told_and_killed(self, metrics):
+    told(self, metrics)
+    if metrics.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+RunObserver.step = told_and_killed
+main()
+"""
+"""For `start(code=...)`: a run that is killed as soon as step 5 is told."""
+
 _started: list[subprocess.Popen[str]] = []
 
 

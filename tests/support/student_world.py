@@ -117,8 +117,9 @@ def sequences_of(step: int, count: int = 6) -> list[Sequence]:
 class Teacher:
     """Makes label blocks with transformers."""
 
-    def __init__(self) -> None:
-        self._model = tiny_model("llama", seed=1)
+    def __init__(self, name: str = "teacher", *, seed: int = 1) -> None:
+        self._name = name
+        self._model = tiny_model("llama", seed=seed)
 
     @torch.no_grad()
     def label(self, unit: Unit, spec: Labels) -> SoftLabelBlock:
@@ -134,7 +135,7 @@ class Teacher:
             parts.append(encoding.encode(source[rows], ids[rows + 1]))
         columns = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
         header = LabelHeader(
-            teacher="teacher",
+            teacher=self._name,
             weights_version="1",
             encoding=spec,
             tokenizer_fingerprint="tiny",

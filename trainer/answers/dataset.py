@@ -51,6 +51,7 @@ def answers_of_dataset(prompt: Prompt) -> list[Sequence]:
             sample=sample,
             task=prompt.task,
             teacher=prompt.teacher,
+            teacher_weights=prompt.teacher_weights,
             weight=prompt.weight,
             row_weights=text.row_weights,
             is_turn=bool(prompt.turns),

@@ -6,11 +6,13 @@ One file for the rows of a rank and for adding ranks up, so that what is reporte
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as AbstractSequence
+from dataclasses import dataclass, field
 
 import torch
 
+from trainer.losses.ensemble import Mix, probability_mean
 from trainer.losses.kl import forward_kl
 from trainer.model.fast import cache_blocks
 from trainer.model.head import Head, HeadShape
@@ -27,9 +29,10 @@ class EvaluationRows:
     student_logprob: torch.Tensor  # float32 [N]
     teacher_logprob: torch.Tensor  # float32 [M]
     padding_mass: torch.Tensor  # float32 [N] of the student's softmax over all its rows, beyond the vocabulary
+    kl_to_each: torch.Tensor  # float32 [M, T] as kl, of each of T teachers that were asked together; T is 0 of one
 
     @classmethod
-    def empty(cls, like: torch.Tensor, num_rows: int, *, num_scored: int) -> EvaluationRows:
+    def empty(cls, like: torch.Tensor, num_rows: int, *, num_scored: int, num_together: int = 0) -> EvaluationRows:
         """To be filled, on the device of `like`."""
         return cls(
             kl=like.new_empty(num_scored, dtype=torch.float32),
@@ -37,6 +40,7 @@ class EvaluationRows:
             student_logprob=like.new_zeros(num_rows, dtype=torch.float32),
             teacher_logprob=like.new_empty(num_scored, dtype=torch.float32),
             padding_mass=like.new_zeros(num_rows, dtype=torch.float32),
+            kl_to_each=like.new_empty(num_scored, num_together, dtype=torch.float32),
         )
 
 
@@ -63,35 +67,57 @@ class TeacherStates:
     head: Head
 
 
+@dataclass(frozen=True, slots=True)
+class TeachersTogether:
+    """What several said of the same rows, and how they become the one that the student is compared with."""
+
+    states: tuple[TeacherStates, ...]
+    weights: tuple[torch.Tensor, ...]  # float32 [N, 1] of each
+    mix: Mix = probability_mean
+
+    def mixed(self, logprobs: AbstractSequence[torch.Tensor], rows: slice) -> torch.Tensor:
+        """Log-probabilities [n, V] of each at these rows -> of all together."""
+        return self.mix(logprobs, [weight[rows] for weight in self.weights])
+
+
 @torch.no_grad()
 def evaluation_rows(
     hidden: torch.Tensor,
     head: StudentHead,
     target_ids: torch.Tensor,
-    teacher: TeacherStates | None,
+    teacher: TeacherStates | TeachersTogether | None,
     *,
     chunk_rows: int = 512,
 ) -> EvaluationRows:
     """Student hidden [N, H] against what the teacher said of the same rows, at temperature 1.
 
-    Logits are computed in the dtype of each head and compared in float32; two [chunk_rows, V] tensors exist at a time.
-    All columns but the last are of the distributions inside the vocabulary.
+    Logits are computed in the dtype of each head and compared in float32; a tensor [chunk_rows, V] of the student and
+    one of each teacher exist at a time. All columns but `padding_mass` are of the distributions inside the vocabulary.
     """
     n = hidden.shape[0]
-    rows = EvaluationRows.empty(hidden, n, num_scored=0 if teacher is None else n)
+    together = teacher if isinstance(teacher, TeachersTogether) else None
+    states = together.states if together else () if teacher is None else (teacher,)
+    rows = EvaluationRows.empty(hidden, n, num_scored=n if states else 0, num_together=len(states) if together else 0)
     for start in range(0, n, chunk_rows):
         chunk = slice(start, min(start + chunk_rows, n))
         products = head.inside.product(hidden[chunk])
-        of_teacher = None if teacher is None else teacher.head.product(teacher.hidden[chunk])
+        of_teachers = [one.head.product(one.hidden[chunk]) for one in states]
         padding = None if head.padding is None else head.padding.product(hidden[chunk])
         for block in cache_blocks(products):
             place = slice(start + block.start, start + block.stop)
             logits = head.inside.shape.apply(products[block].float())
             student = logits.log_softmax(1)
             rows.student_logprob[place] = student.gather(1, target_ids[place, None])[:, 0]
-            if teacher is not None:
-                scored = teacher.head.shape.apply(of_teacher[block].float()).log_softmax(1)
-                _compare(rows, place, student, scored, target_ids[place, None])
+            scored = [
+                one.head.shape.apply(product[block].float()).log_softmax(1)
+                for one, product in zip(states, of_teachers, strict=True)
+            ]
+            if together:
+                kls = [forward_kl(PairedLogProbs(student, one, exhaustive=True)) for one in scored]
+                rows.kl_to_each[place] = torch.stack(kls, 1)
+                scored = [together.mixed(scored, place)]
+            if scored:
+                _compare(rows, place, student, scored[0], target_ids[place, None])
             if padding is not None:
                 inside = logits[:, 0] - student[:, 0]  # log-sum-exp
                 outside = head.padding.shape.apply(padding[block].float()).logsumexp(1)
@@ -108,6 +134,10 @@ def _compare(
     rows.teacher_logprob[place] = teacher.gather(1, ids)[:, 0]
 
 
+_SUMMED = ("kl", "agree", "student_logprob", "teacher_logprob", "padding_mass")
+"""Columns of `EvaluationRows`, in the order of the sums."""
+
+
 @dataclass(frozen=True, slots=True)
 class EvaluationSums:
     """What ranks add up: float64 sums over rows."""
@@ -119,18 +149,24 @@ class EvaluationSums:
     student_logprob: float
     teacher_logprob: float
     padding_mass: float
+    kl_to_each: Mapping[str, float] = field(default_factory=dict)  # of teachers that were asked together
 
     @classmethod
-    def of(cls, rows: EvaluationRows) -> EvaluationSums:
-        columns = (getattr(rows, f.name) for f in fields(rows))  # the same names in the same order
-        sums = (float(column.double().sum()) for column in columns)
-        return cls(float(len(rows.student_logprob)), float(len(rows.kl)), *sums)
+    def of(cls, rows: EvaluationRows, teachers: AbstractSequence[str] = ()) -> EvaluationSums:
+        """`teachers`: the names of those that were asked together."""
+        sums = (float(getattr(rows, name).double().sum()) for name in _SUMMED)
+        to_each = rows.kl_to_each.double().sum(0).tolist()
+        each = dict(zip(teachers, to_each, strict=True)) if to_each else {}
+        return cls(float(len(rows.student_logprob)), float(len(rows.kl)), *sums, each)
 
     @classmethod
     def combine(cls, parts: Iterable[EvaluationSums]) -> EvaluationSums:
         """The sums over all parts (micro-batches, ranks, tasks); zeros for none."""
         parts = list(parts)
-        return cls(*(math.fsum(getattr(part, f.name) for part in parts) for f in fields(cls)))
+        names = ("num_rows", "num_scored", *_SUMMED)
+        teachers = dict.fromkeys(name for part in parts for name in part.kl_to_each)
+        each = {name: math.fsum(part.kl_to_each.get(name, 0.0) for part in parts) for name in teachers}
+        return cls(*(math.fsum(getattr(part, name) for part in parts) for name in names), each)
 
     def result(self, step: int) -> Evaluation:
         """Means over all rows; those about a teacher over the rows that one scored, None where there is none. Raises
@@ -146,6 +182,7 @@ class EvaluationSums:
             perplexity=_exp(-self.student_logprob / self.num_rows),
             teacher_perplexity=_exp(-self.teacher_logprob / scored) if scored else None,
             padding_mass=self.padding_mass / self.num_rows,
+            teachers={name: value / scored for name, value in self.kl_to_each.items()},
         )
 
 

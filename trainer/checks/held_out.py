@@ -13,13 +13,22 @@ import numpy as np
 import torch
 
 from configs.section import MAIN
-from trainer.checks.evaluate import EvaluationRows, EvaluationSums, StudentHead, TeacherStates, evaluation_rows
+from trainer.checks.evaluate import (
+    EvaluationRows,
+    EvaluationSums,
+    StudentHead,
+    TeacherStates,
+    TeachersTogether,
+    evaluation_rows,
+)
 from trainer.loop.packing import pack, to_device
 from trainer.loop.staging import HeldOutBatch
+from trainer.loop.together import names_of
+from trainer.losses.ensemble import WEIGHT, Mix
 from trainer.model.collectives import all_gather, all_gather_objects
 from trainer.model.head import Head, HeadShape
 from trainer.model.load import HeadCall
-from trainer.types import Evaluation, SampleTokens, TokenBatch
+from trainer.types import BatchPart, Evaluation, SampleTokens, TokenBatch
 
 NO_BATCH = HeldOutBatch(batch=pack((), (), ()), members=())
 
@@ -30,7 +39,8 @@ class Measure:
 
     forward: Callable[[TokenBatch, HeadCall], tuple[torch.Tensor, ...]]  # of the sharded student
     head_shape: HeadShape
-    teacher_head: Callable[[str], Head | None]  # of the teacher that a part of a batch names
+    teacher_head: Callable[[str], Head | None]  # by the teacher's name
+    mixes: Mapping[str, Mix]  # by set of held-out rows: how teachers that were asked together become one
     vocabulary_size: int
     chunk_rows: int
     device: torch.device
@@ -44,11 +54,20 @@ class Measure:
                 return _columns(EvaluationRows.empty(hidden, 0, num_scored=0))
             (part,) = batch.parts
             head = StudentHead.of(weight, bias, self.head_shape, self.vocabulary_size)
-            labels = part.labels.get("hidden")
-            teacher = None if labels is None else TeacherStates(labels, self.teacher_head(part.teacher))
+            teacher = self._teacher(part)
             return _columns(evaluation_rows(hidden, head, batch.target_ids, teacher, chunk_rows=self.chunk_rows))
 
         return EvaluationRows(*self.forward(batch, measured))
+
+    def _teacher(self, part: BatchPart) -> TeacherStates | TeachersTogether | None:
+        """What was said of the rows of a part; None where nobody scored them."""
+        if not part.labels:
+            return None
+        if (mix := self.mixes.get(part.task)) is None:
+            return TeacherStates(part.labels["hidden"], self.teacher_head(part.teacher))
+        names = names_of(part.teacher)
+        states = tuple(TeacherStates(part.labels[f"{name}/hidden"], self.teacher_head(name)) for name in names)
+        return TeachersTogether(states, tuple(part.labels[f"{name}/{WEIGHT}"] for name in names), mix)
 
 
 def evaluate_held_out(
@@ -64,7 +83,7 @@ def evaluate_held_out(
     for item in (*held_out, *[NO_BATCH] * (most - len(held_out))):
         rows = measure.rows(item.batch)
         for part in item.batch.parts:
-            sums.setdefault(part.task, []).append(EvaluationSums.of(rows))
+            sums.setdefault(part.task, []).append(EvaluationSums.of(rows, names_of(part.teacher)))
         samples |= _samples(item, rows, first=viewer_sequences)
     mine = {name: EvaluationSums.combine(parts) for name, parts in sums.items()}
     ranks = all_gather_objects((mine, [samples[position] for position in sorted(samples)]))
@@ -77,7 +96,9 @@ def _in_sum(ranks: AbstractSequence[Mapping[str, EvaluationSums]], step: int) ->
     names = sorted({name for rank in ranks for name in rank})
     tasks = {name: EvaluationSums.combine(rank[name] for rank in ranks if name in rank) for name in names}
     total = EvaluationSums.combine(tasks.values()).result(step)
-    return replace(total, tasks={name: one.result(step) for name, one in tasks.items()} if len(tasks) > 1 else {})
+    if len(tasks) == 1:
+        return total
+    return replace(total, tasks={name: one.result(step) for name, one in tasks.items()}, teachers={})
 
 
 def _columns(rows: EvaluationRows) -> tuple[torch.Tensor, ...]:

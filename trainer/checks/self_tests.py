@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
 
 from trainer.labels.encoding import Encoding
 from trainer.labels.token import LOGPROB
+from trainer.losses.ensemble import WEIGHT, Together
 from trainer.losses.fused import LossPart, head_loss
 from trainer.losses.objective import Objective
 from trainer.losses.terms import SequenceScores
@@ -46,7 +47,7 @@ class Subject:
     module: StudentModule
     forward: Callable[..., tuple[torch.Tensor, ...]]
     attention: str
-    losses: Mapping[str, tuple[Encoding | None, Objective]]  # by task
+    losses: Mapping[str, tuple[Encoding | Together | None, Objective]]  # by task
     vocabulary_size: int
     chunk_rows: int
     dtype: torch.dtype
@@ -129,6 +130,7 @@ def _logits(subject: Subject) -> SelfTestResult:
 def _loss(subject: Subject, task: str) -> SelfTestResult:
     """The chunked loss and its gradient against the plain formula in float32, inside the student's real head."""
     encoding, _ = subject.losses[task]
+    encoding = encoding.encoding if isinstance(encoding, Together) else encoding
     least = 0 if encoding is None else encoding.least_vocabulary
     size = min(subject.vocabulary_size, max(LOSS_VOCABULARY, least + 1))
     target_ids = torch.randint(size, (ROWS,)).to(subject.device)
@@ -193,7 +195,11 @@ def _plain_loss(subject: Subject, part: LossPart, hidden, weight, bias, target_i
 def _random_part(subject: Subject, task: str, size: int, target_ids: torch.Tensor) -> LossPart:
     """Two pairs of answers, with labels, rewards and groups for whatever a term needs."""
     encoding, objective = subject.losses[task]
-    labels, teacher_head = _random_labels(subject, encoding, size, target_ids)
+    if isinstance(encoding, Together):
+        encoding, labels = _random_teachers(subject, encoding, size, target_ids)
+        teacher_head = None
+    else:
+        labels, teacher_head = _random_labels(subject, encoding, size, target_ids)
     return LossPart(
         rows=slice(0, ROWS),
         labels=labels,
@@ -206,6 +212,19 @@ def _random_part(subject: Subject, task: str, size: int, target_ids: torch.Tenso
         groups=((0, 1), (2, 3)),
         rewards=(1.0, 0.0, 0.5, 0.25),
     )
+
+
+def _random_teachers(
+    subject: Subject, together: Together, size: int, target_ids: torch.Tensor
+) -> tuple[Together, dict[str, torch.Tensor]]:
+    """The teachers with heads, and labels of each with unequal weights."""
+    labels, heads = {}, {}
+    weights = torch.rand(ROWS, len(together.teachers)).to(subject.device).softmax(1)
+    for index, name in enumerate(together.teachers):
+        columns, heads[name] = _random_labels(subject, together.encoding, size, target_ids)
+        labels |= {f"{name}/{column}": values for column, values in columns.items()}
+        labels[f"{name}/{WEIGHT}"] = weights[:, index : index + 1]
+    return replace(together, heads=heads), labels
 
 
 def _random_labels(

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from configs.prompts import Data, Dataset
 from configs.section import MAIN
-from configs.tasks import Route
+from configs.tasks import Ensemble, Route
 from trainer.data.chat import Template, TooManyTokens
 from trainer.data.dataset_options import learnt_turns, refuse_without_turns, with_system_prompt
 from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, Row, preview, texts_of
 from trainer.data.rows import Rows
+from trainer.data.teacher_weights import weights_of
 from trainer.data.vocabulary import SharedVocabulary
 from trainer.errors import BadRow, ConfigError, DataError, TooLong
 from trainer.types import Prompt, RowText
@@ -38,6 +39,7 @@ class Asked:
     task: str = MAIN
     teacher: str = ""
     route: Route | None = None  # instead of `teacher`: by a column of the row
+    ensemble: Ensemble | None = None  # of `teacher`, where it names several
     pairs: bool = False  # every row is a preference; else none may be
     chosen: bool = False  # of a preference the chosen answer is read, as if it were the only one
 
@@ -106,6 +108,7 @@ class PromptReader:
             origin=origin,
             task=self.asks.task,
             teacher=self._teacher(row, origin),
+            teacher_weights=self._teacher_weights(row, origin),
             alternatives=tuple(text for texts, _ in others for text in texts),
             turns=tuple(turns),
             weight=1.0 if isinstance(parsed, PreferenceRow) else parsed.weight,
@@ -145,6 +148,17 @@ class PromptReader:
         what = f"is {shown}, which" if route.column in raw else "is missing, and"
         known = ", ".join(route.map)
         raise BadRow(origin, f"{route.column}: {what} is not in route.map (there are: {known})", preview(raw))
+
+    def _teacher_weights(self, row: int, origin: str) -> dict[str, float] | None:
+        """Raises `BadRow` for a row whose column holds no weights of the ensemble's teachers."""
+        ensemble = self.asks.ensemble
+        if ensemble is None or ensemble.weights_column is None:
+            return None
+        raw = self.rows.raw.raw(row)
+        try:
+            return weights_of(raw.get(ensemble.weights_column), ensemble.teachers)
+        except ValueError as error:
+            raise BadRow(origin, f"{ensemble.weights_column}: {error}", preview(raw)) from None
 
     def special_token(self, row: int) -> str | None:
         """The first special token in the text of a row, with its place. Raises `BadRow`."""

@@ -168,7 +168,12 @@ class Controller:
         job, students = self._job, self._session.students
         supply = Supply(
             self._source,
-            UnitScorers(self._session.teachers, job.labels),
+            UnitScorers(
+                self._session.teachers,
+                job.labels,
+                job.ensembles,
+                note=lambda text: self._observer.event("note", text=text),
+            ),
             students,
             settings=job.loop,
             observer=self._observer,

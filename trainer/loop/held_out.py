@@ -13,6 +13,7 @@ from trainer.data.readable import prompt_of
 from trainer.errors import ConfigError, Diverged, StillhouseError
 from trainer.loop.plan import cut_units, plan_step
 from trainer.loop.scoring import Scored, score_and_stage, scorer_of
+from trainer.loop.together import names_of
 from trainer.model.teacher_answers import teacher_answers
 from trainer.protocols import Moment, Observer, Session
 from trainer.threads import in_thread
@@ -53,12 +54,13 @@ class HeldOut:
         """Score what is missing and hand every rank its held-out units; also after a restart of the group."""
         if not self._units:
             return
-        units = [unit for of_rank in self._units for unit in of_rank if self._sets[unit.kind[0]].is_scored]
+        asked = [[one for unit in of_rank for one in unit.asked()] for of_rank in self._units]
+        units = [one for of_rank in asked for one in of_rank if self._sets[one.kind[0]].is_scored]
 
         async def stage() -> None:
-            found = {unit_id: block for unit_id, (_, block) in self._scored.items()}
+            found = {unit_id: scored[1] for unit_id, scored in self._scored.items()}
             await self._students.stage_evaluation(
-                self._units, [[found.get(unit.id) for unit in of_rank] for of_rank in self._units]
+                self._units, [[found.get(one.id) for one in of_rank] for of_rank in asked]
             )
 
         await score_and_stage(
@@ -122,7 +124,7 @@ class HeldOut:
         if not asked:
             return
         try:
-            texts = await self._written(rows, rows[0].teacher or asked[0])
+            texts = await self._written(rows, names_of(rows[0].teacher)[0] or asked[0])
         except StillhouseError as error:
             self._observer.event("note", text=f"the report shows no answers of the teacher: {error}")
             return

@@ -78,7 +78,7 @@ def read_inputs(run: Run) -> Inputs:
 def _task_inputs(
     run: Run, task: ResolvedTask, tokenizers: Mapping[str, PreTrainedTokenizerBase], vocabulary: SharedVocabulary
 ) -> TaskInputs:
-    """Raises ConfigError where the teachers of a route read conversations by different templates."""
+    """Raises ConfigError where the teachers of a route or an ensemble read conversations by different templates."""
     teachers = run.teachers_by_name()
     names = task.teachers or tuple(teachers)[:1]
     if not names:
@@ -88,10 +88,11 @@ def _task_inputs(
         models = {name: teachers[name].model for name in names}
     template = next(iter(templates.values()))
     for name, other in templates.items():
+        of_one = "route" if task.ensemble is None else "ensemble"
         differs = "chat_template" if other.saved != template.saved else "template_arguments"
         if (other.saved, other.arguments) != (template.saved, template.arguments):
             raise ConfigError(
-                f"the teachers {names[0]} and {name} of one route have different {differs.replace('_', ' ')}s: give "
+                f"the teachers {names[0]} and {name} of one {of_one} have different {differs.replace('_', ' ')}s: give "
                 f"them the same teachers.<name>.{differs}, or each a task of its own"
             )
     ends = {name: tuple(i for i in end_ids(model) if i < vocabulary.size) for name, model in models.items()}

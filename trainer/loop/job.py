@@ -14,7 +14,7 @@ from configs.labels import Labels
 from configs.models import ModelSource
 from configs.rules import station_place, teacher_place
 from configs.schema import Run
-from configs.tasks import ResolvedTask
+from configs.tasks import Ensemble, ResolvedTask
 from trainer.data.prompts import PromptStream
 from trainer.errors import ConfigError, foreign_errors
 from trainer.labels.encoding import TeacherShape, load_encoding
@@ -56,6 +56,11 @@ class Job:
     def labels(self) -> Mapping[str, Labels | None]:
         """By task; None where it takes none."""
         return {name: task.soft_labels for name, task in self.tasks.items()}
+
+    @property
+    def ensembles(self) -> Mapping[str, Ensemble]:
+        """By task, of those that ask several teachers about the same tokens."""
+        return {name: task.ensemble for name, task in self.tasks.items() if task.ensemble is not None}
 
     @property
     def rows_per_epoch(self) -> int | None:
@@ -185,12 +190,13 @@ def loop_settings(
 
 
 def label_bytes_per_row(run: Run, inputs: Inputs, *, teacher_dtypes: Mapping[str, str]) -> int:
-    """Size of one row of labels, of the task where it is largest; 0 where no task has labels. Raises `ConfigError`
-    where labels do not fit their teacher."""
+    """Size of one row of labels, of the task where it is largest (of an ensemble those of all its teachers); 0 where no
+    task has labels. Raises `ConfigError` where labels do not fit their teacher."""
     sizes = [0]
     for task in run.resolved_tasks().values():
         if task.soft_labels is None:
             continue
+        of_teachers = []
         for name in task.teachers:
             shape = TeacherShape(
                 vocabulary_size=inputs.vocabulary.size,
@@ -199,7 +205,8 @@ def label_bytes_per_row(run: Run, inputs: Inputs, *, teacher_dtypes: Mapping[str
             )
             encoding = load_encoding(task.soft_labels)
             with foreign_errors(f"{station_place(run, task, 'labels')}: {task.soft_labels.kind}, the layout of a row"):
-                sizes.append(sum(column.num_bytes for column in encoding.layout(shape)))
+                of_teachers.append(sum(column.num_bytes for column in encoding.layout(shape)))
+        sizes.append(max(of_teachers) if task.ensemble is None else sum(of_teachers))
     return max(sizes)
 
 

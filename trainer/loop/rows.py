@@ -14,7 +14,7 @@ from configs.held_out import HeldOutSet, held_out_sets
 from configs.prompts import Dataset
 from configs.rules import held_out_by_place, place_of_held_out
 from configs.schema import Run
-from configs.tasks import ResolvedTask, Route
+from configs.tasks import ResolvedTask
 from trainer.answers.dataset import answers_of_dataset
 from trainer.data.local_files import local_files
 from trainer.data.prompt_keys import PromptKeys, held_out_of, keys_of
@@ -44,7 +44,7 @@ def open_reader(run: Run, inputs: Inputs, task: ResolvedTask) -> PromptReader:
         needs_answer=of_task.answers.needs_answer,
         room_for_answer=of_task.answers.room_for_answer,
         rewrite=of_task.answers.rewrite,
-        asks=Asked(task.name, _asked(run, task), _route(task), pairs=task.compares_answers),
+        asks=_asked(run, task, pairs=task.compares_answers),
     )
     if task.fraction is None:
         return reader
@@ -62,7 +62,7 @@ def open_held_out(run: Run, inputs: Inputs, held_out: HeldOutSet) -> PromptReade
         template=inputs.tasks[task.name].template,
         vocabulary=inputs.vocabulary,
         needs_answer=True,
-        asks=Asked(held_out.name, _asked(run, task), _route(task), chosen=True),
+        asks=replace(_asked(run, task), task=held_out.name, chosen=True),
     )
     if held_out.fraction is None:
         return reader
@@ -101,13 +101,13 @@ def _fraction_of(reader: PromptReader, keys: PromptKeys, fraction: float, *, see
     )
 
 
-def _asked(run: Run, task: ResolvedTask) -> str:
-    """The name of the teacher that is asked, where there are several."""
-    return (task.teacher or "") if run.teachers and task.asks else ""
-
-
-def _route(task: ResolvedTask) -> Route | None:
-    return task.route if task.asks else None
+def _asked(run: Run, task: ResolvedTask, *, pairs: bool = False) -> Asked:
+    """The names of teachers are told where there are several."""
+    if not task.asks:
+        return Asked(task.name, pairs=pairs)
+    name = (task.teacher or "") if run.teachers else ""
+    together = task.ensemble.asked if task.ensemble is not None else name
+    return Asked(task.name, together, task.route, task.ensemble, pairs=pairs)
 
 
 def open_stream(run: Run, task: ResolvedTask, inputs: Inputs, *, quarantine: Path | None) -> PromptStream:

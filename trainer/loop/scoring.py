@@ -6,11 +6,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
+from dataclasses import replace
+from types import MappingProxyType
 
 from configs.labels import Labels
-from trainer.errors import InfrastructureError, LabelsLost
+from configs.section import TOGETHER
+from configs.tasks import Ensemble
+from trainer.errors import InfrastructureError, LabelsLost, TeachersLost
+from trainer.loop.together import names_of, sequence_weights
 from trainer.protocols import Observer, Scorers, TeacherPools
-from trainer.types import BlockRef, Unit, UnitReport
+from trainer.types import BlockRef, RankBatch, Unit, UnitReport
 
 Scored = tuple[UnitReport, BlockRef]
 
@@ -18,21 +23,64 @@ Scored = tuple[UnitReport, BlockRef]
 class UnitScorers:
     """The scorers of all teachers."""
 
-    def __init__(self, teachers: Mapping[str, TeacherPools], labels: Mapping[str, Labels | None]) -> None:
-        """`teachers` by name, `labels` by task."""
+    def __init__(
+        self,
+        teachers: Mapping[str, TeacherPools],
+        labels: Mapping[str, Labels | None],
+        ensembles: Mapping[str, Ensemble] = MappingProxyType({}),
+        *,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`teachers` by name, the others by task. `note` tells people of a teacher that is gone on without, once."""
         self._teachers = teachers
         self._labels = labels
+        self._ensembles = ensembles
+        self._note = note
+        self._lost: set[tuple[str, str]] = set()
 
-    def has_labels(self, unit: Unit) -> bool:
-        """Whether its task takes any."""
-        return self._labels[unit.kind[0]] is not None
+    def asked(self, unit: Unit) -> tuple[Unit, ...]:
+        """What teachers are asked about it; nothing where its task takes no labels."""
+        return () if self._labels[unit.kind[0]] is None else unit.asked()
 
-    async def score(self, unit: Unit) -> Scored:
-        """The labels of its task. Raises as `Scorers.score`."""
+    async def score(self, unit: Unit) -> Scored | None:
+        """The labels of its task; None of a teacher that is lost for good where the task goes on without. Raises as
+        `Scorers.score`."""
         task, teacher = unit.kind
-        labels = self._labels[task]
+        labels, ensemble = self._labels[task], self._ensembles.get(task)
         assert labels is not None, unit.id
-        return await scorer_of(self._teachers, teacher).score(unit, labels)
+        try:
+            return await scorer_of(self._teachers, teacher).score(unit, labels)
+        except TeachersLost as error:
+            if ensemble is None or ensemble.on_lost == "end":
+                raise
+            self._tell(unit.kind, error)
+            return None
+
+    def left(self, batch: RankBatch, scored: Mapping[str, Scored | None]) -> RankBatch:
+        """The batch as it was scored: its units name the teachers whose labels are there. Raises `TeachersLost` where
+        that is none, or none with a weight."""
+        return replace(batch, units=tuple(self._left(unit, scored) for unit in batch.units))
+
+    def _left(self, unit: Unit, scored: Mapping[str, Scored | None]) -> Unit:
+        asked = self.asked(unit)
+        ensemble = self._ensembles.get(unit.kind[0])
+        left = [one for one in asked if scored[one.id] is not None]
+        if ensemble is None or len(left) == len(asked):
+            return unit
+        names = [one.kind[1] for one in left]
+        if not left:
+            raise TeachersLost(f"every teacher of the ensemble is lost ({', '.join(names_of(unit.kind[1]))})")
+        try:
+            sequence_weights(unit.sequences, ensemble, names)
+        except ValueError as error:
+            raise TeachersLost(f"{error}: the rest of the ensemble is lost") from None
+        return left[0] if len(left) == 1 else unit.of_teacher(TOGETHER.join(names), unit.id)
+
+    def _tell(self, kind: tuple[str, str], error: TeachersLost) -> None:
+        if kind not in self._lost:
+            self._lost.add(kind)
+            text = f"teacher {kind[1]} is lost for good, and the run goes on with the rest of the ensemble (on_lost: "
+            self._note(f"{text}continue): {error}; teacher/{kind[1]}/lost_rows in metrics.jsonl counts")
 
 
 def scorer_of(teachers: Mapping[str, TeacherPools], name: str) -> Scorers:
@@ -45,9 +93,9 @@ def scorer_of(teachers: Mapping[str, TeacherPools], name: str) -> Scorers:
 async def score_and_stage(
     what: str,
     units: AbstractSequence[Unit],
-    scored: dict[str, Scored],
+    scored: dict[str, Scored | None],
     *,
-    score: Callable[[Unit], Awaitable[Scored]],
+    score: Callable[[Unit], Awaitable[Scored | None]],
     stage: Callable[[], Awaitable[None]],
     attempts: int,
     observer: Observer,
@@ -65,7 +113,9 @@ async def score_and_stage(
     raise InfrastructureError(f"the labels of {what} were lost {attempts} times in a row")
 
 
-async def _score_all(units: AbstractSequence[Unit], score: Callable[[Unit], Awaitable[Scored]]) -> dict[str, Scored]:
+async def _score_all(
+    units: AbstractSequence[Unit], score: Callable[[Unit], Awaitable[Scored | None]]
+) -> dict[str, Scored | None]:
     try:
         async with asyncio.TaskGroup() as group:
             tasks = {unit.id: group.create_task(score(unit), name=f"unit {unit.id}") for unit in units}

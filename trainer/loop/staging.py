@@ -9,18 +9,22 @@ import threading
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
-from itertools import compress
+from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
 
+from configs.held_out import held_out_sets
 from configs.labels import HELD_OUT, Labels
 from configs.models import Teacher
 from configs.schema import Run
 from trainer.errors import UnitRejected
 from trainer.labels.encoding import Column, load_encoding
-from trainer.loop.packing import check_block, check_finite, layout_of, pack
+from trainer.loop.packing import Layouts, check_block, check_finite, layout_of, pack, to_device
 from trainer.loop.plan import plan_step
+from trainer.loop.together import Scored, packable
+from trainer.losses.ensemble import target_logprobs
 from trainer.model.head import Head
 from trainer.model.load import load_teacher_head
 from trainer.types import LabelHeader, RankBatch, SoftLabelBlock, TaskTotals, TokenBatch, Unit
@@ -72,17 +76,24 @@ class Staging:
         self._heads: dict[str, Head] = {}  # of the teachers whose hidden states came here
 
     def stage(self, batch: RankBatch, blocks: AbstractSequence[SoftLabelBlock]) -> None:
-        """Keep a step; again replaces it. `blocks` are those of the units whose task has labels, in order.
+        """Keep a step; again replaces it. `blocks` are those of what was asked (`Unit.asked`) about the units whose
+        task has labels, in order.
 
         Raises `UnitRejected` naming the unit whose labels are not what was asked.
         """
-        labels = [self._tasks[unit.kind[0]].soft_labels for unit in batch.units]
-        scored = [one is not None for one in labels]
-        layouts = self._check("training", list(compress(batch.units, scored)), blocks, list(compress(labels, scored)))
-        given = iter(blocks)
-        aligned = [next(given) if has_labels else None for has_labels in scored]
+        labels = {name: task.soft_labels for name, task in self._tasks.items()}
+        asked = [one for unit in batch.units if labels[unit.kind[0]] is not None for one in unit.asked()]
+        layouts = self._check("training", asked, blocks, [labels[one.kind[0]] for one in asked])
+        ready = packable(
+            batch.units,
+            {one.id: block for one, block in zip(asked, blocks, strict=True)},
+            layouts,
+            ensembles={name: task.ensemble for name, task in self._tasks.items()},
+            pick=partial(self._pick, layouts),
+        )
         packed = tuple(
-            pack(batch.units, members, aligned, layouts=layouts, pin=self._pin) for members in batch.micro_batches
+            pack(ready.units, ready.moved(members), ready.blocks, layouts=ready.layouts, pin=self._pin)
+            for members in batch.micro_batches
         )
         tokens = sum(unit.num_tokens for unit in batch.units)
         self._steps[batch.step] = StagedStep(packed, tokens, batch.totals)
@@ -97,9 +108,18 @@ class Staging:
 
     def stage_held_out(self, units: AbstractSequence[Unit], blocks: AbstractSequence[SoftLabelBlock | None]) -> None:
         """Keep the rank's held-out units, packed by the training's token budget, each batch of one task and teacher.
-        The block of a unit that nobody scores is None."""
-        scored = [(unit, block) for unit, block in zip(units, blocks, strict=True) if block is not None]
+        `blocks` are those of what was asked about each, in order; that of a unit that nobody scores is None."""
+        asked = [one for unit in units for one in unit.asked()]
+        scored = [(one, block) for one, block in zip(asked, blocks, strict=True) if block is not None]
         layouts = self._check("evaluation", [u for u, _ in scored], [b for _, b in scored], [HELD_OUT] * len(scored))
+        ready = packable(
+            units,
+            {one.id: block for one, block in scored},
+            layouts,
+            ensembles={name: one.task.ensemble for name, one in held_out_sets(self._run).items()},
+            pick=partial(self._pick, layouts),
+            merge_picked=True,
+        )
         places = [(u, s) for u, unit in enumerate(units) for s in range(len(unit.sequences))]
         held_out = []
         for kind in dict.fromkeys(unit.kind for unit in units):
@@ -108,9 +128,29 @@ class Staging:
             budget = max(self._run.training.micro_batch_tokens, *lengths, 1)
             for group in plan_step(lengths, world=1, token_budget=budget).micro_batches[0]:
                 members = [own[i] for i in group]
-                batch = pack(units, [places[i] for i in members], blocks, layouts=layouts, pin=self._pin)
+                chosen = ready.moved([places[i] for i in members])
+                batch = pack(ready.units, chosen, ready.blocks, layouts=ready.layouts, pin=self._pin)
                 held_out.append(HeldOutBatch(batch, tuple((i, units[places[i][0]], places[i][1]) for i in members)))
         self.held_out = tuple(held_out)
+
+    def _pick(self, layouts: Layouts, scored: AbstractSequence[Scored]) -> np.ndarray:
+        """Of each sequence [S] the teacher with the highest log-probability of its target ids; of equal ones the
+        first."""
+        sums = []
+        for unit, block in scored:
+            everything = [(0, index) for index in range(len(unit.sequences))]
+            batch = to_device(pack([unit], everything, [block], layouts=layouts), self._device)
+            (part,) = batch.parts
+            logprobs = target_logprobs(
+                load_encoding(block.header.encoding),
+                part.labels,
+                batch.target_ids,
+                self.teacher_head(unit.kind[1]),
+                vocabulary_size=self._vocabulary.size,
+                chunk_rows=self._run.student.loss_chunk_rows,
+            )
+            sums.append(logprobs.new_zeros(len(unit.sequences)).index_add_(0, part.row_sequences, logprobs).cpu())
+        return np.argmax(torch.stack(sums).numpy(), axis=0)
 
     def _check(
         self,

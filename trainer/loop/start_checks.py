@@ -11,6 +11,7 @@ from configs.labels import HELD_OUT, Labels, TopK
 from trainer.checks.label_check import check_labels, plan_check, teacher_lengths, teacher_truth
 from trainer.errors import SelfTestError
 from trainer.heap import give_back
+from trainer.loop.together import names_of
 from trainer.protocols import Observer, SelfTestResult, Session
 from trainer.types import Sequence
 
@@ -54,7 +55,7 @@ async def _check_labels(job: Job, session: Session) -> tuple[SelfTestResult, ...
         tasks = [task for task in job.tasks.values() if name in task.teachers and task.soft_labels is not None]
         if pools.scorer is None or not tasks:
             continue
-        rows = [row for row in (job.samples or job.evaluation) if not row.teacher or row.teacher == name]
+        rows = [row for row in (job.samples or job.evaluation) if not row.teacher or name in names_of(row.teacher)]
         found = await _check_teacher(job, session, name, tasks[0].labels, rows)
         results += [replace(one, name=f"{one.name} of {name}") for one in found] if job.run.teachers else found
     return tuple(results)

@@ -22,6 +22,7 @@ from configs.section import MAIN
 from trainer.loop.plan import cut_units, groups_of, plan_step
 from trainer.loop.scoring import Scored, UnitScorers, score_and_stage
 from trainer.loop.settings import LoopSettings
+from trainer.loop.together import names_of
 from trainer.protocols import Observer, Students
 from trainer.threads import in_thread, wrapped
 from trainer.types import AnswerCounters, Cursor, RankBatch, Sequence, UnitReport
@@ -165,25 +166,27 @@ class Supply:
         batches = cut_units(sequences, plan, step=drawn.step, units_per_rank=self._settings.units_per_rank)
         num_bytes = self._settings.label_bytes_per_row * sum(s.num_loss_tokens for s in sequences)
         await self._permits.reserve(drawn.step, num_bytes)
+        scored = await self._score_and_stage(batches)
         return ReadyStep(
             step=drawn.step,
             cursor=drawn.cursor,
-            reports=await self._score_and_stage(batches),
+            reports=tuple(one[0] for one in scored.values() if one is not None),
             sequence_ids=tuple(sequence.id for sequence in sequences),
             answers=collected.answers,
             answers_by_task=collected.answers_by_task,
-            parts=_parts(sequences),
+            parts=_parts(sequences) | _lost_rows(batches, scored),
         )
 
-    async def _score_and_stage(self, batches: tuple[RankBatch, ...]) -> tuple[UnitReport, ...]:
-        """The reports of the units that have labels."""
-        units = [unit for batch in batches for unit in batch.units if self._scorers.has_labels(unit)]
-        scored: dict[str, Scored] = {}
+    async def _score_and_stage(self, batches: tuple[RankBatch, ...]) -> dict[str, Scored | None]:
+        """What was asked of teachers, by the id of the unit as each was asked about it."""
+        units = [one for batch in batches for unit in batch.units for one in self._scorers.asked(unit)]
+        scored: dict[str, Scored | None] = {}
 
         async def stage() -> None:
-            blocks = [[scored[unit.id][1] for unit in batch.units if unit.id in scored] for batch in batches]
+            left = [self._scorers.left(batch, scored) for batch in batches]
+            asked = [[one.id for unit in batch.units for one in self._scorers.asked(unit)] for batch in left]
             started = time.time()
-            await self._students.stage(batches, blocks)
+            await self._students.stage(left, [[scored[one][1] for one in of_rank] for of_rank in asked])
             self._observer.span("student", "stage", started, time.time(), f"step {batches[0].step}")
 
         await score_and_stage(
@@ -195,7 +198,7 @@ class Supply:
             attempts=self._settings.max_unit_attempts,
             observer=self._observer,
         )
-        return tuple(report for report, _ in scored.values())
+        return scored
 
     def _with_answers(self, ready: ReadyStep) -> ReadyStep:
         """Answers are counted in the order of the steps, whatever the order in which they were written."""
@@ -224,11 +227,20 @@ def _parts(sequences: tuple[Sequence, ...]) -> dict[str, float]:
         if sequence.task != MAIN:
             parts[f"task/{sequence.task}/sequences"] += 1
             parts[f"task/{sequence.task}/loss_tokens"] += sequence.num_loss_tokens
-        if sequence.teacher:
-            asked[sequence.teacher] += sequence.num_tokens
+        for teacher in filter(None, names_of(sequence.teacher)):
+            asked[teacher] += sequence.num_tokens
     tokens = {f"teacher/{name}/tokens": float(count) for name, count in asked.items()}
     shares = {f"teacher/{name}/token_share": count / asked.total() for name, count in asked.items()}
     return {**{name: float(count) for name, count in parts.items()}, **tokens, **shares}
+
+
+def _lost_rows(batches: tuple[RankBatch, ...], scored: Mapping[str, Scored | None]) -> dict[str, float]:
+    """Loss tokens that each teacher of an ensemble did not judge, because it is lost."""
+    lost: Counter[str] = Counter()
+    units = [unit for batch in batches for unit in batch.units if len(unit.asked()) > 1]
+    for one in (one for unit in units for one in unit.asked()):
+        lost[f"teacher/{one.kind[1]}/lost_rows"] += one.num_rows if scored[one.id] is None else 0
+    return {name: float(count) for name, count in lost.items()}
 
 
 async def _as_error(work: Callable[[], Awaitable[_Made]]) -> _Made:

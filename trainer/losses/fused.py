@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from trainer.labels.encoding import Encoding
 from trainer.labels.token import LOGPROB
+from trainer.losses.ensemble import Together
 from trainer.losses.head_gradients import HeadGradients
 from trainer.losses.objective import Objective
 from trainer.losses.terms import SequenceScores
@@ -39,7 +40,7 @@ class LossPart:
 
     rows: slice  # of the call's N rows; n = its length
     labels: Mapping[str, torch.Tensor]  # columns of `encoding`, each [n, width]
-    encoding: Encoding | None
+    encoding: Encoding | Together | None
     objective: Objective
     scale: float  # of row terms, for example ranks over the step's loss tokens
     teacher_head: Head | None = None

@@ -27,6 +27,7 @@ from torch.nn import functional
 from configs.losses import CrossEntropy
 from trainer.labels.encoding import Encoding
 from trainer.losses import distances, kl, mixtures, preference  # noqa: F401 - their terms are registered when imported
+from trainer.losses.ensemble import WEIGHT, Together, pairs_of
 from trainer.losses.padding import padding_nats
 from trainer.losses.schedules import VALUE
 from trainer.losses.target import TargetEvent
@@ -61,6 +62,7 @@ class WeightedTerm:
     needs_target: bool = False
     tells: tuple[str, ...] = ()
     schedule: Schedule | None = None
+    teacher: str = ""  # of several with terms of their own: its name
 
     def rows(
         self, pair: PairedLogProbs | None, target: TargetEvent | None, logits: torch.Tensor, target_ids: torch.Tensor
@@ -83,26 +85,33 @@ class Objective:
     needs_reference: bool = False  # of target ids, by a sequence term
 
     @classmethod
-    def of(cls, terms: AbstractSequence[Term], encoding: Encoding | None, *, padded: bool = False) -> Objective:
+    def of(
+        cls,
+        terms: AbstractSequence[Term],
+        encoding: Encoding | None,
+        *,
+        padded: bool = False,
+        teachers: AbstractSequence[str] = (),
+    ) -> Objective:
         """The objective of a config for labels of this encoding (its temperature sets T^2), None without labels. A loss
         named twice (jsd at two betas) gets a number: `jsd`, `jsd_2`. `padded`: the student's head has rows beyond the
-        vocabulary."""
+        vocabulary. `teachers`: each has terms of its own, `forward_kl/<teacher>`, where they look at labels."""
         weighted: dict[str, list[WeightedTerm]] = {"row": [], "sequence": []}
         for position, term in enumerate(terms):
             nth = 1 + sum(earlier.loss == term.loss for earlier in terms[:position])
             needs_labels, schedule = "labels" in term.needs, schedule_of(term)
             assert encoding is not None or not term.needs & {"labels", "target_logprobs"}, term
-            weighted[term.form].append(
-                WeightedTerm(
-                    name=term.loss if nth == 1 else f"{term.loss}_{nth}",
-                    factor=term.weight * encoding.temperature**2 if needs_labels else term.weight,
-                    function=function_of(term) if schedule else partial(function_of(term), **term.parameters()),
-                    needs_labels=needs_labels,
-                    needs_target="target_event" in term.needs,
-                    tells=term.tells,
-                    schedule=schedule,
-                )
+            one = WeightedTerm(
+                name=term.loss if nth == 1 else f"{term.loss}_{nth}",
+                factor=term.weight * encoding.temperature**2 if needs_labels else term.weight,
+                function=function_of(term) if schedule else partial(function_of(term), **term.parameters()),
+                needs_labels=needs_labels,
+                needs_target="target_event" in term.needs,
+                tells=term.tells,
+                schedule=schedule,
             )
+            of_each = [replace(one, name=f"{one.name}/{teacher}", teacher=teacher) for teacher in teachers]
+            weighted[term.form].extend(of_each if of_each and needs_labels else [one])
         return cls(
             row_terms=tuple(weighted["row"]),
             sequence_terms=tuple(weighted["sequence"]),
@@ -136,7 +145,7 @@ class Objective:
         logits: torch.Tensor,
         labels: Mapping[str, torch.Tensor],
         target_ids: torch.Tensor,
-        encoding: Encoding | None,
+        encoding: Encoding | Together | None,
         teacher_head: Head | None = None,
         padding: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
@@ -146,16 +155,24 @@ class Objective:
         The values of the terms are bare: nats, at the encoding's temperature, without weight or T^2. `labels` are the
         encoding's columns or what its `prepare` made of them. `padding` [n, P] are the student's logits beyond the
         vocabulary, with gradient, where the objective has a term for them; None there: they count as absent.
+        Terms of a teacher count with its weight of each row; of one that did not judge the rows they are 0.
         """
-        pair = encoding.align(logits, labels, teacher_head) if self.needs_labels else None
-        target = None
+        pairs = pairs_of(encoding, logits, labels, teacher_head) if self.needs_labels else {}
+        targets: dict[str, TargetEvent] = {}
         if any(term.needs_target for term in self.row_terms):
-            target = TargetEvent.of(pair, logits, target_ids, temperature=encoding.temperature)
+            targets = {
+                teacher: TargetEvent.of(pair, logits, target_ids, temperature=encoding.temperature)
+                for teacher, pair in pairs.items()
+            }
         loss, values = None, {}
         for term in self.row_terms:
-            value, told = term.rows(pair, target, logits, target_ids)
+            if term.needs_labels and term.teacher not in pairs:
+                values[term.name] = logits.new_zeros(logits.shape[0])
+                continue
+            value, told = term.rows(pairs.get(term.teacher), targets.get(term.teacher), logits, target_ids)
             values[term.name] = value.detach()
             values |= {f"{term.name}_{own}": told[own] for own in term.tells}
+            value = value * labels[f"{term.teacher}/{WEIGHT}"][:, 0] if term.teacher else value
             loss = value * term.factor if loss is None else loss + value * term.factor
         if self.padding_weight:
             value = logits.new_zeros(logits.shape[0]) if padding is None else padding_nats(logits, padding)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from configs.held_out import held_out_sets
 from configs.schema import Run
 from configs.tasks import ResolvedTask
 from trainer.checks.held_out import Measure, evaluate_held_out, without_samples
@@ -31,6 +33,8 @@ from trainer.errors import ConfigError
 from trainer.labels.encoding import Encoding, load_encoding
 from trainer.loop.packing import to_device
 from trainer.loop.staging import StagedStep, Staging, Vocabulary
+from trainer.loop.together import Judged, judged_of, names_of, weight_shares
+from trainer.losses.ensemble import Mix, Together, mix_of
 from trainer.losses.fused import LossPart, head_loss
 from trainer.losses.objective import Objective
 from trainer.model.attention import border_arguments
@@ -77,6 +81,7 @@ class StudentRank:
         self._staging = Staging(run, vocabulary=vocabulary, device=device)
         self._tasks = run.resolved_tasks()
         self._encodings = {name: _encoding_of(task) for name, task in self._tasks.items()}
+        self._ensembles = {name: task.ensemble for name, task in self._tasks.items() if task.ensemble is not None}
         self._on_accelerator = device.type != "cpu"
         self._owns_processes = False
         self._zero: ZeroModel | None = None  # until it is built
@@ -95,7 +100,12 @@ class StudentRank:
         self._module = self._load()
         rows = self._module.config.get_text_config().vocab_size
         self._objectives = {
-            name: Objective.of(task.objective, self._encodings[name], padded=rows > self._vocabulary.size)
+            name: Objective.of(
+                task.objective,
+                self._encodings[name],
+                padded=rows > self._vocabulary.size,
+                teachers=task.teachers if task.ensemble is not None and task.ensemble.how == "per_teacher" else (),
+            )
             for name, task in self._tasks.items()
         }
         use_fast_products(self._module.causal.base_model, device=self._device, dtype=self._dtype)
@@ -171,9 +181,13 @@ class StudentRank:
         outcome = self._zero.step(rate)
         self._wait_for_device()
         own = [staged.num_tokens, computed - started, time.perf_counter() - computed, peak_bytes(self._device)]
-        ranks = all_gather(torch.cat([sums, torch.tensor(own, dtype=sums.dtype, device=self._device)]))
+        judged = judged_of(staged.micro_batches, self._ensembles)
+        numbers = [*(number for counts in judged.values() for number in counts), *own]
+        ranks = all_gather(torch.cat([sums, torch.tensor(numbers, dtype=sums.dtype, device=self._device)]))
         totals, slowest = ranks.sum(0), ranks.amax(0)
-        terms = self._term_means(totals[1:-4].tolist(), staged)
+        counted = totals[len(sums) : -4].reshape(-1, 2).tolist()
+        judged = {key: Judged(*counts) for key, counts in zip(judged, counted, strict=True)}
+        terms = self._term_means(totals[1 : len(sums)].tolist(), staged, judged)
         scheduled = self._schedules_told()
         if not outcome.skipped:
             self._advance_schedules(terms, step)
@@ -183,6 +197,7 @@ class StudentRank:
                 "train/loss": float(totals[0]) / self._world if staged.num_loss_tokens else math.nan,
                 **terms,
                 **scheduled,
+                **weight_shares(judged, {name: total.num_loss_tokens for name, total in staged.totals.items()}),
                 "train/grad_norm": outcome.grad_norm,
                 "train/learning_rate": rate,
                 "train/tokens": float(totals[-4]),
@@ -200,14 +215,18 @@ class StudentRank:
         """(task, term), in the order in which terms are summed."""
         return [(task, name) for task, objective in self._objectives.items() for name in objective.names]
 
-    def _term_means(self, sums: list[float], staged: StagedStep) -> dict[str, float]:
-        """Each bare term over what its task has of it: loss tokens, or groups. NaN where there are none: a mean of
-        nothing is no zero."""
+    def _term_means(
+        self, sums: list[float], staged: StagedStep, judged: Mapping[tuple[str, str], Judged]
+    ) -> dict[str, float]:
+        """Each bare term over what its task has of it: loss tokens (those that its teacher judged, where each has terms
+        of its own), or groups. NaN where there are none: a mean of nothing is no zero."""
         means = {}
         for (task, name), value in zip(self._term_names, sums, strict=True):
             totals = staged.totals.get(task, TaskTotals(0, 0))
             of_groups = name in self._objectives[task].sequence_names
             count = totals.num_groups if of_groups else totals.num_loss_tokens
+            if "/" in name:
+                count = judged[task, name.partition("/")[2]].rows
             means[f"{self._area(task)}/{name}"] = value / count if count else math.nan
         return means
 
@@ -265,7 +284,7 @@ class StudentRank:
         return LossPart(
             rows=part.rows,
             labels=part.labels,
-            encoding=self._encodings[part.task],
+            encoding=self._part_encoding(part),
             objective=self._objectives[part.task],
             scale=self._world / max(1, tokens) * task.weight,
             teacher_head=self._staging.teacher_head(part.teacher),
@@ -275,6 +294,22 @@ class StudentRank:
             groups=part.groups,
             rewards=part.rewards,
         )
+
+    def _part_encoding(self, part: BatchPart) -> Encoding | Together | None:
+        """Of the labels of a part; those of several teachers know their heads."""
+        encoding, ensemble = self._encodings[part.task], self._tasks[part.task].ensemble
+        if encoding is None or ensemble is None or ensemble.how == "min_ce":
+            return encoding
+        names = names_of(part.teacher)
+        heads = {name: self._staging.teacher_head(name) for name in names}
+        return Together(encoding, tuple(names), ensemble.how, heads)
+
+    def _tested_encoding(self, task: str) -> Encoding | Together | None:
+        """By what the loss of a task is computed in the self-test."""
+        encoding, ensemble = self._encodings[task], self._tasks[task].ensemble
+        if encoding is None or ensemble is None or ensemble.how == "min_ce":
+            return encoding
+        return Together(encoding, ensemble.teachers, ensemble.how)
 
     def _forward(self, batch: TokenBatch, head_call: HeadCall) -> tuple[torch.Tensor, ...]:
         borders = border_arguments(self._attention, batch.sequence_offsets, self._device)
@@ -293,6 +328,7 @@ class StudentRank:
                 self._forward,
                 self._module.head_shape,
                 self._staging.teacher_head,
+                self._mixes(),
                 vocabulary_size=self._vocabulary.size,
                 chunk_rows=self._run.student.loss_chunk_rows,
                 device=self._device,
@@ -301,6 +337,11 @@ class StudentRank:
             viewer_sequences=viewer_sequences,
         )
         return evaluation if self._rank == 0 else without_samples(evaluation)
+
+    def _mixes(self) -> dict[str, Mix]:
+        """How teachers that score held-out rows together become one, by set of rows."""
+        ensembles = {name: one.task.ensemble for name, one in held_out_sets(self._run).items()}
+        return {name: mix_of(one.how) for name, one in ensembles.items() if one is not None}
 
     def save(self, step: int, folder: Path) -> None:
         """Collective. Write shards and random states into an existing folder and flush them; nothing is committed."""
@@ -371,7 +412,7 @@ class StudentRank:
             module=self._module,
             forward=self._zero.forward,
             attention=self._attention,
-            losses={name: (self._encodings[name], objective) for name, objective in self._objectives.items()},
+            losses={name: (self._tested_encoding(name), objective) for name, objective in self._objectives.items()},
             vocabulary_size=self._vocabulary.size,
             chunk_rows=self._run.student.loss_chunk_rows,
             dtype=self._dtype,

@@ -20,6 +20,7 @@ from configs.labels import Hidden
 from configs.models import Replicas, Teacher
 from configs.rules import teacher_place
 from configs.schema import Run
+from configs.tasks import ResolvedTask
 from trainer.model.sizes import ModelSizes, PassMemory
 from trainer.model.zero_config import deepspeed_config
 
@@ -79,25 +80,29 @@ def _student(run: Run, known: KnownSizes, rule: DtypeRule) -> RoleMemory:
         chunk_rows=run.student.loss_chunk_rows,
         rows=tokens,
         micro_batches=math.ceil(step_tokens / (run.student.ranks * tokens)),
-        teacher_heads=_teacher_heads(run, known, rule),
-        compares_hidden=any(isinstance(task.soft_labels, Hidden) for task in run.resolved_tasks().values()),
+        teacher_heads=sum(heads := _teacher_heads(run, known, rule)),
+        num_heads=len(heads),
+        compared_teachers=max(map(_compared_teachers, run.resolved_tasks().values())),
         labels=_waiting_labels(run, known),
         batch_labels=tokens * known.label_bytes,
     )
     return student_memory(sizes, body, load)
 
 
-def _teacher_heads(run: Run, known: KnownSizes, rule: DtypeRule) -> int:
+def _compared_teachers(task: ResolvedTask) -> int:
+    """Whose hidden states a chunk of a task's rows is compared with at once."""
+    together = task.ensemble is not None and task.ensemble.how != "min_ce"
+    return (len(task.teachers) if together else 1) if isinstance(task.soft_labels, Hidden) else 0
+
+
+def _teacher_heads(run: Run, known: KnownSizes, rule: DtypeRule) -> list[int]:
     """Of each teacher whose hidden states come to the ranks: as labels, or of the held-out rows."""
     tasks = run.resolved_tasks().values()
     asked = {name for task in tasks if isinstance(task.soft_labels, Hidden) for name in task.teachers}
     if held_out_sets(run):
         asked |= {name for task in tasks if task.soft_labels is not None for name in task.teachers}
-    total = 0
-    for name in asked & known.teachers.keys():
-        dtype = rule.choose(name, run.teachers_by_name()[name].scorer.dtype)
-        total += known.teachers[name].head * WIDTHS[dtype]
-    return total
+    dtypes = {name: rule.choose(name, run.teachers_by_name()[name].scorer.dtype) for name in asked}
+    return [known.teachers[name].head * WIDTHS[dtypes[name]] for name in asked & known.teachers.keys()]
 
 
 def _waiting_labels(run: Run, known: KnownSizes) -> int:

@@ -30,7 +30,8 @@ class StudentLoad:
     rows: int  # of the loss in the largest micro-batch, at most
     micro_batches: int  # of a rank's step, at most
     teacher_heads: int = 0  # bytes of the heads of teachers whose hidden states come here
-    compares_hidden: bool = False  # in training: the teacher's products stand beside the student's
+    num_heads: int = 1  # of them
+    compared_teachers: int = 0  # in training: so many teachers' products of hidden states stand beside the student's
     labels: int = 0  # bytes that wait in a rank
     batch_labels: int = 0  # bytes of those of a micro-batch, beside the model
 
@@ -52,7 +53,7 @@ def student_memory(sizes: ModelSizes, body: PassMemory, load: StudentLoad) -> Ro
         Part("gradients", gradients),
         Part("activations", activations),
         Part("loss", loss),
-        Part("teacher's head", load.teacher_heads, certain=True),
+        Part(_of_heads(load), load.teacher_heads, certain=True),
     ]
     base, waiting = STUDENT_BASE[load.accelerator], Part("labels", load.labels)
     offloaded = _offloaded(share)
@@ -63,6 +64,10 @@ def student_memory(sizes: ModelSizes, body: PassMemory, load: StudentLoad) -> Ro
     return RoleMemory(
         STUDENT, load.ranks, host=_some((*kept, *offloaded, waiting, Part("process", base))), place=STUDENT
     )
+
+
+def _of_heads(load: StudentLoad) -> str:
+    return "teacher's head" if load.num_heads == 1 else f"heads of {load.num_heads} teachers"
 
 
 def fallback_pass(sizes: ModelSizes, tokens: int, width: int, *, checkpointing: bool) -> PassMemory:
@@ -83,8 +88,7 @@ def loss_bytes(sizes: ModelSizes, load: StudentLoad) -> tuple[int, int]:
     """
     logits = min(load.chunk_rows, load.rows) * sizes.head_rows
     copies = load.width + (4 * FLOAT32 if load.accelerator == GPU else 0)
-    if load.compares_hidden:
-        copies += load.width + (3 * FLOAT32 if load.accelerator == GPU else 0)
+    copies += load.compared_teachers * (load.width + (3 * FLOAT32 if load.accelerator == GPU else 0))
     # The sum in float32, and the chunk's own product before it is added.
     gradient = sizes.head * (FLOAT32 + load.width) if sizes.head_trained else 0
     return logits * copies, gradient

@@ -79,11 +79,12 @@ def test_sums_of_uneven_ranks_give_the_means_over_all_rows():
     student, teacher = -torch.rand(30, generator=g), -torch.rand(30, generator=g)
     padding = torch.rand(30, generator=g)
     parts = (slice(0, 4), slice(4, 30), slice(0, 0))
-    ranks = [EvaluationRows(kl[s], agree[s], student[s], teacher[s], padding[s]) for s in parts]
-    sums = EvaluationSums.combine(EvaluationSums.of(rows) for rows in ranks)
+    ranks = [EvaluationRows(kl[s], agree[s], student[s], teacher[s], padding[s], kl[s, None]) for s in parts]
+    sums = EvaluationSums.combine(EvaluationSums.of(rows, ["big"]) for rows in ranks)
     result = sums.result(step=5)
     assert (result.step, result.num_rows) == (5, 30)
     assert result.forward_kl == pytest.approx(kl.mean().item())
+    assert result.teachers == {"big": pytest.approx(kl.mean().item())}
     assert result.agreement == pytest.approx(agree.float().mean().item())
     assert result.perplexity == pytest.approx(math.exp(-student.mean().item()))
     assert result.padding_mass == pytest.approx(padding.mean().item())
