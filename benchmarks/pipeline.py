@@ -28,7 +28,7 @@ from configs.schema import Run
 from launch.report.metrics import MetricsLog, Timeline
 from launch.report.observer import RunObserver
 from launch.report.progress import Progress
-from launch.runtimes import resolve_run
+from launch.resolving import resolve_run
 from trainer.loop.inputs import Inputs, read_inputs
 from trainer.loop.job import make_job
 from trainer.loop.scoring import UnitScorers, first_error

@@ -25,7 +25,7 @@ from cluster.engines.plan import EnginePlan
 from cluster.placement.hardware import Hardware
 from configs.labels import Hidden, Labels, TopK
 from configs.models import ModelSource
-from launch.runtimes import resolve_run
+from launch.resolving import resolve_run
 from trainer.data.vocabulary import load_tokenizer
 from trainer.errors import ConfigError
 from trainer.loop.inputs import read_inputs

@@ -18,7 +18,7 @@ from cluster.placement.resolve import Resolved
 from cluster.runtime import RankPlace
 from cluster.students.group import StudentJob, on_local_copy
 from cluster.teachers.actor import start_engine
-from cluster.teachers.pool import check_report
+from cluster.teachers.pool import check_report, tell_notes
 from configs.labels import Labels
 from trainer.protocols import GeneratingEngine, Observer, ScoringEngine, SelfTestResult, StudentInfo, TeacherPools
 from trainer.types import (
@@ -45,6 +45,7 @@ class InProcessTeacher:
         self._deadline_s = deadline_s
         self._observer = observer
         self._engine: ScoringEngine | GeneratingEngine | None = None
+        self._told: set[str] = set()
 
     def start(self) -> None:
         self._engine = start_engine(self._plan, f"{self._plan.actors}-0")
@@ -55,6 +56,7 @@ class InProcessTeacher:
         report, block = await self._engine.score(unit, encoding, deadline_s=self._deadline_s, given=given)
         check_report(report, unit)
         self._observer.span(report.replica, "score", report.started_s, report.started_s + report.score_s, unit.id)
+        tell_notes(report, self._told, self._observer)
         return report, block
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:

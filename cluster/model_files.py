@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -19,6 +20,8 @@ from trainer.errors import ConfigError, InfrastructureError
 
 WHOLE_BYTES, PLACES = 8 * 2**20, 512
 """How much of a model's files is read to tell whether they are the same: samples, beyond 8 MiB in all."""
+
+READ_WHOLE = 2**30
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
@@ -87,6 +90,27 @@ class ModelFiles:
         read = dict(self.contents)
         changed = [name for name, content in other.contents if read.get(name, content) != content]
         return f"{changed[0]} has another content" if changed else None
+
+
+def model_contents(path: str, revision: str | None, *, place: str) -> dict[str, str]:
+    """What decides the labels of a teacher, by file: weights, config.json and code; of the hub the commit. `place` is
+    for messages. Weights of up to 1 GiB are read whole, of larger ones samples (`trainer/data/content.py`).
+
+    Raises `ConfigError` where they are not known yet.
+    """
+    folder = find_folder(path, revision)
+    if folder is not None and folder.parent.name == "snapshots":
+        return {"commit": folder.name}
+    if folder is None:
+        if re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+            return {"commit": str(revision)}
+        raise ConfigError(
+            f"{place}: {path} is not on this machine, and a label store must know which weights make its labels: name "
+            "the commit, revision: <40 hexadecimal digits>, or fetch the model first"
+        )
+    files = {file.name: file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")}
+    chosen = {name: file for name, file in files.items() if name == "config.json" or name.endswith((".py", *WEIGHTS))}
+    return folder_content(chosen, whole_bytes=READ_WHOLE, places=PLACES)
 
 
 def find_folder(path: str, revision: str | None) -> Path | None:

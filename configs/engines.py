@@ -41,6 +41,12 @@ class Hf(Engine):
     kind: Literal["hf"] = "hf"
 
 
+class FromStore(Engine):
+    """No model: labels come from the label store alone. Not to be chosen as an engine: `store.mode: only` is."""
+
+    kind: Literal["store"] = "store"
+
+
 ENGINES = Station(
     Engine,
     (Vllm, Hf),

@@ -26,8 +26,6 @@ class Labels(Choice):
     """Whether labels are drawn, with random numbers of the row alone."""
     code_version: ClassVar[int] = 1
     """Raised where its file makes other numbers of the same logits: labels that a store keeps are then made again."""
-    is_kept: ClassVar[bool] = True
-    """Whether they follow from teacher and tokens alone, so that a store may keep them."""
 
     takes_ids: ClassVar[bool] = False
     """Whether whoever asks for them says of which ids: a request carries `num_given` ids for each row."""

@@ -31,6 +31,7 @@ _ROWS = ("prompts", "tasks.*.prompts", "tasks.*.evaluation", "data.evaluation")
 MAY_CHANGE_ON_RESUME = (
     "folder",
     "report",
+    "store",
     "notify",
     "trackers",
     "faults",

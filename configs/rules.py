@@ -39,6 +39,7 @@ def broken_rules(run: Run) -> Iterator[Problem]:
     if run.runtime == "in_process":
         yield from _one_process(run)
     yield from _steps(run)
+    yield from _store(run)
 
 
 def place_of_teacher(run: Run, name: str) -> Place:
@@ -300,3 +301,23 @@ def _steps(run: Run) -> Iterator[Problem]:
     if every > 0 and not held_out_by_place(run):
         text = "there is nothing to evaluate on: add data.evaluation, or write evaluate_every: 0"
         yield ("training", "evaluate_every"), every, text
+
+
+def _store(run: Run) -> Iterator[Problem]:
+    """Whether there are labels to keep; and in a run without teachers, whether all of them can be there."""
+    if run.store is None:
+        return
+    labelled = [task for task in run.resolved_tasks().values() if task.soft_labels is not None]
+    if not labelled:
+        yield ("store",), None, "no task takes labels from a teacher, so there is nothing to keep: remove store"
+    if run.store.mode != "only":
+        return
+    mode: Place = ("store", "mode")
+    for task in run.resolved_tasks().values():
+        at = ".".join(map(str, _place(run, task, "answers")))
+        if task.answers.needs_generator:
+            text = f"starts no teacher, and {at}: {task.answers.kind} lets one write: write mode: read_write"
+            yield mode, "only", text
+        if task.soft_labels is not None and task.soft_labels.takes_ids:
+            text = f"labels: {task.labels.kind} depend on the student of the moment, and are not kept: write other "
+            yield mode, "only", text + "labels, or mode: read_write"

@@ -25,6 +25,7 @@ from configs.refusal import refusal, refusals
 from configs.rules import NO_TEACHER, broken_rules, place_of_teacher
 from configs.section import MOST_SECONDS, NAME, Bytes, Natural, Positive, Seconds, Section
 from configs.stations import Station
+from configs.store import Store
 from configs.tasks import Ensemble, Name, ResolvedTask, Route, Task, resolve_tasks
 from configs.trackers import TRACKERS, AnyTracker, TrackerChoice
 
@@ -144,6 +145,7 @@ class Run(Section):
     training: Training
     faults: Faults = Faults()
     report: Report = Report()
+    store: Store | None = Field(None, description="Where labels are kept; None: each is made anew whenever it is due.")
     notify: Notify | None = Field(None, description="Who is told how the run ended.")
     trackers: tuple[AnyTracker, ...] = Field((), description="Where the numbers of the run go beside its folder.")
 

@@ -104,9 +104,10 @@ def make_bundle(
 ) -> Bundle:
     """Make the bundle of a configuration in an empty or missing folder.
 
-    Rows and templates that are files here are copied, and run.yaml names the copies. Model folders and the run folder
-    become absolute paths, which must exist where the run will be; so do rows inside one of the `shared` folders, which
-    every node sees at the same path. Equal inputs give an equal run.yaml, byte for byte: the same command resumes.
+    Rows and templates that are files here are copied, and run.yaml names the copies. Model folders, run folder and
+    label store become absolute paths, of which models must exist where the run will be; so do rows inside one of the
+    `shared` folders, which every node sees at the same path. Equal inputs give an equal run.yaml, byte for byte: the
+    same command resumes.
 
     Of a folder of rows, the files travel that can hold rows; `Bundle.left_out` names the others.
 
@@ -163,6 +164,7 @@ class _Paths:
             "data": run.data.model_copy(
                 update={"evaluation": self._dataset("data.evaluation", run.data.evaluation)},
             ),
+            "store": run.store and run.store.model_copy(update={"path": run.store.path.absolute()}),
         }
         return run.model_copy(update=changes)
 

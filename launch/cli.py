@@ -138,6 +138,21 @@ def train(
     raise typer.Exit(code)
 
 
+@app.command(epilog="Example: stillhouse label configs/demo.yaml --set store.path=labels")
+def label(
+    config: Config, overrides: Overrides = None, skip_self_test: SkipSelfTest = False, level: LogLevelOption = None
+) -> None:
+    """Make the labels of a run and keep them in its store: teachers alone, no student.
+
+    The same command again goes on where it stopped. A run with store.mode: only is then trained without a teacher.
+    """
+    set_log_level(level)
+    _refuse_bad_configuration(config, overrides)
+    from launch.label import label as make_labels
+
+    raise typer.Exit(make_labels(config, overrides or [], skip_self_test=skip_self_test))
+
+
 @app.command(
     epilog="Examples: stillhouse check configs/demo.yaml · stillhouse check configs/demo.yaml --rows 3 --from 120"
 )

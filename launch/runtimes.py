@@ -5,25 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
-from cluster import runtime
 from cluster.in_process import InProcessSession
 from cluster.lifecycle import nodes, ray_session
-from cluster.model_files import ModelFiles, find_folder
-from cluster.placement.facts import KnownModel, RunFacts
 from cluster.placement.hardware import Hardware
-from cluster.placement.resolve import Resolved, resolve
+from cluster.placement.resolve import Resolved
 from cluster.prometheus import Exported
 from cluster.session import RaySession
 from cluster.students.group import StudentJob
-from configs.models import ModelSource
-from configs.rules import teacher_place
 from configs.schema import Run
+from launch.resolving import resolve_run
 from trainer.errors import ConfigError
 from trainer.loop.inputs import Inputs
 from trainer.loop.job import Job
-from trainer.model.load import load_config
 from trainer.protocols import Observer, Session
 
 
@@ -63,7 +57,14 @@ class Runtime:
         return RaySession(student, self.resolved, folder=job.folder, observer=observer, shared=shared)
 
 
-def open_runtime(run: Run, inputs: Inputs, stack: contextlib.ExitStack, *, wait_for_nodes: int | None) -> Runtime:
+def open_runtime(
+    run: Run,
+    inputs: Inputs,
+    stack: contextlib.ExitStack,
+    *,
+    wait_for_nodes: int | None = None,
+    with_students: bool = True,
+) -> Runtime:
     """With `runtime: ray`, Ray is up afterwards and ends with the stack."""
     if wait_for_nodes is not None and (run.runtime == "in_process" or not os.environ.get("RAY_ADDRESS")):
         raise ConfigError(
@@ -71,7 +72,7 @@ def open_runtime(run: Run, inputs: Inputs, stack: contextlib.ExitStack, *, wait_
             "to the address of its head, and keep runtime: ray"
         )
     if run.runtime == "in_process":
-        return Runtime(resolve_run(run, inputs, Hardware.local()), None)
+        return Runtime(resolve_run(run, inputs, Hardware.local(), with_students=with_students), None)
     if os.environ.get("RAY_ADDRESS"):
         cluster = ray_session.start_ray(num_cpus=0)
         stack.callback(ray_session.stop_ray, cluster)
@@ -81,8 +82,8 @@ def open_runtime(run: Run, inputs: Inputs, stack: contextlib.ExitStack, *, wait_
                 timeout_s=run.faults.start_timeout_s or nodes.JOIN_TIMEOUT_S,
                 note=lambda text: print(text, flush=True),
             )
-        return Runtime(resolve_run(run, inputs, Hardware.of_ray()), cluster)
-    resolved = resolve_run(run, inputs, Hardware.local())
+        return Runtime(resolve_run(run, inputs, Hardware.of_ray(), with_students=with_students), cluster)
+    resolved = resolve_run(run, inputs, Hardware.local(), with_students=with_students)
     store = ray_session.object_store_bytes(run.training.max_label_bytes)
     cluster = ray_session.start_ray(
         num_cpus=resolved.placement.num_slots,
@@ -91,30 +92,3 @@ def open_runtime(run: Run, inputs: Inputs, stack: contextlib.ExitStack, *, wait_
     )
     stack.callback(ray_session.stop_ray, cluster)
     return Runtime(resolved, cluster)
-
-
-def resolve_run(run: Run, inputs: Inputs, hardware: Hardware) -> Resolved:
-    """All that follows from a run, what was read for it, and the machines."""
-    teachers = run.teachers_by_name()
-    models = (run.student.model, *(teacher.model for teacher in teachers.values()))
-    facts = RunFacts(
-        vocabulary_size=inputs.vocabulary.size,
-        tokenizer_fingerprint=inputs.vocabulary.fingerprint,
-        student=_known(run.student.model, "student.model"),
-        teachers={
-            name: _known(teacher.model, f"{teacher_place(run, name)}.model") for name, teacher in teachers.items()
-        },
-        offline=all(Path(model.path).is_dir() for model in models),
-        bytecode_folder=runtime.bytecode_folder(),
-    )
-    return resolve(run, hardware, facts)
-
-
-def _known(source: ModelSource, role: str) -> KnownModel:
-    return KnownModel(load_config(source, role=role), _weight_bytes(source))
-
-
-def _weight_bytes(source: ModelSource) -> int | None:
-    """None where the weights are not on this machine yet."""
-    folder = find_folder(source.path, source.revision)
-    return None if folder is None else ModelFiles.of(folder).weight_bytes

@@ -36,6 +36,7 @@ from launch.resuming import Standing, new_length, refuse_changes, standing
 from launch.runtimes import Runtime, open_runtime
 from launch.stall import SAVE_GRACE_S, StallWatch, stall_timeout_s
 from launch.stopping import StopRequest, preemptible
+from launch.stored import refuse_missing
 from launch.trackers.trackers import Trackers
 from trainer.errors import ConfigError, InfrastructureError, StillhouseError
 from trainer.loop.controller import Controller
@@ -177,6 +178,8 @@ def _train(
             contents=start.contents | dtypes,
             after=here.after,
         )
+        if run.store is not None and run.store.mode == "only":
+            print(refuse_missing(run, start.inputs, runtime.resolved), flush=True)
         length = new_length(run, here.after, job.loop.total_steps)
         exported = runtime.exported(run, total_steps=job.loop.total_steps)
         hours = hours_of(job, record, devices_of(runtime.resolved))

@@ -36,6 +36,7 @@ LANGUAGES = {"console", "yaml", "json", "bash", "python", ""}
 AFTER = "tests/test_after_training.py::test_the_python_of_the_page_runs_and_both_ways_to_ask_agree"
 SERVED = "tests/test_after_training.py::test_the_server_of_the_page_answers_as_transformers_does_and_only_with_the_key"
 RUNS = "tests/e2e/test_runs.py::test_a_run_leaves_a_student_that_learned_a_report_and_no_process"
+STORED = "tests/e2e/test_label_store.py::test_labels_are_made_without_a_student_and_then_trained_without_a_teacher"
 LOCAL = "tests/launch/test_submit.py::test_a_job_outlives_its_submission_and_saves_when_it_is_stopped"
 CLUSTER = (
     "tests/launch/test_submit_stack.py::test_a_cluster_without_stillhouse_runs_what_was_submitted_and_gives_it_back"
@@ -58,6 +59,8 @@ BY_TEST = {
     r"python -m vllm\.entrypoints\.openai\.api_server .*": SERVED,
     r"stillhouse prune .*": "tests/trainer/model/test_prune.py::"
     "test_pruned_logits_equal_a_model_built_by_hand_from_the_kept_layers",
+    r"stillhouse label my-run.yaml --set store.path=labels": STORED,
+    r"stillhouse train my-run.yaml --set store.path=labels --set store.mode=only": STORED,
     r"stillhouse doctor( configs/demo.yaml)?": "tests/launch/test_doctor.py::test_each_line_is_ok_or_says_what_to_do",
     r"stillhouse submit my-run.yaml --to local": LOCAL,
     r"stillhouse (status|stop|list)( my-run)?": LOCAL,

@@ -265,6 +265,7 @@ class Unit:
 
     id: str  # from stream positions, so equal at every world size that cuts the step equally
     sequences: tuple[Sequence, ...]
+    is_test: bool = False  # of a self-test: its labels come from the engine, never from a store
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -351,6 +352,15 @@ class SoftLabelBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreUse:
+    """What the label store gave to a unit: sequences with labels that it held, and that it did not."""
+
+    hits: int
+    misses: int
+    num_bytes: int  # of labels, read
+
+
+@dataclass(frozen=True, slots=True)
 class UnitReport:
     """What the controller reads of a scored unit; the block itself never passes through it."""
 
@@ -364,6 +374,8 @@ class UnitReport:
     mean_mass: float  # mean probability mass the encoding kept (1.0 for dense and hidden labels)
     score_s: float  # from the first request of the unit entering the engine to its last row leaving it
     started_s: float  # wall clock (time.time) of the first request, for the timeline
+    store: StoreUse | None = None  # None: there is none, or it was not asked
+    notes: tuple[str, ...] = ()  # what a person should know
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,16 @@ small."""
 
 
 @dataclass(frozen=True, slots=True)
+class StorePlan:
+    """Where a scorer's labels are kept, and what is to be known of the teacher that makes them."""
+
+    path: str
+    max_bytes: int
+    writes: bool
+    teacher: Mapping[str, Any]  # of `LabelSpace`: plain values
+
+
+@dataclass(frozen=True, slots=True)
 class EnginePlan:
     """Everything one replica needs, the same for all replicas of its role."""
 
@@ -37,6 +47,7 @@ class EnginePlan:
     encodings: tuple[Labels, ...] = ()  # all that will be asked of a scorer
     start_timeout_s: float = 600.0  # until it must be ready, the copy included
     local_copy: str | None = None  # folder of the node where a copy of the model is read from
+    store: StorePlan | None = None
     prefix: str = ""  # of the names of its processes; empty where there is one teacher
 
     @property

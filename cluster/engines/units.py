@@ -137,7 +137,14 @@ def label_block(
     if asked != returned:
         raise EngineDead(f"unit {unit.id}: asked for {asked} rows, the engine returned {returned}")
     columns = flatten_ragged(unpack_rows(np.concatenate(packed), layout), layout)
-    header = LabelHeader(
+    header = label_header(plan, spec, hidden_size=hidden_size)
+    offsets = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
+    return SoftLabelBlock(header=header, tokens_hash=unit.tokens_hash(), columns=columns, row_offsets=offsets)
+
+
+def label_header(plan: EnginePlan, spec: Labels, *, hidden_size: int) -> LabelHeader:
+    """What the numbers mean that a scorer of this plan makes."""
+    return LabelHeader(
         teacher=plan.teacher,
         weights_version=plan.weights_version,
         encoding=spec,
@@ -146,8 +153,6 @@ def label_block(
         hidden_size=hidden_size,
         dtype=plan.dtype,
     )
-    offsets = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
-    return SoftLabelBlock(header=header, tokens_hash=unit.tokens_hash(), columns=columns, row_offsets=offsets)
 
 
 def unit_report(

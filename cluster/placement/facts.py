@@ -13,6 +13,7 @@ class KnownModel:
 
     config: Any | None = None  # of transformers: how it can be split, and how it attends
     num_bytes: int | None = None  # of its weights, for the deadlines; None: not on this machine yet
+    files: Mapping[str, str] | None = None  # what they hold (`model_contents`), where the run has a label store
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.engines.plan import EnginePlan
+from cluster.engines.plan import EnginePlan, StorePlan
 from cluster.engines.vllm_limits import WIDER_IN_VLLM, kv_cache_bytes, vllm_overrides
 from cluster.placement.choices import Choices
 from cluster.placement.facts import KnownModel
@@ -130,8 +130,25 @@ class _Teacher:
             vocabulary_size=choices.facts.vocabulary_size,
             encodings=self._encodings() if role == SCORER else (),
             start_timeout_s=_start_timeout_s(run, model, self._known.num_bytes),
+            store=self._store(dtype) if role == SCORER else None,
             local_copy=None if model.local_copy is None else str(model.local_copy),
         )
+
+    def _store(self, dtype: str) -> StorePlan | None:
+        """The engine counts as it is configured: that labels are only read changes nothing in them."""
+        store, known, engine = self.choices.run.store, self._known, self.teacher.scorer.engine
+        if store is None:
+            return None
+        told = {"kind": engine.kind, "load_format": engine.load_format} if isinstance(engine, Vllm) else engine.flat()
+        teacher = {
+            "files": dict(known.files or {}),
+            "engine": told,
+            "overrides": _overrides(known, self.teacher.model) if isinstance(engine, Vllm) else {},
+            "dtype": dtype,
+            "vocabulary_size": self.choices.facts.vocabulary_size,
+            "tokenizer": self.choices.facts.tokenizer_fingerprint,
+        }
+        return StorePlan(str(store.path.absolute()), store.max_bytes, store.mode == "read_write", teacher)
 
     @property
     def _known(self) -> KnownModel:

@@ -48,14 +48,18 @@ class Resolved:
         return {name: plans.started[0].dtype for name, plans in self.teachers.items()}
 
 
-def resolve(run: Run, hardware: Hardware, facts: RunFacts) -> Resolved:
-    """Decide everything that depends on the machines. Raises `ConfigError` where they do not allow the run."""
+def resolve(run: Run, hardware: Hardware, facts: RunFacts, *, with_students: bool = True) -> Resolved:
+    """Decide everything that depends on the machines. Raises `ConfigError` where they do not allow the run.
+
+    `with_students`: whether there is to be room for them.
+    """
     for name, teacher in facts.teachers.items():
         if teacher.config is not None:
             check_split(run, name, teacher.config)
             check_rotation(run, name, teacher.config)
     accelerator = choose_accelerator(run, hardware)
-    placement = Placement() if run.runtime == "in_process" else place(roles_of(run, accelerator), hardware)
+    roles = [role for role in roles_of(run, accelerator) if with_students or role.role != STUDENT]
+    placement = Placement() if run.runtime == "in_process" else place(roles, hardware)
     choices = Choices(run, facts, hardware, accelerator, placement, DtypeRule.of(hardware, accelerator))
     return Resolved(
         accelerator=accelerator,

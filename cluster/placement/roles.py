@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from cluster.placement.groups import RoleRequest
-from cluster.runtime import GENERATOR, SCORER, STUDENT, Accelerator, Role, actors_of
-from configs.models import Replicas
+from cluster.runtime import CPU, GENERATOR, SCORER, STUDENT, Accelerator, Role, actors_of
+from configs.engines import FromStore
+from configs.models import Replicas, Teacher
 from configs.schema import Run
 
 
@@ -16,12 +17,17 @@ def started_roles(run: Run) -> dict[str, dict[Role, Replicas]]:
         tasks = [task for task in run.resolved_tasks().values() if name in task.teachers]
         asked: dict[Role, Replicas] = {}
         if any(task.soft_labels is not None for task in tasks):
-            asked[SCORER] = teacher.scorer
+            asked[SCORER] = _reader(teacher) if run.store and run.store.mode == "only" else teacher.scorer
         if teacher.generator is not None and any(task.answers.needs_generator for task in tasks):
             asked[GENERATOR] = teacher.generator
         if asked:
             roles[name] = asked
     return roles
+
+
+def _reader(teacher: Teacher) -> Replicas:
+    """Who hands out the labels that the store holds: a process without a model, on a host's core."""
+    return Replicas(engine=FromStore(), dtype=teacher.scorer.dtype)
 
 
 def roles_of(run: Run, accelerator: Accelerator) -> tuple[RoleRequest, ...]:
@@ -32,7 +38,7 @@ def roles_of(run: Run, accelerator: Accelerator) -> tuple[RoleRequest, ...]:
             request = RoleRequest(
                 actors_of(role, prefix_of(run, name)),
                 replicas.replicas,
-                accelerator,
+                CPU if isinstance(replicas.engine, FromStore) else accelerator,
                 shards=replicas.tensor_parallel_size,
                 constraints=replicas.placement,
                 may_span_nodes=replicas.may_span_nodes,

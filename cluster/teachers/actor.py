@@ -10,6 +10,7 @@ from typing import Any
 
 from cluster import runtime
 from cluster.engines.plan import EnginePlan
+from cluster.engines.store import StoredScorer
 from cluster.lifecycle.logs import SharedFolder, redirect_output
 from cluster.lifecycle.processes import ProcessIdentity, own_shared_memory, this_process
 from cluster.model_files import local_copy
@@ -26,7 +27,10 @@ def start_engine(plan: EnginePlan, name: str) -> ScoringEngine | GeneratingEngin
         copy = local_copy(plan.model, Path(plan.local_copy), timeout_s=plan.start_timeout_s)
         plan = replace(plan, model=str(copy))
     engine = ENGINES.load(plan.engine)
-    return engine.start_scorer(plan, name) if plan.role == "scorer" else engine.start_generator(plan, name)
+    if plan.role == "generator":
+        return engine.start_generator(plan, name)
+    scorer = engine.start_scorer(plan, name)
+    return scorer if plan.store is None or isinstance(scorer, StoredScorer) else StoredScorer(plan, name, engine=scorer)
 
 
 class TeacherActor:

@@ -103,6 +103,7 @@ class ReplicaPool:
         self._changed = asyncio.Condition()
         self._watchers: list[asyncio.Task[None]] = []
         self._last_error = ""
+        self._told: set[str] = set()
 
     async def start(self) -> None:
         """Start every replica; the first error of an engine is the error of the run, nothing is retried yet."""
@@ -120,6 +121,7 @@ class ReplicaPool:
 
         report, block_ref = await self._lease(f"unit {unit.id}", unit.num_tokens, send)
         self._observer.span(report.replica, "score", report.started_s, report.started_s + report.score_s, unit.id)
+        tell_notes(report, self._told, self._observer)
         return report, block_ref
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
@@ -358,6 +360,14 @@ def check_report(report: UnitReport, unit: Unit) -> None:
         )
     if report.num_non_finite:
         raise UnitRejected(f"unit {unit.id}: {report.num_non_finite} non-finite label values from {report.replica}")
+
+
+def tell_notes(report: UnitReport, told: set[str], observer: Observer) -> None:
+    """Each once, whichever replicas say it; `told` holds those that were."""
+    for text in report.notes:
+        if text not in told:
+            told.add(text)
+            observer.event("note", text=text)
 
 
 def give_up(what: str, attempts: int, cause: BaseException) -> StillhouseError:

@@ -24,7 +24,7 @@ from configs.load import LoadedRun, load_run, run_folder
 from configs.losses import Term
 from configs.rules import teacher_place, teachers_by_place, unused_teachers
 from configs.schema import Run
-from launch.check import memory, models, places, rows, trackers
+from launch.check import memory, models, places, rows, store, trackers
 from launch.check.needs import needs_of
 from launch.check.shown_rows import Wanted, show_rows
 from launch.check.there import HERE, UNSEEN, There
@@ -48,7 +48,8 @@ def check(path: Path, overrides: Sequence[str], *, wanted: Wanted | None = None)
     findings = [ok("configuration", f"{path}, run {run.name}")]
     _print(findings[0])
     inputs: list[Inputs] = []
-    for finding in chain(examine(run, inputs), trackers.reached(run), _standing(run, inputs)):
+    later = (trackers.reached(run), _stored(run, inputs), _standing(run, inputs))
+    for finding in chain(examine(run, inputs), *later):
         _print(replace(finding, text=loaded.located(finding.text)))
         findings.append(finding)
     if wanted is not None:
@@ -59,6 +60,12 @@ def check(path: Path, overrides: Sequence[str], *, wanted: Wanted | None = None)
         sets = [part for text in overrides for part in ("--set", text)]
         typer.echo(f"ready: {shlex.join(['stillhouse', 'train', str(path), *sets])}")
     return code
+
+
+def _stored(run: Run, inputs: list[Inputs]) -> Iterator[Finding]:
+    """A start looks too, when it knows its machines."""
+    if inputs:
+        yield from store.examine_labels(run, inputs[0])
 
 
 def _standing(run: Run, inputs: list[Inputs]) -> Iterator[Finding]:
@@ -157,6 +164,7 @@ def examine(run: Run, inputs: list[Inputs] | None = None, there: There = HERE) -
         yield Finding(UNSEEN, "nodes", unseen)
     else:
         yield from places.examine_folder(run, facts.get("student"))
+        yield from store.examine_store(run)
         yield from examine_metrics(run)
         yield from examine_notify(run)
 

@@ -167,6 +167,17 @@ CASES = {
         ["teacher.scorer.engine.gpu_memory_utilization=1.5"],
         ["teacher.scorer.engine.gpu_memory_utilization = 1.5", "must be at most 1"],
     ),
+    "a store without labels": (
+        GOOD + "labels: none\nobjective: [cross_entropy]\n",
+        ["store.path=x"],
+        ["store", "no task takes labels from a teacher, so there is nothing to keep: remove store"],
+    ),
+    "answers of a teacher that is not started": (
+        GOOD + "answers: teacher\n",
+        ["teacher.generator={}", "store={path: x, mode: only}"],
+        ["store.mode = 'only'", "starts no teacher, and answers: teacher lets one write: write mode: read_write"],
+    ),
+    "an unknown mode of the store": (GOOD, ["store={path: x, mode: offline}"], ["store.mode = 'offline'", "only"]),
     "an override without value": (GOOD, ["training.steps"], ["--set training.steps", "--set path.to.key=value"]),
     "an override that is wrong": (GOOD, ["training.steps=0"], ["--set training.steps=0: training.steps = 0"]),
     "an override of an unknown key": (GOOD, ["training.stepps=3"], ["--set training.stepps=3", "did you mean 'steps'"]),
@@ -354,6 +365,7 @@ def test_the_hash_changes_with_what_is_learnt_and_with_nothing_else(load: Load) 
         "training.depth=0",
         "training.keep_checkpoints=9",
         "faults.ping_timeout_s=5",
+        "store.path=x",
         *longer,
         *moved,
     ):

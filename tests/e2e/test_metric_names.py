@@ -51,7 +51,12 @@ def names_of(config: Path, kind: str) -> set[str]:
 
 def test_runs_and_the_contract_have_the_same_names(tmp_path: Path) -> None:
     of_one_task = tiny_run(
-        tmp_path / "one", {**IN_ONE_PROCESS, "objective": [{"loss": "forward_kl"}, {"loss": "taid"}]}
+        tmp_path / "one",
+        {
+            **IN_ONE_PROCESS,
+            "objective": [{"loss": "forward_kl"}, {"loss": "taid"}],
+            "store": {"path": str(tmp_path / "labels")},
+        },
     )
     configs = (of_one_task, of_several_tasks(tmp_path / "several"), of_an_ensemble(tmp_path / "together"))
     for config in configs:

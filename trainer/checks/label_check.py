@@ -86,7 +86,7 @@ def plan_check(rows: Iterable[Sequence], *, lengths: AbstractSequence[int], max_
         notes.append(f"a row of {chosen[-1].num_tokens} tokens crosses {', '.join(map(str, crossed))}")
     if beyond:
         notes.append(f"rows of more than {', '.join(map(str, beyond))} tokens are not checked")
-    return CheckPlan(Unit(id="self-test", sequences=tuple(chosen)), "; ".join(notes))
+    return CheckPlan(Unit(id="self-test", sequences=tuple(chosen), is_test=True), "; ".join(notes))
 
 
 def _cut(row: Sequence) -> Sequence:

@@ -26,7 +26,7 @@ from pathlib import Path
 from trainer.errors import ConfigError
 from trainer.labels.store_shard import FORMAT, Columns, DamagedShard, Shard, open_shard
 from trainer.labels.store_space import LabelSpace
-from trainer.labels.store_writer import MARKER, SPACE, SUFFIX, Limits, Writer
+from trainer.labels.store_writer import MARKER, SPACE, SUFFIX, Limits, Writer, num_bytes
 from trainer.records import read_json
 
 DAMAGED = ".damaged"
@@ -88,6 +88,10 @@ class LabelStore:
                 told = read_json(file)
                 found += [LabelSpace(told)] if isinstance(told, dict) else []
         return found
+
+    def num_bytes(self) -> int:
+        """Of all its files."""
+        return num_bytes(self._path)
 
     def notes(self) -> tuple[str, ...]:
         """What a person should know, each once."""

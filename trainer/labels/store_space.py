@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from configs.labels import Labels
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.types import Sequence, hash_tokens
@@ -44,7 +42,9 @@ class LabelSpace:
     def of(cls, teacher: Mapping[str, Any], labels: Labels, shape: TeacherShape) -> LabelSpace:
         """`teacher`: what is to be told of its files and its engine."""
         columns = load_encoding(labels).layout(shape)
-        layout = [[column.name, str(column.dtype).removeprefix("torch."), column.width] for column in columns]
+        layout = [
+            [column.name, str(column.dtype).removeprefix("torch."), column.width, column.counts] for column in columns
+        ]
         encoding = {**labels.flat(), "code_version": type(labels).code_version}
         return cls({"teacher": dict(teacher), "encoding": encoding, "layout": layout})
 
@@ -61,10 +61,6 @@ def _flat(place: str, value: Any) -> Iterable[tuple[str, Any]]:
         return
     for name, inner in value.items():
         yield from _flat(f"{place}.{name}" if place else str(name), inner)
-
-
-def teacher_shape(vocabulary_size: int, hidden_size: int, dtype: str) -> TeacherShape:
-    return TeacherShape(vocabulary_size=vocabulary_size, hidden_size=hidden_size, dtype=getattr(torch, dtype))
 
 
 def key_of(sequence: Sequence) -> bytes:

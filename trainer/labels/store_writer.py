@@ -133,7 +133,7 @@ class Writer:
             return None
         folder = self._folder(batch.space)
         content = shard_bytes(batch.labels, origin={"writer": self._name, "space": batch.space.id})
-        used = _num_bytes(self._path)
+        used = num_bytes(self._path)
         if used + len(content) > self._limits.max_bytes:
             self._stop(
                 f"it holds {used / 1e9:.2f} GB, and store.max_bytes allows {self._limits.max_bytes / 1e9:.2f} GB: "
@@ -187,13 +187,13 @@ class Writer:
             self._note(text)
 
 
-def _num_bytes(folder: Path) -> int:
+def num_bytes(folder: Path) -> int:
     """Of all files of a store; what goes away meanwhile does not count."""
     found = 0
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                found += _num_bytes(Path(entry.path))
+                found += num_bytes(Path(entry.path))
             else:
                 with contextlib.suppress(FileNotFoundError):
                     found += entry.stat(follow_symlinks=False).st_size

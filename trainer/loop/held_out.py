@@ -121,7 +121,8 @@ class HeldOut:
         depend on them: what stands in their way is noted."""
         rows = self._report_rows
         asked = self._sets[rows[0].task].task.teachers if rows else ()
-        if not asked:
+        store = self._job.run.store
+        if not asked or (store is not None and store.mode == "only"):
             return
         try:
             texts = await self._written(rows, names_of(rows[0].teacher)[0] or asked[0])

@@ -4,13 +4,16 @@ functions."""
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from configs.held_out import HeldOutSet, held_out_sets
+from configs.labels import HELD_OUT, Labels
 from configs.prompts import Dataset
 from configs.rules import held_out_by_place, place_of_held_out
 from configs.schema import Run
@@ -21,6 +24,8 @@ from trainer.data.prompt_keys import PromptKeys, held_out_of, keys_of
 from trainer.data.prompt_reader import Asked, PromptReader
 from trainer.data.prompts import PromptStream
 from trainer.errors import ConfigError, DataError
+from trainer.loop.sources import Source
+from trainer.loop.together import names_of
 from trainer.types import Sequence
 
 if TYPE_CHECKING:
@@ -148,6 +153,37 @@ def _too_many(run: Run, what: str) -> str:
         f"{', '.join(held_out_by_place(run))}: {what}; their labels stay in memory, so at most "
         f"{MAX_EVALUATION_ROWS} are used: {'lower fraction' if fraction else 'set max_rows'} there"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The labels of one sequence, by one teacher."""
+
+    teacher: str
+    labels: Labels
+    sequence: Sequence
+
+
+def wanted_labels(run: Run, inputs: Inputs) -> Iterator[Wanted]:
+    """All that a run will ask its teachers for, where the answers are the dataset's: labels of the held-out rows, then
+    those of the steps in their order, until all rows were there once, since another epoch asks for the same ones.
+    Renders the rows, which takes its time. Raises `DataError` as the run would."""
+    only = next(iter(run.teachers_by_name()))
+    sets, tasks = held_out_sets(run), run.resolved_tasks()
+    for row in held_out_rows(run, inputs):
+        if sets[row.task].is_scored:
+            yield from (Wanted(name or only, HELD_OUT, row) for name in names_of(row.teacher))
+    streams = {name: open_stream(run, task, inputs, quarantine=None) for name, task in tasks.items()}
+    shares = {name: task.share for name, task in tasks.items()}
+    source = Source(streams, {}, shares, sequences_per_step=run.training.sequences_per_step)
+    for step in count(1):
+        for prompt in source.take(step).prompts:
+            labels = tasks[prompt.task].soft_labels
+            for sequence in answers_of_dataset(prompt) if labels is not None else ():
+                if sequence.num_loss_tokens:
+                    yield from (Wanted(name or only, labels, sequence) for name in names_of(sequence.teacher))
+        if step == run.training.steps or all(stream.cursor.epoch > 0 for stream in streams.values()):
+            return
 
 
 def sample_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:

@@ -172,6 +172,12 @@ def _with_supply(metrics: StepMetrics, ready: ReadyStep, *, waited_s: float, ste
         "labels/mass": sum(r.mean_mass * r.num_rows for r in ready.reports) / rows if rows else math.nan,
         "scorer/score_s": sum(report.score_s for report in ready.reports),
     }
+    if used := [report.store for report in ready.reports if report.store is not None]:
+        values |= {
+            "labels/store_hits": sum(use.hits for use in used),
+            "labels/store_misses": sum(use.misses for use in used),
+            "labels/store_bytes": sum(use.num_bytes for use in used),
+        }
     if ready.answers.written:
         values |= {f"answers/{name}": float(count) for name, count in asdict(ready.answers).items()}
     return StepMetrics(step=metrics.step, values=values)

@@ -13,8 +13,8 @@ from cluster.placement.memory.processes import CONTROLLER_BASE, RAY_BASE
 from cluster.placement.memory.student import StudentLoad, fallback_pass, student_memory
 from cluster.placement.memory.teacher import EngineLoad, engine_memory
 from cluster.placement.roles import prefix_of, started_roles
-from cluster.runtime import CONTROLLER, GPU, STUDENT, Role, actors_of
-from configs.engines import ENGINES, Vllm
+from cluster.runtime import CONTROLLER, CPU, GPU, STUDENT, Role, actors_of
+from configs.engines import ENGINES, FromStore, Vllm
 from configs.held_out import held_out_sets
 from configs.labels import Hidden
 from configs.models import Replicas, Teacher
@@ -116,15 +116,16 @@ def _engine(
 ) -> RoleMemory:
     place = f"{teacher_place(run, teacher.name)}.{role}"
     dtype, sizes = rule.choose(place, replicas.dtype), known.teachers[teacher.name]
+    from_store = isinstance(replicas.engine, FromStore)
     load = EngineLoad(
         role=role,
         actors=actors_of(role, prefix_of(run, teacher.name)),
         kind=replicas.engine.kind,
         replicas=replicas.replicas,
         shards=replicas.tensor_parallel_size,
-        accelerator=rule.accelerator,
+        accelerator=CPU if from_store else rule.accelerator,
         width=WIDTHS[dtype],
-        weights=known.quantised.get(teacher.name, sizes.all * WIDTHS[dtype]),
+        weights=0 if from_store else known.quantised.get(teacher.name, sizes.all * WIDTHS[dtype]),
         max_length=run.data.max_length,
         arguments=_arguments(run, rule, role, replicas, dtype) if isinstance(replicas.engine, Vllm) else {},
         cache_is_given=isinstance(replicas.engine, Vllm) and replicas.engine.kv_cache_bytes is not None,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from configs.labels import Dense, Hidden, TopK
@@ -18,7 +19,7 @@ from trainer.errors import ConfigError
 from trainer.labels.encoding import TeacherShape
 from trainer.labels.store import DAMAGED, LabelStore, check_folder
 from trainer.labels.store_shard import Columns, DamagedShard, open_shard
-from trainer.labels.store_space import LabelSpace, key_of, teacher_shape
+from trainer.labels.store_space import LabelSpace, key_of
 from trainer.labels.store_writer import MARKER, UNFINISHED, Limits
 from trainer.types import Sequence
 
@@ -316,7 +317,7 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
 
 # --- keys -------------------------------------------------------------------------------------------------------------
 
-SHAPE = TeacherShape(vocabulary_size=100, hidden_size=8, dtype=teacher_shape(1, 1, "float32").dtype)
+SHAPE = TeacherShape(vocabulary_size=100, hidden_size=8, dtype=torch.float32)
 
 
 def test_whatever_changes_labels_changes_the_space() -> None:
