@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
-from configs.section import Need, Positive, Section, Weight
-from configs.stations import Station
+from configs.section import Need, Positive, Section, Share, Weight
+from configs.stations import Choice, Station
 
 if TYPE_CHECKING:
     from configs.labels import Labels, NoLabels
@@ -23,11 +23,75 @@ _OF_ROWS: frozenset[Need] = frozenset({"groups", "rewards"})
 """Needs that labels have no part in."""
 
 
+class TokenWeight(Choice):
+    """Base of weights of tokens inside a term, of a user's own too. Several of a term are multiplied, and carry no
+    gradient. A weight lies between 0 and 1, so that the term gets smaller by their mean, which metrics show; that of
+    `difficulty` has the mean 1."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """Of the labels."""
+    whole_distribution: ClassVar[bool] = False
+    """Whether labels that lump ids change it."""
+
+
+class Entropy(TokenWeight):
+    """By the teacher's entropy: 1 / (1 + exp(-(entropy - at) / width)). With `width: 0` a step, as of
+    entropy-aware distillation (arXiv 2603.07079)."""
+
+    kind: Literal["entropy"] = "entropy"
+    at: PositiveFloat = Field(1.0, description="Nats at which the weight is one half.")
+    width: Annotated[float, Field(ge=0)] = Field(0.25, description="Nats over which it rises; 0: at once.")
+    favour: Literal["high", "low"] = Field("high", description="Which entropy is weighted more.")
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    whole_distribution: ClassVar[bool] = True
+
+
+class Confidence(TokenWeight):
+    """By the teacher's probability of the target id: p^power, or (1 - p)^power."""
+
+    kind: Literal["confidence"] = "confidence"
+    power: PositiveFloat = Field(1.0, description="1: in proportion to the probability.")
+    favour: Literal["sure", "unsure"] = Field("sure", description="Which rows are weighted more.")
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"labels", "target_event"})
+
+
+class Difficulty(TokenWeight):
+    """The share of rows where teacher and student are furthest apart (Hellinger distance); others count for nothing
+    (AdaKD, arXiv 2510.11615). The share falls while the loss falls and rises while it rises."""
+
+    kind: Literal["difficulty"] = "difficulty"
+    keep: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="The share at first.")
+    least: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="And the smallest.")
+    change: Share = Field(0.1, description="Of the share, up or down, at a time.")
+    tolerance: Share = Field(0.05, description="Change of the mean loss that moves it.")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Of the mean loss.")
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    whole_distribution: ClassVar[bool] = True
+
+
+class Position(TokenWeight):
+    """By the number of loss tokens before it in its sequence: least + (1 - least) 2^(-number / half_life)."""
+
+    kind: Literal["position"] = "position"
+    half_life: Positive = Field(description="Tokens over which the weight falls by half, for example 512.")
+    least: Share = Field(0.0, description="What it falls to.")
+
+
+TOKEN_WEIGHTS = Station(TokenWeight, (Entropy, Confidence, Difficulty, Position), class_name="TokenWeight")
+AnyTokenWeight = Annotated[TokenWeight, TOKEN_WEIGHTS]
+
+
 class Term(Section):
     """Base of all terms."""
 
     loss: str
     weight: Weight = Field(1.0, description="Of the term in the sum.")
+    token_weights: tuple[AnyTokenWeight, ...] = Field(
+        (), description="Weights of each token in it, multiplied: entropy, confidence, difficulty, position."
+    )
 
     form: ClassVar[Literal["row", "sequence"]] = "row"
     """row: a function of one row, averaged over loss tokens; sequence: of whole answers, averaged over groups."""
@@ -67,6 +131,25 @@ class Term(Section):
     def problem_with(self, labels: Labels) -> str | None:
         """Why it cannot be computed from labels with these parameters, and what to write; None where it can."""
         return None
+
+    def exactness_of(self, labels: Labels | NoLabels) -> Exactness | None:
+        """`exactness_with` these labels, weights of tokens included: one of a distribution that labels lump is
+        biased."""
+        found = self.exactness_with(labels)
+        lumped = ForwardKl.exactness_with(labels) != "exact"
+        if found in ("exact", "lower_bound") and lumped and any(one.whole_distribution for one in self.token_weights):
+            return "biased"
+        return found
+
+    @field_validator("token_weights")
+    @classmethod
+    def _of_rows(cls, weights: tuple[TokenWeight, ...]) -> tuple[TokenWeight, ...]:
+        if weights and cls.form != "row":
+            raise ValueError("a term that compares whole answers has no weights of tokens: remove token_weights")
+        kinds = [one.kind for one in weights]
+        if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):
+            raise ValueError(f"{twice} is named twice: keep one of both")
+        return weights
 
     @property
     def compares_answers(self) -> bool:
@@ -138,7 +221,7 @@ class SkewReverseKl(Divergence):
 
 
 class Tvd(Divergence):
-    """The total variation distance, half the sum of |p - q| (f-distill, arXiv 2307.15190): bounded by 1 and robust."""
+    """The total variation distance, half the sum of abs(p - q) (f-distill, arXiv 2307.15190): at most 1, robust."""
 
     loss: Literal["tvd"] = "tvd"
 
@@ -159,9 +242,7 @@ class AlphaBeta(Divergence):
     """The alpha-beta divergence (ABKD, arXiv 2505.04560): forward_kl at (1, 0), reverse_kl at (0, 1)."""
 
     loss: Literal["alpha_beta"] = "alpha_beta"
-    alpha: Annotated[float, Field(ge=0.05, le=2)] = Field(
-        0.2, description="Larger: less where teacher and student agree."
-    )
+    alpha: Annotated[float, Field(ge=0.05, le=2)] = Field(0.2, description="Larger: more where the teacher is sure.")
     beta: Annotated[float, Field(ge=0.05, le=2)] = Field(0.7, description="Larger: more where the student is sure.")
 
     exactness: ClassVar[Mapping[str, Exactness]] = _BIASED_BY_A_TAIL

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.engines import Vllm
 from configs.labels import NoLabels
-from configs.losses import Need, Term
+from configs.losses import ForwardKl, Need, Term
 from configs.refusal import did_you_mean
 from configs.section import MAIN
 
@@ -146,6 +146,17 @@ def _objective(run: Run, task: ResolvedTask) -> Iterator[Problem]:
             yield place, value, text
         elif problem := term.problem_with(task.labels):
             yield place, value, problem
+        yield from _token_weights(task, term, (*at, index, "token_weights"))
+
+
+def _token_weights(task: ResolvedTask, term: Term, at: Place) -> Iterator[Problem]:
+    """What weights of tokens need of labels."""
+    no_distribution = isinstance(task.labels, NoLabels) or ForwardKl.exactness_with(task.labels) == "refused"
+    for index, weight in enumerate(term.token_weights):
+        if weight.needs and (no_distribution or weight.needs - task.labels.gives):
+            what = "probability of the target id" if "target_event" in weight.needs else "distribution"
+            text = f"weights by {weight.kind} look at the teacher's {what}, labels: {task.labels.kind} do not tell it: "
+            yield (*at, index, "kind"), weight.kind, text + "write labels: topk or labels: hidden"
 
 
 def _pairs(run: Run, task: ResolvedTask) -> Iterator[Problem]:
@@ -238,6 +249,9 @@ def _ensemble(run: Run, task: ResolvedTask) -> Iterator[Problem]:
     elif ensemble.how == "per_teacher" and (moving := next((one.loss for one in task.objective if one.moves), None)):
         text = f"{moving} follows the run by one schedule, and per_teacher makes a term of it for each: write how: "
         yield (*place, "how"), ensemble.how, text + "probability_mean, or another loss"
+    elif ensemble.how == "per_teacher" and any(one.needs for term in task.objective for one in term.token_weights):
+        text = "token_weights look at one teacher's labels, and per_teacher has several: write how: probability_mean, "
+        yield (*place, "how"), ensemble.how, text + "or weights by position alone"
 
 
 def _unknown(name: str, known: tuple[str, ...]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from configs.labels import LABELS, Labels, NoLabels
-from configs.losses import LOSSES, Term
+from configs.losses import LOSSES, TOKEN_WEIGHTS, Term, TokenWeight
+from configs.section import Section
+from configs.stations import Station
 
 HEAD = """# Terms of an objective
 
@@ -37,17 +39,43 @@ def total_variation(pair: PairedLogProbs, *, alpha: float) -> torch.Tensor:  # l
 """
 
 
+WEIGHTS = """
+## Weights of tokens
+
+A term may weight the tokens that it is about: `{loss: forward_kl, token_weights: [{kind: entropy, at: 0.8},
+confidence]}`. Several weights are multiplied; none has a gradient. They lie between 0 and 1, so that the term gets
+smaller by their mean, which `train/<term>_weight_<kind>` shows beside the value without them; that of `difficulty` has
+the mean 1. Where labels lump ids, weights by the whole distribution make a term biased.
+
+`[{loss: reverse_kl}, {loss: forward_kl, token_weights: [{kind: entropy, at: 1.0, width: 0}]}]` is entropy-aware
+distillation: forward_kl is added where the teacher is unsure.
+"""
+
+
 def terms_table() -> str:
     """The page."""
     labels = [one for one in LABELS.built_in if one is not NoLabels]
     kinds = [LABELS.kind_of(one) for one in labels]
     lines = [HEAD, f"| loss | form | needs | {' | '.join(kinds)} |", "|---" * (3 + len(kinds)) + "|"]
     lines += [_row(term, labels) for term in LOSSES.built_in]
-    lines += [
-        "",
-        *(f"- `{LOSSES.kind_of(term)}`: {' '.join((term.__doc__ or '').split())}" for term in LOSSES.built_in),
-    ]
+    lines += ["", *(_described(LOSSES, term, Term) for term in LOSSES.built_in), WEIGHTS]
+    lines += [_described(TOKEN_WEIGHTS, weight, TokenWeight) for weight in TOKEN_WEIGHTS.built_in]
     return "\n".join(lines) + "\n"
+
+
+def _described(station: Station, one: type[Section], base: type[Section]) -> str:
+    """A kind with its parameters."""
+    fields = {name: field for name, field in one.model_fields.items() if name not in base.model_fields}
+    defaults = {
+        name: "required" if field.is_required() else f"default {_plain(field.default)}"
+        for name, field in fields.items()
+    }
+    told = [f"  - `{name}` ({defaults[name]}): {field.description}" for name, field in fields.items()]
+    return "\n".join([f"- `{station.kind_of(one)}`: {' '.join((one.__doc__ or '').split())}", *told])
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _row(term: type[Term], labels: list[type[Labels]]) -> str:

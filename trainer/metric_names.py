@@ -11,11 +11,12 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.losses import LOSSES
+from configs.losses import LOSSES, TOKEN_WEIGHTS
 from configs.stations import DOTTED_NAME
 
 TERM = rf"(?:{'|'.join(LOSSES.kinds())}|{DOTTED_NAME.pattern})(?:_\d+)?"
-PARTS = {"<task>": r"[^/]+", "<teacher>": r"[^/]+", "<term>": TERM, "<own>": r"t|hard_share"}
+OWN = rf"t|hard_share|weight_(?:{'|'.join(TOKEN_WEIGHTS.kinds())}|[A-Za-z_]\w*)|difficulty_keep"
+PARTS = {"<task>": r"[^/]+", "<teacher>": r"[^/]+", "<term>": TERM, "<own>": OWN}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ METRICS = (
     Metric("train/<term>", "nats", "a term of the objective, unweighted, over its loss tokens or groups; a second one "
            "of its kind ends in `_2`. NaN in a step that has nothing of it"),
     Metric("train/<term>_<own>", "", "what a term tells beside its value: `taid_t`, the teacher's weight; "
-           "`atkd_hard_share`, the share of hard rows"),
+           "`atkd_hard_share`, the share of hard rows; `forward_kl_weight_entropy`, the mean weight of its tokens; "
+           "`forward_kl_difficulty_keep`, the share of rows that such a weight keeps"),
     Metric("train/<term>/<teacher>", "nats", "a term of one of several teachers (`ensemble.how: per_teacher`), over "
            "the loss tokens that it judged"),
     Metric("train/padding", "nats", "-log of the probability that the student leaves for ids that exist"),
@@ -94,6 +96,7 @@ METRICS = (
     Metric("answers/cut_off", "", "of them as long as `answers.max_new_tokens`, and not at an end", summed=True),
     Metric("answers/dropped", "", "of them not trained on", summed=True),
     Metric("task/<task>/<term>", "nats", "as `train/<term>`, of one task among several"),
+    Metric("task/<task>/<term>_<own>", "", "as `train/<term>_<own>`, of one task among several"),
     Metric("task/<task>/<term>/<teacher>", "nats", "as `train/<term>/<teacher>`, of one task"),
     Metric("task/<task>/padding", "nats", "as `train/padding`, of one task"),
     Metric("task/<task>/sequences", "", "as `step/sequences`, of one task", summed=True),

@@ -34,7 +34,7 @@ def _cells(run: Run) -> list[tuple[str, Exactness | None, str]]:
     return [
         (
             f"{task.name}/{term.loss}" if run.tasks else term.loss,
-            term.exactness_with(task.labels),
+            term.exactness_of(task.labels),
             task.labels.kind,
         )
         for task in run.resolved_tasks().values()

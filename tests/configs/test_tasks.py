@@ -181,6 +181,26 @@ MISTAKES = {
         ["objective=[{loss: lsm, k: 20}]", "labels={kind: topk, k: 16}"],
         "lsm compares 20 ids of each row, and labels: topk keep 16: write k: 16 or less here, or k: 20 there",
     ),
+    "a weight of tokens that the labels do not tell": (
+        ONE,
+        ["objective=[{loss: cross_entropy, token_weights: [entropy]}]", "labels=token"],
+        "weights by entropy look at the teacher's distribution, labels: token do not tell it: write labels: topk or",
+    ),
+    "a weight of tokens by a target that the labels do not tell": (
+        ONE,
+        ["objective=[{loss: forward_kl, token_weights: [confidence]}]", "labels=fakes.poisoned_labels"],
+        "weights by confidence look at the teacher's probability of the target id, labels: fakes.poisoned_labels do",
+    ),
+    "weights of tokens for whole answers": (
+        ONE,
+        ["objective=[{loss: dpo, token_weights: [{kind: position, half_life: 9}]}]", "labels=token"],
+        "a term that compares whole answers has no weights of tokens: remove token_weights",
+    ),
+    "one weight of tokens twice": (
+        ONE,
+        ["objective=[{loss: forward_kl, token_weights: [entropy, {kind: entropy, at: 2}]}]"],
+        "entropy is named twice: keep one of both",
+    ),
     "a schedule that goes back": (
         ONE,
         ["objective=[{loss: taid, start: 0.9, end: 0.8}]"],
@@ -391,6 +411,13 @@ WRONG_ENSEMBLES = {
     "a geometric mean of such ids": (
         ["labels=topk", "ensemble.how=logit_mean"],
         "write labels: hidden",
+    ),
+    "weights of tokens by one of several teachers": (
+        [
+            "ensemble={teachers: [big, code], how: per_teacher}",
+            "objective=[{loss: forward_kl, token_weights: [entropy]}]",
+        ],
+        "token_weights look at one teacher's labels, and per_teacher has several: write how: probability_mean, or",
     ),
     "a schedule for each teacher": (
         ["ensemble={teachers: [big, code], how: per_teacher}", "objective=[{loss: taid}]"],

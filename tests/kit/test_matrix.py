@@ -188,3 +188,19 @@ def test_ids_outside_the_support_of_lsm_get_a_gradient_of_exactly_zero():
         kept = TEACHER.topk(7).indices
         assert (gradient.scatter(1, kept, 0.0) == 0).all()
         assert (gradient.gather(1, kept) != 0).all()
+
+
+@pytest.mark.parametrize(("kind", "loss"), CELLS)
+def test_prompts_tool_results_and_padding_have_a_gradient_of_exactly_zero(kind: str, loss: str):
+    """A text of 20 tokens: prompt, answer, tool result, answer, padding."""
+    cell = Cell(kind, loss)
+    mask = torch.zeros(20, dtype=torch.bool)
+    mask[4:9] = mask[13:17] = True
+    states = torch.randn(20, H, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    weight = torch.randn(V, H, generator=torch.Generator().manual_seed(4)) * 0.5
+    head_loss(
+        states[mask], weight, None, TARGET_IDS, head_shape=HeadShape(), vocabulary_size=V, parts=[cell.part()],
+        chunk_rows=4,
+    ).loss.backward()  # fmt: skip
+    assert (states.grad[~mask] == 0).all()
+    assert (states.grad[mask].abs().sum(1) > 0).all()

@@ -48,7 +48,12 @@ STAGES = (1, 2, 3)
 LORA = {"rank": 4, "dropout": 0.2}
 SMALL_BUDGET = 48  # tokens: about four micro-batches
 FORWARD = [{"loss": "forward_kl"}, {"loss": "cross_entropy", "weight": 0.25}]
-SCHEDULED = [*FORWARD, {"loss": "taid", "weight": 0.1}, {"loss": "atkd", "weight": 0.1}]
+WEIGHTS = ["difficulty", {"kind": "position", "half_life": 8}]
+SCHEDULED = [
+    *FORWARD,
+    {"loss": "taid", "weight": 0.1},
+    {"loss": "atkd", "weight": 0.1, "token_weights": WEIGHTS},
+]
 
 
 def _run(place: Place, **student: Any) -> Run:

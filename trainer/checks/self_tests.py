@@ -178,7 +178,8 @@ def _fused_loss(subject: Subject, part: LossPart, hidden, weight, bias, target_i
 def _plain_loss(subject: Subject, part: LossPart, hidden, weight, bias, target_ids) -> torch.Tensor:
     logits = torch.nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
     logits = subject.module.head_shape.apply(logits)
-    rows, _ = part.objective.rows(logits, part.labels, target_ids, part.encoding, part.teacher_head)
+    given = (part.labels, target_ids, part.encoding, part.teacher_head)
+    rows, _ = part.objective.rows(logits, *given, positions=part.positions)
     loss = logits.new_zeros(()) if rows is None else rows.sum() * part.scale
     if part.objective.sequence_terms:
         logprobs = [-torch.nn.functional.cross_entropy(logits, target_ids, reduction="none")]
@@ -208,6 +209,7 @@ def _random_part(subject: Subject, task: str, size: int, target_ids: torch.Tenso
         scale=1 / ROWS,
         teacher_head=teacher_head,
         group_scale=1 / 2,
+        positions=torch.arange(ROWS).to(subject.device) % (ROWS // 4),
         row_sequences=(torch.arange(ROWS) * 4 // ROWS).to(subject.device),
         groups=((0, 1), (2, 3)),
         rewards=(1.0, 0.0, 0.5, 0.25),

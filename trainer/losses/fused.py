@@ -45,6 +45,7 @@ class LossPart:
     scale: float  # of row terms, for example ranks over the step's loss tokens
     teacher_head: Head | None = None
     row_weights: torch.Tensor | None = None  # float32 [n] of row terms; None: all 1
+    positions: torch.Tensor | None = None  # int64 [n], rows before each in its sequence; for weights of tokens by it
     group_scale: float = 0.0  # of sequence terms, for example ranks over the step's groups
     row_sequences: torch.Tensor | None = None  # int64 [n], positions in S; for sequence terms, as all below
     groups: tuple[tuple[int, ...], ...] = ()  # see `SequenceScores`
@@ -197,6 +198,7 @@ class _Work:
                 target_ids=target_ids[block],
                 row_weights=None if part.row_weights is None else part.row_weights[own][block],
                 nll_weights=None if nll_weights is None else nll_weights[own][block],
+                positions=None if part.positions is None else part.positions[own][block],
             )
             totals += self._block(part, rows, differentiate=accumulator.wants_any)
         if accumulator.wants_any:
@@ -211,7 +213,13 @@ class _Work:
             leaves = [product.detach().requires_grad_(differentiate) for product in rows.products]
             logits, *padding = (self.head_shape.apply(leaf.float()) for leaf in leaves)
             loss, terms = objective.rows(
-                logits, rows.labels, rows.target_ids, part.encoding, part.teacher_head, *padding
+                logits,
+                rows.labels,
+                rows.target_ids,
+                part.encoding,
+                part.teacher_head,
+                *padding,
+                positions=rows.positions,
             )
             outputs, weights = [], []
             if loss is not None:
@@ -250,6 +258,7 @@ class _Block:
     target_ids: torch.Tensor
     row_weights: torch.Tensor | None
     nll_weights: torch.Tensor | None
+    positions: torch.Tensor | None
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:

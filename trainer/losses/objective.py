@@ -1,6 +1,6 @@
 """The weighted sum of terms that a student minimises, and the only file that adds rows of different terms together.
 
-    loss[row] = sum over divergences  weight * T^2 * D(pair at temperature T)[row]
+    loss[row] = sum over divergences  weight * T^2 * D(pair at temperature T)[row], each with its weights of tokens
               + weight * (-log q(target id))[row]  for cross_entropy, always at T = 1
               + (sum of the weights) * (-log(1 - mass on padding))[row]  for a head with rows beyond the vocabulary
 
@@ -26,16 +26,24 @@ from torch.nn import functional
 
 from configs.losses import CrossEntropy
 from trainer.labels.encoding import Encoding
-from trainer.losses import distances, kl, mixtures, preference  # noqa: F401 - their terms are registered when imported
+from trainer.losses import distances, kl, mixtures, preference, schedules  # noqa: F401 - what they register
 from trainer.losses.ensemble import WEIGHT, Together, pairs_of
 from trainer.losses.padding import padding_nats
-from trainer.losses.schedules import VALUE
 from trainer.losses.target import TargetEvent
-from trainer.losses.terms import Schedule, SequenceScores, check_complete, computes, function_of, schedule_of
+from trainer.losses.terms import (
+    VALUE,
+    Schedule,
+    SequenceScores,
+    check_complete,
+    computes,
+    function_of,
+    schedule_of,
+)
+from trainer.losses.token_weights import TokenRows
 from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:
-    from configs.losses import Term
+    from configs.losses import Need, Term, TokenWeight
     from trainer.model.head import Head
 
 PADDING = "padding"
@@ -51,6 +59,27 @@ check_complete()
 
 
 @dataclass(frozen=True, slots=True)
+class TokenWeightOf:
+    """One weight of tokens of a term, as `WeightedTerm` has its function."""
+
+    kind: str
+    function: Callable[..., torch.Tensor]
+    needs: frozenset[Need]
+    schedule: Schedule | None = None
+
+    @classmethod
+    def of(cls, weight: TokenWeight) -> TokenWeightOf:
+        schedule = schedule_of(weight)
+        own = {name: value for name, value in weight if name != "kind"}
+        function = function_of(weight) if schedule else partial(function_of(weight), **own)
+        return cls(weight.kind.rpartition(".")[2], function, weight.needs, schedule)
+
+    def rows(self, rows: TokenRows) -> torch.Tensor:
+        """[n], without gradient."""
+        return self.function(rows, **({} if self.schedule is None else self.schedule.arguments())).detach()
+
+
+@dataclass(frozen=True, slots=True)
 class WeightedTerm:
     """One term with everything that multiplies it; `function` has its parameters bound, those of a schedule
     excepted."""
@@ -62,7 +91,17 @@ class WeightedTerm:
     needs_target: bool = False
     tells: tuple[str, ...] = ()
     schedule: Schedule | None = None
+    weights: tuple[TokenWeightOf, ...] = ()  # of tokens, multiplied
     teacher: str = ""  # of several with terms of their own: its name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all numbers that each row has of it: its value, what it tells, its weights of tokens."""
+        own = (*self.tells, *(f"weight_{weight.kind}" for weight in self.weights))
+        return (self.name, *(f"{self.name}_{name}" for name in own))
+
+    def weights_need(self, need: Need) -> bool:
+        return any(need in weight.needs for weight in self.weights)
 
     def rows(
         self, pair: PairedLogProbs | None, target: TargetEvent | None, logits: torch.Tensor, target_ids: torch.Tensor
@@ -109,6 +148,7 @@ class Objective:
                 needs_target="target_event" in term.needs,
                 tells=term.tells,
                 schedule=schedule,
+                weights=tuple(TokenWeightOf.of(weight) for weight in term.token_weights),
             )
             of_each = [replace(one, name=f"{one.name}/{teacher}", teacher=teacher) for teacher in teachers]
             weighted[term.form].extend(of_each if of_each and needs_labels else [one])
@@ -122,7 +162,7 @@ class Objective:
     @property
     def row_names(self) -> tuple[str, ...]:
         """Of what `rows` gives, in its order."""
-        names = (name for term in self.row_terms for name in (term.name, *(f"{term.name}_{own}" for own in term.tells)))
+        names = (name for term in self.row_terms for name in term.names)
         return (*names, *((PADDING,) if self.padding_weight else ()))
 
     @property
@@ -137,8 +177,8 @@ class Objective:
 
     @property
     def needs_labels(self) -> bool:
-        """Whether a row term looks at the teacher's labels."""
-        return any(term.needs_labels for term in self.row_terms)
+        """Whether a row term or a weight of its tokens looks at the teacher's labels."""
+        return any(term.needs_labels or term.weights_need("labels") for term in self.row_terms)
 
     def rows(
         self,
@@ -148,6 +188,7 @@ class Objective:
         encoding: Encoding | Together | None,
         teacher_head: Head | None = None,
         padding: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
         """(loss [n] with gradient, {term name: [n] detached}) of student logits [n, V]; no loss where nothing of the
         objective is a function of one row.
@@ -155,11 +196,13 @@ class Objective:
         The values of the terms are bare: nats, at the encoding's temperature, without weight or T^2. `labels` are the
         encoding's columns or what its `prepare` made of them. `padding` [n, P] are the student's logits beyond the
         vocabulary, with gradient, where the objective has a term for them; None there: they count as absent.
+        `positions` int64 [n] are asked for by weights of tokens alone (see `TokenRows`).
+
         Terms of a teacher count with its weight of each row; of one that did not judge the rows they are 0.
         """
         pairs = pairs_of(encoding, logits, labels, teacher_head) if self.needs_labels else {}
         targets: dict[str, TargetEvent] = {}
-        if any(term.needs_target for term in self.row_terms):
+        if any(term.needs_target or term.weights_need("target_event") for term in self.row_terms):
             targets = {
                 teacher: TargetEvent.of(pair, logits, target_ids, temperature=encoding.temperature)
                 for teacher, pair in pairs.items()
@@ -167,13 +210,16 @@ class Objective:
         loss, values = None, {}
         for term in self.row_terms:
             if term.needs_labels and term.teacher not in pairs:
-                values[term.name] = logits.new_zeros(logits.shape[0])
+                values |= dict.fromkeys(term.names, logits.new_zeros(logits.shape[0]))
                 continue
-            value, told = term.rows(pairs.get(term.teacher), targets.get(term.teacher), logits, target_ids)
-            values[term.name] = value.detach()
-            values |= {f"{term.name}_{own}": told[own] for own in term.tells}
-            value = value * labels[f"{term.teacher}/{WEIGHT}"][:, 0] if term.teacher else value
-            loss = value * term.factor if loss is None else loss + value * term.factor
+            pair, target = pairs.get(term.teacher), targets.get(term.teacher)
+            value, told = term.rows(pair, target, logits, target_ids)
+            weights = [weight.rows(TokenRows(pair, target, positions)) for weight in term.weights]
+            found = (value.detach(), *(told[own] for own in term.tells), *weights)
+            values |= dict(zip(term.names, found, strict=True))
+            own = [labels[f"{term.teacher}/{WEIGHT}"][:, 0]] if term.teacher else []
+            weighted = math.prod((*weights, *own), start=value * term.factor)
+            loss = weighted if loss is None else loss + weighted
         if self.padding_weight:
             value = logits.new_zeros(logits.shape[0]) if padding is None else padding_nats(logits, padding)
             values[PADDING] = value.detach()
@@ -193,19 +239,26 @@ class Objective:
 
     @property
     def schedules(self) -> dict[str, Schedule]:
-        """Of the terms that have one, by name."""
-        terms = (*self.row_terms, *self.sequence_terms)
-        return {term.name: term.schedule for term in terms if term.schedule is not None}
+        """Of the row terms and weights of tokens that have one, by name."""
+        found = {}
+        for term in self.row_terms:
+            own = {term.name: term.schedule} | {f"{term.name}_{one.kind}": one.schedule for one in term.weights}
+            found |= {name: schedule for name, schedule in own.items() if schedule is not None}
+        return found
 
     def told(self) -> dict[str, float]:
-        """What schedules say of the coming step, as `{term}_{name}`."""
-        return {
-            f"{term}_{name}": value for term, found in self.schedules.items() for name, value in found.told().items()
-        }
+        """What schedules say of the coming step, as `{term}_{name}`, or `{term}_{weight}_{name}`."""
+        found = self.schedules.items()
+        return {f"{term}_{name}": value for term, one in found for name, value in one.told().items()}
 
     def advance(self, means: Mapping[str, float], progress: float) -> None:
         """Move all schedules. means: of `row_names`, over all rows of all ranks in a step that learnt something."""
         for term in self.row_terms:
+            value = {VALUE: means[term.name]}
             if term.schedule is not None:
                 own = {name: means[f"{term.name}_{name}"] for name in term.tells}
-                term.schedule.advance({VALUE: means[term.name], **own}, progress)
+                term.schedule.advance(value | own, progress)
+            for weight in term.weights:
+                if weight.schedule is not None:
+                    own = {"weight": means[f"{term.name}_weight_{weight.kind}"]}
+                    weight.schedule.advance(value | own, progress)

@@ -10,9 +10,7 @@ import math
 from collections.abc import Mapping
 
 from configs.losses import Atkd, Taid
-from trainer.losses.terms import Schedule, follows
-
-VALUE = "value"
+from trainer.losses.terms import VALUE, Schedule, follows
 
 
 @follows(Taid)

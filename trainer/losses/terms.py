@@ -21,14 +21,17 @@ from typing import Any, TypeVar
 
 import torch
 
-from configs.losses import LOSSES, Term
+from configs.losses import LOSSES, TOKEN_WEIGHTS, Term, TokenWeight
+from configs.section import Section
 from trainer.errors import ConfigError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Made = TypeVar("Made", bound="type[Schedule]")
 
-_FUNCTIONS: dict[type[Term], Callable[..., Any]] = {}
-_SCHEDULES: dict[type[Term], type[Schedule]] = {}
+VALUE = "value"
+
+_FUNCTIONS: dict[type[Section], Callable[..., Any]] = {}
+_SCHEDULES: dict[type[Section], type[Schedule]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +67,13 @@ class Schedule:
         return {}
 
     def advance(self, means: Mapping[str, float], progress: float) -> None:
-        """After a step that learnt something. means: the term's bare value, as `value`, and what it `tells`, over all
-        its rows on all ranks; progress: the share of the run that is done."""
+        """After a step that learnt something. means: the term's bare value, as `value`, and what it `tells` or the
+        weight itself, as `weight`, over all its rows on all ranks; progress: the share of the run that is done."""
         raise NotImplementedError
 
 
-def computes(term: type[Term]) -> Callable[[Function], Function]:
-    """Decorator: the function that computes the terms of this class."""
+def computes(term: type[Section]) -> Callable[[Function], Function]:
+    """Decorator: the function that computes the terms, or weights of tokens, of this class."""
 
     def register(function: Function) -> Function:
         assert term not in _FUNCTIONS, f"{term.__name__} is computed by {_FUNCTIONS[term].__name__} already"
@@ -80,8 +83,8 @@ def computes(term: type[Term]) -> Callable[[Function], Function]:
     return register
 
 
-def follows(term: type[Term]) -> Callable[[Made], Made]:
-    """Decorator: the schedule of the terms of this class."""
+def follows(term: type[Section]) -> Callable[[Made], Made]:
+    """Decorator: the schedule of the terms, or weights of tokens, of this class."""
 
     def register(schedule: Made) -> Made:
         assert term not in _SCHEDULES, f"{term.__name__} follows {_SCHEDULES[term].__name__} already"
@@ -91,23 +94,26 @@ def follows(term: type[Term]) -> Callable[[Made], Made]:
     return register
 
 
-def schedule_of(term: Term) -> Schedule | None:
-    """A new schedule for a term, None where its numbers stand still."""
+def schedule_of(term: Section) -> Schedule | None:
+    """A new schedule for a term or weight, None where its numbers stand still."""
     made = _SCHEDULES.get(type(term))
     return None if made is None else made(term)
 
 
-def function_of(term: Term) -> Callable[..., Any]:
-    """What computes a term, without its parameters bound. Raises `ConfigError` for a term of a user's without one."""
+def function_of(term: Term | TokenWeight) -> Callable[..., Any]:
+    """What computes a term or a weight of tokens, without its parameters bound. Raises `ConfigError` for one of a
+    user's without a function."""
     if type(term) not in _FUNCTIONS:
+        what = f"loss: {term.loss}" if isinstance(term, Term) else f"kind: {term.kind}"
         raise ConfigError(
-            f"loss: {term.loss}: nothing computes it; write @computes(Term) (of trainer.losses.terms) over a function "
-            "of that file"
+            f"{what}: nothing computes it; write @computes({type(term).__name__}) (of trainer.losses.terms) over a "
+            "function of that file"
         )
     return _FUNCTIONS[type(term)]
 
 
 def check_complete() -> None:
-    """Raises `AssertionError` where a class of `configs/losses.py` has no function, called when all are loaded."""
-    missing = [term.__name__ for term in LOSSES.built_in if term not in _FUNCTIONS]
+    """Raises `AssertionError` where a class of `configs/` has no function, called when all are loaded."""
+    classes = (*LOSSES.built_in, *TOKEN_WEIGHTS.built_in)
+    missing = [one.__name__ for one in classes if one not in _FUNCTIONS]
     assert not missing, f"no function of trainer/losses computes {', '.join(missing)}"

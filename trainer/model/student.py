@@ -37,6 +37,7 @@ from trainer.loop.together import Judged, judged_of, names_of, weight_shares
 from trainer.losses.ensemble import Mix, Together, mix_of
 from trainer.losses.fused import LossPart, head_loss
 from trainer.losses.objective import Objective
+from trainer.losses.token_weights import positions_of
 from trainer.model.attention import border_arguments
 from trainer.model.attention_choice import changing_lengths, choose_attention
 from trainer.model.collectives import all_gather, all_gather_objects
@@ -289,6 +290,7 @@ class StudentRank:
             scale=self._world / max(1, tokens) * task.weight,
             teacher_head=self._staging.teacher_head(part.teacher),
             row_weights=part.row_weights,
+            positions=positions_of(part.row_sequences),
             group_scale=self._world / max(1, totals.num_groups) * task.weight,
             row_sequences=part.row_sequences,
             groups=part.groups,

@@ -121,8 +121,8 @@ def test_a_head_that_is_read_wrongly_fails() -> None:
 class RowsThatSeeEachOther(Objective):
     """An objective whose rows depend on which other rows are computed with them, as a broken kernel's would."""
 
-    def rows(self, logits: torch.Tensor, *arguments: Any) -> Any:
-        loss, terms = super().rows(logits, *arguments)
+    def rows(self, logits: torch.Tensor, *arguments: Any, **more: Any) -> Any:
+        loss, terms = super().rows(logits, *arguments, **more)
         return loss * (1 + 0.001 * len(loss)), terms
 
 

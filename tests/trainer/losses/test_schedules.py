@@ -10,8 +10,7 @@ import torch
 from configs.losses import Atkd, Taid
 from trainer.labels.dense import Encoding
 from trainer.losses.objective import Objective
-from trainer.losses.schedules import VALUE
-from trainer.losses.terms import schedule_of
+from trainer.losses.terms import VALUE, schedule_of
 
 LOSSES = (2.0, 1.5, 1.8, 0.9, 0.9)
 
