@@ -23,9 +23,10 @@ from benchmarks.worker import Worker
 from benchmarks.workload import Workload, corpus, make_run, make_student, write_rows
 from cluster.engines.plan import EnginePlan
 from cluster.placement.hardware import Hardware
-from configs.labels import Hidden, Labels, TopK
+from configs.labels import GivenIds, Hidden, Labels, TopK
 from configs.models import ModelSource
 from launch.resolving import resolve_run
+from trainer.checks.label_check import some_ids
 from trainer.data.vocabulary import load_tokenizer
 from trainer.errors import ConfigError
 from trainer.loop.inputs import read_inputs
@@ -34,7 +35,7 @@ from trainer.types import Sequence, Unit
 PREFILL = "bare prefill"
 STOCK = "vLLM's prompt_logprobs=64"
 STOCK_SHARE = 4  # of the batch: a quarter says enough, and Python objects take long
-TOPK, HIDDEN = TopK(k=64), Hidden()
+TOPK, HIDDEN, GIVEN = TopK(k=64), Hidden(), GivenIds(k=64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +209,9 @@ def _ways(batch: Batch, ids: np.ndarray, *, seed: int) -> Mapping[str, tuple[str
 
     def label(rows: np.ndarray, encoding: Labels) -> tuple[str, Label | Prefill, int]:
         sequences = tuple(Sequence(f"{i}", text, rows, "dataset") for i, text in enumerate(texts))
-        return "scorer", Label(Unit(id=f"{seed}", sequences=sequences), encoding), batch.sequences * batch.tokens
+        unit = Unit(id=f"{seed}", sequences=sequences)
+        given = some_ids(unit, encoding.num_given, vocabulary_size=int(ids.max()) + 1) if encoding.takes_ids else None
+        return "scorer", Label(unit, encoding, given), batch.sequences * batch.tokens
 
     def prefill(count: int, prompt_logprobs: int | None) -> tuple[str, Label | Prefill, int]:
         prompts = tuple(tuple(text.tolist()) for text in texts[:count])
@@ -219,6 +222,7 @@ def _ways(batch: Batch, ids: np.ndarray, *, seed: int) -> Mapping[str, tuple[str
         "hidden, last row only": label(last_row, HIDDEN),
         "hidden, all rows": label(all_rows, HIDDEN),
         "top-64, all rows": label(all_rows, TOPK),
+        "64 given ids and the target, all rows": label(all_rows, GIVEN),
         "top-64, answer rows (two thirds)": label(answer_rows, TOPK),
         STOCK: prefill(max(1, batch.sequences // STOCK_SHARE), TOPK.k),
     }

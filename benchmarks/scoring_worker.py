@@ -15,7 +15,7 @@ from cluster.engines.plan import EnginePlan
 from cluster.engines.vllm import Engine, build_engine
 from cluster.engines.vllm_loop import EngineLoop, Request
 from configs.labels import Labels
-from trainer.types import Unit
+from trainer.types import RowIds, Unit
 
 DEADLINE_S = 1800.0
 
@@ -26,6 +26,7 @@ class Label:
 
     unit: Unit
     encoding: Labels
+    given: RowIds | None = None  # where the encoding takes ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,8 @@ def prepare(plan: EnginePlan) -> Callable[[Label | Prefill], Cost]:
         scorer = Engine().start_scorer(plan, "bench-scorer")
 
         async def label(question: Label) -> int:
-            _, block = await scorer.score(question.unit, question.encoding, deadline_s=DEADLINE_S)
+            unit, encoding, given = question.unit, question.encoding, question.given
+            _, block = await scorer.score(unit, encoding, deadline_s=DEADLINE_S, given=given)
             return block.num_bytes
 
         return lambda question: _cost(lambda: label(question))

@@ -20,6 +20,7 @@ from cluster.students.group import StudentJob, on_local_copy
 from cluster.teachers.actor import start_engine
 from cluster.teachers.pool import check_report, tell_notes
 from configs.labels import Labels
+from trainer.loop.plan import units_taking_ids
 from trainer.protocols import GeneratingEngine, Observer, ScoringEngine, SelfTestResult, StudentInfo, TeacherPools
 from trainer.types import (
     Completion,
@@ -97,6 +98,10 @@ class InProcessStudents:
         if checkpoint is not None:
             self._rank.load(checkpoint)
         return info
+
+    async def propose(self, batches: Sequence[RankBatch]) -> dict[str, RowIds]:
+        units = units_taking_ids(batches[0], self._job.run.resolved_tasks())
+        return {unit.id: ids for unit, ids in zip(units, self._rank.propose(batches[0]), strict=True)}
 
     async def stage(self, batches: Sequence[RankBatch], blocks: Sequence[Sequence[SoftLabelBlock]]) -> None:
         self._rank.stage(batches[0], blocks[0])

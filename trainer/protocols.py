@@ -129,6 +129,11 @@ class Students(Protocol):
 
     world: int
 
+    async def propose(self, batches: AbstractSequence[RankBatch]) -> Mapping[str, RowIdsRef]:
+        """The ids that each rank's student finds likeliest now, for its units whose labels take ids: by unit, where
+        they lie. Between two steps; what was chosen for a step before is not chosen again."""
+        ...
+
     async def stage(
         self, batches: AbstractSequence[RankBatch], blocks: AbstractSequence[AbstractSequence[BlockRef]]
     ) -> None:

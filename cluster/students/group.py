@@ -33,8 +33,19 @@ from trainer.build import check_build
 from trainer.data.vocabulary import SharedVocabulary
 from trainer.errors import Defect, LabelsLost, StudentsLost
 from trainer.imports import absent
+from trainer.loop.plan import units_taking_ids
 from trainer.protocols import Observer, SelfTestResult, StudentInfo
-from trainer.types import BlockRef, Evaluation, RankBatch, SoftLabelBlock, StepMetrics, StudentPlan, Unit
+from trainer.types import (
+    BlockRef,
+    Evaluation,
+    RankBatch,
+    RowIds,
+    RowIdsRef,
+    SoftLabelBlock,
+    StepMetrics,
+    StudentPlan,
+    Unit,
+)
 
 FAILURE_GRACE_S = 3.0  # after the first rank failed: its peers' errors arrive, and the victim's names the cause
 
@@ -96,6 +107,10 @@ class RankActor:
         """Blocks are arguments of their own, so Ray brings each to this node before the call starts."""
         self.call("stage", batch, blocks)
 
+    def propose(self, batch: RankBatch) -> tuple[RowIds | None, ...]:
+        """None, which is all that the controller reads, and the ids of each unit, an object each."""
+        return None, *self.call("propose", batch)
+
     def stage_evaluation(self, units: Sequence[Unit], *blocks: SoftLabelBlock | None) -> None:
         self.call("stage_evaluation", units, blocks)
 
@@ -134,6 +149,7 @@ class StudentGroup:
         self._faults = job.run.faults
         self._ranks: list[Any] = []
         self.processes: list[ProcessIdentity] = []  # of the ranks, by rank; empty until they are placed
+        self._tasks = job.run.resolved_tasks()
         self.world = job.run.student.ranks
 
     async def start(self, checkpoint: Path | None) -> StudentInfo:
@@ -170,6 +186,21 @@ class StudentGroup:
             await self._all("load", checkpoint, timeout_s=timeout_s, what=f"loading {checkpoint.name}")
         self._observer.span("student", "start", started, time.time())
         return infos[0]
+
+    async def propose(self, batches: Sequence[RankBatch]) -> dict[str, RowIdsRef]:
+        asked = [units_taking_ids(batch, self._tasks) for batch in batches]
+        answers = [
+            rank.propose.options(num_returns=1 + len(units)).remote(batch)
+            for rank, batch, units in zip(self._ranks, batches, asked, strict=True)
+        ]
+        refs = [answer if isinstance(answer, list) else [answer] for answer in answers]
+        what = f"the choice of ids for step {batches[0].step}"
+        await self._gather([of_rank[0] for of_rank in refs], self._faults.step_timeout_s, what)
+        return {
+            unit.id: ref
+            for units, of_rank in zip(asked, refs, strict=True)
+            for unit, ref in zip(units, of_rank[1:], strict=True)
+        }
 
     async def stage(self, batches: Sequence[RankBatch], blocks: Sequence[Sequence[BlockRef]]) -> None:
         refs = [

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import ObjectLostError, RayError
 
 from cluster.engines.plan import EnginePlan
 from cluster.engines.refusals import start_failure
@@ -44,6 +44,7 @@ from trainer.errors import (
     InfrastructureError,
     InsufficientResources,
     StillhouseError,
+    StudentsLost,
     TeachersLost,
     UnitRejected,
 )
@@ -115,7 +116,13 @@ class ReplicaPool:
 
         async def send(actor: Any) -> tuple[UnitReport, BlockRef]:
             report_ref, block_ref = actor.score.options(num_returns=2).remote(unit, encoding, deadline_s, given)
-            report = await answer(report_ref, deadline_s + ANSWER_GRACE_S)
+            try:
+                report = await answer(report_ref, deadline_s + ANSWER_GRACE_S)
+            except RayError as error:
+                if given is not None and isinstance(unwrap(error), ObjectLostError):
+                    text = f"the ids that the student chose for unit {unit.id} are lost with the node of its rank"
+                    raise StudentsLost(text) from None
+                raise
             check_report(report, unit)
             return report, block_ref
 
@@ -161,6 +168,8 @@ class ReplicaPool:
                 result = await send(actor)
                 replica.progress, replica.misses = True, 0
                 return result
+            except StudentsLost:
+                raise
             except (RayError, StillhouseError) as error:
                 attempt += 1
                 cause = unwrap(error)

@@ -33,6 +33,7 @@ from student_world import (
     sequences_of,
     stage,
     train,
+    train_on_given_ids,
     train_on_tasks,
 )
 
@@ -139,6 +140,34 @@ def case_resume(place: Place) -> dict[str, Any]:
         in_two = _export(rank, place, f"{name}-in-two", **merge)
         rank.close()
         found[name] = {"once": once, "resumed": resumed, "exports": (at_once, in_two), "step": step, "folder": folder}
+    return found
+
+
+def case_given_ids(place: Place) -> dict[Any, Any]:
+    """Four steps on ids that the student chooses: in several micro-batches, of one rank in one; and two, a checkpoint,
+    new ranks, two. Metrics, and the ids of the first steps."""
+    found: dict[Any, Any] = {}
+    for zero_stage, budget in ((2, SMALL_BUDGET), (3, SMALL_BUDGET)) if place.world == 2 else ((2, 4096),):
+        labels = {"kind": "given_ids", "k": 6, "add_teacher_topk": 2}
+        objective = [{"loss": "reverse_kl"}]
+        run = make_run(place.folder.parent, student={"zero_stage": zero_stage}, labels=labels, objective=objective)
+        folder = _checkpoint(place, f"given{zero_stage}-{budget}")
+        rank = build(run, place)
+        once, chosen = train_on_given_ids(rank, run, place, last=2, token_budget=budget)
+        rank.save(2, folder)
+        once += train_on_given_ids(rank, run, place, first=3, last=4, token_budget=budget)[0]
+        rank.close()
+        rank = build(run, place)
+        rank.load(folder)
+        resumed, again = train_on_given_ids(rank, run, place, first=3, last=4, token_budget=budget)
+        rank.close()
+        units = {step: batch_of(step, place, token_budget=budget).units for step in (1, 2)}
+        found[zero_stage, budget] = {
+            "once": once,
+            "resumed": resumed,
+            "first": {step: list(zip(of, chosen[step], strict=True)) for step, of in units.items()},
+            "same": [np.array_equal(a.ids, b.ids) for a, b in zip(chosen[3], again[3], strict=True)],
+        }
     return found
 
 

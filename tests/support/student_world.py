@@ -19,7 +19,7 @@ from trainer.loop.plan import cut_units, plan_step
 from trainer.model.student import StudentRank
 from trainer.model.zero_config import deepspeed_config
 from trainer.protocols import StudentInfo
-from trainer.types import LabelHeader, RankBatch, Sequence, SoftLabelBlock, StepPlan, StudentPlan, Unit
+from trainer.types import LabelHeader, RankBatch, RowIds, Sequence, SoftLabelBlock, StepPlan, StudentPlan, Unit
 
 VOCABULARY_SIZE = 283
 HOST = torch.device("cpu")
@@ -122,9 +122,9 @@ class Teacher:
         self._model = tiny_model("llama", seed=seed)
 
     @torch.no_grad()
-    def label(self, unit: Unit, spec: Labels) -> SoftLabelBlock:
+    def label(self, unit: Unit, spec: Labels, given: RowIds | None = None) -> SoftLabelBlock:
         encoding = load_encoding(spec)
-        parts = []
+        parts, asked = [], iter(() if given is None else given.of_sequences(unit))
         for sequence in unit.sequences:
             ids = torch.from_numpy(sequence.token_ids.astype(np.int64))
             rows = torch.from_numpy(np.flatnonzero(sequence.loss_mask))
@@ -132,7 +132,11 @@ class Teacher:
             source = (
                 output.hidden_states[-1][0] if encoding.needs == "hidden" else output.logits[0, :, :VOCABULARY_SIZE]
             )
-            parts.append(encoding.encode(source[rows], ids[rows + 1]))
+            extra = {}
+            if encoding.takes_ids:
+                none = np.zeros((0, encoding.num_given), dtype=np.int32)
+                extra["given_ids"] = torch.from_numpy(next(asked) if len(rows) else none)
+            parts.append(encoding.encode(source[rows], ids[rows + 1], **extra))
         columns = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
         header = LabelHeader(
             teacher=self._name,
@@ -171,6 +175,23 @@ def train(
         stage(rank, run, place, step, teacher, token_budget=token_budget)
         metrics.append({k: v for k, v in rank.step(step).values.items() if not k.startswith("student/")})
     return metrics
+
+
+def train_on_given_ids(
+    rank: StudentRank, run: Run, place: Place, *, first: int = 1, last: int = STEPS, token_budget: int = 4096
+) -> tuple[list[dict[str, float]], dict[int, tuple[RowIds, ...]]]:
+    """Choose ids, stage and step as the loops do, each step on ids of the weights before the step before it; metrics,
+    and what was chosen."""
+    teacher, metrics, chosen = Teacher(), [], {}
+    batches = {step: batch_of(step, place, token_budget=token_budget) for step in range(first, last + 2)}
+    for step in range(first, last + 1):
+        for ahead in (step, step + 1):
+            if ahead not in chosen:
+                chosen[ahead] = rank.propose(batches[ahead])
+        units = zip(batches[step].units, chosen[step], strict=True)
+        rank.stage(batches[step], [teacher.label(unit, run.labels, ids) for unit, ids in units])
+        metrics.append({k: v for k, v in rank.step(step).values.items() if not k.startswith("student/")})
+    return metrics, chosen
 
 
 def make_run_of_tasks(folder: Path, **student: Any) -> Run:

@@ -34,7 +34,7 @@ from trainer.model.head import Head
 from trainer.model.load import load_causal, load_config, load_teacher_head
 from trainer.model.weights import weight_bytes
 from trainer.protocols import SelfTestResult
-from trainer.types import Sequence, SoftLabelBlock, Unit
+from trainer.types import RowIds, Sequence, SoftLabelBlock, Unit
 
 REFERENCE_BYTES = 4 * 2**30
 """Teachers of at most this many bytes of weights are run by transformers in the controller, once, for the self-test."""
@@ -239,6 +239,18 @@ def block_columns(unit: Unit, block: SoftLabelBlock) -> Mapping[str, torch.Tenso
     sequences = [(0, index) for index in range(len(unit.sequences))]
     (part,) = pack([unit], sequences, [block], layouts={unit.kind: layout}).parts
     return part.labels
+
+
+def some_ids(unit: Unit, num_given: int, *, vocabulary_size: int) -> RowIds:
+    """Ids to ask a teacher about: those of the text itself, of each row the target id and those of the rows before it,
+    so that labels moved by one row are other labels; then others until there are enough."""
+    rows = []
+    for sequence in unit.sequences:
+        for target in np.flatnonzero(sequence.loss_mask) + 1:
+            said = sequence.token_ids[max(0, target + 1 - num_given) : target + 1][::-1]
+            others = (int(said[0]) + np.arange(1, 2 * num_given + 1)) % vocabulary_size
+            rows.append(list(dict.fromkeys([*said.tolist(), *others.tolist()]))[:num_given])
+    return RowIds(unit.tokens_hash(), np.array(rows, dtype=np.int32))
 
 
 def targets_of(token_ids: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:

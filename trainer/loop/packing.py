@@ -90,8 +90,7 @@ def pack(
     rank runs the same number of forward and backward passes over tensors that kernels accept. `pin` for memory that a
     device copies. `blocks[u]` is only read where the unit's task and teacher have a layout.
     """
-    kinds = list(dict.fromkeys(units[u].kind for u, _ in micro_batch))
-    places = [[place for place in micro_batch if units[place[0]].kind == kind] for kind in kinds]
+    places = parts_of(units, micro_batch)
     sequences = [units[u].sequences[s] for part in places for u, s in part]
     lengths = [sequence.num_tokens for sequence in sequences] or [1]
     offsets = np.cumsum([0, *lengths])
@@ -99,8 +98,9 @@ def pack(
     positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
     rows = np.flatnonzero(np.concatenate([s.loss_mask for s in sequences] or [np.zeros(1, dtype=bool)]))
     parts, start = [], 0
-    for kind, part in zip(kinds, places, strict=True):
-        parts.append(_part(units, part, blocks, start=start, layout=layouts.get(kind, ())))
+    for part in places:
+        layout = layouts.get(units[part[0][0]].kind, ())
+        parts.append(_part(units, part, blocks, start=start, layout=layout))
         start = parts[-1].rows.stop
     batch = TokenBatch(
         token_ids=torch.from_numpy(tokens)[None],
@@ -111,6 +111,14 @@ def pack(
         parts=tuple(parts),
     )
     return _each_tensor(batch, torch.Tensor.pin_memory) if pin else batch
+
+
+def parts_of(
+    units: AbstractSequence[Unit], micro_batch: AbstractSequence[tuple[int, int]]
+) -> list[list[tuple[int, int]]]:
+    """The sequences of each part of a packed micro-batch, part by part in the order of its rows."""
+    kinds = dict.fromkeys(units[u].kind for u, _ in micro_batch)
+    return [[place for place in micro_batch if units[place[0]].kind == kind] for kind in kinds]
 
 
 def _part(

@@ -9,6 +9,7 @@ from collections.abc import Container, Mapping
 from collections.abc import Sequence as AbstractSequence
 
 from configs.section import MAIN
+from configs.tasks import ResolvedTask
 from trainer.errors import DataError
 from trainer.types import RankBatch, Sequence, StepPlan, TaskTotals, Unit
 
@@ -105,6 +106,12 @@ def cut_units(
         _rank_batch(sequences, batches, step=step, units_per_rank=units_per_rank, totals=totals)
         for batches in plan.micro_batches
     )
+
+
+def units_taking_ids(batch: RankBatch, tasks: Mapping[str, ResolvedTask]) -> list[Unit]:
+    """The units of a rank that ids are chosen for, in order."""
+    labels = {name: task.soft_labels for name, task in tasks.items()}
+    return [unit for unit in batch.units if (of_task := labels[unit.kind[0]]) is not None and of_task.takes_ids]
 
 
 def task_totals(sequences: AbstractSequence[Sequence]) -> dict[str, TaskTotals]:

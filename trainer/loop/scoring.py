@@ -15,7 +15,7 @@ from configs.tasks import Ensemble
 from trainer.errors import InfrastructureError, LabelsLost, TeachersLost
 from trainer.loop.together import names_of, sequence_weights
 from trainer.protocols import Observer, Scorers, TeacherPools
-from trainer.types import BlockRef, RankBatch, Unit, UnitReport
+from trainer.types import BlockRef, RankBatch, RowIdsRef, Unit, UnitReport
 
 Scored = tuple[UnitReport, BlockRef]
 
@@ -42,14 +42,25 @@ class UnitScorers:
         """What teachers are asked about it; nothing where its task takes no labels."""
         return () if self._labels[unit.kind[0]] is None else unit.asked()
 
-    async def score(self, unit: Unit) -> Scored | None:
+    @property
+    def any_takes_ids(self) -> bool:
+        """Whether ids are to be chosen for a task of the run."""
+        return any(labels is not None and labels.takes_ids for labels in self._labels.values())
+
+    def takes_ids(self, unit: Unit) -> bool:
+        """Whether the labels of its task are of ids that are chosen for it."""
+        labels = self._labels[unit.kind[0]]
+        return labels is not None and labels.takes_ids
+
+    async def score(self, unit: Unit, given: RowIdsRef | None = None) -> Scored | None:
         """The labels of its task; None of a teacher that is lost for good where the task goes on without. Raises as
         `Scorers.score`."""
         task, teacher = unit.kind
         labels, ensemble = self._labels[task], self._ensembles.get(task)
         assert labels is not None, unit.id
         try:
-            return await scorer_of(self._teachers, teacher).score(unit, labels)
+            scorer = scorer_of(self._teachers, teacher)
+            return await (scorer.score(unit, labels) if given is None else scorer.score(unit, labels, given))
         except TeachersLost as error:
             if ensemble is None or ensemble.on_lost == "end":
                 raise

@@ -24,6 +24,12 @@ class LoopSettings:
     compared: frozenset[str] = frozenset()  # tasks with terms that compare the answers to a prompt
     has_held_out_rows: bool = True  # False: there is nothing to evaluate on, also not after the last step
 
+    @property
+    def ids_lag(self) -> int:
+        """How many steps before its own the ids of a step are chosen: one, so that it is scored while the step before
+        is trained, and none where nothing runs ahead."""
+        return min(self.depth, 1)
+
 
 def every(interval: int, step: int) -> bool:
     """Whether something that happens every `interval` steps happens after this one; an interval of 0 means never."""

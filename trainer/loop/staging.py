@@ -21,6 +21,7 @@ from configs.models import Teacher
 from configs.schema import Run
 from trainer.errors import UnitRejected
 from trainer.labels.encoding import Column, load_encoding
+from trainer.loop.chosen_ids import ChosenIds
 from trainer.loop.packing import Layouts, check_block, check_finite, layout_of, pack, to_device
 from trainer.loop.plan import plan_step
 from trainer.loop.together import Scored, packable
@@ -72,6 +73,7 @@ class Staging:
         self._lock = threading.Lock()
         self._headers: dict[tuple[str, tuple[str, str]], LabelHeader] = {}  # the first of a purpose, task and teacher
         self._steps: dict[int, StagedStep] = {}
+        self.chosen = ChosenIds()
         self.held_out: tuple[HeldOutBatch, ...] = ()
         self._heads: dict[str, Head] = {}  # of the teachers whose hidden states came here
 
@@ -84,6 +86,9 @@ class Staging:
         labels = {name: task.soft_labels for name, task in self._tasks.items()}
         asked = [one for unit in batch.units if labels[unit.kind[0]] is not None for one in unit.asked()]
         layouts = self._check("training", asked, blocks, [labels[one.kind[0]] for one in asked])
+        for one, block in zip(asked, blocks, strict=True):
+            if labels[one.kind[0]].takes_ids:
+                self.chosen.check(batch.step, one, block)
         ready = packable(
             batch.units,
             {one.id: block for one, block in zip(asked, blocks, strict=True)},

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from configs.labels import HELD_OUT, Labels, TopK
-from trainer.checks.label_check import check_labels, plan_check, teacher_lengths, teacher_truth
+from trainer.checks.label_check import check_labels, plan_check, some_ids, teacher_lengths, teacher_truth
 from trainer.errors import SelfTestError
 from trainer.heap import give_back
 from trainer.loop.together import names_of
@@ -73,9 +73,12 @@ async def _check_teacher(
     if plan is None:
         return (SelfTestResult("labels", True, "no row with an answer to check on"),)
     unit = plan.unit
-    (_, hidden), (_, checked) = await asyncio.gather(
-        scorer.score(unit, HELD_OUT), scorer.score(unit, _checked_encoding(job, labels))
-    )
+    encoding, given = _checked_encoding(job, labels), None
+    if encoding.takes_ids:
+        given = some_ids(unit, encoding.num_given, vocabulary_size=job.inputs.vocabulary.size)
+    asked = [scorer.score(unit, HELD_OUT)]
+    asked += [scorer.score(unit, encoding)] if given is None else [scorer.score(unit, encoding, given)]
+    (_, hidden), (_, checked) = await asyncio.gather(*asked)
     head, logits = await asyncio.to_thread(
         teacher_truth, unit, model, vocabulary_size=job.inputs.vocabulary.size, dtype=dtype
     )

@@ -1,8 +1,8 @@
 """The supply loop: makes steps ready for training, ahead of the train loop and bounded by permits.
 
-    permit -> source.take -> source.collect -> plan -> score units -> stage on ranks -> ready queue -> next()
-       ^                                                                                                  |
-       +----------------------------- trained(step), after the optimizer step ----------------------------+
+    permit -> source.take -> source.collect -> plan -> (ids) -> score units -> stage on ranks -> ready queue -> next()
+       ^                                                                                                           |
+       +--------------------------------- trained(step), after the optimizer step ---------------------------------+
 
 A permit is taken before prompts are drawn and returned after the optimizer step. With depth d, d further steps may be
 under way while one is trained; depth 0 is strictly synchronous. An error waits in the queue until its step is due.
@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from configs.section import MAIN
 from trainer.loop.plan import cut_units, groups_of, plan_step
+from trainer.loop.proposals import Proposals
 from trainer.loop.scoring import Scored, UnitScorers, score_and_stage
 from trainer.loop.settings import LoopSettings
 from trainer.loop.together import names_of
 from trainer.protocols import Observer, Students
 from trainer.threads import in_thread, wrapped
-from trainer.types import AnswerCounters, Cursor, RankBatch, Sequence, UnitReport
+from trainer.types import AnswerCounters, Cursor, RankBatch, RowIdsRef, Sequence, UnitReport
 
 if TYPE_CHECKING:
     from trainer.loop.sources import Drawn, Source
@@ -97,9 +98,11 @@ class Supply:
         self._students = students
         self._settings = settings
         self._observer = observer
+        self.proposals = Proposals(students, scorers.takes_ids if scorers.any_takes_ids else None, observer)
         self._permits = Permits(depth=settings.depth, max_bytes=settings.max_label_bytes)
         self._ready: asyncio.Queue[_Task] = asyncio.Queue()
         self._supplying: list[_Task] = []  # the loop itself, then its steps that are not trained yet
+        self._last_made = 0  # of the steps there is a task for
         self._taking: asyncio.Future[Drawn] | None = None  # in a thread: a disk may hang
         self._answers: dict[str, AnswerCounters] = {}  # of the steps taken here, by task
 
@@ -147,14 +150,22 @@ class Supply:
             drawn = await asyncio.shield(self._taking)
             task = asyncio.create_task(_as_error(partial(self._make_ready, drawn)), name=f"step-{step}")
             self._supplying.append(task)
+            self._last_made = step
             self._ready.put_nowait(task)
 
     def _ended(self, supply: asyncio.Task[None]) -> None:
         """An error of the loop itself waits behind the steps that it made."""
+        self.proposals.close(self._last_made)
         if not supply.cancelled() and supply.exception() is not None:
             self._ready.put_nowait(supply)
 
     async def _make_ready(self, drawn: Drawn) -> ReadyStep:
+        try:
+            return await self._plan_and_score(drawn)
+        finally:
+            self.proposals.nothing(drawn.step)  # more, after an error
+
+    async def _plan_and_score(self, drawn: Drawn) -> ReadyStep:
         collected = await self._source.collect(drawn)
         sequences = collected.sequences
         plan = plan_step(
@@ -164,9 +175,10 @@ class Supply:
             groups=groups_of(sequences, compared=self._settings.compared) if self._settings.compared else None,
         )
         batches = cut_units(sequences, plan, step=drawn.step, units_per_rank=self._settings.units_per_rank)
+        given = await self.proposals.of(batches)
         num_bytes = self._settings.label_bytes_per_row * sum(s.num_loss_tokens for s in sequences)
         await self._permits.reserve(drawn.step, num_bytes)
-        scored = await self._score_and_stage(batches)
+        scored = await self._score_and_stage(batches, given)
         return ReadyStep(
             step=drawn.step,
             cursor=drawn.cursor,
@@ -177,9 +189,12 @@ class Supply:
             parts=_parts(sequences) | _lost_rows(batches, scored),
         )
 
-    async def _score_and_stage(self, batches: tuple[RankBatch, ...]) -> dict[str, Scored | None]:
-        """What was asked of teachers, by the id of the unit as each was asked about it."""
-        units = [one for batch in batches for unit in batch.units for one in self._scorers.asked(unit)]
+    async def _score_and_stage(
+        self, batches: tuple[RankBatch, ...], given: Mapping[str, RowIdsRef]
+    ) -> dict[str, Scored | None]:
+        """What was asked of teachers, by the id of the unit as each was asked about it. `given`: ids, by unit."""
+        asked = [(one, unit) for batch in batches for unit in batch.units for one in self._scorers.asked(unit)]
+        units, ids = [one for one, _ in asked], {one.id: given.get(unit.id) for one, unit in asked}
         scored: dict[str, Scored | None] = {}
 
         async def stage() -> None:
@@ -193,7 +208,7 @@ class Supply:
             f"step {batches[0].step}",
             units,
             scored,
-            score=self._scorers.score,
+            score=lambda unit: self._scorers.score(unit, ids[unit.id]),
             stage=stage,
             attempts=self._settings.max_unit_attempts,
             observer=self._observer,

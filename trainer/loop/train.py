@@ -3,12 +3,13 @@
     supply (supply.py)                                              train (here)
     ------                                                          -----
     consumes    prompts of the source                               steps that are ready, in order
-    per step    collect -> plan -> score units -> stage on ranks    step on all ranks -> metrics, hooks
+    per step    collect -> plan -> score units -> stage on ranks    (ids) -> step on all ranks -> metrics, hooks
     waits for   a permit (depth, label bytes)                       the next step being ready
     unblocked   by the optimizer step that returns a permit         by the last `stage` answer of that step
 
-Nothing else synchronises the loops. An error of supply waits until its step is due: the steps before it are trained and
-saved.
+Where labels are of ids that the student chooses (proposals.py), it does so between two steps, and only then are the
+units scored. Nothing else synchronises the loops. An error of supply waits until its step is due: the steps before it
+are trained and saved.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Awaitable
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, NoReturn
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from trainer.errors import Diverged, InfrastructureError, Preempted, StudentsLost
 from trainer.loop.settings import LoopSettings
@@ -27,6 +29,8 @@ from trainer.types import StepMetrics, Trained
 
 if TYPE_CHECKING:
     from trainer.loop.supply import ReadyStep, Supply
+
+_Made = TypeVar("_Made")
 
 
 class Loops:
@@ -53,6 +57,7 @@ class Loops:
         self._clock = time.monotonic
         self._ran_at = [0.0] * len(hooks)
         self._trained: Trained | None = None  # here
+        self._chosen = 0  # the last step that ids were chosen for
         self.last_step = 0
 
     async def run(self, start_step: int) -> None:
@@ -61,7 +66,7 @@ class Loops:
         `Preempted` after a requested stop; that, and an error of supply, comes after the hooks have kept what was
         trained.
         """
-        self.last_step = start_step
+        self.last_step = self._chosen = start_step
         self._ran_at = [self._clock()] * len(self._hooks)
         self._supply.start(start_step)
         try:
@@ -79,7 +84,7 @@ class Loops:
         for step in range(start_step + 1, self._settings.total_steps + 1):
             waited_from = time.time()
             try:
-                ready = await self._next_ready()
+                ready, ids_s = await self._next_ready(step)
             except StudentsLost:
                 raise
             except Exception as error:
@@ -94,20 +99,33 @@ class Loops:
             await self._supply.trained(step)
             now = time.time()
             self._observer.span("student", "train", trained_from, now, f"step {step}")
-            waited_s, step_s = trained_from - waited_from, now - trained_from
-            self._observer.step(_with_supply(metrics, ready, waited_s=waited_s, step_s=step_s))
+            times = StepTimes(wait_s=trained_from - waited_from - ids_s, ids_s=ids_s, step_s=now - trained_from)
+            self._observer.step(_with_supply(metrics, ready, times))
             await self._run_hooks(self._note_trained(metrics, ready))
 
-    async def _next_ready(self) -> ReadyStep | None:
-        """The next step, or None as soon as a stop is requested while it is not being trained."""
+    async def _next_ready(self, step: int) -> tuple[ReadyStep | None, float]:
+        """The next step, or None as soon as a stop is requested while it is not being trained; and seconds in which
+        the students chose ids, for this step and for those that are due to be chosen for before it is trained."""
+        ids_s = 0.0
+        last = min(step + self._settings.ids_lag, self._settings.total_steps)
+        for ahead in range(self._chosen + 1, last + 1):
+            if not await self._unless_stopped(self._supply.proposals.planned(ahead)):
+                return None, ids_s
+            ids_s += await self._supply.proposals.choose(ahead)  # never given up: ranks do one thing at a time
+            self._chosen = ahead
+        ready = await self._unless_stopped(self._supply.next())
+        return ready[0] if ready else None, ids_s
+
+    async def _unless_stopped(self, work: Awaitable[_Made]) -> tuple[_Made] | None:
+        """What `work` gives, or None as soon as a stop is requested."""
         stop = asyncio.ensure_future(self._stop_requested.wait())
-        ready = asyncio.ensure_future(self._supply.next())
+        made = asyncio.ensure_future(work)
         try:
-            await asyncio.wait({stop, ready}, return_when=asyncio.FIRST_COMPLETED)
-            return None if stop.done() else ready.result()
+            await asyncio.wait({stop, made}, return_when=asyncio.FIRST_COMPLETED)
+            return None if stop.done() else (made.result(),)
         finally:
             stop.cancel()
-            ready.cancel()
+            made.cancel()
 
     async def _stop_early(self) -> NoReturn:
         if not await self._finish():
@@ -157,15 +175,24 @@ class Loops:
                 self._ran_at[index] = self._clock()
 
 
-def _with_supply(metrics: StepMetrics, ready: ReadyStep, *, waited_s: float, step_s: float) -> StepMetrics:
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Where the seconds of a step went, as the train loop sees it."""
+
+    wait_s: float
+    ids_s: float
+    step_s: float
+
+
+def _with_supply(metrics: StepMetrics, ready: ReadyStep, times: StepTimes) -> StepMetrics:
     """The metrics of a step and what supply says about it."""
     rows = sum(report.num_rows for report in ready.reports)
     values = {
         **metrics.values,
         **ready.parts,
-        "student/wait_s": waited_s,
-        "student/step_s": step_s,
-        "step/seconds": waited_s + step_s,
+        "student/wait_s": times.wait_s,
+        "student/step_s": times.step_s,
+        "step/seconds": times.wait_s + times.ids_s + times.step_s,
         "step/sequences": len(ready.sequence_ids),
         "labels/rows": rows,
         "labels/bytes": sum(report.num_bytes for report in ready.reports),
@@ -178,6 +205,8 @@ def _with_supply(metrics: StepMetrics, ready: ReadyStep, *, waited_s: float, ste
             "labels/store_misses": sum(use.misses for use in used),
             "labels/store_bytes": sum(use.num_bytes for use in used),
         }
+    if times.ids_s:
+        values["student/ids_s"] = times.ids_s
     if ready.answers.written:
         values |= {f"answers/{name}": float(count) for name, count in asdict(ready.answers).items()}
     return StepMetrics(step=metrics.step, values=values)

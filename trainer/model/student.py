@@ -32,6 +32,7 @@ from trainer.checks.self_tests import Subject, run_self_tests
 from trainer.errors import ConfigError
 from trainer.labels.encoding import Encoding, load_encoding
 from trainer.loop.packing import to_device
+from trainer.loop.plan import units_taking_ids
 from trainer.loop.staging import StagedStep, Staging, Vocabulary
 from trainer.loop.together import Judged, judged_of, names_of, weight_shares
 from trainer.losses.ensemble import Mix, Together, mix_of
@@ -40,6 +41,7 @@ from trainer.losses.objective import Objective
 from trainer.losses.token_weights import positions_of
 from trainer.model.attention import border_arguments
 from trainer.model.attention_choice import changing_lengths, choose_attention
+from trainer.model.chosen_ids import Choice
 from trainer.model.collectives import all_gather, all_gather_objects
 from trainer.model.export import export_student
 from trainer.model.fast import use_fast_products
@@ -52,6 +54,7 @@ from trainer.types import (
     BatchPart,
     Evaluation,
     RankBatch,
+    RowIds,
     SoftLabelBlock,
     StepMetrics,
     StudentPlan,
@@ -156,6 +159,23 @@ class StudentRank:
     def _dtype(self) -> torch.dtype:
         return getattr(torch, self._plan.dtype)
 
+    def propose(self, batch: RankBatch) -> tuple[RowIds, ...]:
+        """Collective, between two steps. The ids that the student finds likeliest now, for each unit of this rank whose
+        labels take ids, in order; those of a step that were in the checkpoint are taken from there."""
+        chosen, asked = self._staging.chosen, units_taking_ids(batch, self._tasks)
+        known = torch.tensor([chosen.knows(batch.step, asked)], dtype=torch.int32, device=self._device)
+        if not all_gather(known).all():
+            self._zero.train(False)
+            choose = Choice(
+                self._forward,
+                self._module.head_shape,
+                vocabulary_size=self._vocabulary.size,
+                chunk_rows=self._run.student.loss_chunk_rows,
+                device=self._device,
+            )
+            chosen.keep(batch.step, choose.ids(batch, self._tasks))
+        return tuple(chosen.of(batch.step, unit) for unit in asked)
+
     def stage(self, batch: RankBatch, blocks: AbstractSequence[SoftLabelBlock]) -> None:
         """Check and pack this rank's share of a step into host memory. Not collective; may run beside `step`.
 
@@ -171,6 +191,7 @@ class StudentRank:
     def step(self, step: int) -> StepMetrics:
         """Collective. Forward and backward of every staged micro-batch, then one optimizer step."""
         staged = self._staging.take(step)
+        self._staging.chosen.forget(step)
         started = time.perf_counter()
         self._zero.train(True)
         sums = torch.zeros(1 + len(self._term_names), dtype=torch.float64, device=self._device)
@@ -354,7 +375,7 @@ class StudentRank:
             for task, objective in self._objectives.items()
         }
         state = {"step": step, "world": self._world, "random": self._random_states(), "schedules": schedules}
-        torch.save(state, file)
+        torch.save(state | {"chosen_ids": self._staging.chosen.state()}, file)
         flush_to_disk(file)
 
     def load(self, folder: Path) -> int:
@@ -374,6 +395,7 @@ class StudentRank:
         for task, objective in self._objectives.items():
             for name, schedule in objective.schedules.items():
                 schedule.numbers = dict(state["schedules"][task][name])
+        self._staging.chosen.restore(state["chosen_ids"])
         return state["step"]
 
     def _random_states(self) -> dict[str, torch.Tensor]:

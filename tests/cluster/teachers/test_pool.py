@@ -25,8 +25,8 @@ from cluster.teachers.pool import CREDITS, ReplicaPool, shares_of
 from configs.engines import ENGINES
 from configs.labels import Labels
 from configs.schema import Faults
-from trainer.errors import InfrastructureError, InsufficientResources, TeachersLost, UnitRejected
-from trainer.types import GenerationRequest, Sampling, Sequence, Unit
+from trainer.errors import InfrastructureError, InsufficientResources, StudentsLost, TeachersLost, UnitRejected
+from trainer.types import GenerationRequest, RowIds, Sampling, Sequence, Unit
 
 pytestmark = pytest.mark.stack
 
@@ -382,3 +382,31 @@ def test_a_teacher_that_keeps_dying_is_given_up_with_its_last_error(cluster: Any
 
     with pytest.raises(TeachersLost, match="no scorer of teacher fake is left"):
         run(scenario())
+
+
+@ray.remote(num_cpus=0)
+class Rank:
+    def choose(self) -> list[Any]:
+        ids = np.zeros((7, 100_000), dtype=np.int32)  # too large to travel inside its reference
+        return [ray.put(RowIds(unit(1).tokens_hash(), ids))]
+
+
+def test_ids_that_are_lost_with_the_node_of_their_rank_mean_that_the_students_are_lost(
+    cluster: Any, tmp_path: Path
+) -> None:
+    async def scenario() -> Events:
+        events = Events()
+        scorers = pool(tmp_path, events, replicas=1)
+        await scorers.start()
+        rank = Rank.options(runtime_env={"env_vars": {"PYTHONPATH": f"{SUPPORT}:{Path(__file__).parent}"}}).remote()
+        (ids,) = ray.get(rank.choose.remote(), timeout=30)
+        report, _ = await scorers.score(unit(1), ENCODING, ids)
+        assert report.unit_id == unit(1).id
+        (lost,) = ray.get(rank.choose.remote(), timeout=30)
+        ray.kill(rank)
+        with pytest.raises(StudentsLost, match="chose for unit 1/0:1 are lost"):
+            await scorers.score(unit(1), ENCODING, lost)
+        await scorers.close()
+        return events
+
+    assert run(scenario()).names["teacher_restart"] == 0

@@ -16,7 +16,7 @@ import numpy as np
 import configs.engines
 from configs.labels import Labels
 from trainer.errors import DeadlineExceeded, EngineDead, InfrastructureError, UnitRejected
-from trainer.types import Completion, GenerationRequest, LabelHeader, SoftLabelBlock, Unit, UnitReport
+from trainer.types import Completion, GenerationRequest, LabelHeader, RowIds, SoftLabelBlock, Unit, UnitReport
 
 
 class Engine(configs.engines.Engine):
@@ -70,7 +70,9 @@ class Scorer:
                 Path(engine.once).touch(exist_ok=False)
                 self._breaks = engine.breaks
 
-    async def score(self, unit: Unit, encoding: Labels, *, deadline_s: float) -> tuple[UnitReport, SoftLabelBlock]:
+    async def score(
+        self, unit: Unit, encoding: Labels, *, deadline_s: float, given: RowIds | None = None
+    ) -> tuple[UnitReport, SoftLabelBlock]:
         started = time.time()
         if any(self._engine.refuse_id in sequence.token_ids for sequence in unit.sequences):
             raise UnitRejected(f"unit {unit.id} holds token {self._engine.refuse_id}")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.labels import Labels, TopK
+from configs.labels import GivenIds, Labels, TopK
 from configs.section import MAIN
 from trainer.errors import (
     DataError,
@@ -58,6 +58,9 @@ SETTINGS = LoopSettings(
     save_every=0,
     max_non_finite_steps=1,
 )
+
+
+TOPK = TopK()
 
 
 class Stream:
@@ -117,7 +120,8 @@ class Scorers:
         self.in_flight = self.max_in_flight = 0
         self.fail: Callable[[Unit], Exception | None] = lambda unit: None
 
-    async def score(self, unit: Unit, encoding: Labels) -> tuple[UnitReport, str]:
+    async def score(self, unit: Unit, encoding: Labels, given: str | None = None) -> tuple[UnitReport, str]:
+        assert given == (f"ids of {unit.id}" if encoding.takes_ids else None)
         self.trace.events.append(("score", unit.id))
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
@@ -142,6 +146,15 @@ class Students:
         self.max_staged = 0
         self.skipped: set[int] = set()
         self.lose_once: set[int] = set()
+        self.busy = False
+
+    async def propose(self, batches: tuple[RankBatch, ...]) -> dict[str, str]:
+        assert not self.busy, "ranks do one thing at a time"
+        self.busy = True
+        await asyncio.sleep(0.001)
+        self.busy = False
+        self.trace.events.append(("ids", batches[0].step))
+        return {unit.id: f"ids of {unit.id}" for batch in batches for unit in batch.units}
 
     async def stage(self, batches: tuple[RankBatch, ...], blocks: list[list[str]]) -> None:
         step = batches[0].step
@@ -154,7 +167,10 @@ class Students:
 
     async def step(self, step: int) -> StepMetrics:
         batches = self.staged.pop(step)
+        assert not self.busy
+        self.busy = True
         await asyncio.sleep(self.delay_s)
+        self.busy = False
         self.trained.append(sorted(s.id for batch in batches for unit in batch.units for s in unit.sequences))
         return StepMetrics(step, {"train/loss": 1.0, "train/skipped": float(step in self.skipped)})
 
@@ -182,7 +198,13 @@ class Made:
         asyncio.run(asyncio.wait_for(self.loops.run(start_step), 20))
 
 
-def make(settings: LoopSettings = SETTINGS, *, answers: FromDataset | None = None, **delays: float) -> Made:
+def make(
+    settings: LoopSettings = SETTINGS,
+    *,
+    answers: FromDataset | None = None,
+    labels: Labels = TOPK,
+    **delays: float,
+) -> Made:
     trace, saved, stream = Trace(), [], Stream()
     answers = answers or FromDataset()
     scorers = Scorers(trace, delay_s=delays.get("score", 0.0))
@@ -196,7 +218,7 @@ def make(settings: LoopSettings = SETTINGS, *, answers: FromDataset | None = Non
         return await made.save(trained)
 
     source = Source({MAIN: stream}, {MAIN: answers}, {MAIN: 1.0}, sequences_per_step=settings.sequences_per_step)
-    unit_scorers = UnitScorers({"teacher": TeacherPools(scorers, None)}, {MAIN: TopK()})
+    unit_scorers = UnitScorers({"teacher": TeacherPools(scorers, None)}, {MAIN: labels})
     supply = Supply(source, unit_scorers, students, settings=settings, observer=trace)
     checkpoint = Checkpoint(save, trace, settings)
     evaluate = Evaluate(students, trace, settings, checkpoint)
@@ -664,3 +686,113 @@ def test_a_step_without_any_sequence_is_told() -> None:
     made.run()
     assert made.students.trained == [[], []]
     assert [e[1] for e in made.trace.events if e[0] == "empty_step"] == [{"at_step": 1}, {"at_step": 2}]
+
+
+def order_of(made: Made, *kinds: str) -> list[tuple[str, int]]:
+    return [(kind, step) for kind, step, *_ in made.trace.events if kind in kinds]
+
+
+@pytest.mark.parametrize("max_label_bytes", [10**9, 1])
+@pytest.mark.parametrize("depth", [1, 4])
+@pytest.mark.parametrize("start", [0, 5])
+def test_ids_are_chosen_with_the_weights_of_one_step_before_whatever_the_depth(
+    start: int, depth: int, max_label_bytes: int
+) -> None:
+    settings = replace(SETTINGS, depth=depth, max_label_bytes=max_label_bytes)
+    made = make(settings, labels=GivenIds(), train=0.002, score=0.003)
+    made.stream.position = 4 * start
+    made.run(start)
+    first = start + 1
+    expected = [("ids", first), *((k, s) for step in range(first, 8) for k, s in (("ids", step + 1), ("step", step)))]
+    assert order_of(made, "ids", "step") == [*expected, ("step", 8)]
+    assert len(made.students.trained) == 8 - start
+
+
+def test_at_depth_zero_ids_are_chosen_with_the_last_weights() -> None:
+    made = make(replace(SETTINGS, depth=0), labels=GivenIds())
+    made.run()
+    assert [kind for kind, _ in order_of(made, "ids", "score", "step")] == ["ids", "score", "score", "step"] * 8
+
+
+def test_a_step_is_scored_while_the_one_before_is_trained() -> None:
+    made = make(replace(SETTINGS, depth=1), labels=GivenIds(), train=0.05)
+    made.run()
+    scored = {event[1].split("/")[0]: place for place, event in enumerate(made.trace.events) if event[0] == "score"}
+    for step in range(1, 8):
+        assert scored[str(step + 1)] < made.trace.events.index(("step", step))
+
+
+def test_a_hook_and_a_choice_of_ids_are_never_at_once_and_hooks_come_first() -> None:
+    made = make(replace(SETTINGS, evaluate_every=1), labels=GivenIds())
+    evaluate = made.students.evaluate
+
+    async def exclusive(step: int) -> Evaluation:
+        assert not made.students.busy
+        made.students.busy = True
+        await asyncio.sleep(0.003)
+        made.students.busy = False
+        return await evaluate(step)
+
+    made.students.evaluate = exclusive
+    made.run()
+    assert len(made.students.trained) == 8
+
+
+def test_labels_that_are_lost_are_scored_again_on_the_same_ids() -> None:
+    made = make(labels=GivenIds())
+    made.students.lose_once = {3}
+    made.run()
+    assert [event for event in made.trace.events if event == ("ids", 3)] == [("ids", 3)]
+    assert len(made.students.trained) == 8
+
+
+@pytest.mark.parametrize("where", ["take", "collect", "stage"])
+def test_an_error_of_supply_waits_until_its_step_is_due_where_ids_are_chosen_before(where: str) -> None:
+    made = make(labels=GivenIds(), train=0.002)
+    owner = {"take": made.stream, "collect": made.answers, "stage": made.students}[where]
+    work, calls = getattr(owner, where), []
+
+    def broken_at_the_fourth(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise DataError("no answer")
+        return work(*arguments)
+
+    setattr(owner, where, broken_at_the_fourth)
+    with pytest.raises(DataError, match="no answer"):
+        made.run()
+    assert len(made.students.trained) == 3
+    assert made.saved == [(3, 12)]
+
+
+def test_a_stop_while_the_next_prompts_are_read_is_heard_and_keeps_what_was_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trainer.loop.supply.SETTLE_S", 0.1)
+
+    async def scenario() -> list:
+        made = make(labels=GivenIds())
+        take = made.stream.take
+        made.stream.take = lambda num: take(num) if made.stream.position < 12 else threading.Event().wait()
+        asyncio.get_running_loop().call_later(0.3, made.stop.set)
+        with pytest.raises(Preempted, match="after step 2"):
+            await asyncio.wait_for(made.loops.run(0), 5)
+        return made.saved
+
+    assert asyncio.run(scenario()) == [(2, 8)]
+
+
+def test_a_group_that_is_lost_while_it_chooses_ends_the_attempt() -> None:
+    made = make(labels=GivenIds())
+    propose = made.students.propose
+
+    async def lost_at_four(batches: tuple[RankBatch, ...]) -> dict[str, str]:
+        if batches[0].step == 4:
+            raise StudentsLost("rank 1 died")
+        return await propose(batches)
+
+    made.students.propose = lost_at_four
+    with pytest.raises(StudentsLost):
+        made.run()
+    assert len(made.students.trained) == 2
+    assert made.saved == []

@@ -88,6 +88,38 @@ def test_ranks_micro_batches_and_stages_all_train_what_one_process_works_out_by_
     assert several[2]["train/micro_batches"] == 1, "one rank trains an empty micro-batch here"
 
 
+def test_ids_are_the_students_likeliest_and_steps_on_them_are_the_same_however_they_are_split_and_resumed(
+    world: Path, pair: list[dict[str, Any]], single: dict[str, Any]
+) -> None:
+    model = _load(world / "llama")
+    ranks = [single["given_ids"], *(rank["given_ids"] for rank in pair)]
+    for found in (case for rank in ranks for case in rank.values()):
+        assert found["resumed"] == found["once"][2:]
+        assert all(found["same"])
+        assert found["once"] == [pytest.approx(m, rel=2e-4) for m in _comparable(ranks[0][2, 4096]["once"], found)]
+    chosen = [entry for rank in ranks for case in rank.values() for step in (1, 2) for entry in case["first"][step]]
+    for unit, given in chosen:
+        rows = [row for s in unit.sequences for row in _likeliest(model, s.token_ids, np.flatnonzero(s.loss_mask), 6)]
+        assert given.ids.tolist() == rows
+        assert np.roll(given.ids, 1, axis=0).tolist() != rows or len(rows) < 2
+    assert {len(case) for rank in ranks for case in rank.values()} == {4}
+
+
+def _comparable(metrics: list[dict[str, float]], found: dict[str, Any]) -> list[dict[str, float]]:
+    """But for the number of micro-batches, which splitting changes."""
+    name = "train/micro_batches"
+    return [{**ours, name: theirs[name]} for ours, theirs in zip(metrics, found["once"], strict=True)]
+
+
+def _likeliest(model: torch.nn.Module, token_ids: np.ndarray, rows: np.ndarray, k: int) -> list[list[int]]:
+    """Of each row the target id and the k likeliest others, by transformers."""
+    ids = torch.from_numpy(token_ids.astype(np.int64))
+    with torch.no_grad():
+        ordered = model(input_ids=ids[None]).logits[0, :, :VOCABULARY_SIZE].argsort(dim=-1, descending=True)
+    targets = [int(ids[row + 1]) for row in rows]
+    return [[t, *[i for i in ordered[row].tolist() if i != t][:k]] for row, t in zip(rows, targets, strict=True)]
+
+
 def test_training_moved_the_weights_and_both_ranks_tell_the_same_numbers(
     world: Path, pair: list[dict[str, Any]]
 ) -> None:
