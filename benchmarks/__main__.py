@@ -6,6 +6,7 @@ python -m benchmarks memory  CONFIG              peak memory of each role of a r
 python -m benchmarks losses                      CPU time and memory of every divergence with every encoding
 python -m benchmarks exactness                   the bias of every divergence with every encoding, on real models
 python -m benchmarks draft RUN TEACHER           how many tokens a student saves its teacher in speculative decoding
+python -m benchmarks other-student FOLDER        a small student with a tokenizer of its own, for docs/tokenizers.md
 
 docs/benchmarks.md says how to read the numbers. How fast a run of yours is: `stillhouse bench`.
 """
@@ -31,6 +32,23 @@ Teacher = Annotated[
     Path, typer.Option("--teacher", metavar="FOLDER", exists=True, file_okay=False, help="Model folder.")
 ]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="How often all sides take their turn.")]
+
+
+@app.command(epilog="Example: python -m benchmarks other-student models/other")
+def other_student(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the model is written.")],
+    rows: Annotated[Path, typer.Option("--rows", exists=True, dir_okay=False, help="Text of the tokenizer.")] = Path(
+        "configs/data/demo_train.jsonl"
+    ),
+    vocabulary: Annotated[int, typer.Option("--vocabulary", min=300, help="Tokens, at most.")] = 4096,
+    layers: Annotated[int, typer.Option("--layers", min=1, help="Of the Llama.")] = 6,
+    width: Annotated[int, typer.Option("--width", min=64, help="Of its hidden states, a multiple of 64.")] = 384,
+) -> None:
+    """A small student of random weights with a tokenizer that no teacher has, to distil into with `align`."""
+    from benchmarks.other_student import make_other_student
+
+    make_other_student(folder, rows, vocabulary=vocabulary, layers=layers, width=width)
+    typer.echo(f"{folder}: {layers} layers of {width}, tokenizer of {rows}")
 
 
 @app.command(epilog="Example: python -m benchmarks distil --teacher models/smollm2 --out distil.json")

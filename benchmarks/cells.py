@@ -18,7 +18,7 @@ WITHOUT_DISTRIBUTION = ("token", "none")
 def divergences() -> list[Term]:
     """Each row term that looks at labels, with its defaults."""
     classes = [one for one in LOSSES.built_in if "labels" in one.needs and one.form == "row"]
-    kinds = [LOSSES.kind_of(one) for one in classes]
+    kinds = [LOSSES.kind_of(one) for one in classes if not one.across_tokenizers]
     return [LOSSES.validate({"loss": loss, **NEEDED.get(loss, {})}) for loss in kinds]
 
 

@@ -45,7 +45,9 @@ def held_out_sets(run: Run) -> Mapping[str, HeldOutSet]:
         if task.evaluation is not None:
             route = (task.route or task.ensemble).model_dump_json() if task.route or task.ensemble else ""
             source = "" if task.fraction is None else task.prompts.model_dump_json()
-            members.setdefault((task.evaluation.model_dump_json(), source, route, *task.teachers), []).append(task)
+            aligned = "" if task.align is None else "aligned"
+            key = (task.evaluation.model_dump_json(), source, route, aligned, *task.teachers)
+            members.setdefault(key, []).append(task)
     return {one.name: one for one in (_set_of(tasks) for tasks in members.values())}
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Exactness = Literal["exact", "lower_bound", "unbiased", "biased", "refused"]
 
 
-_OF_ROWS: frozenset[Need] = frozenset({"groups", "rewards"})
+_OF_ROWS: frozenset[Need] = frozenset({"groups", "rewards", "chunks"})
 """Needs that labels have no part in."""
 
 
@@ -98,7 +98,7 @@ class Term(Section):
     needs: ClassVar[frozenset[Need]] = frozenset()
     """labels: of every row, from a teacher; target_event: among them the target id; likeliest_ids: the teacher's
     likeliest ids, each by itself; groups: several answers to one prompt; rewards: a number per answer; target_logprobs:
-    log-probabilities of the target ids alone, from a teacher."""
+    log-probabilities of the target ids alone, from a teacher; chunks: `align: chunks`."""
     tells: ClassVar[tuple[str, ...]] = ()
     """What its function says of each row beside the value; metrics have the means."""
     moves: ClassVar[bool] = False
@@ -106,6 +106,8 @@ class Term(Section):
     exactness: ClassVar[Mapping[str, Exactness]] = {}
     """By kind of labels, how the value compares with that over the whole vocabulary. A kind of a user's is not listed
     and allowed."""
+    across_tokenizers: ClassVar[bool] = False
+    """Whether it is for teachers with another tokenizer (`align`), and measured in docs/tokenizers.md."""
     instead: ClassVar[str] = ""
     """What to write where the labels' kind is refused."""
 
@@ -331,6 +333,32 @@ class Dpo(Term):
     exactness: ClassVar[Mapping[str, Exactness]] = {"token": "exact"}
 
 
+class ChunkKl(Term):
+    """KL of whether a chunk of the text comes, P log P/Q + (1 - P) log (1 - P)/(1 - Q) by its probabilities P of the
+    teacher and Q of the student, for teachers with another tokenizer (ALM, arXiv 2503.20083, with tau = 1)."""
+
+    loss: Literal["chunk_kl"] = "chunk_kl"
+
+    across_tokenizers: ClassVar[bool] = True
+    form: ClassVar[Literal["row", "sequence"]] = "sequence"
+    needs: ClassVar[frozenset[Need]] = frozenset({"target_logprobs", "chunks"})
+    exactness: ClassVar[Mapping[str, Exactness]] = {"token": "lower_bound"}
+
+
+class Uld(Divergence):
+    """Sum of |p - q| over sorted probabilities, for teachers with any other tokenizer (arXiv 2402.12030): it does not
+    look at which tokens they are of."""
+
+    loss: Literal["uld"] = "uld"
+
+    exactness: ClassVar[Mapping[str, Exactness]] = {
+        **dict.fromkeys(("topk", "given_ids", "token"), "refused"),
+        **dict.fromkeys(("hidden", "dense"), "exact"),
+    }
+    across_tokenizers: ClassVar[bool] = True
+    instead: ClassVar[str] = "it sorts all probabilities: write labels: hidden"
+
+
 LOSSES = Station(
     Term,
     (
@@ -348,6 +376,8 @@ LOSSES = Station(
         Atkd,
         CrossEntropy,
         Dpo,
+        ChunkKl,
+        Uld,
     ),
     class_name="Term",
     tag="loss",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from configs.alignment import alignment_problems
 from configs.engines import Vllm
 from configs.labels import NoLabels
 from configs.losses import ForwardKl, Need, Term
@@ -34,6 +35,7 @@ def broken_rules(run: Run) -> Iterator[Problem]:
         yield from _objective(run, task)
         yield from _pairs(run, task)
         yield from _ensemble(run, task)
+        yield from ((_place(run, task, at), value, text) for at, value, text in alignment_problems(task))
     wrong = [problem for task in tasks for problem in _asked(run, task)]
     yield from wrong or _generators(run)
     if run.runtime == "in_process":

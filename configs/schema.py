@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, ValidationInfo, field_validator, model_validator
 
+from configs.alignment import ALIGNMENTS, AnyAlignment
 from configs.answers import ANSWERS, AnyAnswers, DatasetAnswers
 from configs.engines import ENGINES
 from configs.labels import LABELS, AnyLabels, Labels, NoLabels, TopK
@@ -140,6 +141,7 @@ class Run(Section):
     data: Data = Data()
     answers: AnyAnswers = DatasetAnswers()
     labels: AnyLabels = TopK()
+    align: AnyAlignment | None = Field(None, description="How labels of a teacher with another tokenizer are used.")
     objective: tuple[AnyTerm, ...] = Field((ForwardKl(),), min_length=1)
     optimizer: Optimizer = Optimizer()
     training: Training
@@ -216,6 +218,8 @@ class Run(Section):
                 yield f"{name}labels", LABELS, holder.labels
             if holder.answers is not None:
                 yield f"{name}answers", ANSWERS, holder.answers
+            if holder.align is not None:
+                yield f"{name}align", ALIGNMENTS, holder.align
             own = ((i, term) for i, term in enumerate(holder.objective or ()) if "." in term.loss)
             yield from ((f"{name}objective.{i}", LOSSES, term) for i, term in own)
         for name, teacher in self.named_teachers().items():

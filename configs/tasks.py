@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from configs.alignment import Alignment, AnyAlignment
 from configs.answers import Answers, AnyAnswers
 from configs.labels import AnyLabels, Labels, NoLabels
 from configs.losses import AnyTerm, Term
@@ -98,6 +99,7 @@ class Task(Section):
     answers: AnyAnswers | None = Field(None, description="Who writes the text that is trained on.")
     evaluation: HeldOutRows | None = Field(None, description="Held-out rows of the task; None: data.evaluation.")
     labels: AnyLabels | None = Field(None, description="What the teacher says of each token.")
+    align: AnyAlignment | None = Field(None, description="How labels of a teacher with another tokenizer are used.")
     objective: tuple[AnyTerm, ...] | None = Field(None, min_length=1, description="Weighted terms of the loss.")
     teacher: Name | None = Field(
         None, description="Its name; None: the only teacher, or as `route` or `ensemble` says."
@@ -129,6 +131,7 @@ class ResolvedTask:
     share: float = 1.0
     normaliser: Literal["run", "task"] = "run"
     evaluation: HeldOutRows | None = None
+    align: Alignment | None = None
 
     @property
     def fraction(self) -> float | None:
@@ -182,5 +185,6 @@ def resolve_tasks(run: Run) -> Mapping[str, ResolvedTask]:
             share=task.share,
             normaliser=task.normaliser,
             evaluation=task.evaluation or run.data.evaluation,
+            align=task.align or run.align,
         )
     return resolved

@@ -121,7 +121,7 @@ class RunResult:
         parts = [f"{last:,} steps"]
         if found.evaluations and found.evaluations[-1].forward_kl is not None:
             first, now = found.evaluations[0].forward_kl, found.evaluations[-1].forward_kl
-            parts.append(f"held-out KL {first:.3f} -> {now:.3f} nats per token")
+            parts.append(f"held-out KL {first:.3f} -> {now:.3f} nats per {found.evaluations[-1].kl_unit}")
         return f"RunResult({str(self.folder)!r}: {', '.join(parts)})"
 
     def _repr_html_(self) -> str:

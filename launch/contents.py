@@ -101,9 +101,12 @@ def _contents(run: Run, inputs: Inputs) -> Iterator[tuple[str, str]]:
     yield from _model("student.model", run.student.model)
     for task in run.resolved_tasks().values():
         for name in task.teachers:
-            template = inputs.tasks[task.name].template
+            template = inputs.tasks[task.name].templates[name]
             texts = (template.text or "") + (template.with_tools or "")
             yield f"{teacher_place(run, name)}.chat_template", _digest(texts)
+    if inputs.vocabulary.others:  # otherwise the student's tokenizer is the teacher's
+        student = inputs.first.template
+        yield "student.tokenizer", _digest(f"{inputs.vocabulary.fingerprint} {student.text} {student.with_tools}")
     for place, station, choice in run.choices():
         kind = station.kind_of(choice)
         found = importlib.util.find_spec(kind) if "." in kind else None

@@ -26,6 +26,7 @@ def resolve_run(run: Run, inputs: Inputs, hardware: Hardware, *, with_students: 
     facts = RunFacts(
         vocabulary_size=inputs.vocabulary.size,
         tokenizer_fingerprint=inputs.vocabulary.fingerprint,
+        vocabularies={name: (one.size, one.fingerprint) for name, one in inputs.vocabulary.others.items()},
         student=_known(run.student.model, "student.model"),
         teachers={
             name: _known(teacher.model, f"{teacher_place(run, name)}.model", reads_files=run.store is not None)

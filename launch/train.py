@@ -18,6 +18,7 @@ from cluster.lifecycle.health import Failure, FailurePolicy, RestartGroup
 from cluster.prometheus import Exported
 from configs.load import LoadedRun, config_hash, dump_run, load_run, run_folder
 from configs.schema import Run
+from launch.check.alignment import aligned_at_start
 from launch.check.run import raise_problems
 from launch.contents import contents_of, dtypes_of
 from launch.export import ADAPTER, stored_dtype
@@ -190,6 +191,7 @@ def _train(
             *changed,
             *([length] if length else []),
             *(note for stream in job.streams.values() for note in stream.notes),
+            *aligned_at_start(job),
         ]
         start.notifier.follow(observer, steps=job.loop.total_steps)
         for text in (*notes, *runtime.resolved.reasons, *runtime.warnings):

@@ -48,6 +48,12 @@ EVALUATION = (
     _of_evaluation("agreement", "share", "rows where the likeliest id is the same for student and teacher"),
     _of_evaluation("perplexity", "", "of the student on the target ids: exp of its mean cross-entropy"),
     _of_evaluation("teacher_perplexity", "", "of the teacher on the same ids"),
+    _of_evaluation(
+        "aligned_rows",
+        "rows",
+        "those that KL and agreement are of, where the teacher has another tokenizer: over the "
+        "tokens that both have, and one event of all others",
+    ),
     _of_evaluation("padding_mass", "share", "mean probability that the student gives to ids that do not exist"),
 )
 """Of the held-out rows; what needs a teacher is absent where none scored them."""
@@ -97,6 +103,10 @@ METRICS = (
     Metric("answers/empty", "", "of them without a token", summed=True),
     Metric("answers/cut_off", "", "of them as long as `answers.max_new_tokens`, and not at an end", summed=True),
     Metric("answers/dropped", "", "of them not trained on", summed=True),
+    Metric("align/byte_ratio", "share", "bytes of answers that labels of a teacher with another tokenizer say "
+           "something of, of all tasks that are aligned"),
+    Metric("align/digit_ratio", "share", "the same of the digits among them; absent where there is none"),
+    Metric("align/row_ratio", "share", "loss tokens that such labels reach"),
     Metric("task/<task>/<term>", "nats", "as `train/<term>`, of one task among several"),
     Metric("task/<task>/<term>_<own>", "", "as `train/<term>_<own>`, of one task among several"),
     Metric("task/<task>/<term>/<teacher>", "nats", "as `train/<term>/<teacher>`, of one task"),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from trainer.types import (
     Unit,
     UnitReport,
 )
+
+if TYPE_CHECKING:
+    from trainer.align.texts import TextAligner
 
 Moment = Literal["before", "during", "after"]
 """When an evaluation was made, seen from training; the one of the last step is `after`."""
@@ -86,6 +89,7 @@ class Author:
 
     generators: Generators
     stop_ids: tuple[int, ...]  # its answers end with one of them
+    aligner: TextAligner | None = None  # where it has another tokenizer than the student
 
 
 class AnswerSource(Protocol):

@@ -113,12 +113,56 @@ class Cursor:
 
 
 @dataclass(frozen=True, slots=True)
+class Coverage:
+    """Bytes of answers, and of digits in them, and how many of each the labels of a teacher reach."""
+
+    num_bytes: int = 0
+    aligned_bytes: int = 0
+    num_digits: int = 0
+    aligned_digits: int = 0
+
+    def plus(self, other: Coverage) -> Coverage:
+        return Coverage(
+            self.num_bytes + other.num_bytes,
+            self.aligned_bytes + other.aligned_bytes,
+            self.num_digits + other.num_digits,
+            self.aligned_digits + other.aligned_digits,
+        )
+
+    @property
+    def byte_ratio(self) -> float:
+        """1 where there is no byte."""
+        return self.aligned_bytes / self.num_bytes if self.num_bytes else 1.0
+
+    @property
+    def digit_ratio(self) -> float | None:
+        """None where there is no digit."""
+        return self.aligned_digits / self.num_digits if self.num_digits else None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Reading:
+    """What a teacher with a tokenizer and a template of its own reads in the place of a text, and of which of the
+    text's rows its labels are (`trainer/align/`)."""
+
+    token_ids: np.ndarray  # int32 [L'], the teacher's
+    loss_mask: np.ndarray | None = None  # bool [L'], shifted: the n' rows that it is asked for; None: a prompt
+    groups: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """int64 [n], of each loss row of the text: rows of one number on both sides belong together; -1: has no label."""
+    teacher_groups: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # int64 [n'], likewise
+    num_groups: int = 0
+    coverage: Coverage = Coverage()
+    chunked: bool = False  # groups may have several rows of each side, and their labels are summed
+
+
+@dataclass(frozen=True, slots=True)
 class RowText:
     """One of the texts that a row becomes."""
 
     token_ids: np.ndarray  # int32 [L]
     loss_mask: np.ndarray | None  # bool [L], shifted (module docstring); None: the answer is to be written
     row_weights: np.ndarray | None = None  # float32 [L], shifted: of each row in the row terms; None: all 1
+    reading: Reading | None = None  # what the teacher reads instead, where it has another tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +184,7 @@ class Prompt:
     alternatives: tuple[RowText, ...] = ()  # further answers, which are compared with the first
     turns: tuple[RowText, ...] = ()  # further turns of a conversation that is no single text for its template
     weight: float = 1.0  # of its answers' rows in the row terms of the objective, `row_weights` apart
+    reading: Reading | None = None  # as in `RowText`
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +265,23 @@ class Sequence:
     reward: float | None = None
     version: str = ""  # of the author's weights
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # float32 [L] each, shifted as the mask is
+    reading: Reading | None = None  # as in `RowText`
+
+    def as_read(self) -> Sequence:
+        """As its teacher reads it: itself, unless that has another tokenizer."""
+        if self.reading is None:
+            return self
+        assert self.reading.loss_mask is not None, self.id
+        return Sequence(
+            self.prompt_id,
+            self.reading.token_ids,
+            self.reading.loss_mask,
+            self.author,
+            sample=self.sample,
+            task=self.task,
+            teacher=self.teacher,
+            is_turn=self.is_turn,
+        )
 
     @property
     def id(self) -> str:
@@ -271,6 +333,12 @@ class Unit:
     def kind(self) -> tuple[str, str]:
         """Task and teacher of all its sequences."""
         return self.sequences[0].kind
+
+    def as_read(self) -> Unit:
+        """As its teacher reads it (`Sequence.as_read`)."""
+        if all(sequence.reading is None for sequence in self.sequences):
+            return self
+        return Unit(self.id, tuple(sequence.as_read() for sequence in self.sequences))
 
     @property
     def num_tokens(self) -> int:
@@ -399,7 +467,7 @@ class TaskTotals:
     """Of one task in one step, over all ranks: what its terms are divided by."""
 
     num_loss_tokens: int
-    num_groups: int  # prompts with at least one answer
+    num_groups: int  # prompts with at least one answer; of aligned chunks these
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,7 +498,9 @@ class BatchPart:
     labels: Mapping[str, torch.Tensor]  # columns of the task's encoding, each [n, width]
     columns: Mapping[str, torch.Tensor]  # float32 [n] each
     row_weights: torch.Tensor | None  # float32 [n] of the row terms; None: all 1
-    row_sequences: torch.Tensor  # int64 [n], the sequence of each row, counted from 0 in this part
+    row_sequences: torch.Tensor
+    """int64 [n], the sequence of each row, counted from 0 in this part; of aligned chunks the chunk, and one number
+    more for the rows in none."""
     groups: tuple[tuple[int, ...], ...]  # the same numbers: the answers to each prompt, in the order of their samples
     rewards: tuple[float | None, ...]  # of each sequence of this part
 
@@ -507,9 +577,17 @@ class Evaluation:
     padding_mass: float = (
         0.0  # mean probability of the student on its rows beyond the vocabulary: ids that do not exist
     )
+    aligned_rows: int | None = None
+    """Of a teacher with another tokenizer: the rows that KL and agreement are of, over the ids that both vocabularies
+    have and one event of all others. None: all rows that a teacher scored, over the whole vocabulary."""
     samples: tuple[SampleTokens, ...] = ()
     tasks: Mapping[str, Evaluation] = field(default_factory=dict)  # of each, where there are several: this is their sum
     teachers: Mapping[str, float] = field(default_factory=dict)  # forward_kl to each of several that are asked together
+
+    @property
+    def kl_unit(self) -> str:
+        """What `forward_kl` is a mean over: "token", or of a teacher with another tokenizer "aligned token"."""
+        return "token" if self.aligned_rows is None else "aligned token"
 
     @property
     def headline(self) -> tuple[str, float]:

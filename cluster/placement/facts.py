@@ -22,7 +22,12 @@ class RunFacts:
 
     vocabulary_size: int  # the true one, without padding
     tokenizer_fingerprint: str
+    vocabularies: Mapping[str, tuple[int, str]] = field(default_factory=dict)  # size and fingerprint of other ones
     student: KnownModel = field(default_factory=KnownModel)  # without a config its attention stays as written
     teachers: Mapping[str, KnownModel] = field(default_factory=dict)  # by name, as far as something is known
     offline: bool = False  # all models are folders
     bytecode_folder: str | None = None  # of `runtime.bytecode_folder()`
+
+    def vocabulary_of(self, teacher: str) -> tuple[int, str]:
+        """(size, fingerprint) of the vocabulary by which a teacher reads."""
+        return self.vocabularies.get(teacher, (self.vocabulary_size, self.tokenizer_fingerprint))

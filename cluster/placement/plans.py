@@ -111,6 +111,7 @@ class _Teacher:
     def plan(self, role: Role, replicas: Replicas) -> EnginePlan:
         choices, run, model = self.choices, self.choices.run, self.teacher.model
         dtype = choices.dtypes.choose(f"{teacher_place(run, self.teacher.name)}.{role}", replicas.dtype)
+        vocabulary_size, fingerprint = choices.facts.vocabulary_of(self.teacher.name)
         return EnginePlan(
             role=role,
             prefix=prefix_of(run, self.teacher.name),
@@ -126,8 +127,8 @@ class _Teacher:
             environment=choices.environment(role),
             teacher=self.teacher.name,
             weights_version=model.revision or "unversioned",
-            tokenizer_fingerprint=choices.facts.tokenizer_fingerprint,
-            vocabulary_size=choices.facts.vocabulary_size,
+            tokenizer_fingerprint=fingerprint,
+            vocabulary_size=vocabulary_size,
             encodings=self._encodings() if role == SCORER else (),
             start_timeout_s=_start_timeout_s(run, model, self._known.num_bytes),
             store=self._store(dtype) if role == SCORER else None,

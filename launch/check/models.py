@@ -85,6 +85,9 @@ def tokenizers(run: Run, inputs: list[Inputs]) -> Iterator[Finding]:
     def say() -> str:
         shared = inputs[0].vocabulary
         rows = {"teacher": shared.teacher_rows, "student": shared.student_rows}
+        if shared.others:
+            aligned = ", ".join(f"{name} has {one.size} of its own" for name, one in shared.others.items())
+            return f"the student has {shared.size} tokens, {aligned}"
         padded = ", ".join(f"{name} has {number} rows" for name, number in rows.items() if number > shared.size)
         return f"the same, {shared.size} tokens" + (f" (padded: {padded})" if padded else "")
 

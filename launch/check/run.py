@@ -25,6 +25,7 @@ from configs.losses import Term
 from configs.rules import teacher_place, teachers_by_place, unused_teachers
 from configs.schema import Run
 from launch.check import memory, models, places, rows, store, trackers
+from launch.check.alignment import alignment
 from launch.check.needs import needs_of
 from launch.check.shown_rows import Wanted, show_rows
 from launch.check.there import HERE, UNSEEN, There
@@ -149,6 +150,8 @@ def examine(run: Run, inputs: list[Inputs] | None = None, there: There = HERE) -
     if inputs:
         yield from models.label_bytes(run, inputs[0], row_bytes)
     yield from rows.examine_rows(run, inputs[0] if inputs else None)
+    if inputs:
+        yield from alignment(run, inputs[0])
     for place, teacher in teachers_by_place(run).items():
         if place in facts:
             yield from models.engine(place, teacher)

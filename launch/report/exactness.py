@@ -26,7 +26,9 @@ def exactness_of(run: Run) -> dict[str, str]:
 def told_at_start(run: Run) -> list[str]:
     """At most one line: the terms whose values are bounds or biased."""
     cells = [f"{name} is {_words(found, kind)}" for name, found, kind in _cells(run) if found in _TOLD]
-    return [f"{'; '.join(cells)}. Held-out numbers are exact"] if cells else []
+    aligned = any(task.align is not None for task in run.resolved_tasks().values())
+    held_out = "Held-out KL is over the rows and the tokens that both tokenizers have" if aligned else ""
+    return [f"{'; '.join(cells)}. {held_out or 'Held-out numbers are exact'}"] if cells or aligned else []
 
 
 def _cells(run: Run) -> list[tuple[str, Exactness | None, str]]:
@@ -34,7 +36,7 @@ def _cells(run: Run) -> list[tuple[str, Exactness | None, str]]:
     return [
         (
             f"{task.name}/{term.loss}" if run.tasks else term.loss,
-            term.exactness_of(task.labels),
+            "biased" if task.align is not None and "labels" in term.needs else term.exactness_of(task.labels),
             task.labels.kind,
         )
         for task in run.resolved_tasks().values()

@@ -37,11 +37,19 @@ _LARGEST = 1e100
 """Of a number that is read back: charts calculate with sums, quotients and margins of them."""
 
 EVALUATION = "evaluation/"
-EVALUATION_FIELDS = ("num_rows", "forward_kl", "agreement", "perplexity", "teacher_perplexity", "padding_mass")
+EVALUATION_FIELDS = (
+    "num_rows",
+    "forward_kl",
+    "agreement",
+    "perplexity",
+    "teacher_perplexity",
+    "padding_mass",
+    "aligned_rows",
+)
 _EVALUATED = re.compile(
     rf"(?:task/(?P<task>[^/]+)/)?(?:teacher/(?P<teacher>[^/]+)/forward_kl|(?P<field>{'|'.join(EVALUATION_FIELDS)}))"
 )
-_OF_TEACHERS = ("forward_kl", "agreement", "teacher_perplexity")  # left out where no teacher scored the rows
+_OF_TEACHERS = ("forward_kl", "agreement", "teacher_perplexity", "aligned_rows")  # left out where none scored the rows
 NOTICEABLE_PADDING = 5e-4
 """The share of a student's probability on ids that do not exist from which on people are shown it."""
 

@@ -173,7 +173,7 @@ def _measured(first: Evaluation, last: Evaluation, task: str) -> list[Row]:
     rows = []
     if first.forward_kl is not None and last.forward_kl is not None:
         kl = (fixed(one, 3) for one in (first.forward_kl, last.forward_kl))
-        rows.append(Row(f"{of}KL(teacher, student), nats per token", *kl, "0"))
+        rows.append(Row(f"{of}KL(teacher, student), nats per {last.kl_unit}", *kl, "0"))
     if first.agreement is not None and last.agreement is not None:
         rows.append(Row(f"{of}agreement of first choices", share(first.agreement), share(last.agreement), "100%"))
     teacher = "" if last.teacher_perplexity is None else fixed(last.teacher_perplexity, 2)

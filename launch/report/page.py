@@ -195,7 +195,7 @@ def _quality_tiles(first: Evaluation, last: Evaluation) -> list[Tile]:
     tiles = []
     if first.forward_kl is not None and last.forward_kl is not None:
         kl = _change(first.forward_kl, last.forward_kl, compact)
-        tiles.append(Tile("KL to teacher, nats/token", kl, _factor(first.forward_kl, last.forward_kl)))
+        tiles.append(Tile(f"KL to teacher, nats/{last.kl_unit}", kl, _factor(first.forward_kl, last.forward_kl)))
     if first.agreement is not None and last.agreement is not None:
         tiles.append(Tile("Same first choice", _change(first.agreement, last.agreement, percent)))
     teacher = "" if last.teacher_perplexity is None else f"teacher {compact(last.teacher_perplexity)}"

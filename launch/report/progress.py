@@ -168,12 +168,13 @@ class Progress:
 def _quality(before: Evaluation | None, now: Evaluation) -> str:
     """What was measured, before and now."""
     perplexity = f"perplexity {_change(before and before.perplexity, now.perplexity, _two)}"
-    if now.forward_kl is None or now.agreement is None or now.teacher_perplexity is None:
+    if now.forward_kl is None or now.agreement is None:
         return perplexity + _padding(before, now)
+    teacher = "" if now.teacher_perplexity is None else f" (teacher {_two(now.teacher_perplexity)})"
     return (
-        f"KL {_change(before and before.forward_kl, now.forward_kl, _three)} nats/token, "
+        f"KL {_change(before and before.forward_kl, now.forward_kl, _three)} nats/{now.kl_unit}, "
         f"agreement {_change(before and before.agreement, now.agreement, share)}, "
-        f"{perplexity} (teacher {_two(now.teacher_perplexity)})" + _padding(before, now)
+        f"{perplexity}{teacher}" + _padding(before, now)
     )
 
 

@@ -97,6 +97,12 @@ def atkd(
     return torch.where(1 - p_y > threshold, hard, easy)
 
 
+def uld(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """By a loop over the places."""
+    first, second = (rows.sort(-1, descending=True).values.unbind(-1) for rows in (p, q))
+    return sum((one - other).abs() for one, other in zip(first, second, strict=True))
+
+
 TERMS: dict[str, TermOracle] = {
     "forward_kl": TermOracle(oracle.forward_kl),
     "reverse_kl": TermOracle(oracle.reverse_kl),
@@ -115,6 +121,7 @@ TERMS: dict[str, TermOracle] = {
         {"easy_weight": 0.3, "hard_share": 0.4, "threshold": 0.5},
         sees_target=True,
     ),
+    "uld": TermOracle(uld),
 }
 
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
+from typing import Any
 
-from tiny_models import CHATML
+from ruamel.yaml import YAML
+from tiny_models import CHATML, tiny_model
+from tiny_runs import tiny_run
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -99,3 +105,30 @@ def _byte_level(
     made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=specials[1], eos_token=end, pad_token="<pad>")
     made.chat_template = CHATML
     return made
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "overlap": {"align": {"kind": "overlap", "min_ratio": 0.05}},
+    "overlap-hidden": {"align": {"kind": "overlap", "min_ratio": 0.05}, "labels": {"kind": "hidden"}},
+    "chunks": {"align": "chunks", "labels": {"kind": "token"}, "objective": [{"loss": "chunk_kl"}]},
+    "uld": {
+        "align": "uld",
+        "labels": {"kind": "hidden"},
+        "objective": [{"loss": "uld"}, {"loss": "cross_entropy", "weight": 0.5}],
+    },
+}
+"""Changes of a run whose student has another tokenizer; the tiny vocabularies share few words."""
+
+
+def run_across(folder: Path, changes: Mapping[str, Any]) -> Path:
+    """A tiny run in one process, whose student reads by `digits_in_threes` and its own template."""
+    config = tiny_run(folder, {"runtime": "in_process", "student": {"ranks": 1}, **changes})
+    yaml = YAML(typ="safe")
+    run = yaml.load(config.read_text())
+    run["labels"] = changes.get("labels", {"kind": "topk", "k": 16})  # instead of the base's, not laid over it
+    with config.open("w") as file:
+        yaml.dump(run, file)
+    shutil.rmtree(folder / "student")
+    tiny_model(seed=2, num_hidden_layers=1, vocab_size=448).save_pretrained(folder / "student")
+    digits_in_threes().save_pretrained(folder / "student")
+    return config

@@ -16,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 
 from trainer.align.token_bytes import UNKNOWN, TokenBytes
+from trainer.types import Coverage
 
 END = b"\xfe"
 """Stands for the token that ends an answer, which has another name in each vocabulary. No byte of UTF-8."""
@@ -50,34 +51,6 @@ class Chunks:
     student: np.ndarray  # int64 [n], of each loss row
     teacher: np.ndarray  # int64 [n']
     count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Coverage:
-    """Bytes of answers, and of digits in them, and how many of each the labels of a teacher reach."""
-
-    num_bytes: int = 0
-    aligned_bytes: int = 0
-    num_digits: int = 0
-    aligned_digits: int = 0
-
-    def plus(self, other: Coverage) -> Coverage:
-        return Coverage(
-            self.num_bytes + other.num_bytes,
-            self.aligned_bytes + other.aligned_bytes,
-            self.num_digits + other.num_digits,
-            self.aligned_digits + other.aligned_digits,
-        )
-
-    @property
-    def byte_ratio(self) -> float:
-        """1 where there is no byte."""
-        return self.aligned_bytes / self.num_bytes if self.num_bytes else 1.0
-
-    @property
-    def digit_ratio(self) -> float | None:
-        """None where there is no digit."""
-        return self.aligned_digits / self.num_digits if self.num_digits else None
 
 
 def read_spans(

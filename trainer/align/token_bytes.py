@@ -68,8 +68,9 @@ class TokenBytes:
         return np.fromiter(map(len, self.values), dtype=np.int64, count=len(self.values))
 
     def join(self, ids: Iterable[int]) -> bytes:
-        """The text of a row of ids."""
-        return b"".join([self.values[i] for i in ids])
+        """The text of a row of ids; those of a model's padding, which it may write too, stand for none."""
+        most = len(self.values)
+        return b"".join([self.values[i] if i < most else UNKNOWN for i in ids])
 
 
 def _reader(tokenizer: PreTrainedTokenizerBase, name: str) -> Callable[[str], bytes | None]:

@@ -41,7 +41,7 @@ def answers_of_dataset(prompt: Prompt) -> list[Sequence]:
         raise DataError(
             f"{prompt.origin}: has no answer; answers: teacher and teacher.generator: {{}} let the teacher write it"
         )
-    first = RowText(prompt.token_ids, prompt.loss_mask, prompt.row_weights)
+    first = RowText(prompt.token_ids, prompt.loss_mask, prompt.row_weights, prompt.reading)
     return [
         Sequence(
             prompt.id,
@@ -55,6 +55,7 @@ def answers_of_dataset(prompt: Prompt) -> list[Sequence]:
             weight=prompt.weight,
             row_weights=text.row_weights,
             is_turn=bool(prompt.turns),
+            reading=text.reading,
         )
         for sample, text in enumerate((first, *prompt.turns, *prompt.alternatives))
     ]

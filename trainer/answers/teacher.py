@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +16,19 @@ from configs.answers import TeacherAnswers
 from trainer.answers.dataset import answers_of_dataset
 from trainer.errors import DataError
 from trainer.protocols import AnswerCollector, Author
-from trainer.types import AnswerCounters, Collected, Completion, GenerationRequest, Prompt, Sampling, Sequence
+from trainer.types import (
+    AnswerCounters,
+    Collected,
+    Completion,
+    GenerationRequest,
+    Prompt,
+    RowText,
+    Sampling,
+    Sequence,
+)
+
+if TYPE_CHECKING:
+    from trainer.align.texts import TextAligner
 
 MIN_JUDGED = 20
 """Answers before their quality is judged."""
@@ -69,8 +82,13 @@ class WrittenAnswers:
                 completion = written[prompt.id, sample]
                 count = self._count(completion, self._authors[prompt.teacher])
                 counters = counters.plus(count)
-                if not count.dropped:
-                    sequences.append(answered_by_teacher(prompt, completion, sample=sample))
+                if count.dropped:
+                    continue
+                aligner = self._authors[prompt.teacher].aligner
+                try:
+                    sequences.append(answered_by_teacher(prompt, completion, sample=sample, aligner=aligner))
+                except DataError:  # nothing of it belongs to a token of the student
+                    counters = counters.plus(AnswerCounters(empty=1, dropped=1))
         return Collected(tuple(sequences), counters)
 
     def _count(self, completion: Completion, author: Author) -> AnswerCounters:
@@ -104,7 +122,7 @@ async def write_answers(
     for prompt in prompts:
         asked.setdefault(prompt.teacher, []).extend(
             GenerationRequest(
-                prompt.id, prompt.token_ids, sampling[prompt.teacher], sample=sample, origin=prompt.origin
+                prompt.id, asked_ids(prompt), sampling[prompt.teacher], sample=sample, origin=prompt.origin
             )
             for sample in range(n)
         )
@@ -116,19 +134,33 @@ async def write_answers(
     }
 
 
-def answered_by_teacher(prompt: Prompt, completion: Completion, *, sample: int = 0) -> Sequence:
-    """Prompt and answer; the first answer token is predicted by the last row of the prompt."""
-    token_ids = np.concatenate([prompt.token_ids, completion.token_ids])
-    loss_mask = np.zeros(len(token_ids), dtype=bool)
-    loss_mask[len(prompt.token_ids) - 1 : -1] = True
+def asked_ids(prompt: Prompt) -> np.ndarray:
+    """What a generator reads of a prompt, by its own tokenizer."""
+    return prompt.token_ids if prompt.reading is None else prompt.reading.token_ids
+
+
+def answered_by_teacher(
+    prompt: Prompt, completion: Completion, *, sample: int = 0, aligner: TextAligner | None = None
+) -> Sequence:
+    """Prompt and answer; the first answer token is predicted by the last row of the prompt. `aligner` of a teacher with
+    another tokenizer; raises `DataError` where nothing of its answer can be aligned."""
+    if aligner is not None:
+        assert prompt.reading is not None, prompt.id
+        text = aligner.answered(RowText(prompt.token_ids, None), prompt.reading, completion)
+    else:
+        token_ids = np.concatenate([prompt.token_ids, completion.token_ids])
+        loss_mask = np.zeros(len(token_ids), dtype=bool)
+        loss_mask[len(prompt.token_ids) - 1 : -1] = True
+        text = RowText(token_ids, loss_mask)
     return Sequence(
         prompt.id,
-        token_ids,
-        loss_mask,
+        text.token_ids,
+        text.loss_mask,
         author=completion.author,
         sample=sample,
         task=prompt.task,
         teacher=prompt.teacher,
         weight=prompt.weight,
         version=completion.versions[-1][1],
+        reading=text.reading,
     )

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from trainer.align.aligner import SharedIds
 from trainer.losses.ensemble import Mix, probability_mean
 from trainer.losses.kl import forward_kl
 from trainer.model.fast import cache_blocks
@@ -21,13 +22,14 @@ from trainer.types import Evaluation, PairedLogProbs
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRows:
-    """Per loss row, on the device; log-probabilities of the target id. M is N, or 0 where no teacher scored
-    the rows."""
+    """Per loss row, on the device; log-probabilities of the target id. M is N, or 0 where no teacher scored the rows;
+    of a teacher with another tokenizer the number of aligned rows, where KL and agreement are over the ids that both
+    vocabularies have and one event of all others."""
 
     kl: torch.Tensor  # float32 [M] KL(teacher, student) in nats
     agree: torch.Tensor  # bool [M] both argmax are equal
     student_logprob: torch.Tensor  # float32 [N]
-    teacher_logprob: torch.Tensor  # float32 [M]
+    teacher_logprob: torch.Tensor  # float32 [M]; 0 of a teacher with another tokenizer, whose target ids are others
     padding_mass: torch.Tensor  # float32 [N] of the student's softmax over all its rows, beyond the vocabulary
     kl_to_each: torch.Tensor  # float32 [M, T] as kl, of each of T teachers that were asked together; T is 0 of one
 
@@ -65,6 +67,8 @@ class TeacherStates:
 
     hidden: torch.Tensor  # [N, H of the teacher]
     head: Head
+    shared: SharedIds | None = None  # with the student's vocabulary, where the teacher has another
+    aligned: torch.Tensor | None = None  # bool [N]: rows that the teacher said something of, likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +121,31 @@ def evaluation_rows(
                 rows.kl_to_each[place] = torch.stack(kls, 1)
                 scored = [together.mixed(scored, place)]
             if scored:
-                _compare(rows, place, student, scored[0], target_ids[place, None])
+                _compare(rows, place, student, scored[0], target_ids[place, None], states[0].shared)
             if padding is not None:
                 inside = logits[:, 0] - student[:, 0]  # log-sum-exp
                 outside = head.padding.shape.apply(padding[block].float()).logsumexp(1)
                 rows.padding_mass[place] = (outside - inside).sigmoid()
-    return rows
+    if teacher is None or teacher.aligned is None:
+        return rows
+    kept = {name: getattr(rows, name)[teacher.aligned] for name in ("kl", "agree", "teacher_logprob")}
+    return replace(rows, **kept)
 
 
 def _compare(
-    rows: EvaluationRows, place: slice, student: torch.Tensor, teacher: torch.Tensor, ids: torch.Tensor
+    rows: EvaluationRows,
+    place: slice,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    ids: torch.Tensor,
+    shared: SharedIds | None,
 ) -> None:
-    """Log-probabilities of the rows at `place`, float32 [n, V]."""
+    """Log-probabilities of the rows at `place`, float32 [n, V] of the vocabulary of each."""
+    if shared is not None:
+        rows.kl[place] = forward_kl(shared.pair(student, teacher))
+        rows.agree[place] = student.argmax(1) == shared.of_teacher[teacher.argmax(1)]
+        rows.teacher_logprob[place] = 0.0
+        return
     rows.kl[place] = forward_kl(PairedLogProbs(student, teacher, exhaustive=True))
     rows.agree[place] = student.argmax(1) == teacher.argmax(1)
     rows.teacher_logprob[place] = teacher.gather(1, ids)[:, 0]
@@ -149,21 +166,23 @@ class EvaluationSums:
     student_logprob: float
     teacher_logprob: float
     padding_mass: float
+    aligned: float = 0.0  # scored rows of teachers with another tokenizer
     kl_to_each: Mapping[str, float] = field(default_factory=dict)  # of teachers that were asked together
 
     @classmethod
-    def of(cls, rows: EvaluationRows, teachers: AbstractSequence[str] = ()) -> EvaluationSums:
-        """`teachers`: the names of those that were asked together."""
+    def of(cls, rows: EvaluationRows, teachers: AbstractSequence[str] = (), *, aligned: bool = False) -> EvaluationSums:
+        """`teachers`: the names of those that were asked together; `aligned`: one was, with another tokenizer."""
         sums = (float(getattr(rows, name).double().sum()) for name in _SUMMED)
         to_each = rows.kl_to_each.double().sum(0).tolist()
         each = dict(zip(teachers, to_each, strict=True)) if to_each else {}
-        return cls(float(len(rows.student_logprob)), float(len(rows.kl)), *sums, each)
+        scored = float(len(rows.kl))
+        return cls(float(len(rows.student_logprob)), scored, *sums, scored if aligned else 0.0, each)
 
     @classmethod
     def combine(cls, parts: Iterable[EvaluationSums]) -> EvaluationSums:
         """The sums over all parts (micro-batches, ranks, tasks); zeros for none."""
         parts = list(parts)
-        names = ("num_rows", "num_scored", *_SUMMED)
+        names = ("num_rows", "num_scored", *_SUMMED, "aligned")
         teachers = dict.fromkeys(name for part in parts for name in part.kl_to_each)
         each = {name: math.fsum(part.kl_to_each.get(name, 0.0) for part in parts) for name in teachers}
         return cls(*(math.fsum(getattr(part, name) for part in parts) for name in names), each)
@@ -180,7 +199,8 @@ class EvaluationSums:
             forward_kl=self.kl / scored if scored else None,
             agreement=self.agree / scored if scored else None,
             perplexity=_exp(-self.student_logprob / self.num_rows),
-            teacher_perplexity=_exp(-self.teacher_logprob / scored) if scored else None,
+            teacher_perplexity=_exp(-self.teacher_logprob / scored) if scored and not self.aligned else None,
+            aligned_rows=int(self.aligned) if self.aligned else None,
             padding_mass=self.padding_mass / self.num_rows,
             teachers={name: value / scored for name, value in self.kl_to_each.items()},
         )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from configs.section import MAIN
+from trainer.align.aligner import SharedIds
 from trainer.checks.evaluate import (
     EvaluationRows,
     EvaluationSums,
@@ -21,6 +22,7 @@ from trainer.checks.evaluate import (
     TeachersTogether,
     evaluation_rows,
 )
+from trainer.labels.encoding import ALIGNED
 from trainer.loop.packing import pack, to_device
 from trainer.loop.staging import HeldOutBatch
 from trainer.loop.together import names_of
@@ -41,6 +43,7 @@ class Measure:
     head_shape: HeadShape
     teacher_head: Callable[[str], Head | None]  # by the teacher's name
     mixes: Mapping[str, Mix]  # by set of held-out rows: how teachers that were asked together become one
+    shared_ids: Callable[[str], SharedIds | None]  # with a teacher's vocabulary, where it is another
     vocabulary_size: int
     chunk_rows: int
     device: torch.device
@@ -64,7 +67,10 @@ class Measure:
         if not part.labels:
             return None
         if (mix := self.mixes.get(part.task)) is None:
-            return TeacherStates(part.labels["hidden"], self.teacher_head(part.teacher))
+            aligned = part.labels.get(ALIGNED)
+            shared = None if aligned is None else self.shared_ids(part.teacher)
+            rows = None if aligned is None else aligned[:, 0] > 0
+            return TeacherStates(part.labels["hidden"], self.teacher_head(part.teacher), shared, rows)
         names = names_of(part.teacher)
         states = tuple(TeacherStates(part.labels[f"{name}/hidden"], self.teacher_head(name)) for name in names)
         return TeachersTogether(states, tuple(part.labels[f"{name}/{WEIGHT}"] for name in names), mix)
@@ -83,7 +89,9 @@ def evaluate_held_out(
     for item in (*held_out, *[NO_BATCH] * (most - len(held_out))):
         rows = measure.rows(item.batch)
         for part in item.batch.parts:
-            sums.setdefault(part.task, []).append(EvaluationSums.of(rows, names_of(part.teacher)))
+            sums.setdefault(part.task, []).append(
+                EvaluationSums.of(rows, names_of(part.teacher), aligned=ALIGNED in part.labels)
+            )
         samples |= _samples(item, rows, first=viewer_sequences)
     mine = {name: EvaluationSums.combine(parts) for name, parts in sums.items()}
     ranks = all_gather_objects((mine, [samples[position] for position in sorted(samples)]))
@@ -115,17 +123,22 @@ def _samples(item: HeldOutBatch, rows: EvaluationRows, *, first: int) -> dict[in
     if not len(rows.kl) or all(position >= first for position, _, _ in item.members):
         return {}
     student, teacher, kl = (x.cpu().numpy() for x in (rows.student_logprob, rows.teacher_logprob, rows.kl))
-    samples, start = {}, 0
+    samples, start, first_row = {}, 0, 0
     for position, unit, inside in item.members:
         sequence = unit.sequences[inside]
-        part = slice(start, start + sequence.num_loss_tokens)
+        shown = np.flatnonzero(sequence.loss_mask)
+        all_rows = slice(first_row, first_row + len(shown))
+        first_row, own = all_rows.stop, np.ones(len(shown), dtype=bool)
+        if sequence.reading is not None:
+            own = sequence.reading.groups >= 0
+        part = slice(start, start + int(own.sum()))
         start = part.stop
         if position < first:
             samples[position] = SampleTokens(
                 id=sequence.id if sequence.task == MAIN else f"{sequence.task}/{sequence.id}",
                 token_ids=sequence.token_ids,
-                rows=np.flatnonzero(sequence.loss_mask),
-                student_logprob=student[part].copy(),
+                rows=shown[own],
+                student_logprob=student[all_rows][own],
                 teacher_logprob=teacher[part].copy(),
                 kl=kl[part].copy(),
             )

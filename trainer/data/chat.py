@@ -170,6 +170,10 @@ class Template:
         mask[-1:] = False
         return ids, mask
 
+    def plain_ids(self, text: str) -> list[int]:
+        """ids of a text by itself, in which special tokens are plain text."""
+        return self.special_tokens.plain_ids(text) if text else []
+
     def _answered(self, found: AnswersInText, learnt: Mapping[int, float], ids: list[int]) -> RowText:
         """`ids` are those of the text."""
         spans = [(answer.start, answer.stop) for answer in found.answers]

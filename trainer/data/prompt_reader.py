@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from configs.prompts import Data, Dataset
 from configs.section import MAIN
@@ -19,7 +20,10 @@ from trainer.data.rows import Rows
 from trainer.data.teacher_weights import weights_of
 from trainer.data.vocabulary import SharedVocabulary
 from trainer.errors import BadRow, ConfigError, DataError, TooLong
-from trainer.types import Prompt, RowText
+from trainer.types import Prompt, Reading, RowText
+
+if TYPE_CHECKING:
+    from trainer.align.texts import TextAligner
 
 MAX_CHARACTERS = 256
 """For each token that is allowed. No text has tokens of that length on average: a row of more is too long, and need not
@@ -57,6 +61,7 @@ class PromptReader:
     rewrite: bool
     asks: Asked
     dataset: Dataset
+    aligner: TextAligner | None = None  # of teacher and student, where they read rows by tokenizers of their own
 
     @classmethod
     def open(
@@ -70,6 +75,7 @@ class PromptReader:
         room_for_answer: int = 0,
         rewrite: bool = False,
         asks: Asked | None = None,
+        aligner: TextAligner | None = None,
     ) -> PromptReader:
         """Without `needs_answer`, rows that have no answer become prompts without a loss mask, short enough for
         `room_for_answer` further tokens; with `rewrite`, so do the rows that have one.
@@ -83,7 +89,8 @@ class PromptReader:
                 f"{data.max_length}: raise data.max_length or lower answers.max_new_tokens"
             )
         asked = asks or Asked()
-        return cls(rows, data, template, vocabulary.size, needs_answer, room_for_answer, rewrite, asked, dataset)
+        size = vocabulary.size
+        return cls(rows, data, template, size, needs_answer, room_for_answer, rewrite, asked, dataset, aligner)
 
     def read(self, row: int, prompt_id: str) -> tuple[Prompt, bool]:
         """The prompt of a row, and whether it was truncated. Raises `TooLong` or `BadRow`; `ConfigError` for a template
@@ -99,7 +106,7 @@ class PromptReader:
             problem = _NO_PAIR if self.asks.pairs else _PAIR
             raise BadRow(origin, problem, preview(self.rows.raw.raw(row)))
         answers = (parsed.chosen, parsed.rejected) if isinstance(parsed, PreferenceRow) else (parsed,)
-        ((first, *turns), truncated), *others = [self._read_answer(row, one, origin) for one in answers]
+        ((first, *turns), truncated), *others = [self._read_aligned(row, one, origin) for one in answers]
         prompt = Prompt(
             prompt_id,
             token_ids=first.token_ids,
@@ -112,8 +119,47 @@ class PromptReader:
             alternatives=tuple(text for texts, _ in others for text in texts),
             turns=tuple(turns),
             weight=1.0 if isinstance(parsed, PreferenceRow) else parsed.weight,
+            reading=first.reading,
         )
         return prompt, truncated or any(cut for _, cut in others)
+
+    def _read_aligned(self, row: int, parsed: Row, origin: str) -> tuple[list[RowText], bool]:
+        """As `_read_answer`, each text with what the teacher reads instead where it reads by a tokenizer of its own."""
+        texts, cut = self._read_answer(row, parsed, origin)
+        if self.aligner is None:
+            return texts, cut
+        as_teacher = replace(
+            self,
+            template=self.aligner.teacher.template,
+            vocabulary_size=len(self.aligner.teacher.tokens.values),
+            aligner=None,
+        )
+        try:
+            others, other_cut = as_teacher._read_answer(row, parsed, origin)
+        except TooLong as error:
+            raise TooLong(origin, f"as the teacher reads it: {error.reason}") from None
+        try:
+            return self._aligned(parsed, texts, others, cut=cut or other_cut), cut or other_cut
+        except DataError as error:
+            raise BadRow(origin, str(error), preview(self.rows.raw.raw(row))) from error
+
+    def _aligned(self, parsed: Row, texts: list[RowText], others: list[RowText], *, cut: bool) -> list[RowText]:
+        """Raises `DataError` where the texts do not belong together."""
+        assert self.aligner is not None
+        if len(texts) != len(others):
+            raise DataError(
+                f"becomes {len(texts)} texts by the student's chat template and {len(others)} by the teacher's, which "
+                "cannot be aligned: write loss_on: last"
+            )
+        weighted = parsed.weight != 1 or any(text.row_weights is not None for text in texts)
+        if self.aligner.parameters.chunked and weighted:
+            raise DataError("has a weight, which chunks of several rows cannot have: remove it, or use align: overlap")
+        aligned = []
+        for text, other in zip(texts, others, strict=True):
+            given = other.loss_mask is not None
+            reading = self.aligner.reading(text, other, cut=cut) if given else Reading(other.token_ids)
+            aligned.append(replace(text, reading=reading))
+        return aligned
 
     def _read_answer(self, row: int, parsed: Row, origin: str) -> tuple[list[RowText], bool]:
         """Its texts, at least one, and whether anything of them was cut or left out."""

@@ -83,6 +83,10 @@ class SpecialTokens:
             )
         return [originals.get(token, token) for token in found]
 
+    def plain_ids(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens are plain text. Raises as `ids`."""
+        return self.ids(self._marked(text))
+
     def _marked_in(self, value: Any) -> Any:
         """A JSON value with all its text marked, the names of fields included."""
         if isinstance(value, str):

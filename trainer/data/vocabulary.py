@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from configs.models import ModelSource
@@ -26,14 +28,29 @@ _PROBES = (
 )
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class TeacherVocabulary:
+    """Of a teacher whose tokenizer is another than the student's, or may be."""
+
+    size: int
+    fingerprint: str
+    rows: int  # embedding rows, >= size
+    student_ids: np.ndarray  # int32 [size]: the student's id of the same token, or -1
+
+
 @dataclass(frozen=True, slots=True)
 class SharedVocabulary:
-    """What both models agree on."""
+    """What all models agree on; where some teachers do not, that of the student."""
 
     size: int  # V: ids are 0 .. V - 1; rows of a model beyond are padding
     fingerprint: str  # of the token -> id map
     teacher_rows: int  # embedding rows, >= V
     student_rows: int
+    others: Mapping[str, TeacherVocabulary] = field(default_factory=dict)  # by teacher, of those that are aligned
+
+    def of_teacher(self, name: str) -> SharedVocabulary | TeacherVocabulary:
+        """By which a teacher reads; `size` and `fingerprint` of both kinds mean the same."""
+        return self.others.get(name, self)
 
 
 def check_pair(
@@ -49,23 +66,34 @@ def check_pair(
     if difference is not None:
         raise ConfigError(
             f"teacher {teacher.path} ({len(first.get_vocab())} tokens) and student {student.path} "
-            f"({len(second.get_vocab())} tokens) have different tokenizers: {difference}. Distilling across tokenizers "
-            "is not offered: choose a student of the teacher's family, or make one from the teacher with "
-            "`stillhouse prune`"
+            f"({len(second.get_vocab())} tokens) have different tokenizers: {difference}. Write align: overlap (by "
+            "tokens that both have), align: chunks (by stretches of text, with labels: token) or align: uld (sorted "
+            "probabilities), choose a student of the teacher's family, or make one from the teacher with `stillhouse "
+            "prune`"
         )
-    shared = SharedVocabulary(
-        size=max(first.get_vocab().values()) + 1,
+    size = size_of(first)
+    return SharedVocabulary(
+        size=size,
         fingerprint=fingerprint(first),
-        teacher_rows=_model_rows(teacher),
-        student_rows=_model_rows(student),
+        teacher_rows=model_rows(teacher, size),
+        student_rows=model_rows(student, size),
     )
-    for source, rows in ((teacher, shared.teacher_rows), (student, shared.student_rows)):
-        if rows < shared.size:
-            raise ConfigError(
-                f"the model {source.path} has {rows} embedding rows (vocab_size), its tokenizer makes ids up to "
-                f"{shared.size - 1}: the tokenizer belongs to another model, or the embeddings must be resized"
-            )
-    return shared
+
+
+def size_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """V: the largest id and one."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def model_rows(source: ModelSource, size: int) -> int:
+    """Embedding rows of a model whose tokenizer has ids below `size`. Raises `ConfigError` where they are fewer."""
+    rows = _load(source, AutoConfig, "config.json").get_text_config().vocab_size
+    if rows < size:
+        raise ConfigError(
+            f"the model {source.path} has {rows} embedding rows (vocab_size), its tokenizer makes ids up to "
+            f"{size - 1}: the tokenizer belongs to another model, or the embeddings must be resized"
+        )
+    return rows
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -138,10 +166,6 @@ def _probe_difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenize
         if mine != other:
             return f"the same text {probe[:60]!r} becomes {mine[:12]} for the teacher and {other[:12]} for the student"
     return None
-
-
-def _model_rows(source: ModelSource) -> int:
-    return _load(source, AutoConfig, "config.json").get_text_config().vocab_size
 
 
 def _load(source: ModelSource, loader: Any, what: str) -> Any:

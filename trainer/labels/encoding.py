@@ -25,6 +25,11 @@ ABSENT = -1e4
 """The log-probability of what has none: finite, because 0 * inf is NaN, and small enough that exp of it is 0."""
 
 
+ALIGNED = "aligned"
+"""Float32 [n, 1], a column beside those of an encoding where a teacher has another tokenizer: 0 for a row that no row
+of the teacher belongs to, of which terms of labels make nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """One array of an encoding: `[N, width]` of a torch dtype.

@@ -74,7 +74,7 @@ class HeldOut:
         )
 
     async def _score(self, unit: Unit) -> Scored:
-        return await scorer_of(self._teachers, unit.kind[1]).score(unit, HELD_OUT)
+        return await scorer_of(self._teachers, unit.kind[1]).score(unit.as_read(), HELD_OUT)
 
     @property
     def _report_rows(self) -> tuple[Sequence, ...]:
@@ -130,11 +130,13 @@ class HeldOut:
             self._observer.event("note", text=f"the report shows no answers of the teacher: {error}")
             return
         if texts is not None:
+            if (aligner := self._inputs.aligner) is not None:
+                texts = [np.asarray(aligner.translated(text), dtype=np.int32) for text in texts]
             self._observer.generation("teacher", rows, texts)
 
     async def _written(self, rows: AbstractSequence[Sequence], name: str) -> list[np.ndarray] | None:
         """By one teacher, also where the rows are of several."""
-        prompts, stop_ids = [prompt_of(row) for row in rows], self._inputs.stop_ids_of(name)
+        prompts, stop_ids = [prompt_of(row.as_read()) for row in rows], self._inputs.stop_ids_of(name)
         if (generator := self._teachers[name].generator) is not None:
             greedy = Sampling(self._job.run.report.generate_tokens, stop_token_ids=stop_ids)
             asked = [

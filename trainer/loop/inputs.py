@@ -6,7 +6,7 @@ Needs no hardware and comes first, since `cluster/placement/resolve.py` asks for
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,8 +15,10 @@ from configs.models import Teacher
 from configs.rules import teacher_place
 from configs.schema import Run
 from configs.tasks import ResolvedTask
+from trainer.align.pair import align_texts, teacher_vocabulary
+from trainer.align.texts import Side, TextAligner
 from trainer.data.chat import Template
-from trainer.data.vocabulary import SharedVocabulary, check_pair, load_tokenizer
+from trainer.data.vocabulary import SharedVocabulary, check_pair, fingerprint, load_tokenizer, model_rows, size_of
 from trainer.errors import ConfigError
 from trainer.model.generation_settings import end_ids
 from trainer.protocols import AnswerSource
@@ -31,11 +33,13 @@ class TaskInputs:
     answers: AnswerSource
     end_ids: Mapping[str, tuple[int, ...]]
     """The ids that end a text by the generation settings of each teacher; none is padding. Names as in `templates`."""
+    aligner: TextAligner | None = None
+    """Where the task is aligned: how the teacher's texts and the student's belong together."""
 
     @property
     def template(self) -> Template:
-        """Of the first teacher."""
-        return next(iter(self.templates.values()))
+        """By which the student reads: of the first teacher, or in an aligned task its own."""
+        return next(iter(self.templates.values())) if self.aligner is None else self.aligner.student.template
 
     def stop_ids_of(self, teacher: str) -> tuple[int, ...]:
         """The ids after which a teacher writes nothing more: those of its template and tokenizer, and its `end_ids`.
@@ -45,13 +49,15 @@ class TaskInputs:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Of the first teacher."""
+        """Those of the student: of the first teacher, or in an aligned task its own."""
+        if self.aligner is not None:
+            return tuple(dict.fromkeys([*self.template.stop_ids, *sorted(self.aligner.student.ends)]))
         return self.stop_ids_of(next(iter(self.end_ids)))
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tokenizer that all models share, and the tasks by name."""
+    """The tokenizer of the student, which teachers share that are not aligned, and the tasks by name."""
 
     vocabulary: SharedVocabulary
     tokenizer: PreTrainedTokenizerBase
@@ -68,11 +74,47 @@ def read_inputs(run: Run) -> Inputs:
     teachers = run.teachers_by_name()
     sources = {name: teacher.model for name, teacher in teachers.items()} or {"": run.student.model}
     tokenizers = {name: load_tokenizer(source) for name, source in sources.items()}
+    tasks = run.resolved_tasks().values()
+    aligned = {name for task in tasks if task.align is not None for name in task.teachers}
+    shared = {name for task in tasks if task.align is None for name in task.teachers} | (sources.keys() - aligned)
     vocabularies = [
-        check_pair(source, run.student.model, tokenizer=tokenizers[name]) for name, source in sources.items()
+        check_pair(source, run.student.model, tokenizer=tokenizers[name])
+        for name, source in sources.items()
+        if name in shared
     ]
-    tasks = {name: _task_inputs(run, task, tokenizers, vocabularies[0]) for name, task in run.resolved_tasks().items()}
-    return Inputs(vocabularies[0], next(iter(tokenizers.values())), tasks)
+    if not aligned:
+        made = {task.name: _task_inputs(run, task, tokenizers, vocabularies[0]) for task in tasks}
+        return Inputs(vocabularies[0], next(iter(tokenizers.values())), made)
+    own = load_tokenizer(run.student.model)
+    vocabulary = vocabularies[0] if vocabularies else _of_student(run, own)
+    made = {task.name: _aligned(run, task, _task_inputs(run, task, tokenizers, vocabulary), own) for task in tasks}
+    others = {
+        name: teacher_vocabulary(one.aligner, sources[name])
+        for one in made.values()
+        for name in one.templates
+        if one.aligner is not None
+    }
+    return Inputs(replace(vocabulary, others=others), own, made)
+
+
+def _of_student(run: Run, tokenizer: PreTrainedTokenizerBase) -> SharedVocabulary:
+    """Where no teacher has its tokenizer."""
+    size = size_of(tokenizer)
+    rows = model_rows(run.student.model, size)
+    return SharedVocabulary(size, fingerprint(tokenizer), teacher_rows=rows, student_rows=rows)
+
+
+def _aligned(run: Run, task: ResolvedTask, made: TaskInputs, student: PreTrainedTokenizerBase) -> TaskInputs:
+    """With its alignment, where the task has one."""
+    if task.align is None or not task.teachers:
+        return made
+    (name,) = task.teachers
+    place, source = teacher_place(run, name), run.teachers_by_name()[name].model
+    teacher = Side.of(made.templates[name], made.end_ids[name], name=f"{place}.model: the tokenizer of {source.path}")
+    own = run.student.model
+    reads = Side.of(Template.of(student), end_ids(own), name=f"student.model: the tokenizer of {own.path}")
+    aligner = align_texts(task.align, teacher, reads, max_length=run.data.max_length)
+    return replace(made, aligner=aligner)
 
 
 def _task_inputs(
@@ -95,7 +137,8 @@ def _task_inputs(
                 f"the teachers {names[0]} and {name} of one {of_one} have different {differs.replace('_', ' ')}s: give "
                 f"them the same teachers.<name>.{differs}, or each a task of its own"
             )
-    ends = {name: tuple(i for i in end_ids(model) if i < vocabulary.size) for name, model in models.items()}
+    sizes = {name: vocabulary.size if task.align is None else size_of(tokenizers[name]) for name in models}
+    ends = {name: tuple(i for i in end_ids(model) if i < sizes[name]) for name, model in models.items()}
     return TaskInputs(templates, ANSWERS.load(task.answers), ends)
 
 

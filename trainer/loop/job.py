@@ -91,7 +91,8 @@ class Job:
             generators = teachers[name].generator
             assert generators is not None, name
             stop_ids = self.inputs.tasks[task.name].stop_ids_of(name)
-            authors[name if self.run.teachers else ""] = Author(generators, stop_ids)
+            aligner = self.inputs.tasks[task.name].aligner
+            authors[name if self.run.teachers else ""] = Author(generators, stop_ids, aligner)
         return authors
 
     def total_steps_after(self, state: TrainingState | None) -> int:
@@ -185,6 +186,7 @@ def loop_settings(
         save_every_s=60.0 * training.save_every_minutes,
         max_non_finite_steps=training.max_non_finite_steps,
         compared=frozenset(name for name, task in run.resolved_tasks().items() if task.compares_answers),
+        min_aligned={name: one.align.min_ratio for name, one in run.resolved_tasks().items() if one.align is not None},
         has_held_out_rows=bool(held_out_sets(run)),
     )
 
@@ -199,7 +201,7 @@ def label_bytes_per_row(run: Run, inputs: Inputs, *, teacher_dtypes: Mapping[str
         of_teachers = []
         for name in task.teachers:
             shape = TeacherShape(
-                vocabulary_size=inputs.vocabulary.size,
+                vocabulary_size=inputs.vocabulary.of_teacher(name).size,
                 hidden_size=hidden_size_of(run.teachers_by_name()[name].model, place=teacher_place(run, name)),
                 dtype=getattr(torch, teacher_dtypes[name]),
             )

@@ -16,6 +16,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
+from trainer.align.blocks import chunk_numbers
 from trainer.errors import UnitRejected
 from trainer.labels.encoding import Column, Encoding, TeacherShape
 from trainer.labels.ragged import has_form, num_entries, padded, rows_of
@@ -138,6 +139,13 @@ def _part(
     for index, sequence in enumerate(sequences):
         members.setdefault(sequence.group, []).append(index)
     task, teacher = units[places[0][0]].kind
+    of_rows = np.repeat(np.arange(len(sequences)), counts)
+    rewards = tuple(sequence.reward for sequence in sequences)
+    groups = tuple(tuple(sorted(group, key=lambda i: sequences[i].sample)) for group in members.values())
+    readings = [sequence.reading for sequence in sequences if sequence.reading is not None]
+    if readings and readings[0].chunked:  # what is summed are chunks, and in the place of the last what is in none
+        of_rows, num_chunks = chunk_numbers(readings)
+        rewards, groups = (None,) * (num_chunks + 1), tuple((chunk,) for chunk in range(num_chunks))
     return BatchPart(
         task=task,
         teacher=teacher,
@@ -145,9 +153,9 @@ def _part(
         labels=_labels(layout, [(blocks[u], s) for u, s in places]),
         columns={name: torch.from_numpy(_column(sequences, name)) for name in names},
         row_weights=None if (weights == 1).all() else torch.from_numpy(weights),
-        row_sequences=torch.from_numpy(np.repeat(np.arange(len(sequences)), counts)),
-        groups=tuple(tuple(sorted(group, key=lambda i: sequences[i].sample)) for group in members.values()),
-        rewards=tuple(sequence.reward for sequence in sequences),
+        row_sequences=torch.from_numpy(of_rows),
+        groups=groups,
+        rewards=rewards,
     )
 
 

@@ -122,10 +122,15 @@ def task_totals(sequences: AbstractSequence[Sequence]) -> dict[str, TaskTotals]:
     return {
         name: TaskTotals(
             num_loss_tokens=sum(sequence.num_loss_tokens for sequence in members),
-            num_groups=len({sequence.group for sequence in members}),
+            num_groups=_num_groups(members),
         )
         for name, members in tasks.items()
     }
+
+
+def _num_groups(members: AbstractSequence[Sequence]) -> int:
+    chunks = [one.reading.num_groups for one in members if one.reading is not None and one.reading.chunked]
+    return sum(chunks) if chunks else len({sequence.group for sequence in members})
 
 
 def _unit(members: AbstractSequence[Sequence], *, step: int) -> Unit:

@@ -50,6 +50,7 @@ def open_reader(run: Run, inputs: Inputs, task: ResolvedTask) -> PromptReader:
         room_for_answer=of_task.answers.room_for_answer,
         rewrite=of_task.answers.rewrite,
         asks=_asked(run, task, pairs=task.compares_answers),
+        aligner=of_task.aligner,
     )
     if task.fraction is None:
         return reader
@@ -61,6 +62,7 @@ def open_held_out(run: Run, inputs: Inputs, held_out: HeldOutSet) -> PromptReade
     """Held-out rows, by the template of the teacher that scores them, of preferences the chosen answer; each row names
     its set as its task. Raises `ConfigError` for a fraction that is no row."""
     task = held_out.task
+    aligner = inputs.tasks[task.name].aligner
     reader = PromptReader.open(
         held_out.rows,
         data=run.data.model_copy(update={"shuffle": False}),
@@ -68,6 +70,7 @@ def open_held_out(run: Run, inputs: Inputs, held_out: HeldOutSet) -> PromptReade
         vocabulary=inputs.vocabulary,
         needs_answer=True,
         asks=replace(_asked(run, task), task=held_out.name, chosen=True),
+        aligner=None if aligner is None else aligner.for_evaluation(),
     )
     if held_out.fraction is None:
         return reader
@@ -172,7 +175,7 @@ def wanted_labels(run: Run, inputs: Inputs) -> Iterator[Wanted]:
     sets, tasks = held_out_sets(run), run.resolved_tasks()
     for row in held_out_rows(run, inputs):
         if sets[row.task].is_scored:
-            yield from (Wanted(name or only, HELD_OUT, row) for name in names_of(row.teacher))
+            yield from (Wanted(name or only, HELD_OUT, row.as_read()) for name in names_of(row.teacher))
     streams = {name: open_stream(run, task, inputs, quarantine=None) for name, task in tasks.items()}
     shares = {name: task.share for name, task in tasks.items()}
     source = Source(streams, {}, shares, sequences_per_step=run.training.sequences_per_step)
@@ -181,7 +184,8 @@ def wanted_labels(run: Run, inputs: Inputs) -> Iterator[Wanted]:
             labels = tasks[prompt.task].soft_labels
             for sequence in answers_of_dataset(prompt) if labels is not None else ():
                 if sequence.num_loss_tokens:
-                    yield from (Wanted(name or only, labels, sequence) for name in names_of(sequence.teacher))
+                    asked = sequence.as_read()
+                    yield from (Wanted(name or only, labels, asked) for name in names_of(sequence.teacher))
         if step == run.training.steps or all(stream.cursor.epoch > 0 for stream in streams.values()):
             return
 

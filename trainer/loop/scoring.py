@@ -59,7 +59,7 @@ class UnitScorers:
         labels, ensemble = self._labels[task], self._ensembles.get(task)
         assert labels is not None, unit.id
         try:
-            scorer = scorer_of(self._teachers, teacher)
+            scorer, unit = scorer_of(self._teachers, teacher), unit.as_read()
             return await (scorer.score(unit, labels) if given is None else scorer.score(unit, labels, given))
         except TeachersLost as error:
             if ensemble is None or ensemble.on_lost == "end":

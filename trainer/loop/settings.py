@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class LoopSettings:
     max_non_finite_steps: int
     save_every_s: float = 0.0  # since the last attempt to save; 0: by steps alone
     compared: frozenset[str] = frozenset()  # tasks with terms that compare the answers to a prompt
+    min_aligned: Mapping[str, float] = field(default_factory=dict)  # by task with `align`: its min_ratio
     has_held_out_rows: bool = True  # False: there is nothing to evaluate on, also not after the last step
 
     @property

@@ -19,6 +19,8 @@ from configs.held_out import held_out_sets
 from configs.labels import HELD_OUT, Labels
 from configs.models import Teacher
 from configs.schema import Run
+from trainer.align.aligner import SharedIds
+from trainer.align.blocks import ALIGNED_COLUMN, to_student_rows
 from trainer.errors import UnitRejected
 from trainer.labels.encoding import Column, load_encoding
 from trainer.loop.chosen_ids import ChosenIds
@@ -36,6 +38,10 @@ class Vocabulary(Protocol):
 
     size: int
     fingerprint: str
+
+    def of_teacher(self, name: str) -> Vocabulary:
+        """By which a teacher reads."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,7 @@ class Staging:
         self._steps: dict[int, StagedStep] = {}
         self.chosen = ChosenIds()
         self.held_out: tuple[HeldOutBatch, ...] = ()
+        self._shared: dict[str, SharedIds] = {}  # by teacher, of those with another vocabulary
         self._heads: dict[str, Head] = {}  # of the teachers whose hidden states came here
 
     def stage(self, batch: RankBatch, blocks: AbstractSequence[SoftLabelBlock]) -> None:
@@ -91,7 +98,7 @@ class Staging:
                 self.chosen.check(batch.step, one, block)
         ready = packable(
             batch.units,
-            {one.id: block for one, block in zip(asked, blocks, strict=True)},
+            {one.id: to_student_rows(one, block) for one, block in zip(asked, blocks, strict=True)},
             layouts,
             ensembles={name: task.ensemble for name, task in self._tasks.items()},
             pick=partial(self._pick, layouts),
@@ -111,6 +118,17 @@ class Staging:
         """Of the teacher that a part names; None where none of its hidden states came here."""
         return self._heads.get(teacher)
 
+    def shared_ids(self, teacher: str) -> SharedIds | None:
+        """With a teacher's vocabulary; None of one that has the student's and is not aligned."""
+        name = self._teacher(teacher).name
+        vocabulary = self._vocabulary.of_teacher(name)
+        if vocabulary is self._vocabulary:
+            return None
+        if name not in self._shared:
+            table = vocabulary.student_ids
+            self._shared[name] = SharedIds.of(table, num_student=self._vocabulary.size, device=self._device)
+        return self._shared[name]
+
     def stage_held_out(self, units: AbstractSequence[Unit], blocks: AbstractSequence[SoftLabelBlock | None]) -> None:
         """Keep the rank's held-out units, packed by the training's token budget, each batch of one task and teacher.
         `blocks` are those of what was asked about each, in order; that of a unit that nobody scores is None."""
@@ -119,7 +137,7 @@ class Staging:
         layouts = self._check("evaluation", [u for u, _ in scored], [b for _, b in scored], [HELD_OUT] * len(scored))
         ready = packable(
             units,
-            {one.id: block for one, block in scored},
+            {one.id: to_student_rows(one, block) for one, block in scored},
             layouts,
             ensembles={name: one.task.ensemble for name, one in held_out_sets(self._run).items()},
             pick=partial(self._pick, layouts),
@@ -164,7 +182,8 @@ class Staging:
         blocks: AbstractSequence[SoftLabelBlock],
         labels: AbstractSequence[Labels],
     ) -> dict[tuple[str, str], tuple[Column, ...]]:
-        """The layout of each task and teacher, after checking every block against what was asked for its unit."""
+        """The layout of each task and teacher, after checking every block against what was asked for its unit; of
+        aligned rows with the column that says so."""
         assert len(units) == len(blocks), (len(units), len(blocks))
         layouts: dict[tuple[str, str], tuple[Column, ...]] = {}
         for unit, block, wanted in zip(units, blocks, labels, strict=True):
@@ -176,13 +195,16 @@ class Staging:
                 layouts[unit.kind] = layout_of(encoding, block)
                 if encoding.needs == "hidden":
                     self._load_teacher_head(unit.kind[1], getattr(torch, header.dtype))
-            check_block(unit, block, header=header, layout=layouts[unit.kind])
+            check_block(unit.as_read(), block, header=header, layout=layouts[unit.kind])
             check_finite(unit, block, layout=layouts[unit.kind])
-        return layouts
+        aligned = {unit.kind for unit in units if unit.sequences[0].reading is not None}
+        return {kind: (*layout, ALIGNED_COLUMN) if kind in aligned else layout for kind, layout in layouts.items()}
 
     def _check_header(self, unit: Unit, header: LabelHeader, labels: Labels) -> None:
         meant = (header.teacher, header.vocabulary_size, header.tokenizer_fingerprint)
-        wanted = (self._teacher(unit.kind[1]).name, self._vocabulary.size, self._vocabulary.fingerprint)
+        name = self._teacher(unit.kind[1]).name
+        vocabulary = self._vocabulary.of_teacher(name)
+        wanted = (name, vocabulary.size, vocabulary.fingerprint)
         if header.encoding != labels or meant != wanted:
             raise UnitRejected(f"unit {unit.id}: its labels are {header}, this run needs {labels!r} of {wanted}")
 
@@ -193,6 +215,8 @@ class Staging:
         """Once, in the dtype of the teacher's hidden states, which is that of its own head."""
         with self._lock:
             if name not in self._heads:
+                teacher = self._teacher(name)
+                size = self._vocabulary.of_teacher(teacher.name).size
                 self._heads[name] = load_teacher_head(
-                    self._teacher(name).model, vocabulary_size=self._vocabulary.size, dtype=dtype, device=self._device
+                    teacher.model, vocabulary_size=size, dtype=dtype, device=self._device
                 )

@@ -69,19 +69,18 @@ async def _check_teacher(
     run, scorer = job.run, session.teachers[name].scorer
     model, dtype = run.teachers_by_name()[name].model, job.teacher_dtypes[name]
     lengths = await asyncio.to_thread(teacher_lengths, model)
-    plan = plan_check(rows, lengths=lengths, max_length=run.data.max_length)
+    vocabulary = job.inputs.vocabulary.of_teacher(name)
+    plan = plan_check([row.as_read() for row in rows], lengths=lengths, max_length=run.data.max_length)
     if plan is None:
         return (SelfTestResult("labels", True, "no row with an answer to check on"),)
     unit = plan.unit
-    encoding, given = _checked_encoding(job, labels), None
+    encoding, given = _checked_encoding(labels, vocabulary.size), None
     if encoding.takes_ids:
-        given = some_ids(unit, encoding.num_given, vocabulary_size=job.inputs.vocabulary.size)
+        given = some_ids(unit, encoding.num_given, vocabulary_size=vocabulary.size)
     asked = [scorer.score(unit, HELD_OUT)]
     asked += [scorer.score(unit, encoding)] if given is None else [scorer.score(unit, encoding, given)]
     (_, hidden), (_, checked) = await asyncio.gather(*asked)
-    head, logits = await asyncio.to_thread(
-        teacher_truth, unit, model, vocabulary_size=job.inputs.vocabulary.size, dtype=dtype
-    )
+    head, logits = await asyncio.to_thread(teacher_truth, unit, model, vocabulary_size=vocabulary.size, dtype=dtype)
     give_back()  # the whole teacher was here for a moment
     return check_labels(
         unit,
@@ -94,9 +93,9 @@ async def _check_teacher(
     )
 
 
-def _checked_encoding(job: Job, labels: Labels) -> Labels:
+def _checked_encoding(labels: Labels, vocabulary_size: int) -> Labels:
     """What is held against hidden states: a task's labels, or where those are hidden states some logits, so that the
     teacher's head as it is known here is held against the engine's."""
     if labels.kind != HELD_OUT.kind:
         return labels
-    return TopK(k=min(64, job.inputs.vocabulary.size - 1))
+    return TopK(k=min(64, vocabulary_size - 1))

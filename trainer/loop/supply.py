@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from configs.section import MAIN
+from trainer.align.share import AlignedShare, align_metrics
 from trainer.loop.plan import cut_units, groups_of, plan_step
 from trainer.loop.proposals import Proposals
 from trainer.loop.scoring import Scored, UnitScorers, score_and_stage
@@ -104,6 +105,7 @@ class Supply:
         self._supplying: list[_Task] = []  # the loop itself, then its steps that are not trained yet
         self._last_made = 0  # of the steps there is a task for
         self._taking: asyncio.Future[Drawn] | None = None  # in a thread: a disk may hang
+        self._aligned = AlignedShare(settings.min_aligned)
         self._answers: dict[str, AnswerCounters] = {}  # of the steps taken here, by task
 
     def start(self, start_step: int) -> None:
@@ -168,6 +170,7 @@ class Supply:
     async def _plan_and_score(self, drawn: Drawn) -> ReadyStep:
         collected = await self._source.collect(drawn)
         sequences = collected.sequences
+        self._aligned.add(sequences)
         plan = plan_step(
             [sequence.num_tokens for sequence in sequences],
             world=self._students.world,
@@ -186,7 +189,7 @@ class Supply:
             sequence_ids=tuple(sequence.id for sequence in sequences),
             answers=collected.answers,
             answers_by_task=collected.answers_by_task,
-            parts=_parts(sequences) | _lost_rows(batches, scored),
+            parts=_parts(sequences) | _lost_rows(batches, scored) | align_metrics(sequences),
         )
 
     async def _score_and_stage(

@@ -25,8 +25,8 @@ import torch
 from torch.nn import functional
 
 from configs.losses import CrossEntropy
-from trainer.labels.encoding import Encoding
-from trainer.losses import distances, kl, mixtures, preference, schedules  # noqa: F401 - what they register
+from trainer.labels.encoding import ALIGNED, Encoding
+from trainer.losses import alignment, distances, kl, mixtures, preference, schedules  # noqa: F401 - they register
 from trainer.losses.ensemble import WEIGHT, Together, pairs_of
 from trainer.losses.padding import padding_nats
 from trainer.losses.target import TargetEvent
@@ -208,12 +208,15 @@ class Objective:
                 for teacher, pair in pairs.items()
             }
         loss, values = None, {}
+        aligned = labels.get(ALIGNED)
         for term in self.row_terms:
             if term.needs_labels and term.teacher not in pairs:
                 values |= dict.fromkeys(term.names, logits.new_zeros(logits.shape[0]))
                 continue
             pair, target = pairs.get(term.teacher), targets.get(term.teacher)
             value, told = term.rows(pair, target, logits, target_ids)
+            if aligned is not None and term.needs_labels:
+                value, told = value * aligned[:, 0], {name: one * aligned[:, 0] for name, one in told.items()}
             weights = [weight.rows(TokenRows(pair, target, positions)) for weight in term.weights]
             found = (value.detach(), *(told[own] for own in term.tells), *weights)
             values |= dict(zip(term.names, found, strict=True))

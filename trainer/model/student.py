@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from configs.alignment import ALIGNMENTS
 from configs.held_out import held_out_sets
 from configs.schema import Run
 from configs.tasks import ResolvedTask
@@ -86,6 +87,7 @@ class StudentRank:
         self._tasks = run.resolved_tasks()
         self._encodings = {name: _encoding_of(task) for name, task in self._tasks.items()}
         self._ensembles = {name: task.ensemble for name, task in self._tasks.items() if task.ensemble is not None}
+        self._aligned = {name: self._aligned_encoding(task) for name, task in self._tasks.items()}
         self._on_accelerator = device.type != "cpu"
         self._owns_processes = False
         self._zero: ZeroModel | None = None  # until it is built
@@ -322,7 +324,7 @@ class StudentRank:
         """Of the labels of a part; those of several teachers know their heads."""
         encoding, ensemble = self._encodings[part.task], self._tasks[part.task].ensemble
         if encoding is None or ensemble is None or ensemble.how == "min_ce":
-            return encoding
+            return self._aligned[part.task]
         names = names_of(part.teacher)
         heads = {name: self._staging.teacher_head(name) for name in names}
         return Together(encoding, tuple(names), ensemble.how, heads)
@@ -333,6 +335,14 @@ class StudentRank:
         if encoding is None or ensemble is None or ensemble.how == "min_ce":
             return encoding
         return Together(encoding, ensemble.teachers, ensemble.how)
+
+    def _aligned_encoding(self, task: ResolvedTask) -> Encoding | None:
+        """The encoding of a task, in an aligned one over what both vocabularies have in common."""
+        encoding = self._encodings[task.name]
+        if encoding is None or task.align is None:
+            return encoding
+        shared = self._staging.shared_ids(*task.teachers)
+        return encoding if shared is None else ALIGNMENTS.load(task.align).encoding(encoding, shared)
 
     def _forward(self, batch: TokenBatch, head_call: HeadCall) -> tuple[torch.Tensor, ...]:
         borders = border_arguments(self._attention, batch.sequence_offsets, self._device)
@@ -351,7 +361,8 @@ class StudentRank:
                 self._forward,
                 self._module.head_shape,
                 self._staging.teacher_head,
-                self._mixes(),
+                shared_ids=self._staging.shared_ids,
+                mixes=self._mixes(),
                 vocabulary_size=self._vocabulary.size,
                 chunk_rows=self._run.student.loss_chunk_rows,
                 device=self._device,

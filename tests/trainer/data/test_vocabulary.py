@@ -93,7 +93,7 @@ def test_a_different_tokenizer_is_refused_with_what_differs(
     teacher, student = model_folder(tmp_path / "a"), model_folder(tmp_path / "b", change=change)
     with pytest.raises(ConfigError, match=message) as caught:
         check_pair(teacher, student)
-    assert "across tokenizers is not offered" in str(caught.value)
+    assert "Write align: overlap (by tokens that both have), align: chunks" in str(caught.value)
     assert f"({len(tiny_tokenizer())} tokens)" in str(caught.value)
 
 

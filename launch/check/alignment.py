@@ -1,0 +1,62 @@
+"""What `check` says of teachers with another tokenizer: what both vocabularies share, and how much of real rows that
+reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cluster.preflight.finding import Finding, attempt, ok, warning
+from configs.rules import station_place
+from configs.schema import Run
+from trainer.align.share import AlignedShare, covered, described
+from trainer.loop.inputs import Inputs
+from trainer.loop.job import Job
+from trainer.loop.rows import sample_rows
+from trainer.types import Sequence
+
+FEW_DIGITS = 0.5
+
+
+def alignment(run: Run, inputs: Inputs) -> Iterator[Finding]:
+    """Of every aligned task, on some of its training rows."""
+    tasks = [task for task in run.resolved_tasks().values() if inputs.tasks[task.name].aligner is not None]
+    if not tasks:
+        return
+    for task in tasks:
+        for note in inputs.tasks[task.name].aligner.notes:
+            yield ok("alignment" if len(tasks) == 1 else f"alignment of {task.name}", note)
+    rows: list[Sequence] = []
+    share = AlignedShare({task.name: task.align.min_ratio for task in tasks})
+
+    def look() -> None:
+        rows.extend(sample_rows(run, inputs))
+        share.add(rows, least_bytes=1)
+
+    def say() -> str:
+        found = [f"{described(one)}" + (f" of {task}" if run.tasks else "") for task, one in share.found.items()]
+        return (
+            f"of the answers of {len(rows)} rows are aligned: {'; '.join(found)}" if found else "no answers to look at"
+        )
+
+    yield attempt("aligned share", look, say)
+    for task in tasks:
+        digits = covered(rows).get(task.name)
+        if digits is not None and digits.digit_ratio is not None and digits.digit_ratio < FEW_DIGITS:
+            text = (
+                f"{station_place(run, task, 'align')}: only {digits.digit_ratio:.1%} of the digits of answers are "
+                "reached, since both tokenizers cut numbers differently: the teacher teaches no arithmetic this way; "
+                "write align: chunks with labels: token"
+            )
+            yield warning("aligned share", text)
+
+
+def aligned_at_start(job: Job) -> list[str]:
+    """A line for each aligned task, of the special tokens among them and of the share."""
+    share = covered(job.samples)
+    lines = []
+    for name, task in job.inputs.tasks.items():
+        if task.aligner is not None:
+            of = f" of {name}" if job.run.tasks else ""
+            reached = f"; on {len(job.samples)} rows {described(share[name])} are aligned" if name in share else ""
+            lines.append(f"teacher and student{of} have different tokenizers: {'; '.join(task.aligner.notes)}{reached}")
+    return lines

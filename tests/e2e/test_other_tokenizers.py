@@ -1,0 +1,78 @@
+"""Whole runs between models with different tokenizers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import chat_row, records, stillhouse, write_rows
+from transformers import AutoTokenizer
+from two_tokenizers import METHODS, run_across
+
+from trainer.metric_names import metric_of
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+
+
+def trained(folder: Path, changes: dict[str, Any]) -> tuple[str, list[dict], list[dict]]:
+    """(what was said, steps, evaluations) of a run."""
+    config = run_across(folder, changes)
+    result = stillhouse("train", str(config))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout, records(folder / "run", "step"), records(folder / "run", "evaluation")
+
+
+@pytest.mark.parametrize("method", ["overlap-hidden", "chunks"])
+def test_a_student_learns_from_a_teacher_with_another_tokenizer(tmp_path: Path, method: str) -> None:
+    """In one process; the teacher writes some answers."""
+    changes = {
+        **METHODS[method],
+        "teacher": {"generator": {"engine": {"kind": "hf"}, "dtype": "float32"}},
+        "answers": {"kind": "teacher", "max_new_tokens": 12, "temperature": 0.7},
+        "training": {"steps": 12},
+    }
+    config = run_across(tmp_path, changes)
+    write_rows(tmp_path / "train.jsonl", [chat_row(i, answered=i % 4 != 0) for i in range(40)])
+    result = stillhouse("train", str(config))
+    assert result.returncode == 0, result.stdout + result.stderr
+    steps, evaluations = records(tmp_path / "run", "step"), records(tmp_path / "run", "evaluation")
+    assert "tokens that end an answer: <|im_end|> is </s>" in result.stdout
+    assert "nats/aligned token" in result.stdout
+    first, last = evaluations[0], evaluations[-1]
+    assert 0 < first["evaluation/aligned_rows"] <= first["evaluation/num_rows"]
+    assert "evaluation/teacher_perplexity" not in first
+    if method == "overlap-hidden":
+        assert last["evaluation/forward_kl"] < 0.9 * first["evaluation/forward_kl"]
+    else:
+        assert sum(s["train/chunk_kl"] for s in steps[-3:]) < 0.9 * sum(s["train/chunk_kl"] for s in steps[:3])
+        assert all(step["align/byte_ratio"] > 0.95 for step in steps)
+    assert all(metric_of(name) for record in (*steps, *evaluations) for name in record if "/" in name)
+    exported = AutoTokenizer.from_pretrained(tmp_path / "run" / "student")
+    assert exported.eos_token == "</s>"
+    assert exported.chat_template.startswith("{% for m in messages %}{{ '['")
+    shown = json.loads((tmp_path / "run" / "generations.json").read_text())
+    assert set(shown) >= {"before", "after", "teacher", "reference"}
+
+
+def test_on_ray_with_vllm_the_engine_has_the_teachers_vocabulary_and_the_ranks_the_students(tmp_path: Path) -> None:
+    changes = {
+        **METHODS["overlap"],
+        "runtime": "ray",
+        "student": {"ranks": 2},
+        "teacher": {"scorer": {"engine": {"kind": "vllm", "kv_cache_bytes": 32 * 2**20}}},
+        "training": {"steps": 3},
+    }
+    said, steps, evaluations = trained(tmp_path, changes)
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert evaluations[-1]["evaluation/forward_kl"] < evaluations[0]["evaluation/forward_kl"]
+    assert "self-test passed: topk labels against hidden" in said
+
+
+def test_too_little_in_common_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    config = run_across(tmp_path, METHODS["overlap"] | {"align": {"kind": "overlap", "min_ratio": 0.9}})
+    result = stillhouse("check", str(config))
+    assert result.returncode == 2, result.stdout + result.stderr
+    said = " ".join((result.stdout + result.stderr).split())
+    assert "of the answers of task main are aligned with the teacher's tokens, and align.min_ratio is 0.9" in said
