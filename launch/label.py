@@ -74,6 +74,11 @@ def _with_teachers(loaded: LoadedRun) -> LoadedRun:
                 f"{station_place(run, task, 'answers')}: {task.answers.kind} are written while the student trains, so "
                 "their labels cannot be made before: write answers: dataset, or let train fill the store"
             )
+        if task.soft_labels is not None and task.soft_labels.takes_ids:
+            raise ConfigError(
+                f"{station_place(run, task, 'labels')}: {task.labels.kind} are of ids that the student of the moment "
+                "chooses, so they cannot be made before: write other labels, or train without store"
+            )
     store = run.store.model_copy(update={"mode": "read_write"})
     return replace(loaded, run=run.model_copy(update={"store": store}))
 

@@ -397,6 +397,8 @@ def test_more_kept_ids_than_the_vocabulary_has_are_refused(make: Make) -> None:
     problem = only_problem(make(), "labels={kind: topk, k: 100000}")
     assert "labels.k is 100000" in problem.text
     assert "write k:" in problem.text
+    given = only_problem(make(), "labels={kind: given_ids, k: 100000, add_teacher_topk: 3}")
+    assert "labels: given_ids, the layout of a row: labels keep 100004 ids of a row" in given.text
     assert problem.exit_code == ConfigError.exit_code
 
 

@@ -38,7 +38,8 @@ class ChosenIds:
         """Raises `UnitRejected` unless the block's labels are of exactly the ids that were chosen for the unit."""
         if not self.knows(step, [unit]):
             raise UnitRejected(f"unit {unit.id}: labels of given ids have come, and this rank has chosen none for it")
-        wanted = self.of(step, unit).ids
+        chosen = self.of(step, unit).ids
+        wanted = np.where(chosen < 0, chosen[:, :1], chosen)  # as blocks hold rows with fewer ids
         found = block.columns["ids"][:, : wanted.shape[1]].astype(np.int32)
         if not np.array_equal(found, wanted):
             rows = np.flatnonzero((found != wanted).any(1)) if found.shape == wanted.shape else [0]

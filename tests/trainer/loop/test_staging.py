@@ -8,13 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from label_oracle import random_given_ids
 from rank_processes import Place
-from student_world import HOST, Teacher, Vocabulary, batch_of, labels_of, make_models, make_run, sequences_of
+from student_world import (
+    HOST,
+    VOCABULARY_SIZE,
+    Teacher,
+    Vocabulary,
+    batch_of,
+    labels_of,
+    make_models,
+    make_run,
+    sequences_of,
+)
 
 from configs.labels import HELD_OUT, Labels, TopK
 from trainer.errors import UnitRejected
 from trainer.loop.staging import Staging
-from trainer.types import RankBatch, SoftLabelBlock, Unit
+from trainer.types import RankBatch, SoftLabelBlock, Unit, hash_tokens
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +135,28 @@ def test_hidden_labels_are_trained_on_beside_held_out_ones(world: Path, paramete
     staging.stage_held_out(batch.units, [Teacher().label(unit, HELD_OUT) for unit in batch.units])
     assert staging.take(1).num_tokens
     assert staging.teacher_head("") is not None
+
+
+def test_labels_of_other_ids_than_this_rank_chose_are_rejected_and_name_the_row(world: Path) -> None:
+    run = make_run(world, labels={"kind": "given_ids", "k": 4})
+    batch = batch_of(1, Place(0, 1, world), token_budget=48)
+    given = {unit.id: random_given_ids(unit, 5) for unit in batch.units}
+    blocks = [Teacher().label(unit, run.labels, given[unit.id]) for unit in batch.units]
+    staging = Staging(run, vocabulary=Vocabulary(), device=HOST)
+    with pytest.raises(UnitRejected, match=f"unit {batch.units[0].id}: .*this rank has chosen none"):
+        staging.stage(batch, blocks)
+    chosen = {}
+    for unit in batch.units:
+        rows = iter(given[unit.id].of_sequences(unit))
+        for sequence in unit.sequences:
+            chosen[hash_tokens([sequence])] = next(rows) if sequence.num_loss_tokens else given[unit.id].ids[:0]
+    staging.chosen.keep(1, chosen)
+    staging.stage(batch, blocks)
+    assert len(staging.take(1).micro_batches) == len(batch.micro_batches)
+    other = blocks[0].columns["ids"].copy()
+    other[2, 3] = (other[2, 3] + 1) % VOCABULARY_SIZE
+    blocks[0] = dataclasses.replace(blocks[0], columns={**blocks[0].columns, "ids": other})
+    with pytest.raises(
+        UnitRejected, match=f"unit {batch.units[0].id}: .*other ids than were asked for, first in row 2"
+    ):
+        staging.stage(batch, blocks)
