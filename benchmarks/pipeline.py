@@ -29,6 +29,7 @@ from launch.report.metrics import MetricsLog, Timeline
 from launch.report.observer import RunObserver
 from launch.report.progress import Progress
 from launch.resolving import resolve_run
+from trainer.loop.control_ids import with_control_ids
 from trainer.loop.inputs import Inputs, read_inputs
 from trainer.loop.job import make_job
 from trainer.loop.scoring import UnitScorers, first_error
@@ -78,8 +79,8 @@ class Pipeline:
 
     def __init__(self, run: Run) -> None:
         """Reads and resolves; starts nothing."""
-        self.run = run
         self.inputs: Inputs = read_inputs(run)
+        self.run = run = with_control_ids(run, self.inputs)
         self.resolved: Resolved = resolve_run(run, self.inputs, Hardware.local())
         self._closing = AsyncExitStack()
         self._trained = 0

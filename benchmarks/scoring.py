@@ -23,7 +23,7 @@ from benchmarks.worker import Worker
 from benchmarks.workload import Workload, corpus, make_run, make_student, write_rows
 from cluster.engines.plan import EnginePlan
 from cluster.placement.hardware import Hardware
-from configs.labels import GivenIds, Hidden, Labels, TopK
+from configs.labels import GivenIds, Hidden, Labels, Nucleus, Sampled, TopK
 from configs.models import ModelSource
 from launch.resolving import resolve_run
 from trainer.checks.label_check import some_ids
@@ -36,6 +36,7 @@ PREFILL = "bare prefill"
 STOCK = "vLLM's prompt_logprobs=64"
 STOCK_SHARE = 4  # of the batch: a quarter says enough, and Python objects take long
 TOPK, HIDDEN, GIVEN = TopK(k=64), Hidden(), GivenIds(k=64)
+NUCLEUS, SAMPLED = Nucleus(), Sampled()
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,5 +225,7 @@ def _ways(batch: Batch, ids: np.ndarray, *, seed: int) -> Mapping[str, tuple[str
         "top-64, all rows": label(all_rows, TOPK),
         "64 given ids and the target, all rows": label(all_rows, GIVEN),
         "top-64, answer rows (two thirds)": label(answer_rows, TOPK),
+        "nucleus, all rows": label(all_rows, NUCLEUS),
+        "sampled, all rows": label(all_rows, SAMPLED),
         STOCK: prefill(max(1, batch.sequences // STOCK_SHARE), TOPK.k),
     }

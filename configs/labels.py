@@ -6,7 +6,7 @@ by such an object.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, field_validator
 
@@ -41,18 +41,69 @@ class Labels(Choice):
         return 1
 
 
-class TopK(Labels):
+class Sparse(Labels):
+    """Base of encodings that keep some ids of each row, and the mass of all others."""
+
+    most: ClassVar[str] = ""
+    """The field that says how many ids of a row are kept, which must hold the control ids."""
+
+    control_ids: Literal["auto"] | tuple[Natural | str, ...] = Field(
+        (),
+        description="Tokens, as the teacher's tokenizer writes them, or ids that are always kept, such as "
+        '["<|im_end|>", "<tool_call>"]; auto: those that end a turn or a text. Whether an answer ends is a token that '
+        "is seldom among the likeliest ones, and a student that never hears of it does not stop.",
+    )
+
+    @field_validator("control_ids", mode="before")
+    @classmethod
+    def _tokens(cls, given: Any) -> Any:
+        if given == "auto":
+            return given
+        tokens = given if isinstance(given, list | tuple) else [None]
+        if not all(isinstance(one, str) or (type(one) is int and one >= 0) for one in tokens):
+            raise ValueError('must be auto or a list of tokens and ids, such as ["<|im_end|>", 2]')
+        if len(set(tokens)) < len(tokens):
+            raise ValueError("names a token twice; name each once")
+        return tuple(tokens)
+
+
+class TopK(Sparse):
     """The k likeliest ids of each row, and the mass of all others."""
 
     kind: Literal["topk"] = "topk"
+    most: ClassVar[str] = "k"
 
     gives: ClassVar[frozenset[Need]] = _DISTRIBUTIONS
 
-    k: Positive = Field(64, description="Ids kept of each row.")
+    k: Positive = Field(64, description="Ids kept of each row, the control ids among them.")
 
     @property
     def least_vocabulary(self) -> int:
         return self.k
+
+
+class Nucleus(Sparse):
+    """The likeliest ids of each row until they hold the mass p, and the mass of all others: few where the teacher is
+    sure, many where it is not."""
+
+    kind: Literal["nucleus"] = "nucleus"
+    most: ClassVar[str] = "k_max"
+
+    gives: ClassVar[frozenset[Need]] = frozenset({"labels", "target_event"})
+
+    p: Annotated[float, Field(gt=0, le=1)] = Field(0.98, description="Mass that the kept ids reach, if k_max allows.")
+    k_max: Annotated[int, Field(gt=0, le=65535)] = Field(256, description="Ids kept of a row, at most.")
+
+
+class Sampled(Sparse):
+    """Ids drawn by their probability (RS-KD, arXiv 2503.16870): the gradient of forward_kl is unbiased over the whole
+    vocabulary, at a few dozen bytes a row."""
+
+    kind: Literal["sampled"] = "sampled"
+    draws: Annotated[int, Field(gt=0, le=65535)] = Field(50, description="Of each row; fewer different ids are kept.")
+    seed: Natural = Field(0, description="Of the draws, beside the text and the place in it.")
+
+    needs_row_keys: ClassVar[bool] = True
 
 
 class Hidden(Labels):
@@ -135,7 +186,7 @@ class NoLabels(Choice):
 
 LABELS = Station(
     Labels,
-    (TopK, GivenIds, Hidden, Dense, Token, NoLabels),
+    (TopK, Nucleus, Sampled, GivenIds, Hidden, Dense, Token, NoLabels),
     package="trainer.labels",
     class_name="Encoding",
     default="topk",

@@ -170,7 +170,9 @@ class Divergence(Term):
     needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
     exactness: ClassVar[Mapping[str, Exactness]] = {
         "topk": "lower_bound",
+        "nucleus": "lower_bound",
         "given_ids": "lower_bound",
+        "sampled": "refused",
         "hidden": "exact",
         "dense": "exact",
         "token": "refused",
@@ -188,6 +190,8 @@ class ForwardKl(Divergence):
     """KL(teacher, student) (arXiv 1503.02531): covers all modes of the teacher."""
 
     loss: Literal["forward_kl"] = "forward_kl"
+
+    exactness: ClassVar[Mapping[str, Exactness]] = {**Divergence.exactness, "sampled": "unbiased"}
 
 
 class ReverseKl(Divergence):
@@ -352,7 +356,7 @@ class Uld(Divergence):
     loss: Literal["uld"] = "uld"
 
     exactness: ClassVar[Mapping[str, Exactness]] = {
-        **dict.fromkeys(("topk", "given_ids", "token"), "refused"),
+        **dict.fromkeys(("topk", "nucleus", "sampled", "given_ids", "token"), "refused"),
         **dict.fromkeys(("hidden", "dense"), "exact"),
     }
     across_tokenizers: ClassVar[bool] = True

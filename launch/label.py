@@ -26,6 +26,7 @@ from trainer.errors import ConfigError, InfrastructureError
 from trainer.labels.store import LabelStore
 from trainer.labels.store_space import LabelSpace
 from trainer.labels.store_writer import Limits
+from trainer.loop.control_ids import with_control_ids
 from trainer.loop.inputs import Inputs
 from trainer.loop.job import make_job
 from trainer.loop.rows import Wanted, wanted_labels
@@ -47,11 +48,12 @@ def label(path: Path, overrides: list[str], *, skip_self_test: bool = False) -> 
         warnings, inputs = raise_problems(loaded)
         folder = RunFolder.create(_folder(loaded.run))
         with folder.lock(), contextlib.ExitStack() as stack:
-            runtime = open_runtime(loaded.run, inputs, stack, with_students=False)
+            run = with_control_ids(loaded.run, inputs)
+            runtime = open_runtime(run, inputs, stack, with_students=False)
             progress = stack.enter_context(LabelProgress())
             for text in (*warnings, *runtime.resolved.reasons, *runtime.warnings):
                 progress.note(text)
-            asyncio.run(_Labelling(loaded.run, inputs, runtime, progress).run(folder, skip_self_test=skip_self_test))
+            asyncio.run(_Labelling(run, inputs, runtime, progress).run(folder, skip_self_test=skip_self_test))
     return 0
 
 

@@ -40,6 +40,7 @@ from launch.stopping import StopRequest, preemptible
 from launch.stored import refuse_missing
 from launch.trackers.trackers import Trackers
 from trainer.errors import ConfigError, InfrastructureError, StillhouseError
+from trainer.loop.control_ids import with_control_ids
 from trainer.loop.controller import Controller
 from trainer.loop.inputs import Inputs
 from trainer.loop.job import Job, make_job
@@ -166,11 +167,12 @@ def _train(
     write_text(folder.config, dump_run(run))
     trackers = Trackers(run, folder, goes_on=here.after is not None, tell=_say)
     with trackers, contextlib.ExitStack() as stack:
-        runtime = open_runtime(run, start.inputs, stack, wait_for_nodes=wait_for_nodes)
+        decided = with_control_ids(run, start.inputs)
+        runtime = open_runtime(decided, start.inputs, stack, wait_for_nodes=wait_for_nodes)
         dtypes = dtypes_of(run, runtime.resolved)
         changed = [*here.changed, *(refuse_changes(run, folder, here.after, dtypes) if here.after else [])]
         job = make_job(
-            run,
+            decided,
             start.inputs,
             folder,
             config_hash=config_hash(run),
@@ -180,7 +182,7 @@ def _train(
             after=here.after,
         )
         if run.store is not None and run.store.mode == "only":
-            print(refuse_missing(run, start.inputs, runtime.resolved), flush=True)
+            print(refuse_missing(decided, start.inputs, runtime.resolved), flush=True)
         length = new_length(run, here.after, job.loop.total_steps)
         exported = runtime.exported(run, total_steps=job.loop.total_steps)
         hours = hours_of(job, record, devices_of(runtime.resolved))

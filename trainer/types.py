@@ -312,6 +312,11 @@ class Sequence:
         return tuple((int(a), int(b)) for a, b in edges.reshape(-1, 2))
 
 
+def tokens_to_read(sequence: Sequence) -> np.ndarray:
+    """The tokens up to the one that the last label row predicts; what follows changes no label."""
+    return sequence.token_ids[: int(np.flatnonzero(sequence.loss_mask)[-1]) + 2]
+
+
 @dataclass(frozen=True, slots=True)
 class Collected:
     """What was made of the prompts of one step."""
@@ -530,6 +535,7 @@ class PairedLogProbs:
     exhaustive: bool
     student_scores: torch.Tensor | None = None  # float32 [N, E], what `student` is the log-softmax of
     ids: torch.Tensor | None = None  # int64 [N, E - 1] of the events before the tail; None: no tail, event e is id e
+    teacher_entropy: torch.Tensor | None = None  # float32 [N], in nats, where `teacher` is an estimate that has another
     teacher_target: torch.Tensor | None = None  # float32 [N], of the target id, where that may lie in the tail
 
 

@@ -23,7 +23,6 @@ from cluster.engines.units import (
     check_unit,
     label_block,
     teacher_shape,
-    tokens_to_read,
     unit_report,
     with_given,
 )
@@ -34,7 +33,7 @@ from trainer.errors import ConfigError
 from trainer.labels.encoding import Column, Encoding, load_encoding, pack_rows, row_keys
 from trainer.model.attention import REFERENCE
 from trainer.model.load import load_causal
-from trainer.types import RowIds, Sequence, SoftLabelBlock, Unit, UnitReport
+from trainer.types import RowIds, Sequence, SoftLabelBlock, Unit, UnitReport, tokens_to_read
 
 
 class Engine(Hf):

@@ -113,11 +113,6 @@ def with_given(unit: Unit, given: RowIds | None) -> list[tuple[Sequence, np.ndar
     return list(zip(asked, [None] * len(asked) if given is None else given.of_sequences(unit), strict=True))
 
 
-def tokens_to_read(sequence: Sequence) -> np.ndarray:
-    """The tokens up to the one that the last label row predicts; what follows changes no label."""
-    return sequence.token_ids[: int(np.flatnonzero(sequence.loss_mask)[-1]) + 2]
-
-
 def label_block(
     unit: Unit,
     packed: AbstractSequence[np.ndarray],

@@ -21,7 +21,6 @@ from cluster.engines.units import (
     check_unit,
     label_block,
     teacher_shape,
-    tokens_to_read,
     unit_report,
     with_given,
 )
@@ -33,7 +32,7 @@ from trainer.errors import ConfigError, InfrastructureError
 from trainer.heap import give_back
 from trainer.labels.encoding import load_encoding
 from trainer.model.head import head_width
-from trainer.types import RowIds, Sampling, Sequence, SoftLabelBlock, Unit, UnitReport
+from trainer.types import RowIds, Sampling, Sequence, SoftLabelBlock, Unit, UnitReport, tokens_to_read
 
 if TYPE_CHECKING:
     from vllm import PoolingParams

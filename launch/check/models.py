@@ -18,6 +18,7 @@ from configs.schema import Run
 from launch.check.there import HERE, UNSEEN, There
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
 from trainer.errors import ConfigError
+from trainer.loop.control_ids import control_tokens, with_control_ids
 from trainer.loop.inputs import Inputs, read_inputs
 from trainer.loop.job import label_bytes_per_row
 from trainer.model.attention_choice import refuse_unpackable
@@ -97,11 +98,21 @@ def tokenizers(run: Run, inputs: list[Inputs]) -> Iterator[Finding]:
 def label_bytes(run: Run, inputs: Inputs, num_bytes: list[int]) -> Iterator[Finding]:
     """Whether the labels can be made over this vocabulary, and what one costs, which is added to `num_bytes`."""
 
-    def look() -> None:
-        num_bytes.append(
-            label_bytes_per_row(run, inputs, teacher_dtypes=dict.fromkeys(run.teachers_by_name(), "float32"))
-        )
+    made: list[Run] = []
 
+    def look() -> None:
+        dtypes = dict.fromkeys(run.teachers_by_name(), "float32")
+        num_bytes.append(label_bytes_per_row(made[0], inputs, teacher_dtypes=dtypes))
+
+    def kept() -> str:
+        tokens = control_tokens(made[0], inputs)
+        return "; ".join(f"{place}: {', '.join(names)}" for place, names in tokens.items())
+
+    found = attempt("control ids", lambda: made.append(with_control_ids(run, inputs)), kept)
+    if found.fatal or made[0] is not run:
+        yield found
+    if found.fatal:
+        return
     labels = [task.soft_labels for task in run.resolved_tasks().values()]
     kinds = ", ".join(dict.fromkeys(one.kind for one in labels if one is not None)) or "none"
     yield attempt("label size", look, lambda: f"{kinds}: at most {num_bytes[0]} bytes a loss token")

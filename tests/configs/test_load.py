@@ -62,7 +62,7 @@ def refused(load: Load, tmp_path: Path) -> Refused:
 def test_a_small_configuration_loads_with_every_default_filled_in(load: Load) -> None:
     run = load(GOOD).run
     assert run.training.steps == 10
-    assert run.labels.flat() == {"kind": "topk", "k": 64, "temperature": 1.0}
+    assert run.labels.flat() == {"kind": "topk", "k": 64, "temperature": 1.0, "control_ids": []}
     assert run.teacher.scorer.engine.kind == "vllm"
     assert run_folder(run) == Path("runs/good")
 
@@ -309,7 +309,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(load: Load) -> None:
 
 
 def test_an_override_adds_a_parameter_to_whatever_plugin_is_chosen(load: Load) -> None:
-    assert load(GOOD, "labels.k=8").run.labels.flat() == {"kind": "topk", "k": 8, "temperature": 1.0}
+    assert load(GOOD, "labels.k=8").run.labels == TopK(k=8)
     assert load(GOOD + "labels: {temperature: 2}\n", "labels.k=8").run.labels == TopK(k=8, temperature=2.0)
     assert load(GOOD + "labels: dense\n", "labels.temperature=2").run.labels.flat()["kind"] == "dense"
 
@@ -422,6 +422,7 @@ def test_what_makes_another_run_is_named_and_what_may_change_is_not(load: Load) 
     assert differences(before, load(GOOD, "training.save_every=5").run) == []
     assert differences(before, now) == [
         'labels.kind: "hidden", was "topk"',
+        "labels.control_ids: null, was []",
         "labels.k: null, was 64",
         'labels.dtype: "auto", was null',
         "optimizer.eps: 2e-08, was 1e-08",

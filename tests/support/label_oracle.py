@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from trainer.labels.encoding import ABSENT
+from configs.labels import Labels
+from trainer.labels.encoding import ABSENT, load_encoding, row_keys
+from trainer.labels.ragged import padded
 from trainer.model.head import Head, HeadShape
-from trainer.types import RowIds, Sequence, Unit
+from trainer.types import RowIds, Sequence, Unit, tokens_to_read
 
 VOCABULARY = 283  # of tests/support/tiny_models.py; its models are padded to 320
 
@@ -62,10 +64,15 @@ def teacher_head_of(folder: Path) -> Head:
 
 
 def label_errors(
-    kind: str, columns: Mapping[str, np.ndarray], oracle: np.ndarray, target_ids: np.ndarray, head: Head
+    spec: Labels,
+    unit: Unit,
+    columns: Mapping[str, np.ndarray],
+    oracle: np.ndarray,
+    target_ids: np.ndarray,
+    head: Head,
 ) -> dict[str, float]:
     """Largest difference to the oracle of each thing that labels of this kind say; `logprobs_f16` is rounded."""
-    rows = np.arange(len(oracle))[:, None]
+    kind, rows = spec.kind, np.arange(len(oracle))[:, None]
     if kind == "dense":
         return {"logprobs": float(np.abs(columns["logprobs"] - oracle).max())}
     if kind == "hidden":
@@ -73,6 +80,10 @@ def label_errors(
         return {"logprobs": float(np.abs(logits.double().log_softmax(-1).numpy() - oracle).max())}
     if kind == "token":
         return {"logprob": float(np.abs(columns["logprob"] - oracle[rows, target_ids[:, None]]).max())}
+    if kind == "nucleus":
+        return _nucleus_errors(spec, columns, oracle, target_ids)
+    if kind == "sampled":
+        return _sampled_errors(spec, unit, columns, oracle, target_ids)
     ids = columns["ids"].astype(np.int64)
     k = ids.shape[1]
     rest = oracle.copy()
@@ -88,12 +99,54 @@ def label_errors(
     }
 
 
+def _nucleus_errors(
+    spec: Labels, columns: Mapping[str, np.ndarray], oracle: np.ndarray, target_ids: np.ndarray
+) -> dict[str, float]:
+    """What a flat block says of each row; no id may be likelier than one that was kept, control ids apart."""
+    counts = columns["num_ids"][:, 0].astype(np.int64)
+    rows, ids = np.repeat(np.arange(len(oracle)), counts), columns["ids"].astype(np.int64)
+    rest = oracle.copy()
+    rest[rows, ids] = -np.inf
+    at = np.arange(len(oracle))
+    chosen = ~np.isin(ids, spec.control_ids)
+    return {
+        "ids": float((rest.max(1)[rows] - oracle[rows, ids])[chosen].max(initial=0.0)),
+        "logprobs_f16": float(np.abs(columns["logprobs"].astype(np.float64) - oracle[rows, ids]).max()),
+        "tail": float(np.abs(columns["tail"][:, 0] - np.log(np.exp(rest).sum(1))).max()),
+        "target": float(np.abs(columns["target"][:, 0] - oracle[at, target_ids]).max()),
+    }
+
+
+def _sampled_errors(
+    spec: Labels, unit: Unit, columns: Mapping[str, np.ndarray], oracle: np.ndarray, target_ids: np.ndarray
+) -> dict[str, float]:
+    """Against the draws from the oracle with the same random numbers; rounding moves few of them."""
+    texts = [(torch.from_numpy(tokens_to_read(s)), s.loss_mask) for s in unit.sequences if s.num_loss_tokens]
+    keys = torch.cat([row_keys(text, torch.from_numpy(np.flatnonzero(mask))) for text, mask in texts])
+    encoding, targets = load_encoding(spec), torch.from_numpy(target_ids)
+    again = encoding.estimate(encoding.encode(torch.from_numpy(oracle), targets, keys), oracle.shape[1])
+    counts = columns["num_ids"]
+    given = {name: torch.from_numpy(columns[name]) for name in ("tail", "target", "entropy", "control", "num_ids")}
+    given |= {name: torch.from_numpy(padded(columns[name], counts)) for name in ("ids", "draws")}
+    control = list(spec.control_ids)
+    return {
+        "draws_moved_f16": float((encoding.estimate(given, oracle.shape[1]) - again).abs().sum(1).mean()) / 2,
+        "control": float(np.abs(columns["control"] - oracle[:, control]).max()),
+        "target": float(np.abs(columns["target"][:, 0] - oracle[np.arange(len(oracle)), target_ids]).max()),
+    }
+
+
 def assert_labels_match(
-    kind: str, columns: Mapping[str, np.ndarray], oracle: np.ndarray, target_ids: np.ndarray, head: Head
+    spec: Labels,
+    unit: Unit,
+    columns: Mapping[str, np.ndarray],
+    oracle: np.ndarray,
+    target_ids: np.ndarray,
+    head: Head,
 ) -> None:
     """Equal to transformers; and the same comparison fails, by a lot, for rows shifted by one."""
-    for name, error in label_errors(kind, columns, oracle, target_ids, head).items():
-        assert error < (1e-2 if name.endswith("f16") else 1e-4), (kind, name, error)
+    for name, error in label_errors(spec, unit, columns, oracle, target_ids, head).items():
+        assert error < (1e-2 if name.endswith("f16") else 1e-4), (spec, name, error)
     shifted = {name: np.roll(column, 1, axis=0) for name, column in columns.items()}
-    wrong = label_errors(kind, shifted, oracle, target_ids, head)
-    assert max(wrong.values()) > 1.0, (kind, wrong)
+    wrong = label_errors(spec, unit, shifted, oracle, target_ids, head)
+    assert max(wrong.values()) > 1.0, (spec, wrong)

@@ -136,6 +136,7 @@ class EncodingOracle:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     kept: Kept | None = None
     rounds_to: float = 1e-5  # how far values may be from float64: what the wire rounds
+    drawn: bool = False  # labels that are right on average alone: their own tests hold the average to its definition
 
     def ids(self, teacher: torch.Tensor, student: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor | None:
         return None if self.kept is None else self.kept(self.parameters, teacher, student, target_ids)
@@ -174,8 +175,19 @@ def _given(
     return torch.cat([ids, torch.where((ids == target).any(1, keepdim=True), -1, target)], dim=1)
 
 
+def _nucleus(
+    parameters: Mapping[str, Any], teacher: torch.Tensor, student: torch.Tensor, target_ids: torch.Tensor
+) -> torch.Tensor:
+    """The likeliest until they hold the mass p."""
+    ids = teacher.argsort(-1, descending=True)[:, : parameters["k_max"]]
+    p = teacher.double().softmax(-1).gather(1, ids)
+    return torch.where(p.cumsum(1) - p < parameters["p"], ids, -1)
+
+
 ENCODINGS: dict[str, EncodingOracle] = {
     "topk": EncodingOracle({"k": 12}, _likeliest, rounds_to=6e-3),
+    "nucleus": EncodingOracle({"p": 0.8, "k_max": 12}, _nucleus, rounds_to=6e-3),
+    "sampled": EncodingOracle({"draws": 30}, drawn=True),
     "given_ids": EncodingOracle({"k": 12}, _given, rounds_to=1.2e-2),
     "hidden": EncodingOracle(),
     "dense": EncodingOracle(),

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from configs.models import ModelSource
 from trainer.errors import foreign_errors
-from trainer.labels.encoding import load_encoding
+from trainer.labels.encoding import load_encoding, row_keys
+from trainer.labels.sampled import Encoding as Sampled
 from trainer.labels.token import LOGPROB
 from trainer.loop.packing import layout_of, pack
 from trainer.losses.kl import forward_kl
@@ -34,12 +35,14 @@ from trainer.model.head import Head
 from trainer.model.load import load_causal, load_config, load_teacher_head
 from trainer.model.weights import weight_bytes
 from trainer.protocols import SelfTestResult
-from trainer.types import RowIds, Sequence, SoftLabelBlock, Unit
+from trainer.types import RowIds, Sequence, SoftLabelBlock, Unit, tokens_to_read
 
 REFERENCE_BYTES = 4 * 2**30
 """Teachers of at most this many bytes of weights are run by transformers in the controller, once, for the self-test."""
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # mean KL in nats; two right implementations differ by 1e-8 and 1e-3
+DRAWN_TOLERANCE = {"float32": 0.02, "bfloat16": 0.15}  # share of draws that rounding moves to another id
+DRAWN_CONTROL_FACTOR = 3.0
 CONTROL_FACTOR = 20.0  # moved labels must be this many times as far away as labels in their place
 ROUNDING_FACTOR = 100.0  # rows that differ by fewer roundings than this from their neighbours tell no shift
 TEXT_MARGIN = 0.5  # nats by which real text must beat moved labels; random labels differ by 0
@@ -154,6 +157,8 @@ def _compare(
     encoding = load_encoding(block.header.encoding)
     if LOGPROB in block.columns:
         return _compare_targets(name, truth, block_columns(unit, block)[LOGPROB][:, 0], target_ids, dtype)
+    if isinstance(encoding, Sampled):
+        return _compare_drawn(name, unit, truth, block_columns(unit, block), encoding, target_ids, dtype)
     columns = encoding.prepare(block_columns(unit, block), teacher_head)
     kept = len(truth) - 1
 
@@ -206,6 +211,36 @@ def _compare_targets(
         passed=aligned <= limit and moved >= max(limit, math.sqrt(CONTROL_FACTOR) * aligned),
         numbers=f"mean difference {aligned:.2e} nats (limit {limit:.0e}) on {len(given)} rows; control, labels moved "
         f"by one row: {moved:.2g}",
+    )
+
+
+def _compare_drawn(
+    name: str,
+    unit: Unit,
+    truth: torch.Tensor,
+    labels: Mapping[str, torch.Tensor],
+    encoding: Sampled,
+    target_ids: torch.Tensor,
+    dtype: str,
+) -> SelfTestResult:
+    """Drawn labels are drawn again from the truth, with the same random numbers: a draw may fall on the next id where
+    rounding moves a border, but few do. In total variation, the share of draws that fell on other ids."""
+    keys = torch.cat(
+        [
+            row_keys(torch.from_numpy(tokens_to_read(s)), torch.from_numpy(np.flatnonzero(s.loss_mask)))
+            for s in unit.sequences
+            if s.num_loss_tokens
+        ]
+    )
+    again = encoding.estimate(encoding.encode(truth, target_ids, keys), truth.shape[1])
+    given = encoding.estimate(labels, truth.shape[1])
+    aligned, moved = (float((a - b).abs().sum(1).mean()) / 2 for a, b in ((given, again), (given[:-1], again[1:])))
+    limit = DRAWN_TOLERANCE[dtype]
+    return SelfTestResult(
+        name=name,
+        passed=aligned <= limit and moved >= DRAWN_CONTROL_FACTOR * max(aligned, limit / DRAWN_CONTROL_FACTOR),
+        numbers=f"{aligned:.2%} of the draws fell on other ids (limit {limit:.0%}) on {len(truth)} rows; control, "
+        f"labels moved by one row: {moved:.0%} (at least {DRAWN_CONTROL_FACTOR:g} times as many)",
     )
 
 

@@ -25,6 +25,17 @@ def kept_and_tail(logits: torch.Tensor, ids: torch.Tensor, temperature: float) -
     return _KeptAndTail.apply(logits, ids, temperature)
 
 
+def present_and_tail(
+    logits: torch.Tensor, ids: torch.Tensor, temperature: float, present: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `kept_and_tail` where rows hold different numbers of ids, the first one always: `present` bool [n, K]. What a
+    row lacks is an event of probability 0. Also the ids, with a row's first one in place of those it lacks."""
+    ids = torch.where(present, ids, ids[:, :1])
+    events = kept_and_tail(logits, ids, temperature)
+    absent = torch.nn.functional.pad(~present, (0, 1))
+    return torch.where(absent, events.detach().amax(1, keepdim=True) + ABSENT, events), ids
+
+
 def rest_of(logits: torch.Tensor, ids: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax [n, V] over the ids that are *not* in `ids` (exactly 0 at those that are), and their log-sum-exp [n, 1].
 

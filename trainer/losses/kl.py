@@ -25,11 +25,15 @@ from trainer.types import PairedLogProbs
 def forward_kl(pair: PairedLogProbs) -> torch.Tensor:
     """KL(teacher, student) = sum p (log p - log q), [N]; gradient by the student logits q - p.
 
-    Hinton et al., arXiv 1503.02531; covers all modes of the teacher.
+    Hinton et al., arXiv 1503.02531; covers all modes of the teacher. Where p is an unbiased estimate, so is the value:
+    the entropy is then the teacher's own, and the rest is linear in p.
     """
     student, teacher = pair.student.detach(), pair.teacher.clamp(min=ABSENT)
     p = teacher.exp()
-    values = (teacher.sub_(student).mul_(p)).sum(-1)
+    if pair.teacher_entropy is None:
+        values = (teacher.sub_(student).mul_(p)).sum(-1)
+    else:
+        values = -(p * student).sum(-1) - pair.teacher_entropy
     return with_gradient(values, (pair.student, p.neg_))
 
 

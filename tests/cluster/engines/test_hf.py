@@ -27,7 +27,7 @@ from vllm_process import engine_plan
 
 from cluster.engines.hf import Engine
 from cluster.engines.hf_generator import draw, restrict
-from configs.labels import Dense, GivenIds, Hidden, Labels, Token, TopK
+from configs.labels import Dense, GivenIds, Hidden, Labels, Nucleus, Sampled, Token, TopK
 from configs.models import ModelSource
 from trainer.errors import ConfigError, DeadlineExceeded, UnitRejected, foreign_errors
 from trainer.model.attention_choice import packable_layers
@@ -35,13 +35,22 @@ from trainer.model.load import load_teacher_head
 from trainer.types import Completion, GenerationRequest, Sampling
 
 UNIT = random_unit("0:0", (60, [(5, 20), (31, 59)]), (90, [(60, 80)]), (12, []), (33, [(0, 32)]))
+SPECS = (
+    TopK(k=8),
+    Dense(),
+    Hidden(),
+    Token(),
+    Nucleus(p=0.3, k_max=40, control_ids=(2,)),
+    Sampled(draws=20, control_ids=(2,)),
+    GivenIds(k=8),
+)
 
 
 @pytest.mark.parametrize(
     ("family", "options"),
     [("llama", {}), ("llama", {"tied": False}), ("qwen2", {}), ("qwen3", {"tied": False}), ("gemma2", {})],
 )
-@pytest.mark.parametrize("spec", [TopK(k=8), Dense(), Hidden(), Token(), GivenIds(k=8)])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
 def test_labels_equal_transformers(tmp_path: Path, family: str, options: dict[str, object], spec: Labels) -> None:
     folder = tiny_folder(tmp_path / family, family, **options)
     scorer = Engine().start_scorer(engine_plan(Engine(), folder), "hf-0")
@@ -51,7 +60,7 @@ def test_labels_equal_transformers(tmp_path: Path, family: str, options: dict[st
     statistics = scorer.statistics()
     scorer.close()
     oracle, target_ids = oracle_of(folder, UNIT)
-    assert_labels_match(spec.kind, block.columns, oracle, target_ids, teacher_head_of(folder))
+    assert_labels_match(spec, UNIT, block.columns, oracle, target_ids, teacher_head_of(folder))
     assert all(np.array_equal(column, again.columns[name]) for name, column in block.columns.items())
     assert (report.num_rows, report.num_non_finite) == (UNIT.num_rows, 0)
     assert (statistics.num_units, statistics.num_rows) == (2, 2 * UNIT.num_rows)
@@ -68,7 +77,7 @@ def test_hidden_labels_are_as_wide_as_what_the_head_reads(tmp_path: Path, name: 
         ModelSource(path=str(folder)), vocabulary_size=VOCABULARY, dtype=torch.float32, device=torch.device("cpu")
     )
     oracle, target_ids = oracle_of(folder, UNIT)
-    assert_labels_match("hidden", block.columns, oracle, target_ids, head)
+    assert_labels_match(Hidden(), UNIT, block.columns, oracle, target_ids, head)
 
 
 OTHER_HEADS = {"modernbert-decoder"}
@@ -91,7 +100,7 @@ def test_labels_of_every_student_like_architecture_equal_transformers(name: str,
     )
     for spec in (TopK(k=8), Hidden()):
         _, block = asyncio.run(scorer.score(UNIT, spec, deadline_s=60))
-        errors = label_errors(spec.kind, block.columns, oracle, target_ids, head)
+        errors = label_errors(spec, UNIT, block.columns, oracle, target_ids, head)
         errors.pop("logprobs_f16", None)
         assert (max(errors.values()) < 1e-3) == (spec.kind == "topk" or name not in OTHER_HEADS), (spec, errors)
     scorer.close()

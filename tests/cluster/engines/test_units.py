@@ -11,19 +11,11 @@ from label_oracle import VOCABULARY, random_given_ids, random_unit
 from vllm_process import engine_plan
 
 from cluster.engines.hf import Engine
-from cluster.engines.units import (
-    check_given,
-    check_request,
-    check_unit,
-    count_non_finite,
-    label_block,
-    tokens_to_read,
-    with_given,
-)
+from cluster.engines.units import check_given, check_request, check_unit, count_non_finite, label_block, with_given
 from configs.labels import GivenIds, Labels, TopK
 from trainer.errors import EngineDead, UnitRejected
 from trainer.labels.encoding import Column
-from trainer.types import GenerationRequest, RowIds, Sampling, Unit
+from trainer.types import GenerationRequest, RowIds, Sampling, Unit, tokens_to_read
 
 UNIT = random_unit("0:0", (20, [(3, 9), (12, 19)]), (8, []), (10, [(0, 4)]))
 LAYOUT = (Column("x", torch.float32, 2),)

@@ -19,14 +19,23 @@ from transformers import AutoTokenizer
 
 from cluster.engines.hf import Engine as HfEngine
 from cluster.engines.vllm import Engine
-from configs.labels import Dense, GivenIds, Hidden, Token, TopK
+from configs.labels import Dense, GivenIds, Hidden, Nucleus, Sampled, Token, TopK
 from trainer.errors import ConfigError, EngineDead
 from trainer.types import Completion, GenerationRequest, Sampling
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 UNIT = random_unit("0:0", (60, [(5, 20), (31, 59)]), (90, [(60, 80)]), (7, [(0, 3)]), (12, []), (33, [(0, 32)]))
-SPECS = (TopK(k=8), Dense(), Hidden(), Token(), GivenIds(k=8), GivenIds(k=1, add_target=False, add_teacher_topk=7))
+SPECS = (
+    TopK(k=8),
+    Dense(),
+    Hidden(),
+    Token(),
+    Nucleus(p=0.3, k_max=40, control_ids=(2,)),
+    Sampled(draws=20, control_ids=(2,)),
+    GivenIds(k=8),
+    GivenIds(k=1, add_target=False, add_teacher_topk=7),
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +84,14 @@ def check(folder: Path, answers: list[tuple[object, dict[str, np.ndarray]]]) -> 
     oracle, target_ids = oracle_of(folder, UNIT)
     head = teacher_head_of(folder)
     for spec, (report, columns) in zip(SPECS, answers, strict=True):
-        assert_labels_match(spec.kind, columns, oracle, target_ids, head)
+        assert_labels_match(spec, UNIT, columns, oracle, target_ids, head)
         assert report.unit_id == UNIT.id
         assert report.tokens_hash == UNIT.tokens_hash()
         assert (report.num_rows, report.num_tokens) == (UNIT.num_rows, UNIT.num_tokens)
         assert report.num_bytes == sum(column.nbytes for column in columns.values())
         assert report.num_non_finite == 0
+        if spec.kind in ("nucleus", "sampled"):
+            continue  # their mass is that of their tail
         kept = {
             "given_ids": 1 - np.exp(columns["tail"].astype(np.float64)).mean() if spec.takes_ids else None,
             "topk": np.exp(-np.sort(-oracle, axis=1)[:, :8]).sum(1).mean(),

@@ -12,7 +12,7 @@ from label_oracle import oracle_of, random_unit
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from configs.labels import Hidden, Labels, TopK
+from configs.labels import Hidden, Labels, Nucleus, Sampled, TopK
 from configs.models import ModelSource
 from trainer.checks.label_check import (
     CHECK_TOKENS,
@@ -21,10 +21,11 @@ from trainer.checks.label_check import (
     teacher_lengths,
     teacher_truth,
 )
-from trainer.labels.encoding import load_encoding
+from trainer.labels.encoding import TeacherShape, load_encoding, row_keys
+from trainer.labels.ragged import flatten_ragged
 from trainer.model import attention
 from trainer.protocols import SelfTestResult
-from trainer.types import LabelHeader, SoftLabelBlock, Unit
+from trainer.types import LabelHeader, SoftLabelBlock, Unit, tokens_to_read
 
 VOCABULARY = 283
 UNIT = random_unit("u", (90, [(20, 80)]), (60, [(5, 50)]))
@@ -36,16 +37,23 @@ def _block(unit: Unit, spec: Labels, columns: dict[str, torch.Tensor]) -> SoftLa
     header = LabelHeader("teacher", "1", spec, "tiny", VOCABULARY, hidden.shape[1], dtype)
     as_numpy = {n: (c.view(torch.uint16) if c.dtype == torch.bfloat16 else c).numpy() for n, c in columns.items()}
     offsets = np.cumsum([0, *(s.num_loss_tokens for s in unit.sequences)])
-    return SoftLabelBlock(header, unit.tokens_hash(), as_numpy, offsets)
+    layout = load_encoding(spec).layout(TeacherShape(VOCABULARY, hidden.shape[1], hidden.dtype))
+    return SoftLabelBlock(header, unit.tokens_hash(), flatten_ragged(as_numpy, layout), offsets)
 
 
 def _answers(
-    folder: Path, unit: Unit, *, dtype: str = "float32", shift: int = 0, wrong_from: int | None = None
+    folder: Path,
+    unit: Unit,
+    *,
+    dtype: str = "float32",
+    shift: int = 0,
+    wrong_from: int | None = None,
+    spec: Labels = TopK(k=16),  # noqa: B008 - frozen
 ) -> tuple[SelfTestResult, ...]:
     """The self-test of labels that transformers made in this dtype; moved by `shift` rows, or noise from a row on."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager")
-    spec = TopK(k=16)
-    hidden, logits, following = [], [], []
+    encoding = load_encoding(spec)
+    hidden, logits, following, keys = [], [], [], []
     with torch.no_grad():
         for sequence in unit.sequences:
             ids = torch.from_numpy(sequence.token_ids).long()
@@ -53,6 +61,8 @@ def _answers(
             hidden.append(model.base_model(input_ids=ids[None]).last_hidden_state[0, rows])
             logits.append(model(input_ids=ids[None]).logits[0, rows, :VOCABULARY])
             following.append(ids[rows + 1])
+            keys.append(row_keys(torch.from_numpy(tokens_to_read(sequence)), rows))
+    drawn = {"row_keys": torch.cat(keys)} if encoding.needs_row_keys else {}
     states, values = (torch.cat(part).roll(shift, 0) for part in (hidden, logits))
     if wrong_from is not None:
         states[wrong_from:] = torch.randn_like(states[wrong_from:])
@@ -61,12 +71,21 @@ def _answers(
     return check_labels(
         unit,
         hidden=_block(unit, Hidden(), {"hidden": states}),
-        labels=_block(unit, spec, load_encoding(spec).encode(values, torch.cat(following))),
+        labels=_block(unit, spec, encoding.encode(values, torch.cat(following), **drawn)),
         teacher_head=head,
         dtype=dtype,
         reference_logits=truth,
         note="noted",
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("spec", [Nucleus(p=0.5, k_max=99, control_ids=(2,)), Sampled(control_ids=(2,))])
+def test_ragged_and_drawn_labels_pass_and_those_of_other_states_fail(spec: Labels, dtype: str, tmp_path: Path) -> None:
+    folder = architecture_folder(tmp_path, "llama", dtype=getattr(torch, dtype))
+    assert all(answer.passed for answer in _answers(folder, UNIT, dtype=dtype, spec=spec))
+    _, wrong = _answers(folder, UNIT, dtype=dtype, spec=spec, wrong_from=3)
+    assert not wrong.passed, wrong
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
