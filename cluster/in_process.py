@@ -20,6 +20,7 @@ from cluster.students.group import StudentJob, on_local_copy
 from cluster.teachers.actor import start_engine
 from cluster.teachers.pool import check_report, tell_notes
 from configs.labels import Labels
+from trainer.labels.joined import row_ids
 from trainer.loop.plan import units_taking_ids
 from trainer.protocols import GeneratingEngine, Observer, ScoringEngine, SelfTestResult, StudentInfo, TeacherPools
 from trainer.types import (
@@ -52,9 +53,10 @@ class InProcessTeacher:
         self._engine = start_engine(self._plan, f"{self._plan.actors}-0")
 
     async def score(
-        self, unit: Unit, encoding: Labels, given: RowIds | None = None
+        self, unit: Unit, encoding: Labels, given: RowIds | tuple[SoftLabelBlock, ...] | None = None
     ) -> tuple[UnitReport, SoftLabelBlock]:
-        report, block = await self._engine.score(unit, encoding, deadline_s=self._deadline_s, given=given)
+        ids = row_ids(unit, encoding, given if isinstance(given, tuple) else (given,))
+        report, block = await self._engine.score(unit, encoding, deadline_s=self._deadline_s, given=ids)
         check_report(report, unit)
         self._observer.span(report.replica, "score", report.started_s, report.started_s + report.score_s, unit.id)
         tell_notes(report, self._told, self._observer)

@@ -140,8 +140,10 @@ class GivenIds(Labels):
     takes_ids: ClassVar[bool] = True
 
     k: Positive = Field(64, description="Ids given for each row, the likeliest of whom `ids` names.")
-    ids: Literal["student"] = Field(
-        "student", description="Who chooses them: the student, one forward pass of its own before a step is scored."
+    ids: Literal["student", "teachers"] = Field(
+        "student",
+        description="Who chooses them: the student, one forward pass of its own before a step is scored. teachers: "
+        "what topk labels of an ensemble become, not to be written.",
     )
     add_target: bool = Field(True, description="The target id is given too.")
     add_teacher_topk: Natural = Field(0, description="The teacher adds as many ids, its likeliest that are not given.")

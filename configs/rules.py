@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.alignment import alignment_problems
 from configs.engines import Vllm
-from configs.labels import NoLabels
+from configs.labels import GivenIds, NoLabels
 from configs.losses import ForwardKl, Need, Term
 from configs.refusal import did_you_mean
 from configs.section import MAIN
@@ -233,6 +233,9 @@ def _asked(run: Run, task: ResolvedTask) -> Iterator[Problem]:
 def _ensemble(run: Run, task: ResolvedTask) -> Iterator[Problem]:
     """What several teachers on the same tokens cannot do."""
     ensemble, labels = task.ensemble, task.soft_labels
+    if isinstance(labels, GivenIds) and labels.ids == "teachers":
+        text = "is what topk labels of an ensemble become: write labels: topk"
+        yield (*_place(run, task, "labels"), "ids"), labels.ids, text
     if ensemble is None:
         return
     place = _place(run, task, "ensemble")
@@ -242,9 +245,15 @@ def _ensemble(run: Run, task: ResolvedTask) -> Iterator[Problem]:
     if compared := next((term.loss for term in task.objective if "target_logprobs" in term.needs), None):
         text = f"{compared} compares with one reference: write teacher: {ensemble.teachers[0]} instead of ensemble"
         yield place, None, text
-    elif labels is not None and ensemble.how in ("probability_mean", "logit_mean") and not labels.of_every_id:
+    elif labels is not None and ensemble.how == "logit_mean" and not labels.of_every_id:
+        text = f"is renormalised over the whole vocabulary, of which labels: {labels.kind} hold a part: write "
+        yield (*place, "how"), ensemble.how, text + "labels: hidden, or how: probability_mean"
+    elif labels is not None and ensemble.how == "probability_mean" and not task.has_shared_ids:
         text = f"needs the same ids of every teacher, and labels: {labels.kind} hold each its own: write "
-        yield (*place, "how"), ensemble.how, text + "labels: hidden, or how: per_teacher or min_ce"
+        yield (*place, "how"), ensemble.how, text + "labels: topk or hidden, or how: per_teacher"
+    elif task.joins_ids and (other := next((t.loss for t in task.objective if "likeliest_ids" in t.needs), None)):
+        text = f"joins the ids of several teachers, and {other} needs those that are one teacher's likeliest: write "
+        yield (*place, "how"), ensemble.how, text + "labels: hidden"
     elif labels is not None and ensemble.how == "min_ce" and "target_event" not in labels.gives:
         text = f"needs log-probabilities of the target ids, which labels: {labels.kind} do not tell: write "
         yield (*place, "how"), ensemble.how, text + "labels: topk, or how: per_teacher"
@@ -334,6 +343,9 @@ def _store(run: Run) -> Iterator[Problem]:
         if task.answers.needs_generator:
             text = f"starts no teacher, and {at}: {task.answers.kind} lets one write: write mode: read_write"
             yield mode, "only", text
+        if task.joins_ids:
+            text = "keeps no labels of a second request, as mixtures of topk labels make: write labels: hidden, or "
+            yield mode, "only", text + "mode: read_write"
         if task.soft_labels is not None and task.soft_labels.takes_ids:
             text = f"labels: {task.labels.kind} depend on the student of the moment, and are not kept: write other "
             yield mode, "only", text + "labels, or mode: read_write"

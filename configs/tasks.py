@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from configs.alignment import Alignment, AnyAlignment
 from configs.answers import Answers, AnyAnswers
-from configs.labels import AnyLabels, Labels, NoLabels
+from configs.labels import AnyLabels, GivenIds, Labels, NoLabels, TopK
 from configs.losses import AnyTerm, Term
 from configs.prompts import Dataset, HeldOutRows
 from configs.refusal import refusal
@@ -142,6 +142,26 @@ class ResolvedTask:
     def soft_labels(self) -> Labels | None:
         """What a teacher says of each token; None where it is not asked."""
         return None if isinstance(self.labels, NoLabels) else self.labels
+
+    @property
+    def joins_ids(self) -> bool:
+        """Whether teachers are asked twice: for the ids that each would keep, then about those that any of them did."""
+        return self.ensemble is not None and self.ensemble.how == "probability_mean" and isinstance(self.labels, TopK)
+
+    @property
+    def has_shared_ids(self) -> bool:
+        """Whether the labels of all teachers are of the same ids, so that a mixture is one of them."""
+        labels = self.soft_labels
+        given = isinstance(labels, GivenIds) and not labels.add_teacher_topk
+        return labels is not None and (labels.of_every_id or self.joins_ids or given)
+
+    @property
+    def trained_labels(self) -> Labels | None:
+        """What comes to the students: `soft_labels`, or what their second request makes of them."""
+        if self.joins_ids:
+            joined = self.labels.k * len(self.teachers)
+            return GivenIds(k=joined, ids="teachers", add_target=False, temperature=self.labels.temperature)
+        return self.soft_labels
 
     @property
     def asks(self) -> bool:

@@ -64,8 +64,11 @@ class Observer(Protocol):
 class Scorers(Protocol):
     """A pool of scorer replicas of one teacher."""
 
-    async def score(self, unit: Unit, encoding: Labels, given: RowIdsRef | None = None) -> tuple[UnitReport, BlockRef]:
-        """Labels for every loss row of the unit, whatever dies meanwhile. `given`: where the encoding `takes_ids`.
+    async def score(
+        self, unit: Unit, encoding: Labels, given: RowIdsRef | tuple[BlockRef, ...] | None = None
+    ) -> tuple[UnitReport, BlockRef]:
+        """Labels for every loss row of the unit, whatever dies meanwhile. `given`: where the encoding `takes_ids`, the
+        ids, or labels of the unit whose ids are joined; raises `LabelsLost` where these can no longer be read.
 
         Raises `TeachersLost` when the pool has given up, `UnitRejected` when the unit itself cannot be scored.
         """

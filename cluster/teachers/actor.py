@@ -17,6 +17,7 @@ from cluster.model_files import local_copy
 from configs.engines import ENGINES
 from configs.labels import Labels
 from trainer.build import check_build
+from trainer.labels.joined import row_ids
 from trainer.protocols import GeneratingEngine, ScoringEngine
 from trainer.types import Completion, GenerationRequest, RowIds, SoftLabelBlock, Unit, UnitReport
 
@@ -58,10 +59,10 @@ class TeacherActor:
         """Answers while the engine works: it has a thread of its own."""
 
     async def score(
-        self, unit: Unit, encoding: Labels, deadline_s: float, given: RowIds | None = None
+        self, unit: Unit, encoding: Labels, deadline_s: float, *given: RowIds | SoftLabelBlock | None
     ) -> tuple[UnitReport, SoftLabelBlock]:
-        """`given` is an argument of its own, so Ray brings it to this node before the call starts."""
-        return await self._engine.score(unit, encoding, deadline_s=deadline_s, given=given)
+        """`given` are arguments of their own, so Ray brings them to this node before the call starts."""
+        return await self._engine.score(unit, encoding, deadline_s=deadline_s, given=row_ids(unit, encoding, given))
 
     async def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> list[Completion]:
         return await self._engine.generate(requests, deadline_s=deadline_s)

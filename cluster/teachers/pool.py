@@ -43,6 +43,7 @@ from trainer.errors import (
     EngineDead,
     InfrastructureError,
     InsufficientResources,
+    LabelsLost,
     StillhouseError,
     StudentsLost,
     TeachersLost,
@@ -111,15 +112,20 @@ class ReplicaPool:
         await asyncio.gather(*(self._start(index) for index in range(len(self._replicas))))
         self._watchers = [asyncio.create_task(self._watch(index)) for index in range(len(self._replicas))]
 
-    async def score(self, unit: Unit, encoding: Labels, given: RowIdsRef | None = None) -> tuple[UnitReport, BlockRef]:
+    async def score(
+        self, unit: Unit, encoding: Labels, given: RowIdsRef | tuple[BlockRef, ...] | None = None
+    ) -> tuple[UnitReport, BlockRef]:
         deadline_s = self._faults.score_timeout_s
+        refs = given if isinstance(given, tuple) else (given,)
 
         async def send(actor: Any) -> tuple[UnitReport, BlockRef]:
-            report_ref, block_ref = actor.score.options(num_returns=2).remote(unit, encoding, deadline_s, given)
+            report_ref, block_ref = actor.score.options(num_returns=2).remote(unit, encoding, deadline_s, *refs)
             try:
                 report = await answer(report_ref, deadline_s + ANSWER_GRACE_S)
             except RayError as error:
                 if given is not None and isinstance(unwrap(error), ObjectLostError):
+                    if isinstance(given, tuple):
+                        raise LabelsLost([unit.id]) from None
                     text = f"the ids that the student chose for unit {unit.id} are lost with the node of its rank"
                     raise StudentsLost(text) from None
                 raise
@@ -168,7 +174,7 @@ class ReplicaPool:
                 result = await send(actor)
                 replica.progress, replica.misses = True, 0
                 return result
-            except StudentsLost:
+            except (LabelsLost, StudentsLost):
                 raise
             except (RayError, StillhouseError) as error:
                 attempt += 1

@@ -403,14 +403,30 @@ WRONG_ENSEMBLES = {
         ["ensemble.how=mean"],
         "'probability_mean', 'logit_mean', 'per_teacher' or 'min_ce'",
     ),
-    "ids of each teacher's own": (
-        ["labels=topk"],
-        "needs the same ids of every teacher, and labels: topk hold each its own: write labels: hidden, or how: "
-        "per_teacher or min_ce",
-    ),
-    "a geometric mean of such ids": (
+    "a geometric mean of some ids": (
         ["labels=topk", "ensemble.how=logit_mean"],
-        "write labels: hidden",
+        "is renormalised over the whole vocabulary, of which labels: topk hold a part: write labels: hidden, or how: "
+        "probability_mean",
+    ),
+    "a mixture of no distributions": (
+        ["labels=token", "objective=[{loss: cross_entropy}]"],
+        "needs the same ids of every teacher, and labels: token hold each its own: write labels: topk or hidden",
+    ),
+    "ids of one teacher where those of all are joined": (
+        ["labels=topk", "objective=[{loss: lsm}]"],
+        "joins the ids of several teachers, and lsm needs those that are one teacher's likeliest: write labels: hidden",
+    ),
+    "joined ids that a store is to hold": (
+        ["labels=topk", "store={path: labels, mode: only}"],
+        "store.mode = 'only'\n      keeps no labels of a second request, as mixtures of topk labels make",
+    ),
+    "ids of each that are added to the student's": (
+        ["labels={kind: given_ids, add_teacher_topk: 4}"],
+        "needs the same ids of every teacher, and labels: given_ids hold each its own",
+    ),
+    "what topk labels become": (
+        ["labels={kind: given_ids, ids: teachers}", "ensemble={teachers: [big, code], how: per_teacher}"],
+        "labels.ids = 'teachers'\n      is what topk labels of an ensemble become: write labels: topk",
     ),
     "weights of tokens by one of several teachers": (
         [

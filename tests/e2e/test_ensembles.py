@@ -62,6 +62,8 @@ def every_way(folder: Path) -> Path:
             "evaluation": {"path": str(seen)},
             "objective": [{"loss": "forward_kl"}, {"loss": "reverse_kl", "weight": 0.5}],
         },
+        "joined": {"ensemble": {"teachers": NAMES, "weights": {"prose": 1, "code": 2}}},
+        "given": {"labels": {"kind": "given_ids", "k": 16}, "ensemble": {"teachers": NAMES}},
         "picked": {"ensemble": {"teachers": NAMES, "how": "min_ce"}},
     }
     return run_of(folder, {**IN_ONE_PROCESS, "teachers": teachers, "tasks": tasks})
@@ -95,7 +97,7 @@ def test_numbers_say_what_each_teacher_counted_for(undisturbed: Path) -> None:
         assert {step[f"teacher/{name}/lost_rows"] for name in NAMES} == {0}
         assert all(step[f"task/each/{term}_kl/{name}"] > 0 for term in ("forward", "reverse") for name in NAMES)
     before, after = records(undisturbed, "evaluation")
-    for task in ("mixed", "geometric", "each", "picked"):
+    for task in ("mixed", "geometric", "each", "joined", "given", "picked"):
         kl, *each = (f"evaluation/task/{task}/{of}forward_kl" for of in ("", *(f"teacher/{n}/" for n in NAMES)))
         assert after[kl] < before[kl]
         assert all(after[one] > 0 for one in each)
@@ -111,8 +113,7 @@ def on_ray(folder: Path, kind: str, *, on_lost: str) -> Path:
     changes = {
         "teachers": teachers,
         "student": {"ranks": 1},
-        "labels": "hidden",
-        "ensemble": {"teachers": NAMES, "how": "logit_mean", "on_lost": on_lost},
+        "ensemble": {"teachers": NAMES, "on_lost": on_lost},
         "training": {"steps": 12, "depth": 0},
         "faults": {"max_teacher_restarts": 0},
     }

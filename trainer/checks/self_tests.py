@@ -222,22 +222,28 @@ def _random_teachers(
     """The teachers with heads, and labels of each with unequal weights."""
     labels, heads = {}, {}
     weights = torch.rand(ROWS, len(together.teachers)).to(subject.device).softmax(1)
+    ids = torch.rand(ROWS, size).to(subject.device)
     for index, name in enumerate(together.teachers):
-        columns, heads[name] = _random_labels(subject, together.encoding, size, target_ids)
+        columns, heads[name] = _random_labels(subject, together.encoding, size, target_ids, ids)
         labels |= {f"{name}/{column}": values for column, values in columns.items()}
         labels[f"{name}/{WEIGHT}"] = weights[:, index : index + 1]
     return replace(together, heads=heads), labels
 
 
 def _random_labels(
-    subject: Subject, encoding: Encoding | None, size: int, target_ids: torch.Tensor
+    subject: Subject,
+    encoding: Encoding | None,
+    size: int,
+    target_ids: torch.Tensor,
+    preference: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], Head | None]:
-    """Labels of a made-up teacher, as its worker would make them."""
+    """Labels of a made-up teacher, as its worker would make them. `preference` [ROWS, size]: which ids are given."""
     if encoding is None:
         return {}, None
     if encoding.needs == "logits":
         logits = 3 * torch.randn(ROWS, size).to(subject.device)
-        ids = {"given_ids": torch.rand_like(logits).topk(encoding.num_given).indices} if encoding.takes_ids else {}
+        chosen = torch.rand_like(logits) if preference is None else preference
+        ids = {"given_ids": chosen.topk(encoding.num_given).indices} if encoding.takes_ids else {}
         return encoding.encode(logits, target_ids, **ids), None
     width = 32
     weight = torch.randn(size, width).to(subject.device, subject.dtype)

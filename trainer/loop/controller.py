@@ -172,6 +172,7 @@ class Controller:
                 self._session.teachers,
                 job.labels,
                 job.ensembles,
+                job.joined,
                 note=lambda text: self._observer.event("note", text=text),
             ),
             students,

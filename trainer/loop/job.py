@@ -63,6 +63,11 @@ class Job:
         return {name: task.ensemble for name, task in self.tasks.items() if task.ensemble is not None}
 
     @property
+    def joined(self) -> Mapping[str, Labels]:
+        """By task, of those whose teachers are asked twice: what the second request asks for."""
+        return {name: task.trained_labels for name, task in self.tasks.items() if task.joins_ids}
+
+    @property
     def rows_per_epoch(self) -> int | None:
         """Of all tasks together; None where one of them streams."""
         return summed_rows(self.streams)
@@ -205,8 +210,9 @@ def label_bytes_per_row(run: Run, inputs: Inputs, *, teacher_dtypes: Mapping[str
                 hidden_size=hidden_size_of(run.teachers_by_name()[name].model, place=teacher_place(run, name)),
                 dtype=getattr(torch, teacher_dtypes[name]),
             )
-            encoding = load_encoding(task.soft_labels)
-            with foreign_errors(f"{station_place(run, task, 'labels')}: {task.soft_labels.kind}, the layout of a row"):
+            labels = task.trained_labels
+            encoding = load_encoding(labels)
+            with foreign_errors(f"{station_place(run, task, 'labels')}: {labels.kind}, the layout of a row"):
                 of_teachers.append(sum(column.num_bytes for column in encoding.layout(shape)))
         sizes.append(max(of_teachers) if task.ensemble is None else sum(of_teachers))
     return max(sizes)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import replace
 from types import MappingProxyType
+from weakref import WeakValueDictionary
 
 from configs.labels import Labels
 from configs.section import TOGETHER
@@ -18,6 +19,7 @@ from trainer.protocols import Observer, Scorers, TeacherPools
 from trainer.types import BlockRef, RankBatch, RowIdsRef, Unit, UnitReport
 
 Scored = tuple[UnitReport, BlockRef]
+MAX_FIRST_REQUESTS = 3  # for one second request, where a node takes the labels of the first with it
 
 
 class UnitScorers:
@@ -28,14 +30,19 @@ class UnitScorers:
         teachers: Mapping[str, TeacherPools],
         labels: Mapping[str, Labels | None],
         ensembles: Mapping[str, Ensemble] = MappingProxyType({}),
+        joined: Mapping[str, Labels] = MappingProxyType({}),
         *,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`teachers` by name, the others by task. `note` tells people of a teacher that is gone on without, once."""
+        """`teachers` by name, the others by task. `joined`: of tasks whose teachers are asked twice, what the second
+        request asks for. `note` tells people of a teacher that is gone on without, once."""
         self._teachers = teachers
         self._labels = labels
         self._ensembles = ensembles
+        self._joined = joined
         self._note = note
+        # A first request is awaited by every teacher's second one, and kept no longer than that.
+        self._first: WeakValueDictionary[str, asyncio.Task[dict[str, Scored | None]]] = WeakValueDictionary()
         self._lost: set[tuple[str, str]] = set()
 
     def asked(self, unit: Unit) -> tuple[Unit, ...]:
@@ -55,17 +62,51 @@ class UnitScorers:
     async def score(self, unit: Unit, given: RowIdsRef | None = None) -> Scored | None:
         """The labels of its task; None of a teacher that is lost for good where the task goes on without. Raises as
         `Scorers.score`."""
-        task, teacher = unit.kind
-        labels, ensemble = self._labels[task], self._ensembles.get(task)
+        task = unit.kind[0]
+        labels = self._labels[task]
         assert labels is not None, unit.id
+        if task not in self._joined:
+            return await self._ask(unit, labels, given)
+        for _ in range(MAX_FIRST_REQUESTS):
+            first = await self._first_request(unit, labels)
+            own, of_all = first[unit.id], tuple(one[1] for one in first.values() if one is not None)
+            if own is None:
+                return None
+            try:
+                scored = await self._ask(unit, self._joined[task], of_all)
+            except LabelsLost:
+                self._first.pop(_without_teacher(unit), None)
+                continue
+            return None if scored is None else (_added(own[0], scored[0]), scored[1])
+        raise LabelsLost([unit.id])
+
+    async def _ask(
+        self, unit: Unit, labels: Labels, given: RowIdsRef | tuple[BlockRef, ...] | None = None
+    ) -> Scored | None:
+        ensemble = self._ensembles.get(unit.kind[0])
         try:
-            scorer, unit = scorer_of(self._teachers, teacher), unit.as_read()
-            return await (scorer.score(unit, labels) if given is None else scorer.score(unit, labels, given))
+            scorer, asked = scorer_of(self._teachers, unit.kind[1]), unit.as_read()
+            return await (scorer.score(asked, labels) if given is None else scorer.score(asked, labels, given))
         except TeachersLost as error:
             if ensemble is None or ensemble.on_lost == "end":
                 raise
             self._tell(unit.kind, error)
             return None
+
+    async def _first_request(self, unit: Unit, labels: Labels) -> dict[str, Scored | None]:
+        """What every teacher of the ensemble keeps of a unit's rows, by the id of what it was asked; one request serves
+        all teachers that wait for it."""
+        base = _without_teacher(unit)
+
+        async def ask_all() -> dict[str, Scored | None]:
+            names = self._ensembles[unit.kind[0]].teachers
+            siblings = [unit.of_teacher(name, f"{base}@{name}") for name in names]
+            return await _score_all(siblings, lambda one: self._ask(one, labels))
+
+        asked = self._first.get(base)
+        if asked is None:
+            asked = self._first[base] = asyncio.create_task(ask_all(), name=f"unit {base}")
+        return await asked
 
     def left(self, batch: RankBatch, scored: Mapping[str, Scored | None]) -> RankBatch:
         """The batch as it was scored: its units name the teachers whose labels are there. Raises `TeachersLost` where
@@ -92,6 +133,16 @@ class UnitScorers:
             self._lost.add(kind)
             text = f"teacher {kind[1]} is lost for good, and the run goes on with the rest of the ensemble (on_lost: "
             self._note(f"{text}continue): {error}; teacher/{kind[1]}/lost_rows in metrics.jsonl counts")
+
+
+def _without_teacher(unit: Unit) -> str:
+    """The id of the unit that a teacher was asked about as one of several."""
+    return unit.id.rpartition("@")[0]
+
+
+def _added(first: UnitReport, second: UnitReport) -> UnitReport:
+    """Of two requests about one unit: the labels are those of the second."""
+    return replace(second, score_s=first.score_s + second.score_s, started_s=first.started_s)
 
 
 def scorer_of(teachers: Mapping[str, TeacherPools], name: str) -> Scorers:

@@ -90,11 +90,11 @@ class Staging:
 
         Raises `UnitRejected` naming the unit whose labels are not what was asked.
         """
-        labels = {name: task.soft_labels for name, task in self._tasks.items()}
+        labels = {name: task.trained_labels for name, task in self._tasks.items()}
         asked = [one for unit in batch.units if labels[unit.kind[0]] is not None for one in unit.asked()]
         layouts = self._check("training", asked, blocks, [labels[one.kind[0]] for one in asked])
         for one, block in zip(asked, blocks, strict=True):
-            if labels[one.kind[0]].takes_ids:
+            if self._tasks[one.kind[0]].soft_labels.takes_ids:
                 self.chosen.check(batch.step, one, block)
         ready = packable(
             batch.units,

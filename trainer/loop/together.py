@@ -19,6 +19,7 @@ import torch
 
 from configs.section import TOGETHER
 from configs.tasks import Ensemble
+from trainer.errors import UnitRejected
 from trainer.labels.encoding import Column
 from trainer.loop.packing import Layouts
 from trainer.losses.ensemble import WEIGHT
@@ -73,6 +74,7 @@ def packable(
             found += asked
             first = [(start + int(picks[s]), s) for s in range(len(unit.sequences))]
         else:
+            _check_ids(asked, ensemble)
             names = [one.kind[1] for one, _ in asked]
             weights = sequence_weights(unit.sequences, ensemble, names)
             if ensemble.how == "min_ce":
@@ -138,6 +140,13 @@ def weight_shares(judged: Mapping[tuple[str, str], Judged], loss_tokens: Mapping
 def names_of(teacher: str) -> list[str]:
     """Of the teachers that a unit or a part names."""
     return teacher.split(TOGETHER)
+
+
+def _check_ids(asked: AbstractSequence[Scored], ensemble: Ensemble) -> None:
+    """Raises `UnitRejected` where teachers that become one were asked about unlike ids."""
+    ids = [block.columns["ids"] for _, block in asked if "ids" in block.columns]
+    if ensemble.how == "probability_mean" and not all(np.array_equal(one, ids[0]) for one in ids):
+        raise UnitRejected(f"unit {asked[0][0].id}: its labels are of other ids than those of another teacher")
 
 
 def _merged(asked: AbstractSequence[Scored], weights: np.ndarray) -> SoftLabelBlock:

@@ -7,6 +7,9 @@ min_ce             of each sequence the teacher with the least cross-entropy on 
                    2401.10491, MinCE), told before the loss: then its labels are those of that teacher alone
 
 The weights of a row sum to one. An encoding is told nothing of this: its pairs with each teacher are combined here.
+
+Probabilities of kept ids and of the lumped tail add up, so that probability_mean is as exact over ids that all teachers
+were asked about as it is over the vocabulary; the normaliser of logit_mean needs all of the vocabulary.
 """
 
 from __future__ import annotations
@@ -84,19 +87,24 @@ class Together:
     ) -> PairedLogProbs:
         """The student beside the one distribution that the teachers become."""
         pairs = self.pairs(logits, labels)
-        first = pairs[self.teachers[0]]
-        weights = [labels[f"{name}/{WEIGHT}"] for name in self.teachers]
-        mixed = mix_of(self.how)([pairs[name].teacher for name in self.teachers], weights)
-        return replace(first, teacher=mixed)
+        weights, mix = [labels[f"{name}/{WEIGHT}"] for name in self.teachers], mix_of(self.how)
+        first, target = pairs[self.teachers[0]], None
+        if first.teacher_target is not None:
+            target = mix([pairs[name].teacher_target[:, None] for name in self.teachers], weights)[:, 0]
+        mixed = mix([pairs[name].teacher for name in self.teachers], weights)
+        return replace(first, teacher=mixed, teacher_target=target)
 
     def pairs(self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor]) -> dict[str, PairedLogProbs]:
-        """The student beside each teacher. Where the events are the vocabulary they have one student in common."""
+        """The student beside each teacher. Where the events are the same they have one student in common."""
         pairs: dict[str, PairedLogProbs] = {}
         for name in self.teachers:
-            shared = next((pair for pair in pairs.values() if pair.exhaustive), None)
+            first = next(iter(pairs.values()), None)
+            shared = first if first is not None and (first.exhaustive or self.how != "per_teacher") else None
             with torch.set_grad_enabled(torch.is_grad_enabled() and shared is None):
                 pair = self.encoding.align(logits, columns_of(labels, name), self.heads.get(name))
-            pairs[name] = pair if shared is None else replace(shared, teacher=pair.teacher)
+            if shared is not None:
+                pair = replace(shared, teacher=pair.teacher, teacher_target=pair.teacher_target)
+            pairs[name] = pair
         return pairs
 
 

@@ -473,4 +473,4 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def _encoding_of(task: ResolvedTask) -> Encoding | None:
-    return None if task.soft_labels is None else load_encoding(task.soft_labels)
+    return None if task.trained_labels is None else load_encoding(task.trained_labels)

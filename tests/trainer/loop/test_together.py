@@ -15,18 +15,18 @@ from rank_processes import Place
 from student_world import HOST, Teacher, Vocabulary, batch_of, make_models, make_run, sequences_of
 from tiny_models import tiny_folder, tiny_model
 
-from configs.labels import HELD_OUT, Dense, Hidden, Labels, TopK
+from configs.labels import HELD_OUT, Dense, GivenIds, Hidden, Labels, TopK
 from configs.schema import Run
 from configs.section import MAIN
 from configs.tasks import Ensemble
-from trainer.errors import TeachersLost, UnitRejected
+from trainer.errors import LabelsLost, TeachersLost, UnitRejected
 from trainer.labels.encoding import Column
 from trainer.loop.packing import pack
 from trainer.loop.scoring import UnitScorers
 from trainer.loop.staging import Staging
 from trainer.loop.together import judged_of, packable, sequence_weights, weight_shares
 from trainer.protocols import TeacherPools
-from trainer.types import LabelHeader, RankBatch, Sequence, SoftLabelBlock, TaskTotals, Unit
+from trainer.types import LabelHeader, RankBatch, Sequence, SoftLabelBlock, TaskTotals, Unit, UnitReport
 
 NAMES = ("big", "code", "old")
 LAYOUT = (Column("x", torch.float32, 1),)
@@ -220,25 +220,36 @@ def test_labels_of_the_other_teacher_are_rejected(world: Path) -> None:
 class Scorer:
     def __init__(self, *, lost: bool = False) -> None:
         self.lost = lost
+        self.forgets = 0  # requests that find the labels of the first one gone
         self.asked: list[str] = []
 
-    async def score(self, unit: Unit, encoding: Labels):
+    async def score(self, unit: Unit, encoding: Labels, given: tuple[str, ...] | None = None):
         self.asked.append(unit.id)
+        await asyncio.sleep(0)
         if self.lost:
             raise TeachersLost("no scorer of it is left")
-        return None, f"block of {unit.id}"
+        if given and self.forgets:
+            self.forgets -= 1
+            raise LabelsLost([unit.id])
+        report = UnitReport(unit.id, unit.tokens_hash(), "x", 1, 1, 1, 0, 1.0, 2.0, 0.0)
+        return report, f"{encoding.kind} of {unit.id}" + (f" on {given}" if given else "")
 
 
-def scorers_of(ensemble: Ensemble, *lost: str) -> tuple[UnitScorers, dict[str, Scorer], list[str]]:
+def scorers_of(ensemble: Ensemble, *lost: str, join: bool = False) -> tuple[UnitScorers, dict[str, Scorer], list[str]]:
     pools = {name: Scorer(lost=name in lost) for name in ensemble.teachers}
     notes: list[str] = []
     teachers = {name: TeacherPools(pool, None) for name, pool in pools.items()}
-    return UnitScorers(teachers, {MAIN: TopK()}, {MAIN: ensemble}, note=notes.append), pools, notes
+    joined = {MAIN: GivenIds(ids="teachers")} if join else {}
+    return UnitScorers(teachers, {MAIN: TopK()}, {MAIN: ensemble}, joined, note=notes.append), pools, notes
 
 
 def scored_by(scorers: UnitScorers, units: AbstractSequence[Unit]) -> dict[str, object]:
     asked = [one for unit in units for one in scorers.asked(unit)]
-    return {one.id: asyncio.run(scorers.score(one)) for one in asked}
+
+    async def all_at_once() -> list[object]:
+        return await asyncio.gather(*(scorers.score(one) for one in asked))
+
+    return dict(zip([one.id for one in asked], asyncio.run(all_at_once()), strict=True))
 
 
 def batch_with(units: AbstractSequence[Unit]) -> RankBatch:
@@ -283,3 +294,30 @@ def test_a_run_ends_where_every_teacher_is_lost_or_none_with_a_weight_is_left() 
     weighted = [replace(u, sequences=tuple(replace(s, teacher_weights=own) for s in u.sequences)) for u in UNITS]
     with pytest.raises(TeachersLost, match="has no weight for any of code, old: the rest of the ensemble is lost"):
         scorers.left(batch_with(weighted), scored_by(scorers, weighted))
+
+
+def test_teachers_whose_ids_are_joined_are_asked_for_theirs_once_and_then_on_those_of_all() -> None:
+    scorers, pools, _ = scorers_of(Ensemble(teachers=NAMES), join=True)
+    scored = scored_by(scorers, UNITS[:1])
+    assert all(pool.asked == [f"u1@{name}"] * 2 for name, pool in pools.items())
+    first = tuple(f"topk of u1@{name}" for name in NAMES)
+    assert {key: one[1] for key, one in scored.items()} == {f"u1@{n}": f"given_ids of u1@{n} on {first}" for n in NAMES}
+    assert {one[0].score_s for one in scored.values()} == {4.0}, "both requests are counted"
+
+
+def test_a_lost_teacher_s_ids_are_not_joined() -> None:
+    scorers, _, _ = scorers_of(Ensemble(teachers=NAMES, on_lost="continue"), "code", join=True)
+    scored = scored_by(scorers, UNITS[:1])
+    first = ("topk of u1@big", "topk of u1@old")
+    assert [one and one[1] for one in scored.values()] == [
+        f"given_ids of u1@big on {first}", None, f"given_ids of u1@old on {first}",
+    ]  # fmt: skip
+
+
+def test_labels_of_the_first_request_that_are_lost_are_asked_for_again_but_not_for_ever() -> None:
+    scorers, pools, _ = scorers_of(Ensemble(teachers=NAMES), join=True)
+    pools["code"].forgets = 1
+    assert None not in scored_by(scorers, UNITS[:1]).values()
+    pools["code"].forgets = 9
+    with pytest.raises(LabelsLost, match="u1@code"):
+        scored_by(scorers, UNITS[:1])

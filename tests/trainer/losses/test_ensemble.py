@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import loss_oracles as oracle
+import numpy as np
 import pytest
 import torch
 from loss_oracles import term
@@ -14,7 +15,8 @@ from tiny_models import tiny_model
 
 from configs.losses import Term
 from configs.tasks import How
-from trainer.labels import dense, hidden, topk
+from trainer.labels import dense, given_ids, hidden, topk
+from trainer.labels.joined import joined_ids
 from trainer.losses.ensemble import WEIGHT, Together, logit_mean, probability_mean, target_logprobs
 from trainer.losses.fused import HeadLoss, LossPart, head_loss
 from trainer.losses.objective import Objective
@@ -208,3 +210,66 @@ def test_a_teacher_that_did_not_judge_the_rows_has_no_term_and_gives_nothing(wor
     own = {"logprobs": everything["code/logprobs"]}
     alone, _ = Objective.of(terms, encoding).rows(logits, own, world.target_ids, encoding)
     torch.testing.assert_close(loss, alone)
+
+
+def _joined(world: World) -> tuple[object, torch.Tensor]:
+    """The encoding of a second request, and the ids that both teachers keep, as it is given them."""
+    kept = [TOPK.encode(world.logits(name), world.target_ids)["ids"].numpy() for name in TEACHERS]
+    encoding = given_ids.Encoding(k=40, ids="teachers", add_target=False, temperature=TEMPERATURE)
+    return encoding, torch.from_numpy(joined_ids(kept, 40))
+
+
+def _labels_of_joined(world: World, weights: torch.Tensor) -> tuple[object, dict[str, torch.Tensor]]:
+    encoding, ids = _joined(world)
+    columns = {}
+    for index, name in enumerate(TEACHERS):
+        made = encoding.encode(world.logits(name), world.target_ids, ids)
+        columns |= {f"{name}/{key}": column for key, column in made.items()}
+        columns[f"{name}/{WEIGHT}"] = weights[:, index : index + 1].float()
+    return encoding, columns
+
+
+def _mixture_over_joined_ids(world: World, terms: dict[str, float]) -> torch.Tensor:
+    """float64, row by row: the mixture of the whole vocabulary, lumped into the joined ids and everything else."""
+    student = oracle.probabilities(world.hidden.double() @ world.weight.double().T, TEMPERATURE)
+    p = [oracle.probabilities(world.logits(name), TEMPERATURE) for name in TEACHERS]
+    mixed = world.weights[:, :1] * p[0] + world.weights[:, 1:] * p[1]
+    total = torch.zeros((), dtype=torch.float64)
+    for row, ids in enumerate(_joined(world)[1].long()):
+        own = ids[ids >= 0]
+        assert 20 < len(own) <= 40, "the teachers keep unlike ids"
+        pair = (oracle.lump(one[row : row + 1], own[None]) for one in (mixed, student))
+        lumped = tuple(pair)
+        total = total + sum(weight * oracle.DIVERGENCES[loss](*lumped).sum() for loss, weight in terms.items())
+    return 0.25 * TEMPERATURE**2 * total
+
+
+def test_the_mixture_over_joined_ids_is_that_of_the_vocabulary_lumped_and_swapped_weights_are_not(world: World) -> None:
+    losses = {"forward_kl": 0.8, "reverse_kl": 0.2}
+    terms = tuple(term(loss, weight) for loss, weight in losses.items())
+    for weights, equal in ((world.weights, True), (world.weights.flip(1), False)):
+        encoding, labels = _labels_of_joined(world, weights)
+        together = Together(encoding, tuple(TEACHERS), "probability_mean")
+        part = LossPart(slice(0, N), labels, together, Objective.of(terms, encoding), 0.25)
+        loss = head_loss(
+            world.hidden, world.weight, None, world.target_ids,
+            head_shape=HeadShape(), vocabulary_size=V, parts=[part], chunk_rows=16,
+        ).loss  # fmt: skip
+        by_hand = _mixture_over_joined_ids(world, losses)
+        assert _same(world, loss, by_hand, 5e-3 if equal else 2e-2) is equal  # float16 rounds by 0.004 nats
+
+
+def test_dkd_finds_the_mixture_s_own_log_probability_of_a_target_that_nobody_kept(world: World) -> None:
+    encoding, labels = _labels_of_joined(world, world.weights)
+    logits = (world.hidden @ world.weight.T).detach()
+    pair = Together(encoding, tuple(TEACHERS), "probability_mean").align(logits, labels)
+    p = [oracle.probabilities(world.logits(name), TEMPERATURE) for name in TEACHERS]
+    mixed = world.weights[:, :1] * p[0] + world.weights[:, 1:] * p[1]
+    expected = mixed.gather(1, world.target_ids[:, None])[:, 0].log()
+    torch.testing.assert_close(pair.teacher_target.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_ids_are_joined_once_each_in_any_order_of_the_teachers() -> None:
+    first, second = np.array([[5, 2], [9, 1]], np.uint16), np.array([[2, 7], [9, 1]], np.uint16)
+    expected = [[2, 5, 7, -1, -1], [1, 9, -1, -1, -1]]
+    assert joined_ids([first, second], 5).tolist() == expected == joined_ids([second, first], 5).tolist()
