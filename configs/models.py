@@ -115,6 +115,9 @@ class Student(Section):
     )
     lora: LoRA | None = Field(None, description="Train adapters alone; None: all weights.")
     loss_chunk_rows: Positive = Field(512, description="Rows whose logits exist at once; bounds loss memory.")
+    compile_loss: bool = Field(
+        True, description="On accelerators, fuse the element-wise part of the loss (torch.compile)."
+    )
     placement: Constraints = Constraints()
 
     @model_validator(mode="after")

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
 import torch
 
 from trainer.labels.encoding import Encoding
 from trainer.labels.token import LOGPROB
+from trainer.losses.compiled import CompiledRows
 from trainer.losses.ensemble import WEIGHT, Together
 from trainer.losses.fused import LossPart, head_loss
 from trainer.losses.objective import Objective
@@ -53,6 +54,7 @@ class Subject:
     dtype: torch.dtype
     device: torch.device
     max_length: int  # of the run's rows
+    compiled: Mapping[str, CompiledRows] = field(default_factory=dict)  # by task, of those that are
     lengths: tuple[int, ...] = ()  # ascending; beyond them the student computes otherwise (`changing_lengths`)
 
 
@@ -158,8 +160,14 @@ def _loss(subject: Subject, task: str) -> SelfTestResult:
         name="loss kernel" if len(subject.losses) == 1 else f"loss kernel of {task}",
         passed=max(found) <= limit,
         numbers=f"against the plain formula on {ROWS} rows, relative: loss {found[0]:.1e}, gradient by hidden states "
-        f"{found[1]:.1e}, by the head {found[2]:.1e} (limit {limit:.0e})",
+        f"{found[1]:.1e}, by the head {found[2]:.1e} (limit {limit:.0e}){_how(subject.compiled.get(task))}",
     )
+
+
+def _how(compiled: CompiledRows | None) -> str:
+    if compiled is None:
+        return ""
+    return "; compiled" if compiled.works else f"; not compiled: {compiled.failure}"
 
 
 def _fused_loss(subject: Subject, part: LossPart, hidden, weight, bias, target_ids) -> torch.Tensor:
@@ -213,6 +221,7 @@ def _random_part(subject: Subject, task: str, size: int, target_ids: torch.Tenso
         row_sequences=(torch.arange(ROWS) * 4 // ROWS).to(subject.device),
         groups=((0, 1), (2, 3)),
         rewards=(1.0, 0.0, 0.5, 0.25),
+        compiled=subject.compiled.get(task),
     )
 
 

@@ -16,7 +16,7 @@ chunking, ZeRO-3 and packing hold as for every other row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from trainer.labels.encoding import Encoding
 from trainer.labels.token import LOGPROB
+from trainer.losses.compiled import CompiledRows
 from trainer.losses.ensemble import Together
 from trainer.losses.head_gradients import HeadGradients
 from trainer.losses.objective import Objective
@@ -50,6 +51,7 @@ class LossPart:
     row_sequences: torch.Tensor | None = None  # int64 [n], positions in S; for sequence terms, as all below
     groups: tuple[tuple[int, ...], ...] = ()  # see `SequenceScores`
     rewards: tuple[float | None, ...] = ()  # [S]
+    compiled: CompiledRows | None = None  # the objective's `rows`, where they are compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,13 +208,24 @@ class _Work:
         return totals
 
     def _block(self, part: LossPart, rows: _Block, *, differentiate: bool) -> torch.Tensor:
+        """As `_computed`, by the compiled rows of the objective as long as they compile."""
+        if part.compiled is not None and part.compiled.works:
+            try:
+                return self._computed(part, part.compiled, rows, differentiate=differentiate)
+            except RuntimeError as error:
+                if not part.compiled.gives_up(error):
+                    raise
+        return self._computed(part, part.objective.rows, rows, differentiate=differentiate)
+
+    def _computed(
+        self, part: LossPart, rows_of: Callable[..., Any], rows: _Block, *, differentiate: bool
+    ) -> torch.Tensor:
         """Sums of loss and row terms; with `differentiate`, the block's products ([n, V], and [n, P] of the padding if
         it counts) become the gradients by them, scales and weights included."""
-        objective = part.objective
         with torch.set_grad_enabled(differentiate), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
             leaves = [product.detach().requires_grad_(differentiate) for product in rows.products]
             logits, *padding = (self.head_shape.apply(leaf.float()) for leaf in leaves)
-            loss, terms = objective.rows(
+            loss, terms = rows_of(
                 logits,
                 rows.labels,
                 rows.target_ids,

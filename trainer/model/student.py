@@ -36,6 +36,7 @@ from trainer.loop.packing import to_device
 from trainer.loop.plan import units_taking_ids
 from trainer.loop.staging import StagedStep, Staging, Vocabulary
 from trainer.loop.together import Judged, judged_of, names_of, weight_shares
+from trainer.losses.compiled import CompiledRows
 from trainer.losses.ensemble import Mix, Together, mix_of
 from trainer.losses.fused import LossPart, head_loss
 from trainer.losses.objective import Objective
@@ -114,6 +115,10 @@ class StudentRank:
             )
             for name, task in self._tasks.items()
         }
+        compiled = {}
+        if self._on_accelerator and self._run.student.compile_loss:
+            compiled = {name: CompiledRows.of(objective) for name, objective in self._objectives.items()}
+        self._compiled = {name: rows for name, rows in compiled.items() if rows is not None}
         use_fast_products(self._module.causal.base_model, device=self._device, dtype=self._dtype)
         self._zero = ZeroModel(
             self._module, config=self._plan.deepspeed, optimizer=self._run.optimizer, device=self._device
@@ -318,6 +323,7 @@ class StudentRank:
             row_sequences=part.row_sequences,
             groups=part.groups,
             rewards=part.rewards,
+            compiled=self._compiled.get(part.task),
         )
 
     def _part_encoding(self, part: BatchPart) -> Encoding | Together | None:
@@ -448,6 +454,7 @@ class StudentRank:
             forward=self._zero.forward,
             attention=self._attention,
             losses={name: (self._tested_encoding(name), objective) for name, objective in self._objectives.items()},
+            compiled=self._compiled,
             vocabulary_size=self._vocabulary.size,
             chunk_rows=self._run.student.loss_chunk_rows,
             dtype=self._dtype,
