@@ -177,15 +177,21 @@ def exactness(
         Path, typer.Option("--student", metavar="FOLDER", exists=True, file_okay=False, help="Model folder.")
     ] = Path(".cache/models/smollm2-135m-20-layers"),
     texts: Annotated[int, typer.Option("--texts", min=1, help="Held-out rows of the demo.")] = 16,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Of each text, spread over its answer.")] = 16,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Of each text, spread over its answer.")] = 8,
+    labels: Annotated[
+        list[str] | None, typer.Option("--labels", help="Kinds; several; others stay as the file has them.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Written as JSON.")] = Path("docs/exactness.json"),
 ) -> None:
     """How far value and gradient of every divergence with every encoding are from those over the whole vocabulary."""
     from benchmarks.exactness import ExactnessPlan
     from benchmarks.exactness import exactness as measure
 
-    plan = ExactnessPlan(teacher, student, Path("configs/data/demo_eval.jsonl"), texts, rows)
-    out.write_text(json.dumps(measure(plan, note=_note), indent=1) + "\n", encoding="utf-8")
+    plan = ExactnessPlan(teacher, student, Path("configs/data/demo_eval.jsonl"), texts, rows, kinds=tuple(labels or ()))
+    found = measure(plan, note=_note)
+    if labels:
+        found["cells"] = json.loads(out.read_text(encoding="utf-8"))["cells"] | found["cells"]
+    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     _note(f"written: {out}")
 
 

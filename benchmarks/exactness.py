@@ -39,6 +39,7 @@ class ExactnessPlan:
     rows: Path  # JSON lines with `prompt` and `completion`, lists of messages
     num_texts: int
     rows_per_text: int
+    kinds: tuple[str, ...] = ()  # of labels; empty: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ def exactness(plan: ExactnessPlan, *, note: Callable[[str], None]) -> dict[str, 
     terms = divergences()
     cells: dict[str, dict[str, Any]] = {}
     for labels in encodings():
+        if plan.kinds and labels.kind not in plan.kinds:
+            continue
         own = [term for term in terms if allowed(term, labels)]
         cells[labels.kind] = _measured(rows, labels, own)
         note(f"labels: {labels.kind}")
