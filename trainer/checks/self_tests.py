@@ -251,7 +251,7 @@ def _random_labels(
         return {}, None
     if encoding.needs == "logits":
         logits = 3 * torch.randn(ROWS, size).to(subject.device)
-        chosen = torch.rand_like(logits) if preference is None else preference
+        chosen = logits if preference is None else preference
         ids = {"given_ids": chosen.topk(encoding.num_given).indices} if encoding.takes_ids else {}
         return encoding.encode(logits, target_ids, **ids), None
     width = 32
