@@ -130,16 +130,17 @@ class Dense(Labels):
     )
 
 
-class GivenIds(Labels):
+class GivenIds(Sparse):
     """The teacher's log-probabilities on the student's own likeliest ids, and the mass of all others: what reverse_kl
     needs, which lives where the student's mass is."""
 
     kind: Literal["given_ids"] = "given_ids"
+    most: ClassVar[str] = "k"
 
     gives: ClassVar[frozenset[Need]] = frozenset({"labels", "target_event"})
     takes_ids: ClassVar[bool] = True
 
-    k: Positive = Field(64, description="Ids given for each row, the likeliest of whom `ids` names.")
+    k: Positive = Field(64, description="Ids given for each row, the control ids among them.")
     ids: Literal["student", "teachers"] = Field(
         "student",
         description="Who chooses them: the student, one forward pass of its own before a step is scored. teachers: "

@@ -67,19 +67,30 @@ class Choice:
 def likeliest_ids(
     hidden: torch.Tensor, head: Head, target_ids: torch.Tensor, labels: GivenIds, *, chunk_rows: int
 ) -> torch.Tensor:
-    """int32 [n, num_given] of hidden states [n, H]: with `add_target` the target id, then the k likeliest others.
+    """int32 [n, num_given] of hidden states [n, H]: with `add_target` the target id, then the likeliest others and the
+    control ids, k together; -1 at the end where the target is one of the control ids.
 
     All are of the vocabulary and different. One tensor [chunk_rows, V] exists at a time.
     """
+    controls = torch.tensor(labels.control_ids, dtype=torch.int64, device=hidden.device)
     made = torch.empty(hidden.shape[0], labels.num_given, dtype=torch.int32, device=hidden.device)
     for start in range(0, hidden.shape[0], chunk_rows):
         chunk = slice(start, min(start + chunk_rows, hidden.shape[0]))
         products = head.product(hidden[chunk])
         for block in cache_blocks(products):
             place = slice(start + block.start, start + block.stop)
-            logits, targets = head.shape.apply(products[block].float()), target_ids[place, None]
-            if labels.add_target:
-                logits = logits.scatter(1, targets, -torch.inf)
-                made[place, :1] = targets.int()
-            made[place, int(labels.add_target) :] = top_k(logits, labels.k)[1].int()
+            logits = head.shape.apply(products[block].float())
+            targets = target_ids[place, None][:, : int(labels.add_target)]
+            always = controls.expand(len(logits), -1)
+            others = logits.scatter(1, torch.cat([targets, always], dim=1), -torch.inf)
+            count = labels.k - len(controls)
+            likeliest = top_k(others, count)[1] if count else targets[:, :0]
+            made[place] = torch.cat([targets, likeliest, _without(always, targets)], dim=1).int()
     return made
+
+
+def _without(always: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Control ids [n, C] but for the row's target [n, 1 or 0], in whose place the row ends with -1."""
+    repeated = (always[:, :, None] == targets[:, None, :]).any(2)
+    order = repeated.int().argsort(dim=1, stable=True)
+    return torch.where(repeated, -1, always).gather(1, order)

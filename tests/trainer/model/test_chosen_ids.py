@@ -32,6 +32,19 @@ def test_they_are_the_target_id_and_the_likeliest_others_of_the_true_vocabulary(
     assert torch.equal(alone.long(), ordered[:, :7])
 
 
+def test_control_ids_are_always_among_them_and_the_target_id_once():
+    head, controls = Head(WEIGHT, BIAS, HeadShape(), V), (int(TARGETS[4]), 7)
+    ordered = (HIDDEN.double() @ WEIGHT[:V].double().T + BIAS[:V].double()).argsort(dim=1, descending=True)
+    made = likeliest_ids(HIDDEN, head, TARGETS, GivenIds(k=6, control_ids=controls), chunk_rows=512)
+    for row, target in zip(range(N), TARGETS.tolist(), strict=True):
+        others = [i for i in ordered[row].tolist() if i != target and i not in controls][:4]
+        always = [i for i in controls if i != target]
+        assert made[row].tolist() == [target, *others, *always, *[-1] * (2 - len(always))]
+    assert made[4, -1] == -1
+    alone = likeliest_ids(HIDDEN, head, TARGETS, GivenIds(k=2, add_target=False, control_ids=controls), chunk_rows=512)
+    assert alone.tolist() == [list(controls)] * N
+
+
 def test_a_vocabulary_may_be_given_as_a_whole_and_rows_may_be_none():
     head = Head(WEIGHT, None, HeadShape(), V)
     whole = likeliest_ids(HIDDEN, head, TARGETS, GivenIds(k=V - 1), chunk_rows=512)
