@@ -19,7 +19,6 @@ from trainer.protocols import Observer, Scorers, TeacherPools
 from trainer.types import BlockRef, RankBatch, RowIdsRef, Unit, UnitReport
 
 Scored = tuple[UnitReport, BlockRef]
-MAX_FIRST_REQUESTS = 3  # for one second request, where a node takes the labels of the first with it
 
 
 class UnitScorers:
@@ -61,24 +60,22 @@ class UnitScorers:
 
     async def score(self, unit: Unit, given: RowIdsRef | None = None) -> Scored | None:
         """The labels of its task; None of a teacher that is lost for good where the task goes on without. Raises as
-        `Scorers.score`."""
+        `Scorers.score`, and `LabelsLost` where those of a first request are gone."""
         task = unit.kind[0]
         labels = self._labels[task]
         assert labels is not None, unit.id
         if task not in self._joined:
             return await self._ask(unit, labels, given)
-        for _ in range(MAX_FIRST_REQUESTS):
-            first = await self._first_request(unit, labels)
-            own, of_all = first[unit.id], tuple(one[1] for one in first.values() if one is not None)
-            if own is None:
-                return None
-            try:
-                scored = await self._ask(unit, self._joined[task], of_all)
-            except LabelsLost:
-                self._first.pop(_without_teacher(unit), None)
-                continue
-            return None if scored is None else (_added(own[0], scored[0]), scored[1])
-        raise LabelsLost([unit.id])
+        first = await self._first_request(unit, labels)
+        own, of_all = first[unit.id], tuple(one[1] for one in first.values() if one is not None)
+        if own is None:
+            return None
+        try:
+            scored = await self._ask(unit, self._joined[task], of_all)
+        except LabelsLost:
+            self._first.pop(_without_teacher(unit), None)
+            raise
+        return None if scored is None else (_added(own[0], scored[0]), scored[1])
 
     async def _ask(
         self, unit: Unit, labels: Labels, given: RowIdsRef | tuple[BlockRef, ...] | None = None
@@ -163,16 +160,24 @@ async def score_and_stage(
     observer: Observer,
 ) -> None:
     """Score the units that are not in `scored` (by id) yet, all at once, into it; then `stage` what is in it. Those
-    whose labels are lost meanwhile are scored again, as often as `attempts` allows. `what` is for people."""
+    whose labels are lost meanwhile are scored again, as often as `attempts` allows; of several teachers by all, since
+    the ids of one request are joined. `what` is for people."""
     for attempt in range(attempts):
-        scored |= await _score_all([unit for unit in units if unit.id not in scored], score)
         try:
+            scored |= await _score_all([unit for unit in units if unit.id not in scored], score)
             return await stage()
         except LabelsLost as lost:
             observer.event("labels_lost", units=list(lost.unit_ids), attempt=attempt)
             for unit_id in lost.unit_ids:
-                scored.pop(unit_id, None)  # of a rank that lost one, those without labels are named too
+                _forget(unit_id, scored)
     raise InfrastructureError(f"the labels of {what} were lost {attempts} times in a row")
+
+
+def _forget(unit_id: str, scored: dict[str, Scored | None]) -> None:
+    """Of a rank that lost one unit, those without labels are named too."""
+    base = unit_id.rpartition("@")[0]
+    for other in [one for one in scored if one == unit_id or (base and one.rpartition("@")[0] == base)]:
+        del scored[other]
 
 
 async def _score_all(

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +20,10 @@ from configs.labels import HELD_OUT, Dense, GivenIds, Hidden, Labels, TopK
 from configs.schema import Run
 from configs.section import MAIN
 from configs.tasks import Ensemble
-from trainer.errors import LabelsLost, TeachersLost, UnitRejected
+from trainer.errors import InfrastructureError, LabelsLost, TeachersLost, UnitRejected
 from trainer.labels.encoding import Column
 from trainer.loop.packing import pack
-from trainer.loop.scoring import UnitScorers
+from trainer.loop.scoring import UnitScorers, score_and_stage
 from trainer.loop.staging import Staging
 from trainer.loop.together import judged_of, packable, sequence_weights, weight_shares
 from trainer.protocols import TeacherPools
@@ -314,10 +315,33 @@ def test_a_lost_teacher_s_ids_are_not_joined() -> None:
     ]  # fmt: skip
 
 
+def staged(scorers: UnitScorers, *, lose: AbstractSequence[str] = ()) -> dict[str, object]:
+    """What is scored when the ranks have it, after they have lost the labels of `lose` once."""
+    scored: dict[str, object] = {}
+    to_lose = list(lose)
+
+    async def stage() -> None:
+        if to_lose:
+            raise LabelsLost([to_lose.pop()])
+
+    asked = [one for unit in UNITS for one in scorers.asked(unit)]
+    events = SimpleNamespace(event=lambda *args, **fields: None)
+    run = score_and_stage("x", asked, scored, score=scorers.score, stage=stage, attempts=3, observer=events)
+    asyncio.run(run)
+    return scored
+
+
 def test_labels_of_the_first_request_that_are_lost_are_asked_for_again_but_not_for_ever() -> None:
     scorers, pools, _ = scorers_of(Ensemble(teachers=NAMES), join=True)
     pools["code"].forgets = 1
-    assert None not in scored_by(scorers, UNITS[:1]).values()
+    assert None not in staged(scorers).values()
     pools["code"].forgets = 9
-    with pytest.raises(LabelsLost, match="u1@code"):
-        scored_by(scorers, UNITS[:1])
+    with pytest.raises(InfrastructureError, match="lost 3 times in a row"):
+        staged(scorers)
+
+
+def test_where_one_teachers_labels_are_lost_all_are_asked_again_about_that_unit_and_no_other() -> None:
+    scorers, pools, _ = scorers_of(Ensemble(teachers=NAMES), join=True)
+    assert list(staged(scorers, lose=["u1@code"])).count("u1@code") == 1
+    for name, pool in pools.items():
+        assert (pool.asked.count(f"u1@{name}"), pool.asked.count(f"u2@{name}")) == (4, 2), "two requests each time"
