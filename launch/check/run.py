@@ -22,7 +22,7 @@ from cluster.preflight.finding import Finding, attempt, ok, warning
 from cluster.preflight.finding import examine as examine_looks
 from configs.load import LoadedRun, load_run, run_folder
 from configs.losses import Term
-from configs.rules import teacher_place, teachers_by_place, unused_teachers
+from configs.rules import station_place, teacher_place, teachers_by_place, unused_teachers
 from configs.schema import Run
 from launch.check import memory, models, places, rows, store, trackers
 from launch.check.alignment import alignment
@@ -150,6 +150,7 @@ def examine(run: Run, inputs: list[Inputs] | None = None, there: There = HERE) -
     if inputs:
         yield from models.label_bytes(run, inputs[0], row_bytes)
     yield from rows.examine_rows(run, inputs[0] if inputs else None)
+    yield from ensembles(run)
     if inputs:
         yield from alignment(run, inputs[0])
     for place, teacher in teachers_by_place(run).items():
@@ -177,6 +178,20 @@ def _plugins(run: Run) -> Iterator[Finding]:
     for place, station, choice in run.choices():
         load = partial(function_of, choice) if isinstance(choice, Term) else partial(station.load, choice)
         yield attempt(place, load, partial(station.kind_of, choice))
+
+
+def ensembles(run: Run) -> Iterator[Finding]:
+    """Teachers that are asked about the same tokens, what becomes of them, and what that costs."""
+    for task in run.resolved_tasks().values():
+        if (together := task.ensemble) is None or not task.asks:
+            continue
+        weights = together.weights or dict.fromkeys(together.teachers, 1.0)
+        shares = ", ".join(f"{name} {weight / sum(weights.values()):.1%}" for name, weight in weights.items())
+        by = f"weights of the row's {together.weights_column}" if together.weights_column else shares
+        of_each = ", ".join(together.teachers) if together.how == "min_ce" else f"{', '.join(together.teachers)} ({by})"
+        twice = "; each reads every token twice, the second time for the ids that any keeps" if task.joins_ids else ""
+        lost = "a lost one is gone on without" if together.on_lost == "continue" else "a lost one ends the run"
+        yield ok(station_place(run, task, "ensemble"), f"{together.how} of {of_each}; {lost}{twice}")
 
 
 def _packages(run: Run) -> Iterator[Finding]:
