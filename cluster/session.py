@@ -21,6 +21,7 @@ from cluster.engines.plan import EnginePlan
 from cluster.lifecycle.drain import watch_for_drain
 from cluster.lifecycle.health import PlacedProcess
 from cluster.lifecycle.logs import SharedFolder
+from cluster.placement.plans import TeacherPlans
 from cluster.placement.reserve import (
     PlacedGroup,
     PlacedGroups,
@@ -72,10 +73,7 @@ class RaySession:
             observer=observer,
         )
         self._pools: dict[str, ReplicaPool] = {}
-        self.teachers = {
-            name: TeacherPools(self._pool(plans.scorer), self._pool(plans.generator))
-            for name, plans in resolved.teachers.items()
-        }
+        self.teachers = {name: TeacherPools(*self._pools_of(plans)) for name, plans in resolved.teachers.items()}
 
     async def reserve(self) -> None:
         """All placement groups at once, or an error that says what is missing."""
@@ -137,6 +135,12 @@ class RaySession:
         finally:
             if self._groups is not None:
                 self._groups.release()
+
+    def _pools_of(self, plans: TeacherPlans) -> tuple[ReplicaPool | None, ReplicaPool | None]:
+        """Scorers and generators: the same where each process does both."""
+        scorers = self._pool(plans.scorer)
+        beside = plans.scorer is not None and plans.scorer.beside is not None
+        return scorers, scorers if beside else self._pool(plans.generator)
 
     def _pool(self, plan: EnginePlan | None) -> ReplicaPool | None:
         if plan is None:

@@ -49,6 +49,7 @@ class EnginePlan:
     local_copy: str | None = None  # folder of the node where a copy of the model is read from
     store: StorePlan | None = None
     prefix: str = ""  # of the names of its processes; empty where there is one teacher
+    beside: EnginePlan | None = None  # another engine of the same process: a generator beside a scorer
 
     @property
     def author(self) -> str:

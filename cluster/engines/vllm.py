@@ -6,8 +6,9 @@ must be in the process environment. Only tensor parallelism adds processes, one 
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,11 +36,14 @@ from trainer.model.head import head_width
 from trainer.types import RowIds, Sampling, Sequence, SoftLabelBlock, Unit, UnitReport, tokens_to_read
 
 if TYPE_CHECKING:
+    import torch
     from vllm import PoolingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
 CPU_KV_CACHE_BYTES = 256 * 2**20
 """On CPU vLLM would take gigabytes. This holds some thousand tokens of a model of 100-500 million parameters."""
+
+APPLY_TIMEOUT_S = 60.0
 
 CPU_BLOCK_SIZE = 32
 """vLLM's kernels want a multiple of 32; its own default of 128 wastes most of a block on short sequences."""
@@ -144,6 +148,33 @@ class Engine(Vllm):
         """Load the model for generation; returns when it can write."""
         return VllmGenerator(plan, EngineLoop(lambda: build_engine(plan), name=name))
 
+    @staticmethod
+    def share_weights(scorer: VllmScorer, generator: VllmGenerator) -> None:
+        """Let both engines of one model, in one process on a host, compute with the generator's weights."""
+        source = apply(generator.loop, lambda model: model)
+        apply(scorer.loop, lambda model: take_weights(model, source))
+
+
+def apply(loop: EngineLoop, function: Callable[[torch.nn.Module], Any]) -> Any:
+    """What a function of the engine's model gives, run in the engine's thread while the engine starts."""
+    (result,) = asyncio.run(
+        loop.run(lambda engine: engine.apply_model(function), name="its model", deadline_s=APPLY_TIMEOUT_S)
+    )
+    return result
+
+
+def take_weights(model: torch.nn.Module, source: torch.nn.Module) -> None:
+    """Replace the weights of a model by those of another, whose modules have the same names and hold the same numbers.
+    What vLLM laid out anew for this processor lies in the function by which a layer multiplies."""
+    sources = dict(source.named_modules())
+    for name, module in model.named_modules():
+        if (same := sources.get(name)) is None:
+            continue  # the twin's pooler
+        module._parameters.update(same._parameters)
+        if "cpu_linear" in vars(same):
+            module.cpu_linear = same.cpu_linear
+    give_back()
+
 
 @contextmanager
 def teacher_architecture(plan: EnginePlan) -> Iterator[Any]:
@@ -222,7 +253,7 @@ class VllmScorer:
 
     def __init__(self, plan: EnginePlan, loop: EngineLoop, *, hidden_size: int) -> None:
         self._plan = plan
-        self._loop = loop
+        self.loop = loop
         self._hidden_size = hidden_size
 
     async def score(
@@ -233,7 +264,7 @@ class VllmScorer:
         check_unit(unit, vocabulary_size=plan.vocabulary_size, max_length=plan.max_length)
         check_given(unit, given, encoding=encoding, vocabulary_size=plan.vocabulary_size)
         made = load_encoding(encoding)
-        finished = await self._loop.submit(
+        finished = await self.loop.submit(
             [self._request(sequence, encoding, ids) for sequence, ids in with_given(unit, given)],
             name=f"unit {unit.id}",
             num_tokens=unit.num_tokens,
@@ -246,7 +277,7 @@ class VllmScorer:
         report = unit_report(
             unit,
             block,
-            replica=self._loop.name,
+            replica=self.loop.name,
             encoding=made,
             layout=layout,
             score_s=finished.took_s,
@@ -260,7 +291,7 @@ class VllmScorer:
         return Request(tokens_to_read(sequence).tolist(), asked)
 
     def statistics(self) -> EngineStatistics:
-        return self._loop.statistics
+        return self.loop.statistics
 
     def close(self) -> None:
-        self._loop.close()
+        self.loop.close()

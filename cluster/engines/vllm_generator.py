@@ -24,7 +24,7 @@ class VllmGenerator:
 
     def __init__(self, plan: EnginePlan, loop: EngineLoop) -> None:
         self._plan = plan
-        self._loop = loop
+        self.loop = loop
         padding = range(plan.vocabulary_size, loop.padded_vocabulary_size)
         self._without_padding = dict.fromkeys(padding, FORBID) or None
 
@@ -34,7 +34,7 @@ class VllmGenerator:
             check_request(request, vocabulary_size=self._plan.vocabulary_size, max_length=self._plan.max_length)
         if not requests:
             return []
-        finished = await self._loop.submit(
+        finished = await self.loop.submit(
             [Request(request.token_ids.tolist(), self._params(request)) for request in requests],
             name=f"{len(requests)} answers from that to {requests[0].id} on",
             num_tokens=sum(len(request.token_ids) for request in requests),
@@ -65,10 +65,10 @@ class VllmGenerator:
         )
 
     def statistics(self) -> EngineStatistics:
-        return self._loop.statistics
+        return self.loop.statistics
 
     def close(self) -> None:
-        self._loop.close()
+        self.loop.close()
 
 
 def sampling_params(

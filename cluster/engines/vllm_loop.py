@@ -14,12 +14,14 @@ what is called runs between two steps.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as AbstractSequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -32,6 +34,32 @@ if TYPE_CHECKING:
 
 CLOSE_TIMEOUT_S = 60.0
 _Result = TypeVar("_Result")
+
+
+class Turns:
+    """A lock that is given in the order in which it was asked for."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._asked = itertools.count()
+        self._now = 0
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        with self._changed:
+            number = next(self._asked)
+            self._changed.wait_for(lambda: self._now == number)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._now += 1
+                self._changed.notify_all()
+
+
+TURNS = Turns()
+"""Of the engines of this process. They share buffers of vLLM's kernels for hosts and globals of its Python code: two
+that compute at once lock up, or overwrite each other's numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +214,8 @@ class EngineLoop:
 
     def _main(self) -> None:
         try:
-            engine = self._build()
+            with TURNS.turn():
+                engine = self._build()
             self.padded_vocabulary_size = engine.model_config.get_vocab_size()
         finally:
             self._ready.put(sys.exception())  # None where it went well
@@ -203,10 +232,13 @@ class EngineLoop:
                 call = self._calls.get()
                 if call is None:
                     return
-                call.work(engine)
+                with TURNS.turn():
+                    call.work(engine)
             started_at = time.monotonic()
             num_inside = len(self._jobs)
-            finished = [job for output in engine.step() if (job := self._take(output)) is not None]
+            with TURNS.turn():
+                outputs = engine.step()
+            finished = [job for output in outputs if (job := self._take(output)) is not None]
             now = self.statistics
             self.statistics = EngineStatistics(
                 num_units=now.num_units + len(finished),

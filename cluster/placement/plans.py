@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.engines.plan import EnginePlan, StorePlan
 from cluster.engines.vllm_limits import WIDER_IN_VLLM, kv_cache_bytes, vllm_overrides
 from cluster.placement.choices import Choices
 from cluster.placement.facts import KnownModel
-from cluster.placement.roles import prefix_of, started_roles
+from cluster.placement.roles import prefix_of, started_roles, writes_beside
 from cluster.runtime import CPU, GENERATOR, GPU, SCORER, Role, actors_of, backend_of, device_type_of
 from configs.engines import ENGINES, Vllm
 from configs.labels import HELD_OUT, Labels
@@ -76,7 +76,10 @@ def teacher_plans(choices: Choices, name: str) -> TeacherPlans:
     """What the engines of a teacher are told."""
     teacher = _Teacher(choices, choices.run.teachers_by_name()[name])
     made = {role: teacher.plan(role, replicas) for role, replicas in started_roles(choices.run)[name].items()}
-    return TeacherPlans(made.get(SCORER), made.get(GENERATOR))
+    scorer, generator = made.get(SCORER), made.get(GENERATOR)
+    if writes_beside(choices.run, name, choices.accelerator):
+        scorer = replace(scorer, beside=generator)
+    return TeacherPlans(scorer, generator)
 
 
 def wanted_dtypes(run: Run) -> Iterator[tuple[str, str]]:
@@ -140,15 +143,14 @@ class _Teacher:
         store, known, engine = self.choices.run.store, self._known, self.teacher.scorer.engine
         if store is None:
             return None
-        size, fingerprint = self.choices.facts.vocabulary_of(self.teacher.name)
         told = {"kind": engine.kind, "load_format": engine.load_format} if isinstance(engine, Vllm) else engine.flat()
         teacher = {
             "files": dict(known.files or {}),
             "engine": told,
             "overrides": _overrides(known, self.teacher.model) if isinstance(engine, Vllm) else {},
             "dtype": dtype,
-            "vocabulary_size": size,
-            "tokenizer": fingerprint,
+            "vocabulary_size": self.choices.facts.vocabulary_size,
+            "tokenizer": self.choices.facts.tokenizer_fingerprint,
         }
         return StorePlan(str(store.path.absolute()), store.max_bytes, store.mode == "read_write", teacher)
 

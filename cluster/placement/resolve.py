@@ -20,7 +20,8 @@ from cluster.placement.hardware import Hardware
 from cluster.placement.plans import TeacherPlans, student_plan, teacher_plans, unused_window, wanted_dtypes
 from cluster.placement.roles import roles_of, started_roles
 from cluster.placement.topology import place
-from cluster.runtime import CPU, GPU, STUDENT, Accelerator
+from cluster.runtime import CPU, GENERATOR, GPU, STUDENT, Accelerator
+from configs.rules import teacher_place
 from configs.schema import Run
 from trainer.types import StudentPlan
 
@@ -78,6 +79,10 @@ def _reasons(choices: Choices) -> Iterator[str]:
     yield f"accelerator: {choices.accelerator} ({how})"
     yield from filter(None, (choices.dtypes.reason(role, dtype) for role, dtype in wanted_dtypes(run)))
     yield from filter(None, (unused_window(choices, name) for name in started_roles(run)))
+    for name, asked in started_roles(run).items():
+        generator = asked.get(GENERATOR)
+        if generator is not None and generator.beside_scorer and choices.accelerator == GPU:
+            yield f"{teacher_place(run, name)}.generator: on GPUs of its own (beside_scorer holds without GPUs alone)"
 
 
 def _warnings(choices: Choices) -> Iterator[str]:

@@ -30,11 +30,22 @@ def _reader(teacher: Teacher) -> Replicas:
     return Replicas(engine=FromStore(), dtype=teacher.scorer.dtype)
 
 
+def writes_beside(run: Run, teacher: str, accelerator: Accelerator) -> bool:
+    """Whether a teacher's generators live in the processes of its scorers: where that was asked for, engines of both
+    are started, and there is no GPU, where captured graphs hold weights of their own."""
+    asked = started_roles(run)[teacher]
+    if accelerator != CPU or not asked.keys() >= {SCORER, GENERATOR} or isinstance(asked[SCORER].engine, FromStore):
+        return False
+    return run.teachers_by_name()[teacher].generator.beside_scorer
+
+
 def roles_of(run: Run, accelerator: Accelerator) -> tuple[RoleRequest, ...]:
     """The actors of a run."""
     roles = [RoleRequest(STUDENT, run.student.ranks, accelerator, constraints=run.student.placement)]
     for name, asked in started_roles(run).items():
         for role, replicas in asked.items():
+            if role == GENERATOR and writes_beside(run, name, accelerator):
+                continue
             request = RoleRequest(
                 actors_of(role, prefix_of(run, name)),
                 replicas.replicas,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,13 @@ from trainer.protocols import GeneratingEngine, ScoringEngine
 from trainer.types import Completion, GenerationRequest, RowIds, SoftLabelBlock, Unit, UnitReport
 
 
-def start_engine(plan: EnginePlan, name: str) -> ScoringEngine | GeneratingEngine:
-    """The engine a plan names, started in this process, on the node's own copy of the model where one is asked for."""
+def start_engine(
+    plan: EnginePlan, name: str, *, beside: GeneratingEngine | None = None
+) -> ScoringEngine | GeneratingEngine:
+    """The engine a plan names, started in this process, on the node's own copy of the model where one is asked for.
+
+    `beside`: that of `plan.beside`, whose weights a scorer takes where they are the same.
+    """
     if plan.local_copy is not None:
         copy = local_copy(plan.model, Path(plan.local_copy), timeout_s=plan.start_timeout_s)
         plan = replace(plan, model=str(copy))
@@ -31,11 +36,36 @@ def start_engine(plan: EnginePlan, name: str) -> ScoringEngine | GeneratingEngin
     if plan.role == "generator":
         return engine.start_generator(plan, name)
     scorer = engine.start_scorer(plan, name)
+    share = getattr(engine, "share_weights", None)
+    if beside is not None and share and (plan.engine.kind, plan.dtype) == (plan.beside.engine.kind, plan.beside.dtype):
+        share(scorer, beside)
     return scorer if plan.store is None or isinstance(scorer, StoredScorer) else StoredScorer(plan, name, engine=scorer)
 
 
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """What one replica runs: the engine of its plan, and the one beside it or once more the same."""
+
+    scorer: Any
+    generator: Any
+
+    @classmethod
+    def start(cls, plan: EnginePlan, name: str) -> Engines:
+        """The one beside first: the twin of a scorer replaces its architecture in vLLM's registry."""
+        if plan.beside is None:
+            engine = start_engine(plan, name)
+            return cls(engine, engine)
+        generator = start_engine(plan.beside, name)
+        return cls(start_engine(plan, name, beside=generator), generator)
+
+    def close(self) -> None:
+        self.scorer.close()
+        if self.generator is not self.scorer:
+            self.generator.close()
+
+
 class TeacherActor:
-    """One replica: builds its engine, forwards calls. Its process environment was set by the placement."""
+    """One replica: builds its engines, forwards calls. Its process environment was set by the placement."""
 
     def __init__(self, plan: EnginePlan, name: str, folder: SharedFolder) -> None:
         redirect_output(folder, name)
@@ -43,7 +73,7 @@ class TeacherActor:
         self._folder = folder
         self._plan = plan
         self._name = name
-        self._engine: Any = None
+        self._engines: Engines | None = None
 
     async def identify(self) -> ProcessIdentity:
         check_build()
@@ -52,7 +82,7 @@ class TeacherActor:
 
     async def start(self) -> tuple[str, ...]:
         """Load the model. Returns the shared memory that the engine has, which outlives it where it is killed."""
-        self._engine = await asyncio.to_thread(start_engine, self._plan, self._name)
+        self._engines = await asyncio.to_thread(Engines.start, self._plan, self._name)
         return own_shared_memory()
 
     async def ping(self) -> None:
@@ -62,11 +92,12 @@ class TeacherActor:
         self, unit: Unit, encoding: Labels, deadline_s: float, *given: RowIds | SoftLabelBlock | None
     ) -> tuple[UnitReport, SoftLabelBlock]:
         """`given` are arguments of their own, so Ray brings them to this node before the call starts."""
-        return await self._engine.score(unit, encoding, deadline_s=deadline_s, given=row_ids(unit, encoding, given))
+        ids = row_ids(unit, encoding, given)
+        return await self._engines.scorer.score(unit, encoding, deadline_s=deadline_s, given=ids)
 
     async def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> list[Completion]:
-        return await self._engine.generate(requests, deadline_s=deadline_s)
+        return await self._engines.generator.generate(requests, deadline_s=deadline_s)
 
     async def close(self) -> None:
-        if self._engine is not None:
-            await asyncio.to_thread(self._engine.close)
+        if self._engines is not None:
+            await asyncio.to_thread(self._engines.close)

@@ -53,7 +53,7 @@ from trainer.protocols import Observer
 from trainer.types import BlockRef, Completion, GenerationRequest, RowIdsRef, Unit, UnitReport
 
 MAX_MISSES = 3  # deadlines in a row without an answer: more than `CREDITS`, so that it is not one heavy unit
-CREDITS = 2  # units in flight per replica: with 1 the engine idles between units, with more a lost replica costs more
+CREDITS = 2  # units in flight per engine: with 1 the engine idles between units, with more a lost replica costs more
 CLOSE_TIMEOUT_S = 20.0
 ANSWER_GRACE_S = 5.0  # the engine aborts at the deadline; its answer may take this much longer to arrive
 
@@ -78,7 +78,8 @@ class Replica:
 
 
 class ReplicaPool:
-    """All replicas of one role of a teacher. Implements `Scorers` or `Generators`, by its plan."""
+    """All replicas of one role of a teacher. Implements `Scorers` or `Generators`, by its plan; both, where another
+    engine lies beside."""
 
     def __init__(
         self,
@@ -101,6 +102,7 @@ class ReplicaPool:
         self._faults = faults
         self._observer = observer
         self._policy = FailurePolicy.of_teachers(faults)
+        self._credits = CREDITS * (1 if plan.beside is None else 2)
         self._replicas = [Replica(name=f"{plan.actors}-{index}") for index in range(num_replicas)]
         self._changed = asyncio.Condition()
         self._watchers: list[asyncio.Task[None]] = []
@@ -209,7 +211,7 @@ class ReplicaPool:
                 others = exclude | failed_on
                 if any(replica.healthy and replica.name not in others for replica in alive):
                     exclude = others
-                name = choose_replica([load(replica) for replica in alive], credits=CREDITS, exclude=exclude)
+                name = choose_replica([load(replica) for replica in alive], credits=self._credits, exclude=exclude)
                 if name is not None:
                     replica = next(replica for replica in alive if replica.name == name)
                     replica.units_in_flight += 1

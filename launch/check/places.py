@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from cluster.engines.vllm_limits import check_split
-from cluster.placement.roles import started_roles
+from cluster.placement.roles import started_roles, writes_beside
 from cluster.preflight.finding import Finding, attempt, ok, problem
 from cluster.preflight.machine import writable
-from cluster.runtime import actors_of
+from cluster.runtime import CPU, GENERATOR, Role, actors_of
 from configs.load import run_folder
-from configs.models import ModelSource
+from configs.models import ModelSource, Replicas
 from configs.paths import refuse_pattern
 from configs.rules import teacher_place
 from configs.schema import Run, Training
@@ -52,9 +52,19 @@ def devices_text(run: Run) -> str:
         prefix = name if run.teachers else ""
         counts |= {actors_of(role, prefix): (r.replicas, r.tensor_parallel_size) for role, r in roles.items()}
     total = sum(num * size for num, size in counts.values())
+    cores = total - sum(r.replicas for name, roles in started_roles(run).items() for r in _beside(run, name, roles))
     parts = ", ".join(f"{role} {num}" + (f" x {size}" if size > 1 else "") for role, (num, size) in counts.items())
-    kind = {"auto": "GPUs, or as many cores where there is no GPU", "gpu": "GPUs", "cpu": "cores"}[run.accelerator]
-    return f"{total} {kind}: {parts}"
+    as_many = "as many cores" if cores == total else f"{cores} cores (generators beside their scorers)"
+    kinds = {
+        "auto": f"{total} GPUs, or {as_many} where there is no GPU",
+        "gpu": f"{total} GPUs",
+        "cpu": f"{cores} cores",
+    }
+    return f"{kinds[run.accelerator]}: {parts}"
+
+
+def _beside(run: Run, name: str, roles: Mapping[Role, Replicas]) -> list[Replicas]:
+    return [roles[GENERATOR]] if writes_beside(run, name, CPU) else []
 
 
 def examine_folder(run: Run, student: ModelFacts | None) -> Iterator[Finding]:

@@ -241,7 +241,7 @@ def run_in_engine(folder: Path, requests: list[GenerationRequest]) -> EngineCall
     """Call into an engine before, while and after it writes."""
     engine = tiny_engine()
     generator = engine.start_generator(engine_plan(engine, folder, role="generator"), "generator-0")
-    loop, ran = generator._loop, []
+    loop, ran = generator.loop, []
 
     def fail(_: Any) -> None:
         raise RuntimeError("no weights")
@@ -280,3 +280,42 @@ def parse(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
 
     parsed = EngineArgs(model=str(folder), **arguments)
     return {name: getattr(parsed, name) for name in arguments}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What two engines of one process gave, both at work at once."""
+
+    columns: list[dict[str, np.ndarray]]
+    completions: list[list[Completion]]
+    unshared: list[str]  # names of the scorer's weights that are not the generator's
+
+
+def score_beside_writing(folder: Path, unit: Unit, spec: Labels, requests: list[GenerationRequest]) -> Beside:
+    """A scorer and a generator in one process, asked together three times."""
+    from cluster.engines.vllm import apply
+    from cluster.teachers.actor import Engines
+
+    engine = tiny_engine()
+    generator = engine_plan(engine, folder, role="generator")
+    engines = Engines.start(engine_plan(engine, folder, beside=generator), "scorer-0")
+
+    async def ask() -> Any:
+        return await asyncio.gather(
+            engines.scorer.score(unit, spec, deadline_s=DEADLINE_S),
+            engines.generator.generate(requests, deadline_s=DEADLINE_S),
+        )
+
+    try:
+        weights = [
+            {name: weight.data_ptr() for name, weight in apply(one.loop, lambda model: model).named_parameters()}
+            for one in (engines.scorer, engines.generator)
+        ]
+        rounds = [asyncio.run(ask()) for _ in range(3)]
+    finally:
+        engines.close()
+    return Beside(
+        columns=[dict(block.columns) for (_, block), _ in rounds],
+        completions=[completions for _, completions in rounds],
+        unshared=[name for name, place in weights[0].items() if weights[1].get(name) != place],
+    )

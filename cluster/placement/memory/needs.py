@@ -12,8 +12,8 @@ from cluster.placement.memory.parts import Part, RoleMemory
 from cluster.placement.memory.processes import CONTROLLER_BASE, RAY_BASE
 from cluster.placement.memory.student import StudentLoad, fallback_pass, student_memory
 from cluster.placement.memory.teacher import EngineLoad, engine_memory
-from cluster.placement.roles import prefix_of, started_roles
-from cluster.runtime import CONTROLLER, CPU, GPU, STUDENT, Role, actors_of
+from cluster.placement.roles import prefix_of, started_roles, writes_beside
+from cluster.runtime import CONTROLLER, CPU, GENERATOR, GPU, SCORER, STUDENT, Role, actors_of
 from configs.engines import ENGINES, FromStore, Vllm
 from configs.held_out import held_out_sets
 from configs.labels import Hidden
@@ -25,6 +25,9 @@ from trainer.model.sizes import ModelSizes, PassMemory
 from trainer.model.zero_config import deepspeed_config
 
 WIDTHS = {"bfloat16": 2, "float32": 4}
+
+SHARED = {"weights", "packing of weights", "process"}
+"""By the engines of one process: weights are packed one after the other."""
 
 Body = Callable[[Run, str], PassMemory | None]
 """One pass of the student's body at `pass_tokens` of the run, in a dtype."""
@@ -52,7 +55,8 @@ def memory_needs(run: Run, known: KnownSizes, rule: DtypeRule) -> tuple[RoleMemo
     found = [_student(run, known, rule)]
     for name, roles in started_roles(run).items():
         teacher = run.teachers_by_name()[name]
-        found += [_engine(run, known, rule, teacher, role, replicas) for role, replicas in roles.items()]
+        engines = {role: _engine(run, known, rule, teacher, role, replicas) for role, replicas in roles.items()}
+        found += [_beside(engines)] if writes_beside(run, name, rule.accelerator) else engines.values()
     if run.runtime == "in_process":
         return (_in_one_process(found),)
     return (*found, RoleMemory(CONTROLLER, 1, host=(Part("process", CONTROLLER_BASE), Part("Ray", RAY_BASE))))
@@ -131,6 +135,14 @@ def _engine(
         cache_is_given=isinstance(replicas.engine, Vllm) and replicas.engine.kv_cache_bytes is not None,
     )
     return replace(engine_memory(sizes, load), place=place)
+
+
+def _beside(engines: Mapping[Role, RoleMemory]) -> RoleMemory:
+    """Of a process with both engines of a teacher: each works in memory of its own, at other times; weights and
+    libraries are there once (`cluster/engines/vllm.py`)."""
+    scorer, generator = engines[SCORER], engines[GENERATOR]
+    own = tuple(replace(part, name=f"{part.name} of answers") for part in generator.host if part.name not in SHARED)
+    return replace(scorer, host=(*scorer.host, *own))
 
 
 def _arguments(run: Run, rule: DtypeRule, role: Role, replicas: Replicas, dtype: str) -> Mapping[str, Any]:

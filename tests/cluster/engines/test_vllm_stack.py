@@ -184,6 +184,21 @@ def test_sampled_answers_are_drawn_as_asked_each_from_its_own_seed(
     assert all(token < VOCABULARY for answer in together for token in answer)  # never a padded id
 
 
+def test_a_generator_beside_the_scorer_changes_no_label_and_no_word(
+    process: ProcessPoolExecutor, tiny_teacher: Path
+) -> None:
+    requests, spec = generation_requests(Sampling(60, temperature=1.0, seed=3)), TopK(k=8)
+    ((_, alone),) = process.submit(cases.score_once, tiny_teacher, UNIT, (spec,)).result()
+    ((written,), _) = process.submit(cases.generate_once, tiny_teacher, [requests]).result()
+    both = process.submit(cases.score_beside_writing, tiny_teacher, UNIT, spec, requests).result()
+    assert not both.unshared, "the weights are there once"
+    for columns in both.columns:
+        np.testing.assert_array_equal(columns["ids"], alone["ids"])
+        np.testing.assert_allclose(columns["tail"], alone["tail"], atol=1e-5)
+    for completions in both.completions:
+        assert [one.token_ids.tolist() for one in completions] == [one.token_ids.tolist() for one in written]
+
+
 def test_the_engine_thread_runs_what_it_is_given_between_two_steps(
     process: ProcessPoolExecutor, tiny_teacher: Path
 ) -> None:

@@ -176,6 +176,21 @@ def test_a_run_in_one_process_has_one_interpreter() -> None:
     assert role.host_bytes > 4 * 2 * SMALL.all
 
 
+def test_a_generator_beside_the_scorer_needs_its_cache_and_buffers_alone() -> None:
+    written = {"answers": {"kind": "teacher", "max_new_tokens": 96}}
+    host = DtypeRule("cpu", False, "")
+    apart, beside = (
+        memory_needs(make_run(teacher__generator={"beside_scorer": value}, **written), known(SMALL, SMALL), host)
+        for value in (False, True)
+    )
+    sizes_of_roles = [{role.role: role.host_bytes for role in roles} for roles in (apart, beside)]
+    assert "generator" not in sizes_of_roles[1]
+    weights = next(part.num_bytes for part in apart[1].host if part.name == "weights")
+    saved = sum(sizes_of_roles[0].values()) - sum(sizes_of_roles[1].values())
+    assert saved > weights, "weights and a process"
+    assert sizes_of_roles[1]["scorer"] > sizes_of_roles[0]["scorer"]
+
+
 def test_what_is_offered_is_that_of_the_machines() -> None:
     node = Node("a", num_cpus=8, gpus=("H100", "H100"), memory_bytes=100 * GIB)
     offer = Offer.of(Hardware((node, replace(node, name="b"))), "the cluster")

@@ -112,28 +112,6 @@ def test_settings_equal_the_golden_file(name: str) -> None:
     assert text == file.read_text(), "read the difference (how: docstring of this file)"
 
 
-@pytest.mark.parametrize("mode", ["read_write", "only"])
-def test_a_run_from_the_label_store_alone_starts_a_process_on_a_host_in_the_place_of_its_teacher(mode: str) -> None:
-    run = make_run(teacher__scorer={"replicas": 2, "tensor_parallel_size": 2}, store={"path": "labels", "mode": mode})
-    alone = mode == "only"
-    found = resolved(run, "8xH100/96cpu/2048GiB", ONE_B)
-    plan, groups = found.engines[0], found.placement.of_role("scorer")
-    assert plan.engine.kind == ("store" if alone else "vllm")
-    assert sum(group.num_gpus for group in groups) == (0 if alone else 4)
-    assert plan.store is not None
-    assert plan.store.writes != alone
-    assert plan.store.path == str(Path("labels").absolute())
-    assert plan.store.teacher["engine"] == {"kind": "vllm", "load_format": "safetensors"}
-    assert plan.store.teacher["dtype"] == plan.dtype == "bfloat16"
-
-
-def test_labels_are_told_apart_by_the_vocabulary_of_their_teacher() -> None:
-    facts = RunFacts(10, "student", vocabularies={"teacher": (20, "own")}, teachers={"teacher": KnownModel()})
-    plan = resolve(make_run(store={"path": "labels"}), machines("2cpu"), facts).engines[0]
-    assert plan.store is not None
-    assert (plan.store.teacher["vocabulary_size"], plan.store.teacher["tokenizer"]) == (20, "own")
-
-
 def test_on_a_host_the_cache_of_a_scorer_follows_its_model() -> None:
     run, hardware = SCENARIOS["laptop"][:2]
     small = LlamaConfig(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576)
@@ -270,6 +248,25 @@ def test_every_role_of_a_run_has_its_groups() -> None:
     assert sum(role.count for role in roles_of(run, "gpu")) == 8 + 2 + 1
     assert isinstance(result.placement.groups[0], Group)
     assert result.placement.num_gpus == 8 + 2 * 2 + 1
+
+
+def test_a_generator_beside_the_scorer_has_no_process_of_its_own_but_on_gpus() -> None:
+    beside = {**GENERATOR, "teacher__generator": {"beside_scorer": True}}
+    run = make_run(**beside)
+    assert [role.role for role in roles_of(run, "cpu")] == ["student", "scorer"]
+    on_host = resolved(run, "2cpu").teachers["teacher"]
+    assert on_host.scorer.beside == on_host.generator
+    assert [role.role for role in roles_of(run, "gpu")] == ["student", "scorer", "generator"]
+    on_gpus = resolved(run, "8xH100")
+    assert on_gpus.teachers["teacher"].scorer.beside is None
+    assert any("generator: on GPUs of its own" in reason for reason in on_gpus.reasons)
+    assert [
+        role.role
+        for role in roles_of(make_run(**{**beside, "labels": "none", "objective": [{"loss": "cross_entropy"}]}), "cpu")
+    ] == [
+        "student",
+        "generator",
+    ]
 
 
 @pytest.fixture(scope="module")
