@@ -15,7 +15,7 @@ from configs.losses import LOSSES, TOKEN_WEIGHTS
 from configs.stations import DOTTED_NAME
 
 TERM = rf"(?:{'|'.join(LOSSES.kinds())}|{DOTTED_NAME.pattern})(?:_\d+)?"
-OWN = rf"t|hard_share|weight_(?:{'|'.join(TOKEN_WEIGHTS.kinds())}|[A-Za-z_]\w*)|difficulty_keep"
+OWN = rf"(?:t|hard_share|weight_(?:{'|'.join(TOKEN_WEIGHTS.kinds())}|[A-Za-z_]\w*)|difficulty_keep)"
 PARTS = {"<task>": r"[^/]+", "<teacher>": r"[^/]+", "<term>": TERM, "<own>": OWN}
 
 

@@ -13,6 +13,7 @@ from trainer.metric_names import METRICS, metric_of
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
 IN_ONE_PROCESS = {"runtime": "in_process", "student": {"ranks": 1}, "training": {"steps": 6}}
 TOGETHER = {"teachers": ["prose", "code"], "how": "per_teacher"}
+WEIGHTS = ["entropy", "confidence", "difficulty", {"kind": "position", "half_life": 8}]
 NO_NUMBERS = {"time", "kind", "step", "non_finite"}
 
 
@@ -29,7 +30,11 @@ def of_several_tasks(folder: Path) -> Path:
     answers = {"kind": "teacher", "max_new_tokens": 8}
     tasks = {
         "chat": {"teacher": "prose", "prompts": {"path": str(asked)}, "answers": answers},
-        "code": {"teacher": "code", "labels": "hidden", "objective": [{"loss": "reverse_kl"}]},
+        "code": {
+            "teacher": "code",
+            "labels": "hidden",
+            "objective": [{"loss": "reverse_kl", "token_weights": WEIGHTS}],
+        },
         "both": {"ensemble": TOGETHER},
     }
     return run_of(folder, {**IN_ONE_PROCESS, "teachers": teachers, "tasks": tasks})

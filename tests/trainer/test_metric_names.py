@@ -34,3 +34,20 @@ def test_every_family_is_there_once_and_says_what_it_is() -> None:
     assert len(set(names)) == len(names)
     assert all(metric.meaning for metric in METRICS)
     assert all(metric.unit == "s" for metric in METRICS if metric.name.endswith("_s") and "per" not in metric.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("train/taid_t", "train/<term>_<own>"),
+        ("train/atkd_2_hard_share", "train/<term>_<own>"),
+        ("train/cross_entropy_weight_position", "train/<term>_<own>"),
+        ("task/code/reverse_kl_difficulty_keep", "task/<task>/<term>_<own>"),
+        ("task/code/reverse_kl_weight_entropy", "task/<task>/<term>_<own>"),
+        ("train/reverse_kl_else", None),
+        ("train/hard_share", None),
+    ],
+)
+def test_what_a_term_tells_is_a_family_of_its_own(name: str, family: str | None) -> None:
+    found = metric_of(name)
+    assert (None if found is None else found.name) == family
