@@ -126,9 +126,10 @@ def evaluation_rows(
                 inside = logits[:, 0] - student[:, 0]  # log-sum-exp
                 outside = head.padding.shape.apply(padding[block].float()).logsumexp(1)
                 rows.padding_mass[place] = (outside - inside).sigmoid()
-    if teacher is None or teacher.aligned is None:
+    aligned = teacher.aligned if isinstance(teacher, TeacherStates) else None
+    if aligned is None:
         return rows
-    kept = {name: getattr(rows, name)[teacher.aligned] for name in ("kl", "agree", "teacher_logprob")}
+    kept = {name: getattr(rows, name)[aligned] for name in ("kl", "agree", "teacher_logprob")}
     return replace(rows, **kept)
 
 

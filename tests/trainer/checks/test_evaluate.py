@@ -9,7 +9,14 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from trainer.checks.evaluate import EvaluationRows, EvaluationSums, StudentHead, TeacherStates, evaluation_rows
+from trainer.checks.evaluate import (
+    EvaluationRows,
+    EvaluationSums,
+    StudentHead,
+    TeacherStates,
+    TeachersTogether,
+    evaluation_rows,
+)
 from trainer.model.head import Head, HeadShape
 
 V, T = 283, 40
@@ -116,3 +123,20 @@ def test_rows_that_no_teacher_scored_count_for_the_student_alone():
     assert both.num_rows == 2 * T
     assert both.forward_kl == pytest.approx(scored.kl.mean().item()), "of the rows that have one"
     assert both.perplexity == pytest.approx(result.perplexity, rel=1e-5)
+
+
+def test_teachers_together_are_one_teacher_and_each_by_itself():
+    student, big, code = (held_out("llama", seed=seed) for seed in (1, 2, 3))
+    target_ids = torch.randint(V, (T,), generator=torch.Generator().manual_seed(2))
+    states = tuple(TeacherStates(one[1], Head(one[2], None, one[3], V)) for one in (big, code))
+    weights = (torch.full((T, 1), 0.75), torch.full((T, 1), 0.25))
+    head = StudentHead.of(student[2], None, student[3], V)
+    found = evaluation_rows(student[1], head, target_ids, TeachersTogether(states, weights), chunk_rows=7)
+    alone = [evaluation_rows(student[1], head, target_ids, one, chunk_rows=7) for one in states]
+    torch.testing.assert_close(found.kl_to_each, torch.stack([one.kl for one in alone], 1))
+    p = [one.head.logits(one.hidden).double().softmax(1) for one in states]
+    q = head.inside.logits(student[1]).double().log_softmax(1)
+    mixed = 0.75 * p[0] + 0.25 * p[1]
+    torch.testing.assert_close(found.kl.double(), (mixed * (mixed.log() - q)).sum(1), atol=1e-4, rtol=1e-4)
+    result = EvaluationSums.of(found, ["big", "code"]).result(step=0)
+    assert result.teachers == {"big": pytest.approx(alone[0].kl.mean()), "code": pytest.approx(alone[1].kl.mean())}
