@@ -139,7 +139,11 @@ class Term(Section):
         biased."""
         found = self.exactness_with(labels)
         lumped = ForwardKl.exactness_with(labels) != "exact"
-        if found in ("exact", "lower_bound") and lumped and any(one.whole_distribution for one in self.token_weights):
+        if (
+            found in ("exact", "lower_bound", "unbiased")
+            and lumped
+            and any(one.whole_distribution for one in self.token_weights)
+        ):
             return "biased"
         return found
 

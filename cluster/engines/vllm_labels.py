@@ -8,6 +8,7 @@ states into packed label rows.
         |                                                                                       ^
         scheduler (chunked, many requests a step) -> model -> hidden [T, H] -> LabelPooler: gather the asked rows,
                                         chunk: compute_logits -> slice to V -> Encoding.encode -> pack_rows
+                                        (in shards of the vocabulary: cluster/engines/vllm_shards.py)
 
 The twin keeps the base's architecture name, so vLLM resolves it, and all that it configures by that name, as always.
 """
@@ -30,6 +31,7 @@ from vllm.pooling_params import PoolingParams
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from cluster.engines.plan import LABEL_CHUNK_ROWS
+from cluster.engines.vllm_shards import Shards
 from configs.labels import LABELS
 from trainer.build import check_build
 from trainer.labels.encoding import Encoding, TeacherShape, load_encoding, pack_rows, row_keys
@@ -76,7 +78,7 @@ def twin_of(base: type[torch.nn.Module]) -> type[torch.nn.Module]:
     class Twin(base, LabelTwin):
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:  # vLLM reads this signature
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-            self.pooler = LabelPooler(self.compute_logits)
+            self.pooler = LabelPooler(self.compute_logits, Shards(self))
 
     Twin.__name__ = base.__name__
     Twin.__qualname__ = base.__qualname__
@@ -131,9 +133,10 @@ class Part:
 class LabelPooler(Pooler):
     """Packed label rows of the asked positions, one uint8 tensor per finished request."""
 
-    def __init__(self, compute_logits: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+    def __init__(self, compute_logits: Callable[[torch.Tensor], torch.Tensor | None], shards: Shards) -> None:
         super().__init__()
         self.compute_logits = compute_logits
+        self.shards = shards
         self.encodings: dict[str, Encoding] = {}
 
     def get_supported_tasks(self) -> set[str]:
@@ -193,16 +196,29 @@ class LabelPooler(Pooler):
             here = slice(start, start + LABEL_CHUNK_ROWS)
             chunk = rows[here]
             more = {name: values[here] for name, values in zip(parts[0].extra, extra, strict=True)}
-            source = hidden_states[chunk]
-            if encoding.needs == "logits":
-                source = self.compute_logits(source)  # a collective: every rank computes as many chunks
-                if source is not None:
-                    source = source[:, : ask.vocabulary_size]
-            if source is None or get_tensor_model_parallel_rank() != 0:
-                chunks.append(chunk.new_empty(len(chunk), 0, dtype=torch.uint8))
-            else:
-                chunks.append(pack_rows(encoding.encode(source, target_ids[here], **more), layout))
+            columns = self._columns(encoding, hidden_states[chunk], target_ids[here], more, ask.vocabulary_size)
+            empty = chunk.new_empty(len(chunk), 0, dtype=torch.uint8)
+            chunks.append(empty if columns is None else pack_rows(columns, layout))
         return torch.cat(chunks)
+
+    def _columns(
+        self,
+        encoding: Encoding,
+        hidden: torch.Tensor,
+        target_ids: torch.Tensor,
+        extra: dict[str, torch.Tensor],
+        vocabulary_size: int,
+    ) -> dict[str, torch.Tensor] | None:
+        """The labels of a chunk of rows [n, H], on rank 0. A collective: every rank computes as many chunks."""
+        source: torch.Tensor | None = hidden
+        if encoding.needs == "logits":
+            if self.shards.serve(encoding, hidden, vocabulary_size):
+                return self.shards.columns(encoding, hidden, target_ids, vocabulary_size)
+            logits = self.compute_logits(hidden)
+            source = None if logits is None else logits[:, :vocabulary_size]
+        if source is None or get_tensor_model_parallel_rank() != 0:
+            return None
+        return encoding.encode(source, target_ids, **extra)
 
     def _encoding(self, ask: Ask) -> Encoding:
         key = encoding_key(ask)

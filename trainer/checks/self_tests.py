@@ -255,8 +255,10 @@ def _random_labels(
     if encoding.needs == "logits":
         logits = 3 * torch.randn(ROWS, size).to(subject.device)
         chosen = logits if preference is None else preference
-        ids = {"given_ids": chosen.topk(encoding.num_given).indices} if encoding.takes_ids else {}
-        return encoding.encode(logits, target_ids, **ids), None
+        more = {"given_ids": chosen.topk(encoding.num_given).indices} if encoding.takes_ids else {}
+        if encoding.needs_row_keys:
+            more["row_keys"] = torch.arange(ROWS, device=logits.device)
+        return encoding.encode(logits, target_ids, **more), None
     width = 32
     weight = torch.randn(size, width).to(subject.device, subject.dtype)
     hidden = torch.randn(ROWS, width).to(subject.device, subject.dtype)

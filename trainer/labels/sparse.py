@@ -115,6 +115,11 @@ class KeptIds(Sparse):
         """Kept of a row, at most."""
         return getattr(self, self.most)
 
+    @property
+    def shard_width(self) -> int:
+        """Of what `encode_shard` makes."""
+        return 2 * self.most_ids + 2
+
     def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
         raise NotImplementedError
 
@@ -132,7 +137,7 @@ class KeptIds(Sparse):
 
     def encode_shard(self, source: torch.Tensor, target_ids: torch.Tensor, first_id: int) -> torch.Tensor:
         """float32 [n, width]: what `merge_shards` needs of a shard's logits [n, v], the columns from `first_id` on."""
-        made = [torch.empty(0, 2 * self.most_ids + 2, dtype=torch.float32, device=source.device)]
+        made = [torch.empty(0, self.shard_width, dtype=torch.float32, device=source.device)]
         with torch.no_grad():
             for block in cache_blocks(source):
                 kept = self._keep(source[block].float(), target_ids[block], first_id)

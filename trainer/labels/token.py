@@ -25,6 +25,7 @@ class Encoding(Token):
     """Column `logprob` float32 [N, 1], of the whole vocabulary at `temperature`."""
 
     needs: ClassVar[Literal["logits", "hidden"]] = "logits"
+    shard_width: ClassVar[int] = 2
 
     def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
         return (Column(LOGPROB, torch.float32, 1),)

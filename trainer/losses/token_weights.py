@@ -28,8 +28,8 @@ def entropy(rows: TokenRows, *, at: float, width: float, favour: str) -> torch.T
     """sigmoid((H - at) / width) of the teacher's entropy H in nats, or 1 - that; of lumped events H is a lower
     bound."""
     assert rows.pair is not None
-    teacher = rows.pair.teacher.clamp(min=ABSENT)
-    above = -(teacher.exp().mul_(teacher)).sum(-1) - at
+    teacher, nats = rows.pair.teacher.clamp(min=ABSENT), rows.pair.teacher_entropy
+    above = (-(teacher.exp().mul_(teacher)).sum(-1) if nats is None else nats) - at
     weight = torch.sigmoid(above / width) if width else (above > 0).to(above.dtype)
     return weight if favour == "high" else 1.0 - weight
 

@@ -13,9 +13,11 @@ from architectures import WINDOW, architecture_config, architecture_model
 from tiny_models import tiny_model
 from torch import distributed
 
-from configs.losses import CrossEntropy, Dpo, ReverseKl
+from configs.labels import Labels, Nucleus, Sampled
+from configs.losses import CrossEntropy, Dpo, ForwardKl, ReverseKl
 from trainer.checks import self_tests
 from trainer.checks.self_tests import Subject, run_self_tests
+from trainer.labels.encoding import load_encoding
 from trainer.labels.hidden import Encoding as Hidden
 from trainer.labels.token import Encoding as Token
 from trainer.labels.topk import Encoding as TopK
@@ -67,6 +69,12 @@ def test_all_pass_on_a_sound_student(encoding: Any) -> None:
     results = run_self_tests(_subject(losses=_losses(encoding)))
     assert all(result.passed for result in results), results
     assert all(any(character.isdigit() for character in result.numbers) for result in results)
+
+
+@pytest.mark.parametrize("labels", [Nucleus(k_max=40), Sampled()])
+def test_ragged_and_drawn_labels_pass_on_a_sound_student(labels: Labels) -> None:
+    encoding = load_encoding(labels)
+    assert _failed(_subject(losses=_losses(encoding, Objective.of((ForwardKl(),), encoding)))) == []
 
 
 def test_attention_that_ignores_borders_fails_packing_alone() -> None:
