@@ -2,6 +2,7 @@
 
 python -m benchmarks distil  --teacher FOLDER    CPU time per token of the pipeline, against the plain recipe (plain.py)
 python -m benchmarks scoring --teacher FOLDER    CPU time of a labelled batch, against vLLM's bare prefill of it
+python -m benchmarks store   --teacher FOLDER    CPU time of labels from the label store, against scoring them
 python -m benchmarks memory  CONFIG              peak memory of each role of a run, beside what `check` predicts
 python -m benchmarks losses                      CPU time and memory of every divergence with every encoding
 python -m benchmarks exactness                   the bias of every divergence with every encoding, on real models
@@ -102,6 +103,25 @@ def scoring(
     plan = ScoringPlan(teacher=teacher, batches=tuple(Batch.parse(text) for text in batch), rounds=rounds)
     with _work_folder() as work:
         result = measure(plan, work, note=_note)
+    Console(width=max(Console().width, 120)).print(result.table())
+    write_numbers(out, result.to_json())
+
+
+@app.command(epilog="Example: python -m benchmarks store --teacher models/smollm2 --out store.json")
+def store(
+    teacher: Teacher,
+    batch: Annotated[str, typer.Option("--batch", metavar="NxL", help="Sequences x tokens.")] = "16x256",
+    rounds: Rounds = 3,
+    out: Out = None,
+) -> None:
+    """CPU time of a batch's labels read from the label store, against the vLLM scorer that makes them."""
+    from rich.console import Console
+
+    from benchmarks.scoring import Batch
+    from benchmarks.store import StorePlan, measure
+
+    with _work_folder() as work:
+        result = measure(StorePlan(teacher, Batch.parse(batch), rounds), work, note=_note)
     Console(width=max(Console().width, 120)).print(result.table())
     write_numbers(out, result.to_json())
 

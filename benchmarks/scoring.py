@@ -138,11 +138,11 @@ class ScoringResult:
 def scoring(plan: ScoringPlan, work: Path, *, note: Callable[[str], None]) -> ScoringResult:
     """Measure; `work` is an empty folder, and `note` is told what goes on."""
     longest = max(batch.tokens for batch in plan.batches)
-    engine, reasons = _engine_plan(plan.teacher, work, longest)
+    engine, reasons = engine_plan(plan.teacher, work, longest)
     return asyncio.run(_measure(plan, engine, reasons, work, note))
 
 
-def _engine_plan(teacher: Path, work: Path, longest: int) -> tuple[EnginePlan, tuple[str, ...]]:
+def engine_plan(teacher: Path, work: Path, longest: int) -> tuple[EnginePlan, tuple[str, ...]]:
     """The scorer's plan as a real run would have it on this machine."""
     student, rows, workload = work / "student", work / "rows.jsonl", Workload(max_tokens=longest)
     make_student(teacher, student, seed=0)
@@ -176,7 +176,7 @@ async def _measure(
                 "benchmarks.scoring_worker", role_plan, environment=role_plan.environment, log=log
             )
             stack.push_async_callback(workers[name].close)
-        ids = _token_stream(plan.teacher)
+        ids = token_stream(plan.teacher)
         note("warming up")
         for worker, question, _ in _ways(WARM_UP, ids, seed=0).values():
             await workers[worker].ask(question)
@@ -191,7 +191,7 @@ async def _measure(
         return ScoringResult(tuple(measured), reasons)
 
 
-def _token_stream(teacher: Path) -> np.ndarray:
+def token_stream(teacher: Path) -> np.ndarray:
     """The benchmark's text as int32 ids."""
     tokenizer = load_tokenizer(ModelSource(path=str(teacher)))
     text, _ = corpus(tokenizer)

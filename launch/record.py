@@ -192,9 +192,10 @@ def counted(records: Records) -> dict[str, int]:
         "label_bytes": "labels/bytes",
     }
     totals = {name: sum(_whole(step.values.get(of)) for step in records.steps) for name, of in sums.items()}
-    for name in ("written", "empty", "cut_off", "dropped"):
-        counts = [step.values[f"answers/{name}"] for step in records.steps if f"answers/{name}" in step.values]
-        totals |= {f"answers_{name}": sum(map(_whole, counts))} if counts else {}
+    now_and_then = ("answers/written", "answers/empty", "answers/cut_off", "answers/dropped")
+    for name in (*now_and_then, "labels/store_hits", "labels/store_misses", "labels/store_bytes"):
+        counts = [step.values[name] for step in records.steps if name in step.values]
+        totals |= {name.replace("/", "_"): sum(map(_whole, counts))} if counts else {}
     events = Counter(event.name for event in records.events)
     return {**events, "trained_steps": len(records.steps), **totals}
 

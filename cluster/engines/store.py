@@ -168,6 +168,10 @@ class StoredScorer:
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
+        self.close_store()
+
+    def close_store(self) -> None:
+        """What waits in memory is on the disk then; the engine goes on."""
         self._store.close()
 
 

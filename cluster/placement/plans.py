@@ -143,14 +143,15 @@ class _Teacher:
         store, known, engine = self.choices.run.store, self._known, self.teacher.scorer.engine
         if store is None:
             return None
+        size, fingerprint = self.choices.facts.vocabulary_of(self.teacher.name)
         told = {"kind": engine.kind, "load_format": engine.load_format} if isinstance(engine, Vllm) else engine.flat()
         teacher = {
             "files": dict(known.files or {}),
             "engine": told,
             "overrides": _overrides(known, self.teacher.model) if isinstance(engine, Vllm) else {},
             "dtype": dtype,
-            "vocabulary_size": self.choices.facts.vocabulary_size,
-            "tokenizer": self.choices.facts.tokenizer_fingerprint,
+            "vocabulary_size": size,
+            "tokenizer": fingerprint,
         }
         return StorePlan(str(store.path.absolute()), store.max_bytes, store.mode == "read_write", teacher)
 

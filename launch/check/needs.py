@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cluster.lifecycle.ray_session import object_store_bytes
+from cluster.placement.roles import started_roles
 from cluster.preflight.machine import Needs
 from configs.engines import Vllm
 from configs.load import run_folder
@@ -14,7 +15,9 @@ def needs_of(run: Run) -> Needs:
     teachers = run.teachers_by_name().values()
     sources = (*(teacher.model for teacher in teachers), run.student.model)
     return Needs(
-        vllm=any(isinstance(replicas.engine, Vllm) for teacher in teachers for replicas in teacher.roles().values()),
+        vllm=any(
+            isinstance(replicas.engine, Vllm) for roles in started_roles(run).values() for replicas in roles.values()
+        ),
         extras=tuple(dict.fromkeys(choice.extra for choice in run.trackers if choice.extra is not None)),
         models=tuple((source.path, source.revision) for source in sources),
         run_folder=str(run_folder(run).absolute()),

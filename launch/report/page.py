@@ -17,6 +17,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from cluster.preflight.machine import size_text
 from configs.document import read_document
 from launch import templates
 from launch.report.artifacts import Tell, read_manifest
@@ -187,7 +188,20 @@ def _tiles(records: Records, spans: Sequence[Span], manifest: Mapping[str, Any])
     for who, waiting in zip(("Student", "Teacher"), waits, strict=True):
         if waiting is not None:
             tiles.append(Tile(f"{who} waited", (percent(waiting),), "of the steady state"))
-    return tiles
+    return [*tiles, *_store_tile(records)]
+
+
+def _store_tile(records: Records) -> list[Tile]:
+    """Of a run with a label store: how much of what it asked for was there."""
+    hits, misses, read = (
+        sum(step.values.get(f"labels/store_{name}", 0.0) for step in records.steps)
+        for name in ("hits", "misses", "bytes")
+    )
+    if not hits + misses > 0:
+        return []
+    return [
+        Tile("From the label store", (percent(hits / (hits + misses)),), f"of the sequences, {size_text(int(read))}")
+    ]
 
 
 def _quality_tiles(first: Evaluation, last: Evaluation) -> list[Tile]:

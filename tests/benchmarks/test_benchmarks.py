@@ -14,11 +14,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from label_oracle import random_unit
 from student_runs import write_run
 from tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_process import engine_plan
 
-from benchmarks import cpu_time
+from benchmarks import cpu_time, store, store_worker
 from benchmarks.cpu_time import CpuTime
 from benchmarks.distil_result import DistilResult
 from benchmarks.draft import ALONE, BEFORE, STUDENT, DraftPlan, DraftResult, draft, students_of
@@ -29,6 +31,8 @@ from benchmarks.scoring import PREFILL, Batch, Measured, ScoringResult
 from benchmarks.scoring_worker import Cost
 from benchmarks.worker import Worker
 from benchmarks.workload import Workload, make_run, make_student, same_sequences, write_rows
+from cluster.engines.hf import Engine as HfEngine
+from configs.labels import Hidden, TopK
 from configs.models import ModelSource
 from trainer.data.vocabulary import load_tokenizer
 from trainer.errors import ConfigError, DeadlineExceeded, InfrastructureError
@@ -209,3 +213,22 @@ def test_a_draft_model_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     plan = DraftPlan(student, teacher, tmp_path / "rows.jsonl", 1, 1, 1)
     with pytest.raises(ConfigError, match=r"student: the tokenizer of .* is not that of"):
         draft(plan, tmp_path, note=pytest.fail)
+
+
+def test_labels_that_are_read_from_the_store_are_those_that_were_scored_and_cost_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_worker, "Engine", HfEngine)
+    take = store_worker.prepare(engine_plan(HfEngine(), tiny_folder(tmp_path / "llama")))
+    unit = random_unit("0", *[(200, [(0, 199)])] * 8)
+    measured = []
+    for labels in store.ENCODINGS:
+        encoding = TopK(k=8) if labels == "top-64" else Hidden()
+        for way in store_worker.WAYS:
+            cost = take(store_worker.Turn(way, unit, encoding, str(tmp_path / labels)))
+            measured.append(store.Measured(labels, way, unit.num_tokens, cost))
+    result = store.StoreResult(tuple(measured))
+    for row in result.to_json()["summary"]:
+        kept = row["way"] != store.SCORED
+        assert (row["disk_bytes_per_token"] >= row["label_bytes_per_token"] > 0) == kept
+    assert result.table().row_count == len(measured)

@@ -54,10 +54,11 @@ class Chunks:
 
 
 def read_spans(
-    token_ids: np.ndarray, loss_mask: np.ndarray, tokens: TokenBytes, *, ends: AbstractSet[int]
+    token_ids: np.ndarray, loss_mask: np.ndarray, tokens: TokenBytes, *, ends: AbstractSet[int], whole: bool = False
 ) -> tuple[Span, ...]:
     """The spans of ids [L] with a mask bool [L] (shifted, as in `trainer/types.py`). A last token of `ends` is the
-    end of the answer, whatever it is called."""
+    end of the answer, whatever it is called. `whole`: the first span has the text before it, special tokens apart, as
+    where a text is learnt from its first token on, which nothing predicts and each tokenizer cuts elsewhere."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], loss_mask.astype(np.int8), [0]]))).reshape(-1, 2)
     spans = []
     for first, stop in edges.tolist():
@@ -65,7 +66,9 @@ def read_spans(
         starts = np.cumsum(tokens.lengths[[0, *ids[:-1]]])
         starts -= starts[0]
         last = END if ids[-1] in ends else tokens.values[ids[-1]]
-        spans.append(Span(tokens.join(ids[:-1]) + last, starts))
+        before = token_ids[: first + 1].tolist() if whole and not spans else []
+        text = tokens.join(i for i in before if i not in tokens.special)
+        spans.append(Span(text + tokens.join(ids[:-1]) + last, starts + len(text)))
     return tuple(spans)
 
 
@@ -103,9 +106,9 @@ def coverage(spans: tuple[Span, ...], reached: np.ndarray) -> Coverage:
     for span in spans:
         rows = reached[at : at + len(span.starts)]
         at += len(span.starts)
-        text = np.frombuffer(span.data, dtype=np.uint8)[: span.content]
+        text = np.frombuffer(span.data, dtype=np.uint8)[int(span.starts[0]) : span.content]
         widths = [stop - start for start, stop in pairwise([*span.starts.tolist(), len(span.data)])]
-        of_bytes = np.repeat(rows, widths)[: span.content]
+        of_bytes = np.repeat(rows, widths)[: len(text)]
         digit = (text >= ord("0")) & (text <= ord("9"))
         counts = (len(text), of_bytes.sum(), digit.sum(), (digit & of_bytes).sum())
         total = total.plus(Coverage(*map(int, counts)))

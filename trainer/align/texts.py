@@ -40,9 +40,10 @@ class Side:
         ends = {i for i in (*template.stop_ids, *end_ids) if i < len(tokens.values)}
         return cls(template, tokens, frozenset(ends))
 
-    def spans(self, text: RowText) -> tuple[Span, ...]:
+    def spans(self, text: RowText, *, whole: bool) -> tuple[Span, ...]:
+        """See `read_spans`."""
         assert text.loss_mask is not None
-        return read_spans(text.token_ids, text.loss_mask, self.tokens, ends=self.ends)
+        return read_spans(text.token_ids, text.loss_mask, self.tokens, ends=self.ends, whole=whole)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,10 @@ class TextAligner:
 
         Raises `DataError` where they are not the same answers, or where no row of them belongs together.
         """
-        sides = self.student.spans(student), self.teacher.spans(teacher)
+        assert student.loss_mask is not None
+        assert teacher.loss_mask is not None
+        whole = bool(student.loss_mask[0] or teacher.loss_mask[0])
+        sides = self.student.spans(student, whole=whole), self.teacher.spans(teacher, whole=whole)
         if len(sides[0]) != len(sides[1]) and not cut:
             raise DataError(
                 f"has {len(sides[0])} learnt turns by the student's chat template and {len(sides[1])} by the "
@@ -78,8 +82,6 @@ class TextAligner:
         if found is None or not found.count:
             shown = " and ".join(_shown(side) for side in sides)
             raise DataError(f"no token of its answer can be aligned: student and teacher read {shown}")
-        assert student.loss_mask is not None
-        assert teacher.loss_mask is not None
         rows, asked_rows = np.flatnonzero(student.loss_mask), np.flatnonzero(teacher.loss_mask)
         groups = np.full(len(rows), -1, dtype=np.int64)
         groups[: len(found.student)] = found.student

@@ -175,7 +175,7 @@ def wanted_labels(run: Run, inputs: Inputs) -> Iterator[Wanted]:
     sets, tasks = held_out_sets(run), run.resolved_tasks()
     for row in held_out_rows(run, inputs):
         if sets[row.task].is_scored:
-            yield from (Wanted(name or only, HELD_OUT, row.as_read()) for name in names_of(row.teacher))
+            yield from _wanted(row, HELD_OUT, only)
     streams = {name: open_stream(run, task, inputs, quarantine=None) for name, task in tasks.items()}
     shares = {name: task.share for name, task in tasks.items()}
     source = Source(streams, {}, shares, sequences_per_step=run.training.sequences_per_step)
@@ -183,11 +183,16 @@ def wanted_labels(run: Run, inputs: Inputs) -> Iterator[Wanted]:
         for prompt in source.take(step).prompts:
             labels = tasks[prompt.task].soft_labels
             for sequence in answers_of_dataset(prompt) if labels is not None else ():
-                if sequence.num_loss_tokens:
-                    asked = sequence.as_read()
-                    yield from (Wanted(name or only, labels, asked) for name in names_of(sequence.teacher))
+                yield from _wanted(sequence, labels, only)
         if step == run.training.steps or all(stream.cursor.epoch > 0 for stream in streams.values()):
             return
+
+
+def _wanted(sequence: Sequence, labels: Labels, only: str) -> Iterator[Wanted]:
+    """Of each teacher, as it reads the text; `only` is who is asked where the text names nobody."""
+    asked = sequence.as_read()
+    if asked.num_loss_tokens:
+        yield from (Wanted(name or only, labels, asked) for name in names_of(sequence.teacher))
 
 
 def sample_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:

@@ -75,7 +75,7 @@ class Started:
         try:
             return asyncio.run(scorer.score(unit, labels, deadline_s=60))
         finally:
-            scorer._store.close()  # the engine is used again
+            scorer.close_store()  # the engine is used again
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,28 @@ def test_settings_equal_the_golden_file(name: str) -> None:
     assert text == file.read_text(), "read the difference (how: docstring of this file)"
 
 
+@pytest.mark.parametrize("mode", ["read_write", "only"])
+def test_a_run_from_the_label_store_alone_starts_a_process_on_a_host_in_the_place_of_its_teacher(mode: str) -> None:
+    run = make_run(teacher__scorer={"replicas": 2, "tensor_parallel_size": 2}, store={"path": "labels", "mode": mode})
+    alone = mode == "only"
+    found = resolved(run, "8xH100/96cpu/2048GiB", ONE_B)
+    plan, groups = found.engines[0], found.placement.of_role("scorer")
+    assert plan.engine.kind == ("store" if alone else "vllm")
+    assert sum(group.num_gpus for group in groups) == (0 if alone else 4)
+    assert plan.store is not None
+    assert plan.store.writes != alone
+    assert plan.store.path == str(Path("labels").absolute())
+    assert plan.store.teacher["engine"] == {"kind": "vllm", "load_format": "safetensors"}
+    assert plan.store.teacher["dtype"] == plan.dtype == "bfloat16"
+
+
+def test_labels_are_told_apart_by_the_vocabulary_of_their_teacher() -> None:
+    facts = RunFacts(10, "student", vocabularies={"teacher": (20, "own")}, teachers={"teacher": KnownModel()})
+    plan = resolve(make_run(store={"path": "labels"}), machines("2cpu"), facts).engines[0]
+    assert plan.store is not None
+    assert (plan.store.teacher["vocabulary_size"], plan.store.teacher["tokenizer"]) == (20, "own")
+
+
 def test_on_a_host_the_cache_of_a_scorer_follows_its_model() -> None:
     run, hardware = SCENARIOS["laptop"][:2]
     small = LlamaConfig(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576)

@@ -134,6 +134,19 @@ def test_probability_on_ids_that_do_not_exist_is_a_tile_where_there_is_some(tmp_
     assert "5.4" in page
 
 
+def test_what_a_label_store_held_is_a_tile_where_there_is_one(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    folder.config.write_text("name: a\n")
+    log = MetricsLog(folder)
+    log.step(StepMetrics(1, {"labels/store_hits": 1.0, "labels/store_misses": 7.0, "labels/store_bytes": 2e6}))
+    log.step(StepMetrics(2, {"labels/store_hits": 8.0, "labels/store_misses": 0.0, "labels/store_bytes": 3e6}))
+    page = write_report(folder).read_text()
+    assert "From the label store" in page
+    assert "56 %" in page
+    assert "of the sequences, 5 MB" in page
+    assert "From the label store" not in write_report(write_run(tmp_path / "one")).read_text()
+
+
 def test_the_report_loads_nothing_from_outside(tmp_path: Path) -> None:
     html = write_report(write_run(tmp_path / "run")).read_text()
     page = Page(html)

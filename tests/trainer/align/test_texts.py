@@ -134,6 +134,25 @@ def test_chunks_are_summed_by_teacher_and_student_and_counted_in_the_step(tmp_pa
     torch.testing.assert_close(sums, torch.tensor([*expected, 0.0]))
 
 
+@pytest.mark.parametrize("text", ["aaaa aaaa aaaaa a", "the fox 123 the fox 123", *ADVERSARIAL])
+def test_text_that_is_learnt_from_its_first_token_is_aligned_by_the_bytes_before_it(tmp_path: Path, text: str) -> None:
+    """Nothing predicts the first token, and each side cuts it elsewhere."""
+    run, inputs = opened(tmp_path, data={"evaluation": None})
+    write_rows(tmp_path / "train.jsonl", [{"text": f"b{text}"}])
+    aligner = aligner_of(inputs)
+    (row,) = sample_rows(run, inputs)
+    read = row.as_read()
+    rows, asked = np.flatnonzero(row.loss_mask), np.flatnonzero(read.loss_mask)
+    pairs = {(int(r), int(asked[g])) for r, g in zip(rows, row.reading.groups, strict=True) if g >= 0}
+    texts = []
+    for ids, side in ((row.token_ids, aligner.student), (read.token_ids, aligner.teacher)):
+        texts.append([side.tokens.join(ids[: i + 1].tolist()) for i in range(len(ids) - 1)])
+    by_hand = {(i, j) for i, a in enumerate(texts[0]) for j, b in enumerate(texts[1]) if a == b}
+    assert pairs == by_hand
+    total = sum(len(piece) for piece in [aligner.student.tokens.values[i] for i in row.token_ids[1:-1]])
+    assert row.reading.coverage.num_bytes == total
+
+
 # --- what a teacher wrote ---------------------------------------------------------------------------------------------
 
 
