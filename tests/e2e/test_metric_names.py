@@ -18,10 +18,12 @@ NO_NUMBERS = {"time", "kind", "step", "non_finite"}
 
 
 def of_several_tasks(folder: Path) -> Path:
-    """Two teachers and three tasks, of which one has its answers written and one asks both teachers together."""
+    """Two teachers and five tasks: of one the answers are written, of one aligned by their bytes, of one the student
+    chooses the ids, and one asks both teachers together."""
     folder.mkdir(parents=True)
     tiny_folder(folder / "code", seed=3)
     asked = write_rows(folder / "asked.jsonl", [{"prompt": chat_row(i)["prompt"]} for i in range(8)])
+    digits = write_rows(folder / "digits.jsonl", [{"prompt": f"count to {i}", "completion": "1 2 3"} for i in range(8)])
     engine = {"engine": {"kind": "hf"}, "dtype": "float32"}
     teachers = {
         "prose": {"model": {"path": str(folder / "teacher")}, "scorer": engine, "generator": engine},
@@ -30,6 +32,12 @@ def of_several_tasks(folder: Path) -> Path:
     answers = {"kind": "teacher", "max_new_tokens": 8}
     tasks = {
         "chat": {"teacher": "prose", "prompts": {"path": str(asked)}, "answers": answers},
+        "digits": {"teacher": "prose", "prompts": {"path": str(digits)}, "align": "overlap"},
+        "chosen": {
+            "teacher": "code",
+            "labels": {"kind": "given_ids", "k": 8},
+            "objective": [{"loss": "reverse_kl"}],
+        },
         "code": {
             "teacher": "code",
             "labels": "hidden",
