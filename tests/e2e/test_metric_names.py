@@ -18,7 +18,7 @@ NO_NUMBERS = {"time", "kind", "step", "non_finite"}
 
 
 def of_several_tasks(folder: Path) -> Path:
-    """Two teachers and five tasks: of one the answers are written, of one aligned by their bytes, of one the student
+    """Two teachers and seven tasks: of one the answers are written, of one aligned by their bytes, of one the student
     chooses the ids, and one asks both teachers together."""
     folder.mkdir(parents=True)
     tiny_folder(folder / "code", seed=3)
@@ -43,6 +43,8 @@ def of_several_tasks(folder: Path) -> Path:
             "labels": "hidden",
             "objective": [{"loss": "reverse_kl", "token_weights": WEIGHTS}],
         },
+        "likeliest": {"teacher": "code", "labels": {"kind": "nucleus", "p": 0.8, "k_max": 16}},
+        "drawn": {"teacher": "code", "labels": {"kind": "sampled", "draws": 8}},
         "both": {"ensemble": TOGETHER},
     }
     return run_of(folder, {**IN_ONE_PROCESS, "teachers": teachers, "tasks": tasks})
