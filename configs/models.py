@@ -167,15 +167,8 @@ class Generator(Replicas):
     beside_scorer: bool = Field(
         False,
         description="Without GPUs: write in the scorer's processes, with the weights that are there, which saves a "
-        "process and its memory; both engines take turns.",
+        "process and its memory; both engines take turns. Where that cannot be, the run says so and starts its own.",
     )
-
-    @model_validator(mode="after")
-    def _beside_is_one_device(self) -> Generator:
-        if self.beside_scorer and self.tensor_parallel_size != 1:
-            text = "an engine beside the scorer is not split: write 1, or beside_scorer: false"
-            raise refusal(("tensor_parallel_size",), self.tensor_parallel_size, text)
-        return self
 
 
 class Teacher(Section):
@@ -196,20 +189,6 @@ class Teacher(Section):
     @classmethod
     def _template_has_a_home(cls, path: str | None) -> str | None:
         return path if path is None else with_known_home(path)
-
-    @model_validator(mode="after")
-    def _scorers_have_room(self) -> Teacher:
-        """Every scorer has a generator beside it, or none."""
-        if self.generator is None or not self.generator.beside_scorer:
-            return self
-        for key in ("replicas", "tensor_parallel_size"):
-            if (own := getattr(self.generator, key)) != (judges := getattr(self.scorer, key)):
-                text = f"of a generator beside the scorer is that of the scorer: write {key}: {judges} for both"
-                raise refusal(("generator", key), own, text)
-        if self.generator.placement != Constraints():
-            text = "a generator beside the scorer lies where that lies: remove it, or write beside_scorer: false"
-            raise refusal(("generator", "placement"), "...", text)
-        return self
 
     def roles(self) -> dict[str, Replicas]:
         """The replicas by role, `scorer` first."""

@@ -20,6 +20,9 @@ from launch.files import files_in, refuse_secret
 from launch.identity import HOME, PACKAGES
 from trainer.errors import ConfigError
 
+ROWS = HOME / "configs" / "data"
+"""Of the demo: rows travel by themselves, where a run reads them."""
+
 SUFFIXES = frozenset({".py", ".jinja", ".html", ".css", ".js", ".json", ".yaml", ".jsonl", ".md"})
 """Of the files that are code or read at run time; what editors and compilers leave is not sent."""
 
@@ -42,7 +45,7 @@ def own_code() -> list[CodeFile]:
         CodeFile(file.relative_to(HOME).as_posix(), file.read_bytes())
         for name in PACKAGES
         for file in sorted((HOME / name).rglob("*"))
-        if file.suffix in SUFFIXES and file.is_file()
+        if file.suffix in SUFFIXES and file.is_file() and ROWS not in file.parents
     ]
     return packages + _metadata()
 

@@ -18,7 +18,7 @@ from cluster.placement.facts import RunFacts
 from cluster.placement.groups import Placement
 from cluster.placement.hardware import Hardware
 from cluster.placement.plans import TeacherPlans, student_plan, teacher_plans, unused_window, wanted_dtypes
-from cluster.placement.roles import roles_of, started_roles
+from cluster.placement.roles import apart_because, roles_of, started_roles
 from cluster.placement.topology import place
 from cluster.runtime import CPU, GENERATOR, GPU, STUDENT, Accelerator
 from configs.rules import teacher_place
@@ -81,8 +81,8 @@ def _reasons(choices: Choices) -> Iterator[str]:
     yield from filter(None, (unused_window(choices, name) for name in started_roles(run)))
     for name, asked in started_roles(run).items():
         generator = asked.get(GENERATOR)
-        if generator is not None and generator.beside_scorer and choices.accelerator == GPU:
-            yield f"{teacher_place(run, name)}.generator: on GPUs of its own (beside_scorer holds without GPUs alone)"
+        if generator is not None and generator.beside_scorer and (why := apart_because(run, name, choices.accelerator)):
+            yield f"{teacher_place(run, name)}.generator: in processes of its own, not beside the scorer: {why}"
 
 
 def _warnings(choices: Choices) -> Iterator[str]:

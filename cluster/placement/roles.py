@@ -31,12 +31,24 @@ def _reader(teacher: Teacher) -> Replicas:
 
 
 def writes_beside(run: Run, teacher: str, accelerator: Accelerator) -> bool:
-    """Whether a teacher's generators live in the processes of its scorers: where that was asked for, engines of both
-    are started, and there is no GPU, where captured graphs hold weights of their own."""
-    asked = started_roles(run)[teacher]
-    if accelerator != CPU or not asked.keys() >= {SCORER, GENERATOR} or isinstance(asked[SCORER].engine, FromStore):
-        return False
-    return run.teachers_by_name()[teacher].generator.beside_scorer
+    """Whether a teacher's generators live in the processes of its scorers, as was asked for."""
+    generator = started_roles(run)[teacher].get(GENERATOR)
+    return generator is not None and generator.beside_scorer and not apart_because(run, teacher, accelerator)
+
+
+def apart_because(run: Run, teacher: str, accelerator: Accelerator) -> str:
+    """Why generators cannot live in the processes of the scorers; empty where they can."""
+    scorer, generator = run.teachers_by_name()[teacher].scorer, run.teachers_by_name()[teacher].generator
+    judges = started_roles(run)[teacher].get(SCORER)
+    if accelerator != CPU:
+        return "on GPUs each has its own"
+    if judges is None or isinstance(judges.engine, FromStore):
+        return "no scorer is started"
+    if max(scorer.tensor_parallel_size, generator.tensor_parallel_size) > 1:
+        return "tensor_parallel_size is more than 1"
+    if scorer.replicas != generator.replicas:
+        return f"there are {scorer.replicas} scorers and {generator.replicas} generators"
+    return "" if scorer.placement == generator.placement else "their placement differs"
 
 
 def roles_of(run: Run, accelerator: Accelerator) -> tuple[RoleRequest, ...]:

@@ -238,7 +238,8 @@ def _precision(run: Run, manifest: Mapping[str, Any]) -> str:
 
 
 def _term(term: Term) -> str:
-    chosen = ", ".join(f"{name} {value:g}" for name, value in term.parameters().items())
+    said = {name: value for name, value in term.parameters().items() if value is not False}
+    chosen = ", ".join(name if value is True else f"{name} {value:g}" for name, value in said.items())
     name = f"{term.loss} ({chosen})" if chosen else term.loss
     return name if term.weight == 1 else f"{term.weight:g} x {name}"
 

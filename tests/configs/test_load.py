@@ -162,21 +162,6 @@ CASES = {
         ["teacher.scorer={engine: hf, tensor_parallel_size: 2}"],
         ["teacher.scorer.tensor_parallel_size = 2", "or engine: vllm"],
     ),
-    "a generator beside the scorer, split": (
-        GOOD,
-        ["teacher.generator={beside_scorer: true, tensor_parallel_size: 2}"],
-        ["teacher.generator.tensor_parallel_size = 2", "write 1, or beside_scorer: false"],
-    ),
-    "more generators than scorers beside which they are": (
-        GOOD,
-        ["teacher.generator={beside_scorer: true, replicas: 2}"],
-        ["teacher.generator.replicas = 2", "write replicas: 1 for both"],
-    ),
-    "a place of its own for a generator beside the scorer": (
-        GOOD,
-        ["teacher.generator={beside_scorer: true, placement: {strategy: spread}}"],
-        ["teacher.generator.placement", "lies where that lies"],
-    ),
     "more than a GPU's memory": (
         GOOD,
         ["teacher.scorer.engine.gpu_memory_utilization=1.5"],

@@ -54,7 +54,7 @@ def bundle(tmp_path: Path) -> Bundle:
     (folder / "code").mkdir(parents=True)
     (folder / "run.yaml").write_text("name: demo\n")
     (folder / "code" / "a.py").write_text("A = 1\n")
-    run = load_run(ROOT / "configs" / "demo.yaml", ["folder=/shared/runs/demo"]).run
+    run = load_run(ROOT / "configs" / "demo.yaml", ["folder=/shared/runs/demo", "student.ranks=2"]).run
     return Bundle(folder, run, "0" * 16, (BundleFile("run.yaml", 11), BundleFile("code/a.py", 6)))
 
 

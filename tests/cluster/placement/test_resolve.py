@@ -281,14 +281,26 @@ def test_a_generator_beside_the_scorer_has_no_process_of_its_own_but_on_gpus() -
     assert [role.role for role in roles_of(run, "gpu")] == ["student", "scorer", "generator"]
     on_gpus = resolved(run, "8xH100")
     assert on_gpus.teachers["teacher"].scorer.beside is None
-    assert any("generator: on GPUs of its own" in reason for reason in on_gpus.reasons)
-    assert [
-        role.role
-        for role in roles_of(make_run(**{**beside, "labels": "none", "objective": [{"loss": "cross_entropy"}]}), "cpu")
-    ] == [
-        "student",
-        "generator",
-    ]
+    assert any("not beside the scorer: on GPUs each has its own" in reason for reason in on_gpus.reasons)
+    unscored = make_run(**{**beside, "labels": "none", "objective": [{"loss": "cross_entropy"}]})
+    assert [role.role for role in roles_of(unscored, "cpu")] == ["student", "generator"]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"replicas": 2}, "there are 2 scorers and 1 generators"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is more than 1"),
+        ({"placement": {"strategy": "spread"}}, "their placement differs"),
+    ],
+)
+def test_a_generator_that_cannot_lie_beside_the_scorer_has_its_own_process_and_that_is_said(
+    change: dict[str, Any], why: str
+) -> None:
+    beside = {**GENERATOR, "teacher__generator": {"beside_scorer": True}}
+    apart = resolved(make_run(**beside, teacher__scorer=change), "8cpu")
+    assert apart.teachers["teacher"].scorer.beside is None
+    assert any(why in reason for reason in apart.reasons)
 
 
 @pytest.fixture(scope="module")
