@@ -213,9 +213,13 @@ def build_engine(plan: EnginePlan) -> LLMEngine:
         f"vLLM cannot run {plan.model} as a {plan.role} ({plan.dtype}, {plan.max_length} tokens)",
         hint="gpu_memory_utilization and kv_cache_bytes are parameters of engine, max_model_len is data.max_length",
     ):
+        import torch
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        # The kernel gives a process the tiles of AMX when it asks. vLLM's attention uses them and does not: in a model
+        # whose products ask for none it would be the first, and die of an illegal instruction.
+        torch.cpu._init_amx()
         engine = LLMEngine.from_engine_args(EngineArgs(**source, **plan.arguments))
         try_out(engine, plan)
         give_back()  # weights as they were read, before they were packed for this processor
