@@ -40,8 +40,9 @@ def test_pipeline_and_plain_recipe_learn_the_same_from_the_same_text(teacher: Pa
     assert set(segments) == {(side, n) for side in ("hidden", "plain", "plain tuned") for n in (0, 1)}
     for number in (0, 1):
         loss = {side: segments[side, number]["loss"] for side in ("hidden", "plain", "plain tuned")}
-        assert loss["hidden"] == pytest.approx(loss["plain"], rel=1e-3)  # both are exact
-        assert loss["plain tuned"] == pytest.approx(loss["plain"], rel=1e-4)
+        rounding = 3e-2 if torch.cpu._is_amx_tile_supported() else 1e-3  # bfloat16 there; both are exact
+        assert loss["hidden"] == pytest.approx(loss["plain"], rel=rounding)
+        assert loss["plain tuned"] == pytest.approx(loss["plain"], rel=rounding / 10)
         sizes = {(segments[side, number]["tokens"], segments[side, number]["loss_tokens"]) for side in loss}
         assert len(sizes) == 1
     for part in ("teacher", "student", "controller"):
