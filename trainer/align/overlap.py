@@ -43,8 +43,8 @@ def single_rows(student: tuple[Span, ...], teacher: tuple[Span, ...]) -> Chunks:
     return Chunks(sides[0], sides[1], len(rows.student))
 
 
-class OverlapEncoding:
-    """An encoding on the student's side, over the ids that are shared: `align` alone is another one."""
+class AlignedEncoding:
+    """An encoding on the student's side, of another vocabulary: `align` alone is another one."""
 
     def __init__(self, encoding: Encoding, shared: SharedIds) -> None:
         self._encoding = encoding
@@ -55,6 +55,10 @@ class OverlapEncoding:
 
     def prepare(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
         return {**self._encoding.prepare(labels, teacher_head), ALIGNED: labels[ALIGNED]}
+
+
+class OverlapEncoding(AlignedEncoding):
+    """Over the ids that are shared."""
 
     def align(
         self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None

@@ -13,9 +13,9 @@ import torch
 from torch.nn import functional
 
 from configs.alignment import Uld
-from trainer.align.overlap import single_rows
+from trainer.align.overlap import AlignedEncoding, single_rows
 from trainer.align.rows import Chunks, Span
-from trainer.labels.encoding import ABSENT, ALIGNED, Encoding
+from trainer.labels.encoding import ABSENT, Encoding
 from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:
@@ -33,18 +33,8 @@ class Aligner(Uld):
         return UldEncoding(encoding, shared)
 
 
-class UldEncoding:
-    """An encoding of whole distributions on the student's side: `align` alone is another one."""
-
-    def __init__(self, encoding: Encoding, shared: SharedIds) -> None:
-        self._encoding = encoding
-        self._shared = shared
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._encoding, name)
-
-    def prepare(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
-        return {**self._encoding.prepare(labels, teacher_head), ALIGNED: labels[ALIGNED]}
+class UldEncoding(AlignedEncoding):
+    """Over whole distributions."""
 
     def align(
         self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None

@@ -19,7 +19,7 @@ import torch
 
 from configs.labels import GivenIds
 from trainer.labels.encoding import ABSENT, Column, TeacherShape
-from trainer.labels.kept import id_dtype, kept_and_tail, rest_of
+from trainer.labels.kept import id_dtype, kept_layout, kept_pair, present_and_tail, rest_of
 from trainer.model.fast import cache_blocks, top_k
 from trainer.types import PairedLogProbs
 
@@ -42,10 +42,7 @@ class Encoding(GivenIds):
     def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
         """Raises `ValueError` where a row would hold more ids than there are."""
         self._check_vocabulary(shape.vocabulary_size)
-        wide = (Column("tail", torch.float32, 1), Column("target", torch.float32, 1))
-        ids = Column("ids", id_dtype(shape.vocabulary_size), self.num_kept)
-        logprobs = Column("logprobs", torch.float16, self.num_kept)
-        return (*wide, *sorted((ids, logprobs), key=lambda column: -column.dtype.itemsize))
+        return kept_layout(self.num_kept, shape)
 
     def encode(
         self, source: torch.Tensor, target_ids: torch.Tensor, given_ids: torch.Tensor
@@ -79,17 +76,8 @@ class Encoding(GivenIds):
         the mass of kept ids and tail is one."""
         teacher = torch.cat([labels["logprobs"].to(logits.dtype), labels["tail"].to(logits.dtype)], dim=1)
         ids = labels["ids"].long()
-        events = kept_and_tail(logits, ids, self.temperature)
-        absent = torch.nn.functional.pad(_repeated(ids), (0, 1))
-        events = torch.where(absent, events.detach().amax(1, keepdim=True) + ABSENT, events)
-        return PairedLogProbs(
-            events.log_softmax(1),
-            teacher.log_softmax(1),
-            exhaustive=False,
-            student_scores=events,
-            ids=ids,
-            teacher_target=labels["target"][:, 0] if "target" in labels else None,
-        )
+        events, ids = present_and_tail(logits, ids, self.temperature, ~_repeated(ids))
+        return kept_pair(events, teacher, ids, labels)
 
     def mass(self, columns: Mapping[str, np.ndarray]) -> float:
         return float(-np.expm1(columns["tail"].astype(np.float64)).mean())

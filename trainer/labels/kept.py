@@ -5,12 +5,14 @@ Both tails are sums over the ids that are not kept, never 1 - sum: in float16 or
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from trainer.labels.encoding import ABSENT
+from trainer.labels.encoding import ABSENT, Column, TeacherShape
 from trainer.model.fast import softmax_and_log_sum_exp
+from trainer.types import PairedLogProbs
 
 _GAP = -1e30
 """The logit of an id that is left out, after division by the temperature: finite, so that a row whose rest is all -inf,
@@ -74,3 +76,25 @@ class _KeptAndTail(torch.autograd.Function):
         # In place: the buffer is this node's own, and autograd refuses a second backward through a changed one.
         rest.mul_(grad[:, -1:].masked_fill(empty, 0.0))
         return rest.scatter_add_(1, ids, grad[:, :-1]), None, None
+
+
+def kept_layout(num_ids: int, shape: TeacherShape) -> tuple[Column, ...]:
+    """Columns of labels with as many ids in every row: `tail`, `target`, `ids`, `logprobs`, wider dtypes first."""
+    wide = (Column("tail", torch.float32, 1), Column("target", torch.float32, 1))
+    ids = Column("ids", id_dtype(shape.vocabulary_size), num_ids)
+    logprobs = Column("logprobs", torch.float16, num_ids)
+    return (*wide, *sorted((ids, logprobs), key=lambda column: -column.dtype.itemsize))
+
+
+def kept_pair(
+    events: torch.Tensor, teacher: torch.Tensor, ids: torch.Tensor, labels: Mapping[str, torch.Tensor]
+) -> PairedLogProbs:
+    """Of unnormalised log-probabilities [n, K + 1] of both sides, the tail last, and the kept ids int64 [n, K]."""
+    return PairedLogProbs(
+        events.log_softmax(1),
+        teacher.log_softmax(1),
+        exhaustive=False,
+        student_scores=events,
+        ids=ids,
+        teacher_target=labels["target"][:, 0] if "target" in labels else None,
+    )

@@ -14,7 +14,7 @@ import torch
 
 from configs.labels import Nucleus
 from trainer.labels.encoding import ABSENT, Column, TeacherShape
-from trainer.labels.kept import id_dtype, present_and_tail
+from trainer.labels.kept import id_dtype, kept_pair, present_and_tail
 from trainer.labels.sparse import Kept, KeptIds, count_dtype, ids_of
 from trainer.types import PairedLogProbs
 
@@ -74,11 +74,4 @@ class Encoding(Nucleus, KeptIds):
         present = torch.arange(logprobs.shape[1], device=logits.device) < labels["num_ids"].long()
         teacher = torch.cat([logprobs.masked_fill(~present, ABSENT), labels["tail"].to(logits.dtype)], dim=1)
         events, ids = present_and_tail(logits, labels["ids"].long(), self.temperature, present)
-        return PairedLogProbs(
-            events.log_softmax(1),
-            teacher.log_softmax(1),
-            exhaustive=False,
-            student_scores=events,
-            ids=ids,
-            teacher_target=labels["target"][:, 0] if "target" in labels else None,
-        )
+        return kept_pair(events, teacher, ids, labels)

@@ -14,7 +14,7 @@ import torch
 
 from configs.labels import TopK
 from trainer.labels.encoding import ABSENT, Column, TeacherShape
-from trainer.labels.kept import id_dtype, kept_and_tail
+from trainer.labels.kept import kept_and_tail, kept_layout, kept_pair
 from trainer.labels.sparse import Kept, KeptIds
 from trainer.types import PairedLogProbs
 
@@ -33,10 +33,7 @@ class Encoding(TopK, KeptIds):
     def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
         """Raises `ValueError` where k exceeds the vocabulary."""
         self._check_vocabulary(shape.vocabulary_size)
-        wide = (Column("tail", torch.float32, 1), Column("target", torch.float32, 1))
-        ids = Column("ids", id_dtype(shape.vocabulary_size), self.k)
-        logprobs = Column("logprobs", torch.float16, self.k)
-        return (*wide, *sorted((ids, logprobs), key=lambda column: -column.dtype.itemsize))
+        return kept_layout(self.k, shape)
 
     def columns_of(self, kept: Kept) -> dict[str, torch.Tensor]:
         total = kept.total
@@ -55,14 +52,7 @@ class Encoding(TopK, KeptIds):
         teacher = torch.cat([labels["logprobs"].to(logits.dtype), labels["tail"].to(logits.dtype)], dim=1)
         ids = labels["ids"].long()
         events = kept_and_tail(logits, ids, self.temperature)
-        return PairedLogProbs(
-            events.log_softmax(1),
-            teacher.log_softmax(1),
-            exhaustive=False,
-            student_scores=events,
-            ids=ids,
-            teacher_target=labels["target"][:, 0] if "target" in labels else None,
-        )
+        return kept_pair(events, teacher, ids, labels)
 
     def _check_vocabulary(self, vocabulary_size: int) -> None:
         if self.k > vocabulary_size:
