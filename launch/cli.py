@@ -128,7 +128,10 @@ def train(
         with system_errors():
             set_log_level(level)
             _refuse_bad_configuration(config, overrides)
-            from launch.train import train as run_training
+            from trainer.imports import uncollected
+
+            with uncollected():
+                from launch.train import train as run_training
 
             code = run_training(config, overrides or [], skip_self_test=skip_self_test, wait_for_nodes=wait_for_nodes)
     except StillhouseError as error:
@@ -148,7 +151,10 @@ def label(
     """
     set_log_level(level)
     _refuse_bad_configuration(config, overrides)
-    from launch.label import label as make_labels
+    from trainer.imports import uncollected
+
+    with uncollected():
+        from launch.label import label as make_labels
 
     raise typer.Exit(make_labels(config, overrides or [], skip_self_test=skip_self_test))
 
@@ -182,8 +188,11 @@ def check(
     end_with_parent(parent)
     set_log_level(level)
     _refuse_bad_configuration(config, overrides)
-    from launch.check.run import check as run_check
-    from launch.check.shown_rows import Wanted
+    from trainer.imports import uncollected
+
+    with uncollected():
+        from launch.check.run import check as run_check
+        from launch.check.shown_rows import Wanted
 
     shown = rows if rows is not None or (first == 1 and not tokens) else 1
     wanted = None if shown is None else Wanted(shown, first, tokens)
@@ -231,9 +240,12 @@ def prune(
     keep_layers: Annotated[str, typer.Option("--keep-layers", metavar="LAYERS", help="Numbers and ranges from 0.")],
 ) -> None:
     """Make a student out of a model by keeping some of its layers."""
-    from launch.quiet import quiet_libraries
-    from trainer.model.prune import parse_layers
-    from trainer.model.prune import prune as cut
+    from trainer.imports import uncollected
+
+    with uncollected():
+        from launch.quiet import quiet_libraries
+        from trainer.model.prune import parse_layers
+        from trainer.model.prune import prune as cut
 
     layers = parse_layers(keep_layers)
     quiet_libraries()
@@ -258,8 +270,11 @@ def export(
     It is loaded once, and with --dtype compared with the student before: a number that the dtype cannot hold, or an
     answer that rounding alone does not explain, and nothing is written.
     """
-    from launch.export import export as write_student
-    from launch.quiet import quiet_libraries
+    from trainer.imports import uncollected
+
+    with uncollected():
+        from launch.export import export as write_student
+        from launch.quiet import quiet_libraries
 
     quiet_libraries()
     write_student(run, target, merge_adapter=merge_adapter, dtype=dtype)
@@ -280,7 +295,10 @@ def prepare(
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder for the model.")],
 ) -> None:
     """Get a small real teacher: fetched once, checked by its hash, converted to safetensors."""
-    from launch.prepare import prepare_command
+    from trainer.imports import uncollected
+
+    with uncollected():
+        from launch.prepare import prepare_command
 
     typer.echo(prepare_command(name, target))
 

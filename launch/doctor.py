@@ -24,6 +24,7 @@ from configs.load import load_run, run_folder
 from configs.schema import Run
 from launch.check.needs import needs_of
 from trainer.errors import StillhouseError
+from trainer.imports import uncollected
 
 if TYPE_CHECKING:
     from launch.model_folder import ModelFacts
@@ -75,7 +76,8 @@ def doctor(path: Path | None, overrides: Sequence[str], *, address: str | None) 
 def look_at_models(run: Run, needs: Needs) -> tuple[dict[str, ModelFacts], list[Finding], Needs]:
     """As `check` looks at them: what is known of them, the findings, and the needs with the disk that the student's
     size asks for."""
-    from launch.check.models import examine_models
+    with uncollected():
+        from launch.check.models import examine_models
     from launch.disk import DiskNeed
     from launch.quiet import quiet_libraries
 

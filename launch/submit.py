@@ -22,6 +22,7 @@ from launch.bundle import Bundle, make_bundle
 from launch.jobs import all_records, find_record, look_up, new_job, record_folder, write_record
 from launch.targets import JobRecord, JobStatus, Shipment, Target, load_target
 from trainer.errors import InfrastructureError, StillhouseError, without_controls
+from trainer.imports import uncollected
 
 INTERRUPTED = 130
 COLOURS = {
@@ -97,8 +98,9 @@ def submit(
 
 
 def _look(config: Path, overrides: Sequence[str], kind: str, target: Target, options: Any) -> int:
-    from launch.check.run import check_to_send  # here: it imports what the other commands do without
-    from launch.check.there import HERE, There
+    with uncollected():
+        from launch.check.run import check_to_send  # here: it imports what the other commands do without
+        from launch.check.there import HERE, There
 
     if kind == "local":
         return check_to_send(config, overrides, HERE)

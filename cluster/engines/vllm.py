@@ -31,6 +31,7 @@ from configs.engines import Vllm
 from configs.labels import HELD_OUT, Labels
 from trainer.errors import ConfigError, InfrastructureError
 from trainer.heap import give_back
+from trainer.imports import uncollected
 from trainer.labels.encoding import load_encoding
 from trainer.model.head import head_width
 from trainer.types import RowIds, Sampling, Sequence, SoftLabelBlock, Unit, UnitReport, tokens_to_read
@@ -180,7 +181,8 @@ def take_weights(model: torch.nn.Module, source: torch.nn.Module) -> None:
 def teacher_architecture(plan: EnginePlan) -> Iterator[Any]:
     """Tell the vLLM plug-in of this process, and of the workers it starts, whose twin to make. Yields the teacher's
     transformers config."""
-    from transformers import AutoConfig
+    with uncollected():
+        from transformers import AutoConfig
 
     with start_errors(f"the engine cannot read the configuration of {plan.model}"):
         config = AutoConfig.from_pretrained(
@@ -189,7 +191,8 @@ def teacher_architecture(plan: EnginePlan) -> Iterator[Any]:
     if not config.architectures:
         raise ConfigError(f'{plan.model}/config.json names no architecture; add "architectures": ["LlamaForCausalLM"]')
 
-    from cluster.engines import vllm_labels
+    with uncollected():
+        from cluster.engines import vllm_labels
 
     os.environ[vllm_labels.ARCHITECTURE_VARIABLE] = config.architectures[0]
     try:
@@ -213,9 +216,10 @@ def build_engine(plan: EnginePlan) -> LLMEngine:
         f"vLLM cannot run {plan.model} as a {plan.role} ({plan.dtype}, {plan.max_length} tokens)",
         hint="gpu_memory_utilization and kv_cache_bytes are parameters of engine, max_model_len is data.max_length",
     ):
-        import torch
-        from vllm import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
+        with uncollected():
+            import torch
+            from vllm import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
 
         # The kernel gives a process the tiles of AMX when it asks. vLLM's attention uses them and does not: in a model
         # whose products ask for none it would be the first, and die of an illegal instruction.

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -30,9 +30,8 @@ from cluster.runtime import RankPlace
 from cluster.students.errors import group_error
 from configs.schema import Run
 from trainer.build import check_build
-from trainer.data.vocabulary import SharedVocabulary
 from trainer.errors import Defect, LabelsLost, StudentsLost
-from trainer.imports import absent
+from trainer.imports import absent, uncollected
 from trainer.loop.plan import units_taking_ids
 from trainer.protocols import Observer, SelfTestResult, StudentInfo
 from trainer.types import (
@@ -46,6 +45,9 @@ from trainer.types import (
     StudentPlan,
     Unit,
 )
+
+if TYPE_CHECKING:
+    from trainer.data.vocabulary import SharedVocabulary
 
 FAILURE_GRACE_S = 3.0  # after the first rank failed: its peers' errors arrive, and the victim's names the cause
 
@@ -70,9 +72,13 @@ class RankActor:
         self._device: Any = None
 
     def where(self) -> tuple[ProcessIdentity, tuple[str, ...], str]:
-        """This process, the GPU ids that Ray handed to it, and its address."""
+        """This process, the GPU ids that Ray handed to it, and its address. Imports what it will run, before the
+        arguments of `build` would."""
         check_build()
         self._folder.check()
+        # DeepSpeed's autotuner, which no run uses, imports all of mlflow: 80 MB and seconds.
+        with absent("mlflow"), uncollected():
+            import trainer.model.student  # noqa: F401
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         return this_process(), tuple(str(gpu) for gpu in gpus), ray.util.get_node_ip_address()
 
@@ -82,8 +88,7 @@ class RankActor:
     def build(self, job: StudentJob, place: RankPlace, world: int, address: str, port: int) -> StudentInfo:
         """Join the group and load the model; collective."""
         os.environ.update(runtime.student_environment(place, world=world, address=address, port=port))
-        with absent("mlflow"):  # DeepSpeed's autotuner, which no run uses, imports all of it: 80 MB and seconds
-            from trainer.model.student import StudentRank
+        from trainer.model.student import StudentRank
 
         self._device = runtime.device_of(job.plan.device_type, place.local_rank)
         runtime.enter_device(self._device)

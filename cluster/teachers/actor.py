@@ -10,13 +10,13 @@ from typing import Any
 
 from cluster import runtime
 from cluster.engines.plan import EnginePlan
-from cluster.engines.store import StoredScorer
 from cluster.lifecycle.logs import SharedFolder, redirect_output
 from cluster.lifecycle.processes import ProcessIdentity, own_shared_memory, this_process
 from cluster.model_files import local_copy
 from configs.engines import ENGINES
 from configs.labels import Labels
 from trainer.build import check_build
+from trainer.imports import uncollected
 from trainer.labels.joined import row_ids
 from trainer.protocols import GeneratingEngine, ScoringEngine
 from trainer.types import Completion, GenerationRequest, RowIds, SoftLabelBlock, Unit, UnitReport
@@ -32,7 +32,10 @@ def start_engine(
     if plan.local_copy is not None:
         copy = local_copy(plan.model, Path(plan.local_copy), timeout_s=plan.start_timeout_s)
         plan = replace(plan, model=str(copy))
-    engine = ENGINES.load(plan.engine)
+    with uncollected():
+        from cluster.engines.store import StoredScorer
+
+        engine = ENGINES.load(plan.engine)
     if plan.role == "generator":
         return engine.start_generator(plan, name)
     scorer = engine.start_scorer(plan, name)
