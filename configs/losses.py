@@ -95,6 +95,8 @@ class Term(Section):
 
     form: ClassVar[Literal["row", "sequence"]] = "row"
     """row: a function of one row, averaged over loss tokens; sequence: of whole answers, averaged over groups."""
+    compared_rows: ClassVar[Literal["preference", "candidates"]] = "preference"
+    """Of a term that needs groups: the format of its rows."""
     needs: ClassVar[frozenset[Need]] = frozenset()
     """labels: of every row, from a teacher; target_event: among them the target id; likeliest_ids: the teacher's
     likeliest ids, each by itself; groups: several answers to one prompt; rewards: a number per answer; target_logprobs:
@@ -341,6 +343,38 @@ class Dpo(Term):
     exactness: ClassVar[Mapping[str, Exactness]] = {"token": "exact"}
 
 
+class _Listwise(Term):
+    """Base of distances between two distributions over the answers to one prompt."""
+
+    per_token: bool = Field(
+        True, description="By the mean log-probability of an answer's tokens; false: by their sum, as sampling would."
+    )
+    temperature: PositiveFloat = Field(1.0, description="Log-probabilities are divided by it.")
+
+    form: ClassVar[Literal["row", "sequence"]] = "sequence"
+    compared_rows: ClassVar[Literal["preference", "candidates"]] = "candidates"
+
+
+class ListwiseKl(_Listwise):
+    """KL(p, q) over the candidates of a prompt, p the softmax of the teacher's log-probabilities of whole candidates,
+    q of the student's (listwise distillation, RocketQAv2, arXiv 2110.07367, equation 4)."""
+
+    loss: Literal["listwise_kl"] = "listwise_kl"
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"groups", "target_logprobs"})
+    exactness: ClassVar[Mapping[str, Exactness]] = {"token": "exact"}
+
+
+class ScoredListwiseKl(_Listwise):
+    """listwise_kl with p the softmax of the candidates' scores, which the rows hold: of a reranker, a judge, a person.
+    It needs no teacher: `labels: none`."""
+
+    loss: Literal["scored_listwise_kl"] = "scored_listwise_kl"
+    score_temperature: PositiveFloat = Field(1.0, description="Scores are divided by it.")
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"groups", "rewards"})
+
+
 class ChunkKl(Term):
     """KL of whether a chunk of the text comes, P log P/Q + (1 - P) log (1 - P)/(1 - Q) by its probabilities P of the
     teacher and Q of the student, for teachers with another tokenizer (ALM, arXiv 2503.20083, with tau = 1)."""
@@ -384,6 +418,8 @@ LOSSES = Station(
         Atkd,
         CrossEntropy,
         Dpo,
+        ListwiseKl,
+        ScoredListwiseKl,
         ChunkKl,
         Uld,
     ),

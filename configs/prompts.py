@@ -27,11 +27,25 @@ RowFormat = Literal[
     "question_answer",
     "prompt",
     "preference",
+    "candidates",
     "text",
 ]
 
 COLUMNS = (
-    *("messages", "conversations", "prompt", "completion", "chosen", "rejected", "text", "system", "tools", "history"),
+    *(
+        "messages",
+        "conversations",
+        "prompt",
+        "completion",
+        "chosen",
+        "rejected",
+        "candidates",
+        "scores",
+        "text",
+        "system",
+        "tools",
+        "history",
+    ),
     *("instruction", "input", "output", "context", "query", "response", "question", "answer"),
     *("weight", "chat_template_kwargs"),
 )
@@ -56,7 +70,7 @@ class Dataset(Section):
     format: Literal["auto"] | RowFormat = Field(
         "auto",
         description="auto: told by each row's own fields, and the same for all rows. prompt: answers are not read. "
-        "preference: two answers to compare. docs/data.md shows a row of each.",
+        "preference: two answers to compare; candidates: several. docs/data.md shows a row of each.",
     )
     columns: dict[str, str] = Field(
         {},

@@ -163,23 +163,32 @@ def _token_weights(task: ResolvedTask, term: Term, at: Place) -> Iterator[Proble
 
 def _pairs(run: Run, task: ResolvedTask) -> Iterator[Problem]:
     """What terms that compare answers need of rows and of micro-batches."""
-    compared = next((term.loss for term in task.objective if term.compares_answers), None)
-    if compared is None or task.prompts is None:
+    first = next((term for term in task.objective if term.compares_answers), None)
+    if first is None or task.prompts is None:
         return
+    compared, wanted = first.loss, first.compared_rows
+    bad, good = ("rejected", "chosen") if wanted == "preference" else ("bad", "good")
     rows, budget = task.prompts.format, run.training.micro_batch_tokens
     for index, term in enumerate(task.objective):
         if term.form == "row":
-            text = f"{term.loss} would learn the rejected answers of {compared} as well as the chosen ones: give it a "
+            text = f"{term.loss} would learn the {bad} answers of {compared} as well as the {good} ones: give it a "
             place = (*_place(run, task, "objective"), index, "loss")
-            yield place, term.loss, text + "task of its own, whose rows have the chosen answers as completion"
-    if rows not in ("auto", "preference"):
-        text = f"{compared} compares two answers to each prompt, and rows of format: {rows} hold one at most: write "
-        yield (*_place(run, task, "prompts"), "format"), rows, text + "format: preference"
+            yield place, term.loss, text + f"task of its own, whose rows have the {good} answers as completion"
+        elif term.compares_answers and term.compared_rows != wanted:
+            text = f"{term.loss} compares rows of format: {term.compared_rows}, and {compared} those of format: "
+            place = (*_place(run, task, "objective"), index, "loss")
+            yield place, term.loss, text + f"{wanted}: give it a task of its own"
+    if rows not in ("auto", wanted):
+        num = "two" if wanted == "preference" else "the"
+        text = f"{compared} compares {num} answers to each prompt, and rows of format: {rows} hold "
+        text += "others" if rows in ("preference", "candidates") else "one at most"
+        yield (*_place(run, task, "prompts"), "format"), rows, f"{text}: write format: {wanted}"
     if task.answers.kind != "dataset":
-        text = f"{compared} compares the answers of preference rows: write answers: dataset"
+        text = f"{compared} compares the answers of {wanted} rows: write answers: dataset"
         yield _place(run, task, "answers"), task.answers.kind, text
     if budget < 2 * run.data.max_length:
-        text = f"{compared} compares two answers in one micro-batch: write at least {2 * run.data.max_length}, twice "
+        least = 2 * run.data.max_length
+        text = f"{compared} compares answers to a prompt in one micro-batch: write at least {least}, twice "
         yield ("training", "micro_batch_tokens"), budget, text + "data.max_length, or a smaller data.max_length"
 
 

@@ -174,6 +174,21 @@ class ResolvedTask:
         return any(term.compares_answers for term in self.objective)
 
     @property
+    def compared_rows(self) -> str:
+        """The format of rows whose answers are compared; empty where none are."""
+        return next((term.compared_rows for term in self.objective if term.compares_answers), "")
+
+    @property
+    def learns_scores(self) -> bool:
+        """Whether every answer needs a score."""
+        return any("rewards" in term.needs for term in self.objective)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the teacher is what the student moves away from, and not what it learns."""
+        return self.compared_rows == "preference"
+
+    @property
     def teachers(self) -> tuple[str, ...]:
         """The names of all teachers that are asked."""
         if not self.asks:

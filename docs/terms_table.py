@@ -18,6 +18,9 @@ in [exactness.md](exactness.md).
 `dpo` is trained on rows with `prompt`, `chosen` and `rejected`. Its reference is the teacher that the task names,
 mostly the student before training: `teacher: {model: {path: models/student}}`, `labels: token`.
 
+`listwise_kl` is trained on rows with `candidates`, of which the teacher's `labels: token` say how likely each is;
+`scored_listwise_kl` on rows with `candidates` and `scores` (of a reranker, say), with `labels: none`.
+
 `loss: package.module` takes a term of yours, a file with its parameters and its function:
 
 ```python

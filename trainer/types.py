@@ -182,6 +182,7 @@ class Prompt:
     teacher_weights: Mapping[str, float] | None = None  # as in `Sequence`
     row_weights: np.ndarray | None = None  # float32 [L], as in `RowText`
     alternatives: tuple[RowText, ...] = ()  # further answers, which are compared with the first
+    scores: tuple[float, ...] | None = None  # of the first answer and the further ones, where the row says them
     turns: tuple[RowText, ...] = ()  # further turns of a conversation that is no single text for its template
     weight: float = 1.0  # of its answers' rows in the row terms of the objective, `row_weights` apart
     reading: Reading | None = None  # as in `RowText`

@@ -66,7 +66,7 @@ def _held_out(run: Run, inputs: Inputs | None, opened: list[Opened]) -> Iterator
             yield warning(subject, f"{place_of_held_out(run, one.tasks[0])}: {text}the trained ones; write it here too")
         if not one.is_scored:
             yield ok(subject, "no teacher's labels: perplexity is measured, KL and agreement are not")
-        elif any(task.compares_answers for task in one.tasks):
+        elif any(task.has_reference for task in one.tasks):
             yield ok(subject, "KL and agreement are those with the reference: how far the student has moved from it")
 
 
@@ -128,6 +128,12 @@ def _dataset(
         titles.append(reader.rows.title)
         if report.num_ok == 0 or (report.problems and run.data.on_bad_row == "error"):
             raise DataError(bad_rows(place, report))
+        if source.training and report.max_compared_tokens > (budget := run.training.micro_batch_tokens):
+            raise ConfigError(
+                f"training.micro_batch_tokens = {budget}: the answers to one prompt of {source.name} have up to "
+                f"{report.max_compared_tokens} tokens together and are compared with each other in one micro-batch: "
+                f"write at least {report.max_compared_tokens}, or leave longer rows out"
+            )
 
     yield attempt(subject, read, lambda: _found(source, reports[0], titles[0]))
     if reports and reports[0].num_ok:

@@ -95,16 +95,17 @@ def _rows_of(title: str, opened: Callable[[], PromptReader], paint: Paint, wante
         except ConfigError as problem:
             yield f"  cannot be used: {visible(str(problem))}"
             continue
-        yield from _prompt(prompt, truncated, paint, wanted)
+        texts = texts_of(prompt, compared=reader.asks.compared)
+        yield from _prompt(prompt, texts, truncated, paint, wanted)
 
 
-def _prompt(prompt: Prompt, truncated: bool, paint: Paint, wanted: Wanted) -> Iterator[str]:
+def _prompt(prompt: Prompt, texts: list[Text], truncated: bool, paint: Paint, wanted: Wanted) -> Iterator[str]:
     facts = [visible(prompt.origin)]
     facts += [f"teacher {prompt.teacher}"] if prompt.teacher else []
     facts += [f"weight {prompt.weight:g}"] if prompt.weight != 1 else []
     facts += ["truncated"] if truncated else []
     yield f"  {', '.join(facts)}"
-    for text in texts_of(prompt):
+    for text in texts:
         yield f"  {text.title}{_counts(text)}"
         yield from (f"    {line}" for line in paint.lines(text))
         if wanted.tokens:
@@ -120,14 +121,22 @@ def _counts(text: Text) -> str:
     return f"{counts}{int(text.learnt.sum())} learnt{weighted}"
 
 
-def texts_of(prompt: Prompt) -> list[Text]:
-    """All that a row becomes, in the order in which it is trained."""
+def texts_of(prompt: Prompt, *, compared: str = "") -> list[Text]:
+    """All that a row becomes, in the order in which it is trained; `compared`: the format of answers to compare."""
     if prompt.alternatives:
-        return [_text("chosen: ", prompt), *(_text("rejected: ", other) for other in prompt.alternatives)]
+        answers = (prompt, *prompt.alternatives)
+        titles = ["chosen", "rejected"] if compared == "preference" else _candidates(prompt)
+        return [_text(f"{title}: ", answer) for title, answer in zip(titles, answers, strict=True)]
     turns = [prompt, *prompt.turns]
     if len(turns) == 1:
         return [_text("", prompt)]
     return [_text(f"sequence {number} of {len(turns)}: ", turn) for number, turn in enumerate(turns, start=1)]
+
+
+def _candidates(prompt: Prompt) -> list[str]:
+    num = 1 + len(prompt.alternatives)
+    scores = [""] * num if prompt.scores is None else [f", score {score:g}" for score in prompt.scores]
+    return [f"candidate {number} of {num}{score}" for number, score in enumerate(scores, start=1)]
 
 
 def _text(title: str, text: Any) -> Text:

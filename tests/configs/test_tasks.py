@@ -223,6 +223,29 @@ MISTAKES = {
         "prompts.format = 'messages'\n      dpo compares two answers to each prompt, and rows of format: messages hold "
         "one at most: write format: preference",
     ),
+    "a list of candidates without log-probabilities": (
+        ONE,
+        ["objective=[{loss: listwise_kl}]"],
+        "listwise_kl needs a teacher's log-probability of each target id, and labels: topk does not hold that: write "
+        "labels: token",
+    ),
+    "a list of candidates in rows of pairs": (
+        ONE,
+        ["objective=[{loss: scored_listwise_kl}]", "labels=none", "prompts.format=preference"],
+        "scored_listwise_kl compares the answers to each prompt, and rows of format: preference hold others: write "
+        "format: candidates",
+    ),
+    "pairs beside a list of candidates": (
+        ONE,
+        ["objective=[{loss: listwise_kl}, {loss: dpo}]", "labels=token"],
+        "dpo compares rows of format: preference, and listwise_kl those of format: candidates: give it a task of its "
+        "own",
+    ),
+    "hard labels of bad candidates": (
+        ONE,
+        ["objective=[{loss: listwise_kl}, {loss: cross_entropy}]", "labels=token"],
+        "cross_entropy would learn the bad answers of listwise_kl as well as the good ones: give it a task of its own",
+    ),
     "labels of a task that the objective of all cannot use": (
         TWO.replace("    teacher: big\n", "    teacher: big\n    labels: token\n")
         + "objective: [{loss: reverse_kl}]\n",

@@ -1,4 +1,4 @@
-"""Preferences with a reference, through the real command in one process."""
+"""Answers that are compared, with a reference or by their scores, through the real command in one process."""
 
 from __future__ import annotations
 
@@ -43,3 +43,21 @@ def test_a_student_that_begins_as_its_reference_begins_at_log_two_and_learns_to_
     refused = stillhouse("check", str(config), *reference, "--set", f"folder={tmp_path / 'other'}")
     assert refused.returncode == 3
     assert f"{tmp_path / 'train.jsonl'}:1: is no pair of answers, and the objective compares them" in refused.stdout
+
+
+def test_a_student_learns_how_candidates_are_ranked_by_a_teacher_and_by_scores(tmp_path: Path) -> None:
+    texts = ("clear spirit drop by drop", "the lazy dog", "a large wash")
+    answers = [[{"role": "assistant", "content": text}] for text in texts]
+    listed = [{"prompt": chat_row(i)["prompt"], "candidates": answers, "scores": [0, 1, 3]} for i in range(24)]
+    config = tiny_run(
+        tmp_path, DPO | {"objective": [{"loss": "listwise_kl", "temperature": 0.2}], "training": {"steps": 12}}
+    )
+    write_rows(tmp_path / "train.jsonl", listed)
+    scored = ["--set", "objective=[{loss: scored_listwise_kl, temperature: 0.2}]", "--set", "labels=none"]
+    for name, changes in (("listwise_kl", []), ("scored_listwise_kl", scored)):
+        own = ["--set", f"folder={tmp_path / name}", "--set", "optimizer.learning_rate=1e-3"]
+        result = stillhouse("train", str(config), *own, *changes)
+        assert result.returncode == 0, result.stdout + result.stderr
+        values = [record[f"train/{name}"] for record in records(tmp_path / name, "step")]
+        assert min(values) >= 0
+        assert sum(values[-3:]) < sum(values[:3]) / 2, (name, values)

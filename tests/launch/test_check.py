@@ -83,6 +83,21 @@ def test_a_share_of_which_nothing_is_trained_is_a_warning(make: Make) -> None:
         assert tasks == {"task a": "ok", "task b": status}
 
 
+def test_candidates_without_scores_or_longer_than_a_micro_batch_are_refused(make: Make, tmp_path: Path) -> None:
+    row = {"prompt": "the quick", "candidates": [" fox", " dog", " brown fox jumps"]}
+    (tmp_path / "listed.jsonl").write_text(json.dumps(row) + "\n")
+    changes = [f"prompts={{path: {tmp_path}/listed.jsonl}}", "objective=[{loss: scored_listwise_kl}]", "labels=none"]
+    (wrong,) = problems(make(), *changes)
+    assert "listed.jsonl:1: scores: are missing, and the objective learns them; write loss: listwise_kl" in wrong.text
+    changes[1:] = ["objective=[{loss: listwise_kl}]", "labels=token", "data.max_length=8"]
+    row["candidates"] = [f" fox {word}" for word in ("by", "a", "the", "drop", "into", "over")]
+    (tmp_path / "listed.jsonl").write_text(json.dumps(row) + "\n")
+    found = problems(make(), *changes, "training.micro_batch_tokens=16")
+    (wrong,) = [finding for finding in found if finding.subject == "train rows"]
+    assert "training.micro_batch_tokens = 16: the answers to one prompt of" in wrong.text
+    assert "tokens together and are compared with each other in one micro-batch: write at least " in wrong.text
+
+
 def test_what_the_held_out_rows_of_a_task_can_tell_is_said(make: Make, tmp_path: Path) -> None:
     pair = {"prompt": "the quick", "chosen": " fox", "rejected": " dog"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")

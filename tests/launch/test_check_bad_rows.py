@@ -23,6 +23,7 @@ BLANK = RowReport(
     num_split=0,
     num_of_split=0,
     num_special=0,
+    max_compared_tokens=0,
     first_special="",
 )
 

@@ -115,6 +115,10 @@ def test_a_preference_shows_both_answers_and_rows_without_an_answer_where_the_te
     text = shown(run_of(pair, labels="token", objective=[{"loss": "dpo"}]))
     assert re.search(r"chosen: \d+ tokens.*the quick fox", text, re.DOTALL)
     assert re.search(r"rejected: \d+ tokens.*\{\+a lazy dog", text, re.DOTALL)
+    several = {"prompt": CHAT[1:2], "candidates": [CHAT[2:3], CHAT[4:5]], "scores": [2, 0.5]}
+    text = shown(run_of(several, labels="none", objective=[{"loss": "scored_listwise_kl"}]))
+    assert re.search(r"candidate 1 of 2, score 2: \d+ tokens.*the quick fox", text, re.DOTALL)
+    assert re.search(r"candidate 2 of 2, score 0.5: \d+ tokens.*\{\+a lazy dog", text, re.DOTALL)
     text = shown(run_of({"prompt": CHAT[1:2]}, answers={"kind": "teacher", "max_new_tokens": 8}))
     assert "tokens, behind which the teacher writes the answer\n" in text
     assert text.endswith("<|im_start|>assistant\n    {+the teacher's answer+}")

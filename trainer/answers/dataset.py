@@ -35,7 +35,8 @@ class GivenAnswers:
 
 
 def answers_of_dataset(prompt: Prompt) -> list[Sequence]:
-    """One sequence per answer of the row: of a preference the chosen one is sample 0, the rejected one sample 1. Of a
+    """One sequence per answer of the row: of a preference the chosen one is sample 0, the rejected one sample 1, and of
+    candidates each is a sample, in their order, with its score as its reward. Of a
     conversation that is no single text for its template, one per text."""
     if prompt.loss_mask is None:
         raise DataError(
@@ -55,6 +56,7 @@ def answers_of_dataset(prompt: Prompt) -> list[Sequence]:
             weight=prompt.weight,
             row_weights=text.row_weights,
             is_turn=bool(prompt.turns),
+            reward=None if prompt.scores is None else prompt.scores[sample],
             reading=text.reading,
         )
         for sample, text in enumerate((first, *prompt.turns, *prompt.alternatives))

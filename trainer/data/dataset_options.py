@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, Row
+from trainer.data.row import CandidatesRow, ChatRow, CorpusRow, PreferenceRow, Row
 from trainer.errors import ConfigError, DataError
 
 SYSTEM_ROLES = ("system", "developer")
@@ -16,9 +16,8 @@ def with_system_prompt(row: Row, system_prompt: str | None) -> Row:
     match row:
         case _ if system_prompt is None:
             return row
-        case PreferenceRow():
-            chosen, rejected = (with_system_prompt(one, system_prompt) for one in (row.chosen, row.rejected))
-            return replace(row, chosen=chosen, rejected=rejected)
+        case PreferenceRow() | CandidatesRow():
+            return row.each(lambda one: with_system_prompt(one, system_prompt))
         case ChatRow():
             if any(message["role"] in SYSTEM_ROLES for message in row.messages):
                 return row

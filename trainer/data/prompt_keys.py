@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, Row, TextRow, texts_of
+from trainer.data.row import CandidatesRow, ChatRow, CorpusRow, PreferenceRow, Row, TextRow, texts_of
 from trainer.data.rows import Rows
 from trainer.errors import BadRow
 
@@ -49,8 +49,8 @@ def prompt_key(row: Row) -> int:
 
 def _prompt_texts(row: Row) -> Iterable[str]:
     match row:
-        case PreferenceRow():
-            return _prompt_texts(row.chosen)
+        case PreferenceRow() | CandidatesRow():
+            return _prompt_texts(row.best)
         case CorpusRow():
             return [row.text]
         case TextRow():

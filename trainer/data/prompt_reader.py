@@ -15,7 +15,7 @@ from configs.section import MAIN
 from configs.tasks import Ensemble, Route
 from trainer.data.chat import Template, TooManyTokens
 from trainer.data.dataset_options import learnt_turns, refuse_without_turns, with_system_prompt
-from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, Row, preview, texts_of
+from trainer.data.row import CandidatesRow, ChatRow, CorpusRow, PreferenceRow, Row, preview, texts_of
 from trainer.data.rows import Rows
 from trainer.data.teacher_weights import weights_of
 from trainer.data.vocabulary import SharedVocabulary
@@ -29,11 +29,18 @@ MAX_CHARACTERS = 256
 """For each token that is allowed. No text has tokens of that length on average: a row of more is too long, and need not
 be tokenised to know it, which takes seconds and gigabytes for the longest lines."""
 
-_PAIR = (
-    "is a pair of a chosen and a rejected answer, and no term of the objective compares answers; write loss: dpo, or "
-    "the answer to learn as completion"
-)
-_NO_PAIR = "is no pair of answers, and the objective compares them; a preference has prompt, chosen and rejected"
+_FORMATS = {PreferenceRow: "preference", CandidatesRow: "candidates"}
+_FOUND = {
+    "preference": "is a pair of a chosen and a rejected answer, and no term of the objective compares such; write "
+    "loss: dpo, or the answer to learn as completion",
+    "candidates": "has several answers, and no term of the objective compares such; write loss: listwise_kl, or the "
+    "answer to learn as completion",
+}
+_WANTED = {
+    "preference": "is no pair of answers, and the objective compares them; a preference has prompt, chosen and "
+    "rejected",
+    "candidates": "has no candidates, and the objective compares them; such rows have prompt and candidates",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +51,9 @@ class Asked:
     teacher: str = ""
     route: Route | None = None  # instead of `teacher`: by a column of the row
     ensemble: Ensemble | None = None  # of `teacher`, where it names several
-    pairs: bool = False  # every row is a preference; else none may be
-    chosen: bool = False  # of a preference the chosen answer is read, as if it were the only one
+    compared: str = ""  # the format that every row has, where answers are compared; else no row has such a one
+    scored: bool = False  # every row has a score of each candidate
+    best: bool = False  # of answers to compare the best one is read, as if it were the only one
 
 
 @dataclass(frozen=True)
@@ -97,15 +105,14 @@ class PromptReader:
         or an option that fits no row."""
         origin = self.rows.raw.origin(row)
         parsed = self.rows.read(row, needs_answer=self.needs_answer)
-        if isinstance(parsed, PreferenceRow) and self.asks.chosen:
-            parsed = parsed.chosen
+        if isinstance(parsed, PreferenceRow | CandidatesRow) and self.asks.best:
+            parsed = parsed.best
         num_characters = sum(len(text) for _, text in texts_of(parsed))
         if num_characters > MAX_CHARACTERS * self.data.max_length and self.data.on_too_long != "truncate":
             raise self._too_long(origin, f"{num_characters} characters")
-        if isinstance(parsed, PreferenceRow) != self.asks.pairs:
-            problem = _NO_PAIR if self.asks.pairs else _PAIR
-            raise BadRow(origin, problem, preview(self.rows.raw.raw(row)))
-        answers = (parsed.chosen, parsed.rejected) if isinstance(parsed, PreferenceRow) else (parsed,)
+        self._check_compared(row, parsed, origin)
+        several = isinstance(parsed, PreferenceRow | CandidatesRow)
+        answers = parsed.answers if several else (parsed,)
         ((first, *turns), truncated), *others = [self._read_aligned(row, one, origin) for one in answers]
         prompt = Prompt(
             prompt_id,
@@ -118,10 +125,22 @@ class PromptReader:
             teacher_weights=self._teacher_weights(row, origin),
             alternatives=tuple(text for texts, _ in others for text in texts),
             turns=tuple(turns),
-            weight=1.0 if isinstance(parsed, PreferenceRow) else parsed.weight,
+            scores=parsed.scores if isinstance(parsed, CandidatesRow) else None,
+            weight=1.0 if several else parsed.weight,
             reading=first.reading,
         )
         return prompt, truncated or any(cut for _, cut in others)
+
+    def _check_compared(self, row: int, parsed: Row, origin: str) -> None:
+        """Raises `BadRow` where the objective compares other answers than the row has."""
+        found, wanted = _FORMATS.get(type(parsed), ""), self.asks.compared
+        problem = None
+        if found != wanted:
+            problem = _WANTED[wanted] if wanted else _FOUND[found]
+        elif self.asks.scored and parsed.scores is None:
+            problem = "scores: are missing, and the objective learns them; write loss: listwise_kl to learn a teacher's"
+        if problem:
+            raise BadRow(origin, problem, preview(self.rows.raw.raw(row)))
 
     def _read_aligned(self, row: int, parsed: Row, origin: str) -> tuple[list[RowText], bool]:
         """As `_read_answer`, each text with what the teacher reads instead where it reads by a tokenizer of its own."""
@@ -243,7 +262,7 @@ class PromptReader:
             return (RowText(self.template.render_prompt(kept, **given), None),)
         learnt = learnt_turns(row, self.dataset.loss_on)
         limit = None if self.data.on_too_long == "truncate" else self.data.max_length
-        if self.asks.pairs:
+        if self.asks.compared:
             return (self.template.render_pair(row.messages, learnt=learnt, max_tokens=limit, **given),)
         return self.template.render(row.messages, learnt=learnt, max_tokens=limit, **given)
 

@@ -47,6 +47,7 @@ class RowReport:
     num_split: int  # ok rows of several sequences: conversations whose earlier turns the template rewrites
     num_of_split: int  # sequences that they became
     num_special: int  # ok rows with special tokens in their text
+    max_compared_tokens: int  # of all answers to one prompt, where they are compared; 0 where none are
     first_special: str  # "file:line: field: token"; empty where there is none
 
     @property
@@ -200,6 +201,11 @@ class PromptStream:
             )
 
 
+def _compared_tokens(prompt: Prompt) -> int:
+    answers = (prompt, *prompt.alternatives) if prompt.alternatives else ()
+    return sum(len(answer.token_ids) for answer in answers)
+
+
 def check_rows(reader: PromptReader, *, budget: int) -> RowReport:
     """Reads up to `budget` rows exactly as training would: all of them, or evenly spread ones of a larger dataset.
 
@@ -239,5 +245,6 @@ def check_rows(reader: PromptReader, *, budget: int) -> RowReport:
         num_split=len(split),
         num_of_split=sum(1 + len(prompt.turns) for prompt in split),
         num_special=len(special),
+        max_compared_tokens=max(map(_compared_tokens, prompts), default=0),
         first_special=special[0] if special else "",
     )

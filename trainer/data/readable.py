@@ -12,7 +12,7 @@ import numpy as np
 from configs.prompts import Dataset
 from trainer.data.chat import Template
 from trainer.data.dataset_options import with_system_prompt
-from trainer.data.row import ChatRow, CorpusRow, PreferenceRow, Row
+from trainer.data.row import CandidatesRow, ChatRow, CorpusRow, PreferenceRow, Row
 from trainer.data.rows import Rows
 from trainer.run_folder import Turn
 from trainer.types import Sequence
@@ -57,8 +57,8 @@ def _turns(row: Row, prompt: np.ndarray, template: Template) -> list[Turn] | Non
                 if np.array_equal(template.render_prompt(row.messages[:index], **given), prompt):
                     return [{"role": turn["role"], "content": _content(turn)} for turn in row.messages[:index]]
             return None
-        case PreferenceRow():
-            return _turns(row.chosen, prompt, template)
+        case PreferenceRow() | CandidatesRow():
+            return _turns(row.best, prompt, template)
         case CorpusRow():
             return None
     return [{"role": "", "content": row.prompt}]

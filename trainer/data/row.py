@@ -1,9 +1,9 @@
-"""A row of a dataset, by what is in the loss: a conversation, a continued text, plain text, or two answers."""
+"""A row of a dataset, by what is in the loss: a conversation, a continued text, plain text, or answers to compare."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +64,37 @@ class PreferenceRow:
     chosen: ChatRow | TextRow
     rejected: ChatRow | TextRow
 
+    @property
+    def answers(self) -> tuple[ChatRow | TextRow, ...]:
+        return self.chosen, self.rejected
 
-Row = ChatRow | TextRow | CorpusRow | PreferenceRow
+    @property
+    def best(self) -> ChatRow | TextRow:
+        return self.chosen
+
+    def each(self, change: Callable[[Any], Any]) -> PreferenceRow:
+        """With each answer changed."""
+        return PreferenceRow(*map(change, self.answers))
+
+
+@dataclass(frozen=True, slots=True)
+class CandidatesRow:
+    """A prompt with several answers, each as the row that the prompt makes with it, and perhaps a score of each."""
+
+    answers: tuple[ChatRow | TextRow, ...]
+    scores: tuple[float, ...] | None = None
+
+    @property
+    def best(self) -> ChatRow | TextRow:
+        """The first of those with the highest score; the first where there are none."""
+        return self.answers[0 if self.scores is None else self.scores.index(max(self.scores))]
+
+    def each(self, change: Callable[[Any], Any]) -> CandidatesRow:
+        """With each answer changed."""
+        return CandidatesRow(tuple(map(change, self.answers)), self.scores)
+
+
+Row = ChatRow | TextRow | CorpusRow | PreferenceRow | CandidatesRow
 
 
 def texts_of(row: Row) -> list[tuple[str, str]]:
@@ -75,8 +104,8 @@ def texts_of(row: Row) -> list[tuple[str, str]]:
             return [("text", row.text)]
         case TextRow():
             return [("prompt", row.prompt), ("completion", row.completion or "")]
-        case PreferenceRow():
-            return [*texts_of(row.chosen), *texts_of(row.rejected)]
+        case PreferenceRow() | CandidatesRow():
+            return [text for answer in row.answers for text in texts_of(answer)]
     found = [
         text
         for index, message in enumerate(row.messages)

@@ -30,7 +30,7 @@ _PAIRS = dict.fromkeys(("rejected", "non_preferred_output", "rejected_messages")
     "query, chosen: response, rejected: rejected_response}; to learn the better one, remove the field"
 }
 _HISTORY = {"history": "is not read here; write the earlier turns into messages"}
-_WITH_HISTORY = ("alpaca", "dolly", "query_response", "question_answer", "preference", "text")
+_WITH_HISTORY = ("alpaca", "dolly", "query_response", "question_answer", "preference", "candidates", "text")
 _IN_TURNS = _ALWAYS | {
     "masked": "means the opposite of a mark that is read here; write weight: 0 for a message that is not learnt",
     "train_detail": "parts of a message cannot be left out of the loss; split the message or remove the field",
@@ -63,7 +63,7 @@ def refuse_row_fields(value: Mapping[str, Any], *, row_format: str) -> None:
             raise RowProblem(f"{field}: false marks an answer that must not be learnt; leave such rows out")
 
 
-def row_weight(value: Mapping[str, Any], *, pairs: bool) -> float:
+def row_weight(value: Mapping[str, Any], *, compared: bool) -> float:
     """What the field `weight` of a row says; 1 where it says nothing. Raises `RowProblem`."""
     weight = value.get("weight")
     if weight is None or weight == 1:
@@ -73,8 +73,8 @@ def row_weight(value: Mapping[str, Any], *, pairs: bool) -> float:
             f"weight: must be a number above 0 and up to {_LARGEST_WEIGHT:.0f}, not {ascii(weight)[:40]}; leave out "
             f"rows that are not to be learnt{_NO_NUMBERS if isinstance(weight, str) else ''}"
         )
-    if pairs:
-        raise RowProblem(f"weight: a pair of answers cannot be weighted, here it is {weight!r}; remove the field")
+    if compared:
+        raise RowProblem(f"weight: answers to compare cannot be weighted, here it is {weight!r}; remove the field")
     return float(weight)
 
 

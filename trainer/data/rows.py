@@ -3,9 +3,9 @@
 With `auto` every row is read by its own fields (null is absent), after the configuration's `columns` have named them.
 All rows must have the same format; one that has another is a bad row.
 
-A row that fits several has the one that says most: two answers before a conversation, a conversation before a question
-with its answer, and these before plain text, which is often one of the others written out. Two that say equally much
-are an error: which is meant, the configuration must say.
+A row that fits several has the one that says most: several answers before a conversation, a conversation before a
+question with its answer, and these before plain text, which is often one of the others written out. Two that say
+equally much are an error: which is meant, the configuration must say.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 
 from configs.prompts import Dataset, RowFormat
 from trainer.data.columns import Columns
+from trainer.data.formats.candidates import CANDIDATES
 from trainer.data.formats.format import Format
 from trainer.data.formats.guess import columns_for
 from trainer.data.formats.messages import MESSAGES, SHAREGPT
@@ -28,7 +29,7 @@ from trainer.data.formats.single_turn import ALPACA, DOLLY, QUERY_RESPONSE, QUES
 from trainer.data.formats.values import RowProblem
 from trainer.data.order import Order, Permuted
 from trainer.data.raw_rows import Chosen, RawRows
-from trainer.data.row import PreferenceRow, Row, TextRow, preview
+from trainer.data.row import CandidatesRow, PreferenceRow, Row, TextRow, preview
 from trainer.data.row_fields import other_format, refuse_row_fields, row_weight
 from trainer.data.row_files import open_raw_rows
 from trainer.data.stream_files import stream_files
@@ -36,7 +37,7 @@ from trainer.data.streamed import StreamedRows, StreamOrder
 from trainer.errors import BadRow, DataError
 
 _BY_RANK = (
-    (PREFERENCE,),
+    (PREFERENCE, CANDIDATES),
     (MESSAGES, SHAREGPT),
     (PROMPT_COMPLETION, ALPACA, DOLLY, QUERY_RESPONSE, QUESTION_ANSWER),
     (TEXT,),
@@ -84,7 +85,7 @@ class Rows:
         """What people call the format, and whether its rows are text that no chat template is put around."""
         title = FORMATS[self.format].title
         first = next(self._parsed(), None)
-        is_text = isinstance(first.chosen if isinstance(first, PreferenceRow) else first, TextRow)
+        is_text = isinstance(first.best if isinstance(first, PreferenceRow | CandidatesRow) else first, TextRow)
         return f"{title}, without the chat template" if is_text else title
 
     def _parsed(self) -> Iterator[Row]:
@@ -137,7 +138,7 @@ def _raw_rows(dataset: Dataset) -> RawRows:
 def _parse(value: Mapping[str, Any], row_format: Format, *, needs_answer: bool) -> Row:
     """A validated row, with its weight in the loss. Raises `RowProblem`."""
     refuse_row_fields(value, row_format=row_format.name)
-    weight = row_weight(value, pairs=row_format is PREFERENCE)
+    weight = row_weight(value, compared=row_format in (PREFERENCE, CANDIDATES))
     row = row_format.read(value, needs_answer)
     return row if weight == 1.0 else replace(row, weight=weight)
 

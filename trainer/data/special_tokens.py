@@ -21,7 +21,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from trainer.data.row import CorpusRow, PreferenceRow, Row, TextRow, texts_of
+from trainer.data.row import CandidatesRow, CorpusRow, PreferenceRow, Row, TextRow, texts_of
 from trainer.errors import ConfigError, DataError, foreign_errors
 
 MARK = "\ufdd0"  # these code points are no characters and stand in no text
@@ -55,8 +55,8 @@ class SpecialTokens:
         match row:
             case CorpusRow():
                 return replace(row, text=self._marked(row.text))
-            case PreferenceRow():
-                return PreferenceRow(self.escaped(row.chosen), self.escaped(row.rejected))
+            case PreferenceRow() | CandidatesRow():
+                return row.each(self.escaped)
             case TextRow():
                 completion = None if row.completion is None else self._marked(row.completion)
                 return replace(row, prompt=self._marked(row.prompt), completion=completion)

@@ -49,7 +49,7 @@ def open_reader(run: Run, inputs: Inputs, task: ResolvedTask) -> PromptReader:
         needs_answer=of_task.answers.needs_answer,
         room_for_answer=of_task.answers.room_for_answer,
         rewrite=of_task.answers.rewrite,
-        asks=_asked(run, task, pairs=task.compares_answers),
+        asks=_asked(run, task, compares=True),
         aligner=of_task.aligner,
     )
     if task.fraction is None:
@@ -59,7 +59,7 @@ def open_reader(run: Run, inputs: Inputs, task: ResolvedTask) -> PromptReader:
 
 
 def open_held_out(run: Run, inputs: Inputs, held_out: HeldOutSet) -> PromptReader:
-    """Held-out rows, by the template of the teacher that scores them, of preferences the chosen answer; each row names
+    """Held-out rows, by the template of the teacher that scores them, of several answers the best; each row names
     its set as its task. Raises `ConfigError` for a fraction that is no row."""
     task = held_out.task
     aligner = inputs.tasks[task.name].aligner
@@ -69,7 +69,7 @@ def open_held_out(run: Run, inputs: Inputs, held_out: HeldOutSet) -> PromptReade
         template=inputs.tasks[task.name].template,
         vocabulary=inputs.vocabulary,
         needs_answer=True,
-        asks=replace(_asked(run, task), task=held_out.name, chosen=True),
+        asks=replace(_asked(run, task), task=held_out.name, best=True),
         aligner=None if aligner is None else aligner.for_evaluation(),
     )
     if held_out.fraction is None:
@@ -109,13 +109,14 @@ def _fraction_of(reader: PromptReader, keys: PromptKeys, fraction: float, *, see
     )
 
 
-def _asked(run: Run, task: ResolvedTask, *, pairs: bool = False) -> Asked:
+def _asked(run: Run, task: ResolvedTask, *, compares: bool = False) -> Asked:
     """The names of teachers are told where there are several."""
+    wanted = {"compared": task.compared_rows, "scored": task.learns_scores} if compares else {}
     if not task.asks:
-        return Asked(task.name, pairs=pairs)
+        return Asked(task.name, **wanted)
     name = (task.teacher or "") if run.teachers else ""
     together = task.ensemble.asked if task.ensemble is not None else name
-    return Asked(task.name, together, task.route, task.ensemble, pairs=pairs)
+    return Asked(task.name, together, task.route, task.ensemble, **wanted)
 
 
 def open_stream(run: Run, task: ResolvedTask, inputs: Inputs, *, quarantine: Path | None) -> PromptStream:

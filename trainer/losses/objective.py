@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from configs.losses import CrossEntropy
 from trainer.labels.encoding import ALIGNED, Encoding
-from trainer.losses import alignment, distances, kl, mixtures, preference, schedules  # noqa: F401 - they register
+from trainer.losses import alignment, distances, kl, listwise, mixtures, preference, schedules  # noqa: F401 - they register
 from trainer.losses.ensemble import WEIGHT, Together, pairs_of
 from trainer.losses.padding import padding_nats
 from trainer.losses.target import TargetEvent

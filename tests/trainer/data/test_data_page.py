@@ -25,6 +25,7 @@ LEARNT = {
     "question_answer": ["The still."],
     "prompt_completion": ["The still."],
     "preference": ["The still.", "Nothing."],
+    "candidates": ["The still.", "The mill.", "Nothing."],
     "text": ["The still drips all night, and rests by day."],
 }
 
@@ -52,7 +53,7 @@ def learnt(row: Row) -> list[str]:
             return [(row.completion or "").strip()]
         case CorpusRow():
             return [row.text]
-    return [*learnt(row.chosen), *learnt(row.rejected)]
+    return [text for answer in row.answers for text in learnt(answer)]
 
 
 @pytest.mark.parametrize(("names", "rows"), named_blocks(), ids=lambda value: "-".join(map(str, value))[:20])

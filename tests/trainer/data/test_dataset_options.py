@@ -157,7 +157,7 @@ def test_of_several_sequences_each_has_the_length_that_is_allowed(tmp_path: Path
 
 
 def test_answers_that_are_compared_must_be_single_sequences_of_one_weight(tmp_path: Path) -> None:
-    pairs = {"asks": Asked(pairs=True), "shape": "QWEN3"}
+    pairs = {"asks": Asked(compared="preference"), "shape": "QWEN3"}
     one, other = ([{**REASONED[1]}, REASONED[2], {**REASONED[3], "content": text}] for text in ("yes", "no"))
     row = {"prompt": REASONED[:1], "chosen": one, "rejected": other}
     with pytest.raises(BadRow, match=r"rewrites earlier turns, so they are no single text.*loss_on: last"):

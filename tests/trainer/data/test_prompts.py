@@ -72,7 +72,7 @@ def test_the_rows_of_the_first_page_are_read_as_they_stand(tmp_path: Path) -> No
         (tmp_path / str(number)).mkdir()
         dataset = write(tmp_path / str(number), [row])
         vocabulary = SharedVocabulary(size=len(tokenizer), fingerprint="", teacher_rows=999, student_rows=999)
-        to_be_written, asks = row.keys() == {"prompt"}, Asked(pairs="chosen" in row)
+        to_be_written, asks = row.keys() == {"prompt"}, Asked(compared="preference" if "chosen" in row else "")
         given = {"template": Template.of(tokenizer), "needs_answer": not to_be_written, "asks": asks}
         reader = open_reader(dataset, data=Data(), vocabulary=vocabulary, **given)
         stream = PromptStream(reader, seed=0)

@@ -195,7 +195,7 @@ def test_an_answer_may_count_more_or_less_than_others(tmp_path: Path) -> None:
         ),
         ({**GOOD, "weight": False}, "weight: must be a number above 0"),
         ({**GOOD, "loss_weight": 0.3}, "loss_weight: is not read, here it is 0.3; the weight of a row is named weight"),
-        ({"prompt": "a", "chosen": " b", "rejected": " c", "weight": 0.5}, "weight: a pair of answers cannot be"),
+        ({"prompt": "a", "chosen": " b", "rejected": " c", "weight": 0.5}, "weight: answers to compare cannot be"),
         ({**GOOD, "chat_template_kwargs": [1]}, "chat_template_kwargs: must be an object of variables, not a list"),
         (
             {**GOOD, "chosen": " b", "rejected": " c"},

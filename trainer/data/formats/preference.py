@@ -52,7 +52,7 @@ def _read(row: Mapping[str, Any], needs_answer: bool) -> PreferenceRow:
     if all(_begins_with_a_question(row[name]) for name in pair):
         chosen, rejected = _whole_conversations(row, pair)
     else:
-        chosen, rejected = (_answer(row, name) for name in pair)
+        chosen, rejected = (answer_of(row, name) for name in pair)
     if chosen == rejected:
         raise RowProblem(f"{pair[1]}: is the chosen answer, so there is nothing to prefer; leave such rows out")
     return PreferenceRow(chosen, rejected)
@@ -102,7 +102,7 @@ def _check_prompt(row: Mapping[str, Any], alike: list[Turn], pair: Pair) -> None
         raise RowProblem(f"prompt: is not what {' and '.join(pair)} begin with; remove it, or write only their answers")
 
 
-def _answer(row: Mapping[str, Any], name: str) -> ChatRow | TextRow:
+def answer_of(row: Mapping[str, Any], name: str) -> ChatRow | TextRow:
     """The row of what is asked with the answer in this field."""
     if row.get("prompt") is not None:
         return read_pair(row, row[name], name=name)
@@ -111,7 +111,7 @@ def _answer(row: Mapping[str, Any], name: str) -> ChatRow | TextRow:
         row = {**row, "tools": tools} if tools else row
     asking = _asking(row)
     if asking is None:
-        raise RowProblem("prompt: is missing; a preference has prompt, chosen and rejected")
+        raise RowProblem(f"prompt: is missing, which {name} is an answer to")
     turns = [*asking, *_answer_turns(name, row[name])]
     return conversation(turns, row, needs_answer=True, num_given=len(asking), name=name)
 

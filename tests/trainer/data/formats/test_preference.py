@@ -99,7 +99,7 @@ def test_whole_conversations_answer_where_they_part(tmp_path: Path) -> None:
         ),
         (
             {"chosen": "Human: a", "rejected": "Human: b"},
-            "prompt: is missing; a preference has prompt, chosen and rejected",
+            "prompt: is missing, which chosen is an answer to",
         ),
         (
             {**SHARED, "chosen": {"from": "human", "value": "a"}, "rejected": BAD},
