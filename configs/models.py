@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, JsonValue, PositiveFloat, field_validator, model_validator
 
@@ -95,6 +95,17 @@ class LoRA(Section):
     )
 
 
+class Trained(NamedTuple):
+    """Which weights of a student learn: adapters, or all but the frozen ones."""
+
+    lora: LoRA | None = None
+    freeze: tuple[str, ...] = ()
+
+    @property
+    def everything(self) -> bool:
+        return self.lora is None and not self.freeze
+
+
 class Student(Section):
     """The model that learns, and how DeepSpeed shards it."""
 
@@ -114,6 +125,9 @@ class Student(Section):
         False, description="Compute activations again in the backward pass: less memory, slower."
     )
     lora: LoRA | None = Field(None, description="Train adapters alone; None: all weights.")
+    freeze: tuple[str, ...] = Field(
+        (), description="Weights that stay as they are: embeddings, or names in the model, as model.layers.0.*"
+    )
     loss_chunk_rows: Positive = Field(512, description="Rows whose logits exist at once; bounds loss memory.")
     compile_loss: bool = Field(
         True, description="On accelerators, fuse the element-wise part of the loss (torch.compile)."
@@ -123,6 +137,17 @@ class Student(Section):
     @model_validator(mode="after")
     def _every_node_has_a_rank(self) -> Student:
         self.placement.check_members(self.ranks, "ranks")
+        return self
+
+    @property
+    def trained(self) -> Trained:
+        return Trained(self.lora, self.freeze)
+
+    @model_validator(mode="after")
+    def _adapters_freeze_the_rest(self) -> Student:
+        if self.lora is not None and self.freeze:
+            text = "goes without saying: lora trains adapters alone; remove one of the two"
+            raise refusal(("freeze",), list(self.freeze), text)
         return self
 
     @model_validator(mode="after")

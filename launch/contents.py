@@ -78,9 +78,9 @@ def changes(before: Mapping[str, str], now: Mapping[str, str], run: Run) -> tupl
 
 
 def _decides(place: str, run: Run) -> bool:
-    """Weights that are all trained lie in the checkpoint; under adapters they do not. Code is mended between starts."""
+    """Weights that are all trained lie in the checkpoint; under adapters, and frozen, they do not. Code is mended between starts."""
     if place.startswith("student.model/") and place.endswith(WEIGHTS):
-        return run.student.lora is not None
+        return not run.student.trained.everything
     return not place.endswith(CODE)
 
 

@@ -26,9 +26,8 @@ class DiskNeed:
 
     @classmethod
     def of(cls, run: Run, student: ModelFacts) -> DiskNeed:
-        trained = student.num_adapter_parameters or student.num_parameters
         whole = student.num_parameters + student.num_adapter_parameters
-        return cls(trained * CHECKPOINT_BYTES_PER_PARAMETER, run.training.keep_checkpoints, 4 * whole)
+        return cls(student.num_trained * CHECKPOINT_BYTES_PER_PARAMETER, run.training.keep_checkpoints, 4 * whole)
 
     @property
     def num_bytes(self) -> int:

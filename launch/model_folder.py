@@ -16,12 +16,13 @@ from huggingface_hub import constants as hub
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
-from configs.models import LoRA, ModelSource, Student
+from configs.models import ModelSource, Student, Trained
 from trainer.errors import ConfigError
 from trainer.model.config_bounds import config_file
-from trainer.model.load import add_adapters, build_on_meta, load_config
+from trainer.model.load import build_on_meta, load_config
 from trainer.model.sizes import ModelSizes, sizes_of
 from trainer.model.suitability import refuse_unsuitable
+from trainer.model.trained import choose_trained
 from trainer.model.weights import SAFETENSORS, read_table, refuse_other_tensors, shard_names, weight_files
 
 
@@ -32,6 +33,7 @@ class ModelFacts:
     architecture: str
     num_parameters: int
     num_adapter_parameters: int  # that LoRA would add; 0 without
+    num_trained: int
     max_length: int | None  # tokens its positions are made for, where the architecture says
     sizes: ModelSizes | None = None  # with the adapters
 
@@ -93,13 +95,17 @@ def read_facts(
     if student is not None:
         refuse_unsuitable(model, student)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    lora = None if student is None else student.lora
+    trained = Trained() if student is None else student.trained
+    with torch.device("meta"):
+        choose_trained(model, trained, revision=None)
+    sizes = sizes_of(model)
     return ModelFacts(
         architecture=type(model).__name__,
         num_parameters=num_parameters,
-        num_adapter_parameters=0 if lora is None else _adapter_parameters(model, lora),
+        num_adapter_parameters=sizes.all - num_parameters,
+        num_trained=sum(sizes.trained),
         max_length=getattr(config.get_text_config(), "max_position_embeddings", None),
-        sizes=sizes_of(model),
+        sizes=sizes,
     )
 
 
@@ -157,13 +163,6 @@ def _conversion(folder: Path) -> str:
         f'you trust whoever made it: python -c "from transformers import AutoModelForCausalLM; '
         f'{load}.save_pretrained({str(folder)!r})"'
     )
-
-
-def _adapter_parameters(model: PreTrainedModel, lora: LoRA) -> int:
-    """Counted where peft puts them. Changes `model`."""
-    with torch.device("meta"):
-        adapted = add_adapters(model, lora, revision=None)
-    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
 def _may_be_hub_name(path: str) -> bool:

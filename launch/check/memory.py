@@ -20,14 +20,15 @@ from cluster.placement.memory.verdict import Offer
 from cluster.preflight.finding import Finding, ok, problem, warning
 from cluster.preflight.machine import size_text
 from cluster.runtime import CPU, GPU
-from configs.models import LoRA, ModelSource
+from configs.models import ModelSource, Trained
 from configs.rules import teacher_place
 from configs.schema import Run
 from launch.model_folder import ModelFacts
 from trainer.errors import ConfigError
-from trainer.model.load import add_adapters, build_on_meta, load_config
+from trainer.model.load import build_on_meta, load_config
 from trainer.model.memory_probe import pass_memory
 from trainer.model.sizes import ModelSizes, PassMemory, sizes_of
+from trainer.model.trained import choose_trained
 from trainer.model.weights import is_quantised
 
 SUBJECT = "memory"
@@ -101,40 +102,39 @@ def _file_bytes(source: ModelSource) -> int | None:
 
 
 def _student_sizes(run: Run, facts: ModelFacts) -> Callable[[Run], ModelSizes]:
-    source, own = run.student.model, run.student.lora
+    source, own = run.student.model, run.student.trained
 
     @cache
-    def with_adapters(lora: LoRA | None) -> ModelSizes:
-        if lora == own:
+    def sizes(trained: Trained) -> ModelSizes:
+        if trained == own:
             return facts.sizes
         model = build_on_meta(source, load_config(source, role="student.model"), role="student.model")
-        if lora is not None:
-            with torch.device("meta"):
-                add_adapters(model, lora, revision=None)
+        with torch.device("meta"):
+            choose_trained(model, trained, revision=None)
         return sizes_of(model)
 
-    return lambda changed: with_adapters(changed.student.lora)
+    return lambda changed: sizes(changed.student.trained)
 
 
 def _body(run: Run) -> Body:
     source, config = run.student.model, load_config(run.student.model, role="student.model")
 
     @cache
-    def measured(tokens: int, longest: int, dtype: str, lora: LoRA | None, checkpointing: bool) -> PassMemory | None:
+    def measured(tokens: int, longest: int, dtype: str, trained: Trained, checkpointing: bool) -> PassMemory | None:
         return pass_memory(
             source,
             config,
             tokens=tokens,
             longest=longest,
             dtype=getattr(torch, dtype),
-            lora=lora,
+            trained=trained,
             activation_checkpointing=checkpointing,
         )
 
     def body(changed: Run, dtype: str) -> PassMemory | None:
         student, tokens = changed.student, pass_tokens(changed)
         longest = min(changed.data.max_length, tokens)
-        return measured(tokens, longest, dtype, student.lora, student.activation_checkpointing)
+        return measured(tokens, longest, dtype, student.trained, student.activation_checkpointing)
 
     return body
 

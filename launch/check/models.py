@@ -79,6 +79,8 @@ def _size(source: ModelSource, model: ModelFacts) -> str:
     size = f"{source.path}: {model.architecture}, {_count(model.num_parameters)} parameters"
     if model.num_adapter_parameters:
         size += f", {_count(model.num_adapter_parameters)} of them new in adapters"
+    elif model.num_trained < model.num_parameters:
+        size += f", {_count(model.num_trained)} of them trained"
     return size + ("" if Path(source.path).expanduser().is_dir() else ", from the hub")
 
 

@@ -216,6 +216,7 @@ def _settings(run: Run, manifest: Mapping[str, Any], records: Records, *, stored
             f"gradient norm clipped at {optimizer.max_grad_norm:g}",
         ),
         ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}" if lora else ""),
+        ("frozen", ", ".join(run.student.freeze)),
         ("precision", _precision(run, manifest)),
         ("weights stored in", stored_dtype),
         ("sharding", f"DeepSpeed ZeRO-{run.student.zero_stage}, {run.student.ranks} rank(s)"),

@@ -124,6 +124,8 @@ def case_resume(place: Place) -> dict[str, Any]:
         ("stage3", {"zero_stage": 3}),
         ("lora", {"zero_stage": 2, "lora": LORA}),
         ("lora3", {"zero_stage": 3, "lora": LORA}),
+        ("frozen", {"zero_stage": 2, "freeze": ["embeddings"]}),
+        ("frozen3", {"zero_stage": 3, "freeze": ["embeddings"]}),
     ):
         run = make_run(place.folder.parent, student=student, objective=SCHEDULED if name == "stage2" else FORWARD)
         folder = _checkpoint(place, name)

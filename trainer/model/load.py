@@ -6,26 +6,24 @@ its logits never exist whole (`StudentModule`).
 
 from __future__ import annotations
 
-import difflib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import peft
 import safetensors
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.pytorch_utils import Conv1D
 
-from configs.models import LoRA, ModelSource
+from configs.models import ModelSource, Trained
 from trainer.errors import ConfigError, foreign_errors
 from trainer.model.attention import IMPLEMENTATIONS, ONE_A_ROW, Borders, told
 from trainer.model.config_bounds import refuse_absurd_sizes
 from trainer.model.head import Head, HeadShape
 from trainer.model.suitability import refuse_untrainable
+from trainer.model.trained import choose_trained
 from trainer.model.weights import read_table, refuse_missing, weight_files
 
 HeadCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, ...]]
@@ -148,7 +146,7 @@ def load_student(
     dtype: torch.dtype,
     attention: str,
     vocabulary_size: int,
-    lora: LoRA | None = None,
+    trained: Trained = Trained(),
     activation_checkpointing: bool = False,
     sharded: AbstractContextManager[None],
 ) -> StudentModule:
@@ -169,61 +167,10 @@ def load_student(
                 f"student.model: {source.path} has {rows} token embeddings, the tokenizer {vocabulary_size} tokens. "
                 "Use a student with the teacher's tokenizer"
             )
-        adapter = None if lora is None else add_adapters(causal, lora, revision=source.revision)
+        adapter = choose_trained(causal, trained, revision=source.revision)
     if activation_checkpointing:
         causal.gradient_checkpointing_enable({"use_reentrant": False})
     return StudentModule(causal, adapter=adapter)
-
-
-def add_adapters(causal: PreTrainedModel, lora: LoRA, *, revision: str | None) -> peft.PeftModel:
-    """Put adapters into `causal`; on the meta device too. Raises `ConfigError` for targets that are not there."""
-    if lora.target_modules != "all-linear":
-        _refuse_unknown_targets(causal, lora.target_modules)
-    target = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    settings = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=target,
-        task_type="CAUSAL_LM",
-        revision=revision,
-    )
-    with foreign_errors(f"student.lora.target_modules: {target}"):
-        adapted = peft.get_peft_model(causal, settings, autocast_adapter_dtype=False)
-    if any(isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer) for m in _embeddings(causal)):
-        raise ConfigError(
-            f"student.lora.target_modules: {target} adapts the embeddings or the head; adapt the layers between them, "
-            "for example with target_modules: all-linear"
-        )
-    return adapted
-
-
-def _refuse_unknown_targets(causal: PreTrainedModel, targets: Sequence[str]) -> None:
-    """peft is content when one of several targets is there, and leaves the others out."""
-    names = [name for name, _ in causal.named_modules()]
-    head = causal.get_output_embeddings()
-    known = sorted({n.rpartition(".")[2] for n, m in causal.named_modules() if _is_linear(m) and m is not head})
-    if not targets or "all-linear" in targets:
-        raise ConfigError(
-            f"student.lora.target_modules: {list(targets)}: write all-linear without brackets, or name some of "
-            f"{', '.join(known)}"
-        )
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            near = difflib.get_close_matches(target.rpartition(".")[2], known, n=1)
-            hint = f"did you mean {near[0]}? There are" if near else "there are"
-            raise ConfigError(
-                f"student.lora.target_modules: no module of {type(causal).__name__} is named {target!r}; {hint} "
-                f"{', '.join(known)}, and all-linear for all of them"
-            )
-
-
-def _is_linear(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear | Conv1D)
-
-
-def _embeddings(causal: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
-    return causal.get_input_embeddings(), causal.get_output_embeddings()
 
 
 def load_teacher_head(source: ModelSource, *, vocabulary_size: int, dtype: torch.dtype, device: torch.device) -> Head:

@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from configs.models import LoRA, ModelSource
+from configs.models import ModelSource, Trained
 from trainer.model.attention import Borders, LayerMask, layer_mask, told
-from trainer.model.load import add_adapters, build_on_meta
+from trainer.model.load import build_on_meta
 from trainer.model.sizes import PassMemory
+from trainer.model.trained import choose_trained
 
 _PROBE = "stillhouse_memory_probe"
 
@@ -36,7 +37,7 @@ def pass_memory(
     tokens: int,
     longest: int,
     dtype: torch.dtype,
-    lora: LoRA | None = None,
+    trained: Trained = Trained(),
     activation_checkpointing: bool = False,
     copies_output: bool = True,
 ) -> PassMemory | None:
@@ -45,9 +46,8 @@ def pass_memory(
     options = {"dtype": dtype, "attn_implementation": _PROBE}
     try:
         causal = build_on_meta(source, copy.deepcopy(config), role="student.model", **options)
-        if lora is not None:
-            with torch.device("meta"):
-                add_adapters(causal, lora, revision=None)
+        with torch.device("meta"):
+            choose_trained(causal, trained, revision=None)
         if activation_checkpointing:
             causal.gradient_checkpointing_enable({"use_reentrant": False})
         causal.train()

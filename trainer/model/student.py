@@ -146,7 +146,7 @@ class StudentRank:
             dtype=self._dtype,
             attention=self._attention,
             vocabulary_size=self._vocabulary.size,
-            lora=student.lora,
+            trained=student.trained,
             activation_checkpointing=student.activation_checkpointing,
             sharded=sharded_loading(self._plan.deepspeed),
         )

@@ -201,13 +201,21 @@ def test_more_processes_than_cores_is_a_warning_and_one_thread_each() -> None:
     result = resolved(make_run(student__ranks=2), "2cpu")
     assert any("3 processes share 2 cores" in warning for warning in result.warnings)
     assert result.student_environment["OMP_NUM_THREADS"] == "1"
-    roomy = resolved(make_run(student__ranks=2), "12cpu")
-    assert not roomy.warnings
-    assert (
-        roomy.student_environment["OMP_NUM_THREADS"]
-        == roomy.teachers["teacher"].scorer.environment["OMP_NUM_THREADS"]
-        == "4"
-    )
+    assert threads_on("12cpu", ranks=2) == ("6", "4")
+    assert not resolved(make_run(student__ranks=2), "12cpu").warnings
+
+
+def test_the_core_of_an_engine_that_mostly_waits_serves_the_ranks_too() -> None:
+    assert threads_on("2cpu", ranks=1) == ("2", "1")
+    assert threads_on("4cpu", ranks=1, replicas=3) == ("2", "1"), "one engine's core, not all"
+    assert threads_on("1cpu", ranks=1) == ("1", "1")
+
+
+def threads_on(machine: str, *, ranks: int, replicas: int = 1) -> tuple[str, str]:
+    """OpenMP threads of a rank and of a scorer."""
+    result = resolved(make_run(student__ranks=ranks, teacher__scorer={"replicas": replicas}), machine)
+    scorer = result.teachers["teacher"].scorer.environment
+    return result.student_environment["OMP_NUM_THREADS"], scorer["OMP_NUM_THREADS"]
 
 
 def test_the_offloaded_optimizer_gets_the_cores_of_its_gpu() -> None:

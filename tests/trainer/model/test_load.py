@@ -11,7 +11,7 @@ from architectures import architecture_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_folder, tiny_model
 
-from configs.models import LoRA, ModelSource
+from configs.models import LoRA, ModelSource, Trained
 from trainer.errors import ConfigError
 from trainer.model.attention import border_arguments
 from trainer.model.load import StudentModule, load_student, load_teacher_head
@@ -120,7 +120,7 @@ def test_a_student_folder_that_cannot_be_trained_is_a_clear_error(tmp_path: Path
 
 def test_adapters_leave_base_and_head_frozen_and_start_as_nothing(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path)
-    plain, adapted = _student(folder), _student(folder, lora=LoRA(rank=4))
+    plain, adapted = _student(folder), _student(folder, trained=Trained(LoRA(rank=4)))
     with torch.no_grad():
         rows = torch.arange(6)
         assert torch.equal(_logits(plain, rows), _logits(adapted, rows))
@@ -133,15 +133,35 @@ def test_adapters_leave_base_and_head_frozen_and_start_as_nothing(tmp_path: Path
 def test_adapters_on_the_head_or_on_nothing_are_refused(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path)
     with pytest.raises(ConfigError, match=r"lm_head.*adapts the embeddings or the head"):
-        _student(folder, lora=LoRA(target_modules=("q_proj", "lm_head")))
+        _student(folder, trained=Trained(LoRA(target_modules=("q_proj", "lm_head"))))
     for targets in ((), ("all-linear",)):
         with pytest.raises(
             ConfigError, match=r"target_modules: \[.*\]: write all-linear without brackets, or .*v_proj"
         ):
-            _student(folder, lora=LoRA(target_modules=targets))
+            _student(folder, trained=Trained(LoRA(target_modules=targets)))
     with pytest.raises(ConfigError, match=r"student.lora.target_modules: .*w_proj"):
-        _student(folder, lora=LoRA(target_modules=("w_proj",)))
+        _student(folder, trained=Trained(LoRA(target_modules=("w_proj",))))
     with pytest.raises(ConfigError, match=r"no module of LlamaForCausalLM is named 'q_prj'; did you mean q_proj"):
-        _student(folder, lora=LoRA(target_modules=("v_proj", "q_prj")))
+        _student(folder, trained=Trained(LoRA(target_modules=("v_proj", "q_prj"))))
     with pytest.raises(ConfigError, match=r"student.lora.target_modules: .*mlp"):  # there, and no linear layer
-        _student(folder, lora=LoRA(target_modules=("mlp", "q_proj")))
+        _student(folder, trained=Trained(LoRA(target_modules=("mlp", "q_proj"))))
+
+
+def test_frozen_weights_are_those_that_were_named(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path, tied=True)
+
+    def frozen(*names: str) -> list[str]:
+        student = _student(folder, trained=Trained(freeze=names))
+        return [name for name, p in student.causal.named_parameters() if not p.requires_grad]
+
+    assert frozen() == []
+    assert frozen("embeddings") == frozen("lm_head") == ["model.embed_tokens.weight"], "a tied head is the embedding"
+    first, second = frozen("model.layers.0"), frozen("model.layers.1")
+    assert all(name.startswith("model.layers.0.") for name in first)
+    assert len(first) == len(second) > 2
+    norms = frozen("model.layers.*.input_layernorm.*")
+    assert norms == ["model.layers.0.input_layernorm.weight", "model.layers.1.input_layernorm.weight"]
+    with pytest.raises(ConfigError, match=r"student.freeze: .*'model.layer.0'; did you mean 'model.layers.0'"):
+        frozen("model.layer.0")
+    with pytest.raises(ConfigError, match=r"student.freeze: .*leaves nothing to train"):
+        frozen("embeddings", "model")

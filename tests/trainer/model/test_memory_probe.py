@@ -12,7 +12,7 @@ from every_architecture import ARCHITECTURES, tiny_config
 from tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM
 
-from configs.models import LoRA, ModelSource
+from configs.models import LoRA, ModelSource, Trained
 from trainer.model.load import build_on_meta, load_config, load_student
 from trainer.model.memory_probe import pass_memory
 from trainer.model.sizes import PassMemory, sizes_of
@@ -26,14 +26,14 @@ def probed(folder: Path, **options: object) -> PassMemory | None:
     return pass_memory(source, load_config(source, role="student.model"), **settings)
 
 
-def really_kept(folder: Path, *, lora: LoRA | None = None) -> int:
+def really_kept(folder: Path, *, trained: Trained = Trained()) -> int:
     """Bytes of the different storages that torch saves for the backward pass, weights left out."""
     student = load_student(
         ModelSource(path=str(folder)),
         dtype=torch.float32,
         attention="sdpa",
         vocabulary_size=280,
-        lora=lora,
+        trained=trained,
         sharded=contextlib.nullcontext(),
     ).train()
     own = {parameter.untyped_storage().data_ptr() for parameter in (*student.parameters(), *student.buffers())}
@@ -62,10 +62,10 @@ def test_the_probe_counts_what_torch_keeps(tmp_path: Path, family: str) -> None:
 
 def test_frozen_weights_spare_the_inputs_of_their_gradients(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "llama")
-    adapters = LoRA(rank=4, target_modules=("q_proj",))
-    found = probed(folder, lora=adapters)
+    adapters = Trained(LoRA(rank=4, target_modules=("q_proj",)))
+    found = probed(folder, trained=adapters)
     assert found.saved < 0.9 * probed(folder).saved
-    assert found.saved == pytest.approx(really_kept(folder, lora=adapters), rel=0.15)
+    assert found.saved == pytest.approx(really_kept(folder, trained=adapters), rel=0.15)
 
 
 def test_activations_grow_with_tokens_and_shrink_with_checkpointing(tmp_path: Path) -> None:

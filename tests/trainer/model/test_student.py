@@ -173,7 +173,7 @@ def test_another_reference_order_or_weight_would_be_seen(world: Path, single: di
             _assert_trained(other.weights, exact, control)
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3", "lora", "lora3"])
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3", "lora", "lora3", "frozen", "frozen3"])
 def test_four_steps_a_checkpoint_and_four_are_bit_equal_to_eight(pair: list[dict[str, Any]], name: str) -> None:
     case = pair[0]["resume"][name]
     assert case["step"] == 4
@@ -182,7 +182,14 @@ def test_four_steps_a_checkpoint_and_four_are_bit_equal_to_eight(pair: list[dict
     assert case["once"][-1]["train/loss"] < case["once"][0]["train/loss"]
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3", "lora", "lora3"])
+@pytest.mark.parametrize("name", ["frozen", "frozen3"])
+def test_frozen_weights_are_exported_as_they_came(world: Path, pair: list[dict[str, Any]], name: str) -> None:
+    before, after = _weights(world / "llama"), _weights(pair[0]["resume"][name]["exports"][0])
+    same = {key for key, weight in after.items() if torch.equal(weight, before[key])}
+    assert same == {"model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3", "lora", "lora3", "frozen", "frozen3"])
 def test_what_two_ranks_write_is_a_checkpoint_of_two_ranks_and_not_of_three(
     pair: list[dict[str, Any]], name: str
 ) -> None:
