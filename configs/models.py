@@ -106,6 +106,9 @@ class Trained(NamedTuple):
         return self.lora is None and not self.freeze
 
 
+EVERYTHING = Trained()
+
+
 class Student(Section):
     """The model that learns, and how DeepSpeed shards it."""
 

@@ -78,7 +78,7 @@ def changes(before: Mapping[str, str], now: Mapping[str, str], run: Run) -> tupl
 
 
 def _decides(place: str, run: Run) -> bool:
-    """Weights that are all trained lie in the checkpoint; under adapters, and frozen, they do not. Code is mended between starts."""
+    """Weights that are all trained lie in the checkpoint, frozen ones do not. Code is mended between starts."""
     if place.startswith("student.model/") and place.endswith(WEIGHTS):
         return not run.student.trained.everything
     return not place.endswith(CODE)

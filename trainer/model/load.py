@@ -7,17 +7,18 @@ its logits never exist whole (`StudentModule`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import peft
 import safetensors
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from configs.models import ModelSource, Trained
+from configs.models import EVERYTHING, ModelSource, Trained
 from trainer.errors import ConfigError, foreign_errors
 from trainer.model.attention import IMPLEMENTATIONS, ONE_A_ROW, Borders, told
 from trainer.model.config_bounds import refuse_absurd_sizes
@@ -146,7 +147,7 @@ def load_student(
     dtype: torch.dtype,
     attention: str,
     vocabulary_size: int,
-    trained: Trained = Trained(),
+    trained: Trained = EVERYTHING,
     activation_checkpointing: bool = False,
     sharded: AbstractContextManager[None],
 ) -> StudentModule:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from configs.models import ModelSource, Trained
+from configs.models import EVERYTHING, ModelSource, Trained
 from trainer.model.attention import Borders, LayerMask, layer_mask, told
 from trainer.model.load import build_on_meta
 from trainer.model.sizes import PassMemory
@@ -37,7 +37,7 @@ def pass_memory(
     tokens: int,
     longest: int,
     dtype: torch.dtype,
-    trained: Trained = Trained(),
+    trained: Trained = EVERYTHING,
     activation_checkpointing: bool = False,
     copies_output: bool = True,
 ) -> PassMemory | None:

@@ -12,7 +12,7 @@ from every_architecture import ARCHITECTURES, tiny_config
 from tiny_models import tiny_folder
 from transformers import AutoModelForCausalLM
 
-from configs.models import LoRA, ModelSource, Trained
+from configs.models import EVERYTHING, LoRA, ModelSource, Trained
 from trainer.model.load import build_on_meta, load_config, load_student
 from trainer.model.memory_probe import pass_memory
 from trainer.model.sizes import PassMemory, sizes_of
@@ -26,7 +26,7 @@ def probed(folder: Path, **options: object) -> PassMemory | None:
     return pass_memory(source, load_config(source, role="student.model"), **settings)
 
 
-def really_kept(folder: Path, *, trained: Trained = Trained()) -> int:
+def really_kept(folder: Path, *, trained: Trained = EVERYTHING) -> int:
     """Bytes of the different storages that torch saves for the backward pass, weights left out."""
     student = load_student(
         ModelSource(path=str(folder)),
