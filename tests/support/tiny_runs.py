@@ -12,6 +12,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from tiny_models import tiny_folder
+from warm_command import run_warm
 
 from trainer.run_folder import read_lines
 
@@ -107,8 +108,9 @@ def run_of(folder: Path, changes: dict[str, Any]) -> Path:
 
 
 def stillhouse(*arguments: str, timeout_s: float = 900, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The real command in a process of its own, as a user types it."""
-    return subprocess.run(
+    """The real command in a process of its own, as a user types it (`warm_command` says how)."""
+    ran = None if environment else run_warm(arguments, timeout_s=timeout_s)
+    return ran or subprocess.run(
         [sys.executable, "-m", "launch", *arguments],
         capture_output=True,
         text=True,
