@@ -1,5 +1,5 @@
 """Where vLLM computes another model than transformers does, or cannot split it: refused, or set right by overrides;
-and what its KV cache takes.
+and what its KV cache takes at least.
 
 Decided from a model's configuration alone; vLLM itself is not imported.
 """
@@ -47,6 +47,24 @@ def check_rotation(run: Run, name: str, teacher_config: Any) -> None:
         refuse_changing_rope(teacher_config, max_length=run.data.max_length, role="teacher", why=why)
         trusted = teacher.model.trust_remote_code
         refuse_silent_windows(teacher_config, max_length=run.data.max_length, trust_remote_code=trusted)
+
+
+def check_cache(run: Run, name: str, teacher_config: Any) -> None:
+    """Raises `ConfigError` where `kv_cache_bytes` is too little for one sequence of data.max_length, which vLLM refuses
+    when it starts. Layers that cache by a window or otherwise are not counted."""
+    for role, replicas in run.teachers_by_name()[name].roles().items():
+        given = replicas.engine.kv_cache_bytes if isinstance(replicas.engine, Vllm) else None
+        dtype = "float32" if replicas.dtype == "float32" else "bfloat16"  # auto: the least that it can be
+        needed = kv_cache_bytes(teacher_config, num_tokens=run.data.max_length, dtype=dtype)
+        if given is None or needed is None or getattr(teacher_config.get_text_config(), "sliding_window", None):
+            continue
+        least = -(-needed // replicas.tensor_parallel_size)
+        if given < least:
+            place = f"{teacher_place(run, name)}.{role}.engine.kv_cache_bytes"
+            raise ConfigError(
+                f"{place}: {given} holds no sequence of data.max_length: {run.data.max_length} tokens, whose keys and "
+                f"values take {least} bytes in {dtype}; write at least that, or leave it out"
+            )
 
 
 def vllm_overrides(config: Any, *, trust_remote_code: bool = False) -> dict[str, Any]:

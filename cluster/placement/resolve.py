@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from cluster.engines.plan import EnginePlan
-from cluster.engines.vllm_limits import check_rotation, check_split
+from cluster.engines.vllm_limits import check_cache, check_rotation, check_split
 from cluster.placement.choices import Choices, DtypeRule, choose_accelerator
 from cluster.placement.facts import RunFacts
 from cluster.placement.groups import Placement
@@ -58,6 +58,7 @@ def resolve(run: Run, hardware: Hardware, facts: RunFacts, *, with_students: boo
         if teacher.config is not None:
             check_split(run, name, teacher.config)
             check_rotation(run, name, teacher.config)
+            check_cache(run, name, teacher.config)
     accelerator = choose_accelerator(run, hardware)
     roles = [role for role in roles_of(run, accelerator) if with_students or role.role != STUDENT]
     placement = Placement() if run.runtime == "in_process" else place(roles, hardware)

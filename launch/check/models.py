@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from cluster.engines.vllm_limits import check_rotation
+from cluster.engines.vllm_limits import check_cache, check_rotation
 from cluster.engines.vllm_registry import check_architecture, unknown_quantisation
 from cluster.preflight.finding import Finding, attempt, ok, warning
 from configs.answers import TeacherAnswers
@@ -176,14 +177,15 @@ def attention(run: Run, *, known: set[str]) -> Iterator[Finding]:
         place = teacher_place(run, name)
         if place not in known:
             continue
-        rotate = partial(_rotation, run, name, teacher.model, f"{place}.model")
-        finding = attempt(f"{place} attention", rotate, lambda: "the same at every length of the data")
-        if finding.fatal:
-            yield finding
+        for subject, look in (("attention", check_rotation), ("cache", check_cache)):
+            asked = partial(_of_engine, look, run, name, f"{place}.model")
+            finding = attempt(f"{place} {subject}", asked, lambda: "fits the data")
+            if finding.fatal:
+                yield finding
 
 
-def _rotation(run: Run, name: str, source: ModelSource, role: str) -> None:
-    check_rotation(run, name, load_config(source, role=role))
+def _of_engine(look: Callable[[Run, str, Any], None], run: Run, name: str, role: str) -> None:
+    look(run, name, load_config(run.teachers_by_name()[name].model, role=role))
 
 
 def licences(run: Run) -> Iterator[Finding]:

@@ -434,6 +434,20 @@ def test_the_line_between_splits_is_that_of_vllm() -> None:
                     check_split(run, "teacher", config)
 
 
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 2 * 2 * 4 * 8 * 4 * 64), ("auto", 2 * 2 * 4 * 8 * 2 * 64)])
+def test_a_cache_that_holds_no_sequence_is_refused(dtype: str, least: int) -> None:
+    config = LlamaConfig(hidden_size=64, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=2)
+
+    def resolve_with(size: int) -> None:
+        engine = {"kind": "vllm", "kv_cache_bytes": size}
+        scorer = {"engine": engine, "dtype": dtype}
+        resolved(make_run(teacher__scorer=scorer, data__max_length=64), "8xH100", teacher_config=config)
+
+    resolve_with(least)
+    with pytest.raises(ConfigError, match=rf"teacher.scorer.engine.kv_cache_bytes: .* take {least} bytes"):
+        resolve_with(least - 1)
+
+
 def test_vllm_sees_as_far_back_as_transformers_does() -> None:
     ignored = resolved(make_run(), "8xH100", teacher_config=LlamaConfig(**ONE_B, sliding_window=64))
     assert ignored.teachers["teacher"].scorer.arguments["hf_overrides"] == {
