@@ -173,7 +173,7 @@ def attention(run: Run, *, known: set[str]) -> Iterator[Finding]:
             refuse_unpackable(config, max_length=run.data.max_length, trust_remote_code=trusted)
 
         yield attempt("student attention", look, lambda: "its sequences can be packed")
-    for name, teacher in run.teachers_by_name().items():
+    for name in run.teachers_by_name():
         place = teacher_place(run, name)
         if place not in known:
             continue

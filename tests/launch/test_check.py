@@ -89,7 +89,7 @@ def test_candidates_without_scores_or_longer_than_a_micro_batch_are_refused(make
     changes = [f"prompts={{path: {tmp_path}/listed.jsonl}}", "objective=[{loss: scored_listwise_kl}]", "labels=none"]
     (wrong,) = problems(make(), *changes)
     assert "listed.jsonl:1: scores: are missing, and the objective learns them; write loss: listwise_kl" in wrong.text
-    changes[1:] = ["objective=[{loss: listwise_kl}]", "labels=token", "data.max_length=16"]
+    changes[1:] = ["objective=[{loss: listwise_kl}]", "labels=token", "data.max_length=8"]
     row["candidates"] = [f" fox {word}" for word in ("by", "a", "the", "drop", "into", "over")]
     (tmp_path / "listed.jsonl").write_text(json.dumps(row) + "\n")
     found = problems(make(), *changes, "training.micro_batch_tokens=16")
