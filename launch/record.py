@@ -35,6 +35,7 @@ from launch.report.hours import Attempt, Devices, Hours, read_attempts
 from launch.report.metrics import Records, read_metrics
 from launch.report.page import BEFORE_START, sample_records, write_report
 from launch.report.timeline import read_timeline
+from launch.report.trained import trained_records
 from trainer.data.readable import answer_of, readable_prompts
 from trainer.errors import InfrastructureError
 from trainer.loop.job import Job
@@ -111,6 +112,14 @@ class Record:
         assert self._job is not None
         records = sample_records(evaluation.samples, self._job.inputs.tokenizer.decode)
         self._merge(self._folder.samples, {when: records})
+
+    def trained(self, evaluation: Evaluation) -> None:
+        """What the last step was trained on; of an evaluation that nothing was trained before, nothing."""
+        assert self._job is not None
+        if evaluation.trained:
+            inputs = self._job.inputs
+            teachers = lambda task: inputs.tasks[task].aligner.teacher.template.tokenizer.decode  # noqa: E731
+            write_json(self._folder.trained, trained_records(evaluation.trained, inputs.tokenizer.decode, teachers))
 
     def generation(self, who: str, rows: tuple[Sequence, ...], texts: AbstractSequence[np.ndarray]) -> None:
         """What the student wrote `before` or `after` training, or the `teacher`, to the prompts of held-out rows."""

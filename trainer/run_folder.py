@@ -6,6 +6,7 @@
         timeline.jsonl   who was busy when                 trackers/      what trackers were sent, if asked for
         samples.json     tokens for the viewer             report.html    everything above, to look at
         generations.json answers before and after          exit.json      how the run ended
+        trained.json     labels of the last step seen
         rejected.jsonl   rows that were not used
 """
 
@@ -106,6 +107,10 @@ class RunFolder:
     @property
     def samples(self) -> Path:
         return self.path / "samples.json"
+
+    @property
+    def trained(self) -> Path:
+        return self.path / "trained.json"
 
     @property
     def generations(self) -> Path:

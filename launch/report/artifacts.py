@@ -7,7 +7,7 @@ is wrong in one of these files costs a number or a sample, and a sentence, never
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NotRequired
 
 from pydantic import ConfigDict, NonNegativeInt
 from typing_extensions import TypedDict
@@ -71,6 +71,52 @@ class Samples(TypedDict, total=False):
     after: list[Sample]
 
 
+class LabelledId(TypedDict):
+    """An id of a label."""
+
+    id: int
+    text: str
+    teacher: float | None
+    student: float | None
+    control: bool
+
+
+class LabelRow(TypedDict):
+    """One row of trained.json; `launch/report/trained.py` says what is in it."""
+
+    row: NonNegativeInt
+    kept: int
+    ids: list[LabelledId]
+    tail: float | None
+    student_tail: float | None
+    entropy: float | None
+    student_entropy: float | None
+    target: float | None
+    student_target: float | None
+    kl: float | None
+    group: NotRequired[int]
+    beside: NotRequired[list[str]]
+
+
+class TrainedSequence(TypedDict):
+    """One sequence of trained.json."""
+
+    id: str
+    task: str
+    teacher: str
+    labels: str
+    how: str
+    tokens: list[str]
+    rows: list[LabelRow]
+
+
+class TrainedFile(TypedDict, total=False):
+    """trained.json."""
+
+    step: NonNegativeInt
+    sequences: list[TrainedSequence]
+
+
 class Generations(TypedDict, total=False):
     """generations.json. A prompt is its turns, of an earlier version one text."""
 
@@ -96,6 +142,18 @@ def read_samples(folder: RunFolder, *, tell: Tell = ignore) -> Samples:
             else:
                 tell(f"{folder.samples}: {when}: its lists differ in length; this is left out")
     return found
+
+
+def read_trained(folder: RunFolder, *, tell: Tell = ignore) -> tuple[int, list[TrainedSequence]]:
+    """The step, and every sequence whose rows are rows of its tokens."""
+    read = read_parts(folder.trained, TrainedFile, depth=2, tell=tell)
+    whole = []
+    for one in read.get("sequences", []):
+        if all(row["row"] + 1 < len(one["tokens"]) for row in one["rows"]):
+            whole.append(one)
+        else:
+            tell(f"{folder.trained}: {one['id']}: a row is none of its tokens; this is left out")
+    return read.get("step", 0), whole
 
 
 def read_generations(folder: RunFolder, *, tell: Tell = ignore) -> Generations:

@@ -27,6 +27,7 @@ from launch.report.metrics import NOTICEABLE_PADDING, TOKENS_PER_S, Records, rea
 from launch.report.numbers import Form, compact, duration, percent
 from launch.report.tasks import tables
 from launch.report.timeline import Span, TimeAxis, draw, kinds_present, mean_waiting, read_timeline, wait_shares
+from launch.report.trained import read_trained
 from launch.report.viewer import Answers, read_generations, read_viewer, sample_records
 from trainer.errors import ConfigError, Preempted
 from trainer.run_folder import RunFolder, write_text
@@ -76,10 +77,11 @@ def render(folder: RunFolder) -> str:
     records = read_metrics(folder, tell=damage.append)
     spans = read_timeline(folder, tell=damage.append)
     viewer = read_viewer(folder, tell=damage.append)
+    trained = read_trained(folder, tell=damage.append)
     generations = read_generations(folder, tell=damage.append)
     status = _status(folder, config, manifest, records, tell=damage.append)
     shares = wait_shares(spans)
-    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    script = "".join((_HERE / name).read_text(encoding="utf-8") for name in ("page.js", "trained.js"))
     return templates.render(
         _HERE / "page.jinja",
         {"percent": percent, "nats": lambda value: "-" if value is None else compact(value)},
@@ -94,6 +96,7 @@ def render(folder: RunFolder) -> str:
         kinds=kinds_present(spans),
         shares=shares,
         viewer=viewer,
+        trained=trained,
         generations=generations,
         answers_note=_answers_note(config, generations),
         warnings=[*(manifest.get("warnings") or []), *damage],
@@ -101,7 +104,7 @@ def render(folder: RunFolder) -> str:
         sections=_sections(manifest),
         config=config_text,
         made=time.strftime("%Y-%m-%d %H:%M"),
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        style=Markup("".join((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "trained.css"))),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )

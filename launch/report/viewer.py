@@ -66,12 +66,7 @@ class ViewedSequence:
 
     @property
     def title(self) -> str:
-        """For people, who count rows from 1; ids are `<epoch>:<row>`, with `#<text>` behind the first one of a row."""
-        task, _, place = self.id.rpartition("/")
-        row, _, text = place.removeprefix("0:").partition("#")
-        of = f" of {task}" if task else ""
-        turn = f", its text {int(text) + 1}" if text.isdecimal() else ""
-        return f"held-out row {int(row) + 1:,}{of}{turn}" if row.isdecimal() and row != place else self.id
+        return row_title(self.id, "held-out row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +96,18 @@ class Answers:
     after: str | None
     teacher: str | None
     reference: str | None
+
+
+def row_title(name: str, what: str) -> str:
+    """For people, who count rows from 1; names are `<task>/<epoch>:<row>`, with `#<text>` behind the first one of a
+    row."""
+    task, _, place = name.rpartition("/")
+    row, _, text = place.partition(":")[2].partition("#")
+    of = f" of {task}" if task else ""
+    turn = f", its text {int(text) + 1}" if text.isdecimal() else ""
+    epoch = place.partition(":")[0]
+    again = f", epoch {int(epoch) + 1}" if epoch.isdecimal() and epoch != "0" else ""
+    return f"{what} {int(row) + 1:,}{of}{turn}{again}" if row.isdecimal() and epoch.isdecimal() else name
 
 
 def sample_records(samples: Sequence[SampleTokens], decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:

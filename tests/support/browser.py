@@ -57,6 +57,11 @@ def layout_faults(pages: Mapping[str, str], scratch: Path) -> list[str]:
     return json.loads(html.unescape(found))
 
 
+def rendered(page: Path, scratch: Path) -> str:
+    """The page's document after its scripts have run, under its own content security policy."""
+    return _run("--dump-dom", "--window-size=1280,1000", scratch=scratch, file=page)
+
+
 def _run(*options: str, scratch: Path, file: Path) -> str:
     command = browser()
     assert command is not None

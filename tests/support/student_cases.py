@@ -251,7 +251,8 @@ def case_look(place: Place) -> dict[str, Any]:
         if place.world == 1 and zero_stage == 3:
             continue
         student = {"zero_stage": zero_stage, "model": {"path": str(place.folder.parent / model)}}
-        run = make_run(place.folder.parent, student=student, training={"micro_batch_tokens": SMALL_BUDGET})
+        training = {"micro_batch_tokens": SMALL_BUDGET, "evaluate_every": 2}
+        run = make_run(place.folder.parent, student=student, training=training)
         rank, info = build_with_info(run, place)
         prompts = [s.token_ids for s in sequences_of(7)[:3]]
         found[model, zero_stage] = {
@@ -262,9 +263,16 @@ def case_look(place: Place) -> dict[str, Any]:
             "metrics": train(rank, run, place, last=2),
             "export": _export(rank, place, f"look-{model}-{zero_stage}"),
             "after": _evaluate(rank, place),
+            "resumed": _resumed(rank),
         }
         rank.close()
     return found
+
+
+def _resumed(rank: StudentRank) -> Any:
+    """What an evaluation shows of training where one rank alone trained nothing since it was started."""
+    rank._staging.shown = rank._staging.shown if rank._rank else None
+    return rank.evaluate(2, 3).trained
 
 
 def case_variants(place: Place) -> dict[str, Any]:

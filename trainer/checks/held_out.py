@@ -115,7 +115,7 @@ def _columns(rows: EvaluationRows) -> tuple[torch.Tensor, ...]:
 
 def without_samples(evaluation: Evaluation) -> Evaluation:
     """The numbers alone, for ranks whose answer nobody shows."""
-    return replace(evaluation, samples=())
+    return replace(evaluation, samples=(), trained=())
 
 
 def _samples(item: HeldOutBatch, rows: EvaluationRows, *, first: int) -> dict[int, SampleTokens]:

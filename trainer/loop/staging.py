@@ -21,12 +21,14 @@ from configs.models import Teacher
 from configs.schema import Run
 from trainer.align.aligner import SharedIds
 from trainer.align.blocks import ALIGNED_COLUMN, to_student_rows
+from trainer.checks.trained import MAX_SEQUENCES, TrainedBatch, choose
 from trainer.errors import UnitRejected
 from trainer.labels.encoding import Column, load_encoding
 from trainer.loop.chosen_ids import ChosenIds
-from trainer.loop.packing import Layouts, check_block, check_finite, layout_of, pack, to_device
+from trainer.loop.packing import Layouts, check_block, check_finite, layout_of, pack, parts_of, to_device
 from trainer.loop.plan import plan_step
-from trainer.loop.together import Scored, packable
+from trainer.loop.settings import every
+from trainer.loop.together import Packable, Scored, packable
 from trainer.losses.ensemble import target_logprobs
 from trainer.model.head import Head
 from trainer.model.load import load_teacher_head
@@ -51,6 +53,7 @@ class StagedStep:
     micro_batches: tuple[TokenBatch, ...]
     num_tokens: int  # of this rank
     totals: Mapping[str, TaskTotals]  # by task, of all ranks
+    shown: TrainedBatch | None = None  # what an evaluation after the step shows of it; None where there is none
 
     @property
     def num_loss_tokens(self) -> int:
@@ -69,8 +72,10 @@ class HeldOutBatch:
 class Staging:
     """What has arrived at one rank and was not trained yet, its held-out rows, and the heads of teachers."""
 
-    def __init__(self, run: Run, *, vocabulary: Vocabulary, device: torch.device) -> None:
+    def __init__(self, run: Run, *, vocabulary: Vocabulary, device: torch.device, last_step: int = 0) -> None:
+        """`last_step`: of the run, after which it is evaluated."""
         self._run = run
+        self._last_step = last_step
         self._tasks = run.resolved_tasks()
         self._teachers = run.teachers_by_name()
         self._vocabulary = vocabulary
@@ -79,6 +84,7 @@ class Staging:
         self._lock = threading.Lock()
         self._headers: dict[tuple[str, tuple[str, str]], LabelHeader] = {}  # the first of a purpose, task and teacher
         self._steps: dict[int, StagedStep] = {}
+        self.shown: TrainedBatch | None = None  # of the last step that was taken, where it is evaluated
         self.chosen = ChosenIds()
         self.held_out: tuple[HeldOutBatch, ...] = ()
         self._shared: dict[str, SharedIds] = {}  # by teacher, of those with another vocabulary
@@ -108,11 +114,32 @@ class Staging:
             for members in batch.micro_batches
         )
         tokens = sum(unit.num_tokens for unit in batch.units)
-        self._steps[batch.step] = StagedStep(packed, tokens, batch.totals)
+        self._steps[batch.step] = StagedStep(packed, tokens, batch.totals, self._shown(batch, ready))
 
     def take(self, step: int) -> StagedStep:
         """The step's batches, which are forgotten here."""
-        return self._steps.pop(step)
+        staged = self._steps.pop(step)
+        self.shown = staged.shown
+        return staged
+
+    def _shown(self, batch: RankBatch, ready: Packable) -> TrainedBatch | None:
+        """A few sequences of a step that is evaluated, packed by themselves: their labels outlive the step."""
+        report = self._run.report.viewer_sequences
+        if not report or not (batch.step == self._last_step or every(self._run.training.evaluate_every, batch.step)):
+            return None
+        places = [(u, s) for u, unit in enumerate(batch.units) for s in range(len(unit.sequences))]
+        places = [place for place in places if self._tasks[batch.units[place[0]].kind[0]].trained_labels is not None]
+        chosen = choose(
+            [batch.units[u].sequences[s] for u, s in places],
+            most=min(report, MAX_SEQUENCES),
+            token_budget=self._run.training.micro_batch_tokens,
+        )
+        if not chosen:
+            return None
+        moved = ready.moved([places[i] for i in chosen])
+        packed = pack(ready.units, moved, ready.blocks, layouts=ready.layouts, pin=self._pin)
+        in_order = [place for part in parts_of(ready.units, moved) for place in part]
+        return TrainedBatch(batch.step, packed, tuple(ready.units[u].sequences[s] for u, s in in_order))
 
     def teacher_head(self, teacher: str) -> Head | None:
         """Of the teacher that a part names; None where none of its hidden states came here."""

@@ -18,6 +18,7 @@ import resource
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,9 @@ from configs.held_out import held_out_sets
 from configs.schema import Run
 from configs.tasks import ResolvedTask
 from trainer.checks.held_out import Measure, evaluate_held_out, without_samples
+from trainer.checks.label_rows import PartLabels
 from trainer.checks.self_tests import Subject, run_self_tests
+from trainer.checks.trained import evaluate_trained
 from trainer.errors import ConfigError
 from trainer.labels.encoding import Encoding, load_encoding
 from trainer.loop.packing import to_device
@@ -48,6 +51,7 @@ from trainer.model.collectives import all_gather, all_gather_objects
 from trainer.model.export import export_student
 from trainer.model.fast import use_fast_products
 from trainer.model.generate import generate
+from trainer.model.head import Head
 from trainer.model.load import HeadCall, StudentModule, load_config, load_student
 from trainer.model.optimizer import learning_rate
 from trainer.model.zero import ZeroModel, flush_to_disk, num_elements, sharded_loading, start_processes, stop_processes
@@ -84,7 +88,7 @@ class StudentRank:
         self._rank, self._world, self._device = rank, world, device
         self._vocabulary = vocabulary
         self._total_steps = total_steps
-        self._staging = Staging(run, vocabulary=vocabulary, device=device)
+        self._staging = Staging(run, vocabulary=vocabulary, device=device, last_step=total_steps)
         self._tasks = run.resolved_tasks()
         self._encodings = {name: _encoding_of(task) for name, task in self._tasks.items()}
         self._ensembles = {name: task.ensemble for name, task in self._tasks.items() if task.ensemble is not None}
@@ -376,7 +380,29 @@ class StudentRank:
             step=step,
             viewer_sequences=viewer_sequences,
         )
+        if viewer_sequences:
+            trained = evaluate_trained(
+                self._staging.shown, self._forward, self._student_head, self._part_labels, device=self._device
+            )
+            evaluation = replace(evaluation, trained=trained)
         return evaluation if self._rank == 0 else without_samples(evaluation)
+
+    def _student_head(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Head:
+        return Head(weight, bias, self._module.head_shape, self._vocabulary.size)
+
+    def _part_labels(self, part: BatchPart) -> PartLabels | None:
+        """By what the labels of a part are shown: as its teacher made them, whatever the alignment."""
+        task, encoding = self._tasks[part.task], self._part_encoding(part)
+        if encoding is None or task.align is None:
+            return None if encoding is None else PartLabels(encoding, self._staging.teacher_head(part.teacher))
+        own, how = self._encodings[part.task], task.align.kind
+        return PartLabels(
+            own,
+            self._staging.teacher_head(part.teacher),
+            shared=self._staging.shared_ids(part.teacher),
+            aligned=encoding if how == "overlap" else None,
+            how=how,
+        )
 
     def _mixes(self) -> dict[str, Mix]:
         """How teachers that score held-out rows together become one, by set of rows."""

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import WIDTHS, browser, layout_faults
+from browser import WIDTHS, browser, layout_faults, rendered
 
 from launch.report.metrics import GRAD_NORM, LEARNING_RATE, LOSS, STUDENT_WAIT, TOKENS_PER_S, MetricsLog, Timeline
 from launch.report.page import sample_records, write_report
+from launch.report.trained import trained_records
+from trainer.checks.shown import LabelRows, TrainedTokens
 from trainer.run_folder import RunFolder, write_json
 from trainer.types import Evaluation, SampleTokens, StepMetrics
 
@@ -45,6 +47,28 @@ TEXTS = {
     "emoji": "👩‍👩‍👧‍👦🇫🇷é̂" * 40,
     "lines": "one\n\ttwo\n" * 30,
 }
+
+
+def trained_tokens(text: str, *, labels: str, how: str) -> TrainedTokens:
+    """Labels of 40 tokens of any encoding and alignment."""
+    n, m = 40, 8
+    logprobs = -np.linspace(0, 12, n * m, dtype=np.float32).reshape(n, m)
+    ones = np.linspace(0, 1, n, dtype=np.float32)
+    label = LabelRows(
+        ids=np.arange(n * m).reshape(n, m) % 60,
+        teacher=logprobs,
+        student=np.where(np.arange(m) == 3, np.nan, 2 * logprobs),
+        control=np.broadcast_to(np.arange(m) > 5, (n, m)),
+        num_kept=np.full(n, -1 if labels == "hidden" else 64),
+        tail=ones,
+        student_tail=ones[::-1],
+        **dict.fromkeys(("entropy", "student_entropy", "kl"), 10 * ones),
+        target=-ones,
+        student_target=-20 * ones,
+    )
+    beside = tuple(np.arange(i % 7, dtype=np.int32) for i in range(n)) if how else ()
+    tokens, groups = np.arange(60, dtype=np.int32), np.arange(n) if how else np.empty(0, np.int64)
+    return TrainedTokens("0:3", 8, LONG, text, labels, how, tokens, np.arange(n), label, groups, beside)
 
 
 def write_run(
@@ -92,6 +116,11 @@ def write_run(
         kl=np.linspace(0, 9, 59, dtype=np.float32),
     )
     write_json(folder.samples, {"before": sample_records([sample], lambda ids: "".join(text[i : i + 1] for i in ids))})
+    decode = lambda ids: "".join(text[i : i + 1] for i in ids)  # noqa: E731
+    kinds = ("topk", "sampled", "token", "hidden", "given_ids")
+    trained = [trained_tokens(text, labels=kind, how="") for kind in kinds]
+    trained += [trained_tokens(text, labels="topk", how="overlap"), trained_tokens(text, labels="token", how="chunks")]
+    write_json(folder.trained, trained_records(trained, decode, lambda task: decode))
     turns = [{"role": role, "content": text} for role in ("system", "user", "assistant", "user")]
     answers = {who: [text, text * 20] for who in ("before", "after", "teacher", "reference")}
     write_json(folder.generations, {"prompts": [turns, text], **answers})
@@ -155,3 +184,19 @@ def test_the_measurement_sees_a_number_that_is_cut_and_a_label_that_leaves_its_f
     ):
         for width in WIDTHS:
             assert f"{name} at {width}: {fault}" in found
+
+
+HOSTILE = "'\"><img src=x onerror=alert(1)></code><script>alert(2)</script>\u2028<!--"
+
+
+@pytest.mark.parametrize("kind", ["topk", "token"])
+def test_a_hostile_token_is_text_for_the_browser_too_when_its_label_is_shown(tmp_path: Path, kind: str) -> None:
+    folder = write_run(tmp_path / "run")
+    decode = lambda ids: HOSTILE * len(ids)  # noqa: E731
+    trained = [trained_tokens(HOSTILE, labels=kind, how=how) for how in ("", "overlap")]
+    write_json(folder.trained, trained_records(trained, decode, lambda task: decode))
+    document = rendered(write_report(folder), tmp_path)
+    assert 'class="label" aria-live="polite"><p class="of">prediction of <code>' in document
+    assert "<img" not in document
+    assert document.count("<script>") == 1
+    assert document.count("&lt;img src=x onerror=alert(1)&gt;") > 80

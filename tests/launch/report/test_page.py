@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs.labels import LABELS
 from launch.report.metrics import TOKENS_PER_S, MetricsLog, Timeline
 from launch.report.numbers import axis_texts, compact, fixed, percent, share
 from launch.report.page import BEFORE_START, sample_records, write_report
 from launch.report.plots import MAX_POINTS, WIDTH, Series, line_chart, thin, ticks
+from launch.report.trained import MEANINGS, trained_records
 from launch.report.viewer import ViewedSequence, token_texts
+from trainer.checks.shown import LabelRows, TrainedTokens
 from trainer.errors import ConfigError
 from trainer.run_folder import RunFolder, write_json
 from trainer.types import Evaluation, SampleTokens, StepMetrics
@@ -41,6 +44,33 @@ class Page(HTMLParser):
 
     def named(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
+
+
+def trained_tokens(**changes: Any) -> TrainedTokens:
+    """Two rows: one with three kept ids, one that no row of the teacher belongs to."""
+    label = LabelRows(
+        ids=np.array([[5, 9, 2], [-1, -1, -1]]),
+        teacher=np.log(np.array([[0.6, 0.2, 0.1], [1, 1, 1]], np.float32)),
+        student=np.log(np.array([[0.3, np.nan, 0.2], [1, 1, 1]], np.float32)),
+        control=np.array([[False, False, True], [False] * 3]),
+        num_kept=np.array([3, 0]),
+        tail=np.array([0.1, np.nan], np.float32),
+        student_tail=np.array([0.5, np.nan], np.float32),
+        entropy=np.array([1.25, np.nan], np.float32),
+        student_entropy=np.array([2.5, 2.0], np.float32),
+        target=np.array([-3.0, np.nan], np.float32),
+        student_target=np.array([-4.0, -1.0], np.float32),
+        kl=np.array([0.75, np.nan], np.float32),
+    )
+    fields = {"id": "1:4", "step": 8, "task": "main", "teacher": "", "labels": "topk", "how": "overlap"}
+    arrays = {"token_ids": np.array([5, 6, 7, 8], np.int32), "rows": np.array([1, 2]), "label": label}
+    aligned = {"groups": np.array([0, -1]), "beside": (np.array([3, 4], np.int32), np.empty(0, np.int32))}
+    return TrainedTokens(**fields | arrays | aligned | changes)
+
+
+def write_trained(folder: RunFolder, text: str, **changes: Any) -> None:
+    decode = lambda ids: "".join(f"<{token}>{text}" for token in ids)  # noqa: E731
+    write_json(folder.trained, trained_records([trained_tokens(**changes)], decode, lambda task: decode))
 
 
 def write_run(path: Path, *, text: str = "a plain text", steps: int = 8, finished: bool = True) -> RunFolder:
@@ -68,6 +98,7 @@ def write_run(path: Path, *, text: str = "a plain text", steps: int = 8, finishe
     )
     records = sample_records([sample], lambda ids: "".join(f"<{token}>{text}" for token in ids))
     write_json(folder.samples, {"before": records} | ({"after": records} if finished else {}))
+    write_trained(folder, text, id=text, task=text, teacher=text, labels=text, how=text)
     answers = {"prompts": [text], "before": [text]} | ({"after": [text], "reference": [text]} if finished else {})
     write_json(folder.generations, answers)
     write_json(folder.manifest, {"versions": {text: text}, "warnings": [text], "self_tests": [{"name": text}]})
@@ -208,7 +239,47 @@ def test_a_token_shows_the_row_that_predicted_it(tmp_path: Path) -> None:
     judged = [a for a in page.named("b") if "data-i" in a]
     assert [a["data-i"] for a in judged] == ["2", "3"]  # rows 1 and 2 predict tokens 2 and 3; tokens 0 and 1 are prompt
     assert [a["data-a"] for a in judged] == ["-1.0000,-0.5000,0.1250", ",-0.2500,2.0000"]
-    assert sum(tag == "s" for tag, _ in page.tags) == 2
+    assert sum(tag == "s" for tag, _ in page.tags) == 2 + 2  # those of what was trained on too
+
+
+def test_a_trained_token_shows_its_label_and_says_what_is_not_known(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    write_trained(folder, "a")
+    page = Page(write_report(folder).read_text())
+    first, second = (json.loads(a["data-label"] or "") for a in page.named("b") if "data-label" in a)
+    assert first["ids"] == [
+        ["<5>a", 5, -0.5108, -1.204, 0],
+        ["<9>a", 9, -1.6094, None, 0],
+        ["<2>a", 2, -2.3026, -1.6094, 1],
+    ]
+    assert (first["kept"], first["tail"], first["student_tail"], first["kl"]) == (3, 0.1, 0.5, 0.75)
+    assert first["beside"] == ["<3>a", "<4>a"]
+    assert second == dict.fromkeys(second) | {"ids": [], "kept": 0, "beside": []} | {
+        "student_entropy": 2.0,
+        "student_target": -1.0,
+    }
+    assert "bare" in [a.get("class") for a in page.named("b")]
+    text = " ".join(" ".join(page.text).split())
+    assert "training row 5, epoch 2 labels: topk, align: overlap; 90 % kept, entropy of the label 1.25" in text
+    assert "2 tokens, 1 of them without a label" in text
+
+
+@pytest.mark.parametrize("kind", [one.model_fields["kind"].default for one in LABELS.built_in])
+def test_every_kind_of_labels_has_a_sentence_that_says_what_it_holds(kind: str) -> None:
+    assert kind in MEANINGS or kind == "none"
+
+
+def test_a_damaged_record_of_what_was_trained_costs_itself_alone(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    record = json.loads(folder.trained.read_text())
+    (sequence,) = record["sequences"]
+    beyond = {**sequence, "id": "beyond", "rows": [{**sequence["rows"][0], "row": 9}]}
+    write_json(folder.trained, {**record, "sequences": [{**sequence, "rows": [{"row": 1}]}, beyond, sequence]})
+    page = write_report(folder).read_text()
+    assert page.count("data-label=") == 2
+    assert "a row is none of its tokens" in page
+    folder.trained.write_text("{")
+    assert "<h2>What was trained on" not in write_report(folder).read_text()
 
 
 def test_an_unfinished_run_shows_the_student_before(tmp_path: Path) -> None:

@@ -284,6 +284,38 @@ def test_evaluation_and_export_equal_brute_force_before_and_after_training(
 
 
 @pytest.mark.parametrize("look", LOOKS)
+def test_an_evaluation_shows_the_labels_of_the_step_before_it_beside_the_student_after_it(
+    world: Path, pair: list[dict[str, Any]], look: tuple[str, int]
+) -> None:
+    found = pair[0]["look"][look]
+    student, teacher = _load(found["export"]), _load(world / "teacher")
+    assert found["evaluation"].trained == ()
+    assert pair[1]["look"][look]["after"].trained == ()
+    sequences = {sequence.id: sequence for sequence in sequences_of(2)}
+    shown = found["after"].trained
+    assert len({one.id for one in shown}) == len(shown) == 4
+    for one in shown:
+        ids = torch.from_numpy(sequences[one.id].token_ids.astype(np.int64))
+        assert (one.step, one.labels, one.rows.tolist()) == (
+            2,
+            "topk",
+            np.flatnonzero(sequences[one.id].loss_mask).tolist(),
+        )
+        with torch.no_grad():
+            p, q = (
+                m(input_ids=ids[None]).logits[0, one.rows, :VOCABULARY_SIZE].softmax(-1).numpy()
+                for m in (teacher, student)
+            )
+        rows, places = np.nonzero(one.label.ids >= 0)
+        kept = one.label.ids[rows, places]
+        np.testing.assert_allclose(np.exp(one.label.teacher[rows, places]), p[rows, kept], rtol=5e-3)
+        np.testing.assert_allclose(np.exp(one.label.student[rows, places]), q[rows, kept], rtol=1e-3)
+    of_other_ranks = [one.id for one in found["resumed"]]
+    assert 0 < len(of_other_ranks) < 4
+    assert set(of_other_ranks) < {one.id for one in shown}
+
+
+@pytest.mark.parametrize("look", LOOKS)
 def test_generation_equals_that_of_transformers(world: Path, pair: list[dict[str, Any]], look: tuple[str, int]) -> None:
     model = _load(world / look[0])
     for sequence, ours in zip(sequences_of(7), pair[0]["look"][look]["generated"], strict=False):
