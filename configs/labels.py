@@ -6,6 +6,7 @@ by such an object.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, field_validator
@@ -39,6 +40,10 @@ class Labels(Choice):
     def least_vocabulary(self) -> int:
         """How many ids a vocabulary needs for such labels to be made of it."""
         return 1
+
+    def entropy(self, columns: Mapping[str, Any]) -> float | None:
+        """Mean entropy in nats of a block's rows, for the report; None where its columns alone do not tell it."""
+        return None
 
 
 class Sparse(Labels):

@@ -54,6 +54,10 @@ EVALUATION = (
         "those that KL and agreement are of, where the teacher has another tokenizer: over the "
         "tokens that both have, and one event of all others",
     ),
+    _of_evaluation("student_entropy", "nats per row", "of the student's probabilities over the whole vocabulary"),
+    _of_evaluation(
+        "teacher_entropy", "nats per row", "of the teacher's, whatever is trained: what the student's comes near to"
+    ),
     _of_evaluation("padding_mass", "share", "mean probability that the student gives to ids that do not exist"),
 )
 """Of the held-out rows; what needs a teacher is absent where none scored them."""
@@ -91,6 +95,9 @@ METRICS = (
     Metric("labels/store_misses", "", "sequences whose labels a teacher had to make, beside a store", summed=True),
     Metric("labels/store_bytes", "bytes", "of labels that were read from the store", summed=True),
     Metric("labels/mass", "share", "of the teacher's probability that they hold: 1 for `hidden` and `dense`"),
+    Metric("labels/entropy", "nats per row", "of the labels at their temperature, all ids that they do not keep as one "
+           "event: a lower bound of the teacher's. Of `sampled` labels the teacher's own; absent for `hidden`, `dense` "
+           "and `token`, which do not tell it"),
     Metric("throughput/tokens_per_s", "tokens/s", "`train/tokens` over the time from one step to the next"),
     Metric("wait/student_share", "share", "time of the last ten steps in which the student did not train"),
     Metric("wait/teacher_share", "share", "time of the last ten steps in which a teacher had nothing to do, mean over "
@@ -113,6 +120,8 @@ METRICS = (
     Metric("task/<task>/padding", "nats", "as `train/padding`, of one task"),
     Metric("task/<task>/sequences", "", "as `step/sequences`, of one task", summed=True),
     Metric("task/<task>/loss_tokens", "tokens", "as `train/loss_tokens`, of one task", summed=True),
+    Metric("task/<task>/mass", "share", "as `labels/mass`, of one task"),
+    Metric("task/<task>/entropy", "nats per row", "as `labels/entropy`, of one task"),
     Metric("teacher/<teacher>/tokens", "tokens", "of the sequences that it was asked about", summed=True),
     Metric("teacher/<teacher>/token_share", "share", "of the tokens that any teacher was asked about"),
     Metric("teacher/<teacher>/weight", "share", "its mean weight over the loss tokens of ensembles that name it; with "

@@ -449,6 +449,7 @@ class UnitReport:
     mean_mass: float  # mean probability mass the encoding kept (1.0 for dense and hidden labels)
     score_s: float  # from the first request of the unit entering the engine to its last row leaving it
     started_s: float  # wall clock (time.time) of the first request, for the timeline
+    mean_entropy: float | None = None  # of the labels, nats per row; None: the encoding does not tell
     store: StoreUse | None = None  # None: there is none, or it was not asked
     notes: tuple[str, ...] = ()  # what a person should know
 
@@ -585,6 +586,8 @@ class Evaluation:
     padding_mass: float = (
         0.0  # mean probability of the student on its rows beyond the vocabulary: ids that do not exist
     )
+    student_entropy: float | None = None  # nats per token, of the whole vocabulary; None: an earlier version's
+    teacher_entropy: float | None = None  # likewise, of its own vocabulary
     aligned_rows: int | None = None
     """Of a teacher with another tokenizer: the rows that KL and agreement are of, over the ids that both vocabularies
     have and one event of all others. None: all rows that a teacher scored, over the whole vocabulary."""

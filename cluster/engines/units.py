@@ -169,6 +169,7 @@ def unit_report(
         num_bytes=block.num_bytes,
         num_non_finite=sum(count_non_finite(block.columns[c.name], c.dtype) for c in layout),
         mean_mass=float(encoding.mass(block.columns)),
+        mean_entropy=encoding.entropy(block.columns),
         score_s=score_s,
         started_s=started_s,
     )

@@ -20,7 +20,7 @@ from launch.report.metrics import (
     Records,
     is_term,
 )
-from launch.report.numbers import percent
+from launch.report.numbers import compact, percent
 from launch.report.plots import Series, line_chart
 
 _COLOURS = ("c2", "c3", "c4", "c5")
@@ -32,6 +32,7 @@ def charts(records: Records) -> list[Markup]:
     waits = [logged(STUDENT_WAIT, "student"), logged(TEACHER_WAIT, "teacher", colour="teacher")]
     pictures = [
         *_quality(records),
+        *_labels(records),
         line_chart(f"Training loss ({_unit_of_loss(records)})", _losses(records)),
         line_chart("Speed (tokens per second)", [logged(TOKENS_PER_S, "tokens/s")], from_zero=True),
         line_chart("Waiting (share of the last ten steps)", waits, from_zero=True, form=percent),
@@ -51,11 +52,36 @@ def _quality(records: Records) -> list[Markup]:
     )
     if not of_tasks:
         perplexity.append(_held_out(records, "teacher_perplexity", "teacher"))
+    entropy = [
+        _held_out(records, "student_entropy", whole),
+        _held_out(records, "teacher_entropy", "teacher"),
+        *_held_out_of_tasks(records, "student_entropy", of_tasks),
+    ]
     return [
         line_chart("Held-out KL to the teacher (nats per token)", kl, from_zero=True),
         line_chart("Held-out agreement (both put the same token first)", agreement, from_zero=True, form=percent),
         line_chart("Held-out perplexity", perplexity, logarithmic=True),
+        line_chart("Held-out entropy (nats per token)", entropy),
     ]
+
+
+def _labels(records: Records) -> list[Markup]:
+    """What the labels of the steps hold, of several tasks each; nothing of a run whose labels say none of it."""
+    pictures = []
+    for name, title, form in (
+        ("mass", "Teacher's probability in the labels", percent),
+        ("entropy", "Entropy of the labels (nats per token)", compact),
+    ):
+        keys = sorted(
+            {key for step in records.steps for key in step.values if re.fullmatch(rf"task/[^/]+/{name}", key)}
+        )
+        lines = [_logged(records, f"labels/{name}", "all tasks" if keys else "labels", colour="teacher")]
+        lines += [
+            _logged(records, key, key.split("/")[1], colour=colour)
+            for key, colour in zip(keys, cycle(_COLOURS), strict=False)
+        ]
+        pictures.append(line_chart(title, lines, form=form))
+    return pictures
 
 
 def _unit_of_loss(records: Records) -> str:

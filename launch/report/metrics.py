@@ -44,6 +44,8 @@ EVALUATION_FIELDS = (
     "perplexity",
     "teacher_perplexity",
     "padding_mass",
+    "student_entropy",
+    "teacher_entropy",
     "aligned_rows",
 )
 _EVALUATED = re.compile(

@@ -47,6 +47,7 @@ from trainer.types import Unit
 
 STAGES = (1, 2, 3)
 LORA = {"rank": 4, "dropout": 0.2}
+HELD_OUT = {"evaluation": {"path": "unused.jsonl"}}
 SMALL_BUDGET = 48  # tokens: about four micro-batches
 FORWARD = [{"loss": "forward_kl"}, {"loss": "cross_entropy", "weight": 0.25}]
 WEIGHTS = ["difficulty", {"kind": "position", "half_life": 8}]
@@ -252,7 +253,7 @@ def case_look(place: Place) -> dict[str, Any]:
             continue
         student = {"zero_stage": zero_stage, "model": {"path": str(place.folder.parent / model)}}
         training = {"micro_batch_tokens": SMALL_BUDGET, "evaluate_every": 2}
-        run = make_run(place.folder.parent, student=student, training=training)
+        run = make_run(place.folder.parent, student=student, training=training, data=HELD_OUT)
         rank, info = build_with_info(run, place)
         prompts = [s.token_ids for s in sequences_of(7)[:3]]
         found[model, zero_stage] = {

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from trainer.align.aligner import SharedIds
+from trainer.labels.encoding import ABSENT
 from trainer.losses.ensemble import Mix, probability_mean
 from trainer.losses.kl import forward_kl
 from trainer.model.fast import cache_blocks
@@ -31,6 +32,8 @@ class EvaluationRows:
     student_logprob: torch.Tensor  # float32 [N]
     teacher_logprob: torch.Tensor  # float32 [M]; 0 of a teacher with another tokenizer, whose target ids are others
     padding_mass: torch.Tensor  # float32 [N] of the student's softmax over all its rows, beyond the vocabulary
+    student_entropy: torch.Tensor  # float32 [N] in nats, of the whole vocabulary
+    teacher_entropy: torch.Tensor  # float32 [M] likewise, of the teacher's own
     kl_to_each: torch.Tensor  # float32 [M, T] as kl, of each of T teachers that were asked together; T is 0 of one
 
     @classmethod
@@ -42,6 +45,8 @@ class EvaluationRows:
             student_logprob=like.new_zeros(num_rows, dtype=torch.float32),
             teacher_logprob=like.new_empty(num_scored, dtype=torch.float32),
             padding_mass=like.new_zeros(num_rows, dtype=torch.float32),
+            student_entropy=like.new_zeros(num_rows, dtype=torch.float32),
+            teacher_entropy=like.new_empty(num_scored, dtype=torch.float32),
             kl_to_each=like.new_empty(num_scored, num_together, dtype=torch.float32),
         )
 
@@ -112,6 +117,7 @@ def evaluation_rows(
             logits = head.inside.shape.apply(products[block].float())
             student = logits.log_softmax(1)
             rows.student_logprob[place] = student.gather(1, target_ids[place, None])[:, 0]
+            rows.student_entropy[place] = entropy(student)
             scored = [
                 one.head.shape.apply(product[block].float()).log_softmax(1)
                 for one, product in zip(states, of_teachers, strict=True)
@@ -121,6 +127,7 @@ def evaluation_rows(
                 rows.kl_to_each[place] = torch.stack(kls, 1)
                 scored = [together.mixed(scored, place)]
             if scored:
+                rows.teacher_entropy[place] = entropy(scored[0])
                 _compare(rows, place, student, scored[0], target_ids[place, None], states[0].shared)
             if padding is not None:
                 inside = logits[:, 0] - student[:, 0]  # log-sum-exp
@@ -129,7 +136,7 @@ def evaluation_rows(
     aligned = teacher.aligned if isinstance(teacher, TeacherStates) else None
     if aligned is None:
         return rows
-    kept = {name: getattr(rows, name)[aligned] for name in ("kl", "agree", "teacher_logprob")}
+    kept = {name: getattr(rows, name)[aligned] for name in _OF_TEACHER}
     return replace(rows, **kept)
 
 
@@ -152,7 +159,13 @@ def _compare(
     rows.teacher_logprob[place] = teacher.gather(1, ids)[:, 0]
 
 
-_SUMMED = ("kl", "agree", "student_logprob", "teacher_logprob", "padding_mass")
+def entropy(logprobs: torch.Tensor) -> torch.Tensor:
+    """[n] in nats, of log-probabilities [n, V]; what has none counts for nothing."""
+    return -(logprobs.exp() * logprobs.clamp(min=ABSENT)).sum(1)
+
+
+_OF_TEACHER = ("kl", "agree", "teacher_logprob", "teacher_entropy")
+_SUMMED = (*_OF_TEACHER, "student_logprob", "padding_mass", "student_entropy")
 """Columns of `EvaluationRows`, in the order of the sums."""
 
 
@@ -164,9 +177,11 @@ class EvaluationSums:
     num_scored: float  # rows that a teacher scored
     kl: float
     agree: float
-    student_logprob: float
     teacher_logprob: float
+    teacher_entropy: float
+    student_logprob: float
     padding_mass: float
+    student_entropy: float
     aligned: float = 0.0  # scored rows of teachers with another tokenizer
     kl_to_each: Mapping[str, float] = field(default_factory=dict)  # of teachers that were asked together
 
@@ -203,6 +218,8 @@ class EvaluationSums:
             teacher_perplexity=_exp(-self.teacher_logprob / scored) if scored and not self.aligned else None,
             aligned_rows=int(self.aligned) if self.aligned else None,
             padding_mass=self.padding_mass / self.num_rows,
+            student_entropy=self.student_entropy / self.num_rows,
+            teacher_entropy=self.teacher_entropy / scored if scored else None,
             teachers={name: value / scored for name, value in self.kl_to_each.items()},
         )
 

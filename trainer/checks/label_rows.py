@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from trainer.align.aligner import SharedIds
+from trainer.checks.evaluate import entropy
 from trainer.checks.shown import LabelRows
 from trainer.labels.encoding import ABSENT, ALIGNED, Encoding
 from trainer.labels.token import LOGPROB
@@ -94,7 +95,7 @@ def label_rows(
     shared = known.shared
     student = (logits / encoding.temperature).log_softmax(1)
     own_target = student.gather(1, target_ids[:, None])[:, 0]
-    student_entropy = -(student.exp() * student.clamp(min=ABSENT)).sum(1)
+    student_entropy = entropy(student)
     if LOGPROB in labels:
         return _of_token(labels[LOGPROB][:, 0], own_target, student_entropy, target_ids)
     seen = logits if shared is None else logits.new_zeros(len(logits), shared.num_teacher)
@@ -110,9 +111,7 @@ def label_rows(
         student_tail = (1.0 - kept.sum(1)).clamp(min=0.0)
         if pair.ids is None:
             student_tail = torch.full_like(tail, torch.nan)
-    entropy = pair.teacher_entropy
-    if entropy is None:
-        entropy = -(pair.teacher.exp() * pair.teacher.clamp(min=ABSENT)).sum(1)
+    of_label = entropy(pair.teacher) if pair.teacher_entropy is None else pair.teacher_entropy
     nothing = torch.full_like(own_target, torch.nan)
     target = nothing
     if shared is None:
@@ -127,7 +126,7 @@ def label_rows(
         torch.full_like(target_ids, -1) if pair.exhaustive else events.present.sum(1),
         tail,
         student_tail,
-        entropy,
+        of_label,
         student_entropy,
         target,
         own_target,

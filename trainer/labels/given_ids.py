@@ -20,6 +20,7 @@ import torch
 from configs.labels import GivenIds
 from trainer.labels.encoding import ABSENT, Column, TeacherShape
 from trainer.labels.kept import id_dtype, kept_layout, kept_pair, present_and_tail, rest_of
+from trainer.labels.sparse import kept_entropy, kept_mass
 from trainer.model.fast import cache_blocks, top_k
 from trainer.types import PairedLogProbs
 
@@ -80,7 +81,10 @@ class Encoding(GivenIds):
         return kept_pair(events, teacher, ids, labels)
 
     def mass(self, columns: Mapping[str, np.ndarray]) -> float:
-        return float(-np.expm1(columns["tail"].astype(np.float64)).mean())
+        return kept_mass(columns["tail"])
+
+    def entropy(self, columns: Mapping[str, np.ndarray]) -> float | None:
+        return kept_entropy(columns["logprobs"], columns["tail"])
 
     def _check_vocabulary(self, vocabulary_size: int) -> None:
         if self.num_kept > vocabulary_size:

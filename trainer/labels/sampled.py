@@ -132,6 +132,10 @@ class Encoding(Sampled):
             present = torch.cat([torch.ones_like(first, dtype=torch.bool), present], dim=1)
         return ids, present, logprobs.clamp(min=ABSENT).masked_fill(~present, ABSENT)
 
+    def entropy(self, columns: Mapping[str, np.ndarray]) -> float | None:
+        """The teacher's, of all ids."""
+        return float(columns["entropy"].mean()) if len(columns["entropy"]) else None
+
     def mass(self, columns: Mapping[str, np.ndarray]) -> float:
         return kept_mass(columns["tail"])
 

@@ -159,6 +159,9 @@ class KeptIds(Sparse):
     def mass(self, columns: Mapping[str, np.ndarray]) -> float:
         return kept_mass(columns["tail"])
 
+    def entropy(self, columns: Mapping[str, np.ndarray]) -> float | None:
+        return kept_entropy(columns["logprobs"], columns["tail"])
+
     def _keep(self, logits: torch.Tensor, target_ids: torch.Tensor, first_id: int = 0) -> Kept:
         return keep(
             logits,
@@ -193,3 +196,12 @@ def count_dtype(most: int) -> torch.dtype:
 def kept_mass(tail: np.ndarray) -> float:
     """Mean mass of the kept ids, from the log-mass of all others [N, 1]."""
     return float(-np.expm1(tail.astype(np.float64)).mean())
+
+
+def kept_entropy(logprobs: np.ndarray, tail: np.ndarray) -> float | None:
+    """Mean entropy of the kept ids and of all others as one event, a lower bound of that of the vocabulary: from the
+    log-probabilities of all rows, in any shape, and the log-mass of the others [N, 1]; None of no row."""
+    if not len(tail):
+        return None
+    events = [values.astype(np.float32) for values in (logprobs, tail)]
+    return float(-sum((np.exp(values) * values).sum(dtype=np.float64) for values in events) / len(tail))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from configs.section import MAIN
 from trainer.align.share import AlignedShare, align_metrics
+from trainer.loop.label_means import means_of_tasks
 from trainer.loop.plan import cut_units, groups_of, plan_step
 from trainer.loop.proposals import Proposals
 from trainer.loop.scoring import Scored, UnitScorers, score_and_stage
@@ -182,14 +183,16 @@ class Supply:
         num_bytes = self._settings.label_bytes_per_row * sum(s.num_loss_tokens for s in sequences)
         await self._permits.reserve(drawn.step, num_bytes)
         scored = await self._score_and_stage(batches, given)
+        reports = {name: one[0] for name, one in scored.items() if one is not None}
+        of_labels = means_of_tasks(batches, reports) | align_metrics(sequences)
         return ReadyStep(
             step=drawn.step,
             cursor=drawn.cursor,
-            reports=tuple(one[0] for one in scored.values() if one is not None),
+            reports=tuple(reports.values()),
             sequence_ids=tuple(sequence.id for sequence in sequences),
             answers=collected.answers,
             answers_by_task=collected.answers_by_task,
-            parts=_parts(sequences) | _lost_rows(batches, scored) | align_metrics(sequences),
+            parts=_parts(sequences) | _lost_rows(batches, scored) | of_labels,
         )
 
     async def _score_and_stage(

@@ -15,7 +15,6 @@ are trained and saved.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Awaitable
 from collections.abc import Sequence as AbstractSequence
@@ -23,6 +22,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from trainer.errors import Diverged, InfrastructureError, Preempted, StudentsLost
+from trainer.loop.label_means import label_means
 from trainer.loop.settings import LoopSettings
 from trainer.protocols import Hook, Observer, Students
 from trainer.types import StepMetrics, Trained
@@ -196,9 +196,9 @@ def _with_supply(metrics: StepMetrics, ready: ReadyStep, times: StepTimes) -> St
         "step/sequences": len(ready.sequence_ids),
         "labels/rows": rows,
         "labels/bytes": sum(report.num_bytes for report in ready.reports),
-        "labels/mass": sum(r.mean_mass * r.num_rows for r in ready.reports) / rows if rows else math.nan,
         "scorer/score_s": sum(report.score_s for report in ready.reports),
     }
+    values |= {f"labels/{name}": value for name, value in label_means(ready.reports).items()}
     if used := [report.store for report in ready.reports if report.store is not None]:
         values |= {
             "labels/store_hits": sum(use.hits for use in used),

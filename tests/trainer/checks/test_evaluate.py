@@ -61,6 +61,8 @@ def test_rows_equal_the_float64_distributions_of_both_models(student_family: str
     p, q = oracle.probabilities(teacher[0]), oracle.probabilities(student[0])
     torch.testing.assert_close(rows.kl.double(), oracle.forward_kl(p, q), atol=1e-4, rtol=1e-5)
     assert torch.equal(rows.agree, student[0].argmax(1) == teacher[0].argmax(1))
+    for entropy, exact in ((rows.student_entropy, q), (rows.teacher_entropy, p)):
+        torch.testing.assert_close(entropy.double(), -(exact * exact.log()).sum(1), atol=1e-4, rtol=1e-5)
     for actual, exact in ((rows.student_logprob, q), (rows.teacher_logprob, p)):
         torch.testing.assert_close(
             actual.double(), exact.gather(1, target_ids[:, None])[:, 0].log(), atol=1e-4, rtol=1e-5
@@ -86,7 +88,11 @@ def test_sums_of_uneven_ranks_give_the_means_over_all_rows():
     student, teacher = -torch.rand(30, generator=g), -torch.rand(30, generator=g)
     padding = torch.rand(30, generator=g)
     parts = (slice(0, 4), slice(4, 30), slice(0, 0))
-    ranks = [EvaluationRows(kl[s], agree[s], student[s], teacher[s], padding[s], kl[s, None]) for s in parts]
+    entropies = 2 * kl, 3 * kl
+    ranks = [
+        EvaluationRows(kl[s], agree[s], student[s], teacher[s], padding[s], *(e[s] for e in entropies), kl[s, None])
+        for s in parts
+    ]
     sums = EvaluationSums.combine(EvaluationSums.of(rows, ["big"]) for rows in ranks)
     result = sums.result(step=5)
     assert (result.step, result.num_rows) == (5, 30)
@@ -94,6 +100,8 @@ def test_sums_of_uneven_ranks_give_the_means_over_all_rows():
     assert result.teachers == {"big": pytest.approx(kl.mean().item())}
     assert result.agreement == pytest.approx(agree.float().mean().item())
     assert result.perplexity == pytest.approx(math.exp(-student.mean().item()))
+    means = [pytest.approx(entropy.mean().item()) for entropy in entropies]
+    assert [result.student_entropy, result.teacher_entropy] == means
     assert result.padding_mass == pytest.approx(padding.mean().item())
     assert result.teacher_perplexity == pytest.approx(math.exp(-teacher.mean().item()))
 
@@ -102,7 +110,15 @@ def test_an_evaluation_of_nothing_is_an_error_and_a_hopeless_student_is_not():
     with pytest.raises(ValueError, match="got none"):
         EvaluationSums.combine([]).result(step=0)
     hopeless = EvaluationSums(
-        num_rows=1.0, num_scored=1.0, kl=1e4, agree=0.0, student_logprob=-1e4, teacher_logprob=-1.0, padding_mass=0.0
+        num_rows=1.0,
+        num_scored=1.0,
+        kl=1e4,
+        agree=0.0,
+        student_logprob=-1e4,
+        teacher_logprob=-1.0,
+        padding_mass=0.0,
+        student_entropy=0.0,
+        teacher_entropy=0.0,
     )
     assert hopeless.result(step=0).perplexity == math.inf
 

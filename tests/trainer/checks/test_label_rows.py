@@ -13,9 +13,10 @@ from trainer.checks.label_rows import LIKELIEST, MAX_IDS, PartLabels, label_rows
 from trainer.checks.shown import LabelRows
 from trainer.checks.trained import choose
 from trainer.labels.encoding import ALIGNED, load_encoding
+from trainer.loop.label_means import label_means, means_of_tasks
 from trainer.losses.ensemble import Together
 from trainer.model.head import Head, HeadShape
-from trainer.types import Sequence
+from trainer.types import RankBatch, Sequence, Unit, UnitReport
 
 N, V, H, CONTROL = 70, 283, 24, (7, 211)
 SHAPE = HeadShape()
@@ -190,3 +191,36 @@ def test_of_a_step_sequences_of_every_task_are_chosen_as_far_as_they_fit() -> No
     assert choose(step, most=4, token_budget=31) == [0, 1, 3]
     assert choose(step, most=4, token_budget=1) == [0]
     assert choose(step[-1:], most=4, token_budget=1000) == []
+
+
+@pytest.mark.parametrize("spec", ENCODINGS[:5], ids=str)
+def test_the_entropy_that_a_step_logs_is_the_mean_over_the_rows_of_its_labels(spec: Labels) -> None:
+    rows, p, _, _ = shown(spec)
+    columns = labels_of(spec, *world()[1:])
+    if "num_ids" in columns:  # ragged on the wire
+        there = torch.arange(columns["ids"].shape[1]) < columns["num_ids"].long()
+        columns |= {name: columns[name][there] for name in ("ids", "logprobs", "draws") if name in columns}
+    found = load_encoding(spec).entropy({name: column.numpy() for name, column in columns.items()})
+    assert found == pytest.approx(rows.entropy.mean(), abs=2e-3)
+    assert found <= -(p * np.log(p)).sum(1).mean() + 2e-3
+
+
+def test_encodings_whose_columns_do_not_tell_the_entropy_say_so() -> None:
+    assert [load_encoding(spec).entropy({}) for spec in (Hidden(), Dense(), Token())] == [None] * 3
+
+
+def test_means_over_reports_are_by_rows_and_of_each_named_task() -> None:
+    def report(unit: str, rows: int, mass: float, entropy: float | None) -> UnitReport:
+        return UnitReport(unit, "", "x", rows, rows, 1, 0, mass, 0.0, 0.0, mean_entropy=entropy)
+
+    made = [report("a", 10, 0.9, 2.0), report("b", 30, 0.5, 1.0), report("c", 0, float("nan"), None)]
+    assert label_means(made) == {"mass": pytest.approx(0.6), "entropy": 1.25}
+    assert label_means([*made, report("d", 40, 1.0, None)]) == {"mass": pytest.approx(0.8)}
+    assert np.isnan(label_means([])["mass"])
+    units = [
+        Unit(name, (Sequence(name, np.zeros(2, np.int32), np.zeros(2, bool), "dataset", task=task),))
+        for name, task in (("a", "chat"), ("b", "chat"), ("d", "sft"))
+    ]
+    batch = RankBatch(1, tuple(units), (), {})
+    found = means_of_tasks([batch], {one.unit_id: one for one in made})
+    assert found == {"task/chat/mass": pytest.approx(0.6), "task/chat/entropy": 1.25}

@@ -293,7 +293,7 @@ def test_an_evaluation_shows_the_labels_of_the_step_before_it_beside_the_student
     assert pair[1]["look"][look]["after"].trained == ()
     sequences = {sequence.id: sequence for sequence in sequences_of(2)}
     shown = found["after"].trained
-    assert len({one.id for one in shown}) == len(shown) == 4
+    assert 1 < len(shown) == len({one.id for one in shown})
     for one in shown:
         ids = torch.from_numpy(sequences[one.id].token_ids.astype(np.int64))
         assert (one.step, one.labels, one.rows.tolist()) == (
@@ -311,7 +311,7 @@ def test_an_evaluation_shows_the_labels_of_the_step_before_it_beside_the_student
         np.testing.assert_allclose(np.exp(one.label.teacher[rows, places]), p[rows, kept], rtol=5e-3)
         np.testing.assert_allclose(np.exp(one.label.student[rows, places]), q[rows, kept], rtol=1e-3)
     of_other_ranks = [one.id for one in found["resumed"]]
-    assert 0 < len(of_other_ranks) < 4
+    assert of_other_ranks
     assert set(of_other_ranks) < {one.id for one in shown}
 
 
