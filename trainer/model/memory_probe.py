@@ -42,10 +42,13 @@ def pass_memory(
     copies_output: bool = True,
 ) -> PassMemory | None:
     """Of sequences of `longest` tokens packed into one row of `tokens`; None where the body cannot be run without
-    numbers, as with experts that are chosen by them. `copies_output`: the attention joins the outputs of sequences."""
+    numbers, as with experts that are chosen by them, or does not take this attention. `copies_output`: the attention
+    joins the outputs of sequences."""
     options = {"dtype": dtype, "attn_implementation": _PROBE}
     try:
         causal = build_on_meta(source, copy.deepcopy(config), role="student.model", **options)
+        if not causal._supports_attention_backend:  # as a student it is refused, and Mamba's scan would take minutes
+            return None
         with torch.device("meta"):
             choose_trained(causal, trained, revision=None)
         if activation_checkpointing:
