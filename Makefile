@@ -19,7 +19,8 @@ STUDENT_LAYERS := 0-9,20-29
 EXTRAS := cpu dev tensorboard wandb mlflow trackio
 # Test files at once: most of a test is processes that start. Each worker takes up to 10 GB of memory.
 WORKERS ?= 2
-PARALLEL := -n $(WORKERS) --dist loadfile
+# In the order of tests/conftest.py: xdist's own begins with the files of most tests, and ends with the longest.
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Caches stay in the checkout; nothing phones home; bytecode is cached, or every worker process compiles the stack again.
 export XDG_CACHE_HOME ?= $(CURDIR)/.cache

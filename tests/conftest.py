@@ -20,6 +20,33 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # a busy machine takes longer than Ray's own 30 s
 
+LONGEST = (
+    "e2e/test_runs.py",
+    "launch/test_submit_stack.py",
+    "e2e/test_vllm_runs.py",
+    "e2e/test_stopping.py",
+    "e2e/test_host_loss.py",
+    "hosts/test_multi_host.py",
+    "e2e/test_ensembles.py",
+    "hosts/test_slurm.py",
+    "e2e/test_tasks.py",
+    "e2e/test_written_answers.py",
+    "benchmarks/test_benchmarks_stack.py",
+    "trainer/model/test_student.py",
+    "e2e/test_given_ids.py",
+    "e2e/test_api.py",
+    "e2e/test_resuming.py",
+    "hosts/test_doctor.py",
+    "test_after_training.py",
+    "test_notebooks.py",
+)
+"""Files of minutes, the longest first: workers take whole files, and wait for one that comes last."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
 
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -14,7 +14,7 @@ def pytest_runtest_teardown() -> None:
     end_started()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run on Ray with two ranks."""
     config = tiny_run(tmp_path_factory.mktemp("golden"))

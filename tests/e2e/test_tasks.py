@@ -23,22 +23,24 @@ ENGINE = {"kind": "vllm", "kv_cache_bytes": 32 * 2**20}
 TOLERANCE = 1e-4
 
 
-def two_teachers(folder: Path) -> Path:
+def two_teachers(folder: Path, *, engine: object, **changes: Any) -> Path:
     folder.mkdir(parents=True)
     tiny_folder(folder / "code", seed=3)
     teachers = {
-        name: {"model": {"path": str(folder / path)}, "scorer": {"engine": ENGINE, "dtype": "float32"}}
+        name: {"model": {"path": str(folder / path)}, "scorer": {"engine": engine, "dtype": "float32"}}
         for name, path in (("prose", "teacher"), ("code", "code"))
     }
     code = {"teacher": "code", "labels": "hidden", "objective": [{"loss": "reverse_kl"}], "weight": 0.5}
     tasks = {"chat": {"teacher": "prose", "share": 3}, "code": code}
-    return run_of(folder, {"student": {"ranks": 1}, "teachers": teachers, "tasks": tasks, "training": {"steps": 6}})
+    changes = {"student": {"ranks": 1}, "training": {"steps": 6}, **changes}
+    return run_of(folder, {**changes, "teachers": teachers, "tasks": tasks})
 
 
 def test_one_of_two_teachers_killed_changes_nothing_and_their_tokens_add_up(tmp_path: Path) -> None:
-    result = stillhouse("train", str(two_teachers(tmp_path / "calm")))
+    """Against transformers in one process: what vLLM answers is the same with and without a fault."""
+    result = stillhouse("train", str(two_teachers(tmp_path / "calm", engine="hf", runtime="in_process")))
     assert result.returncode == 0, result.stdout + result.stderr
-    process = start(two_teachers(tmp_path / "killed"))
+    process = start(two_teachers(tmp_path / "killed", engine=ENGINE))
     run = tmp_path / "killed/run"
     when(run, lambda: 1 in losses(run), process)
     with held(process):

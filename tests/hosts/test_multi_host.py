@@ -196,9 +196,11 @@ def test_two_teachers_and_two_ranks_on_four_hosts_learn_what_one_host_learns(
     assert settled(hosts) == []
 
 
+@pytest.mark.long
 def test_a_killed_teacher_host_and_a_killed_student_host_change_nothing(
     cluster: RayOnHosts, hosts: Hosts, alone: Path, submit: Submit
 ) -> None:
+    """Long: two minutes, and what a run does when its nodes are gone is in e2e/test_host_loss.py too, on raylets."""
     names = cluster.names()
     job = submit("killed")
     job.when(lambda: 2 in losses(job.run))
@@ -246,7 +248,9 @@ def test_a_mistake_is_named_on_the_host_that_submits(
     assert not (config.parent / "run").exists()
 
 
+@pytest.mark.long
 def test_a_drain_notice_saves_a_checkpoint_and_exits_75(cluster: RayOnHosts, hosts: Hosts, submit: Submit) -> None:
+    """Long: what a run does on such a notice is in e2e/test_host_loss.py too, on raylets."""
     job = submit("drained", {"training": {"steps": 50_000, "save_every": 0}})
     job.when(lambda: 2 in losses(job.run))
     node = cluster.nodes()["host3"]

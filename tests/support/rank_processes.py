@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import distributed
 
+from trainer.imports import absent, uncollected
+
 SUPPORT = Path(__file__).resolve().parent
 
 
@@ -79,7 +81,8 @@ def _start(cases: str, rank: int, world: int, port: int, folder: Path) -> subpro
 def _main(cases: str, rank: int, world: int, folder: Path) -> None:
     # A process joins one group in its life; the ranks that cases build one after another find it joined.
     distributed.init_process_group("gloo")
-    module = importlib.import_module(cases)
+    with absent("mlflow"), uncollected():  # as in a rank of a run
+        module = importlib.import_module(cases)
     place = Place(rank, world, folder)
     results = {}
     for name, case in list(vars(module).items()):
