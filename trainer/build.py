@@ -23,7 +23,8 @@ VARIABLE = "STILLHOUSE_BUILD"
 """In the environment of every process of a run: the hash of the controller's code."""
 
 FAST = "STILLHOUSE_FAST"
-"""0 in the environment of a run: all its processes compute the plain formulas (`trainer/model/fast`)."""
+"""In the environment of a run, for all its processes: 1, the default; 0 for the plain formulas (`trainer/model/fast`);
+onednn or blas for this library in every float32 product on a CPU, where 1 measures which is faster."""
 
 LOG_LEVEL = "STILLHOUSE_LOG_LEVEL"
 """debug, info, warning or error: how much a run says of itself, and its libraries into the logs of its roles."""

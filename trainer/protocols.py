@@ -221,6 +221,7 @@ class StudentInfo:
     attention: str
     zero_stage: int
     load_s: float
+    products: str = ""  # which library multiplies on a CPU, and what it was chosen by
 
 
 @dataclass(frozen=True, slots=True)

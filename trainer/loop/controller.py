@@ -142,6 +142,8 @@ class Controller:
         except BaseExceptionGroup as group:
             raise first_error(group) from None
         self.student_info = students.result()
+        if self.student_info.products:
+            self._observer.event("products", role="student", chosen=self.student_info.products)
 
     async def _train(self, step: int) -> None:
         """The loops and what follows them, from the last committed checkpoint again whenever the student group is lost.

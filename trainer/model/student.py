@@ -54,6 +54,7 @@ from trainer.model.generate import generate
 from trainer.model.head import Head
 from trainer.model.load import HeadCall, StudentModule, load_config, load_student
 from trainer.model.optimizer import learning_rate
+from trainer.model.products import choose_products, products_state, products_told, restore_products
 from trainer.model.zero import ZeroModel, flush_to_disk, num_elements, sharded_loading, start_processes, stop_processes
 from trainer.protocols import SelfTestResult, StudentInfo
 from trainer.types import (
@@ -123,6 +124,7 @@ class StudentRank:
         if self._on_accelerator and self._run.student.compile_loss:
             compiled = {name: CompiledRows.of(objective) for name, objective in self._objectives.items()}
         self._compiled = {name: rows for name, rows in compiled.items() if rows is not None}
+        choose_products(self._module, rank=self._rank, device=self._device, dtype=self._dtype)
         use_fast_products(self._module.causal.base_model, device=self._device, dtype=self._dtype)
         self._zero = ZeroModel(
             self._module, config=self._plan.deepspeed, optimizer=self._run.optimizer, device=self._device
@@ -164,6 +166,7 @@ class StudentRank:
             attention=self._attention,
             zero_stage=self._plan.deepspeed["zero_optimization"]["stage"],
             load_s=load_s,
+            products=products_told(self._device, self._dtype),
         )
 
     @property
@@ -418,7 +421,7 @@ class StudentRank:
             for task, objective in self._objectives.items()
         }
         state = {"step": step, "world": self._world, "random": self._random_states(), "schedules": schedules}
-        torch.save(state | {"chosen_ids": self._staging.chosen.state()}, file)
+        torch.save(state | {"chosen_ids": self._staging.chosen.state(), "products": products_state()}, file)
         flush_to_disk(file)
 
     def load(self, folder: Path) -> int:
@@ -439,6 +442,7 @@ class StudentRank:
             for name, schedule in objective.schedules.items():
                 schedule.numbers = dict(state["schedules"][task][name])
         self._staging.chosen.restore(state["chosen_ids"])
+        restore_products(state.get("products"), device=self._device)
         return state["step"]
 
     def _random_states(self) -> dict[str, torch.Tensor]:

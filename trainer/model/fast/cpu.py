@@ -2,8 +2,8 @@
 cache, which passes over [rows, vocabulary] can be spared.
 
 Measured on an AMD EPYC (AVX-512, no AMX), one thread, float32, [512, 384] x [49152, 384]: torch.mm (MKL, which takes
-its AVX2 path on AMD) 85 GFLOP/s, oneDNN 190. On [512, 49152] float32 an element-wise pass costs 10 us a row, on blocks
-of 2 MB (in cache) 4 us.
+its AVX2 path on AMD) 85 GFLOP/s, oneDNN 190; elsewhere it may be the other way round (`libraries.py`). On [512, 49152]
+float32 an element-wise pass costs 10 us a row, on blocks of 2 MB (in cache) 4 us.
 """
 
 from __future__ import annotations

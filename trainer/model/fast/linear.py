@@ -1,7 +1,7 @@
-"""Linear layers of the student's body on CPUs, where the default float32 product is half as fast as it could be.
+"""Linear layers of the student's body on CPUs, where the default float32 product may be half as fast as it could be.
 
 `torch.nn.functional.linear` in float32 goes to MKL, which on AMD processors takes an older code path; oneDNN does not
-(`trainer/model/fast/cpu.py` has the figures). Elsewhere, and in bfloat16, the layers stay as they are.
+(`trainer/model/fast/libraries.py` measures both). Elsewhere, and in bfloat16, the layers stay as they are.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def test_both_modules_have_every_function_of_the_folder() -> None:
     assert all(hasattr(plain, name) for name in cpu.__all__)
 
 
-@pytest.mark.parametrize(("value", "module"), [(None, cpu), ("1", cpu), ("0", plain)])
+@pytest.mark.parametrize(("value", "module"), [(None, cpu), ("1", cpu), ("0", plain), ("blas", cpu)])
 def test_the_environment_chooses(value: str | None, module: ModuleType) -> None:
     assert fast.choose({} if value is None else {FAST: value}) is module
 

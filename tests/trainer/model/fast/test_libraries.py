@@ -1,0 +1,121 @@
+"""Which library multiplies: measured, told, and one choice for all ranks and for a run that goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from trainer.build import FAST
+from trainer.model import products
+from trainer.model.fast import libraries
+from trainer.model.fast.libraries import BLAS, KINDS, ONEDNN, Choice
+from trainer.model.fast.product import matmul_nt, whole_rows
+
+HOST = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build has one library")
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(FAST, raising=False)
+    before = libraries.used()
+    yield
+    libraries.use(before)
+
+
+def test_measuring_takes_less_than_half_a_second_and_leaves_random_numbers_alone() -> None:
+    libraries.measured.cache_clear()
+    state, started = torch.get_rng_state(), time.thread_time()
+    choice = libraries.measured()
+    assert time.thread_time() - started < 1.0  # a fifth to a third of a second; slower machines than these exist
+    assert torch.equal(state, torch.get_rng_state())
+    assert libraries.measured() is choice, "once in a process"
+    assert set(choice.libraries) == set(choice.gflops) == set(KINDS)
+    for kind, rates in choice.gflops.items():
+        faster = rates[BLAS] > libraries.CLEARLY_FASTER * rates[ONEDNN]
+        assert choice.libraries[kind] == (BLAS if faster else ONEDNN)
+        assert f"{kind} " in choice.told
+
+
+def test_products_are_told_apart_by_layout_and_width() -> None:
+    x, w, d = torch.empty(64, 384), torch.empty(16384, 384), torch.empty(64, 16384)
+    assert libraries.kind_of(x, w) == "wide/nt"
+    assert libraries.kind_of(d, w.t()) == "wide/nn"
+    assert libraries.kind_of(d.t(), x.t()) == "wide/tn"
+    assert libraries.kind_of(torch.empty(512, 512), torch.empty(512, 512)) == "narrow/nt"
+    assert libraries.kind_of(torch.empty(8, 8), torch.empty(8, 8)) == ""
+    libraries.use(libraries.fixed(BLAS))
+    assert libraries.library_for("") == ONEDNN, "small products are the same on every machine"
+
+
+@pytest.mark.parametrize("library", [ONEDNN, BLAS])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_goes_where_it_is_sent_with_equal_results(kind: str, library: str) -> None:
+    other = {ONEDNN: BLAS, BLAS: ONEDNN}[library]
+    libraries.use(Choice(libraries=dict.fromkeys(KINDS, other) | {kind: library}))
+    width, layout = kind.split("/")
+    n, k, m = (64, 24, 8192) if width == "wide" else (128, 256, 256)
+    g = torch.Generator().manual_seed(0)
+    x, w, d = torch.randn(n, k, generator=g), torch.randn(m, k, generator=g), torch.randn(n, m, generator=g)
+    a, b = {"nt": (x, w), "nn": (d, w.t()), "tn": (d.t(), x.t())}[layout]
+    assert libraries.kind_of(a, b) == kind
+    with torch.profiler.profile() as profile:
+        result = matmul_nt(a, b)
+    names = {event.key for event in profile.key_averages()}
+    assert ("mkldnn::_linear_pointwise" in names) == (library == ONEDNN)
+    torch.testing.assert_close(result.double(), a.double() @ b.double().T, rtol=1e-4, atol=1e-3)
+
+
+def test_rows_are_padded_only_for_the_library_that_wants_it() -> None:
+    rows = torch.ones(33, 4)
+    libraries.use(libraries.fixed(BLAS))
+    assert whole_rows(rows) is rows
+    libraries.use(Choice(libraries={"wide/nt": ONEDNN}))
+    assert whole_rows(rows).shape == (64, 4)
+
+
+@pytest.mark.parametrize(("value", "expected"), [("0", BLAS), ("onednn", ONEDNN), ("blas", BLAS)])
+def test_the_environment_names_a_library_instead_of_a_measurement(value: str, expected: str) -> None:
+    choice = libraries.chosen_by({FAST: value})
+    assert (set(choice.libraries.values()), choice.gflops) == ({expected}, {})
+    assert choice.told.endswith("not measured")
+
+
+def test_a_run_that_goes_on_multiplies_as_before_whatever_is_measured_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = libraries.fixed(BLAS)
+    libraries.use(before)
+    state = products.products_state()
+    libraries.use(libraries.fixed(ONEDNN))
+    products.restore_products(state | {"here": "another processor"}, device=HOST)
+    assert libraries.used() == libraries.fixed(ONEDNN)
+    products.restore_products(None, device=HOST)  # a checkpoint of an earlier version
+    assert libraries.used() == libraries.fixed(ONEDNN)
+    monkeypatch.setenv(FAST, "onednn")
+    products.restore_products(state, device=HOST)
+    assert libraries.used() == libraries.fixed(ONEDNN)
+    monkeypatch.delenv(FAST)
+    products.restore_products(state, device=HOST)
+    assert libraries.used() == before
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_multiply_by_what_rank_0_measured(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, asked = libraries.fixed(BLAS), []
+    monkeypatch.setattr(products, "WORTH_MEASURING", 1)
+    monkeypatch.setattr(libraries, "chosen_by", lambda environment: asked.append(1) or found)
+    monkeypatch.setattr(products, "all_gather_objects", lambda own: [found, own])
+    products.choose_products(tiny_model(), rank=rank, device=HOST, dtype=torch.float32)
+    assert libraries.used() is found
+    assert len(asked) == (rank == 0)
+
+
+def test_a_tiny_student_has_the_default_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libraries, "measured", lambda: pytest.fail("measured"))
+    libraries.use(libraries.fixed(BLAS))
+    products.choose_products(tiny_model(), rank=0, device=HOST, dtype=torch.float32)
+    assert libraries.used() == libraries.default()
+    assert products.products_told(HOST, torch.bfloat16) == ""
