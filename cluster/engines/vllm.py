@@ -224,6 +224,10 @@ def build_engine(plan: EnginePlan) -> LLMEngine:
         # The kernel gives a process the tiles of AMX when it asks. vLLM's attention uses them and does not: in a model
         # whose products ask for none it would be the first, and die of an illegal instruction.
         torch.cpu._init_amx()
+        if plan.device_type == "cpu" and plan.dtype == "float32":
+            from cluster.engines.vllm_products import choose_products
+
+            choose_products()
         engine = LLMEngine.from_engine_args(EngineArgs(**source, **plan.arguments))
         try_out(engine, plan)
         give_back()  # weights as they were read, before they were packed for this processor

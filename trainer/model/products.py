@@ -10,7 +10,7 @@ import torch
 
 from trainer.build import FAST
 from trainer.model.collectives import all_gather_objects
-from trainer.model.fast import libraries
+from trainer.model.fast import libraries, product
 from trainer.model.zero import num_elements
 
 WORTH_MEASURING = 2**20
@@ -21,27 +21,27 @@ def choose_products(module: torch.nn.Module, *, rank: int, device: torch.device,
     """Collective. What rank 0 finds faster multiplies on all ranks: where they generate together, tokens must agree."""
     if not _chosen(device, dtype):
         return
-    own = libraries.default()
+    own = product.fixed()
     if rank == 0 and sum(num_elements(parameter) for parameter in module.parameters()) >= WORTH_MEASURING:
         own = libraries.chosen_by(os.environ)
-    libraries.use(all_gather_objects(own)[0])
+    product.use(all_gather_objects(own)[0])
 
 
 def products_told(device: torch.device, dtype: torch.dtype) -> str:
     """One line for people; empty where there is no choice."""
-    return libraries.used().told if _chosen(device, dtype) else ""
+    return libraries.told(product.used()) if _chosen(device, dtype) else ""
 
 
 def products_state() -> dict[str, Any]:
     """For a checkpoint."""
-    return libraries.used().to_state()
+    return libraries.recorded(product.used()).to_state()
 
 
 def restore_products(state: dict[str, Any] | None, *, device: torch.device) -> None:
     """A resumed run multiplies as before, so that its numbers are those of one that was never interrupted. Not on
     another kind of processor, where they would differ anyway, and not where the environment names a library."""
     if state and device.type == "cpu" and FAST not in os.environ and state["here"] == libraries.here():
-        libraries.use(libraries.Choice(**state))
+        product.use(product.Choice(**state))
 
 
 def _chosen(device: torch.device, dtype: torch.dtype) -> bool:

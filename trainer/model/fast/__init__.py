@@ -19,7 +19,7 @@ from types import ModuleType
 from trainer.build import FAST
 from trainer.errors import ConfigError
 from trainer.model.fast import cpu, plain
-from trainer.model.fast.libraries import BLAS, ONEDNN
+from trainer.model.fast.product import BLAS, ONEDNN
 
 
 def choose(environment: Mapping[str, str]) -> ModuleType:

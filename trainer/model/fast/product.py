@@ -1,12 +1,76 @@
-"""The matrix product in host memory, by whichever library is faster for its kind (`libraries.py` measures that)."""
+"""The matrix product in host memory, by the library that was chosen for its kind (`libraries.py` measures that)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
 import torch
 
-from trainer.model.fast.libraries import ONEDNN, kind_of, library_for, uses
+ONEDNN, BLAS = "onednn", "blas"
+"""oneDNN, and whatever torch.mm uses: MKL on x86 processors."""
 
+KINDS = tuple(f"{width}/{layout}" for width in ("narrow", "wide") for layout in ("nt", "nn", "tn"))
+"""Products by layout as in BLAS (nt: forward, nn: gradient of inputs, tn: gradient of weights), and by whether a side
+is as long as a vocabulary."""
+
+_WIDE = 8192
+_SMALL = 2**22  # products of n, k, m below cost microseconds: they have the default library, on every machine
 _WHOLE_ROWS = 32
+_DEFAULT = ONEDNN if torch.backends.mkldnn.is_available() else BLAS
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A library for each kind, with the GFLOP/s of both that it was chosen by (none: not measured)."""
+
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    gflops: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    here: str = ""  # on which processor and build of torch it was made
+
+    def to_state(self) -> dict[str, Any]:
+        """As plain values, for a checkpoint."""
+        return asdict(self)
+
+
+def fixed(library: str = _DEFAULT) -> Choice:
+    """The same library for every kind; by default oneDNN, where this build of torch has it."""
+    return Choice(libraries=dict.fromkeys(KINDS, library))
+
+
+class _Process:
+    """What this process uses."""
+
+    choice = fixed()
+
+
+def use(choice: Choice) -> None:
+    """From now on, in this process."""
+    _Process.choice = choice
+
+
+def used() -> Choice:
+    return _Process.choice
+
+
+def width_of(*sides: int) -> str:
+    """Of a product with these sides."""
+    return "wide" if max(sides) >= _WIDE else "narrow"
+
+
+def kind_of(a: torch.Tensor, b: torch.Tensor) -> str:
+    """Of `a @ b.T` for a [n, k] and b [m, k]; empty where the product is small."""
+    (n, k), m = a.shape, b.shape[0]
+    if n * k * m < _SMALL:
+        return ""
+    layout = ("n" if a.stride(1) == 1 else "t") + ("t" if b.stride(1) == 1 else "n")
+    return f"{width_of(n, k, m)}/{layout}"
+
+
+def library_for(a: torch.Tensor, b: torch.Tensor) -> str:
+    """Of `a @ b.T`. Kinds that nobody measures (small ones, other layouts) have the default of this build."""
+    return _Process.choice.libraries.get(kind_of(a, b)) or _DEFAULT
 
 
 def matmul_nt(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -16,15 +80,17 @@ def matmul_nt(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     megabyte of generated code for every shape it has seen: let row counts come from `whole_rows`.
     """
     a, b = a.detach(), b.detach()
-    if a.is_cpu and a.dtype is torch.float32 and a.shape[0] and library_for(kind_of(a, b)) == ONEDNN:
+    if a.is_cpu and a.dtype is torch.float32 and a.shape[0] and library_for(a, b) == ONEDNN:
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return torch.mm(a, b.t())
 
 
 def whole_rows(rows: torch.Tensor) -> torch.Tensor:
     """[n, width] with zero rows appended up to a multiple of 32 on a CPU: few shapes for oneDNN. As they are where
-    nothing goes through it."""
+    only small products go through it."""
     missing = -rows.shape[0] % _WHOLE_ROWS
-    if not missing or not rows.is_cpu or (rows.dtype is torch.float32 and not uses(ONEDNN)):
+    if not missing or not rows.is_cpu:
+        return rows
+    if rows.dtype is torch.float32 and ONEDNN not in _Process.choice.libraries.values():
         return rows
     return torch.nn.functional.pad(rows, (0, 0, 0, missing))

@@ -11,9 +11,8 @@ from tiny_models import tiny_model
 
 from trainer.build import FAST
 from trainer.model import products
-from trainer.model.fast import libraries
-from trainer.model.fast.libraries import BLAS, KINDS, ONEDNN, Choice
-from trainer.model.fast.product import matmul_nt, whole_rows
+from trainer.model.fast import libraries, product
+from trainer.model.fast.product import BLAS, KINDS, ONEDNN, Choice, matmul_nt, whole_rows
 
 HOST = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build has one library")
@@ -22,9 +21,9 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(FAST, raising=False)
-    before = libraries.used()
+    before = product.used()
     yield
-    libraries.use(before)
+    product.use(before)
 
 
 def test_measuring_takes_less_than_half_a_second_and_leaves_random_numbers_alone() -> None:
@@ -38,31 +37,33 @@ def test_measuring_takes_less_than_half_a_second_and_leaves_random_numbers_alone
     for kind, rates in choice.gflops.items():
         faster = rates[BLAS] > libraries.CLEARLY_FASTER * rates[ONEDNN]
         assert choice.libraries[kind] == (BLAS if faster else ONEDNN)
-        assert f"{kind} " in choice.told
+        assert f"{kind} " in libraries.told(choice)
 
 
 def test_products_are_told_apart_by_layout_and_width() -> None:
     x, w, d = torch.empty(64, 384), torch.empty(16384, 384), torch.empty(64, 16384)
-    assert libraries.kind_of(x, w) == "wide/nt"
-    assert libraries.kind_of(d, w.t()) == "wide/nn"
-    assert libraries.kind_of(d.t(), x.t()) == "wide/tn"
-    assert libraries.kind_of(torch.empty(512, 512), torch.empty(512, 512)) == "narrow/nt"
-    assert libraries.kind_of(torch.empty(8, 8), torch.empty(8, 8)) == ""
-    libraries.use(libraries.fixed(BLAS))
-    assert libraries.library_for("") == ONEDNN, "small products are the same on every machine"
+    assert product.kind_of(x, w) == "wide/nt"
+    assert product.kind_of(d, w.t()) == "wide/nn"
+    assert product.kind_of(d.t(), x.t()) == "wide/tn"
+    assert product.kind_of(torch.empty(512, 512), torch.empty(512, 512)) == "narrow/nt"
+    assert product.kind_of(torch.empty(8, 8), torch.empty(8, 8)) == ""
+    product.use(product.fixed(BLAS))
+    assert product.library_for(torch.empty(8, 8), torch.empty(8, 8)) == ONEDNN, (
+        "small products are the same on every machine"
+    )
 
 
 @pytest.mark.parametrize("library", [ONEDNN, BLAS])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_goes_where_it_is_sent_with_equal_results(kind: str, library: str) -> None:
     other = {ONEDNN: BLAS, BLAS: ONEDNN}[library]
-    libraries.use(Choice(libraries=dict.fromkeys(KINDS, other) | {kind: library}))
+    product.use(Choice(libraries=dict.fromkeys(KINDS, other) | {kind: library}))
     width, layout = kind.split("/")
     n, k, m = (64, 24, 8192) if width == "wide" else (128, 256, 256)
     g = torch.Generator().manual_seed(0)
     x, w, d = torch.randn(n, k, generator=g), torch.randn(m, k, generator=g), torch.randn(n, m, generator=g)
     a, b = {"nt": (x, w), "nn": (d, w.t()), "tn": (d.t(), x.t())}[layout]
-    assert libraries.kind_of(a, b) == kind
+    assert product.kind_of(a, b) == kind
     with torch.profiler.profile() as profile:
         result = matmul_nt(a, b)
     names = {event.key for event in profile.key_averages()}
@@ -72,9 +73,9 @@ def test_each_kind_goes_where_it_is_sent_with_equal_results(kind: str, library: 
 
 def test_rows_are_padded_only_for_the_library_that_wants_it() -> None:
     rows = torch.ones(33, 4)
-    libraries.use(libraries.fixed(BLAS))
+    product.use(product.fixed(BLAS))
     assert whole_rows(rows) is rows
-    libraries.use(Choice(libraries={"wide/nt": ONEDNN}))
+    product.use(Choice(libraries={"wide/nt": ONEDNN}))
     assert whole_rows(rows).shape == (64, 4)
 
 
@@ -82,40 +83,40 @@ def test_rows_are_padded_only_for_the_library_that_wants_it() -> None:
 def test_the_environment_names_a_library_instead_of_a_measurement(value: str, expected: str) -> None:
     choice = libraries.chosen_by({FAST: value})
     assert (set(choice.libraries.values()), choice.gflops) == ({expected}, {})
-    assert choice.told.endswith("not measured")
+    assert libraries.told(choice).endswith("not measured")
 
 
 def test_a_run_that_goes_on_multiplies_as_before_whatever_is_measured_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = libraries.fixed(BLAS)
-    libraries.use(before)
+    before = product.fixed(BLAS)
+    product.use(before)
     state = products.products_state()
-    libraries.use(libraries.fixed(ONEDNN))
+    product.use(product.fixed(ONEDNN))
     products.restore_products(state | {"here": "another processor"}, device=HOST)
-    assert libraries.used() == libraries.fixed(ONEDNN)
+    assert product.used() == product.fixed(ONEDNN)
     products.restore_products(None, device=HOST)  # a checkpoint of an earlier version
-    assert libraries.used() == libraries.fixed(ONEDNN)
+    assert product.used() == product.fixed(ONEDNN)
     monkeypatch.setenv(FAST, "onednn")
     products.restore_products(state, device=HOST)
-    assert libraries.used() == libraries.fixed(ONEDNN)
+    assert product.used() == product.fixed(ONEDNN)
     monkeypatch.delenv(FAST)
     products.restore_products(state, device=HOST)
-    assert libraries.used() == before
+    assert product.used() == libraries.recorded(before)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_ranks_multiply_by_what_rank_0_measured(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, asked = libraries.fixed(BLAS), []
+    found, asked = product.fixed(BLAS), []
     monkeypatch.setattr(products, "WORTH_MEASURING", 1)
     monkeypatch.setattr(libraries, "chosen_by", lambda environment: asked.append(1) or found)
     monkeypatch.setattr(products, "all_gather_objects", lambda own: [found, own])
     products.choose_products(tiny_model(), rank=rank, device=HOST, dtype=torch.float32)
-    assert libraries.used() is found
+    assert product.used() is found
     assert len(asked) == (rank == 0)
 
 
 def test_a_tiny_student_has_the_default_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraries, "measured", lambda: pytest.fail("measured"))
-    libraries.use(libraries.fixed(BLAS))
+    product.use(product.fixed(BLAS))
     products.choose_products(tiny_model(), rank=0, device=HOST, dtype=torch.float32)
-    assert libraries.used() == libraries.default()
+    assert product.used() == product.fixed()
     assert products.products_told(HOST, torch.bfloat16) == ""
