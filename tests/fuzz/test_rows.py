@@ -87,7 +87,7 @@ def look(file: Path, **options: Any) -> RowReport:
     """As `stillhouse check` does."""
     dataset = Dataset(path=str(file), **options)
     data = Data(max_length=64, on_bad_row="skip")
-    reader = PromptReader.open(dataset, data=data, template=TEMPLATE, vocabulary=VOCABULARY, needs_answer=True)
+    reader = PromptReader.open(dataset, data=data, template=TEMPLATE, vocabulary=VOCABULARY)
     report = check_rows(reader, budget=200)
     assert report.num_checked == report.num_ok + report.num_dropped + len(report.problems)
     assert all(problem.startswith(str(file)) and len(problem) < 2000 for problem in report.problems), report.problems

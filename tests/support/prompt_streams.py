@@ -6,7 +6,7 @@ from tiny_models import tiny_tokenizer
 
 from configs.prompts import Data, Dataset
 from trainer.data.chat import Template
-from trainer.data.prompt_reader import PromptReader
+from trainer.data.prompt_reader import PromptReader, ToWrite
 from trainer.data.prompts import PromptStream
 from trainer.data.vocabulary import SharedVocabulary, fingerprint
 from trainer.types import Prompt
@@ -24,17 +24,14 @@ def talk(number: int, words: int = 1) -> dict:
     return {"messages": [question, {"role": "assistant", "content": f"answer {number}" + " drop" * (words - 1)}]}
 
 
-def open_stream(dataset: Dataset, *, seed: int = 5, needs_answer: bool = True, **options: object) -> PromptStream:
-    of_stream, of_reader = (
-        {k: options.pop(k) for k in names if k in options}
-        for names in (("quarantine", "num_epochs"), ("room_for_answer", "rewrite"))
-    )
-    reader = open_reader(dataset, data=Data(**options), needs_answer=needs_answer, **of_reader)
+def open_stream(dataset: Dataset, *, seed: int = 5, to_write: ToWrite | None = None, **options: object) -> PromptStream:
+    of_stream = {name: options.pop(name) for name in ("quarantine", "num_epochs") if name in options}
+    reader = open_reader(dataset, data=Data(**options), to_write=to_write)
     return PromptStream(reader, seed=seed, **of_stream)
 
 
 def open_reader(dataset: Dataset, **options: object) -> PromptReader:
-    given = {"template": TEMPLATE, "vocabulary": VOCABULARY, "needs_answer": True, **options}
+    given = {"template": TEMPLATE, "vocabulary": VOCABULARY, **options}
     return PromptReader.open(dataset, **given)
 
 

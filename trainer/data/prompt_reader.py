@@ -56,6 +56,14 @@ class Asked:
     best: bool = False  # of answers to compare the best one is read, as if it were the only one
 
 
+@dataclass(frozen=True, slots=True)
+class ToWrite:
+    """Answers that are written while the run trains: rows without one are prompts, without a loss mask."""
+
+    room: int = 0  # tokens that an answer may take: a prompt is so much shorter than `data.max_length`
+    rewrite: bool = False  # rows that have an answer get another one, too
+
+
 @dataclass(frozen=True)
 class PromptReader:
     """Random access to the rows of one dataset as prompts, for `PromptStream` and `check_rows`."""
@@ -64,9 +72,7 @@ class PromptReader:
     data: Data
     template: Template
     vocabulary_size: int
-    needs_answer: bool
-    room_for_answer: int
-    rewrite: bool
+    to_write: ToWrite | None  # None: every row needs its answer
     asks: Asked
     dataset: Dataset
     aligner: TextAligner | None = None  # of teacher and student, where they read rows by tokenizers of their own
@@ -79,32 +85,28 @@ class PromptReader:
         data: Data,
         template: Template,
         vocabulary: SharedVocabulary,
-        needs_answer: bool,
-        room_for_answer: int = 0,
-        rewrite: bool = False,
+        to_write: ToWrite | None = None,
         asks: Asked | None = None,
         aligner: TextAligner | None = None,
     ) -> PromptReader:
-        """Without `needs_answer`, rows that have no answer become prompts without a loss mask, short enough for
-        `room_for_answer` further tokens; with `rewrite`, so do the rows that have one.
-
-        Raises `ConfigError` or `DataError` where the dataset as a whole cannot give what is asked.
-        """
+        """Raises `ConfigError` or `DataError` where the dataset as a whole cannot give what is asked."""
         rows = Rows.open(dataset)
-        if room_for_answer >= data.max_length:
+        if to_write is not None and to_write.room >= data.max_length:
             raise ConfigError(
-                f"an answer of up to {room_for_answer} tokens leaves no room for a prompt in data.max_length "
+                f"an answer of up to {to_write.room} tokens leaves no room for a prompt in data.max_length "
                 f"{data.max_length}: raise data.max_length or lower answers.max_new_tokens"
             )
-        asked = asks or Asked()
-        size = vocabulary.size
-        return cls(rows, data, template, size, needs_answer, room_for_answer, rewrite, asked, dataset, aligner)
+        return cls(rows, data, template, vocabulary.size, to_write, asks or Asked(), dataset, aligner)
+
+    @property
+    def _rewrites(self) -> bool:
+        return self.to_write is not None and self.to_write.rewrite
 
     def read(self, row: int, prompt_id: str) -> tuple[Prompt, bool]:
         """The prompt of a row, and whether it was truncated. Raises `TooLong` or `BadRow`; `ConfigError` for a template
         or an option that fits no row."""
         origin = self.rows.raw.origin(row)
-        parsed = self.rows.read(row, needs_answer=self.needs_answer)
+        parsed = self.rows.read(row, needs_answer=self.to_write is None)
         if isinstance(parsed, PreferenceRow | CandidatesRow) and self.asks.best:
             parsed = parsed.best
         num_characters = sum(len(text) for _, text in texts_of(parsed))
@@ -227,7 +229,7 @@ class PromptReader:
 
     def special_token(self, row: int) -> str | None:
         """The first special token in the text of a row, with its place. Raises `BadRow`."""
-        found = self.template.special_tokens.first_in(self.rows.read(row, needs_answer=self.needs_answer))
+        found = self.template.special_tokens.first_in(self.rows.read(row, needs_answer=self.to_write is None))
         return None if found is None else f"{self.rows.raw.origin(row)}: {found}"
 
     def _without_control(self, row: Row) -> Row:
@@ -245,19 +247,19 @@ class PromptReader:
 
     def _tokenise(self, row: Row) -> tuple[RowText, ...]:
         match row:
-            case CorpusRow() if self.rewrite:
+            case CorpusRow() if self._rewrites:
                 raise DataError("is plain text, in which there is no answer to rewrite")
             case CorpusRow():
                 return (RowText(*self.template.render_corpus(row.text)),)
             case ChatRow():
                 return self._render(row)
-        return (RowText(*self.template.render_text(row.prompt, None if self.rewrite else row.completion)),)
+        return (RowText(*self.template.render_text(row.prompt, None if self._rewrites else row.completion)),)
 
     def _render(self, row: ChatRow) -> tuple[RowText, ...]:
         given = {"tools": row.tools, "arguments": row.template_arguments}
-        if not row.answered and not self.needs_answer:
+        if not row.answered and self.to_write is not None:
             return (RowText(self.template.render_prompt(row.messages, **given), None),)
-        if self.rewrite:
+        if self._rewrites:
             kept = row.messages[: row.loss_from or -1]
             return (RowText(self.template.render_prompt(kept, **given), None),)
         learnt = learnt_turns(row, self.dataset.loss_on)
@@ -299,7 +301,7 @@ class PromptReader:
 
     def _fit(self, text: RowText, origin: str) -> RowText:
         limit, mask = self.data.max_length, text.loss_mask
-        room = self.room_for_answer if mask is None else 0
+        room = self.to_write.room if mask is None and self.to_write is not None else 0
         if len(text.token_ids) + room <= limit:
             return text
         length = f"{len(text.token_ids)} tokens" + (f" and {room} for the answer" if room else "")

@@ -21,7 +21,7 @@ from configs.tasks import ResolvedTask
 from trainer.answers.dataset import answers_of_dataset
 from trainer.data.local_files import local_files
 from trainer.data.prompt_keys import PromptKeys, held_out_of, keys_of
-from trainer.data.prompt_reader import Asked, PromptReader
+from trainer.data.prompt_reader import Asked, PromptReader, ToWrite
 from trainer.data.prompts import PromptStream
 from trainer.errors import ConfigError, DataError
 from trainer.loop.sources import Source
@@ -41,14 +41,13 @@ _KEYS: dict[tuple[object, ...], PromptKeys] = {}
 def open_reader(run: Run, inputs: Inputs, task: ResolvedTask) -> PromptReader:
     """The rows to train a task on."""
     of_task = inputs.tasks[task.name]
+    answers = of_task.answers
     reader = PromptReader.open(
         task.prompts,
         data=run.data,
         template=of_task.template,
         vocabulary=inputs.vocabulary,
-        needs_answer=of_task.answers.needs_answer,
-        room_for_answer=of_task.answers.room_for_answer,
-        rewrite=of_task.answers.rewrite,
+        to_write=None if answers.needs_answer else ToWrite(answers.room_for_answer, answers.rewrite),
         asks=_asked(run, task, compares=True),
         aligner=of_task.aligner,
     )
@@ -68,7 +67,6 @@ def open_held_out(run: Run, inputs: Inputs, held_out: HeldOutSet) -> PromptReade
         data=run.data.model_copy(update={"shuffle": False}),
         template=inputs.tasks[task.name].template,
         vocabulary=inputs.vocabulary,
-        needs_answer=True,
         asks=replace(_asked(run, task), task=held_out.name, best=True),
         aligner=None if aligner is None else aligner.for_evaluation(),
     )

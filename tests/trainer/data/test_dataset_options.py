@@ -15,7 +15,7 @@ from chat_templates import PARALLEL, REASONED, TOOL, assistant, call, result, to
 from configs.prompts import Data, Dataset
 from trainer.answers.dataset import answers_of_dataset
 from trainer.data.chat import Template
-from trainer.data.prompt_reader import Asked, PromptReader
+from trainer.data.prompt_reader import Asked, PromptReader, ToWrite
 from trainer.data.prompts import PromptStream, check_rows
 from trainer.data.vocabulary import SharedVocabulary
 from trainer.errors import BadRow, ConfigError, DataError
@@ -36,7 +36,7 @@ def reader(
         data=data,
         template=Template.of(tokenizer),
         vocabulary=SharedVocabulary(size=len(tokenizer), fingerprint="", teacher_rows=999, student_rows=999),
-        **{"needs_answer": True, **given},
+        **given,
     )
 
 
@@ -79,9 +79,8 @@ def test_a_system_prompt_is_put_before_conversations_that_have_no_system_turn(tm
 
 
 def test_a_system_prompt_goes_with_prompts_that_the_teacher_answers(tmp_path: Path) -> None:
-    given = {"options": {"system_prompt": "be brief"}, "needs_answer": False}
     for row, rewrite in (({"prompt": TALK[:1]}, False), ({"messages": TALK[:2]}, True)):
-        rows = reader(tmp_path, [row], rewrite=rewrite, **given)
+        rows = reader(tmp_path, [row], to_write=ToWrite(rewrite=rewrite), options={"system_prompt": "be brief"})
         (prompt,) = PromptStream(rows, seed=0).take(1)
         assert prompt.loss_mask is None
         system = {"role": "system", "content": "be brief"}
@@ -175,7 +174,7 @@ def test_tools_and_template_arguments_of_a_row_reach_its_rendering(tmp_path: Pat
     assert '"name": "get_weather", "description": "Weather of a city"' in text
     assert len(learnt) == 3
     prompts = [{"prompt": TALK[:1], **more} for more in ({}, {"chat_template_kwargs": {"enable_thinking": False}})]
-    rows = reader(tmp_path, prompts, shape="QWEN3", needs_answer=False, shuffle=False)
+    rows = reader(tmp_path, prompts, shape="QWEN3", to_write=ToWrite(), shuffle=False)
     texts = [rows.template.tokenizer.decode(prompt.token_ids) for prompt in PromptStream(rows, seed=0).take(2)]
     assert [text.endswith("<think>\n\n</think>\n\n") for text in texts] == [False, True]
 

@@ -15,7 +15,7 @@ from tokenizers.trainers import BpeTrainer
 from configs.prompts import Data, Dataset
 from configs.tasks import Route
 from trainer.data.chat import Template
-from trainer.data.prompt_reader import Asked, PromptReader
+from trainer.data.prompt_reader import Asked, PromptReader, ToWrite
 from trainer.data.prompts import PromptStream, check_rows
 from trainer.data.vocabulary import SharedVocabulary
 from trainer.errors import ConfigError, DataError
@@ -28,9 +28,8 @@ def write(folder: Path, rows: list[object]) -> Dataset:
     return Dataset(path=str(path))
 
 
-def check(dataset: Dataset, *, budget: int = 1000, needs_answer: bool = True, room_for_answer: int = 0, **options):
-    given = {"needs_answer": needs_answer, "room_for_answer": room_for_answer}
-    return check_rows(open_reader(dataset, data=Data(**options), **given), budget=budget)
+def check(dataset: Dataset, *, budget: int = 1000, to_write: ToWrite | None = None, **options):
+    return check_rows(open_reader(dataset, data=Data(**options), to_write=to_write), budget=budget)
 
 
 def rendered(messages: list[dict]) -> RowText:
@@ -73,7 +72,7 @@ def test_the_rows_of_the_first_page_are_read_as_they_stand(tmp_path: Path) -> No
         dataset = write(tmp_path / str(number), [row])
         vocabulary = SharedVocabulary(size=len(tokenizer), fingerprint="", teacher_rows=999, student_rows=999)
         to_be_written, asks = row.keys() == {"prompt"}, Asked(compared="preference" if "chosen" in row else "")
-        given = {"template": Template.of(tokenizer), "needs_answer": not to_be_written, "asks": asks}
+        given = {"template": Template.of(tokenizer), "to_write": ToWrite() if to_be_written else None, "asks": asks}
         reader = open_reader(dataset, data=Data(), vocabulary=vocabulary, **given)
         stream = PromptStream(reader, seed=0)
         if row is split_inside_a_token:
@@ -275,20 +274,18 @@ def test_a_row_cut_before_its_answer_is_dropped(tmp_path: Path) -> None:
 def test_prompts_to_be_answered_keep_room_for_the_answer(tmp_path: Path) -> None:
     dataset = write(tmp_path, [BAD, talk(1)])
     prompt = len(TEMPLATE.render_prompt(BAD["messages"]))
-    fitting = open_stream(dataset, needs_answer=False, room_for_answer=20, max_length=prompt + 20, shuffle=False)
+    fitting = open_stream(dataset, to_write=ToWrite(20), max_length=prompt + 20, shuffle=False)
     wanting, answered = fitting.take(2)
     assert wanting.loss_mask is None
     assert wanting.token_ids.tolist() == TEMPLATE.render_prompt(BAD["messages"]).tolist()
     assert answered.loss_mask is not None
     with pytest.raises(DataError, match=rf"{prompt} tokens and 20 for the answer, data.max_length is {prompt + 19}"):
-        open_stream(dataset, needs_answer=False, room_for_answer=20, max_length=prompt + 19, shuffle=False).take(1)
-    cutting = open_stream(
-        dataset, needs_answer=False, room_for_answer=20, max_length=prompt + 19, on_too_long="truncate"
-    )
+        open_stream(dataset, to_write=ToWrite(20), max_length=prompt + 19, shuffle=False).take(1)
+    cutting = open_stream(dataset, to_write=ToWrite(20), max_length=prompt + 19, on_too_long="truncate")
     cutting.take(2)
     assert cutting.counters.dropped_too_long == 1  # a prompt without its end could not be answered
     with pytest.raises(ConfigError, match="leaves no room for a prompt"):
-        open_stream(dataset, needs_answer=False, room_for_answer=64, max_length=64)
+        open_stream(dataset, to_write=ToWrite(64), max_length=64)
 
 
 def test_rewriting_asks_again_for_the_last_answer(tmp_path: Path) -> None:
@@ -298,7 +295,7 @@ def test_rewriting_asks_again_for_the_last_answer(tmp_path: Path) -> None:
         (tmp_path, talk(3), TEMPLATE.render_prompt(talk(3)["messages"][:1])),
         (tmp_path / "pairs", pair, TEMPLATE.render_text("the fox", None)[0]),
     ):
-        (prompt,) = open_stream(write(folder, [row]), needs_answer=False, rewrite=True).take(1)
+        (prompt,) = open_stream(write(folder, [row]), to_write=ToWrite(rewrite=True)).take(1)
         assert prompt.loss_mask is None
         assert prompt.token_ids.tolist() == expected.tolist()
 
@@ -307,7 +304,7 @@ def test_prompts_without_answers_need_a_generator(tmp_path: Path) -> None:
     dataset = write(tmp_path, [{"prompt": "the fox"}])
     with pytest.raises(DataError, match=r"rows.jsonl:1: completion: is missing.*teacher and teacher.generator: {}"):
         open_stream(dataset).take(1)
-    assert open_stream(dataset, needs_answer=False).take(1)[0].loss_mask is None
+    assert open_stream(dataset, to_write=ToWrite()).take(1)[0].loss_mask is None
 
 
 def test_ids_outside_the_shared_vocabulary_are_errors(tmp_path: Path) -> None:
@@ -365,7 +362,6 @@ def test_a_column_routes_by_its_value_as_yaml_writes_it(tmp_path: Path) -> None:
         data=Data(),
         template=TEMPLATE,
         vocabulary=VOCABULARY,
-        needs_answer=True,
         asks=Asked(route=route),
     )
     assert [reader.read(row, "")[0].teacher for row in range(7)] == ["a", "b", "b", "a", "b", "a", "a"]

@@ -39,7 +39,6 @@ def options(folder: Path, rows: list[dict], tokenizer: PreTrainedTokenizerBase, 
         "data": settings,
         "template": Template.of(tokenizer),
         "vocabulary": VOCABULARY,
-        "needs_answer": True,
     }
 
 
