@@ -1,8 +1,10 @@
 """`benchmarks distil`: CPU time per token of the pipeline, against the plain recipe, in turns on the same text.
 
-    round:  topk, hidden   `steps` steps of each pipeline, all its processes counted (pipeline.py)
+    round:  topk, hidden,
+            given_ids      `steps` steps of each pipeline, all its processes counted (pipeline.py)
             plain          the same steps of the plain recipe in one process, as anyone runs it (plain.py)
             plain tuned    the same with an allocator that keeps its memory
+            floor          the arithmetic alone of what each side had to do (floor.py)
 
 Sides take turns because machines drift; what is compared is the ratio within a round, medians over the rounds.
 """
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.distil_result import DistilResult
+from benchmarks.floor import STUDENT_ALLOCATOR, Floor, FloorSetup, Shapes
 from benchmarks.pipeline import Daemons, Pipeline, Segment
 from benchmarks.plain import TUNED_ALLOCATOR, PlainAnswer, PlainSetup, PlainSteps, Text
 from benchmarks.worker import Worker
@@ -82,6 +85,7 @@ async def _measure(
             name: PlainSide(name, await _plain_worker(pipelines[0], name, environment, work, stack), sequences, plan)
             for name, environment in ((PLAIN, {}), (PLAIN_TUNED, TUNED_ALLOCATOR))
         }
+        floor = await _floor_worker(pipelines[0], sequences, plan, work, stack)
         note("warming up")
         for pipeline in pipelines:
             await pipeline.train(WARM_UP_STEPS, round=-1, daemons=daemons)
@@ -89,7 +93,9 @@ async def _measure(
             await side.warm_up()
             note(f"{side.name}: threads: {side.threads} ({side.tried})")
         segments: list[Segment] = []
+        floors: list[Floor] = []
         for number in range(plan.rounds):
+            floors.append(await floor.ask(None))
             for pipeline in pipelines:
                 segments.append(await pipeline.train(plan.steps, round=number, daemons=daemons))
                 note(describe(segments[-1]))
@@ -98,6 +104,7 @@ async def _measure(
                 note(describe(segments[-1]))
         return DistilResult(
             segments=tuple(segments),
+            floors=tuple(floors),
             plain_threads={side.name: side.threads for side in plain.values()},
             reasons=pipelines[0].resolved.reasons,
         )
@@ -115,6 +122,23 @@ async def _plain_worker(
     )
     log = work / f"{name.replace(' ', '-')}.log"
     worker = await Worker.start("benchmarks.plain", setup, environment=environment, log=log)
+    stack.push_async_callback(worker.close)
+    return worker
+
+
+async def _floor_worker(
+    pipeline: Pipeline, sequences: Sequence[TokenSequence], plan: DistilPlan, work: Path, stack: AsyncExitStack
+) -> Worker:
+    tokens = sum(one.num_tokens for one in sequences) // plan.total_steps
+    setup = FloorSetup(
+        teacher=Shapes.of(Path(pipeline.run.teacher.model.path)),
+        student=Shapes.of(Path(pipeline.run.student.model.path)),
+        dtype=pipeline.resolved.student.dtype,
+        tokens=-(-tokens // 32) * 32,
+        chunk_rows=pipeline.run.student.loss_chunk_rows,
+    )
+    environment = {"OMP_NUM_THREADS": "1", **STUDENT_ALLOCATOR}
+    worker = await Worker.start("benchmarks.floor", setup, environment=environment, log=work / "floor.log")
     stack.push_async_callback(worker.close)
     return worker
 

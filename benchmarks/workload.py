@@ -29,7 +29,7 @@ from trainer.types import Sequence
 TEXT = ROOT / "configs" / "data" / "demo_train.jsonl"
 """Real text, so that labels are those of a teacher that knows what it reads."""
 
-LABELS = {"topk": {"kind": "topk", "k": 64}, "hidden": {"kind": "hidden"}}
+LABELS = {"topk": {"kind": "topk", "k": 64}, "hidden": {"kind": "hidden"}, "given_ids": {"kind": "given_ids", "k": 64}}
 LEARNING_RATE = 1e-5
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 from label_oracle import random_unit
 from student_runs import write_run
 from tiny_models import tiny_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vllm_process import engine_plan
 
 from benchmarks import cpu_time, store, store_worker
@@ -25,6 +26,8 @@ from benchmarks.cpu_time import CpuTime
 from benchmarks.distil_result import DistilResult
 from benchmarks.draft import ALONE, BEFORE, STUDENT, DraftPlan, DraftResult, draft, students_of
 from benchmarks.draft_worker import Drafted
+from benchmarks.floor import Floor, FloorSetup, Shapes
+from benchmarks.floor import prepare as prepare_floor
 from benchmarks.pipeline import PARTS, Segment
 from benchmarks.plain import PlainSetup, PlainSteps, Text, prepare
 from benchmarks.scoring import PREFILL, Batch, Measured, ScoringResult
@@ -145,7 +148,17 @@ def test_ratios_are_taken_within_a_round_before_the_median() -> None:
         *(segment("topk", 1, 3.0, 6.0, 1.5, 1.5), segment("plain", 1, 24.0)),
         *(segment("topk", 2, 1.0, 2.0, 0.5, 1.3, tokens=1200), segment("plain", 2, 9.6, tokens=1200)),
     ]
-    result = DistilResult(tuple(segments), plain_threads={"plain": 1}, reasons=())
+    floor = Floor(0.5e-3, 0.4e-3, 0.2e-3, 0.4e-3, 0.1e-3, 0.2e-3, optimizer=0.05)
+    result = DistilResult(tuple(segments), floors=(floor,) * 3, plain_threads={"plain": 1}, reasons=())
+    assert result.floors_ms("topk", "teacher")[0] == pytest.approx(0.5 + 0.4 / 2)
+    assert result.floors_ms("topk", "student")[0] == pytest.approx(0.6 + 0.3 / 2 + 2 * 50 / 1000)
+    assert result.floors_ms("plain")[0] == pytest.approx(0.5 + 0.6 + (0.3 + 0.4) / 2 + 0.1), "as hidden, role by role"
+    assert result.multiples("topk", "teacher")[0] == pytest.approx(1.0 / 0.7)
+    assert result.multiples("topk")[0] == pytest.approx(4 / (0.7 + 0.85))
+    more = floor.student_s("given_ids", tokens=10, rows=5, steps=1) - floor.student_s(
+        "topk", tokens=10, rows=5, steps=1
+    )
+    assert more == pytest.approx(10 * 0.2e-3 + 5 * 0.1e-3), "the pass that chooses the ids"
     assert result.per_token_ms("topk") == pytest.approx([4, 12, 4])
     assert result.per_token_ms("topk", "student") == pytest.approx([2, 6, 2 / 1.2])
     assert result.per_loss_token_ms("plain") == pytest.approx([16, 48, 16])
@@ -155,6 +168,16 @@ def test_ratios_are_taken_within_a_round_before_the_median() -> None:
     assert summary["topk"]["ratio_to"]["plain"]["median"] == pytest.approx(0.5)
     assert set(summary["topk"]["parts_cpu_ms_per_token"]) == set(PARTS)
     assert result.table().row_count == 2
+
+
+def test_the_floor_is_measured_at_the_shapes_of_both_models(tiny_teacher: Path) -> None:
+    shapes = Shapes.of(tiny_teacher)
+    config = AutoConfig.from_pretrained(tiny_teacher)
+    assert shapes.head == (config.vocab_size, config.hidden_size)
+    assert sum(count for _, _, count in shapes.layers) == 7 * config.num_hidden_layers
+    floor = prepare_floor(FloorSetup(shapes, shapes, "float32", tokens=64, chunk_rows=32))(None)
+    assert all(part > 0 for part in dataclasses.astuple(floor))
+    assert floor.teacher_s("topk", tokens=10, rows=5) > floor.teacher_s("hidden", tokens=10, rows=5)
 
 
 def test_scoring_is_a_ratio_to_the_bare_prefill_per_token() -> None:

@@ -47,6 +47,8 @@ def test_pipeline_and_plain_recipe_learn_the_same_from_the_same_text(teacher: Pa
         assert len(sizes) == 1
     for part in ("teacher", "student", "controller"):
         assert numbers["summary"]["hidden"]["parts_cpu_ms_per_token"][part]["median"] > 0
+    assert numbers["summary"]["hidden"]["multiple_of_floor"].keys() == {"sum", "teacher", "student"}
+    assert numbers["summary"]["plain"]["multiple_of_floor"]["sum"]["median"] > 1
     assert "amx" in " ".join(numbers["reasons"])
     assert "plain tuned" in result.stdout
 
