@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, field_validator
+from pydantic import Field, field_validator
 
-from configs.section import Natural, Need, Positive
+from configs.section import Natural, Need, Positive, Temperature
 from configs.stations import Choice, Station
 
 _DISTRIBUTIONS: frozenset[Need] = frozenset({"labels", "target_event", "likeliest_ids"})
@@ -34,7 +34,7 @@ class Labels(Choice):
     of_every_id: ClassVar[bool] = False
     """Whether their events are all ids of the vocabulary, in its order: those of several teachers are then the same."""
 
-    temperature: PositiveFloat = Field(1.0, description="Of teacher and student alike; losses are scaled by T^2.")
+    temperature: Temperature = Field(1.0, description="Of teacher and student alike; losses are scaled by T^2.")
 
     @property
     def least_vocabulary(self) -> int:

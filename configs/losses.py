@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
-from configs.section import Need, Positive, Section, Share, Weight
+from configs.section import Need, Positive, Section, Share, Temperature, Weight
 from configs.stations import Choice, Station
 
 if TYPE_CHECKING:
@@ -67,6 +67,14 @@ class Difficulty(TokenWeight):
     change: Share = Field(0.1, description="Of the share, up or down, at a time.")
     tolerance: Share = Field(0.05, description="Change of the mean loss that moves it.")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Of the mean loss.")
+
+    @model_validator(mode="after")
+    def _falls(self) -> Difficulty:
+        if self.keep < self.least:
+            raise ValueError(
+                f"keeps a share of {self.keep:g} at first, below the smallest ({self.least:g}): lower least"
+            )
+        return self
 
     needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
     whole_distribution: ClassVar[bool] = True
@@ -160,6 +168,11 @@ class Term(Section):
         return weights
 
     @property
+    def least_vocabulary(self) -> int:
+        """How many ids a vocabulary needs."""
+        return 1
+
+    @property
     def compares_answers(self) -> bool:
         """Whether it is a function of several answers to one prompt, which must then meet in one micro-batch."""
         return "groups" in self.needs
@@ -204,6 +217,8 @@ class ReverseKl(Divergence):
     """KL(student, teacher) (MiniLLM, arXiv 2306.08543): seeks modes."""
 
     loss: Literal["reverse_kl"] = "reverse_kl"
+
+    instead: ClassVar[str] = "write labels: given_ids (the student's likeliest ids) or labels: hidden (exact)"
 
 
 class Jsd(Divergence):
@@ -290,11 +305,21 @@ class Lsm(Divergence):
     needs: ClassVar[frozenset[Need]] = frozenset({"labels", "likeliest_ids"})
     exactness: ClassVar[Mapping[str, Exactness]] = {**_BIASED_BY_A_TAIL, "topk": "exact"}
 
+    @property
+    def least_vocabulary(self) -> int:
+        return self.k
+
     def problem_with(self, labels: Labels) -> str | None:
-        if labels.kind == "topk" and labels.k < self.k:
-            kept = f"lsm compares {self.k} ids of each row, and labels: topk keep {labels.k}"
-            return f"{kept}: write k: {labels.k} or less here, or k: {self.k} there"
-        return None
+        if labels.kind != "topk":
+            return None
+        # control ids take places of the likeliest; `auto` is a list once the tokenizer has been read
+        controls = 0 if labels.control_ids == "auto" else len(labels.control_ids)
+        if labels.k - controls >= self.k:
+            return None
+        kept = f"lsm compares the {self.k} likeliest ids of each row, and labels: topk keep {labels.k}"
+        kept += f", {controls} of them control ids" if controls else ""
+        here = f"k: {labels.k - controls} or less here, or " if labels.k > controls else ""
+        return f"{kept}: write {here}k: {self.k + controls} there"
 
 
 class Dkd(Divergence):
@@ -304,6 +329,12 @@ class Dkd(Divergence):
     loss: Literal["dkd"] = "dkd"
     alpha: Annotated[float, Field(ge=0, le=1e3)] = Field(1.0, description="Of the target id against all others.")
     beta: Annotated[float, Field(ge=0, le=1e3)] = Field(1.0, description="Of the other ids among themselves.")
+
+    @model_validator(mode="after")
+    def _weighs_something(self) -> Dkd:
+        if not self.alpha and not self.beta:
+            raise ValueError("alpha and beta are both 0, so that nothing is learnt: raise one of them")
+        return self
 
     needs: ClassVar[frozenset[Need]] = frozenset({"labels", "target_event"})
 
@@ -349,7 +380,7 @@ class _Listwise(Term):
     per_token: bool = Field(
         True, description="By the mean log-probability of an answer's tokens; false: by their sum, as sampling would."
     )
-    temperature: PositiveFloat = Field(1.0, description="Log-probabilities are divided by it.")
+    temperature: Temperature = Field(1.0, description="Log-probabilities are divided by it.")
 
     form: ClassVar[Literal["row", "sequence"]] = "sequence"
     compared_rows: ClassVar[Literal["preference", "candidates"]] = "candidates"
@@ -370,7 +401,7 @@ class ScoredListwiseKl(_Listwise):
     It needs no teacher: `labels: none`."""
 
     loss: Literal["scored_listwise_kl"] = "scored_listwise_kl"
-    score_temperature: PositiveFloat = Field(1.0, description="Scores are divided by it.")
+    score_temperature: Temperature = Field(1.0, description="Scores are divided by it.")
 
     needs: ClassVar[frozenset[Need]] = frozenset({"groups", "rewards"})
 

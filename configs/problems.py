@@ -84,6 +84,10 @@ def _sentence(path: KeyPath, detail: Any, keys: Sequence[Key]) -> str:
     kind = detail["type"]
     if kind == "extra_forbidden":
         return unknown_key(path, keys)
+    if kind == "missing" and isinstance(detail["input"], dict) and len(detail["input"]) == 1 and _is_bare(path, detail):
+        [(tag, named)] = detail["input"].items()
+        name = detail["loc"][-1]
+        return f"{named} needs '{name}', which is missing: write {{{tag}: {named}, {name}: ...}}"
     if kind == "missing" and isinstance(path[-1], int):
         return f"item {path[-1]} of the list is missing"
     if kind == "missing":
@@ -97,6 +101,11 @@ def _sentence(path: KeyPath, detail: Any, keys: Sequence[Key]) -> str:
     return text
 
 
+def _is_bare(path: KeyPath, detail: Any) -> bool:
+    """Whether what is missing is a parameter of a kind that stands as one word, `[jsd]` for `[{loss: jsd}]`."""
+    return bool(path) and detail["loc"][-1] != path[-1]
+
+
 def _hints(path: KeyPath, value: Any, text: str, keys: Sequence[Key]) -> str:
     if not text.startswith("must be "):
         return ""
@@ -106,5 +115,7 @@ def _hints(path: KeyPath, value: Any, text: str, keys: Sequence[Key]) -> str:
         return ""
     quotes = " (without quotes)" if "number" in text and re.fullmatch(r"[-+\d.eE]+", value) else ""
     below = [name for name in ("path", "engine") if any(key.path == (*path, name) for key in keys)]
+    if text == "must be a list":
+        return f", here [{value}]"
     example = f", here {{{below[0]}: {value}}}" if below else ""
     return quotes + did_you_mean(value, re.findall(r"'([^']*)'", text)) + example

@@ -26,6 +26,8 @@ Natural = Annotated[int, Field(ge=0, le=MOST)]
 Bytes = Annotated[int, Field(gt=0, le=2**50)]
 Weight = Annotated[float, Field(ge=1e-9, le=1e9)]
 """Products of several, over the loss tokens of a step, are numbers of float32."""
+Temperature = Annotated[float, Field(ge=0.01, le=100)]
+"""What probabilities are sharpened or flattened by. Losses are scaled by its square, which float32 must hold."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
 """A longer wait is none: timers of the system overflow, and whoever set it would never hear of a role that hangs."""

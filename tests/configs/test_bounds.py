@@ -109,3 +109,36 @@ def test_the_name_of_an_anchor_may_be_used_again_without_a_warning(
     file.write_text(BASE + "report: {generate: &a 1, generate_tokens: *a, viewer_sequences: &a 2}\n")
     assert load_run(file).run.report.viewer_sequences == 2
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["topk", "nucleus", "sampled", "given_ids", "hidden", "dense"])
+@pytest.mark.parametrize(
+    ("temperature", "bound"), [("0.009", "at least 0.01"), ("1e-30", "at least"), ("1e30", "at most 100")]
+)
+def test_a_temperature_whose_square_no_loss_can_hold_is_refused(
+    file: Path, kind: str, temperature: str, bound: str
+) -> None:
+    assert bound in refused(file, f"labels={{kind: {kind}, temperature: {temperature}}}")
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ("[jsd]", "objective.0\n      jsd needs 'beta', which is missing: write {loss: jsd, beta: ...}"),
+        ("jsd", "objective = 'jsd'\n      must be a list, here [jsd]"),
+        (
+            "[{loss: forward_kl, token_weights: [position]}]",
+            "token_weights.0\n      position needs 'half_life', which is missing: write {kind: position, "
+            "half_life: ...}",
+        ),
+        ("[{loss: forward_kl, token_weights: entropy}]", "must be a list, here [entropy]"),
+        (
+            "[{loss: forward_kl, token_weights: [{kind: difficulty, keep: 0.05}]}]",
+            "below the smallest (0.1): lower least",
+        ),
+        ("[{loss: dkd, alpha: 0, beta: 0}]", "alpha and beta are both 0"),
+        ("[reverse_kl]", "write labels: given_ids (the student's likeliest ids) or labels: hidden (exact)"),
+    ],
+)
+def test_a_term_with_parameters_that_cannot_be_says_what_to_write(file: Path, objective: str, words: str) -> None:
+    assert words in refused(file, "labels=sampled", f"objective={objective}")

@@ -100,7 +100,7 @@ def test_a_run_with_a_class_of_a_users_is_dumped_and_loaded(package: Path, tmp_p
         ({"count": 2, "many": [1]}, "many", "string_type"),
         ({"count": 2, "needs": "hidden"}, "needs", "extra_forbidden"),
         ({"count": 2, "_own": 1}, "_own", "extra_forbidden"),
-        ({"count": 2, "temperature": 0}, "temperature", "greater_than"),
+        ({"count": 2, "temperature": 0}, "temperature", "greater_than_equal"),
     ],
 )
 def test_a_wrong_parameter_is_refused_at_its_name(

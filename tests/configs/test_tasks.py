@@ -176,10 +176,16 @@ MISTAKES = {
         ["objective=[{loss: dkd}]", "labels=fakes.poisoned_labels"],
         "dkd cannot be computed from labels: fakes.poisoned_labels; write labels: topk (some ids of each row) or",
     ),
+    "more ids than the labels keep beside the control ids": (
+        ONE,
+        ["objective=[{loss: lsm, k: 16}]", "labels={kind: topk, k: 16, control_ids: [2]}"],
+        "topk keep 16, 1 of them control ids: write k: 15 or less here, or k: 17 there",
+    ),
     "more ids than the labels keep": (
         ONE,
         ["objective=[{loss: lsm, k: 20}]", "labels={kind: topk, k: 16}"],
-        "lsm compares 20 ids of each row, and labels: topk keep 16: write k: 16 or less here, or k: 20 there",
+        "lsm compares the 20 likeliest ids of each row, and labels: topk keep 16: write k: 16 or less here, or k: 20 "
+        "there",
     ),
     "a weight of tokens that the labels do not tell": (
         ONE,

@@ -415,6 +415,10 @@ def test_more_kept_ids_than_the_vocabulary_has_are_refused(make: Make) -> None:
     given = only_problem(make(), "labels={kind: given_ids, k: 100000, add_teacher_topk: 3}")
     assert "labels: given_ids, the layout of a row: labels keep 100004 ids of a row" in given.text
     assert problem.exit_code == ConfigError.exit_code
+    compared = only_problem(make(), "labels=hidden", "objective=[{loss: lsm, k: 100000}]")
+    assert "objective.0: lsm compares 100000 ids of each row, but the vocabulary has only V = " in compared.text
+    controls = only_problem(make(), "labels={kind: topk, k: 8, control_ids: auto}", "objective=[{loss: lsm, k: 8}]")
+    assert "of them control ids: write k: 7 or less here, or k: 9 there" in controls.text
 
 
 def test_a_licence_is_taken_from_the_model_card_or_missed(make: Make, tmp_path: Path, tiny_student: Path) -> None:

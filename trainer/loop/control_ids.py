@@ -58,7 +58,11 @@ def _with_ids(run: Run, task: ResolvedTask, inputs: Inputs) -> Sparse:
     if labels.most and len(ids) > getattr(labels, labels.most):
         kept = f"{labels.most}: {getattr(labels, labels.most)}"
         raise ConfigError(f"{place}: {len(ids)} ids do not fit into {kept}; write {labels.most}: {len(ids)} or more")
-    return labels.model_copy(update={"control_ids": tuple(ids)})
+    made = labels.model_copy(update={"control_ids": tuple(ids)})
+    for term in task.objective:
+        if problem := term.problem_with(made):
+            raise ConfigError(f"{station_place(run, task, 'objective')}: {problem}")
+    return made
 
 
 def _id(given: int | str, inputs: Inputs, place: str) -> int:

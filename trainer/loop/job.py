@@ -214,8 +214,18 @@ def label_bytes_per_row(run: Run, inputs: Inputs, *, teacher_dtypes: Mapping[str
             encoding = load_encoding(labels)
             with foreign_errors(f"{station_place(run, task, 'labels')}: {labels.kind}, the layout of a row"):
                 of_teachers.append(sum(column.num_bytes for column in encoding.layout(shape)))
+            _check_terms(run, task, shape.vocabulary_size)
         sizes.append(max(of_teachers) if task.ensemble is None else sum(of_teachers))
     return max(sizes)
+
+
+def _check_terms(run: Run, task: ResolvedTask, vocabulary_size: int) -> None:
+    for index, term in enumerate(task.objective):
+        if term.least_vocabulary > vocabulary_size:
+            raise ConfigError(
+                f"{station_place(run, task, 'objective')}.{index}: {term.loss} compares {term.least_vocabulary} ids of "
+                f"each row, but the vocabulary has only V = {vocabulary_size}: write k: {vocabulary_size} or less"
+            )
 
 
 def hidden_size_of(source: ModelSource, *, place: str = "teacher") -> int:
