@@ -89,12 +89,12 @@ def test_candidates_without_scores_or_longer_than_a_micro_batch_are_refused(make
     changes = [f"prompts={{path: {tmp_path}/listed.jsonl}}", "objective=[{loss: scored_listwise_kl}]", "labels=none"]
     (wrong,) = problems(make(), *changes)
     assert "listed.jsonl:1: scores: are missing, and the objective learns them; write loss: listwise_kl" in wrong.text
-    changes[1:] = ["objective=[{loss: listwise_kl}]", "labels=token", "data.max_length=8"]
-    row["candidates"] = [f" fox {word}" for word in ("by", "a", "the", "drop", "into", "over")]
+    changes[1:] = ["objective=[{loss: listwise_kl}]", "labels=token", "data.max_length=32"]
+    row["candidates"] = [f" fox {word}" for word in "by a the drop into over fox dog".split()]
     (tmp_path / "listed.jsonl").write_text(json.dumps(row) + "\n")
-    found = problems(make(), *changes, "training.micro_batch_tokens=16")
+    found = problems(make(), *changes, "training.micro_batch_tokens=64")
     (wrong,) = [finding for finding in found if finding.subject == "train rows"]
-    assert "training.micro_batch_tokens = 16: the answers to one prompt of" in wrong.text
+    assert "training.micro_batch_tokens = 64: the answers to one prompt of" in wrong.text
     assert "tokens together and are compared with each other in one micro-batch: write at least " in wrong.text
 
 
