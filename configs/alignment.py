@@ -108,6 +108,9 @@ def alignment_problems(task: ResolvedTask) -> Iterator[tuple[str, str, str]]:
         elif term.needs & {"target_event", "likeliest_ids"}:
             text = f"{term.loss} looks at single tokens of the teacher, which align: {align.kind} does not keep; "
             yield "objective", term.loss, text + "write another divergence, such as forward_kl"
+        elif term.form == "features":
+            text = f"{term.loss} compares states token by token, which align: {align.kind} does not give; "
+            yield "objective", term.loss, text + "let it have a teacher of the student's tokenizer"
         elif any(one.needs for one in term.token_weights):
             yield "objective", term.loss, f"token_weights look at labels that align: {align.kind} changes: remove them"
         elif term.form == "sequence":

@@ -112,14 +112,28 @@ class Sampled(Sparse):
 
 
 class Hidden(Labels):
-    """The teacher's last hidden state: exact, and multiplied by the teacher's head on the student's side."""
+    """The teacher's last hidden state: exact, and multiplied by the teacher's head on the student's side. With `layers`
+    also the states between its layers, for terms on features."""
 
     kind: Literal["hidden"] = "hidden"
 
-    gives: ClassVar[frozenset[Need]] = _DISTRIBUTIONS
+    gives: ClassVar[frozenset[Need]] = _DISTRIBUTIONS | {"layers"}
     of_every_id: ClassVar[bool] = True
 
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: what the teacher computes in.")
+    layers: tuple[Natural, ...] = Field(
+        (),
+        description="Further states of each row, counted as transformers' hidden_states are: 0 what the first layer "
+        "reads (the embeddings), i what layer i leaves, and of the last one what the final norm makes of it, which is "
+        "the last hidden state again.",
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _each_once(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(layers)) < len(layers):
+            raise ValueError("names a layer twice; name each once")
+        return tuple(sorted(layers))
 
 
 class Dense(Labels):

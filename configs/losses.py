@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
-from configs.section import Need, Positive, Section, Share, Temperature, Weight
+from configs.refusal import refusal
+from configs.section import Natural, Need, Positive, Section, Share, Temperature, Weight
 from configs.stations import Choice, Station
 
 if TYPE_CHECKING:
@@ -101,14 +102,15 @@ class Term(Section):
         (), description="Weights of each token in it, multiplied: entropy, confidence, difficulty, position."
     )
 
-    form: ClassVar[Literal["row", "sequence"]] = "row"
-    """row: a function of one row, averaged over loss tokens; sequence: of whole answers, averaged over groups."""
+    form: ClassVar[Literal["row", "sequence", "features"]] = "row"
+    """row: a function of one row, averaged over loss tokens; sequence: of whole answers, averaged over groups;
+    features: of states inside both models at one row, or at all rows of a micro-batch, averaged over loss tokens."""
     compared_rows: ClassVar[Literal["preference", "candidates"]] = "preference"
     """Of a term that needs groups: the format of its rows."""
     needs: ClassVar[frozenset[Need]] = frozenset()
     """labels: of every row, from a teacher; target_event: among them the target id; likeliest_ids: the teacher's
     likeliest ids, each by itself; groups: several answers to one prompt; rewards: a number per answer; target_logprobs:
-    log-probabilities of the target ids alone, from a teacher; chunks: `align: chunks`."""
+    log-probabilities of the target ids alone, from a teacher; chunks: `align: chunks`; layers: states of a teacher."""
     tells: ClassVar[tuple[str, ...]] = ()
     """What its function says of each row beside the value; metrics have the means."""
     moves: ClassVar[bool] = False
@@ -128,7 +130,7 @@ class Term(Section):
     @classmethod
     def looks_at_labels(cls) -> bool:
         """Whether its value depends on what a teacher says."""
-        return bool(cls.needs & {"labels", "target_logprobs"})
+        return bool(cls.needs & {"labels", "target_logprobs", "layers"})
 
     @classmethod
     def exactness_with(cls, labels: Labels | NoLabels | type[Labels]) -> Exactness | None:
@@ -161,7 +163,8 @@ class Term(Section):
     @classmethod
     def _of_rows(cls, weights: tuple[TokenWeight, ...]) -> tuple[TokenWeight, ...]:
         if weights and cls.form != "row":
-            raise ValueError("a term that compares whole answers has no weights of tokens: remove token_weights")
+            what = "compares whole answers" if cls.form == "sequence" else "is about states inside the models"
+            raise ValueError(f"a term that {what} has no weights of tokens: remove token_weights")
         kinds = [one.kind for one in weights]
         if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):
             raise ValueError(f"{twice} is named twice: keep one of both")
@@ -369,7 +372,7 @@ class Dpo(Term):
     loss: Literal["dpo"] = "dpo"
     beta: PositiveFloat = Field(0.1, description="strength of the pull towards the reference.")
 
-    form: ClassVar[Literal["row", "sequence"]] = "sequence"
+    form: ClassVar[Literal["row", "sequence", "features"]] = "sequence"
     needs: ClassVar[frozenset[Need]] = frozenset({"groups", "target_logprobs"})
     exactness: ClassVar[Mapping[str, Exactness]] = {"token": "exact"}
 
@@ -382,7 +385,7 @@ class _Listwise(Term):
     )
     temperature: Temperature = Field(1.0, description="Log-probabilities are divided by it.")
 
-    form: ClassVar[Literal["row", "sequence"]] = "sequence"
+    form: ClassVar[Literal["row", "sequence", "features"]] = "sequence"
     compared_rows: ClassVar[Literal["preference", "candidates"]] = "candidates"
 
 
@@ -406,6 +409,52 @@ class ScoredListwiseKl(_Listwise):
     needs: ClassVar[frozenset[Need]] = frozenset({"groups", "rewards"})
 
 
+class Features(Term):
+    """How far the states after a layer of the student are from those after one of the teacher (arXiv 2402.13116, table
+    2): l2, the mean square of the difference; l1, its mean size; cosine, 1 - cos; ce, the cross-entropy between the
+    softmaxes of both, as of distributions over the channels; mmd, between the two sets of states of a micro-batch,
+    whichever row they are of. Layers are counted as `layers` of `labels: hidden` are."""
+
+    loss: Literal["features"] = "features"
+    distance: Literal["l2", "l1", "cosine", "ce", "mmd"] = Field("l2", description="As above.")
+    student_layer: Natural = Field(description="0 to the number of its layers.")
+    teacher_layer: Natural = Field(description="One of `layers` of `labels: hidden`.")
+    projector: Literal["none", "linear"] = Field(
+        "none",
+        description="linear: the student's states go through a matrix that is learnt with it and thrown away with the "
+        "run, as they must where both models differ in width.",
+    )
+    normalised: bool = Field(
+        True, description="States are divided by their root mean square first, of which a few channels are the most."
+    )
+    temperature: Temperature = Field(1.0, description="Of ce alone: states are divided by it.")
+
+    form: ClassVar[Literal["row", "sequence", "features"]] = "features"
+    needs: ClassVar[frozenset[Need]] = frozenset({"layers"})
+    exactness: ClassVar[Mapping[str, Exactness]] = {"hidden": "exact"}
+    instead: ClassVar[str] = "write labels: {kind: hidden, layers: [the teacher_layer of each such term]}"
+
+    @model_validator(mode="after")
+    def _temperature_is_of_ce(self) -> Features:
+        if self.temperature != 1 and self.distance != "ce":
+            text = f"distance: {self.distance} has none, only ce does: remove it"
+            raise refusal(("temperature",), self.temperature, text)
+        return self
+
+    def problem_with(self, labels: Labels) -> str | None:
+        if self.teacher_layer in labels.layers:
+            return None
+        layers = sorted({*labels.layers, self.teacher_layer})
+        held = f"layers {list(labels.layers)}" if labels.layers else "no layers"
+        return (
+            f"teacher_layer: {self.teacher_layer} is compared, and labels: hidden hold {held}: write labels: "
+            f"{{kind: hidden, layers: {layers}}}"
+        )
+
+    def parameters(self) -> dict[str, Any]:
+        return {"distance": self.distance, "normalised": self.normalised, "temperature": self.temperature}
+
+
 class ChunkKl(Term):
     """KL of whether a chunk of the text comes, P log P/Q + (1 - P) log (1 - P)/(1 - Q) by its probabilities P of the
     teacher and Q of the student, for teachers with another tokenizer (ALM, arXiv 2503.20083, with tau = 1)."""
@@ -413,7 +462,7 @@ class ChunkKl(Term):
     loss: Literal["chunk_kl"] = "chunk_kl"
 
     across_tokenizers: ClassVar[bool] = True
-    form: ClassVar[Literal["row", "sequence"]] = "sequence"
+    form: ClassVar[Literal["row", "sequence", "features"]] = "sequence"
     needs: ClassVar[frozenset[Need]] = frozenset({"target_logprobs", "chunks"})
     exactness: ClassVar[Mapping[str, Exactness]] = {"token": "lower_bound"}
 
@@ -451,6 +500,7 @@ LOSSES = Station(
         Dpo,
         ListwiseKl,
         ScoredListwiseKl,
+        Features,
         ChunkKl,
         Uld,
     ),

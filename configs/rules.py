@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from configs.alignment import alignment_problems
 from configs.engines import Vllm
 from configs.labels import GivenIds, NoLabels
-from configs.losses import ForwardKl, Need, Term
+from configs.losses import Features, ForwardKl, Need, Term
 from configs.refusal import did_you_mean
 from configs.section import MAIN
 
@@ -149,6 +149,20 @@ def _objective(run: Run, task: ResolvedTask) -> Iterator[Problem]:
         elif problem := term.problem_with(task.labels):
             yield place, value, problem
         yield from _token_weights(task, term, (*at, index, "token_weights"))
+    yield from _layers(run, task)
+
+
+def _layers(run: Run, task: ResolvedTask) -> Iterator[Problem]:
+    """States of the teacher are of one teacher, and travel only where they are compared."""
+    features = [term for term in task.objective if isinstance(term, Features)]
+    if features and task.ensemble is not None:
+        text = f"features are states of one teacher: write teacher: {task.ensemble.teachers[0]} instead of ensemble"
+        yield _place(run, task, "ensemble"), None, text
+    compared = {term.teacher_layer for term in features}
+    for index, layer in enumerate(getattr(task.labels, "layers", ())):
+        if layer not in compared:
+            text = "no term compares this layer: remove it, or add {loss: features, student_layer: N, teacher_layer: "
+            yield (*_place(run, task, "labels"), "layers", index), layer, f"{text}{layer}}}"
 
 
 def _token_weights(task: ResolvedTask, term: Term, at: Place) -> Iterator[Problem]:
@@ -170,7 +184,7 @@ def _pairs(run: Run, task: ResolvedTask) -> Iterator[Problem]:
     bad, good = ("rejected", "chosen") if wanted == "preference" else ("bad", "good")
     rows, budget = task.prompts.format, run.training.micro_batch_tokens
     for index, term in enumerate(task.objective):
-        if term.form == "row":
+        if term.form != "sequence":
             text = f"{term.loss} would learn the {bad} answers of {compared} as well as the {good} ones: give it a "
             place = (*_place(run, task, "objective"), index, "loss")
             yield place, term.loss, text + f"task of its own, whose rows have the {good} answers as completion"

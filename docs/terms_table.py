@@ -21,6 +21,27 @@ mostly the student before training: `teacher: {model: {path: models/student}}`, 
 `listwise_kl` is trained on rows with `candidates`, of which the teacher's `labels: token` say how likely each is;
 `scored_listwise_kl` on rows with `candidates` and `scores` (of a reranker, say), with `labels: none`.
 
+`features` compare states inside the models, and may stand beside any divergence, since the labels hold the last hidden
+state too:
+
+```yaml
+labels: {kind: hidden, layers: [8, 16]}  # of the teacher; 2 H bytes a loss token each, or 4 H in float32
+objective:
+  - {loss: forward_kl}
+  - {loss: features, student_layer: 4, teacher_layer: 8, projector: linear, weight: 0.1}
+  - {loss: features, student_layer: 8, teacher_layer: 16, distance: cosine, projector: linear, weight: 0.1}
+```
+
+Layers are counted as transformers' `hidden_states` are: 0 is what the first layer reads (the embeddings, with whatever
+scale the model gives them), i what layer i leaves, before any norm; only the last one is after the final norm, and so
+the last hidden state. Only loss tokens are compared. A projector is a matrix of the student's states, trained with the
+student's learning rate and weight decay; it is in every checkpoint, and not in the exported student. The teacher's
+states go through none, since a learnt map of both sides could make them equal by forgetting them. `mmd` compares at
+most 512 rows of a micro-batch with each other, so that its value, unlike all others, depends on how sequences are
+packed.
+Engine `hf` gives the layers of every model; `vllm` of those that it lets speculative decoding (EAGLE-3) look into, in
+shards too, and `check` says where it does not.
+
 `loss: package.module` takes a term of yours, a file with its parameters and its function:
 
 ```python

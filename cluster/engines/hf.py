@@ -27,7 +27,7 @@ from cluster.engines.units import (
     with_given,
 )
 from configs.engines import Hf
-from configs.labels import Labels
+from configs.labels import Hidden, Labels
 from configs.models import ModelSource
 from trainer.errors import ConfigError
 from trainer.labels.encoding import Column, Encoding, load_encoding, pack_rows, row_keys
@@ -128,14 +128,25 @@ class HfScorer:
         token_ids = torch.from_numpy(tokens_to_read(sequence)).long().to(device)
         rows = torch.from_numpy(np.flatnonzero(sequence.loss_mask)).to(device)
         if encoding.needs == "hidden":
-            source = self._model.base_model(input_ids=token_ids[None], use_cache=False).last_hidden_state[0, rows]
+            source, extra = self._states(token_ids, rows, encoding.layers if isinstance(encoding, Hidden) else ())
         else:
             logits = self._model(input_ids=token_ids[None], use_cache=False, logits_to_keep=rows).logits[0]
-            source = logits[:, : self._plan.vocabulary_size]
-        extra = {"row_keys": row_keys(token_ids.cpu(), rows.cpu()).to(device)} if encoding.needs_row_keys else {}
+            source, extra = logits[:, : self._plan.vocabulary_size], {}
+        if encoding.needs_row_keys:
+            extra["row_keys"] = row_keys(token_ids.cpu(), rows.cpu()).to(device)
         if given is not None:
             extra["given_ids"] = torch.from_numpy(given.astype(np.int64)).to(device)
         return pack_rows(encoding.encode(source, token_ids[rows + 1], **extra), layout).cpu().numpy()
+
+    def _states(
+        self, token_ids: torch.Tensor, rows: torch.Tensor, layers: tuple[int, ...]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The last hidden states [n, H] of these rows, and as `states` [n, K, H] those after the layers, if any."""
+        found = self._model.base_model(input_ids=token_ids[None], use_cache=False, output_hidden_states=bool(layers))
+        last = found.last_hidden_state[0, rows]
+        if not layers:
+            return last, {}
+        return last, {"states": torch.stack([found.hidden_states[layer][0, rows] for layer in layers], dim=1)}
 
     def statistics(self) -> EngineStatistics:
         return self._loop.statistics()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +28,7 @@ from cluster.engines.units import (
 from cluster.engines.vllm_generator import VllmGenerator, sampling_params
 from cluster.engines.vllm_loop import EngineLoop, Request
 from configs.engines import Vllm
-from configs.labels import HELD_OUT, Labels
+from configs.labels import HELD_OUT, Hidden, Labels
 from trainer.errors import ConfigError, InfrastructureError
 from trainer.heap import give_back
 from trainer.imports import uncollected
@@ -195,13 +195,19 @@ def teacher_architecture(plan: EnginePlan) -> Iterator[Any]:
         from cluster.engines import vllm_labels
 
     os.environ[vllm_labels.ARCHITECTURE_VARIABLE] = config.architectures[0]
+    os.environ[vllm_labels.LAYERS_VARIABLE] = ",".join(map(str, layers_asked(plan.encodings)))
     try:
         # vLLM runs its plug-ins once per process: this covers a second engine of another architecture.
         with start_errors(f"vLLM has no usable model for {config.architectures[0]} of {plan.model}"):
             vllm_labels.register()
         yield config
     finally:
-        del os.environ[vllm_labels.ARCHITECTURE_VARIABLE]
+        del os.environ[vllm_labels.ARCHITECTURE_VARIABLE], os.environ[vllm_labels.LAYERS_VARIABLE]
+
+
+def layers_asked(encodings: Iterable[Labels]) -> list[int]:
+    """Of all encodings that have layers."""
+    return sorted({layer for one in encodings if isinstance(one, Hidden) for layer in one.layers})
 
 
 def build_engine(plan: EnginePlan) -> LLMEngine:

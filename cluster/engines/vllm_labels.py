@@ -18,6 +18,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,18 +28,23 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.pooler import PoolingParamsUpdate
 from vllm.model_executor.layers.pooler.abstract import Pooler
+from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.model_executor.models.interfaces_base import VllmModelForPooling
 from vllm.pooling_params import PoolingParams
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from cluster.engines.plan import LABEL_CHUNK_ROWS
 from cluster.engines.vllm_shards import Shards
-from configs.labels import LABELS
+from configs.labels import LABELS, Hidden
 from trainer.build import check_build
+from trainer.errors import ConfigError
 from trainer.labels.encoding import Encoding, TeacherShape, load_encoding, pack_rows, row_keys
 
 ARCHITECTURE_VARIABLE = "STILLHOUSE_TEACHER_ARCHITECTURE"
 """Names the architecture to replace; inherited by tensor-parallel workers. Unset: this process scores nothing."""
+
+LAYERS_VARIABLE = "STILLHOUSE_TEACHER_LAYERS"
+"""Numbers of the layers whose states are asked for, with commas between them; likewise."""
 
 TASK = "token_classify"
 """The pooling task that both of vLLM's model runners pass through to a pooler of our own."""
@@ -78,11 +85,46 @@ def twin_of(base: type[torch.nn.Module]) -> type[torch.nn.Module]:
     class Twin(base, LabelTwin):
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:  # vLLM reads this signature
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-            self.pooler = LabelPooler(self.compute_logits, Shards(self))
+            places = asked_layers(self, vllm_config.model_config.hf_text_config)
+            self.pooler = LabelPooler(self.compute_logits, Shards(self), places)
+
+        @wraps(base.forward)  # vLLM reads this signature too
+        def forward(self, *args: object, **kwargs: object) -> object:
+            return side_by_side(super().forward(*args, **kwargs))
 
     Twin.__name__ = base.__name__
     Twin.__qualname__ = base.__qualname__
     return Twin
+
+
+def asked_layers(model: torch.nn.Module, config: Any) -> dict[int, int]:
+    """Let the model give the states after the layers that this process is told of, in the way of speculative decoding
+    (EAGLE-3). By layer the place of its states in what `side_by_side` makes; the last one's are the final states, at
+    place 0. Raises `ConfigError` where the model has no such layer, or gives no states."""
+    told = os.environ.get(LAYERS_VARIABLE)
+    if not told:
+        return {}
+    layers, num_layers = [int(layer) for layer in told.split(",")], config.num_hidden_layers
+    if beyond := [layer for layer in layers if layer > num_layers]:
+        raise ConfigError(f"labels.layers: the teacher has layers 0 to {num_layers}, not {beyond[0]}")
+    inner = [layer for layer in layers if layer < num_layers]
+    if inner:
+        # The backend for models of transformers counts from the end where it is asked for layer 0.
+        if not supports_eagle3(model) or (0 in inner and hasattr(model, "_layer_names")):
+            raise ConfigError(
+                f"labels.layers: vLLM's {type(model).__name__} does not give the states between its layers; write "
+                "engine: {kind: hf}, or choose another teacher"
+            )
+        model.set_aux_hidden_state_layers(tuple(inner))
+    return {layer: place for place, layer in enumerate(inner, start=1)} | {num_layers: 0}
+
+
+def side_by_side(output: object) -> object:
+    """What vLLM's runner hands on to the pooler: final states [T, H], or with states after K layers [T, (1 + K) H]."""
+    if not isinstance(output, tuple):
+        return output
+    last, states = output
+    return torch.cat([last, *states], dim=-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +175,15 @@ class Part:
 class LabelPooler(Pooler):
     """Packed label rows of the asked positions, one uint8 tensor per finished request."""
 
-    def __init__(self, compute_logits: Callable[[torch.Tensor], torch.Tensor | None], shards: Shards) -> None:
+    def __init__(
+        self, compute_logits: Callable[[torch.Tensor], torch.Tensor | None], shards: Shards, places: dict[int, int]
+    ) -> None:
+        """`places`: of `asked_layers`."""
         super().__init__()
         self.compute_logits = compute_logits
         self.shards = shards
+        self.places = places
+        self.num_states = 1 + max(places.values(), default=0)  # of each token, side by side
         self.encodings: dict[str, Encoding] = {}
 
     def get_supported_tasks(self) -> set[str]:
@@ -146,7 +193,7 @@ class LabelPooler(Pooler):
         return PoolingParamsUpdate(requires_token_ids=True)
 
     def forward(self, hidden_states: torch.Tensor, pooling_metadata: PoolingMetadata) -> list[torch.Tensor | None]:
-        """`hidden_states` [T, H] of all tokens scheduled in this step, request after request."""
+        """`hidden_states` [T, H], or as `side_by_side`, of all tokens scheduled in this step, request after request."""
         asks = [params.extra_kwargs for params in pooling_metadata.pooling_params]
         if any(ask is None for ask in asks):
             return self._profile(hidden_states, num_requests=len(asks))
@@ -190,13 +237,20 @@ class LabelPooler(Pooler):
             torch.cat(tensors).to(device, non_blocking=True)
             for tensors in zip(*((part.rows, part.target_ids, *part.extra.values()) for part in parts), strict=True)
         )
-        layout = encoding.layout(TeacherShape(ask.vocabulary_size, hidden_states.shape[-1], hidden_states.dtype))
+        width = hidden_states.shape[-1] // self.num_states
+        layout = encoding.layout(TeacherShape(ask.vocabulary_size, width, hidden_states.dtype))
         chunks = []
         for start in range(0, len(rows), LABEL_CHUNK_ROWS):
             here = slice(start, start + LABEL_CHUNK_ROWS)
             chunk = rows[here]
             more = {name: values[here] for name, values in zip(parts[0].extra, extra, strict=True)}
-            columns = self._columns(encoding, hidden_states[chunk], target_ids[here], more, ask.vocabulary_size)
+            hidden = hidden_states[chunk]
+            if self.places:
+                states = hidden.unflatten(1, (self.num_states, width))
+                hidden = states[:, 0].contiguous()
+                if isinstance(encoding, Hidden) and encoding.layers:
+                    more["states"] = states[:, [self.places[layer] for layer in encoding.layers]]
+            columns = self._columns(encoding, hidden, target_ids[here], more, ask.vocabulary_size)
             empty = chunk.new_empty(len(chunk), 0, dtype=torch.uint8)
             chunks.append(empty if columns is None else pack_rows(columns, layout))
         return torch.cat(chunks)
@@ -235,7 +289,8 @@ class LabelPooler(Pooler):
 
     def _profile(self, hidden_states: torch.Tensor, *, num_requests: int) -> list[torch.Tensor]:
         """vLLM measures the memory of a step with dummy requests: use what a chunk of labels uses at its peak."""
-        logits = self.compute_logits(hidden_states[:LABEL_CHUNK_ROWS])
+        width = hidden_states.shape[-1] // self.num_states
+        logits = self.compute_logits(hidden_states[:LABEL_CHUNK_ROWS, :width].contiguous())
         if logits is not None:
             logits.float().log_softmax(dim=-1)
         return [torch.empty(0, 0, dtype=torch.uint8, device=hidden_states.device) for _ in range(num_requests)]

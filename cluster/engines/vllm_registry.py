@@ -65,6 +65,54 @@ def check_architecture(config: Any, *, place: str) -> None:
     )
 
 
+def check_layers(config: Any, layers: tuple[int, ...], *, place: str) -> None:
+    """Raises `ConfigError` where vLLM's model for a transformers config cannot give the states after these layers: it
+    must offer them to speculative decoding (EAGLE-3), and its backend for models of transformers has none before the
+    first layer."""
+    name = (config.architectures or [""])[0]
+    inner = [layer for layer in layers if layer < config.get_text_config().num_hidden_layers]
+    own = _own_models().get(name)
+    if not inner or not known_architectures() or _adds_models() or (own is not None and _gives_states(*own) is None):
+        return
+    if (0 not in inner) if own is None else _gives_states(*own):
+        return
+    which = "the state that its first layer reads" if own is None else "the states between its layers"
+    raise ConfigError(
+        f"{place}: vLLM {_version()} does not give {which} of {name}: write engine: {{kind: hf}} in the teacher's "
+        "scorer, or " + ("leave out layer 0" if own is None else "choose another teacher")
+    )
+
+
+@functools.cache
+def _own_models() -> dict[str, tuple[str, str]]:
+    """Module and class of vLLM's models, by the architecture."""
+    found: dict[str, tuple[str, str]] = {}
+    for node in _statements("model_executor/models/registry.py"):
+        for key in _keys(node):
+            at = next(i for i, one in enumerate(node.value.keys) if isinstance(one, ast.Constant) and one.value == key)
+            told = node.value.values[at]
+            parts = [one.value for one in ast.walk(told) if isinstance(one, ast.Constant)]
+            if len(parts) == 2 and parts[0] != "transformers":
+                found[key] = (parts[0], parts[1])
+    return found
+
+
+@functools.cache
+def _gives_states(module: str, name: str) -> bool | None:
+    """Whether a class of vLLM's offers states to EAGLE-3, by its bases; None where its file is not found."""
+    nodes = list(_statements(f"model_executor/models/{module}.py"))
+    of_name = next((node for node in nodes if isinstance(node, ast.ClassDef) and node.name == name), None)
+    if of_name is None:
+        places = [
+            one.module.rpartition(".")[2]
+            for one in nodes
+            if isinstance(one, ast.ImportFrom) and one.module and name in {alias.name for alias in one.names}
+        ]
+        return _gives_states(places[0], name) if places and places[0] not in (module, "nn", "interfaces") else None
+    bases = [base.id for base in of_name.bases if isinstance(base, ast.Name)]
+    return "SupportsEagle3" in bases or any(_gives_states(module, base) for base in bases)
+
+
 def unknown_quantisation(config: Any) -> str | None:
     """The quantisation of a transformers config that the vLLM here does not name; None where all is well."""
     settings = getattr(config, "quantization_config", None) or {}

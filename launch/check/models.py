@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.engines.vllm_limits import check_cache, check_rotation
-from cluster.engines.vllm_registry import check_architecture, unknown_quantisation
+from cluster.engines.vllm_registry import check_architecture, check_layers, unknown_quantisation
 from cluster.preflight.finding import Finding, attempt, ok, warning
 from configs.answers import TeacherAnswers
 from configs.engines import Hf, Vllm
 from configs.models import ModelSource, Teacher
 from configs.paths import refuse_pattern
-from configs.rules import teacher_place, teachers_by_place
+from configs.rules import station_place, teacher_place, teachers_by_place
 from configs.schema import Run
 from launch.check.there import HERE, UNSEEN, There
 from launch.model_folder import ModelFacts, find_model, licence_of, read_facts
@@ -23,6 +23,7 @@ from trainer.loop.control_ids import control_tokens, with_control_ids
 from trainer.loop.inputs import Inputs, read_inputs
 from trainer.loop.job import label_bytes_per_row
 from trainer.model.attention_choice import refuse_unpackable
+from trainer.model.features import check_features
 from trainer.model.generation_settings import unused_settings
 from trainer.model.load import load_config
 
@@ -119,6 +120,25 @@ def label_bytes(run: Run, inputs: Inputs, num_bytes: list[int]) -> Iterator[Find
     labels = [task.soft_labels for task in run.resolved_tasks().values()]
     kinds = ", ".join(dict.fromkeys(one.kind for one in labels if one is not None)) or "none"
     yield attempt("label size", look, lambda: f"{kinds}: at most {num_bytes[0]} bytes a loss token")
+
+
+def features(run: Run) -> Iterator[Finding]:
+    """Whether layers that terms compare are there, as wide as they must be, and given by the teachers' engines."""
+    tasks = run.resolved_tasks()
+    layers = {name: getattr(task.labels, "layers", ()) for name, task in tasks.items()}
+    if not any(layers.values()):
+        return
+    number: list[int] = []
+
+    def look() -> None:
+        number.append(check_features(run))
+        for name, task in tasks.items():
+            for teacher in (run.teachers_by_name()[one] for one in task.teachers if layers[name]):
+                if isinstance(teacher.scorer.engine, Vllm):
+                    config = load_config(teacher.model, role=f"{teacher_place(run, teacher.name)}.model")
+                    check_layers(config, layers[name], place=f"{station_place(run, task, 'labels')}.layers")
+
+    yield attempt("features", look, lambda: f"{number[0]} terms on states, whose layers are there")
 
 
 def engine(place: str, teacher: Teacher) -> Iterator[Finding]:

@@ -149,6 +149,7 @@ def examine(run: Run, inputs: list[Inputs] | None = None, there: There = HERE) -
     row_bytes: list[int] = []
     if inputs:
         yield from models.label_bytes(run, inputs[0], row_bytes)
+        yield from models.features(run)
     yield from rows.examine_rows(run, inputs[0] if inputs else None)
     yield from ensembles(run)
     if inputs:

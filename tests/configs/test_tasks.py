@@ -252,6 +252,38 @@ MISTAKES = {
         ["objective=[{loss: listwise_kl}, {loss: cross_entropy}]", "labels=token"],
         "cross_entropy would learn the bad answers of listwise_kl as well as the good ones: give it a task of its own",
     ),
+    "features of labels that have no layers": (
+        ONE,
+        ["objective=[{loss: features, student_layer: 1, teacher_layer: 2}]"],
+        "features cannot be computed from labels: topk; write labels: {kind: hidden, layers: [the teacher_layer of "
+        "each such term]}",
+    ),
+    "features of a layer that the labels do not hold": (
+        ONE,
+        ["objective=[{loss: features, student_layer: 1, teacher_layer: 2}]", "labels={kind: hidden, layers: [1]}"],
+        "teacher_layer: 2 is compared, and labels: hidden hold layers [1]: write labels: {kind: hidden, layers: [1, "
+        "2]}",
+    ),
+    "a layer that no term compares": (
+        ONE,
+        ["labels={kind: hidden, layers: [4]}"],
+        "labels.layers.0 = 4\n      no term compares this layer: remove it, or add {loss: features, student_layer: N, "
+        "teacher_layer: 4}",
+    ),
+    "a layer named twice": (ONE, ["labels={kind: hidden, layers: [4, 4]}"], "names a layer twice; name each once"),
+    "a temperature of a distance that has none": (
+        ONE,
+        ["objective=[{loss: features, student_layer: 1, teacher_layer: 2, temperature: 2}]"],
+        "distance: l2 has none, only ce does: remove it",
+    ),
+    "weights of tokens of features": (
+        ONE,
+        [
+            "objective=[{loss: features, student_layer: 1, teacher_layer: 2, token_weights: [{kind: position, "
+            "half_life: 9}]}]",
+        ],
+        "a term that is about states inside the models has no weights of tokens: remove token_weights",
+    ),
     "labels of a task that the objective of all cannot use": (
         TWO.replace("    teacher: big\n", "    teacher: big\n    labels: token\n")
         + "objective: [{loss: reverse_kl}]\n",

@@ -90,12 +90,22 @@ def test_candidates_without_scores_or_longer_than_a_micro_batch_are_refused(make
     (wrong,) = problems(make(), *changes)
     assert "listed.jsonl:1: scores: are missing, and the objective learns them; write loss: listwise_kl" in wrong.text
     changes[1:] = ["objective=[{loss: listwise_kl}]", "labels=token", "data.max_length=32"]
-    row["candidates"] = [f" fox {word}" for word in "by a the drop into over fox dog".split()]
+    row["candidates"] = [f" fox {word}" for word in ["by", "a", "the", "drop", "into", "over", "fox", "dog"]]
     (tmp_path / "listed.jsonl").write_text(json.dumps(row) + "\n")
     found = problems(make(), *changes, "training.micro_batch_tokens=64")
     (wrong,) = [finding for finding in found if finding.subject == "train rows"]
     assert "training.micro_batch_tokens = 64: the answers to one prompt of" in wrong.text
     assert "tokens together and are compared with each other in one micro-batch: write at least " in wrong.text
+
+
+def test_layers_that_models_or_engines_do_not_have_are_refused(make: Make) -> None:
+    labels = "labels={kind: hidden, layers: [1]}"
+    term = "{{loss: features, student_layer: {}, teacher_layer: 1}}"
+    (beyond,) = problems(make(), labels, f"objective=[{term.format(9)}]")
+    assert "objective.0.student_layer: 9, and" in beyond.text
+    assert "has layers 0 to 1: write one of these" in beyond.text
+    found = examine(loaded(make(), labels, f"objective=[{term.format(1)}]"))
+    assert [one.text for one in found if one.subject == "features"] == ["1 terms on states, whose layers are there"]
 
 
 def test_what_the_held_out_rows_of_a_task_can_tell_is_said(make: Make, tmp_path: Path) -> None:

@@ -57,6 +57,29 @@ def oracle_of(folder: Path, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(rows), np.concatenate(following).astype(np.int64)
 
 
+def assert_states_match(layers: tuple[int, ...], unit: Unit, folder: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """The states after these layers equal transformers' `hidden_states`; and the same comparison fails, by a lot, for
+    rows moved by one and for layers moved by one."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    rows = []
+    for sequence in unit.sequences:
+        with torch.no_grad():
+            ids = torch.from_numpy(sequence.token_ids).long()[None]
+            states = model(input_ids=ids, output_hidden_states=True).hidden_states
+        rows.append(torch.cat(states)[:, sequence.loss_mask].transpose(0, 1).numpy())
+    exact = np.concatenate(rows)  # [N, all layers, H]
+    found = columns["states"].reshape(len(exact), len(layers), -1)
+    scale = np.abs(exact).max((0, 2), keepdims=True)[:, list(layers)]
+
+    def error(truth: np.ndarray) -> float:
+        return float((np.abs(found - truth[:, list(layers)]) / scale).max((0, 2)).max())
+
+    assert error(exact) < 1e-4, (layers, error(exact))
+    for control in (np.roll(exact, 1, axis=0), np.roll(exact, 1, axis=1)):
+        wrong = (np.abs(found - control[:, list(layers)]) / scale).max((0, 2))
+        assert wrong.min() > 0.1, (layers, wrong)
+
+
 def teacher_head_of(folder: Path) -> Head:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     head = model.get_output_embeddings()

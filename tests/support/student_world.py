@@ -120,9 +120,9 @@ def sequences_of(step: int, count: int = 6) -> list[Sequence]:
 class Teacher:
     """Makes label blocks with transformers."""
 
-    def __init__(self, name: str = "teacher", *, seed: int = 1) -> None:
+    def __init__(self, name: str = "teacher", *, seed: int = 1, **changes: object) -> None:
         self._name = name
-        self._model = tiny_model("llama", seed=seed)
+        self._model = tiny_model("llama", seed=seed, **changes)
 
     @torch.no_grad()
     def label(self, unit: Unit, spec: Labels, given: RowIds | None = None) -> SoftLabelBlock:
@@ -136,6 +136,8 @@ class Teacher:
                 output.hidden_states[-1][0] if encoding.needs == "hidden" else output.logits[0, :, :VOCABULARY_SIZE]
             )
             extra = {}
+            if layers := getattr(encoding, "layers", ()):
+                extra["states"] = torch.stack([output.hidden_states[layer][0, rows] for layer in layers], dim=1)
             if encoding.takes_ids:
                 none = np.zeros((0, encoding.num_given), dtype=np.int32)
                 extra["given_ids"] = torch.from_numpy(next(asked) if len(rows) else none)
@@ -170,10 +172,17 @@ def stage(rank: StudentRank, run: Run, place: Place, step: int, teacher: Teacher
 
 
 def train(
-    rank: StudentRank, run: Run, place: Place, *, first: int = 1, last: int = STEPS, token_budget: int = 4096
+    rank: StudentRank,
+    run: Run,
+    place: Place,
+    *,
+    first: int = 1,
+    last: int = STEPS,
+    token_budget: int = 4096,
+    teacher: Teacher | None = None,
 ) -> list[dict[str, float]]:
     """Stage and step; the metrics without what depends on the clock."""
-    teacher, metrics = Teacher(), []
+    teacher, metrics = teacher or Teacher(), []
     for step in range(first, last + 1):
         stage(rank, run, place, step, teacher, token_budget=token_budget)
         metrics.append({k: v for k, v in rank.step(step).values.items() if not k.startswith("student/")})
@@ -323,7 +332,12 @@ def _logprob(model: torch.nn.Module, sequence: Sequence) -> tuple[torch.Tensor, 
 
 
 def _adamw(model: torch.nn.Module, run: Run) -> torch.optim.AdamW:
-    model.config._attn_implementation = "eager"
+    return adamw(model, run, model.config)
+
+
+def adamw(model: torch.nn.Module, run: Run, config: Any) -> torch.optim.AdamW:
+    """Of all parameters; `config` of the transformers model among them."""
+    config._attn_implementation = "eager"
     settings = run.optimizer
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": settings.weight_decay},

@@ -11,7 +11,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,11 +89,17 @@ def tiny_engine(**parameters: Any) -> Any:
 
 
 def score_once(
-    folder: Path, unit: Unit, specs: tuple[Labels, ...], *, tensor_parallel_size: int = 1, **parameters: Any
+    folder: Path,
+    unit: Unit,
+    specs: tuple[Labels, ...],
+    *,
+    tensor_parallel_size: int = 1,
+    plan: Mapping[str, Any] | None = None,
+    **parameters: Any,
 ) -> list[tuple[UnitReport, dict[str, np.ndarray]]]:
-    """Start a scorer, score the unit with each encoding at the same time, stop the scorer."""
-    engine = tiny_engine(**parameters)
-    scorer = engine.start_scorer(engine_plan(engine, folder, tensor_parallel_size=tensor_parallel_size), "scorer-0")
+    """Start a scorer, score the unit with each encoding at the same time, stop the scorer. `plan`: changes of it."""
+    engine, changes = tiny_engine(**parameters), {"tensor_parallel_size": tensor_parallel_size, **(plan or {})}
+    scorer = engine.start_scorer(engine_plan(engine, folder, **changes), "scorer-0")
 
     async def score_all() -> list[Any]:
         given = [random_given_ids(unit, spec.num_given) if spec.takes_ids else None for spec in specs]

@@ -262,7 +262,9 @@ def _random_labels(
     width = 32
     weight = torch.randn(size, width).to(subject.device, subject.dtype)
     hidden = torch.randn(ROWS, width).to(subject.device, subject.dtype)
-    return encoding.encode(hidden, target_ids), Head(weight, None, HeadShape(), size)
+    layers = getattr(encoding, "layers", ())
+    more = {"states": torch.zeros(ROWS, len(layers), width).to(hidden)} if layers else {}
+    return encoding.encode(hidden, target_ids, **more), Head(weight, None, HeadShape(), size)
 
 
 def _all_reduce(subject: Subject) -> SelfTestResult:

@@ -71,6 +71,8 @@ class Encoding(Protocol):
     takes_ids: bool
     """Whether `encode` is given `given_ids`, int [n, num_given]: those that the request carries for each row, the first
     one always an id, then -1 from where a row has no more."""
+    layers: tuple[int, ...]
+    """Of encodings that have it (`hidden`): `encode` is then given `states` [n, K, H], those after these layers."""
     temperature: float
     least_vocabulary: int  # ids that a vocabulary needs for such labels to be made of it
 
@@ -81,7 +83,8 @@ class Encoding(Protocol):
     def encode(self, source: torch.Tensor, target_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Columns for `n` rows. `target_ids` int64 [n] holds the token after each row. `source` is only read.
 
-        One that draws has a third parameter, `row_keys` (see `needs_row_keys`), one that takes ids `given_ids`."""
+        One that draws has a third parameter, `row_keys` (see `needs_row_keys`), one that takes ids `given_ids`, one
+        with `layers` `states`."""
         ...
 
     def prepare(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:

@@ -1,4 +1,5 @@
-"""Hidden labels: the teacher's final hidden state of each row. Exact for every divergence, at 2 H or 4 H bytes a row.
+"""Hidden labels: the teacher's final hidden state of each row. Exact for every divergence, at 2 H or 4 H bytes a row,
+and as much again for each further layer that terms on features need.
 
 They cost the teacher nothing beyond its prefill; the student's side multiplies by the teacher's head.
 """
@@ -19,20 +20,35 @@ if TYPE_CHECKING:
     from trainer.model.head import Head
 
 _PRODUCT = "product"
+STATES = "states"
 
 
 class Encoding(Hidden):
-    """Column `hidden` [N, H], after the teacher's final norm. `dtype: auto` is the dtype the teacher computes in, which
-    loses nothing."""
+    """Column `hidden` [N, H], after the teacher's final norm, and with `layers` column `states` [N, K H], those after
+    these layers side by side. `dtype: auto` is the dtype the teacher computes in, which loses nothing."""
 
     needs: ClassVar[Literal["logits", "hidden"]] = "hidden"
 
     def layout(self, shape: TeacherShape) -> tuple[Column, ...]:
-        return (Column("hidden", self._dtype(shape.dtype), shape.hidden_size),)
+        dtype, width = self._dtype(shape.dtype), shape.hidden_size
+        states = (Column(STATES, dtype, width * len(self.layers)),) if self.layers else ()
+        return (Column("hidden", dtype, width), *states)
 
-    def encode(self, source: torch.Tensor, target_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """From final hidden states [n, H]; without logits the target id has no log-probability here."""
-        return {"hidden": source.detach().to(self._dtype(source.dtype))}
+    def encode(
+        self, source: torch.Tensor, target_ids: torch.Tensor, states: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """From final hidden states [n, H] and, with `layers`, `states` [n, K, H]; without logits the target id has no
+        log-probability here."""
+        dtype = self._dtype(source.dtype)
+        columns = {"hidden": source.detach().to(dtype)}
+        if self.layers:
+            assert states is not None, f"nobody gave the states after layers {self.layers}"
+            columns[STATES] = states.detach().to(dtype).flatten(1)
+        return columns
+
+    def states_of(self, labels: Mapping[str, torch.Tensor], layer: int) -> torch.Tensor:
+        """[n, H] after a layer that is one of `layers`."""
+        return labels[STATES].unflatten(1, (len(self.layers), -1))[:, self.layers.index(layer)]
 
     def prepare(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
         """The teacher's products [n, V] in the dtype of its head; `align` scales and soft-caps them."""

@@ -242,8 +242,9 @@ class _Work:
             if rows.nll_weights is not None:
                 outputs.append(functional.cross_entropy(logits, rows.target_ids, reduction="none"))
                 weights.append(rows.nll_weights)
-            if differentiate:
-                gradients = torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
+            if differentiate:  # an objective of features alone has nothing to say of logits
+                given = torch.autograd.grad(outputs, leaves, weights, allow_unused=True) if outputs else ()
+                gradients = given or (None,) * len(leaves)
         if differentiate:
             for product, gradient in zip(rows.products, gradients, strict=True):
                 product.copy_(gradient) if gradient is not None else product.zero_()

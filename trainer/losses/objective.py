@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from configs.losses import CrossEntropy
 from trainer.labels.encoding import ALIGNED, Encoding
-from trainer.losses import alignment, distances, kl, listwise, mixtures, preference, schedules  # noqa: F401 - they register
+from trainer.losses import alignment, distances, features, kl, listwise, mixtures, preference, schedules  # noqa: F401 - they register
 from trainer.losses.ensemble import WEIGHT, Together, pairs_of
 from trainer.losses.padding import padding_nats
 from trainer.losses.target import TargetEvent
@@ -120,6 +120,7 @@ class Objective:
 
     row_terms: tuple[WeightedTerm, ...]
     sequence_terms: tuple[WeightedTerm, ...] = ()
+    feature_names: tuple[str, ...] = ()  # of terms on states inside the models (`trainer/model/features.py`)
     padding_weight: float = 0.0
     needs_reference: bool = False  # of target ids, by a sequence term
 
@@ -135,7 +136,7 @@ class Objective:
         """The objective of a config for labels of this encoding (its temperature sets T^2), None without labels. A loss
         named twice (jsd at two betas) gets a number: `jsd`, `jsd_2`. `padded`: the student's head has rows beyond the
         vocabulary. `teachers`: each has terms of its own, `forward_kl/<teacher>`, where they look at labels."""
-        weighted: dict[str, list[WeightedTerm]] = {"row": [], "sequence": []}
+        weighted: dict[str, list[WeightedTerm]] = {"row": [], "sequence": [], "features": []}
         for position, term in enumerate(terms):
             nth = 1 + sum(earlier.loss == term.loss for earlier in terms[:position])
             needs_labels, schedule = "labels" in term.needs, schedule_of(term)
@@ -155,7 +156,8 @@ class Objective:
         return cls(
             row_terms=tuple(weighted["row"]),
             sequence_terms=tuple(weighted["sequence"]),
-            padding_weight=math.fsum(term.weight for term in terms) if padded else 0.0,
+            feature_names=tuple(term.name for term in weighted["features"]),
+            padding_weight=math.fsum(term.weight for term in terms if term.form != "features") if padded else 0.0,
             needs_reference=any("target_logprobs" in term.needs for term in terms),
         )
 
@@ -172,7 +174,7 @@ class Objective:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all terms: those of rows first."""
+        """Of all terms of the head: those of rows first."""
         return (*self.row_names, *self.sequence_names)
 
     @property

@@ -8,6 +8,7 @@ parameters of its class as keywords. By the class it gets
     and target events                 the same, and a TargetEvent                         -> [N] nats
     a row term that needs none        student logits [N, V], target ids [N]               -> [N] nats
     a sequence term                   SequenceScores, whole answers by groups             -> [G], one value per group
+    a term on features                states [n, H] of student and teacher                -> [n]
 
 A row term whose class `tells` something returns ([N], {name: [N]}). One with a schedule, a class under
 `@follows(Class)`, gets the numbers of that in place of its parameters.

@@ -50,6 +50,7 @@ _SCORES_AT_ONCE = 2**26
 HARMLESS = frozenset(
     {
         "position_ids",
+        "output_hidden_states",
         "use_cache",
         "is_causal",
         "sliding_window",  # the mask says it

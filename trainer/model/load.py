@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ HeadCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[tor
 the tensors of a module's output only in tuples, lists and dicts."""
 
 
+@dataclass(frozen=True, slots=True)
+class StatesCall:
+    """What to compute from states inside the model: `call` of states [n, H] by layer gives a tuple as a `HeadCall`
+    does. Layers as in transformers' `hidden_states`."""
+
+    layers: frozenset[int]
+    call: Callable[[Mapping[int, torch.Tensor]], tuple[torch.Tensor, ...]]
+
+
 class StudentModule(torch.nn.Module):
     """A causal LM whose forward stops at the hidden states and hands chosen rows to a function inside its head.
 
@@ -42,6 +52,7 @@ class StudentModule(torch.nn.Module):
     def __init__(self, causal: torch.nn.Module, *, adapter: peft.PeftModel | None = None) -> None:
         super().__init__()
         self.causal = causal
+        self.projectors = torch.nn.ModuleList()  # of terms on features: trained and saved, and part of no export
         self.head_shape = HeadShape.of_config(causal.config)
         self._adapter = (adapter,)  # in a tuple: not a submodule, the same weights are in `causal`
         _open_head(causal.get_output_embeddings())
@@ -64,10 +75,12 @@ class StudentModule(torch.nn.Module):
         rows: torch.Tensor,
         head_call: HeadCall | None,
         *,
+        states_call: StatesCall | None = None,
         borders: Borders = ONE_A_ROW,
         **arguments: Any,
     ) -> tuple[torch.Tensor, ...]:
-        """`head_call` on the hidden states of `rows` [n], indices into the flattened token_ids [B, T].
+        """`head_call` on the hidden states of `rows` [n], indices into the flattened token_ids [B, T], and then what
+        `states_call` gives, if there is one.
 
         `arguments` go to the base model: those of `border_arguments` that are not `borders`, or a KV cache
         (`past_key_values`). Without a `head_call` the answer is transformers' own logits [n, >= V] of one sequence: for
@@ -77,8 +90,17 @@ class StudentModule(torch.nn.Module):
         with told(borders):
             if head_call is None:
                 return (self.causal(input_ids=token_ids, logits_to_keep=rows, **arguments).logits.flatten(0, 1),)
-            hidden = self.causal.base_model(input_ids=token_ids, **arguments).last_hidden_state
-        return self.causal.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, rows), head_call)
+            if states_call is not None:
+                arguments["output_hidden_states"] = True
+            found = self.causal.base_model(input_ids=token_ids, **arguments)
+
+        def chosen(states: torch.Tensor) -> torch.Tensor:
+            return states.flatten(0, 1).index_select(0, rows)
+
+        made = self.causal.get_output_embeddings()(chosen(found.last_hidden_state), head_call)
+        if states_call is None:
+            return made
+        return *made, *states_call.call({layer: chosen(found.hidden_states[layer]) for layer in states_call.layers})
 
 
 def _forget_frozen_tied_head(module: StudentModule, state: dict[str, Any], prefix: str, metadata: Any) -> None:

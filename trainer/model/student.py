@@ -50,9 +50,10 @@ from trainer.model.chosen_ids import Choice
 from trainer.model.collectives import all_gather, all_gather_objects
 from trainer.model.export import export_student
 from trainer.model.fast import use_fast_products
+from trainer.model.features import FeaturesOfBatch, FeatureTerm, make_projectors
 from trainer.model.generate import generate
 from trainer.model.head import Head
-from trainer.model.load import HeadCall, StudentModule, load_config, load_student
+from trainer.model.load import HeadCall, StatesCall, StudentModule, load_config, load_student
 from trainer.model.optimizer import learning_rate
 from trainer.model.products import choose_products, products_state, products_told, restore_products
 from trainer.model.zero import ZeroModel, flush_to_disk, num_elements, sharded_loading, start_processes, stop_processes
@@ -94,6 +95,7 @@ class StudentRank:
         self._encodings = {name: _encoding_of(task) for name, task in self._tasks.items()}
         self._ensembles = {name: task.ensemble for name, task in self._tasks.items() if task.ensemble is not None}
         self._aligned = {name: self._aligned_encoding(task) for name, task in self._tasks.items()}
+        self._features = FeatureTerm.all_of(run)
         self._on_accelerator = device.type != "cpu"
         self._owns_processes = False
         self._zero: ZeroModel | None = None  # until it is built
@@ -147,7 +149,7 @@ class StudentRank:
             config, role="student.model", trust_remote_code=student.model.trust_remote_code
         )
         torch.manual_seed(self._run.seed)  # adapters start equal on all ranks
-        return load_student(
+        module = load_student(
             student.model,
             dtype=self._dtype,
             attention=self._attention,
@@ -156,9 +158,11 @@ class StudentRank:
             activation_checkpointing=student.activation_checkpointing,
             sharded=sharded_loading(self._plan.deepspeed),
         )
+        module.projectors = make_projectors(self._features, dtype=self._dtype, seed=self._run.seed)
+        return module
 
     def _info(self, load_s: float) -> StudentInfo:
-        parameters = list(self._module.parameters())
+        parameters = list(self._module.causal.parameters())
         return StudentInfo(
             parameters=sum(num_elements(p) for p in parameters),
             trainable_parameters=sum(num_elements(p) for p in parameters if p.requires_grad),
@@ -249,7 +253,8 @@ class StudentRank:
     @property
     def _term_names(self) -> list[tuple[str, str]]:
         """(task, term), in the order in which terms are summed."""
-        return [(task, name) for task, objective in self._objectives.items() for name in objective.names]
+        of_head = [(task, name) for task, objective in self._objectives.items() for name in objective.names]
+        return of_head + [(task, name) for task, one in self._objectives.items() for name in one.feature_names]
 
     def _term_means(
         self, sums: list[float], staged: StagedStep, judged: Mapping[tuple[str, str], Judged]
@@ -305,7 +310,19 @@ class StudentRank:
                     sums[names.index((part.task, name))] += value
             return result.loss, sums
 
-        loss, sums = self._forward(batch, loss_and_terms)
+        if not self._features:
+            loss, sums = self._forward(batch, loss_and_terms)
+        else:
+            features = FeaturesOfBatch(
+                self._features,
+                self._module.projectors,
+                batch.parts,
+                self._encodings,
+                [self._row_scale(part, staged) for part in batch.parts],
+            )
+            loss, sums, more, of_features = self._forward(batch, loss_and_terms, states_call=features.call())
+            loss = loss + more
+            sums[len(names) - len(of_features) :] = of_features
         # An infinite loss may have a finite gradient. NaN in its place is what DeepSpeed's skip, shared by all ranks,
         # looks for, and no rank has to wait for another before its backward.
         value = loss.detach()
@@ -316,13 +333,12 @@ class StudentRank:
         """Row terms are divided by the loss tokens of the step (or of the task in it), sequence terms by the groups of
         the task in the step; times the number of ranks, because DeepSpeed averages over them."""
         task, totals = self._tasks[part.task], staged.totals[part.task]
-        tokens = totals.num_loss_tokens if task.normaliser == "task" else staged.num_loss_tokens
         return LossPart(
             rows=part.rows,
             labels=part.labels,
             encoding=self._part_encoding(part),
             objective=self._objectives[part.task],
-            scale=self._world / max(1, tokens) * task.weight,
+            scale=self._row_scale(part, staged),
             teacher_head=self._staging.teacher_head(part.teacher),
             row_weights=part.row_weights,
             positions=positions_of(part.row_sequences),
@@ -332,6 +348,12 @@ class StudentRank:
             rewards=part.rewards,
             compiled=self._compiled.get(part.task),
         )
+
+    def _row_scale(self, part: BatchPart, staged: StagedStep) -> float:
+        """What a row term's sum over the part is multiplied by."""
+        task, totals = self._tasks[part.task], staged.totals[part.task]
+        tokens = totals.num_loss_tokens if task.normaliser == "task" else staged.num_loss_tokens
+        return self._world / max(1, tokens) * task.weight
 
     def _part_encoding(self, part: BatchPart) -> Encoding | Together | None:
         """Of the labels of a part; those of several teachers know their heads."""
@@ -357,9 +379,13 @@ class StudentRank:
         shared = self._staging.shared_ids(*task.teachers)
         return encoding if shared is None else ALIGNMENTS.load(task.align).encoding(encoding, shared)
 
-    def _forward(self, batch: TokenBatch, head_call: HeadCall) -> tuple[torch.Tensor, ...]:
-        borders = border_arguments(self._attention, batch.sequence_offsets, self._device)
-        return self._zero.forward(batch.token_ids, batch.position_ids, batch.loss_rows, head_call, **borders)
+    def _forward(
+        self, batch: TokenBatch, head_call: HeadCall, *, states_call: StatesCall | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        given = border_arguments(self._attention, batch.sequence_offsets, self._device)
+        if states_call is not None:
+            given = {**given, "states_call": states_call}
+        return self._zero.forward(batch.token_ids, batch.position_ids, batch.loss_rows, head_call, **given)
 
     def _wait_for_device(self) -> None:
         if self._on_accelerator:

@@ -15,6 +15,7 @@ from generation_oracle import PADDING, check_logprobs, generation_requests, warp
 from label_oracle import (
     VOCABULARY,
     assert_labels_match,
+    assert_states_match,
     label_errors,
     oracle_of,
     random_given_ids,
@@ -78,6 +79,17 @@ def test_hidden_labels_are_as_wide_as_what_the_head_reads(tmp_path: Path, name: 
     )
     oracle, target_ids = oracle_of(folder, UNIT)
     assert_labels_match(Hidden(), UNIT, block.columns, oracle, target_ids, head)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_states_between_layers_are_those_of_transformers(tmp_path: Path, family: str) -> None:
+    folder = tiny_folder(tmp_path / family, family, num_hidden_layers=3)
+    scorer = Engine().start_scorer(engine_plan(Engine(), folder), "hf-0")
+    for layers in ((1,), (0, 2, 3)):
+        _, block = asyncio.run(scorer.score(UNIT, Hidden(layers=layers), deadline_s=60))
+        assert_states_match(layers, UNIT, folder, block.columns)
+        assert_labels_match(Hidden(), UNIT, block.columns, *oracle_of(folder, UNIT), teacher_head_of(folder))
+    scorer.close()
 
 
 OTHER_HEADS = {"modernbert-decoder"}

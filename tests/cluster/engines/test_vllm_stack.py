@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import vllm_process as cases
 from generation_oracle import check_logprobs, generation_requests
-from label_oracle import VOCABULARY, assert_labels_match, oracle_of, random_unit, teacher_head_of
+from label_oracle import VOCABULARY, assert_labels_match, assert_states_match, oracle_of, random_unit, teacher_head_of
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_folder
 from transformers import AutoTokenizer
@@ -76,8 +76,11 @@ def test_labels_equal_transformers_for_every_family(
 
 def test_two_shards_make_the_same_labels(process: ProcessPoolExecutor, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "llama", tied=False)
-    answers = process.submit(cases.score_once, folder, UNIT, SPECS, tensor_parallel_size=2).result()
+    specs = (*SPECS, Hidden(layers=(0, 1, 2)))
+    told = {"encodings": specs, "tensor_parallel_size": 2}
+    *answers, (_, states) = process.submit(cases.score_once, folder, UNIT, specs, plan=told).result()
     check(folder, answers)
+    assert_states_match((0, 1, 2), UNIT, folder, states)
 
 
 def check(folder: Path, answers: list[tuple[object, dict[str, np.ndarray]]]) -> None:
@@ -98,6 +101,45 @@ def check(folder: Path, answers: list[tuple[object, dict[str, np.ndarray]]]) -> 
             "token": np.exp(oracle[np.arange(len(oracle)), target_ids]).mean(),
         }.get(spec.kind, 1.0)
         assert report.mean_mass == pytest.approx(kept, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "layers"),
+    [
+        ("llama", {}, ((0, 2, 3), (1,))),
+        ("llama", {"tied": False, "model_type": "nanochat"}, ((1, 2, 3),)),
+    ],
+    ids=["llama", "nanochat-through-transformers"],
+)
+def test_states_between_layers_equal_transformers(
+    process: ProcessPoolExecutor, tmp_path: Path, family: str, options: dict, layers: tuple
+) -> None:
+    folder = tiny_folder(tmp_path / family, family, num_hidden_layers=3, **options)
+    specs = (*(Hidden(layers=one) for one in layers), Hidden(), TopK(k=8))
+    told = {"encodings": specs}
+    answers = process.submit(cases.score_once, folder, UNIT, specs, max_num_batched_tokens=32, plan=told).result()
+    oracle, target_ids = oracle_of(folder, UNIT)
+    for spec, (_, columns) in zip(specs, answers, strict=True):
+        if spec.kind == "hidden" and spec.layers:
+            assert_states_match(spec.layers, UNIT, folder, columns)
+        assert_labels_match(spec, UNIT, columns, oracle, target_ids, teacher_head_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "layer", "message"),
+    [
+        ("gemma2", {}, 1, "does not give the states between its layers; write engine: {kind: hf}"),
+        ("llama", {"tied": False, "model_type": "nanochat"}, 0, "does not give the states between its layers"),
+        ("llama", {}, 3, "labels.layers: the teacher has layers 0 to 2, not 3"),
+    ],
+)
+def test_layers_that_a_model_does_not_give_refuse_the_start(
+    process: ProcessPoolExecutor, tmp_path: Path, family: str, options: dict, layer: int, message: str
+) -> None:
+    folder, specs = tiny_folder(tmp_path / "teacher", family, **options), (Hidden(layers=(layer,)),)
+    with pytest.raises(ConfigError) as caught:
+        process.submit(cases.score_once, folder, UNIT, specs, plan={"encodings": specs}).result()
+    assert message in str(caught.value)
 
 
 @pytest.fixture(scope="module")
