@@ -10,6 +10,7 @@ import pytest
 
 from cluster.engines.vllm_registry import (
     check_architecture,
+    check_layers,
     known_architectures,
     known_quantisations,
     unknown_quantisation,
@@ -57,6 +58,22 @@ def test_quantisations_that_vllm_does_not_name_are_found() -> None:
     assert unknown_quantisation(config("X")) is None
     assert unknown_quantisation(config("X", quantization_config={"quant_method": "compressed_tensors"})) is None
     assert unknown_quantisation(config("X", quantization_config={"quant_method": "nope"})) == "nope"
+
+
+def layered(architecture: str) -> SimpleNamespace:
+    """Of a model with three layers."""
+    return config(architecture, get_text_config=lambda: SimpleNamespace(num_hidden_layers=3))
+
+
+def test_states_between_layers_are_asked_of_models_that_give_them() -> None:
+    for name in ("LlamaForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"):  # by a base, of another file too
+        check_layers(layered(name), (0, 1, 3), place="labels.layers")
+    check_layers(layered("Gemma2ForCausalLM"), (3,), place="labels.layers")  # the last one is the last hidden state
+    with pytest.raises(ConfigError, match=r"labels.layers: vLLM .* between its layers of Gemma2.*engine: {kind: hf}"):
+        check_layers(layered("Gemma2ForCausalLM"), (1, 3), place="labels.layers")
+    check_layers(layered("BioGptForCausalLM"), (1, 2), place="labels.layers")  # through the backend
+    with pytest.raises(ConfigError, match=r"the state that its first layer reads of BioGpt.*or leave out layer 0"):
+        check_layers(layered("BioGptForCausalLM"), (0, 2), place="labels.layers")
 
 
 @pytest.mark.stack

@@ -126,17 +126,16 @@ def test_states_between_layers_equal_transformers(
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "layer", "message"),
+    ("family", "layer", "message"),
     [
-        ("gemma2", {}, 1, "does not give the states between its layers; write engine: {kind: hf}"),
-        ("llama", {"tied": False, "model_type": "nanochat"}, 0, "does not give the states between its layers"),
-        ("llama", {}, 3, "labels.layers: the teacher has layers 0 to 2, not 3"),
+        ("gemma2", 1, "does not give the states between its layers; write engine: {kind: hf}"),
+        ("llama", 3, "labels.layers: the teacher has layers 0 to 2, not 3"),
     ],
 )
 def test_layers_that_a_model_does_not_give_refuse_the_start(
-    process: ProcessPoolExecutor, tmp_path: Path, family: str, options: dict, layer: int, message: str
+    process: ProcessPoolExecutor, tmp_path: Path, family: str, layer: int, message: str
 ) -> None:
-    folder, specs = tiny_folder(tmp_path / "teacher", family, **options), (Hidden(layers=(layer,)),)
+    folder, specs = tiny_folder(tmp_path / "teacher", family), (Hidden(layers=(layer,)),)
     with pytest.raises(ConfigError) as caught:
         process.submit(cases.score_once, folder, UNIT, specs, plan={"encodings": specs}).result()
     assert message in str(caught.value)
