@@ -19,11 +19,10 @@ import numpy as np
 
 from configs.prompts import Dataset, RowFormat
 from trainer.data.columns import Columns
-from trainer.data.formats.candidates import CANDIDATES
 from trainer.data.formats.format import Format
 from trainer.data.formats.guess import columns_for
 from trainer.data.formats.messages import MESSAGES, SHAREGPT
-from trainer.data.formats.preference import PREFERENCE
+from trainer.data.formats.preference import CANDIDATES, PREFERENCE
 from trainer.data.formats.prompt import PROMPT, PROMPT_COMPLETION, TEXT
 from trainer.data.formats.single_turn import ALPACA, DOLLY, QUERY_RESPONSE, QUESTION_ANSWER
 from trainer.data.formats.values import RowProblem

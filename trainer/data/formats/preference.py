@@ -1,13 +1,17 @@
-"""A prompt with a better and a worse answer, in each of the ways in which they lie around.
+"""A prompt with answers to compare: a better and a worse one, in each of the ways in which they lie around, or several
+candidates with or without a score of each.
 
 prompt, chosen, rejected                  all text or all conversation (TRL's explicit form)
 chosen, rejected                          whole conversations that begin alike (TRL's implicit form)
 conversations or messages or instruction  what both answer, and chosen, rejected: one message or text (LLaMA-Factory)
 input, preferred_output, non_preferred_output                                                        (OpenAI)
+
+candidates, and perhaps scores, in the place of both answers
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,8 +23,8 @@ from trainer.data.formats.prompt import ending_with_a_question, read_pair
 from trainer.data.formats.single_turn import NAMES
 from trainer.data.formats.turn import Turn, plain_turn
 from trainer.data.formats.turns import role_named, talk_of, turn_of, turns_of
-from trainer.data.formats.values import RowProblem, kind_of, text_of
-from trainer.data.row import ChatRow, PreferenceRow, TextRow
+from trainer.data.formats.values import RowProblem, is_absent, kind_of, text_of
+from trainer.data.row import CandidatesRow, ChatRow, PreferenceRow, TextRow
 
 Pair = tuple[str, str]
 
@@ -30,6 +34,7 @@ _PAIRS: tuple[Pair, ...] = (
     ("chosen_messages", "rejected_messages"),
 )
 _QUESTIONS = ("alpaca", "question_answer", "query_response")
+_FEWEST = 2
 
 
 def _tells(row: Mapping[str, Any]) -> bool:
@@ -52,7 +57,7 @@ def _read(row: Mapping[str, Any], needs_answer: bool) -> PreferenceRow:
     if all(_begins_with_a_question(row[name]) for name in pair):
         chosen, rejected = _whole_conversations(row, pair)
     else:
-        chosen, rejected = (answer_of(row, name) for name in pair)
+        chosen, rejected = (_answer(row, name) for name in pair)
     if chosen == rejected:
         raise RowProblem(f"{pair[1]}: is the chosen answer, so there is nothing to prefer; leave such rows out")
     return PreferenceRow(chosen, rejected)
@@ -102,7 +107,7 @@ def _check_prompt(row: Mapping[str, Any], alike: list[Turn], pair: Pair) -> None
         raise RowProblem(f"prompt: is not what {' and '.join(pair)} begin with; remove it, or write only their answers")
 
 
-def answer_of(row: Mapping[str, Any], name: str) -> ChatRow | TextRow:
+def _answer(row: Mapping[str, Any], name: str) -> ChatRow | TextRow:
     """The row of what is asked with the answer in this field."""
     if row.get("prompt") is not None:
         return read_pair(row, row[name], name=name)
@@ -139,4 +144,42 @@ def _answer_turns(name: str, value: Any) -> list[Turn]:
     return [plain_turn("assistant", name, text_of(name, value))]
 
 
+def _has_candidates(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("candidates"), list) and not is_absent(row["candidates"])
+
+
+def _read_candidates(row: Mapping[str, Any], needs_answer: bool) -> CandidatesRow:
+    given = row.get("candidates")
+    if not isinstance(given, list):
+        found = "missing" if given is None else kind_of(given)
+        raise RowProblem(f"candidates: must be a list of answers, not {found}; such rows have prompt and candidates")
+    if len(given) < _FEWEST:
+        raise RowProblem(
+            f"candidates: there is nothing to compare, {len(given)} of at least {_FEWEST}; leave such rows out"
+        )
+    named = {f"candidates.{index}": talk_of(f"candidates.{index}", answer) for index, answer in enumerate(given)}
+    if empty := next((name for name, answer in named.items() if is_absent(answer)), None):
+        raise RowProblem(f"{empty}: is empty, and every candidate is an answer; leave it out")
+    answers = tuple(_answer({**row, **named}, name) for name in named)
+    for index, answer in enumerate(answers):
+        if answer in answers[:index]:
+            raise RowProblem(
+                f"candidates.{index}: is candidate {answers.index(answer)} again; name each answer to a prompt once"
+            )
+    return CandidatesRow(answers, _scores(row.get("scores"), num=len(answers)))
+
+
+def _scores(scores: Any, *, num: int) -> tuple[float, ...] | None:
+    if scores is None:
+        return None
+    if not isinstance(scores, list) or len(scores) != num:
+        found = f"{len(scores)} of them" if isinstance(scores, list) else kind_of(scores)
+        raise RowProblem(f"scores: must be a list of {num} numbers, one of each candidate, not {found}")
+    for index, score in enumerate(scores):
+        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            raise RowProblem(f"scores.{index}: must be a finite number, not {ascii(score)[:40]}")
+    return tuple(map(float, scores))
+
+
 PREFERENCE = Format("preference", "preference pairs", "chosen and rejected", tells=_tells, read=_read)
+CANDIDATES = Format("candidates", "candidate answers", "candidates", tells=_has_candidates, read=_read_candidates)
