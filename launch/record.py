@@ -36,6 +36,7 @@ from launch.report.metrics import Records, read_metrics
 from launch.report.page import BEFORE_START, sample_records, write_report
 from launch.report.timeline import read_timeline
 from launch.report.trained import trained_records
+from launch.report.worst import worst_records
 from trainer.data.readable import answer_of, readable_prompts
 from trainer.errors import InfrastructureError
 from trainer.loop.job import Job
@@ -113,9 +114,13 @@ class Record:
         records = sample_records(evaluation.samples, self._job.inputs.tokenizer.decode)
         self._merge(self._folder.samples, {when: records})
 
-    def trained(self, evaluation: Evaluation) -> None:
-        """What the last step was trained on; of an evaluation that nothing was trained before, nothing."""
+    def looked(self, evaluation: Evaluation) -> None:
+        """What an evaluation shows beside its numbers, over that of the one before: what the last step was trained on
+        (of one that nothing was trained before, nothing), and held-out text that is furthest from the teacher's."""
         assert self._job is not None
+        if evaluation.worst is not None and evaluation.worst.tokens:
+            decode = self._job.inputs.tokenizer.decode
+            write_json(self._folder.worst, worst_records(evaluation.worst, evaluation.step, decode))
         if evaluation.trained:
             inputs = self._job.inputs
             teachers = lambda task: inputs.tasks[task].aligner.teacher.template.tokenizer.decode  # noqa: E731

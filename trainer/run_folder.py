@@ -6,7 +6,7 @@
         timeline.jsonl   who was busy when                 trackers/      what trackers were sent, if asked for
         samples.json     tokens for the viewer             report.html    everything above, to look at
         generations.json answers before and after          exit.json      how the run ended
-        trained.json     labels of the last step seen
+        trained.json     labels of the last step seen      worst.json     held-out text furthest from the teacher
         rejected.jsonl   rows that were not used
 """
 
@@ -111,6 +111,10 @@ class RunFolder:
     @property
     def trained(self) -> Path:
         return self.path / "trained.json"
+
+    @property
+    def worst(self) -> Path:
+        return self.path / "worst.json"
 
     @property
     def generations(self) -> Path:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from configs.labels import Labels
-    from trainer.checks.shown import TrainedTokens
+    from trainer.checks.shown import TrainedTokens, Worst
 
 BlockRef = object
 """Where a block lies: the block itself in one process, an object reference on a cluster. Opaque to the loops."""
@@ -592,6 +592,7 @@ class Evaluation:
     """Of a teacher with another tokenizer: the rows that KL and agreement are of, over the ids that both vocabularies
     have and one event of all others. None: all rows that a teacher scored, over the whole vocabulary."""
     samples: tuple[SampleTokens, ...] = ()
+    worst: Worst | None = None  # where the student is furthest
     trained: tuple[TrainedTokens, ...] = ()  # of the step before it, as it was trained
     tasks: Mapping[str, Evaluation] = field(default_factory=dict)  # of each, where there are several: this is their sum
     teachers: Mapping[str, float] = field(default_factory=dict)  # forward_kl to each of several that are asked together

@@ -117,6 +117,43 @@ class TrainedFile(TypedDict, total=False):
     sequences: list[TrainedSequence]
 
 
+class FirstRecord(TypedDict):
+    """The likeliest token of a row; no text of one that the student has not."""
+
+    text: str | None
+    logprob: float | None
+
+
+class WorstTokenRecord(TypedDict):
+    """One token of worst.json; `launch/report/worst.py` says what is in it."""
+
+    id: str
+    kl: float
+    before: str
+    token: str
+    after: str
+    student: float | None
+    teacher: float | None
+    student_first: FirstRecord
+    teacher_first: FirstRecord
+
+
+class WorstTextRecord(TypedDict):
+    """One text of worst.json."""
+
+    kl: float
+    rows: NonNegativeInt
+    shown: Sample
+
+
+class WorstFile(TypedDict, total=False):
+    """worst.json."""
+
+    step: NonNegativeInt
+    tokens: list[WorstTokenRecord]
+    texts: list[WorstTextRecord]
+
+
 class Generations(TypedDict, total=False):
     """generations.json. A prompt is its turns, of an earlier version one text."""
 
@@ -154,6 +191,16 @@ def read_trained(folder: RunFolder, *, tell: Tell = ignore) -> tuple[int, list[T
         else:
             tell(f"{folder.trained}: {one['id']}: a row is none of its tokens; this is left out")
     return read.get("step", 0), whole
+
+
+def read_worst(folder: RunFolder, *, tell: Tell = ignore) -> WorstFile:
+    """Every token, and every text with a number for each of its rows."""
+    read = read_parts(folder.worst, WorstFile, depth=2, tell=tell)
+    texts = read.get("texts", [])
+    whole = [text for text in texts if _is_whole(text["shown"])]
+    if len(whole) < len(texts):
+        tell(f"{folder.worst}: texts: the lists of one differ in length; this is left out")
+    return {**read, "texts": whole} if texts else read
 
 
 def read_generations(folder: RunFolder, *, tell: Tell = ignore) -> Generations:

@@ -126,7 +126,7 @@ class RunObserver:
         self._progress.evaluation(evaluation, None if first is evaluation else first)
         if self._record is not None:
             with self._reported_once():
-                self._record.trained(evaluation)
+                self._record.looked(evaluation)
         if self._record is not None and when != "during" and evaluation.is_finite:
             with self._reported_once():  # the checkpoint of the last step comes after this
                 self._record.evaluation(when, evaluation)

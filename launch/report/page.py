@@ -29,6 +29,7 @@ from launch.report.tasks import tables
 from launch.report.timeline import Span, TimeAxis, draw, kinds_present, mean_waiting, read_timeline, wait_shares
 from launch.report.trained import read_trained
 from launch.report.viewer import Answers, read_generations, read_viewer, sample_records
+from launch.report.worst import read_worst
 from trainer.errors import ConfigError, Preempted
 from trainer.run_folder import RunFolder, write_text
 from trainer.types import Evaluation
@@ -78,6 +79,7 @@ def render(folder: RunFolder) -> str:
     spans = read_timeline(folder, tell=damage.append)
     viewer = read_viewer(folder, tell=damage.append)
     trained = read_trained(folder, tell=damage.append)
+    worst = read_worst(folder, tell=damage.append)
     generations = read_generations(folder, tell=damage.append)
     status = _status(folder, config, manifest, records, tell=damage.append)
     shares = wait_shares(spans)
@@ -97,6 +99,7 @@ def render(folder: RunFolder) -> str:
         shares=shares,
         viewer=viewer,
         trained=trained,
+        worst=worst,
         generations=generations,
         answers_note=_answers_note(config, generations),
         warnings=[*(manifest.get("warnings") or []), *damage],
@@ -104,7 +107,7 @@ def render(folder: RunFolder) -> str:
         sections=_sections(manifest),
         config=config_text,
         made=time.strftime("%Y-%m-%d %H:%M"),
-        style=Markup("".join((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "trained.css"))),
+        style=Markup("".join((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "tokens.css"))),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )

@@ -34,6 +34,10 @@ class EvaluationRows:
     padding_mass: torch.Tensor  # float32 [N] of the student's softmax over all its rows, beyond the vocabulary
     student_entropy: torch.Tensor  # float32 [N] in nats, of the whole vocabulary
     teacher_entropy: torch.Tensor  # float32 [M] likewise, of the teacher's own
+    student_first: torch.Tensor  # int64 [N] the likeliest id
+    student_first_logprob: torch.Tensor  # float32 [N]
+    teacher_first: torch.Tensor  # int64 [M] likewise, of the student's vocabulary: -1 for a token that it lacks
+    teacher_first_logprob: torch.Tensor  # float32 [M]
     kl_to_each: torch.Tensor  # float32 [M, T] as kl, of each of T teachers that were asked together; T is 0 of one
 
     @classmethod
@@ -47,6 +51,10 @@ class EvaluationRows:
             padding_mass=like.new_zeros(num_rows, dtype=torch.float32),
             student_entropy=like.new_zeros(num_rows, dtype=torch.float32),
             teacher_entropy=like.new_empty(num_scored, dtype=torch.float32),
+            student_first=like.new_zeros(num_rows, dtype=torch.int64),
+            student_first_logprob=like.new_zeros(num_rows, dtype=torch.float32),
+            teacher_first=like.new_zeros(num_scored, dtype=torch.int64),
+            teacher_first_logprob=like.new_zeros(num_scored, dtype=torch.float32),
             kl_to_each=like.new_empty(num_scored, num_together, dtype=torch.float32),
         )
 
@@ -118,6 +126,7 @@ def evaluation_rows(
             student = logits.log_softmax(1)
             rows.student_logprob[place] = student.gather(1, target_ids[place, None])[:, 0]
             rows.student_entropy[place] = entropy(student)
+            rows.student_first_logprob[place], rows.student_first[place] = student.max(1)
             scored = [
                 one.head.shape.apply(product[block].float()).log_softmax(1)
                 for one, product in zip(states, of_teachers, strict=True)
@@ -136,7 +145,7 @@ def evaluation_rows(
     aligned = teacher.aligned if isinstance(teacher, TeacherStates) else None
     if aligned is None:
         return rows
-    kept = {name: getattr(rows, name)[aligned] for name in _OF_TEACHER}
+    kept = {name: getattr(rows, name)[aligned] for name in (*_OF_TEACHER, "teacher_first", "teacher_first_logprob")}
     return replace(rows, **kept)
 
 
@@ -149,14 +158,17 @@ def _compare(
     shared: SharedIds | None,
 ) -> None:
     """Log-probabilities of the rows at `place`, float32 [n, V] of the vocabulary of each."""
+    logprob, first = teacher.max(1)
+    rows.teacher_first_logprob[place] = logprob
     if shared is not None:
         rows.kl[place] = forward_kl(shared.pair(student, teacher))
-        rows.agree[place] = student.argmax(1) == shared.of_teacher[teacher.argmax(1)]
+        rows.teacher_first[place] = shared.of_teacher[first]
         rows.teacher_logprob[place] = 0.0
-        return
-    rows.kl[place] = forward_kl(PairedLogProbs(student, teacher, exhaustive=True))
-    rows.agree[place] = student.argmax(1) == teacher.argmax(1)
-    rows.teacher_logprob[place] = teacher.gather(1, ids)[:, 0]
+    else:
+        rows.kl[place] = forward_kl(PairedLogProbs(student, teacher, exhaustive=True))
+        rows.teacher_first[place] = first
+        rows.teacher_logprob[place] = teacher.gather(1, ids)[:, 0]
+    rows.agree[place] = rows.student_first[place] == rows.teacher_first[place]
 
 
 def entropy(logprobs: torch.Tensor) -> torch.Tensor:

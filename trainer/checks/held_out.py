@@ -9,10 +9,8 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, fields, replace
 
-import numpy as np
 import torch
 
-from configs.section import MAIN
 from trainer.align.aligner import SharedIds
 from trainer.checks.evaluate import (
     EvaluationRows,
@@ -22,6 +20,8 @@ from trainer.checks.evaluate import (
     TeachersTogether,
     evaluation_rows,
 )
+from trainer.checks.shown import Worst
+from trainer.checks.worst import combined, name_of, texts_of, worst_of
 from trainer.labels.encoding import ALIGNED
 from trainer.loop.packing import pack, to_device
 from trainer.loop.staging import HeldOutBatch
@@ -86,6 +86,7 @@ def evaluate_held_out(
     most = int(all_gather(torch.tensor([len(held_out)], device=measure.device)).amax())
     sums: dict[str, list[EvaluationSums]] = {}
     samples: dict[int, SampleTokens] = {}
+    worst = Worst()
     for item in (*held_out, *[NO_BATCH] * (most - len(held_out))):
         rows = measure.rows(item.batch)
         for part in item.batch.parts:
@@ -93,10 +94,14 @@ def evaluate_held_out(
                 EvaluationSums.of(rows, names_of(part.teacher), aligned=ALIGNED in part.labels)
             )
         samples |= _samples(item, rows, first=viewer_sequences)
+        if viewer_sequences:
+            worst = combined([worst, worst_of(item, rows)])
     mine = {name: EvaluationSums.combine(parts) for name, parts in sums.items()}
-    ranks = all_gather_objects((mine, [samples[position] for position in sorted(samples)]))
-    shown = [sample for _, of_rank in ranks for sample in of_rank]
-    return replace(_in_sum([of_rank for of_rank, _ in ranks], step), samples=tuple(shown[:viewer_sequences]))
+    ranks = all_gather_objects((mine, [samples[position] for position in sorted(samples)], worst))
+    shown = [sample for _, of_rank, _ in ranks for sample in of_rank]
+    total = _in_sum([of_rank for of_rank, _, _ in ranks], step)
+    furthest = combined(of_rank for _, _, of_rank in ranks)
+    return replace(total, samples=tuple(shown[:viewer_sequences]), worst=furthest)
 
 
 def _in_sum(ranks: AbstractSequence[Mapping[str, EvaluationSums]], step: int) -> Evaluation:
@@ -115,7 +120,7 @@ def _columns(rows: EvaluationRows) -> tuple[torch.Tensor, ...]:
 
 def without_samples(evaluation: Evaluation) -> Evaluation:
     """The numbers alone, for ranks whose answer nobody shows."""
-    return replace(evaluation, samples=(), trained=())
+    return replace(evaluation, samples=(), trained=(), worst=None)
 
 
 def _samples(item: HeldOutBatch, rows: EvaluationRows, *, first: int) -> dict[int, SampleTokens]:
@@ -123,23 +128,15 @@ def _samples(item: HeldOutBatch, rows: EvaluationRows, *, first: int) -> dict[in
     if not len(rows.kl) or all(position >= first for position, _, _ in item.members):
         return {}
     student, teacher, kl = (x.cpu().numpy() for x in (rows.student_logprob, rows.teacher_logprob, rows.kl))
-    samples, start, first_row = {}, 0, 0
-    for position, unit, inside in item.members:
-        sequence = unit.sequences[inside]
-        shown = np.flatnonzero(sequence.loss_mask)
-        all_rows = slice(first_row, first_row + len(shown))
-        first_row, own = all_rows.stop, np.ones(len(shown), dtype=bool)
-        if sequence.reading is not None:
-            own = sequence.reading.groups >= 0
-        part = slice(start, start + int(own.sum()))
-        start = part.stop
-        if position < first:
-            samples[position] = SampleTokens(
-                id=sequence.id if sequence.task == MAIN else f"{sequence.task}/{sequence.id}",
-                token_ids=sequence.token_ids,
-                rows=shown[own],
-                student_logprob=student[all_rows][own],
-                teacher_logprob=teacher[part].copy(),
-                kl=kl[part].copy(),
-            )
-    return samples
+    return {
+        text.position: SampleTokens(
+            id=name_of(text.sequence),
+            token_ids=text.sequence.token_ids,
+            rows=text.shown,
+            student_logprob=student[text.student],
+            teacher_logprob=teacher[text.scored].copy(),
+            kl=kl[text.scored].copy(),
+        )
+        for text in texts_of(item)
+        if text.position < first
+    }

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainer.types import SampleTokens
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LabelRows:
@@ -45,3 +47,48 @@ class TrainedTokens:
     beside: tuple[
         np.ndarray, ...
     ] = ()  # [N], of an aligned one: int32 ids of the teacher's that stand for the same text
+
+
+@dataclass(frozen=True, slots=True)
+class First:
+    """The likeliest id of a row: -1 for a token that the student has not."""
+
+    id: int
+    logprob: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class WorstToken:
+    """A held-out row where student and teacher are far apart, with the text around the token that it predicts."""
+
+    id: str  # of the text
+    kl: float  # KL(teacher, student) in nats
+    before: np.ndarray  # int32
+    token: np.ndarray  # int32 [1]
+    after: np.ndarray  # int32
+    student_logprob: float  # of the token
+    teacher_logprob: float | None  # None of a teacher with another tokenizer
+    student_first: First
+    teacher_first: First
+
+
+@dataclass(frozen=True, slots=True)
+class WorstText:
+    """A held-out text where they are far apart in the mean."""
+
+    kl: float  # mean of all its rows
+    num_rows: int
+    shown: SampleTokens  # or its beginning
+
+
+@dataclass(frozen=True, slots=True)
+class Worst:
+    """Of the held-out rows, furthest first."""
+
+    tokens: tuple[WorstToken, ...] = ()
+    texts: tuple[WorstText, ...] = ()
+
+    def cut(self, tokens: int, texts: int) -> Worst:
+        """The furthest of them."""
+        by_kl = [sorted(some, key=lambda one: -one.kl) for some in (self.tokens, self.texts)]
+        return Worst(tuple(by_kl[0][:tokens]), tuple(by_kl[1][:texts]))

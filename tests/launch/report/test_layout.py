@@ -13,7 +13,8 @@ from browser import WIDTHS, browser, layout_faults, rendered
 from launch.report.metrics import GRAD_NORM, LEARNING_RATE, LOSS, STUDENT_WAIT, TOKENS_PER_S, MetricsLog, Timeline
 from launch.report.page import sample_records, write_report
 from launch.report.trained import trained_records
-from trainer.checks.shown import LabelRows, TrainedTokens
+from launch.report.worst import worst_records
+from trainer.checks.shown import First, LabelRows, TrainedTokens, Worst, WorstText, WorstToken
 from trainer.run_folder import RunFolder, write_json
 from trainer.types import Evaluation, SampleTokens, StepMetrics
 
@@ -121,6 +122,11 @@ def write_run(
     trained = [trained_tokens(text, labels=kind, how="") for kind in kinds]
     trained += [trained_tokens(text, labels="topk", how="overlap"), trained_tokens(text, labels="token", how="chunks")]
     write_json(folder.trained, trained_records(trained, decode, lambda task: decode))
+    first, tokens = First(3, -0.5), np.arange(60, dtype=np.int32)
+    far = [
+        WorstToken(LONG, kl, tokens[:24], tokens[24:25], tokens[25:33], -9.0, -1.0, first, first) for kl in (9.5, 1e9)
+    ]
+    write_json(folder.worst, worst_records(Worst(tuple(far), (WorstText(9.5, 1000, sample),)), 8, decode))
     turns = [{"role": role, "content": text} for role in ("system", "user", "assistant", "user")]
     answers = {who: [text, text * 20] for who in ("before", "after", "teacher", "reference")}
     write_json(folder.generations, {"prompts": [turns, text], **answers})

@@ -19,7 +19,8 @@ from launch.report.page import BEFORE_START, sample_records, write_report
 from launch.report.plots import MAX_POINTS, WIDTH, Series, line_chart, thin, ticks
 from launch.report.trained import MEANINGS, trained_records
 from launch.report.viewer import ViewedSequence, token_texts
-from trainer.checks.shown import LabelRows, TrainedTokens
+from launch.report.worst import worst_records
+from trainer.checks.shown import First, LabelRows, TrainedTokens, Worst, WorstText, WorstToken
 from trainer.errors import ConfigError
 from trainer.run_folder import RunFolder, write_json
 from trainer.types import Evaluation, SampleTokens, StepMetrics
@@ -73,6 +74,15 @@ def write_trained(folder: RunFolder, text: str, **changes: Any) -> None:
     write_json(folder.trained, trained_records([trained_tokens(**changes)], decode, lambda task: decode))
 
 
+def write_worst(folder: RunFolder, text: str) -> None:
+    ids = np.array([5, 6, 7, 8], np.int32)
+    sample = SampleTokens(text, ids, np.array([1]), *(np.array([v], np.float32) for v in (-1.0, -0.5, 4.5)))
+    first = First(9, -0.105)
+    far = WorstToken(text, 4.5, ids[:2], ids[2:3], ids[3:], -3.0, None, first, First(-1, -0.2))
+    decode = lambda ids: "".join(f"<{token}>{text}" for token in ids)  # noqa: E731
+    write_json(folder.worst, worst_records(Worst((far,), (WorstText(3.25, 7, sample),)), 8, decode))
+
+
 def write_run(path: Path, *, text: str = "a plain text", steps: int = 8, finished: bool = True) -> RunFolder:
     folder = RunFolder.create(path)
     folder.config.write_text(
@@ -99,6 +109,7 @@ def write_run(path: Path, *, text: str = "a plain text", steps: int = 8, finishe
     records = sample_records([sample], lambda ids: "".join(f"<{token}>{text}" for token in ids))
     write_json(folder.samples, {"before": records} | ({"after": records} if finished else {}))
     write_trained(folder, text, id=text, task=text, teacher=text, labels=text, how=text)
+    write_worst(folder, text)
     answers = {"prompts": [text], "before": [text]} | ({"after": [text], "reference": [text]} if finished else {})
     write_json(folder.generations, answers)
     write_json(folder.manifest, {"versions": {text: text}, "warnings": [text], "self_tests": [{"name": text}]})
@@ -239,7 +250,9 @@ def test_a_token_shows_the_row_that_predicted_it(tmp_path: Path) -> None:
     judged = [a for a in page.named("b") if "data-i" in a]
     assert [a["data-i"] for a in judged] == ["2", "3"]  # rows 1 and 2 predict tokens 2 and 3; tokens 0 and 1 are prompt
     assert [a["data-a"] for a in judged] == ["-1.0000,-0.5000,0.1250", ",-0.2500,2.0000"]
-    assert sum(tag == "s" for tag, _ in page.tags) == 2 + 2  # those of what was trained on too
+    assert (
+        sum(tag == "s" for tag, _ in page.tags) == 2 + 2 + 3
+    )  # those of what was trained on and of the worst text too
 
 
 def test_a_trained_token_shows_its_label_and_says_what_is_not_known(tmp_path: Path) -> None:
@@ -262,6 +275,27 @@ def test_a_trained_token_shows_its_label_and_says_what_is_not_known(tmp_path: Pa
     text = " ".join(" ".join(page.text).split())
     assert "training row 5, epoch 2 labels: topk, align: overlap; 90 % kept, entropy of the label 1.25" in text
     assert "2 tokens, 1 of them without a label" in text
+
+
+def test_the_furthest_tokens_stand_in_their_text_with_what_both_models_say(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    write_worst(folder, "a")
+    page = Page(write_report(folder).read_text())
+    text = " ".join("".join(page.text).split())
+    assert "in the evaluation after step 8" in text
+    assert (
+        "a<5>a<6>a<7>a<8>a 4.5 a token that the student has not 82 %this token not known <9>a 90 %this token 5.0 %"
+        in text
+    )
+    assert "mean KL 3.25 over 7 tokens" in text
+    assert "The beginning of it." in text
+    assert page.named("mark")
+    record = json.loads(folder.worst.read_text())
+    record["texts"][0]["shown"]["kl"] = []
+    write_json(folder.worst, {**record, "tokens": [{"id": "x"}]})
+    page = write_report(folder).read_text()
+    assert "the lists of one differ in length" in page
+    assert "Where the student is furthest" not in page
 
 
 @pytest.mark.parametrize("kind", [one.model_fields["kind"].default for one in LABELS.built_in])

@@ -90,7 +90,7 @@ def test_sums_of_uneven_ranks_give_the_means_over_all_rows():
     parts = (slice(0, 4), slice(4, 30), slice(0, 0))
     entropies = 2 * kl, 3 * kl
     ranks = [
-        EvaluationRows(kl[s], agree[s], student[s], teacher[s], padding[s], *(e[s] for e in entropies), kl[s, None])
+        EvaluationRows(*(x[s] for x in (kl, agree, student, teacher, padding, *entropies, *[agree] * 4)), kl[s, None])
         for s in parts
     ]
     sums = EvaluationSums.combine(EvaluationSums.of(rows, ["big"]) for rows in ranks)
