@@ -115,7 +115,9 @@
       if (!move) return;
       event.preventDefault();
       const next = all[Math.min(all.length - 1, Math.max(0, all.indexOf(chosen) + move))];
-      if (next) choose(next);
+      if (!next) return;
+      choose(next);
+      next.scrollIntoView({ block: "nearest" });
     });
     const heat = (token) => Number(token.style.getPropertyValue("--a"));
     if (all.length) choose(all.reduce((best, token) => (heat(token) > heat(best) ? token : best), all[0]));
