@@ -113,7 +113,7 @@ class Report(Section):
 
     generate: Natural = Field(3, description="Held-out prompts that student and teacher answer for the report.")
     generate_tokens: Positive = Field(64, description="Of one such answer, at most.")
-    viewer_sequences: Natural = Field(4, description="Held-out texts in the token viewer; of trained ones up to 4.")
+    viewer_sequences: Natural = Field(4, description="Held-out texts in the token viewer; of trained ones up to 8.")
     prometheus_port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(
         None,
         description="Where the Ray that the run starts by itself serves metrics, to whoever reaches this machine; "

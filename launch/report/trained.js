@@ -56,7 +56,7 @@
       top.append(head);
       const body = make("tbody");
       for (const [text, id, teacher, student, control] of label.ids) {
-        const marks = [...(control ? ["control id"] : []), ...(!how && text === target ? ["in the text"] : [])];
+        const marks = [...(text === "" || text.includes("\ufffd") ? ["id " + id] : []), ...(control ? ["control id"] : []), ...(!how && text === target ? ["in the text"] : [])];
         const name = named({ text }, marks);
         name.title = "id " + id;
         body.append(row(name, chance(teacher), chance(student), how ? "has no such token" : ""));

@@ -20,8 +20,8 @@ from trainer.model.head import Head
 from trainer.model.load import HeadCall
 from trainer.types import BatchPart, Sequence, TokenBatch
 
-MAX_SEQUENCES = 4
-"""Of a rank, and in a report."""
+MAX_SEQUENCES = 8
+"""In a report, whatever the run."""
 MAX_ROWS, MAX_TOKENS, TOKENS_BEFORE = 96, 384, 48
 """Of one sequence: loss rows, tokens, and those of them that stand before the first loss row."""
 
@@ -59,10 +59,11 @@ def evaluate_trained(
     head_of: Callable[[torch.Tensor, torch.Tensor | None], Head],
     labels_of: LabelsOf,
     *,
+    most: int,
     device: torch.device,
 ) -> tuple[TrainedTokens, ...]:
-    """Collective. What each rank's last step was trained on, together at most `MAX_SEQUENCES` texts; one forward on all
-    ranks, none where nobody trained."""
+    """Collective. What each rank's last step was trained on, together at most so many texts; one forward on all ranks,
+    none where nobody trained."""
     if not int(all_gather(torch.tensor([trained is not None], dtype=torch.int32, device=device)).sum()):
         return ()
     batch = to_device(pack((), (), ()) if trained is None else trained.batch, device)
@@ -81,7 +82,7 @@ def evaluate_trained(
         for task, name in texts:
             turn = [other for other in texts if other[0] == task].index((task, name))
             turns[turn, rank, task] = [one for one in of_rank if (one.task, one.id) == (task, name)]
-    return tuple(one for turn in sorted(turns)[:MAX_SEQUENCES] for one in turns[turn])
+    return tuple(one for turn in sorted(turns)[:most] for one in turns[turn])
 
 
 def trained_tokens(

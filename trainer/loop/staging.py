@@ -122,16 +122,23 @@ class Staging:
         self.shown = staged.shown
         return staged
 
+    @property
+    def num_shown(self) -> int:
+        """Texts of a step that are shown at most: as many as of held-out rows, one of each task if there are more."""
+        most = self._run.report.viewer_sequences
+        return min(max(most, len(self._tasks)), MAX_SEQUENCES) if most else 0
+
     def _shown(self, batch: RankBatch, ready: Packable) -> TrainedBatch | None:
         """A few sequences of a step that is evaluated, packed by themselves: their labels outlive the step."""
-        report = self._run.report.viewer_sequences
-        if not report or not (batch.step == self._last_step or every(self._run.training.evaluate_every, batch.step)):
+        if not self.num_shown or not (
+            batch.step == self._last_step or every(self._run.training.evaluate_every, batch.step)
+        ):
             return None
         places = [(u, s) for u, unit in enumerate(batch.units) for s in range(len(unit.sequences))]
         places = [place for place in places if self._tasks[batch.units[place[0]].kind[0]].trained_labels is not None]
         chosen = choose(
             [batch.units[u].sequences[s] for u, s in places],
-            most=min(report, MAX_SEQUENCES),
+            most=self.num_shown,
             token_budget=self._run.training.micro_batch_tokens,
         )
         if not chosen:

@@ -411,7 +411,12 @@ class StudentRank:
         )
         if viewer_sequences:
             trained = evaluate_trained(
-                self._staging.shown, self._forward, self._student_head, self._part_labels, device=self._device
+                self._staging.shown,
+                self._forward,
+                self._student_head,
+                self._part_labels,
+                most=self._staging.num_shown,
+                device=self._device,
             )
             evaluation = replace(evaluation, trained=trained)
         return evaluation if self._rank == 0 else without_samples(evaluation)
