@@ -7,7 +7,9 @@ rows, their number `rows`, and `shown`, its beginning as samples.json has it.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -121,12 +123,12 @@ def _far_token(one: WorstTokenRecord) -> FarToken:
         row_title(one["id"], "row"),
         one["kl"],
         one["before"],
-        one["token"],
+        one["token"] if one["token"].strip() else _visible(one["token"]),
         one["after"],
         _chance(one["teacher"]),
         _chance(one["student"]),
-        teacher["text"],
-        student["text"],
+        None if teacher["text"] is None else _visible(teacher["text"]),
+        None if student["text"] is None else _visible(student["text"]),
         _chance(teacher["logprob"]),
         _chance(student["logprob"]),
     )
@@ -137,6 +139,11 @@ def _far_text(one: WorstTextRecord) -> FarText:
     by_token = {row + 1: kl for row, kl in zip(shown["rows"], shown["kl"], strict=True)}
     tokens = tuple((text, by_token.get(at)) for at, text in enumerate(shown["tokens"]))
     return FarText(row_title(shown["id"], "held-out row"), one["kl"], one["rows"], tokens, one["rows"] > len(by_token))
+
+
+def _visible(text: str) -> str:
+    r"""A line break as `\n`, a space at the beginning as one that no line is broken at: as the page's scripts do."""
+    return re.sub("^ ", "\u00a0", json.dumps(text, ensure_ascii=False)[1:-1])
 
 
 def _chance(logprob: float | None) -> str:
