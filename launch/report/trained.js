@@ -45,13 +45,13 @@
     };
     const others = (label) => {
       if (label.kept < 0) return null;
-      if (kind === "sampled") return "not drawn, counts as 0";
+      if (kind === "sampled") return "not drawn (counts as 0)";
       return kind === "token" ? "all other ids" : "all others, one event";
     };
     const table = (label, target) => {
       const made = make("table");
       const head = make("tr");
-      for (const text of ["id", "teacher", "student"]) { const cell = make("th", text); cell.scope = "col"; head.append(cell); }
+      for (const text of ["id", kind === "sampled" ? "share of draws" : "teacher", "student"]) { const cell = make("th", text); cell.scope = "col"; head.append(cell); }
       const top = make("thead");
       top.append(head);
       const body = make("tbody");
@@ -99,7 +99,7 @@
           percent(chance(label.student_target)) + ".");
       }
       const nats = (value) => (value === null ? "not known" : value.toFixed(3));
-      note("Entropy, nats: label " + nats(label.entropy) + ", student " + nats(label.student_entropy) + ". KL " + nats(label.kl) + ".");
+      note("Entropy, nats: " + (kind === "sampled" ? "teacher " : "label ") + nats(label.entropy) + ", student " + nats(label.student_entropy) + ". KL " + nats(label.kl) + ".");
     };
     const choose = (token) => {
       if (chosen) chosen.classList.remove("chosen");

@@ -175,18 +175,18 @@ def _viewed(one: TrainedSequence) -> LabelledSequence:
         labels=one["labels"],
         how=one["how"],
         meaning=meaning,
-        numbers=_numbers(one["rows"]),
+        numbers=_numbers(one["rows"], one["labels"]),
         tokens=tuple(LabelledToken(text, by_token.get(at)) for at, text in enumerate(one["tokens"])),
     )
 
 
-def _numbers(rows: Sequence[LabelRow]) -> str:
+def _numbers(rows: Sequence[LabelRow], labels: str) -> str:
     """The means over the shown rows, of what is known."""
     reached = [row for row in rows if row["kept"] != 0]
     parts = []
     for name, text, form in (
-        ("tail", "{} kept", lambda tail: percent(1 - tail)),
-        ("entropy", "entropy of the label {}", compact),
+        ("tail", "{} drawn" if labels == "sampled" else "{} kept", lambda tail: percent(1 - tail)),
+        ("entropy", f"entropy of the {'teacher' if labels == 'sampled' else 'label'} {{}}", compact),
         ("student_entropy", "of the student {}", compact),
         ("kl", "KL {}", compact),
     ):
