@@ -61,6 +61,12 @@ def test_a_student_learns_from_a_teacher_with_another_tokenizer(tmp_path: Path, 
     assert exported.chat_template.startswith("{% for m in messages %}{{ '['")
     shown = json.loads((tmp_path / "run" / "generations.json").read_text())
     assert set(shown) >= {"before", "after", "teacher", "reference"}
+    for text in json.loads((tmp_path / "run" / "trained.json").read_text())["sequences"]:
+        assert text["how"] == method.partition("-")[0]
+        reached = [row for row in text["rows"] if row["kept"] != 0]
+        assert reached
+        assert all(row["beside"] for row in reached)
+        assert all(bool(row["ids"]) == (text["how"] == "overlap") for row in reached)
 
 
 def test_on_ray_with_vllm_the_engine_has_the_teachers_vocabulary_and_the_ranks_the_students(tmp_path: Path) -> None:
