@@ -6,6 +6,7 @@ python -m benchmarks store   --teacher FOLDER    CPU time of labels from the lab
 python -m benchmarks memory  CONFIG              peak memory of each role of a run, beside what `check` predicts
 python -m benchmarks losses                      CPU time and memory of every divergence with every encoding
 python -m benchmarks exactness                   the bias of every divergence with every encoding, on real models
+python -m benchmarks learning                    held-out KL after equal steps, by encoding and by divergence
 python -m benchmarks draft RUN TEACHER           how many tokens a student saves its teacher in speculative decoding
 python -m benchmarks other-student FOLDER        a small student with a tokenizer of its own, for docs/tokenizers.md
 
@@ -196,6 +197,48 @@ def exactness(
     if labels:
         found["cells"] = json.loads(out.read_text(encoding="utf-8"))["cells"] | found["cells"]
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    _note(f"written: {out}")
+
+
+@app.command(
+    epilog="Example: python -m benchmarks learning --steps 20 --cell 'topk 64, forward_kl' --out learning.json"
+)
+def learning(
+    teacher: Teacher = Path(".cache/models/smollm2-135m-instruct"),
+    student: Annotated[
+        Path, typer.Option("--student", metavar="FOLDER", exists=True, file_okay=False, help="Model folder.")
+    ] = Path(".cache/models/smollm2-135m-20-layers"),
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps of each run.")] = 30,
+    sequences: Annotated[int, typer.Option("--sequences", min=1, help="Of a step.")] = 4,
+    held_out: Annotated[int, typer.Option("--held-out", min=1, help="Rows that measure.")] = 32,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each cell.")] = 3,
+    cell: Annotated[
+        list[str] | None, typer.Option("--cell", help="By name, such as 'topk 64, forward_kl'; several; else all.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Goes on where it was.")] = Path("learning.json"),
+) -> None:
+    """What a student has learnt after equal steps, under each encoding and each divergence; hours on two cores."""
+    from benchmarks.learning import LearningPlan, cells
+    from benchmarks.learning import learning as measure
+
+    known = {one.name: one for one in cells()}
+    if unknown := [name for name in cell or () if name not in known]:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(known)}", param_hint="--cell")
+    wanted = [known[name] for name in cell] if cell else list(known.values())
+    rows = (Path("configs/data/demo_train.jsonl"), Path("configs/data/demo_eval.jsonl"))
+    plan = LearningPlan(
+        teacher=teacher,
+        student=student,
+        train=rows[0],
+        held_out=rows[1],
+        steps=steps,
+        sequences_per_step=sequences,
+        learning_rate=7e-4,
+        warmup_steps=min(3, steps),
+        num_held_out=held_out,
+        max_length=256,
+    )
+    measure(plan, range(seeds), wanted, out, note=_note)
     _note(f"written: {out}")
 
 
