@@ -303,7 +303,7 @@ def teacher_truth(
     )
     if weight_bytes(source) > REFERENCE_BYTES:
         return head, None
-    model = _reference(source)
+    model = reference_model(source)
     rows = []
     with torch.inference_mode():
         for sequence in unit.sequences:
@@ -319,7 +319,7 @@ def teacher_lengths(source: ModelSource) -> tuple[int, ...]:
     return changing_lengths(config, role="teacher.model", trust_remote_code=source.trust_remote_code)
 
 
-def _reference(source: ModelSource) -> PreTrainedModel:
+def reference_model(source: ModelSource) -> PreTrainedModel:
     """The teacher in float32, with its own eager attention (sdpa drops the soft-cap without a word), in bounded memory
     where transformers lets others compute it."""
     with foreign_errors(f"teacher.model: transformers cannot load {source.path}"):

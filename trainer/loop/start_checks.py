@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from configs.labels import HELD_OUT, Labels, TopK
 from trainer.checks.label_check import check_labels, plan_check, some_ids, teacher_lengths, teacher_truth
+from trainer.checks.layer_check import check_states, states_truth
 from trainer.errors import SelfTestError
 from trainer.heap import give_back
 from trainer.loop.together import names_of
@@ -59,6 +60,7 @@ async def _check_labels(job: Job, session: Session) -> tuple[SelfTestResult, ...
             continue
         rows = [row for row in (job.samples or job.evaluation) if not row.teacher or name in names_of(row.teacher)]
         found = await _check_teacher(job, session, name, tasks[0].labels, rows)
+        found += await _check_states(job, session, name, rows)
         results += [replace(one, name=f"{one.name} of {name}") for one in found] if job.run.teachers else found
     return tuple(results)
 
@@ -91,6 +93,24 @@ async def _check_teacher(
         reference_logits=logits,
         note=plan.note,
     )
+
+
+async def _check_states(
+    job: Job, session: Session, name: str, rows: AbstractSequence[Sequence]
+) -> tuple[SelfTestResult, ...]:
+    """Of the layers that tasks compare with the student's, if any."""
+    asked = [task.labels for task in job.tasks.values() if name in task.teachers and getattr(task.labels, "layers", ())]
+    plan = plan_check([row.as_read() for row in rows], lengths=(), max_length=job.run.data.max_length)
+    if not asked or plan is None:
+        return ()
+    model, found = job.run.teachers_by_name()[name].model, []
+    for labels in dict.fromkeys(asked):
+        _, block = await session.teachers[name].scorer.score(plan.unit, labels)
+        truth = await asyncio.to_thread(states_truth, plan.unit, model, labels.layers)
+        give_back()
+        read = await asyncio.to_thread(session.read_block, block)
+        found.append(check_states(plan.unit, read, truth, dtype=job.teacher_dtypes[name]))
+    return tuple(found)
 
 
 def _checked_encoding(labels: Labels, vocabulary_size: int) -> Labels:
