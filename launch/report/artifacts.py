@@ -85,6 +85,7 @@ class LabelRow(TypedDict):
     """One row of trained.json; `launch/report/trained.py` says what is in it."""
 
     row: NonNegativeInt
+    token: int
     kept: int
     ids: list[LabelledId]
     tail: float | None

@@ -48,7 +48,7 @@
       if (kind === "sampled") return "not drawn (counts as 0)";
       return kind === "token" ? "all other ids" : "all others, one event";
     };
-    const table = (label, target) => {
+    const table = (label) => {
       const made = make("table");
       const head = make("tr");
       for (const text of ["id", kind === "sampled" ? "share of draws" : "teacher", "student"]) { const cell = make("th", text); cell.scope = "col"; head.append(cell); }
@@ -56,7 +56,7 @@
       top.append(head);
       const body = make("tbody");
       for (const [text, id, teacher, student, control] of label.ids) {
-        const marks = [...(text === "" || text.includes("\ufffd") ? ["id " + id] : []), ...(control ? ["control id"] : []), ...(!how && text === target ? ["in the text"] : [])];
+        const marks = [...(text === "" || text.includes("\ufffd") ? ["id " + id] : []), ...(control ? ["control id"] : []), ...(!how && id === label.token ? ["in the text"] : [])];
         const name = named({ text }, marks);
         name.title = "id " + id;
         body.append(row(name, chance(teacher), chance(student), how ? "has no such token" : ""));
@@ -77,10 +77,9 @@
     const note = (text) => panel.append(make("p", text, "note"));
     const describe = (token) => {
       const label = JSON.parse(token.dataset.label);
-      const target = token.textContent;
       panel.replaceChildren();
       const of = make("p", "prediction of ", "of");
-      of.append(quoted(target));
+      of.append(quoted(token.textContent));
       panel.append(of);
       if (how) {
         of.append(how === "chunks" ? ", in a stretch that the teacher reads as " : ", beside the teacher's ");
@@ -93,8 +92,8 @@
           percent(chance(label.student_target)) + ".");
         return;
       }
-      panel.append(table(label, target));
-      if (!how && kind !== "token" && !label.ids.some((one) => one[0] === target)) {
+      panel.append(table(label));
+      if (!how && kind !== "token" && !label.ids.some((one) => one[1] === label.token)) {
         note("The token of the text is among the others: teacher " + percent(chance(label.target)) + ", student " +
           percent(chance(label.student_target)) + ".");
       }

@@ -5,7 +5,7 @@ trained.json: `{"step": int, "sequences": [sequence, ...]}`, of the last step th
     {"id": str, "task": str, "teacher": str, "labels": kind of encoding, "how": method of `align` or "",
      "tokens": [str] * L, "rows": [row, ...]}
 
-and a row what `LabelRows` of `trainer/checks/shown.py` has of one: it is about token `row` + 1. Log-probabilities and
+and a row what `LabelRows` of `trainer/checks/shown.py` has of one: it is about token `row` + 1, whose id is `token`. Log-probabilities and
 entropies are in nats, tails are probabilities; what nobody knows is null.
 """
 
@@ -74,6 +74,7 @@ def _record(one: TrainedTokens, decode: Decode, of_teacher: Decode) -> dict[str,
     rows = [
         {
             "row": int(row),
+            "token": int(one.token_ids[row + 1]),
             "kept": int(label.num_kept[n]),
             "ids": [
                 {
@@ -128,7 +129,17 @@ class LabelledToken:
         assert self.label is not None
         label = self.label
         ids = [[one["text"], one["id"], one["teacher"], one["student"], int(one["control"])] for one in label["ids"]]
-        names = ("kept", "tail", "student_tail", "entropy", "student_entropy", "target", "student_target", "kl")
+        names = (
+            "token",
+            "kept",
+            "tail",
+            "student_tail",
+            "entropy",
+            "student_entropy",
+            "target",
+            "student_target",
+            "kl",
+        )
         return {"ids": ids, **{name: label[name] for name in names}, "beside": label.get("beside", [])}
 
 

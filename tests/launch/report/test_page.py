@@ -267,7 +267,7 @@ def test_a_trained_token_shows_its_label_and_says_what_is_not_known(tmp_path: Pa
     ]
     assert (first["kept"], first["tail"], first["student_tail"], first["kl"]) == (3, 0.1, 0.5, 0.75)
     assert first["beside"] == ["<3>a", "<4>a"]
-    assert second == dict.fromkeys(second) | {"ids": [], "kept": 0, "beside": []} | {
+    assert second == dict.fromkeys(second) | {"ids": [], "token": 8, "kept": 0, "beside": []} | {
         "student_entropy": 2.0,
         "student_target": -1.0,
     }
