@@ -5,8 +5,8 @@ trained.json: `{"step": int, "sequences": [sequence, ...]}`, of the last step th
     {"id": str, "task": str, "teacher": str, "labels": kind of encoding, "how": method of `align` or "",
      "tokens": [str] * L, "rows": [row, ...]}
 
-and a row what `LabelRows` of `trainer/checks/shown.py` has of one: it is about token `row` + 1, whose id is `token`. Log-probabilities and
-entropies are in nats, tails are probabilities; what nobody knows is null.
+and a row what `LabelRows` of `trainer/checks/shown.py` has of one: it is about token `row` + 1, whose id is
+`token`. Log-probabilities and entropies are in nats, tails are probabilities; what nobody knows is null.
 """
 
 from __future__ import annotations
