@@ -44,6 +44,8 @@ def find_problems(document: Document, error: ValidationError, model: type[BaseMo
         path = _place(document.tree, detail["loc"])
         if path in known or (detail["type"] == "too_short" and detail["loc"] in holders):
             continue  # said already; a list is also called too short when its items are wrong
+        if detail["type"] in ("value_error", "rule") and any(bad[: len(path)] == path for bad in known):
+            continue  # a rule of a section, asked without the value below that could not be read
         text = _sentence(path, detail, keys)
         one = path, "must be" if text.startswith("must be ") else text
         _, before = found.get(one, (None, ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from html import escape
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from configs.load import load_run
 from configs.schema import Run
 from launch.report.artifacts import Generations, read_generations
-from launch.report.metrics import evaluation_values, read_metrics
+from launch.report.metrics import Records, evaluation_values, read_metrics
 from trainer.errors import ConfigError
 from trainer.run_folder import Ending, RunFolder
 
@@ -24,10 +25,18 @@ Prompt = str | Sequence[Mapping[str, str]]
 
 
 class RunResult:
-    """A run folder, read. What a run is still writing is read anew at each call; the student is loaded once."""
+    """A run folder, read. What a run is still writing is read anew at each call; the student is loaded once.
+
+    What is missing or cannot be read is a `UserWarning` that names it, and is left out.
+    """
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
+        trained = folder.exit.exists() or folder.student.exists() or any(folder.checkpoints.glob("*"))
+        if trained and not folder.metrics.exists():
+            _warn(
+                f"{folder.path} has no {folder.metrics.name}: its steps and evaluations are empty; was it copied whole?"
+            )
 
     @property
     def folder(self) -> Path:
@@ -46,17 +55,19 @@ class RunResult:
     @property
     def steps(self) -> pandas.DataFrame:
         """A row for each optimizer step, by its number; columns as docs/metrics.md names them, `train/loss`."""
-        return _table({record.step: record.values for record in read_metrics(self._folder).steps})
+        return _table({record.step: record.values for record in self._metrics().steps})
 
     @property
     def evaluations(self) -> pandas.DataFrame:
         """A row for each evaluation, by its step; columns as in docs/metrics.md without `evaluation/`: `forward_kl`."""
-        return _table({record.step: evaluation_values(record) for record in read_metrics(self._folder).evaluations})
+        return _table(
+            {record.step: evaluation_values(record) for record in read_metrics(self._folder, tell=_warn).evaluations}
+        )
 
     @property
     def generations(self) -> Generations:
         """Held-out `prompts`, and lists of the answers to them: `before`, `after`, `teacher`, `reference`."""
-        return read_generations(self._folder)
+        return read_generations(self._folder, tell=_warn)
 
     @property
     def report(self) -> Path:
@@ -115,8 +126,11 @@ class RunResult:
         export(self.folder, Path(target), merge_adapter=merge_adapter, dtype=dtype)
         return Path(target)
 
+    def _metrics(self) -> Records:
+        return read_metrics(self._folder, tell=_warn)
+
     def __repr__(self) -> str:
-        found = read_metrics(self._folder)
+        found = self._metrics()
         last = found.steps[-1].step if found.steps else 0
         parts = [f"{last:,} steps"]
         if found.evaluations and found.evaluations[-1].forward_kl is not None:
@@ -133,6 +147,10 @@ class RunResult:
             f'<p><code>{escape(repr(self))}</code></p><iframe title="report" sandbox="allow-scripts" srcdoc="{page}" '
             'style="width:100%;height:640px;border:1px solid #8884"></iframe>'
         )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
 
 
 def _table(rows: Mapping[int, Mapping[str, float]]) -> pandas.DataFrame:

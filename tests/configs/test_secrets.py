@@ -70,6 +70,19 @@ def test_a_configuration_with_a_secret_is_refused_without_showing_it(
     assert message.startswith(f"{file}: 1 problem")
 
 
+def test_a_section_whose_value_is_refused_as_a_secret_is_one_problem(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "name: x\nstudent: {model: {path: a}}\nteacher: {model: {path: b}}\nprompts: {path: rows.jsonl}\nlabels: topk\n"
+        "training: {steps: 3}\nnotify: {webhook: https://hooks.slack.com/services/T0/B0/x1y2z3}\n"
+    )
+    with pytest.raises(ConfigError) as refused:
+        load_run(file)
+    assert str(refused.value).startswith(
+        f"{file}: 1 problem\n  {file}:7: notify.webhook = 'https://hooks.slack.com/***'"
+    )
+
+
 @pytest.mark.parametrize("key", ["api_key", "password", "WANDB_API_KEY", "access_token"])
 @pytest.mark.parametrize("by_override", [False, True])
 def test_what_a_key_named_as_a_secret_holds_is_not_shown(tmp_path: Path, key: str, by_override: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +201,21 @@ def test_a_folder_without_a_run_or_a_student_says_so(tmp_path: Path) -> None:
     assert result.evaluations.empty
     with pytest.raises(api.ConfigError, match="holds no student yet"):
         result.student()
+
+
+def test_a_damaged_folder_says_what_is_missing(made: tuple[Path, api.RunResult, list[str]], tmp_path: Path) -> None:
+    folder = RunFolder(shutil.copytree(made[1].folder, tmp_path / "copy"))
+    lines = folder.metrics.read_text().splitlines()
+    folder.metrics.write_text("\n".join(["not JSON", *lines[1:]]) + "\n")
+    folder.generations.write_text("{")
+    result = api.load_run(folder.path)
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl:1: .*; this line is left out"):
+        assert not result.steps.empty
+    with pytest.warns(UserWarning, match=r"generations\.json:1: .*; it is left out"):
+        assert result.generations == {}
+    folder.metrics.unlink()
+    with pytest.warns(UserWarning, match=r"copy has no metrics\.jsonl: its steps and evaluations are empty"):
+        assert api.load_run(folder.path).steps.empty
 
 
 def test_export_is_the_command(made: tuple[Path, api.RunResult, list[str]], tmp_path: Path) -> None:

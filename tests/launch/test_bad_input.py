@@ -371,8 +371,10 @@ def test_a_fraction_is_held_out_of_each_tasks_rows(said: Said, tmp_path: Path) -
     ("questions", "fraction", "text"),
     [
         (["a?", "b?", "c?"], 0.1, "holds out 0 rows (3 rows, of which 3 have answers, with 3 different prompts)"),
-        (["a?", "b?", "c?"], 0.1, "write at least fraction: 0.5"),
+        (["a?", "b?", "c?"], 0.1, "write at least fraction: 0.17"),
         (["a?", "b?", "c?"], 0.9, "holds out 3 rows (3 rows, of which 3 have answers"),
+        (["a?", "b?", "c?"], 0.9, "write at most fraction: 0.83"),
+        (["a?", "a?", "b?", "b?", "b?"], 0.2, "write at least fraction: 0.31"),
         (["a?"] * 8, 0.5, "with 1 different prompts); rows with one prompt stay on one side: name held-out rows"),
     ],
 )

@@ -76,9 +76,7 @@ def held_out_of(keys: PromptKeys, fraction: float, *, seed: int) -> np.ndarray:
     Which they are follows from prompts and seed alone, not from the order of rows or the name of a file.
     """
     wanted = round(fraction * len(keys.keys))
-    prompts, group, sizes = np.unique(keys.keys, return_inverse=True, return_counts=True)
-    num_answered = np.bincount(group, weights=keys.answered, minlength=len(prompts))
-    candidates = (num_answered == sizes) & (prompts != UNREADABLE)
+    prompts, group, sizes, candidates = _prompts_of(keys)
     taken = np.zeros(len(prompts), dtype=bool)
     num_taken = 0
     for number in np.argsort(_mixed(prompts, seed), kind="stable"):
@@ -88,6 +86,19 @@ def held_out_of(keys: PromptKeys, fraction: float, *, seed: int) -> np.ndarray:
             taken[number] = True
             num_taken += int(sizes[number])
     return taken[group]
+
+
+def fewest_held_out(keys: PromptKeys) -> int | None:
+    """The least number of rows, one at least, that can be held out; None where none can."""
+    _, _, sizes, candidates = _prompts_of(keys)
+    return int(sizes[candidates].min()) if candidates.any() else None
+
+
+def _prompts_of(keys: PromptKeys) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Different prompts, which of them each row has [N], how many rows have it, and whether it can be held out."""
+    prompts, group, sizes = np.unique(keys.keys, return_inverse=True, return_counts=True)
+    num_answered = np.bincount(group, weights=keys.answered, minlength=len(prompts))
+    return prompts, group, sizes, (num_answered == sizes) & (prompts != UNREADABLE)
 
 
 def _mixed(keys: np.ndarray, seed: int) -> np.ndarray:

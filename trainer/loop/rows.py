@@ -4,6 +4,7 @@ functions."""
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
@@ -20,7 +21,7 @@ from configs.schema import Run
 from configs.tasks import ResolvedTask
 from trainer.answers.dataset import answers_of_dataset
 from trainer.data.local_files import local_files
-from trainer.data.prompt_keys import PromptKeys, held_out_of, keys_of
+from trainer.data.prompt_keys import PromptKeys, fewest_held_out, held_out_of, keys_of
 from trainer.data.prompt_reader import Asked, PromptReader, ToWrite
 from trainer.data.prompts import PromptStream
 from trainer.errors import ConfigError, DataError
@@ -87,6 +88,15 @@ def _keys_of(dataset: Dataset, reader: PromptReader) -> PromptKeys:
     return _KEYS[known]
 
 
+def _fraction_for(wanted: int, num: int) -> float:
+    """About the least fraction of `num` rows that is `wanted` rows when rounded, in few digits."""
+    least = (wanted - 0.5) / num
+    digits = 1 - math.floor(math.log10(least))
+    while round((fraction := (math.floor(least * 10**digits) + 1) / 10**digits) * num) != wanted:
+        digits += 1
+    return fraction
+
+
 def _fraction_of(reader: PromptReader, keys: PromptKeys, fraction: float, *, seed: int) -> PromptReader:
     rows = reader.rows
     chosen = held_out_of(keys, fraction, seed=seed)
@@ -94,13 +104,15 @@ def _fraction_of(reader: PromptReader, keys: PromptKeys, fraction: float, *, see
         return replace(reader, rows=rows.only(chosen))
     num, num_answered = len(rows), int(keys.answered.sum())
     num_prompts = len(np.unique(keys.keys[keys.answered]))
-    hint = f"write at least fraction: {1.5 / num:.2g}" if num > 1 else "name held-out rows with path"
-    if round(fraction * num) == num:
-        hint = f"write at most fraction: {1 - 1.5 / num:.2g}" if num > 1 else "name held-out rows with path"
+    fewest = fewest_held_out(keys)
     if not num_answered:
         hint = "held-out rows need answers: name some with path"
-    elif 0 < round(fraction * num) < num:
+    elif fewest is None or fewest == num:
         hint = "rows with one prompt stay on one side: name held-out rows with path"
+    elif chosen.any():
+        hint = f"write at most fraction: {1 - _fraction_for(1, num):.12g}"
+    else:
+        hint = f"write at least fraction: {_fraction_for(fewest, num):.12g}"
     counts = f"{num} rows, of which {num_answered} have answers, with {num_prompts} different prompts"
     raise ConfigError(
         f"fraction: {fraction:g} of {rows.raw.name} holds out {int(chosen.sum())} rows ({counts}); {hint}"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from tiny_models import CHATML, tiny_folder
 from tiny_runs import chat_row, tiny_run, write_rows
@@ -11,6 +15,7 @@ from tiny_runs import chat_row, tiny_run, write_rows
 from configs.held_out import held_out_sets
 from configs.load import load_run
 from configs.schema import Run
+from trainer.data.prompt_keys import PromptKeys, held_out_of
 from trainer.data.readable import answer_of, readable_prompts
 from trainer.errors import ConfigError, DataError
 from trainer.loop import rows
@@ -70,3 +75,26 @@ def test_too_many_held_out_rows_and_none_that_can_be_used_are_named_by_place(
     (tmp_path / "held_out.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     with pytest.raises(DataError, match=r"held_out.jsonl:1: "):
         held_out_rows(run, inputs)
+
+
+class Rows(list):
+    raw = SimpleNamespace(name="rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    "prompts", [range(2), range(3), range(7), range(1000), [1, 1, 2, 2, 2], [1] * 57 + [2] * 943, [1] * 999 + [2] * 999]
+)
+@pytest.mark.parametrize(
+    ("fraction", "pattern"), [(1e-9, r"write at least fraction: (.*)"), (1 - 1e-9, r"most.*: (.*)")]
+)
+def test_the_fraction_that_a_refusal_names_is_accepted_and_hardly_further_than_it_must_be(
+    prompts: Iterable[int], fraction: float, pattern: str
+) -> None:
+    keys = PromptKeys(np.array([*prompts], dtype=np.uint64) + 1, np.ones(len(prompts), dtype=bool))
+    with pytest.raises(ConfigError) as refused:
+        rows._fraction_of(SimpleNamespace(rows=Rows(prompts)), keys, fraction, seed=0)
+    named = float(re.search(pattern, str(refused.value))[1])
+    further = named * 0.9 if fraction < 0.5 else 1 - (1 - named) * 0.9
+    held_out = [held_out_of(keys, one, seed=0) for one in (named, further)]
+    assert 0 < held_out[0].sum() < len(prompts)
+    assert held_out[1].sum() in (0, len(prompts))
