@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from trainer.model.fast import matmul_nt, whole_rows
+from trainer.model.fast import add_matmul_nt, matmul_nt, whole_rows
 from trainer.model.head import Head, HeadShape
 
 
@@ -56,7 +56,11 @@ class HeadGradients:
                 by_hidden = matmul_nt(gradient, self.weight[rows].t())[:n]
                 self.grad_hidden[chunk] = by_hidden if part == 0 else self.grad_hidden[chunk] + by_hidden
             if self.wanted[1]:
-                _add_to(self.grad_weight, part, matmul_nt(gradient.t(), whole_rows(hidden).t()))
+                rows_of_hidden = whole_rows(hidden)[: gradient.shape[0]]
+                if part < len(self.grad_weight):
+                    add_matmul_nt(self.grad_weight[part], gradient.t(), rows_of_hidden.t())
+                else:
+                    self.grad_weight.append(matmul_nt(gradient.t(), rows_of_hidden.t()).float())
             if self.wanted[2]:
                 _add_to(self.grad_bias, part, gradient.sum(0, dtype=torch.float32))
 

@@ -32,6 +32,7 @@ def choose(environment: Mapping[str, str]) -> ModuleType:
 
 
 chosen = choose(os.environ)
+add_matmul_nt = chosen.add_matmul_nt
 cache_blocks = chosen.cache_blocks
 log_sum_exp = chosen.log_sum_exp
 known_to_be_one = chosen.known_to_be_one

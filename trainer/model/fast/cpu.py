@@ -16,9 +16,10 @@ import torch
 
 from trainer.model.fast import plain
 from trainer.model.fast.linear import use_fast_products
-from trainer.model.fast.product import matmul_nt, whole_rows
+from trainer.model.fast.product import add_matmul_nt, matmul_nt, whole_rows
 
 __all__ = [
+    "add_matmul_nt",
     "cache_blocks",
     "known_to_be_one",
     "log_sum_exp",

@@ -24,11 +24,15 @@ from trainer.model.fast.product import BLAS, KINDS, ONEDNN, Choice, fixed
 CLEARLY_FASTER = 1.1
 """Less is not worth another order of summation; and timings of one machine differ by nearly as much."""
 
-TRIED = {"narrow": (256, 512, 512), "wide": (64, 256, 16384)}
+TRIED = {"narrow": (256, 512, 512), "wide": (64, 256, 8192)}
 """n, k, m of the products that are tried."""
 
-_TURNS = 4  # the first only warms up
-_OBVIOUS = 1.5
+_ADDED = (512, 128, 8192)
+"""Of wide/tn, where a product is added to a total: as many rows as a chunk of a head's has, since adding costs 1 / n of
+the product."""
+
+_TURNS = 5  # the first only warms up
+_OBVIOUS, _ENOUGH = 1.5, 3  # times faster, turns: one alone may have been disturbed
 
 
 def chosen_by(environment: Mapping[str, str]) -> Choice:
@@ -43,14 +47,16 @@ def chosen_by(environment: Mapping[str, str]) -> Choice:
 
 @functools.cache
 def measured() -> Choice:
-    """By the CPU time of this thread: 0.2 to 0.3 s at 100 GFLOP/s, once in a process. Leaves random numbers alone."""
+    """By the CPU time of this thread: about 0.3 s at 100 GFLOP/s, once in a process. Leaves random numbers alone."""
     gflops = {}
     for kind in KINDS:
         width, layout = kind.split("/")
-        n, k, m = TRIED[width]
+        n, k, m = _ADDED if kind == "wide/tn" else TRIED[width]
         x, w, d = torch.full((n, k), 0.5), torch.full((m, k), 0.5), torch.full((n, m), 0.5)
         a, b = {"nt": (x, w), "nn": (d, w.t()), "tn": (d.t(), x.t())}[layout]
-        ways = {library: functools.partial(multiply, a, b) for library, multiply in MULTIPLY.items()}
+        multiply = ADD if kind == "wide/tn" else MULTIPLY
+        total = (torch.zeros(a.shape[0], b.shape[0]),) if kind == "wide/tn" else ()
+        ways = {library: functools.partial(way, *total, a, b) for library, way in multiply.items()}
         gflops[kind] = {library: 2e-9 * n * k * m / spent for library, spent in seconds(ways).items()}
     libraries = {kind: BLAS if rate[BLAS] > CLEARLY_FASTER * rate[ONEDNN] else ONEDNN for kind, rate in gflops.items()}
     return Choice(libraries, gflops, here())
@@ -61,6 +67,12 @@ MULTIPLY: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     BLAS: lambda a, b: torch.mm(a, b.t()),
 }
 """`a @ b.T`."""
+
+ADD: Mapping[str, Callable[..., torch.Tensor]] = {
+    ONEDNN: lambda total, a, b: total.add_(MULTIPLY[ONEDNN](a, b)),
+    BLAS: lambda total, a, b: total.addmm_(a, b.t()),
+}
+"""`total += a @ b.T`: how the gradient of a head grows, chunk by chunk (`product.add_matmul_nt`)."""
 
 
 def seconds(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
@@ -73,7 +85,7 @@ def seconds(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
             spent = max(time.thread_time() - started, 1e-9)
             if turn:
                 best[name] = min(spent, best.get(name, spent))
-        if turn and max(best.values()) > _OBVIOUS * min(best.values()):
+        if turn >= _ENOUGH and max(best.values()) > _OBVIOUS * min(best.values()):
             break
     return best
 

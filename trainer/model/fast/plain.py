@@ -12,6 +12,11 @@ def matmul_nt(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a.detach(), b.detach().t())
 
 
+def add_matmul_nt(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """`total += a @ b.T`, of a total [n, m] of the same dtype or of float32."""
+    total.add_(matmul_nt(a, b))
+
+
 def whole_rows(rows: torch.Tensor) -> torch.Tensor:
     """[n, width], with zero rows appended where products of some row counts are faster."""
     return rows

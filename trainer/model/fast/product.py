@@ -85,6 +85,18 @@ def matmul_nt(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a, b.t())
 
 
+def add_matmul_nt(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """`total += a @ b.T`, of a total [n, m] of the same dtype or of float32.
+
+    torch.mm adds in place. oneDNN makes a tensor of the product, and one more of a transposed `a`: for the gradient of
+    a head these are 100 MB each, whose pages the kernel clears first.
+    """
+    if a.is_cpu and a.dtype is total.dtype is torch.float32 and a.shape[0] and library_for(a, b) == BLAS:
+        total.addmm_(a.detach(), b.detach().t())
+    else:
+        total.add_(matmul_nt(a, b))
+
+
 def whole_rows(rows: torch.Tensor) -> torch.Tensor:
     """[n, width] with zero rows appended up to a multiple of 32 on a CPU: few shapes for oneDNN. As they are where
     only small products go through it."""

@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from trainer.build import FAST
 from trainer.model import products
 from trainer.model.fast import libraries, product
-from trainer.model.fast.product import BLAS, KINDS, ONEDNN, Choice, matmul_nt, whole_rows
+from trainer.model.fast.product import BLAS, KINDS, ONEDNN, Choice, add_matmul_nt, matmul_nt, whole_rows
 
 HOST = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build has one library")
@@ -69,6 +69,19 @@ def test_each_kind_goes_where_it_is_sent_with_equal_results(kind: str, library: 
     names = {event.key for event in profile.key_averages()}
     assert ("mkldnn::_linear_pointwise" in names) == (library == ONEDNN)
     torch.testing.assert_close(result.double(), a.double() @ b.double().T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("library", [ONEDNN, BLAS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_is_added_to_a_total_in_place(library: str, dtype: torch.dtype) -> None:
+    product.use(product.fixed(library))
+    g = torch.Generator().manual_seed(1)
+    d, x = (torch.randn(64, width, generator=g).to(dtype) for width in (8192, 24))
+    total = torch.ones(8192, 24)
+    add_matmul_nt(total, d.t(), x.t())
+    tolerance = 1e-4 if dtype is torch.float32 else 0.3
+    expected = 1 + d.double().T @ x.double()
+    torch.testing.assert_close(total.double(), expected, rtol=tolerance / 10, atol=tolerance)
 
 
 def test_rows_are_padded_only_for_the_library_that_wants_it() -> None:
