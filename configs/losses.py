@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from configs.refusal import refusal
 from configs.section import Natural, Need, Positive, Section, Share, Temperature, Weight
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Exactness = Literal["exact", "lower_bound", "unbiased", "biased", "refused"]
 
+
+_Strength = Annotated[float, Field(gt=0, le=1e3)]
 
 _OF_ROWS: frozenset[Need] = frozenset({"groups", "rewards", "chunks"})
 """Needs that labels have no part in."""
@@ -40,7 +42,7 @@ class Entropy(TokenWeight):
     entropy-aware distillation (arXiv 2603.07079)."""
 
     kind: Literal["entropy"] = "entropy"
-    at: PositiveFloat = Field(1.0, description="Nats at which the weight is one half.")
+    at: _Strength = Field(1.0, description="Nats at which the weight is one half.")
     width: Annotated[float, Field(ge=0)] = Field(0.25, description="Nats over which it rises; 0: at once.")
     favour: Literal["high", "low"] = Field("high", description="Which entropy is weighted more.")
 
@@ -52,7 +54,7 @@ class Confidence(TokenWeight):
     """By the teacher's probability of the target id: p^power, or (1 - p)^power."""
 
     kind: Literal["confidence"] = "confidence"
-    power: PositiveFloat = Field(1.0, description="1: in proportion to the probability.")
+    power: _Strength = Field(1.0, description="1: in proportion to the probability.")
     favour: Literal["sure", "unsure"] = Field("sure", description="Which rows are weighted more.")
 
     needs: ClassVar[frozenset[Need]] = frozenset({"labels", "target_event"})
@@ -370,7 +372,7 @@ class Dpo(Term):
     teacher is the reference p."""
 
     loss: Literal["dpo"] = "dpo"
-    beta: PositiveFloat = Field(0.1, description="strength of the pull towards the reference.")
+    beta: _Strength = Field(0.1, description="strength of the pull towards the reference.")
 
     form: ClassVar[Literal["row", "sequence", "features"]] = "sequence"
     needs: ClassVar[frozenset[Need]] = frozenset({"groups", "target_logprobs"})

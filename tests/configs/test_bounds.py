@@ -137,6 +137,8 @@ def test_a_temperature_whose_square_no_loss_can_hold_is_refused(
             "below the smallest (0.1): lower least",
         ),
         ("[{loss: dkd, alpha: 0, beta: 0}]", "alpha and beta are both 0"),
+        ("[{loss: dpo, beta: 1e300}]", "must be at most 1000"),
+        ("[{loss: forward_kl, token_weights: [{kind: confidence, power: 1e300}]}]", "must be at most 1000"),
         ("[reverse_kl]", "write labels: given_ids (the student's likeliest ids) or labels: hidden (exact)"),
     ],
 )
