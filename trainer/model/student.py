@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,25 +24,16 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from configs.alignment import ALIGNMENTS
-from configs.held_out import held_out_sets
 from configs.schema import Run
-from configs.tasks import ResolvedTask
 from trainer.checks.held_out import Measure, evaluate_held_out, without_samples
-from trainer.checks.label_rows import PartLabels
 from trainer.checks.self_tests import Subject, run_self_tests
 from trainer.checks.trained import evaluate_trained
 from trainer.errors import ConfigError
-from trainer.labels.encoding import Encoding, load_encoding
 from trainer.loop.packing import to_device
 from trainer.loop.plan import units_taking_ids
 from trainer.loop.staging import StagedStep, Staging, Vocabulary
-from trainer.loop.together import Judged, judged_of, names_of, weight_shares
-from trainer.losses.compiled import CompiledRows
-from trainer.losses.ensemble import Mix, Together, mix_of
-from trainer.losses.fused import LossPart, head_loss
-from trainer.losses.objective import Objective
-from trainer.losses.token_weights import positions_of
+from trainer.loop.together import Judged, weight_shares
+from trainer.losses.fused import head_loss
 from trainer.model.attention import border_arguments
 from trainer.model.attention_choice import changing_lengths, choose_attention
 from trainer.model.chosen_ids import Choice
@@ -56,17 +46,16 @@ from trainer.model.head import Head
 from trainer.model.load import HeadCall, StatesCall, StudentModule, load_config, load_student
 from trainer.model.optimizer import learning_rate
 from trainer.model.products import choose_products, products_state, products_told, restore_products
+from trainer.model.task_losses import TaskLosses
 from trainer.model.zero import ZeroModel, flush_to_disk, num_elements, sharded_loading, start_processes, stop_processes
 from trainer.protocols import SelfTestResult, StudentInfo
 from trainer.types import (
-    BatchPart,
     Evaluation,
     RankBatch,
     RowIds,
     SoftLabelBlock,
     StepMetrics,
     StudentPlan,
-    TaskTotals,
     TokenBatch,
     Unit,
 )
@@ -91,10 +80,7 @@ class StudentRank:
         self._vocabulary = vocabulary
         self._total_steps = total_steps
         self._staging = Staging(run, vocabulary=vocabulary, device=device, last_step=total_steps)
-        self._tasks = run.resolved_tasks()
-        self._encodings = {name: _encoding_of(task) for name, task in self._tasks.items()}
-        self._ensembles = {name: task.ensemble for name, task in self._tasks.items() if task.ensemble is not None}
-        self._aligned = {name: self._aligned_encoding(task) for name, task in self._tasks.items()}
+        self._losses = TaskLosses(run, self._staging, world=world, total_steps=total_steps)
         self._features = FeatureTerm.all_of(run)
         self._on_accelerator = device.type != "cpu"
         self._owns_processes = False
@@ -113,19 +99,7 @@ class StudentRank:
         )
         self._module = self._load()
         rows = self._module.config.get_text_config().vocab_size
-        self._objectives = {
-            name: Objective.of(
-                task.objective,
-                self._encodings[name],
-                padded=rows > self._vocabulary.size,
-                teachers=task.teachers if task.ensemble is not None and task.ensemble.how == "per_teacher" else (),
-            )
-            for name, task in self._tasks.items()
-        }
-        compiled = {}
-        if self._on_accelerator and self._run.student.compile_loss:
-            compiled = {name: CompiledRows.of(objective) for name, objective in self._objectives.items()}
-        self._compiled = {name: rows for name, rows in compiled.items() if rows is not None}
+        self._losses.build(padded=rows > self._vocabulary.size, compiled=self._on_accelerator)
         choose_products(self._module, rank=self._rank, device=self._device, dtype=self._dtype)
         use_fast_products(self._module.causal.base_model, device=self._device, dtype=self._dtype)
         self._zero = ZeroModel(
@@ -180,7 +154,7 @@ class StudentRank:
     def propose(self, batch: RankBatch) -> tuple[RowIds, ...]:
         """Collective, between two steps. The ids that the student finds likeliest now, for each unit of this rank whose
         labels take ids, in order; those of a step that were in the checkpoint are taken from there."""
-        chosen, asked = self._staging.chosen, units_taking_ids(batch, self._tasks)
+        chosen, asked = self._staging.chosen, units_taking_ids(batch, self._losses.tasks)
         known = torch.tensor([chosen.knows(batch.step, asked)], dtype=torch.int32, device=self._device)
         if not all_gather(known).all():
             self._zero.train(False)
@@ -191,7 +165,7 @@ class StudentRank:
                 chunk_rows=self._run.student.loss_chunk_rows,
                 device=self._device,
             )
-            chosen.keep(batch.step, choose.ids(batch, self._tasks))
+            chosen.keep(batch.step, choose.ids(batch, self._losses.tasks))
         return tuple(chosen.of(batch.step, unit) for unit in asked)
 
     def stage(self, batch: RankBatch, blocks: AbstractSequence[SoftLabelBlock]) -> None:
@@ -212,7 +186,7 @@ class StudentRank:
         self._staging.chosen.forget(step)
         started = time.perf_counter()
         self._zero.train(True)
-        sums = torch.zeros(1 + len(self._term_names), dtype=torch.float64, device=self._device)
+        sums = torch.zeros(1 + len(self._losses.term_names), dtype=torch.float64, device=self._device)
         for host_batch in staged.micro_batches:
             sums += self._train_on(to_device(host_batch, self._device), staged)
         self._wait_for_device()
@@ -221,16 +195,16 @@ class StudentRank:
         outcome = self._zero.step(rate)
         self._wait_for_device()
         own = [staged.num_tokens, computed - started, time.perf_counter() - computed, peak_bytes(self._device)]
-        judged = judged_of(staged.micro_batches, self._ensembles)
+        judged = self._losses.judged(staged)
         numbers = [*(number for counts in judged.values() for number in counts), *own]
         ranks = all_gather(torch.cat([sums, torch.tensor(numbers, dtype=sums.dtype, device=self._device)]))
         totals, slowest = ranks.sum(0), ranks.amax(0)
         counted = totals[len(sums) : -4].reshape(-1, 2).tolist()
         judged = {key: Judged(*counts) for key, counts in zip(judged, counted, strict=True)}
-        terms = self._term_means(totals[1 : len(sums)].tolist(), staged, judged)
-        scheduled = self._schedules_told()
+        terms = self._losses.means(totals[1 : len(sums)].tolist(), staged, judged)
+        scheduled = self._losses.told()
         if not outcome.skipped:
-            self._advance_schedules(terms, step)
+            self._losses.advance(terms, step)
         return StepMetrics(
             step=step,
             values={
@@ -250,48 +224,9 @@ class StudentRank:
             },
         )
 
-    @property
-    def _term_names(self) -> list[tuple[str, str]]:
-        """(task, term), in the order in which terms are summed."""
-        of_head = [(task, name) for task, objective in self._objectives.items() for name in objective.names]
-        return of_head + [(task, name) for task, one in self._objectives.items() for name in one.feature_names]
-
-    def _term_means(
-        self, sums: list[float], staged: StagedStep, judged: Mapping[tuple[str, str], Judged]
-    ) -> dict[str, float]:
-        """Each bare term over what its task has of it: loss tokens (those that its teacher judged, where each has terms
-        of its own), or groups. NaN where there are none: a mean of nothing is no zero."""
-        means = {}
-        for (task, name), value in zip(self._term_names, sums, strict=True):
-            totals = staged.totals.get(task, TaskTotals(0, 0))
-            of_groups = name in self._objectives[task].sequence_names
-            count = totals.num_groups if of_groups else totals.num_loss_tokens
-            if "/" in name:
-                count = judged[task, name.partition("/")[2]].rows
-            means[f"{self._area(task)}/{name}"] = value / count if count else math.nan
-        return means
-
-    def _area(self, task: str) -> str:
-        """Of the task's metrics."""
-        return "train" if len(self._tasks) == 1 else f"task/{task}"
-
-    def _schedules_told(self) -> dict[str, float]:
-        return {
-            f"{self._area(task)}/{name}": value
-            for task, objective in self._objectives.items()
-            for name, value in objective.told().items()
-        }
-
-    def _advance_schedules(self, means: dict[str, float], step: int) -> None:
-        """By means that are equal on all ranks; those of tasks without a row in this step stand still."""
-        for task, objective in self._objectives.items():
-            own = {name: means[f"{self._area(task)}/{name}"] for name in objective.row_names}
-            if not any(math.isnan(value) for value in own.values()):
-                objective.advance(own, step / max(1, self._total_steps))
-
     def _train_on(self, batch: TokenBatch, staged: StagedStep) -> torch.Tensor:
         """Add one micro-batch's gradient; float64 [1 + terms]: the scaled loss and the bare terms, summed over rows."""
-        names = self._term_names
+        names = self._losses.term_names
 
         def loss_and_terms(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
             result = head_loss(
@@ -301,7 +236,7 @@ class StudentRank:
                 batch.target_ids,
                 head_shape=self._module.head_shape,
                 vocabulary_size=self._vocabulary.size,
-                parts=[self._loss_part(part, staged) for part in batch.parts],
+                parts=[self._losses.part(part, staged) for part in batch.parts],
                 chunk_rows=self._run.student.loss_chunk_rows,
             )
             sums = torch.zeros(len(names), dtype=torch.float64, device=self._device)
@@ -317,8 +252,8 @@ class StudentRank:
                 self._features,
                 self._module.projectors,
                 batch.parts,
-                self._encodings,
-                [self._row_scale(part, staged) for part in batch.parts],
+                self._losses.encodings,
+                [self._losses.row_scale(part, staged) for part in batch.parts],
             )
             loss, sums, more, of_features = self._forward(batch, loss_and_terms, states_call=features.call())
             loss = loss + more
@@ -328,56 +263,6 @@ class StudentRank:
         value = loss.detach()
         self._zero.backward(loss * torch.where(value.isfinite(), 1.0, torch.nan))
         return torch.cat([value.double()[None], sums])
-
-    def _loss_part(self, part: BatchPart, staged: StagedStep) -> LossPart:
-        """Row terms are divided by the loss tokens of the step (or of the task in it), sequence terms by the groups of
-        the task in the step; times the number of ranks, because DeepSpeed averages over them."""
-        task, totals = self._tasks[part.task], staged.totals[part.task]
-        return LossPart(
-            rows=part.rows,
-            labels=part.labels,
-            encoding=self._part_encoding(part),
-            objective=self._objectives[part.task],
-            scale=self._row_scale(part, staged),
-            teacher_head=self._staging.teacher_head(part.teacher),
-            row_weights=part.row_weights,
-            positions=positions_of(part.row_sequences),
-            group_scale=self._world / max(1, totals.num_groups) * task.weight,
-            row_sequences=part.row_sequences,
-            groups=part.groups,
-            rewards=part.rewards,
-            compiled=self._compiled.get(part.task),
-        )
-
-    def _row_scale(self, part: BatchPart, staged: StagedStep) -> float:
-        """What a row term's sum over the part is multiplied by."""
-        task, totals = self._tasks[part.task], staged.totals[part.task]
-        tokens = totals.num_loss_tokens if task.normaliser == "task" else staged.num_loss_tokens
-        return self._world / max(1, tokens) * task.weight
-
-    def _part_encoding(self, part: BatchPart) -> Encoding | Together | None:
-        """Of the labels of a part; those of several teachers know their heads."""
-        encoding, ensemble = self._encodings[part.task], self._tasks[part.task].ensemble
-        if encoding is None or ensemble is None or ensemble.how == "min_ce":
-            return self._aligned[part.task]
-        names = names_of(part.teacher)
-        heads = {name: self._staging.teacher_head(name) for name in names}
-        return Together(encoding, tuple(names), ensemble.how, heads)
-
-    def _tested_encoding(self, task: str) -> Encoding | Together | None:
-        """By what the loss of a task is computed in the self-test."""
-        encoding, ensemble = self._encodings[task], self._tasks[task].ensemble
-        if encoding is None or ensemble is None or ensemble.how == "min_ce":
-            return encoding
-        return Together(encoding, ensemble.teachers, ensemble.how)
-
-    def _aligned_encoding(self, task: ResolvedTask) -> Encoding | None:
-        """The encoding of a task, in an aligned one over what both vocabularies have in common."""
-        encoding = self._encodings[task.name]
-        if encoding is None or task.align is None:
-            return encoding
-        shared = self._staging.shared_ids(*task.teachers)
-        return encoding if shared is None else ALIGNMENTS.load(task.align).encoding(encoding, shared)
 
     def _forward(
         self, batch: TokenBatch, head_call: HeadCall, *, states_call: StatesCall | None = None
@@ -401,7 +286,7 @@ class StudentRank:
                 self._module.head_shape,
                 self._staging.teacher_head,
                 shared_ids=self._staging.shared_ids,
-                mixes=self._mixes(),
+                mixes=self._losses.mixes(),
                 vocabulary_size=self._vocabulary.size,
                 chunk_rows=self._run.student.loss_chunk_rows,
                 device=self._device,
@@ -414,7 +299,7 @@ class StudentRank:
                 self._staging.shown,
                 self._forward,
                 self._student_head,
-                self._part_labels,
+                self._losses.part_labels,
                 most=self._staging.num_shown,
                 device=self._device,
             )
@@ -424,34 +309,11 @@ class StudentRank:
     def _student_head(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Head:
         return Head(weight, bias, self._module.head_shape, self._vocabulary.size)
 
-    def _part_labels(self, part: BatchPart) -> PartLabels | None:
-        """By what the labels of a part are shown: as its teacher made them, whatever the alignment."""
-        task, encoding = self._tasks[part.task], self._part_encoding(part)
-        if encoding is None or task.align is None:
-            return None if encoding is None else PartLabels(encoding, self._staging.teacher_head(part.teacher))
-        own, how = self._encodings[part.task], task.align.kind
-        return PartLabels(
-            own,
-            self._staging.teacher_head(part.teacher),
-            shared=self._staging.shared_ids(part.teacher),
-            aligned=encoding if how == "overlap" else None,
-            how=how,
-        )
-
-    def _mixes(self) -> dict[str, Mix]:
-        """How teachers that score held-out rows together become one, by set of rows."""
-        ensembles = {name: one.task.ensemble for name, one in held_out_sets(self._run).items()}
-        return {name: mix_of(one.how) for name, one in ensembles.items() if one is not None}
-
     def save(self, step: int, folder: Path) -> None:
         """Collective. Write shards and random states into an existing folder and flush them; nothing is committed."""
         self._zero.save(folder)
         file = folder / f"rank_{self._rank}.pt"
-        schedules = {
-            task: {name: dict(schedule.numbers) for name, schedule in objective.schedules.items()}
-            for task, objective in self._objectives.items()
-        }
-        state = {"step": step, "world": self._world, "random": self._random_states(), "schedules": schedules}
+        state = {"step": step, "world": self._world, "random": self._random_states(), "schedules": self._losses.state()}
         torch.save(state | {"chosen_ids": self._staging.chosen.state(), "products": products_state()}, file)
         flush_to_disk(file)
 
@@ -469,9 +331,7 @@ class StudentRank:
         state = torch.load(file, weights_only=True)
         self._zero.load(folder)
         self._set_random_states(state["random"])
-        for task, objective in self._objectives.items():
-            for name, schedule in objective.schedules.items():
-                schedule.numbers = dict(state["schedules"][task][name])
+        self._losses.restore(state["schedules"])
         self._staging.chosen.restore(state["chosen_ids"])
         restore_products(state.get("products"), device=self._device)
         return state["step"]
@@ -514,8 +374,8 @@ class StudentRank:
             module=self._module,
             forward=self._zero.forward,
             attention=self._attention,
-            losses={name: (self._tested_encoding(name), objective) for name, objective in self._objectives.items()},
-            compiled=self._compiled,
+            losses=self._losses.tested(),
+            compiled=self._losses.compiled,
             vocabulary_size=self._vocabulary.size,
             chunk_rows=self._run.student.loss_chunk_rows,
             dtype=self._dtype,
@@ -538,7 +398,3 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return torch.get_device_module(device).max_memory_allocated(device)
-
-
-def _encoding_of(task: ResolvedTask) -> Encoding | None:
-    return None if task.trained_labels is None else load_encoding(task.trained_labels)
