@@ -425,6 +425,7 @@ def test_what_makes_another_run_is_named_and_what_may_change_is_not(load: Load) 
         "labels.control_ids: null, was []",
         "labels.k: null, was 64",
         'labels.dtype: "auto", was null',
+        "labels.layers: [], was null",
         "optimizer.eps: 2e-08, was 1e-08",
     ]
 
