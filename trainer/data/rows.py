@@ -200,7 +200,14 @@ def _first_format(raw: RawRows, columns: Columns) -> RowFormat:
 
 def _no_format(value: Mapping[str, Any]) -> str:
     shown = ", ".join(ascii(field)[1:-1] for field in list(value)[:_SHOWN_FIELDS]) or "none"
+    held = next((field for field in ("data", "rows", "examples", "train") if _holds_rows(value.get(field))), None)
+    if held is not None:
+        return f"is no row but holds {len(value[held])} in its field {held}: write that list alone, [{{...}}, {{...}}]"
     return (
         f"the fields fit no format; found: {shown}; needed: messages, or prompt and completion, or prompt, or text, or "
         f"those of another format in docs/data.md{other_format(value) or f'; {columns_for(value)}'}"
     )
+
+
+def _holds_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)

@@ -99,6 +99,15 @@ def test_a_format_of_another_trainer_is_named_with_how_to_convert_it(tmp_path: P
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_file_with_its_rows_below_a_key_says_how_to_write_it(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"data": [{"question": "a?", "answer": "b"}] * 2}, indent=indent))
+    alone = "write that list alone" if indent is None else r"all in a list, \[{...}, {...}\]"
+    with pytest.raises((BadRow, DataError), match=rf"rows\.json:1: .*{alone}"):
+        open_rows(path)
+
+
 def write_as(folder: Path, kind: str, rows: list[dict]) -> Path:
     lines = write_lines(folder / "rows.jsonl", rows)
     columns = dict.fromkeys(key for row in rows for key in row)
