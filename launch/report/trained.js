@@ -8,7 +8,7 @@
     if (kind) made.className = kind;
     return made;
   };
-  const quoted = (text) => make("code", JSON.stringify(text).slice(1, -1).replace(/^ /, "\u00a0"));
+  const quoted = (text) => make("code", JSON.stringify(text).slice(1, -1).replaceAll('\\"', '"').replace(/^ /, "\u00a0"));
   const percent = (share) => {
     if (share === null) return "not known";
     const value = 100 * share;

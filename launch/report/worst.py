@@ -143,7 +143,7 @@ def _far_text(one: WorstTextRecord) -> FarText:
 
 def _visible(text: str) -> str:
     r"""A line break as `\n`, a space at the beginning as one that no line is broken at: as the page's scripts do."""
-    return re.sub("^ ", "\u00a0", json.dumps(text, ensure_ascii=False)[1:-1])
+    return re.sub("^ ", "\u00a0", json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"'))
 
 
 def _chance(logprob: float | None) -> str:
