@@ -239,8 +239,9 @@ def _precision(run: Run, manifest: Mapping[str, Any]) -> str:
 
 
 def _term(term: Term) -> str:
-    said = {name: value for name, value in term.parameters().items() if value is not False}
-    chosen = ", ".join(name if value is True else f"{name} {value:g}" for name, value in said.items())
+    said = {name: value for name, value in term if name not in Term.model_fields and value is not False}
+    texts = {name: value if isinstance(value, str) else f"{value:g}" for name, value in said.items()}
+    chosen = ", ".join(name if said[name] is True else f"{name} {text}" for name, text in texts.items())
     name = f"{term.loss} ({chosen})" if chosen else term.loss
     return name if term.weight == 1 else f"{term.weight:g} x {name}"
 

@@ -168,6 +168,14 @@ def test_the_distance_from_a_reference_is_not_called_closeness_to_a_teacher() ->
         assert {text for text in (close, far) if text in card} == said
 
 
+def test_terms_on_features_are_named_with_their_layers() -> None:
+    term = {"loss": "features", "student_layer": 4, "teacher_layer": 8, "projector": "linear", "weight": 0.5}
+    own = run(labels={"kind": "hidden", "layers": [8]}, objective=[{"loss": "forward_kl"}, term])
+    card = model_card(own, manifest=MANIFEST, records=RECORDS)
+    told = "0.5 x features (distance l2, student_layer 4, teacher_layer 8, projector linear, normalised, temperature 1)"
+    assert told in card.replace("\\", "")
+
+
 def test_a_run_without_evaluation_claims_no_quality() -> None:
     card = model_card(run(), manifest={}, records=Records((), (), ()))
     assert "It was not evaluated" in card
