@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from configs.section import MAIN
 from trainer.checks.evaluate import EvaluationRows
 from trainer.checks.shown import First, Worst, WorstText, WorstToken
-from trainer.loop.staging import HeldOutBatch
 from trainer.types import SampleTokens, Sequence
+
+if TYPE_CHECKING:
+    from trainer.loop.staging import HeldOutBatch
 
 TOKENS, TEXTS = 12, 3
 BEFORE, AFTER = 24, 8
