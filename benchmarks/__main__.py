@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -57,8 +57,8 @@ def other_student(
 def distil(
     teacher: Teacher,
     labels: Annotated[
-        list[Literal["topk", "hidden", "given_ids"]] | None,
-        typer.Option("--labels", help="Of the pipeline; may be given several times; all three if none."),
+        list[str] | None,
+        typer.Option("--labels", help="topk, hidden or given_ids; may be given several times; all three if none."),
     ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps of each turn.")] = 4,
     rounds: Rounds = 3,
@@ -77,6 +77,8 @@ def distil(
     from benchmarks.distil import distil as measure
     from benchmarks.workload import LABELS, Workload
 
+    if unknown := set(labels or ()) - {*LABELS}:
+        raise typer.BadParameter(f"{min(unknown)!r} is none of {', '.join(LABELS)}", param_hint="--labels")
     plan = DistilPlan(
         teacher=teacher,
         labels=tuple(labels or LABELS),
