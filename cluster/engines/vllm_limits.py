@@ -54,9 +54,11 @@ def check_cache(run: Run, name: str, teacher_config: Any) -> None:
     when it starts. Layers that cache by a window or otherwise are not counted."""
     for role, replicas in run.teachers_by_name()[name].roles().items():
         given = replicas.engine.kv_cache_bytes if isinstance(replicas.engine, Vllm) else None
+        if given is None:
+            continue
         dtype = "float32" if replicas.dtype == "float32" else "bfloat16"  # auto: the least that it can be
         needed = kv_cache_bytes(teacher_config, num_tokens=run.data.max_length, dtype=dtype)
-        if given is None or needed is None or getattr(teacher_config.get_text_config(), "sliding_window", None):
+        if needed is None or getattr(teacher_config.get_text_config(), "sliding_window", None):
             continue
         least = -(-needed // replicas.tensor_parallel_size)
         if given < least:
@@ -86,14 +88,17 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 def kv_cache_bytes(config: Any, *, num_tokens: int, dtype: str) -> int | None:
     """What the keys and values of so many tokens take, in blocks of `dtype`; None for a model with layers of another
-    kind, or another kind of attention."""
+    kind, of different widths, or another kind of attention."""
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    shared = getattr(text, "num_key_value_heads", None) or heads
-    layers = getattr(text, "num_hidden_layers", None)
+    try:
+        heads = getattr(text, "num_attention_heads", None)
+        shared = getattr(text, "num_key_value_heads", None) or heads
+        layers = getattr(text, "num_hidden_layers", None)
+        width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    except (RuntimeError, TypeError, AttributeError):  # each layer has its own, as in Gemma 4; or there are no heads
+        return None
     if not heads or not layers or getattr(text, "kv_lora_rank", None):
         return None
     if not set(getattr(text, "layer_types", None) or ()) <= ATTENTION_LAYERS:
         return None
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return 2 * layers * shared * width * {"float32": 4, "bfloat16": 2}[dtype] * num_tokens

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from architectures import architecture_config
 from machines import machines
-from transformers import LlamaConfig, MistralConfig
+from transformers import Gemma4TextConfig, LlamaConfig, MistralConfig
 
-from cluster.engines.vllm_limits import check_split
+from cluster.engines.vllm_limits import check_cache, check_split, kv_cache_bytes
 from cluster.placement.facts import KnownModel, RunFacts
 from cluster.placement.groups import Group
 from cluster.placement.resolve import Resolved, resolve
@@ -446,6 +446,13 @@ def test_a_cache_that_holds_no_sequence_is_refused(dtype: str, least: int) -> No
     resolve_with(least)
     with pytest.raises(ConfigError, match=rf"teacher.scorer.engine.kv_cache_bytes: .* take {least} bytes"):
         resolve_with(least - 1)
+
+
+def test_a_cache_of_layers_that_differ_is_not_counted() -> None:
+    config = Gemma4TextConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    assert kv_cache_bytes(config, num_tokens=64, dtype="float32") is None
+    scorer = {"engine": {"kind": "vllm", "kv_cache_bytes": 1}}
+    check_cache(make_run(teacher__scorer=scorer), "teacher", config)
 
 
 def test_vllm_sees_as_far_back_as_transformers_does() -> None:
