@@ -33,6 +33,9 @@ app = typer.Typer(help="What a token costs. docs/benchmarks.md says how to read 
 Teacher = Annotated[
     Path, typer.Option("--teacher", metavar="FOLDER", exists=True, file_okay=False, help="Model folder.")
 ]
+Student = Annotated[
+    Path, typer.Option("--student", metavar="FOLDER", exists=True, file_okay=False, help="Model folder.")
+]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="How often all sides take their turn.")]
 
 
@@ -180,9 +183,7 @@ def losses(
 @app.command(epilog="Example: python -m benchmarks exactness, then python docs/exactness_table.py > docs/exactness.md")
 def exactness(
     teacher: Teacher = Path(".cache/models/smollm2-135m-instruct"),
-    student: Annotated[
-        Path, typer.Option("--student", metavar="FOLDER", exists=True, file_okay=False, help="Model folder.")
-    ] = Path(".cache/models/smollm2-135m-20-layers"),
+    student: Student = Path(".cache/models/smollm2-135m-20-layers"),
     texts: Annotated[int, typer.Option("--texts", min=1, help="Held-out rows of the demo.")] = 16,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Of each text, spread over its answer.")] = 8,
     labels: Annotated[
@@ -207,9 +208,7 @@ def exactness(
 )
 def learning(
     teacher: Teacher = Path(".cache/models/smollm2-135m-instruct"),
-    student: Annotated[
-        Path, typer.Option("--student", metavar="FOLDER", exists=True, file_okay=False, help="Model folder.")
-    ] = Path(".cache/models/smollm2-135m-20-layers"),
+    student: Student = Path(".cache/models/smollm2-135m-20-layers"),
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps of each run.")] = 30,
     sequences: Annotated[int, typer.Option("--sequences", min=1, help="Of a step.")] = 4,
     held_out: Annotated[int, typer.Option("--held-out", min=1, help="Rows that measure.")] = 32,

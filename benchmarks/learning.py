@@ -27,10 +27,12 @@ from benchmarks.cells import encode
 from configs.labels import LABELS
 from configs.losses import LOSSES
 from configs.models import Trained
+from configs.schema import Optimizer
 from launch.report.environment import manifest_environment
 from trainer.labels.encoding import load_encoding
 from trainer.losses.objective import Objective
 from trainer.model.head import Head, HeadShape
+from trainer.model.optimizer import learning_rate
 from trainer.model.trained import EMBEDDINGS, choose_trained
 
 ENCODINGS: tuple[dict[str, Any], ...] = (
@@ -90,12 +92,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        texts = [next(iter(one.values())) + "".join(f" {v:g}" for v in list(one.values())[1:]) for one in self._parts]
-        return ", ".join(texts)
-
-    @property
-    def _parts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        return self.labels, self.objective
+        kinds = (list(one.values()) for one in (self.labels, self.objective))
+        return ", ".join(" ".join([kind, *(f"{value:g}" for value in values)]) for kind, *values in kinds)
 
 
 def cells() -> tuple[Cell, ...]:
@@ -173,6 +171,7 @@ class _Material:
         order = torch.randperm(len(self.train)).tolist()
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        schedule = Optimizer(learning_rate=plan.learning_rate, warmup_steps=plan.warmup_steps, schedule="cosine")
         loss = _Loss(cell, self.head, seed)
         for step in range(plan.steps):
             at = [order[(step * plan.sequences_per_step + i) % len(order)] for i in range(plan.sequences_per_step)]
@@ -182,7 +181,7 @@ class _Material:
                 (loss.of(student, text) / rows).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = plan.learning_rate * _share(step, plan)
+                group["lr"] = learning_rate(step + 1, settings=schedule, total_steps=plan.steps)
             optimizer.step()
             optimizer.zero_grad()
         return self.held_out_kl(student)
@@ -227,14 +226,6 @@ class _Loss:
 
 def _logits(student: PreTrainedModel, hidden: torch.Tensor, vocabulary_size: int) -> torch.Tensor:
     return student.get_output_embeddings()(hidden)[:, :vocabulary_size]
-
-
-def _share(step: int, plan: LearningPlan) -> float:
-    """Of the learning rate: linear warm-up, then half a cosine down to a tenth."""
-    if step < plan.warmup_steps:
-        return (step + 1) / plan.warmup_steps
-    progress = (step - plan.warmup_steps) / max(1, plan.steps - plan.warmup_steps)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from huggingface_hub import constants as hub
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
-from configs.models import ModelSource, Student, Trained
+from configs.models import EVERYTHING, ModelSource, Student
 from trainer.errors import ConfigError
 from trainer.model.config_bounds import config_file
 from trainer.model.load import build_on_meta, load_config
@@ -95,7 +95,7 @@ def read_facts(
     if student is not None:
         refuse_unsuitable(model, student)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    trained = Trained() if student is None else student.trained
+    trained = EVERYTHING if student is None else student.trained
     with torch.device("meta"):
         choose_trained(model, trained, revision=None)
     sizes = sizes_of(model)

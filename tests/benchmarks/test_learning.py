@@ -36,7 +36,7 @@ def plan(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> LearningPlan
 
 
 def _by_hand(plan: LearningPlan) -> float:
-    """Two steps of AdamW on the KL over the whole vocabulary, and the KL after them."""
+    """Two steps of AdamW, with the schedule of a run, on the KL over the whole vocabulary, and the KL after them."""
     tokenizer = AutoTokenizer.from_pretrained(plan.teacher)
     row = json.loads(plan.train.read_text())
     asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
@@ -53,7 +53,8 @@ def _by_hand(plan: LearningPlan) -> float:
         module.requires_grad_(False)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    for _ in range(2):
+    for share in (1.0, 0.1):  # of the rate: one step of warm-up, and the last of half a cosine, down to a tenth
+        optimizer.param_groups[0]["lr"] = share * plan.learning_rate
         optimizer.zero_grad()
         kl().backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
