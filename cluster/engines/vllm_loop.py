@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from cluster.engines.units import EngineStatistics
 from trainer.errors import DeadlineExceeded, EngineDead, InfrastructureError, UnitRejected, foreign_errors
+from trainer.heap import Trimmer
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, SamplingParams
@@ -227,6 +228,7 @@ class EngineLoop:
 
     def _serve(self, engine: LLMEngine) -> None:
         cpu_at_start = time.process_time()
+        heap = Trimmer()
         while True:
             while not self._calls.empty() or not self._jobs:
                 call = self._calls.get()
@@ -251,6 +253,7 @@ class EngineLoop:
             )
             for job in finished:
                 self._finish(job)
+            heap.look()
 
     def _admit(self, engine: LLMEngine, job: Job) -> None:
         job.started_s, job.started_at = time.time(), time.monotonic()
