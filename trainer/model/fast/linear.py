@@ -1,7 +1,9 @@
-"""Linear layers of the student's body on CPUs, where the default float32 product may be half as fast as it could be.
+"""Linear layers of the student's body on CPUs, where the default product may cost twice what it could.
 
 `torch.nn.functional.linear` in float32 goes to MKL, which on AMD processors takes an older code path; oneDNN does not
-(`trainer/model/fast/libraries.py` measures both). Elsewhere, and in bfloat16, the layers stay as they are.
+(`trainer/model/fast/libraries.py` measures both). In bfloat16 oneDNN multiplies anyway, and writes code for every
+number of rows that it meets: milliseconds and a megabyte each, more than a small product itself takes. So rows are
+whole there too. Elsewhere the layers stay as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ def use_fast_products(body: torch.nn.Module, *, device: torch.device, dtype: tor
 
     Weights, names and hooks stay, so sharding, adapters and checkpoints see the same module.
     """
-    if device.type != "cpu" or dtype is not torch.float32:
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return 0
     layers = [module for module in body.modules() if type(module) is torch.nn.Linear]
     for layer in layers:

@@ -59,5 +59,37 @@ def test_what_a_layer_returns_may_be_changed_in_place(rows: int) -> None:
     torch.testing.assert_close(fast[0].weight.grad, plain[0].weight.grad)
 
 
+@pytest.mark.parametrize("length", [32, 45])
+def test_bfloat16_is_as_near_to_the_exact_model_as_torchs_own_product(length: int) -> None:
+    plain = tiny_model(dtype=torch.bfloat16).model
+    fast, exact = copy.deepcopy(plain), copy.deepcopy(plain).to(torch.float64)
+    assert use_fast_products(fast, device=HOST, dtype=torch.bfloat16) == 14
+    ids = torch.randint(3, 280, (1, length), generator=torch.Generator().manual_seed(length))
+    for body in (fast, plain, exact):
+        body(ids).last_hidden_state.square().sum().backward()
+    theirs, truth = dict(plain.named_parameters()), dict(exact.named_parameters())
+    for name, parameter in fast.named_parameters():
+        off = float((parameter.grad - truth[name].grad).norm())
+        assert off <= 1.5 * float((theirs[name].grad - truth[name].grad).norm()) + 1e-6, name
+
+
+def test_bfloat16_meets_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(16, 24, bias=False)).to(torch.bfloat16)
+    use_fast_products(layer, device=HOST, dtype=torch.bfloat16)
+    rows: set[int] = set()
+    product = torch.mm
+
+    def counted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        rows.update({a.shape[0], a.shape[1]} - {16, 24})
+        return product(a, b)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    for length in range(65, 97):
+        inputs = torch.randn(length, 16, dtype=torch.bfloat16, requires_grad=True)
+        assert layer(inputs).shape == (length, 24)
+        layer(inputs).sum().backward()
+    assert rows == {96}
+
+
 def test_other_dtypes_keep_their_own_product() -> None:
-    assert use_fast_products(tiny_model(dtype=torch.bfloat16).model, device=HOST, dtype=torch.bfloat16) == 0
+    assert use_fast_products(tiny_model(dtype=torch.float16).model, device=HOST, dtype=torch.float16) == 0
