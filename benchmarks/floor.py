@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trainer.model.fast.libraries import MULTIPLY
+from trainer.model.fast.product import MULTIPLY
 
 TURNS = 3  # the first only warms up
 ADAMW_TENSORS = 7  # of float32, read or written for each weight

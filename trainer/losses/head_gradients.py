@@ -22,6 +22,7 @@ class HeadGradients:
     grad_hidden: torch.Tensor | None
     grad_weight: list[torch.Tensor] = field(default_factory=list)
     grad_bias: list[torch.Tensor] = field(default_factory=list)
+    _products: torch.Tensor | None = None  # of one chunk over the vocabulary; the next one is written over it
 
     @classmethod
     def of(
@@ -39,9 +40,14 @@ class HeadGradients:
 
     def product(self, chunk: slice, rows: slice) -> torch.Tensor:
         """`hidden @ weight.T + bias` of the chunk and these rows of the head; a few rows more than the chunk has, see
-        `whole_rows`."""
+        `whole_rows`. Those of the vocabulary stay until they are asked for again."""
         weight, bias = self.weight[rows], None if self.bias is None else self.bias[rows]
-        return Head(weight, bias, HeadShape(), weight.shape[0]).product(whole_rows(self.hidden[chunk]))
+        hidden, out = whole_rows(self.hidden[chunk]), None
+        if rows.start == 0:
+            if self._products is None or self._products.shape[0] < hidden.shape[0]:
+                self._products = weight.new_empty(hidden.shape[0], weight.shape[0])
+            out = self._products
+        return Head(weight, bias, HeadShape(), weight.shape[0]).product(hidden, out)
 
     def add(self, chunk: slice, gradients: list[torch.Tensor]) -> None:
         """The chunk's gradients by its products, in the dtype of the weight and the order of the head's rows; sums over
@@ -57,10 +63,10 @@ class HeadGradients:
                 self.grad_hidden[chunk] = by_hidden if part == 0 else self.grad_hidden[chunk] + by_hidden
             if self.wanted[1]:
                 rows_of_hidden = whole_rows(hidden)[: gradient.shape[0]]
-                if part < len(self.grad_weight):
-                    add_matmul_nt(self.grad_weight[part], gradient.t(), rows_of_hidden.t())
-                else:
-                    self.grad_weight.append(matmul_nt(gradient.t(), rows_of_hidden.t()).float())
+                if fresh := part == len(self.grad_weight):
+                    shape = gradient.shape[1], hidden.shape[1]
+                    self.grad_weight.append(gradient.new_empty(shape, dtype=torch.float32))
+                add_matmul_nt(self.grad_weight[part], gradient.t(), rows_of_hidden.t(), fresh=fresh)
             if self.wanted[2]:
                 _add_to(self.grad_bias, part, gradient.sum(0, dtype=torch.float32))
 

@@ -65,13 +65,19 @@ class Head:
     bias: torch.Tensor | None
     shape: HeadShape
     vocabulary_size: int
+    dtype: torch.dtype | None = None  # that products are computed in; None: the weight's
 
-    def product(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`hidden @ weight.T + bias` [n, V], in the dtype of the weight, a tensor of the caller's own."""
-        v = self.vocabulary_size
-        z = matmul_nt(whole_rows(hidden.to(self.weight.dtype)), self.weight[:v])[: hidden.shape[0]]
+    def product(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """`hidden @ weight.T + bias` [n, V], in the head's dtype, a tensor of the caller's own; written to the first
+        rows of `out`, of `whole_rows(hidden)` at least, where that is given.
+
+        A weight in another dtype is cast some rows at a time: it may lie in a file that all ranks of a machine share.
+        """
+        rows = whole_rows(hidden.to(self.dtype or self.weight.dtype))
+        v, out = self.vocabulary_size, None if out is None else out[: rows.shape[0]]
+        z = matmul_nt(rows, self.weight[:v], out)[: hidden.shape[0]]
         return z if self.bias is None else z.add_(self.bias.detach()[:v])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 [n, V] from hidden [n, H], computed in the dtype of the weight."""
+        """float32 [n, V] from hidden [n, H], computed in the head's dtype."""
         return self.shape.apply(self.product(hidden).float())

@@ -89,8 +89,8 @@ def loss_bytes(sizes: ModelSizes, load: StudentLoad) -> tuple[int, int]:
     logits = min(load.chunk_rows, load.rows) * sizes.head_rows
     copies = load.width + (4 * FLOAT32 if load.accelerator == GPU else 0)
     copies += load.compared_teachers * (load.width + (3 * FLOAT32 if load.accelerator == GPU else 0))
-    # The sum in float32, and the chunk's own product before it is added.
-    gradient = sizes.head * (FLOAT32 + load.width) if sizes.head_trained else 0
+    # The sum in float32, and what it becomes in the weight's dtype.
+    gradient = sizes.head * (FLOAT32 + load.width % FLOAT32) if sizes.head_trained else 0
     return logits * copies, gradient
 
 

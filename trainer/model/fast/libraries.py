@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 
 from trainer.build import FAST
-from trainer.model.fast.product import BLAS, KINDS, ONEDNN, Choice, fixed
+from trainer.model.fast.product import BLAS, KINDS, MULTIPLY, ONEDNN, Choice, add_by, fixed
 
 CLEARLY_FASTER = 1.1
 """Less is not worth another order of summation; and timings of one machine differ by nearly as much."""
@@ -62,17 +62,8 @@ def measured() -> Choice:
     return Choice(libraries, gflops, here())
 
 
-MULTIPLY: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    ONEDNN: lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""),
-    BLAS: lambda a, b: torch.mm(a, b.t()),
-}
-"""`a @ b.T`."""
-
-ADD: Mapping[str, Callable[..., torch.Tensor]] = {
-    ONEDNN: lambda total, a, b: total.add_(MULTIPLY[ONEDNN](a, b)),
-    BLAS: lambda total, a, b: total.addmm_(a, b.t()),
-}
-"""`total += a @ b.T`: how the gradient of a head grows, chunk by chunk (`product.add_matmul_nt`)."""
+ADD: Mapping[str, Callable[..., None]] = {library: functools.partial(add_by, library) for library in (ONEDNN, BLAS)}
+"""`total += a @ b.T`: how the gradient of a head grows, chunk by chunk."""
 
 
 def seconds(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:

@@ -7,14 +7,17 @@ from collections.abc import Iterator
 import torch
 
 
-def matmul_nt(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a @ b.T`, [n, m] from a [n, k] and b [m, k] of one dtype; both may be transposed views. Carries no gradient."""
-    return torch.mm(a.detach(), b.detach().t())
+def matmul_nt(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`a @ b.T`, [n, m] from a [n, k] and b [m, k], in the dtype of `a`; both may be transposed views. Carries no
+    gradient. Written to `out` where that is given."""
+    return torch.mm(a.detach(), b.detach().to(a.dtype).t(), out=out)
 
 
-def add_matmul_nt(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """`total += a @ b.T`, of a total [n, m] of the same dtype or of float32."""
-    total.add_(matmul_nt(a, b))
+def add_matmul_nt(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, fresh: bool = False) -> None:
+    """`total += a @ b.T`, of a total [n, m] of the same dtype or of float32; of a `fresh` one `total = a @ b.T`,
+    whatever it holds."""
+    product = matmul_nt(a, b)
+    total.copy_(product) if fresh else total.add_(product)
 
 
 def whole_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -80,8 +80,38 @@ def test_a_product_is_added_to_a_total_in_place(library: str, dtype: torch.dtype
     total = torch.ones(8192, 24)
     add_matmul_nt(total, d.t(), x.t())
     tolerance = 1e-4 if dtype is torch.float32 else 0.3
-    expected = 1 + d.double().T @ x.double()
+    expected = d.double().T @ x.double()
+    torch.testing.assert_close(total.double(), 1 + expected, rtol=tolerance / 10, atol=tolerance)
+    total.fill_(torch.nan)  # as memory may be that nobody has written to
+    add_matmul_nt(total, d.t(), x.t(), fresh=True)
     torch.testing.assert_close(total.double(), expected, rtol=tolerance / 10, atol=tolerance)
+
+
+@pytest.mark.parametrize("library", [ONEDNN, BLAS])
+def test_the_gradient_of_a_head_is_added_without_a_tensor_of_its_size(library: str) -> None:
+    """Neither the product nor a transposed copy exists whole: the kernel would clear their pages."""
+    product.use(product.fixed(library))
+    d, x, total = torch.ones(256, 16_384), torch.ones(256, 256), torch.zeros(16_384, 256)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        add_matmul_nt(total, d.t(), x.t())
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest < total.nbytes / 2
+    assert torch.equal(total, torch.full_like(total, 256.0))
+
+
+@pytest.mark.parametrize("library", [ONEDNN, BLAS])
+def test_a_product_is_written_where_it_shall_lie_and_a_weight_is_cast_by_parts(library: str) -> None:
+    product.use(product.fixed(library))
+    g = torch.Generator().manual_seed(3)
+    x, w = torch.randn(64, 48, generator=g), torch.randn(40_000, 48, generator=g)
+    buffer = torch.full((96, 40_000), torch.nan)
+    made = matmul_nt(x, w, buffer[:64])
+    assert made.data_ptr() == buffer.data_ptr()
+    torch.testing.assert_close(made, matmul_nt(x, w), rtol=1e-5, atol=1e-4)
+    assert buffer[64:].isnan().all()
+    stored = w.bfloat16()
+    torch.testing.assert_close(matmul_nt(x, stored), x @ stored.float().T, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(matmul_nt(x, stored, buffer[:64]), matmul_nt(x, stored), rtol=0, atol=0)
 
 
 def test_rows_are_padded_only_for_the_library_that_wants_it() -> None:
