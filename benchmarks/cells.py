@@ -16,8 +16,9 @@ WITHOUT_DISTRIBUTION = ("token", "none")
 
 
 def divergences() -> list[Term]:
-    """Each row term that looks at labels, with its defaults."""
+    """Each row term that looks at labels, whatever the text, with its defaults."""
     classes = [one for one in LOSSES.built_in if "labels" in one.needs and one.form == "row"]
+    classes = [one for one in classes if "rollouts" not in one.needs]
     kinds = [LOSSES.kind_of(one) for one in classes if not one.across_tokenizers]
     return [LOSSES.validate({"loss": loss, **NEEDED.get(loss, {})}) for loss in kinds]
 

@@ -105,7 +105,7 @@ def alignment_problems(task: ResolvedTask) -> Iterator[tuple[str, str, str]]:
         if align.term is not None and term.loss != align.term:
             text = f"align: {align.kind} gives labels that only {align.term} can use; {align.instead}"
             yield "objective", term.loss, text
-        elif term.needs & {"target_event", "likeliest_ids"}:
+        elif term.needs & {"target", "target_event", "likeliest_ids"}:
             text = f"{term.loss} looks at single tokens of the teacher, which align: {align.kind} does not keep; "
             yield "objective", term.loss, text + "write another divergence, such as forward_kl"
         elif term.form == "features":

@@ -18,6 +18,8 @@ class Answers(Choice):
 
     needs_generator: ClassVar[bool] = False
     """Whether the teacher needs generator replicas."""
+    needs_rollouts: ClassVar[bool] = False
+    """Whether the student writes, in rollout engines."""
     needs_answer: ClassVar[bool] = True
     """Whether every row needs an answer."""
 

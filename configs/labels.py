@@ -14,15 +14,16 @@ from pydantic import Field, field_validator
 from configs.section import Natural, Need, Positive, Temperature
 from configs.stations import Choice, Station
 
-_DISTRIBUTIONS: frozenset[Need] = frozenset({"labels", "target_event", "likeliest_ids"})
+_DISTRIBUTIONS: frozenset[Need] = frozenset({"labels", "target", "target_event", "likeliest_ids"})
 
 
 class Labels(Choice):
     """Base of all encodings, those of a user's included."""
 
     gives: ClassVar[frozenset[Need]] = frozenset({"labels"})
-    """What terms of an objective find in them. target_event: the pair tells where the target id is, and its
-    log-probabilities; likeliest_ids: every event but the tail is one id, the teacher's likeliest among them."""
+    """What terms of an objective find in them. target: the log-probability of the target id, in a column `target` or
+    `logprob` or as an event; target_event: the pair tells where the target id is, and its log-probabilities;
+    likeliest_ids: every event but the tail is one id, the teacher's likeliest among them."""
     needs_row_keys: ClassVar[bool] = False
     """Whether labels are drawn, with random numbers of the row alone."""
     code_version: ClassVar[int] = 1
@@ -40,6 +41,11 @@ class Labels(Choice):
     def least_vocabulary(self) -> int:
         """How many ids a vocabulary needs for such labels to be made of it."""
         return 1
+
+    @property
+    def target_moves_events(self) -> bool:
+        """Whether the events of a row are others where its target id is another."""
+        return False
 
     def entropy(self, columns: Mapping[str, Any]) -> float | None:
         """Mean entropy in nats of a block's rows, for the report; None where its columns alone do not tell it."""
@@ -94,7 +100,7 @@ class Nucleus(Sparse):
     kind: Literal["nucleus"] = "nucleus"
     most: ClassVar[str] = "k_max"
 
-    gives: ClassVar[frozenset[Need]] = frozenset({"labels", "target_event"})
+    gives: ClassVar[frozenset[Need]] = frozenset({"labels", "target", "target_event"})
 
     p: Annotated[float, Field(gt=0, le=1)] = Field(0.98, description="Mass that the kept ids reach, if k_max allows.")
     k_max: Annotated[int, Field(gt=0, le=65535)] = Field(256, description="Ids kept of a row, at most.")
@@ -156,7 +162,7 @@ class GivenIds(Sparse):
     kind: Literal["given_ids"] = "given_ids"
     most: ClassVar[str] = "k"
 
-    gives: ClassVar[frozenset[Need]] = frozenset({"labels", "target_event"})
+    gives: ClassVar[frozenset[Need]] = frozenset({"labels", "target", "target_event"})
     takes_ids: ClassVar[bool] = True
 
     k: Positive = Field(64, description="Ids given for each row, the control ids among them.")
@@ -167,6 +173,10 @@ class GivenIds(Sparse):
     )
     add_target: bool = Field(True, description="The target id is given too.")
     add_teacher_topk: Natural = Field(0, description="The teacher adds as many ids, its likeliest that are not given.")
+
+    @property
+    def target_moves_events(self) -> bool:
+        return self.add_target
 
     @property
     def num_given(self) -> int:
@@ -188,7 +198,7 @@ class Token(Labels):
 
     kind: Literal["token"] = "token"
 
-    gives: ClassVar[frozenset[Need]] = frozenset({"labels", "target_logprobs"})
+    gives: ClassVar[frozenset[Need]] = frozenset({"labels", "target", "target_logprobs"})
 
     @field_validator("temperature")
     @classmethod

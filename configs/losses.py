@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from configs.policy_terms import REFUSED, PolicyParameters, Returned, Sampled
 from configs.refusal import refusal
 from configs.section import Natural, Need, Positive, Section, Share, Temperature, Weight
 from configs.stations import Choice, Station
@@ -22,7 +23,7 @@ Exactness = Literal["exact", "lower_bound", "unbiased", "biased", "refused"]
 
 _Strength = Annotated[float, Field(gt=0, le=1e3)]
 
-_OF_ROWS: frozenset[Need] = frozenset({"groups", "rewards", "chunks"})
+_OF_ROWS: frozenset[Need] = frozenset({"groups", "rewards", "chunks", "rollouts"})
 """Needs that labels have no part in."""
 
 
@@ -112,7 +113,9 @@ class Term(Section):
     needs: ClassVar[frozenset[Need]] = frozenset()
     """labels: of every row, from a teacher; target_event: among them the target id; likeliest_ids: the teacher's
     likeliest ids, each by itself; groups: several answers to one prompt; rewards: a number per answer; target_logprobs:
-    log-probabilities of the target ids alone, from a teacher; chunks: `align: chunks`; layers: states of a teacher."""
+    log-probabilities of the target ids alone, from a teacher; target: the same, whatever else the labels hold;
+    rollouts: text that the student wrote, with the log-probabilities of its tokens; chunks: `align: chunks`; layers:
+    states of a teacher."""
     tells: ClassVar[tuple[str, ...]] = ()
     """What its function says of each row beside the value; metrics have the means."""
     moves: ClassVar[bool] = False
@@ -361,6 +364,61 @@ class Atkd(Divergence):
     moves: ClassVar[bool] = True
 
 
+class _OnRollouts(Sampled, Term):
+    """Base of terms on text that the student wrote, of which each token is one sample: labels need say nothing but the
+    teacher's log-probability of it. What else they say lessens the noise."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"labels", "target", "rollouts"})
+    exactness: ClassVar[Mapping[str, Exactness]] = {
+        **dict.fromkeys(Divergence.exactness, "unbiased"),
+        "sampled": "refused",
+    }
+    tells: ClassVar[tuple[str, ...]] = ("ratio", "truncated")
+    instead: ClassVar[str] = "they do not hold the sampled token: write labels: token, topk, given_ids or hidden"
+
+    def exactness_of(self, labels: Labels | NoLabels) -> Exactness | None:
+        found = super().exactness_of(labels)
+        return "biased" if found == "unbiased" and self.is_biased else found
+
+    def problem_with(self, labels: Labels) -> str | None:
+        problem = self.problem_with_samples(labels)
+        return None if problem is None else f"{self.loss} {problem}"
+
+
+class PolicyGradient(PolicyParameters, _OnRollouts):
+    """Reverse KL by the tokens that the student wrote: the reward of each is log p(token) - log q(token), and what
+    follows it counts with `discount` (on-policy distillation as of Thinking Machines; MiniLLM, arXiv 2306.08543; with a
+    verifier's reward beside it GKD's, arXiv 2306.13649, section 3.2). A token counts with its importance ratio."""
+
+    loss: Literal["policy_gradient"] = "policy_gradient"
+
+    def parameters(self) -> dict[str, Any]:
+        own = ("max_ratio", "clip", "closed_form", "fixed_negative")
+        return {name: getattr(self, name) for name in own}
+
+
+class MiniLlm(Returned, _OnRollouts):
+    """reverse_kl of each token, and the mean reward of the tokens after it as its return (MiniLLM, arXiv 2306.08543,
+    equations 3 to 7), by the text that the student wrote. Its language-modelling loss is a task of `cross_entropy`
+    beside this one, its mixed sampling a matter of `answers`."""
+
+    loss: Literal["minillm"] = "minillm"
+
+    @property
+    def has_closed_form(self) -> bool:
+        return True
+
+    def parameters(self) -> dict[str, Any]:
+        return {"max_ratio": self.max_ratio, "clip": self.clip}
+
+
+class K2(_OnRollouts):
+    """(log q(token) - log p(token))^2 / 2 of each token that the student wrote: on average its gradient is that of
+    reverse_kl, though its value is another (Schulman's k2, joschu.net/blog/kl-approx.html)."""
+
+    loss: Literal["k2"] = "k2"
+
+
 class CrossEntropy(Term):
     """-log q(target id): hard labels, which need no teacher."""
 
@@ -498,6 +556,9 @@ LOSSES = Station(
         Lsm,
         Dkd,
         Atkd,
+        PolicyGradient,
+        MiniLlm,
+        K2,
         CrossEntropy,
         Dpo,
         ListwiseKl,
@@ -508,5 +569,6 @@ LOSSES = Station(
     ),
     class_name="Term",
     tag="loss",
+    refused=REFUSED,
 )
 AnyTerm = Annotated[Term, LOSSES]

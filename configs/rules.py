@@ -149,7 +149,28 @@ def _objective(run: Run, task: ResolvedTask) -> Iterator[Problem]:
         elif problem := term.problem_with(task.labels):
             yield place, value, problem
         yield from _token_weights(task, term, (*at, index, "token_weights"))
+        if "rollouts" in term.needs:
+            yield from ((place, value, problem) for problem in _on_rollouts(task, term))
     yield from _layers(run, task)
+
+
+def _on_rollouts(task: ResolvedTask, term: Term) -> Iterator[str]:
+    """What is sampled must be the student's own text, judged by one teacher."""
+    if not task.answers.needs_rollouts:
+        yield (
+            f"{term.loss} learns from text that the student wrote, and answers: {task.answers.kind} are of others: "
+            "write answers: student, or a divergence, such as reverse_kl, which any text can have"
+        )
+    if task.ensemble is not None:
+        yield (
+            f"{term.loss} has its reward from one teacher: write teacher: {task.ensemble.teachers[0]} instead of "
+            "ensemble, or a divergence, such as reverse_kl"
+        )
+    if getattr(term, "baseline", "none") == "group" and getattr(task.answers, "n", 2) == 1:
+        yield (
+            f"{term.loss} with baseline: group compares the answers to a prompt, and answers.n: 1 has one each: write "
+            "n: 2 or more, or baseline: batch"
+        )
 
 
 def _layers(run: Run, task: ResolvedTask) -> Iterator[Problem]:

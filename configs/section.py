@@ -16,7 +16,18 @@ MAIN = "main"
 TOGETHER = "+"
 """Joins the names of teachers that are asked about the same tokens; no name holds it."""
 
-Need = Literal["labels", "target_event", "likeliest_ids", "groups", "rewards", "target_logprobs", "chunks", "layers"]
+Need = Literal[
+    "labels",
+    "target_event",
+    "likeliest_ids",
+    "groups",
+    "rewards",
+    "target_logprobs",
+    "target",
+    "rollouts",
+    "chunks",
+    "layers",
+]
 """What a term of an objective may need of a task."""
 
 MOST = 2**31 - 1

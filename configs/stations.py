@@ -48,6 +48,7 @@ class Station:
     members: tuple[str, ...] = ()  # what the class in each file must have
     contract: str = ""  # the file that describes them
     formerly: Mapping[str, str] = field(default_factory=dict)  # kinds of older versions, and what they are now
+    refused: Mapping[str, str] = field(default_factory=dict)  # what looks like a kind, and why it is none
 
     def kinds(self) -> tuple[str, ...]:
         return tuple(self.kind_of(one) for one in self.built_in)
@@ -69,6 +70,8 @@ class Station:
             return self._foreign(kind)
         if kind in self.formerly:
             raise ValueError(f"the {self.tag} {kind} is now called {self.formerly[kind]}; write {self.formerly[kind]}")
+        if kind in self.refused:
+            raise ValueError(self.refused[kind])
         raise ValueError(f"unknown {self.tag} '{kind}'{did_you_mean(kind, self.kinds())} ({self._allowed()})")
 
     def validate(self, value: Any) -> Section:

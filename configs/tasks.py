@@ -184,6 +184,16 @@ class ResolvedTask:
         return any("rewards" in term.needs for term in self.objective)
 
     @property
+    def learns_rollouts(self) -> bool:
+        """Whether a term learns from the sampled tokens of text that the student wrote."""
+        return any("rollouts" in term.needs for term in self.objective)
+
+    @property
+    def raises_rewards(self) -> bool:
+        """Whether such a term raises the rewards that a verifier gave."""
+        return any(getattr(term, "reward_weight", 0.0) > 0 for term in self.objective)
+
+    @property
     def has_reference(self) -> bool:
         """Whether the teacher is what the student moves away from, and not what it learns."""
         return self.compared_rows == "preference"

@@ -35,7 +35,7 @@ def exactness_table() -> str:
     labels = [one for one in LABELS.built_in if "labels" in one.gives]
     kinds = [LABELS.kind_of(one) for one in labels]
     terms = [one for one in LOSSES.built_in if "labels" in one.needs and one.form == "row"]
-    terms = [one for one in terms if not one.across_tokenizers]
+    terms = [one for one in terms if not one.across_tokenizers and "rollouts" not in one.needs]
     lines = [HEAD.format(draws=DRAWS) + f"| loss | {' | '.join(f'`{kind}`' for kind in kinds)} |"]
     lines.append("|---" * (1 + len(kinds)) + "|")
     lines += [

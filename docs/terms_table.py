@@ -42,6 +42,28 @@ packed.
 Engine `hf` gives the layers of every model; `vllm` of those that it lets speculative decoding (EAGLE-3) look into, in
 shards too, and `check` says where it does not.
 
+`policy_gradient`, `minillm` and `k2` learn reverse KL from the tokens that the student drew, each of which is one
+sample: they need `answers: student`. Every divergence may be learnt from the student's text too; it is computed from
+all that the labels say, whoever wrote the text, and needs neither samples nor importance ratios. Start with
+`reverse_kl` and `labels: hidden`, or `jsd`; take `policy_gradient` where labels must be small (`token`: 4 bytes a
+token), where a token should answer for what follows it (`discount`), or where a verifier's reward is raised beside it:
+
+```yaml
+answers: {kind: student, n: 4}
+labels: {kind: topk, k: 32}
+objective:
+  - {loss: policy_gradient, discount: 0.0, reward_weight: 0.5, baseline: group, whiten: reward}
+```
+
+Each row of theirs is an unbiased estimate: with `closed_form`, what labels know of all tokens is taken over the whole
+distribution (that is `reverse_kl`), and the sampled token adds what a lumped tail hides, so that `topk` or `nucleus`
+lose nothing on average. `given_ids` need `add_target: false` for that, since events that the sampled token adds move
+with it. `lsm`, `reverse_kl` with `given_ids` and all other divergences stay what the table says.
+
+k1 and k3, the other two of Schulman's estimators (joschu.net/blog/kl-approx.html), are refused as losses: on the
+student's own text k1 has a gradient of zero on average, k3 that of *forward* KL. k1 is the reward of
+`policy_gradient`.
+
 `loss: package.module` takes a term of yours, a file with its parameters and its function:
 
 ```python

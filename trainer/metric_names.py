@@ -15,7 +15,7 @@ from configs.losses import LOSSES, TOKEN_WEIGHTS
 from configs.stations import DOTTED_NAME
 
 TERM = rf"(?:{'|'.join(LOSSES.kinds())}|{DOTTED_NAME.pattern})(?:_\d+)?"
-OWN = rf"(?:t|hard_share|weight_(?:{'|'.join(TOKEN_WEIGHTS.kinds())}|[A-Za-z_]\w*)|difficulty_keep)"
+OWN = rf"(?:t|hard_share|ratio|truncated|weight_(?:{'|'.join(TOKEN_WEIGHTS.kinds())}|[A-Za-z_]\w*)|difficulty_keep)"
 PARTS = {"<task>": r"[^/]+", "<teacher>": r"[^/]+", "<term>": TERM, "<own>": OWN}
 
 
@@ -67,8 +67,9 @@ METRICS = (
     Metric("train/<term>", "nats", "a term of the objective, unweighted, over its loss tokens or groups; a second one "
            "of its kind ends in `_2`. NaN in a step that has nothing of it"),
     Metric("train/<term>_<own>", "", "what a term tells beside its value: `taid_t`, the teacher's weight; "
-           "`atkd_hard_share`, the share of hard rows; `forward_kl_weight_entropy`, the mean weight of its tokens; "
-           "`forward_kl_difficulty_keep`, the share of rows that such a weight keeps"),
+           "`atkd_hard_share`, the share of hard rows; `policy_gradient_ratio`, the importance ratio of sampled "
+           "tokens before it is truncated, and `_truncated`, the share that is; `forward_kl_weight_entropy`, the mean "
+           "weight of its tokens; `forward_kl_difficulty_keep`, the share of rows that such a weight keeps"),
     Metric("train/<term>/<teacher>", "nats", "a term of one of several teachers (`ensemble.how: per_teacher`), over "
            "the loss tokens that it judged"),
     Metric("train/padding", "nats", "-log of the probability that the student leaves for ids that exist"),

@@ -17,9 +17,10 @@ import torch
 from trainer.labels.encoding import Encoding
 from trainer.labels.token import LOGPROB
 from trainer.losses.compiled import CompiledRows
-from trainer.losses.ensemble import WEIGHT, Together
+from trainer.losses.ensemble import WEIGHT, Together, target_logprobs
 from trainer.losses.fused import LossPart, head_loss
 from trainer.losses.objective import Objective
+from trainer.losses.returns import WRITTEN
 from trainer.losses.terms import SequenceScores
 from trainer.model.attention import REFERENCE, border_arguments
 from trainer.model.attention_choice import lengths_to_cross
@@ -190,7 +191,13 @@ def _plain_loss(subject: Subject, part: LossPart, hidden, weight, bias, target_i
     rounded = torch.nn.functional.linear(hidden, weight, bias).float()
     logits = subject.module.head_shape.apply(product + (rounded - product).detach())
     given = (part.labels, target_ids, part.encoding, part.teacher_head)
-    rows, _ = part.objective.rows(logits, *given, positions=part.positions)
+    columns = dict(part.columns)
+    if part.objective.looks_ahead:
+        nats = torch.nn.functional.cross_entropy(logits.detach(), target_ids, reduction="none")
+        known = (part.labels, target_ids, part.teacher_head)
+        teacher = target_logprobs(part.encoding, *known, vocabulary_size=logits.shape[1], chunk_rows=ROWS)
+        columns |= part.objective.futures(-nats, teacher, part.row_sequences)
+    rows, _ = part.objective.rows(logits, *given, positions=part.positions, columns=columns)
     loss = logits.new_zeros(()) if rows is None else rows.sum() * part.scale
     if part.objective.sequence_terms:
         logprobs = [-torch.nn.functional.cross_entropy(logits, target_ids, reduction="none")]
@@ -225,6 +232,7 @@ def _random_part(subject: Subject, task: str, size: int, target_ids: torch.Tenso
         groups=((0, 1), (2, 3)),
         rewards=(1.0, 0.0, 0.5, 0.25),
         compiled=subject.compiled.get(task),
+        columns={WRITTEN: -3 * torch.rand(ROWS).to(subject.device)} if objective.on_rollouts else {},
     )
 
 

@@ -192,6 +192,7 @@ def loop_settings(
         max_non_finite_steps=training.max_non_finite_steps,
         compared=frozenset(name for name, task in run.resolved_tasks().items() if task.compares_answers),
         min_aligned={name: one.align.min_ratio for name, one in run.resolved_tasks().items() if one.align is not None},
+        learns_rewards={name: one.raises_rewards for name, one in run.resolved_tasks().items() if one.learns_rollouts},
         has_held_out_rows=bool(held_out_sets(run)),
     )
 

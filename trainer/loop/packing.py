@@ -156,6 +156,7 @@ def _part(
         row_sequences=torch.from_numpy(of_rows),
         groups=groups,
         rewards=rewards,
+        prompts=tuple(sequence.group[1] for sequence in sequences),
     )
 
 

@@ -24,6 +24,8 @@ class LoopSettings:
     save_every_s: float = 0.0  # since the last attempt to save; 0: by steps alone
     compared: frozenset[str] = frozenset()  # tasks with terms that compare the answers to a prompt
     min_aligned: Mapping[str, float] = field(default_factory=dict)  # by task with `align`: its min_ratio
+    learns_rewards: Mapping[str, bool] = field(default_factory=dict)
+    """The tasks with terms on the student's own text, and whether a term raises rewards of answers."""
     has_held_out_rows: bool = True  # False: there is nothing to evaluate on, also not after the last step
 
     @property

@@ -148,6 +148,11 @@ class Staging:
         in_order = [place for part in parts_of(ready.units, moved) for place in part]
         return TrainedBatch(batch.step, packed, tuple(ready.units[u].sequences[s] for u, s in in_order))
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Of the student."""
+        return self._vocabulary.size
+
     def teacher_head(self, teacher: str) -> Head | None:
         """Of the teacher that a part names; None where none of its hidden states came here."""
         return self._heads.get(teacher)

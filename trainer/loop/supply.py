@@ -23,6 +23,7 @@ from trainer.align.share import AlignedShare, align_metrics
 from trainer.loop.label_means import means_of_tasks
 from trainer.loop.plan import cut_units, groups_of, plan_step
 from trainer.loop.proposals import Proposals
+from trainer.loop.rollout_checks import check_rollouts
 from trainer.loop.scoring import Scored, UnitScorers, score_and_stage
 from trainer.loop.settings import LoopSettings
 from trainer.loop.together import names_of
@@ -171,6 +172,7 @@ class Supply:
     async def _plan_and_score(self, drawn: Drawn) -> ReadyStep:
         collected = await self._source.collect(drawn)
         sequences = collected.sequences
+        check_rollouts(sequences, self._settings.learns_rewards)
         self._aligned.add(sequences)
         plan = plan_step(
             [sequence.num_tokens for sequence in sequences],

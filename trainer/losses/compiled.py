@@ -37,7 +37,8 @@ class CompiledRows:
         self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], *more: Any, **named: Any
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
         """One graph for all numbers of rows but one."""
-        for rows in (logits, *labels.values(), *more, *named.values()):
+        columns = named.get("columns", {})
+        for rows in (logits, *labels.values(), *more, *named.values(), *columns.values()):
             if isinstance(rows, torch.Tensor):
                 torch._dynamo.maybe_mark_dynamic(rows, 0)
         return self._rows(logits, labels, *more, **named)

@@ -22,6 +22,7 @@ import torch
 
 from configs.tasks import How
 from trainer.labels.encoding import Encoding
+from trainer.labels.token import LOGPROB
 from trainer.losses.target import TargetEvent
 from trainer.model.head import Head
 from trainer.types import PairedLogProbs
@@ -127,6 +128,11 @@ def pairs_of(
     return {"": encoding.align(logits, labels, teacher_head)}
 
 
+def told_target(labels: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """[N]: the log-probability of each target id, where a column of the labels holds it."""
+    return next((labels[name][:, 0] for name in (TARGET, LOGPROB) if name in labels), None)
+
+
 def target_logprobs(
     encoding: Encoding,
     labels: Mapping[str, torch.Tensor],
@@ -138,8 +144,9 @@ def target_logprobs(
 ) -> torch.Tensor:
     """float64 [N]: one teacher's log-probability of each target id, at the labels' temperature. Read from the column
     that holds it where there is one; else the encoding `gives` target events."""
-    if TARGET in labels:
-        return labels[TARGET][:, 0].double()
+    told = told_target(labels)
+    if told is not None:
+        return told.double()
     found = torch.empty(len(target_ids), dtype=torch.float64, device=target_ids.device)
     with torch.no_grad():
         for start in range(0, len(target_ids), chunk_rows):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch.nn import functional
 from trainer.labels.encoding import Encoding
 from trainer.labels.token import LOGPROB
 from trainer.losses.compiled import CompiledRows
-from trainer.losses.ensemble import Together
+from trainer.losses.ensemble import Together, target_logprobs
 from trainer.losses.head_gradients import HeadGradients
 from trainer.losses.objective import Objective
 from trainer.losses.terms import SequenceScores
@@ -52,6 +52,7 @@ class LossPart:
     groups: tuple[tuple[int, ...], ...] = ()  # see `SequenceScores`
     rewards: tuple[float | None, ...] = ()  # [S]
     compiled: CompiledRows | None = None  # the objective's `rows`, where they are compiled
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)  # float32 [n] each, of text the student wrote
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,11 @@ class _Work:
         loss = torch.zeros((), dtype=torch.float64, device=accumulator.hidden.device)
         sums = [torch.empty(0, dtype=torch.float64, device=loss.device)]
         for part in self.parts:
-            sequences = self._sequences(part, accumulator) if part.objective.sequence_terms else None
+            sequences = None
+            if part.objective.sequence_terms or part.objective.looks_ahead:
+                logprobs = self._logprobs(part, accumulator)
+                sequences = self._sequences(part, logprobs) if part.objective.sequence_terms else None
+                part = self._with_futures(part, logprobs)
             totals = torch.zeros(1 + len(part.objective.row_names), dtype=torch.float64, device=loss.device)
             for chunk in self._chunks(part):
                 row_weights = None if sequences is None else sequences.row_weights
@@ -154,8 +159,8 @@ class _Work:
         starts = range(part.rows.start, part.rows.stop, self.chunk_rows)
         return [slice(start, min(start + self.chunk_rows, part.rows.stop)) for start in starts]
 
-    def _sequences(self, part: LossPart, accumulator: HeadGradients) -> _SequenceLoss:
-        """The first pass: the log-probabilities of the part's answers, and what its sequence terms make of them."""
+    def _logprobs(self, part: LossPart, accumulator: HeadGradients) -> torch.Tensor:
+        """The first pass: float32 [n], log q of the part's target ids."""
         logprobs = torch.empty(part.rows.stop - part.rows.start, dtype=torch.float32, device=self.target_ids.device)
         for chunk in self._chunks(part):
             ids, start = self.target_ids[chunk], chunk.start - part.rows.start
@@ -164,6 +169,25 @@ class _Work:
                 logits = self.head_shape.apply(products[block].float())
                 nats = functional.cross_entropy(logits, ids[block], reduction="none")
                 logprobs[start + block.start : start + block.stop] = -nats
+        return logprobs
+
+    def _with_futures(self, part: LossPart, logprobs: torch.Tensor) -> LossPart:
+        """The part with what rows after a row say, where a term looks ahead."""
+        if not part.objective.looks_ahead:
+            return part
+        teacher = target_logprobs(
+            part.encoding,
+            part.labels,
+            self.target_ids[part.rows],
+            part.teacher_head,
+            vocabulary_size=self.vocabulary_size,
+            chunk_rows=self.chunk_rows,
+        )
+        futures = part.objective.futures(logprobs, teacher, part.row_sequences)
+        return replace(part, columns={**part.columns, **futures})
+
+    def _sequences(self, part: LossPart, logprobs: torch.Tensor) -> _SequenceLoss:
+        """What the part's sequence terms make of its answers."""
         summed = [logprobs.double()]
         if part.objective.needs_reference:
             summed.append(part.labels[LOGPROB][:, 0].double())
@@ -201,6 +225,7 @@ class _Work:
                 row_weights=None if part.row_weights is None else part.row_weights[own][block],
                 nll_weights=None if nll_weights is None else nll_weights[own][block],
                 positions=None if part.positions is None else part.positions[own][block],
+                columns={name: column[own][block] for name, column in part.columns.items()},
             )
             totals += self._block(part, rows, differentiate=accumulator.wants_any)
         if accumulator.wants_any:
@@ -233,6 +258,7 @@ class _Work:
                 part.teacher_head,
                 *padding,
                 positions=rows.positions,
+                **({"columns": rows.columns} if rows.columns else {}),
             )
             outputs, weights = [], []
             if loss is not None:
@@ -273,6 +299,7 @@ class _Block:
     row_weights: torch.Tensor | None
     nll_weights: torch.Tensor | None
     positions: torch.Tensor | None
+    columns: Mapping[str, torch.Tensor]
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:

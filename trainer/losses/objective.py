@@ -9,7 +9,8 @@ summed by `trainer/losses/fused.py`, times the rows' own weights, and divided by
 the step by whoever calls it.
 
 Sequence terms are functions of whole answers. `fused.py` asks for their value and their gradient by the rows'
-log-probabilities before it goes through the rows.
+log-probabilities before it goes through the rows. Terms on text that the student wrote (`policy.py`) may ask for the
+same pass, to look ahead of a row (`returns.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,9 +28,10 @@ from torch.nn import functional
 
 from configs.losses import CrossEntropy
 from trainer.labels.encoding import ALIGNED, Encoding
-from trainer.losses import alignment, distances, features, kl, listwise, mixtures, preference, schedules  # noqa: F401 - they register
-from trainer.losses.ensemble import WEIGHT, Together, pairs_of
+from trainer.losses import alignment, distances, features, kl, listwise, mixtures, policy, preference, schedules  # noqa: F401 - they register
+from trainer.losses.ensemble import WEIGHT, Together, pairs_of, told_target
 from trainer.losses.padding import padding_nats
+from trainer.losses.returns import FUTURE, Returns, rollout_rows
 from trainer.losses.target import TargetEvent
 from trainer.losses.terms import (
     VALUE,
@@ -93,6 +96,8 @@ class WeightedTerm:
     schedule: Schedule | None = None
     weights: tuple[TokenWeightOf, ...] = ()  # of tokens, multiplied
     teacher: str = ""  # of several with terms of their own: its name
+    on_rollouts: bool = False  # its function is one of `RolloutRows`
+    returns: Returns | None = None  # by which it weighs them
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,6 +113,10 @@ class WeightedTerm:
     ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """([n] with gradient, what it tells of these rows)."""
         given = ((pair, target) if self.needs_target else (pair,)) if self.needs_labels else (logits, target_ids)
+        return self.of(*given)
+
+    def of(self, *given: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """`rows`, from what its function takes."""
         arguments = {} if self.schedule is None else self.schedule.arguments()
         found = self.function(*given, **arguments)
         return found if self.tells else (found, {})
@@ -141,15 +150,21 @@ class Objective:
             nth = 1 + sum(earlier.loss == term.loss for earlier in terms[:position])
             needs_labels, schedule = "labels" in term.needs, schedule_of(term)
             assert encoding is not None or not term.needs & {"labels", "target_logprobs"}, term
+            name = term.loss if nth == 1 else f"{term.loss}_{nth}"
+            on_rollouts = "rollouts" in term.needs
+            if on_rollouts:  # the sampled token alone is enough for them
+                needs_labels = "target_event" in encoding.gives
             one = WeightedTerm(
-                name=term.loss if nth == 1 else f"{term.loss}_{nth}",
+                name=name,
                 factor=term.weight * encoding.temperature**2 if needs_labels else term.weight,
                 function=function_of(term) if schedule else partial(function_of(term), **term.parameters()),
                 needs_labels=needs_labels,
-                needs_target="target_event" in term.needs,
+                needs_target="target_event" in term.needs or (on_rollouts and needs_labels),
                 tells=term.tells,
                 schedule=schedule,
                 weights=tuple(TokenWeightOf.of(weight) for weight in term.token_weights),
+                on_rollouts=on_rollouts,
+                returns=Returns.of(name, term, has_pair=needs_labels) if on_rollouts else None,
             )
             of_each = [replace(one, name=f"{one.name}/{teacher}", teacher=teacher) for teacher in teachers]
             weighted[term.form].extend(of_each if of_each and needs_labels else [one])
@@ -182,6 +197,31 @@ class Objective:
         """Whether a row term or a weight of its tokens looks at the teacher's labels."""
         return any(term.needs_labels or term.weights_need("labels") for term in self.row_terms)
 
+    @property
+    def returns(self) -> tuple[Returns, ...]:
+        """Of all terms that have some."""
+        return tuple(term.returns for term in self.row_terms if term.returns is not None)
+
+    @property
+    def on_rollouts(self) -> bool:
+        """Whether a term is on text that the student wrote."""
+        return any(term.on_rollouts for term in self.row_terms)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a row's gradient depends on the rows after it in its sequence."""
+        return any(returns.looks_ahead for returns in self.returns)
+
+    def futures(
+        self, student: torch.Tensor, teacher: torch.Tensor, row_sequences: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """What `columns` of `rows` lack, float32 [n]: by log-probabilities [n] of the target ids by both models."""
+        return {
+            f"{returns.name}/{FUTURE}": returns.future(student, teacher, row_sequences).float()
+            for returns in self.returns
+            if returns.looks_ahead
+        }
+
     def rows(
         self,
         logits: torch.Tensor,
@@ -191,6 +231,7 @@ class Objective:
         teacher_head: Head | None = None,
         padding: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
+        columns: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
         """(loss [n] with gradient, {term name: [n] detached}) of student logits [n, V]; no loss where nothing of the
         objective is a function of one row.
@@ -198,7 +239,8 @@ class Objective:
         The values of the terms are bare: nats, at the encoding's temperature, without weight or T^2. `labels` are the
         encoding's columns or what its `prepare` made of them. `padding` [n, P] are the student's logits beyond the
         vocabulary, with gradient, where the objective has a term for them; None there: they count as absent.
-        `positions` int64 [n] are asked for by weights of tokens alone (see `TokenRows`).
+        `positions` int64 [n] are asked for by weights of tokens alone (see `TokenRows`), `columns` float32 [n] by terms
+        on text that the student wrote (`returns.py`).
 
         Terms of a teacher count with its weight of each row; of one that did not judge the rows they are 0.
         """
@@ -216,7 +258,12 @@ class Objective:
                 values |= dict.fromkeys(term.names, logits.new_zeros(logits.shape[0]))
                 continue
             pair, target = pairs.get(term.teacher), targets.get(term.teacher)
-            value, told = term.rows(pair, target, logits, target_ids)
+            if term.on_rollouts:
+                logprobs = _target_logprobs(pair, target, labels, logits, target_ids)
+                event = None if target is None else target.event
+                value, told = term.of(rollout_rows(term.name, logprobs, columns, pair, event))
+            else:
+                value, told = term.rows(pair, target, logits, target_ids)
             if aligned is not None and term.needs_labels:
                 value, told = value * aligned[:, 0], {name: one * aligned[:, 0] for name, one in told.items()}
             weights = [weight.rows(TokenRows(pair, target, positions)) for weight in term.weights]
@@ -267,3 +314,19 @@ class Objective:
                 if weight.schedule is not None:
                     own = {"weight": means[f"{term.name}_weight_{weight.kind}"]}
                     weight.schedule.advance(value | own, progress)
+
+
+def _target_logprobs(
+    pair: PairedLogProbs | None,
+    target: TargetEvent | None,
+    labels: Mapping[str, torch.Tensor],
+    logits: torch.Tensor,
+    target_ids: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities [n] of the target ids by student, with gradient, and teacher; the latter as the labels hold it
+    before anything else, which is not rounded."""
+    teacher = told_target(labels)
+    if pair is None or target is None:
+        return -functional.cross_entropy(logits, target_ids, reduction="none"), teacher
+    student = pair.student.gather(1, target.event[:, None])[:, 0] if pair.exhaustive else target.student
+    return student, target.teacher if teacher is None else teacher

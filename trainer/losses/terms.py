@@ -6,6 +6,7 @@ parameters of its class as keywords. By the class it gets
 
     a row term that needs labels      PairedLogProbs, log-probabilities of both models    -> [N] nats
     and target events                 the same, and a TargetEvent                         -> [N] nats
+    a row term that needs rollouts    RolloutRows, sampled tokens                         -> [N] nats
     a row term that needs none        student logits [N, V], target ids [N]               -> [N] nats
     a sequence term                   SequenceScores, whole answers by groups             -> [G], one value per group
     a term on features                states [n, H] of student and teacher                -> [n]
@@ -25,6 +26,7 @@ import torch
 from configs.losses import LOSSES, TOKEN_WEIGHTS, Term, TokenWeight
 from configs.section import Section
 from trainer.errors import ConfigError
+from trainer.types import PairedLogProbs
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Made = TypeVar("Made", bound="type[Schedule]")
@@ -47,6 +49,22 @@ class SequenceScores:
     num_rows: torch.Tensor  # int64 [S]
     rewards: tuple[float | None, ...]  # [S]
     groups: tuple[tuple[int, ...], ...]  # [G] positions in S: the answers to one prompt, in the order of their samples
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRows:
+    """Tokens that the student wrote, for terms on them: all [n], nats at temperature 1. `student` and the pair's
+    student carry gradients. `trainer/losses/returns.py` says where the last four come from."""
+
+    student: torch.Tensor  # log q of the token by the student of now
+    teacher: torch.Tensor  # log p of it
+    written: torch.Tensor  # of it in the distribution that the engine drew it from
+    pair: PairedLogProbs | None  # None: the labels hold nothing but the token
+    event: torch.Tensor | None  # int64, the pair's event that the token is or lies in
+    future: torch.Tensor  # what the tokens after it earn
+    given: torch.Tensor  # what the advantage holds beside: a verifier's reward, less baselines
+    scale: torch.Tensor  # of what the token and those after it earn
+    reward: torch.Tensor  # of the token, by a verifier, times its weight
 
 
 class Schedule:

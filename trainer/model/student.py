@@ -46,6 +46,7 @@ from trainer.model.head import Head
 from trainer.model.load import HeadCall, StatesCall, StudentModule, load_config, load_student
 from trainer.model.optimizer import learning_rate
 from trainer.model.products import choose_products, products_state, products_told, restore_products
+from trainer.model.rollout_columns import Columns
 from trainer.model.task_losses import TaskLosses
 from trainer.model.zero import ZeroModel, flush_to_disk, num_elements, sharded_loading, start_processes, stop_processes
 from trainer.protocols import SelfTestResult, StudentInfo
@@ -187,8 +188,9 @@ class StudentRank:
         started = time.perf_counter()
         self._zero.train(True)
         sums = torch.zeros(1 + len(self._losses.term_names), dtype=torch.float64, device=self._device)
-        for host_batch in staged.micro_batches:
-            sums += self._train_on(to_device(host_batch, self._device), staged)
+        columns = self._losses.columns(staged, self._device)
+        for host_batch, of_parts in zip(staged.micro_batches, columns, strict=True):
+            sums += self._train_on(to_device(host_batch, self._device), staged, of_parts)
         self._wait_for_device()
         computed = time.perf_counter()
         rate = learning_rate(step, settings=self._run.optimizer, total_steps=self._total_steps)
@@ -224,8 +226,9 @@ class StudentRank:
             },
         )
 
-    def _train_on(self, batch: TokenBatch, staged: StagedStep) -> torch.Tensor:
-        """Add one micro-batch's gradient; float64 [1 + terms]: the scaled loss and the bare terms, summed over rows."""
+    def _train_on(self, batch: TokenBatch, staged: StagedStep, columns: AbstractSequence[Columns]) -> torch.Tensor:
+        """Add one micro-batch's gradient; float64 [1 + terms]: the scaled loss and the bare terms, summed over rows.
+        `columns` of its parts."""
         names = self._losses.term_names
 
         def loss_and_terms(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
@@ -236,7 +239,7 @@ class StudentRank:
                 batch.target_ids,
                 head_shape=self._module.head_shape,
                 vocabulary_size=self._vocabulary.size,
-                parts=[self._losses.part(part, staged) for part in batch.parts],
+                parts=[self._losses.part(part, staged, own) for part, own in zip(batch.parts, columns, strict=True)],
                 chunk_rows=self._run.student.loss_chunk_rows,
             )
             sums = torch.zeros(len(names), dtype=torch.float64, device=self._device)

@@ -9,12 +9,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from configs.alignment import ALIGNMENTS
 from configs.held_out import held_out_sets
 from configs.schema import Run
 from configs.tasks import ResolvedTask
 from trainer.checks.label_rows import PartLabels
 from trainer.labels.encoding import Encoding, load_encoding
+from trainer.loop.packing import to_device
 from trainer.loop.staging import StagedStep, Staging
 from trainer.loop.together import Judged, judged_of, names_of
 from trainer.losses.compiled import CompiledRows
@@ -22,6 +25,7 @@ from trainer.losses.ensemble import Mix, Together, mix_of
 from trainer.losses.fused import LossPart
 from trainer.losses.objective import Objective
 from trainer.losses.token_weights import positions_of
+from trainer.model.rollout_columns import Columns, columns_of_step
 from trainer.types import BatchPart, TaskTotals
 
 
@@ -98,7 +102,20 @@ class TaskLosses:
             if not any(math.isnan(value) for value in own.values()):
                 objective.advance(own, step / max(1, self._total_steps))
 
-    def part(self, part: BatchPart, staged: StagedStep) -> LossPart:
+    def columns(self, staged: StagedStep, device: torch.device) -> list[list[Columns]]:
+        """Collective where an objective compares answers of a step that the student wrote: of each micro-batch and part
+        the columns for `part`."""
+        if not any(objective.returns for objective in self._objectives.values()):
+            return [[part.columns for part in batch.parts] for batch in staged.micro_batches]
+        return columns_of_step(
+            [to_device(batch, device) for batch in staged.micro_batches],
+            self._objectives,
+            lambda part: self.part(part, staged, {}),
+            vocabulary_size=self._staging.vocabulary_size,
+            chunk_rows=self._run.student.loss_chunk_rows,
+        )
+
+    def part(self, part: BatchPart, staged: StagedStep, columns: Columns) -> LossPart:
         """Row terms are divided by the loss tokens of the step (or of the task in it), sequence terms by the groups of
         the task in the step; times the number of ranks, because DeepSpeed averages over them."""
         task, totals = self.tasks[part.task], staged.totals[part.task]
@@ -116,6 +133,7 @@ class TaskLosses:
             groups=part.groups,
             rewards=part.rewards,
             compiled=self.compiled.get(part.task),
+            columns=columns if self._objectives[part.task].on_rollouts else {},
         )
 
     def row_scale(self, part: BatchPart, staged: StagedStep) -> float:

@@ -74,6 +74,7 @@ class BatchPart:
     more for the rows in none."""
     groups: tuple[tuple[int, ...], ...]  # the same numbers: the answers to each prompt, in the order of their samples
     rewards: tuple[float | None, ...]  # of each sequence of this part
+    prompts: tuple[str, ...] = ()  # of each sequence, what it is an answer to: equal in a group, on whatever rank
 
 
 @dataclass(frozen=True, slots=True)

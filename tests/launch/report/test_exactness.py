@@ -17,7 +17,9 @@ from launch.report.page import write_report
 from trainer.run_folder import RunFolder, write_json
 
 BOUND = "a lower bound of the value over the whole vocabulary (labels: topk)"
-DIVERGENCES = [LOSSES.kind_of(term) for term in LOSSES.built_in if "labels" in term.needs]
+DIVERGENCES = [
+    LOSSES.kind_of(term) for term in LOSSES.built_in if "labels" in term.needs and "rollouts" not in term.needs
+]
 
 
 def run(**changes: Any) -> Run:
