@@ -46,14 +46,8 @@ shards too, and `check` says where it does not.
 sample: they need `answers: student`. Every divergence may be learnt from the student's text too; it is computed from
 all that the labels say, whoever wrote the text, and needs neither samples nor importance ratios. Start with
 `reverse_kl` and `labels: hidden`, or `jsd`; take `policy_gradient` where labels must be small (`token`: 4 bytes a
-token), where a token should answer for what follows it (`discount`), or where a verifier's reward is raised beside it:
-
-```yaml
-answers: {kind: student, n: 4}
-labels: {kind: topk, k: 32}
-objective:
-  - {loss: policy_gradient, discount: 0.0, reward_weight: 0.5, baseline: group, whiten: reward}
-```
+token), where a token should answer for what follows it (`discount`), or where a verifier's reward is raised beside it,
+as in `objective: [{loss: policy_gradient, reward_weight: 0.5, baseline: group, whiten: reward}]`.
 
 Each row of theirs is an unbiased estimate: with `closed_form`, what labels know of all tokens is taken over the whole
 distribution (that is `reverse_kl`), and the sampled token adds what a lumped tail hides, so that `topk` or `nucleus`

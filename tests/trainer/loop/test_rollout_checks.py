@@ -39,7 +39,7 @@ def test_text_with_all_that_terms_need_passes_and_other_tasks_are_not_asked():
     ("sequence", "text"),
     [
         (replace(GOOD, columns={}, author="dataset"), "written by dataset: it has no column rollout_logprobs"),
-        (replace(GOOD, columns={"rollout_logprobs": WRITTEN[:5]}), "rollout_logprobs has 5 numbers, and it has 7 tokens"),
+        (replace(GOOD, columns={"rollout_logprobs": WRITTEN[:5]}), "has 5 numbers, and it has 7 tokens"),
         (
             replace(GOOD, columns={"rollout_logprobs": bad(WRITTEN, 4, -np.inf)}),
             "rollout_logprobs is -inf in row 4, the prediction of token 5",
