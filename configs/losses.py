@@ -516,15 +516,20 @@ class Features(Term):
 
 
 class ChunkKl(Term):
-    """KL of whether a chunk of the text comes, P log P/Q + (1 - P) log (1 - P)/(1 - Q) by its probabilities P of the
-    teacher and Q of the student, for teachers with another tokenizer (ALM, arXiv 2503.20083, with tau = 1)."""
+    """KL of whether a chunk of the text comes, tau (P log P/Q + (1 - P) log (1 - P)/(1 - Q)) by its probabilities, of
+    the teacher to the power of 1/tau P and of the student Q, for teachers with another tokenizer (ALM, arXiv
+    2503.20083)."""
 
     loss: Literal["chunk_kl"] = "chunk_kl"
+    temperature: Annotated[float, Field(ge=1, le=1e4)] = Field(
+        100.0,
+        description="tau: at 1 an unlikely chunk teaches nothing; at 100, as in ALM, about as much as a likely one.",
+    )
 
     across_tokenizers: ClassVar[bool] = True
     form: ClassVar[Literal["row", "sequence", "features"]] = "sequence"
     needs: ClassVar[frozenset[Need]] = frozenset({"target_logprobs", "chunks"})
-    exactness: ClassVar[Mapping[str, Exactness]] = {"token": "lower_bound"}
+    exactness: ClassVar[Mapping[str, Exactness]] = {"token": "biased"}
 
 
 class Uld(Divergence):

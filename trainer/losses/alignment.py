@@ -13,16 +13,20 @@ MOST = -1e-7
 
 
 @computes(ChunkKl)
-def chunk_kl(scores: SequenceScores) -> torch.Tensor:
-    """P log P/Q + (1 - P) log (1 - P)/(1 - Q), [C]; P and Q are the probabilities of a chunk by teacher and student,
-    products over its tokens. Gradient by log Q (Q - P)/(1 - Q).
+def chunk_kl(scores: SequenceScores, *, temperature: float) -> torch.Tensor:
+    """tau (P log P/Q + (1 - P) log (1 - P)/(1 - Q)), [C]; P and Q are the probabilities of a chunk by teacher and
+    student, products over its tokens, to the power of 1/tau. Gradient by the student's log-probability
+    (Q - P)/(1 - Q).
 
-    ALM, arXiv 2503.20083, with the KL divergence and tau = 1. A lower bound of the KL between the distributions over
-    all texts of the chunk's length (data processing inequality). The last sum is of rows in no chunk.
+    ALM, arXiv 2503.20083, with the KL divergence, here times tau, so that it does not vanish with a large one. At
+    tau = 1 a lower bound of the KL between the distributions over all texts of the chunk's length (data processing
+    inequality), whose gradient is no larger than Q, so that a chunk of several tokens hardly counts; at a large tau the
+    gradient is that of log q - log p in proportion to log q. The last sum is of rows in no chunk.
     """
     assert scores.reference is not None, "chunk_kl needs the teacher's log-probabilities"
-    p, q = (sums[: len(scores.groups)].clamp(max=MOST) for sums in (scores.reference, scores.student))
-    return p.exp() * (p - q) - torch.expm1(p) * (_log1mexp(p) - _log1mexp(q))
+    sums = (one[: len(scores.groups)].double() for one in (scores.reference, scores.student))
+    p, q = ((one / temperature).clamp(max=MOST) for one in sums)
+    return (temperature * (p.exp() * (p - q) - torch.expm1(p) * (_log1mexp(p) - _log1mexp(q)))).to(scores.student.dtype)
 
 
 @computes(Uld)

@@ -154,9 +154,11 @@ CHUNKS = torch.tensor([0, 0, 1, 4, 2, 2, 2, 3, 4, 4, 3])
 """Of each row; 4: in none."""
 
 
-def chunk_loss(logits: torch.Tensor, chunks: torch.Tensor, reference: torch.Tensor, count: int) -> torch.Tensor:
+def chunk_loss(
+    logits: torch.Tensor, chunks: torch.Tensor, reference: torch.Tensor, count: int, *, temperature: float
+) -> torch.Tensor:
     encoding = load_encoding(LABELS.validate("token"))
-    objective = Objective.of((oracle.term("chunk_kl"),), encoding)
+    objective = Objective.of((oracle.term("chunk_kl", temperature=temperature),), encoding)
     part = LossPart(
         slice(0, N),
         {LOGPROB: reference[:, None]},
@@ -177,36 +179,41 @@ def binary_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return oracle.forward_kl(torch.stack([p, 1 - p], -1), torch.stack([q, 1 - q], -1))
 
 
-def test_chunk_kl_is_the_kl_of_whether_a_chunk_comes_and_so_is_its_gradient() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 3.0, 100.0])
+def test_chunk_kl_is_the_kl_of_whether_a_chunk_comes_and_so_is_its_gradient(temperature: float) -> None:
     of_teacher = torch.tensor([-0.7, -1.9, -0.02, -4.0])
     reference = torch.zeros(N)
     reference[[0, 2, 4, 7]] = of_teacher  # at the first row of each chunk
     reference[3] = -9.0  # of a row in none
     logits, exact = STUDENT.clone().requires_grad_(), STUDENT.double().requires_grad_()
-    found = chunk_loss(logits, CHUNKS, reference, 4)
+    found = chunk_loss(logits, CHUNKS, reference, 4, temperature=temperature)
     logprobs = exact.log_softmax(-1)[torch.arange(N), TARGETS]
     q = torch.stack([logprobs[chunk == CHUNKS].sum() for chunk in range(4)]).exp()
-    expected = binary_kl(of_teacher.double().exp(), q).mean()
+    expected = temperature * binary_kl((of_teacher.double() / temperature).exp(), q ** (1 / temperature)).mean()
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
     (gradient,), (wanted,) = torch.autograd.grad(found, logits), torch.autograd.grad(expected, exact)
     torch.testing.assert_close(gradient.double(), wanted, atol=1e-6, rtol=1e-4)
     assert not gradient[CHUNKS == 4].any(), "rows in no chunk have no gradient"
-    assert abs(chunk_loss(logits, CHUNKS.roll(1), reference, 4) - expected) > 1e-2, "moved rows are seen"
+    assert abs(chunk_loss(logits, CHUNKS.roll(1), reference, 4, temperature=temperature) - expected) > 1e-2, (
+        "moved rows are seen"
+    )
 
 
 def test_with_equal_tokenizers_chunk_kl_is_that_of_each_target_and_its_rest() -> None:
     p = oracle.probabilities(torch.randn(N, generator=G)[:, None].expand(N, 2) * torch.tensor([1.0, -1.0]))[:, 0]
     q = oracle.probabilities(STUDENT)[torch.arange(N), TARGETS]
-    found = chunk_loss(STUDENT, torch.arange(N), p.log().float(), N)
+    found = chunk_loss(STUDENT, torch.arange(N), p.log().float(), N, temperature=1.0)
     torch.testing.assert_close(found.double(), binary_kl(p, q).mean(), atol=1e-5, rtol=1e-5)
 
 
-def test_chunk_kl_is_finite_where_a_chunk_is_certain_or_impossible() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 100.0])
+def test_chunk_kl_is_finite_where_a_chunk_is_certain_or_impossible(temperature: float) -> None:
     certain = torch.zeros(N, V_S)
     certain[torch.arange(N), TARGETS] = 100.0
     for sign in (1, -1):
         logits = (sign * certain).requires_grad_()
-        loss = chunk_loss(logits, torch.arange(N), torch.tensor([0.0, -1e4, -1.0] + [-0.5] * (N - 3)), N)
+        reference = torch.tensor([0.0, -1e4, -1.0] + [-0.5] * (N - 3))
+        loss = chunk_loss(logits, torch.arange(N), reference, N, temperature=temperature)
         (gradient,) = torch.autograd.grad(loss, logits)
         assert loss.isfinite()
         assert gradient.isfinite().all()
