@@ -9,16 +9,17 @@ the distance of its mean over draws to the exact one. Where labels are drawn, th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.answered import answered
 from benchmarks.cells import allowed, divergences, encode, encodings
 from configs.labels import Labels
 from configs.losses import Term
@@ -87,11 +88,8 @@ def read_rows(plan: ExactnessPlan) -> Rows:
     tokenizer = AutoTokenizer.from_pretrained(plan.teacher)
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (plan.teacher, plan.student)]
     hidden, student, target_ids = [], [], []
-    for line in plan.rows.read_text(encoding="utf-8").splitlines()[: plan.num_texts]:
-        row = json.loads(line)
-        asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-        ids = torch.tensor(tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False))
-        at = torch.linspace(len(asked) - 1, len(ids) - 2, plan.rows_per_text).long().unique()
+    for ids, first in islice(answered(plan.rows, tokenizer), plan.num_texts):
+        at = torch.linspace(first, len(ids) - 2, plan.rows_per_text).long().unique()
         with torch.no_grad():
             hidden.append(models[0].base_model(ids[None]).last_hidden_state[0, at])
             student.append(models[1](ids[None]).logits[0, at].float())

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from benchmarks.answered import answered
 from benchmarks.cells import encode
 from configs.labels import LABELS
 from configs.losses import LOSSES
@@ -231,12 +232,6 @@ def _logits(student: PreTrainedModel, hidden: torch.Tensor, vocabulary_size: int
 @torch.no_grad()
 def _texts(file: Path, teacher: PreTrainedModel, tokenizer: Any, max_length: int) -> Iterator[Text]:
     """Rows with an answer that are no longer than `max_length`."""
-    for line in file.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if not row.get("completion"):
-            continue
-        asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-        ids = torch.tensor(tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False))
+    for ids, first in answered(file, tokenizer):
         if len(ids) <= max_length:
-            first = len(asked) - 1
             yield Text(ids, first, teacher.base_model(ids[None]).last_hidden_state[0, first:-1].clone())

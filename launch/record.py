@@ -40,6 +40,7 @@ from launch.report.worst import worst_records
 from trainer.data.readable import answer_of, readable_prompts
 from trainer.errors import InfrastructureError
 from trainer.loop.job import Job
+from trainer.loop.rows import open_held_out
 from trainer.records import read_parts
 from trainer.run_folder import RunFolder, write_json, write_text
 from trainer.types import Evaluation, Sequence
@@ -134,7 +135,9 @@ class Record:
         shown: dict[str, Any] = {who: [read(text) for text in texts]}
         if len(read_generations(self._folder).get("prompts", ())) != len(rows):
             template = inputs.tasks[held_out.task.name].template
-            shown["prompts"] = readable_prompts(held_out.rows, rows, template)
+            read_from = open_held_out(self._job.run, inputs, held_out).rows
+            system_prompt = held_out.rows.system_prompt
+            shown["prompts"] = readable_prompts(read_from, rows, template, system_prompt=system_prompt)
             shown["reference"] = [read(answer_of(row)) for row in rows]
         self._merge(self._folder.generations, shown)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cluster.engines.vllm_limits import check_cache, check_rotation
 from cluster.engines.vllm_registry import check_architecture, check_layers, unknown_quantisation
@@ -193,19 +192,15 @@ def attention(run: Run, *, known: set[str]) -> Iterator[Finding]:
             refuse_unpackable(config, max_length=run.data.max_length, trust_remote_code=trusted)
 
         yield attempt("student attention", look, lambda: "its sequences can be packed")
-    for name in run.teachers_by_name():
+    for name, teacher in run.teachers_by_name().items():
         place = teacher_place(run, name)
         if place not in known:
             continue
+        config = load_config(teacher.model, role=f"{place}.model")
         for subject, look in (("attention", check_rotation), ("cache", check_cache)):
-            asked = partial(_of_engine, look, run, name, f"{place}.model")
-            finding = attempt(f"{place} {subject}", asked, lambda: "fits the data")
+            finding = attempt(f"{place} {subject}", partial(look, run, name, config), lambda: "fits the data")
             if finding.fatal:
                 yield finding
-
-
-def _of_engine(look: Callable[[Run, str, Any], None], run: Run, name: str, role: str) -> None:
-    look(run, name, load_config(run.teachers_by_name()[name].model, role=role))
 
 
 def licences(run: Run) -> Iterator[Finding]:

@@ -158,11 +158,17 @@ def _remarks(run: Run, source: _Source, report: RowReport) -> Iterator[Finding]:
         steps = partial(total_steps, run, rows_per_epoch=report.num_rows)
         yield attempt("steps", steps, lambda: _epochs(run, steps(), rows=report.num_rows))
     texts = []
-    if report.num_special and run.data.special_tokens_in_text == "warn":
+    if report.special.num and run.data.special_tokens_in_text == "warn":
         texts.append(
-            f"{report.num_special} of {report.num_checked} rows contain special tokens in their text, which become "
-            f"control tokens: {report.first_special}; write data.special_tokens_in_text: escape to read them as "
+            f"{report.special.num} of {report.num_checked} rows contain special tokens in their text, which become "
+            f"control tokens: {report.special.first}; write data.special_tokens_in_text: escape to read them as "
             "plain text, or allow where they are meant"
+        )
+    if report.media.num:
+        texts.append(
+            f"{report.media.num} of {report.num_checked} rows have marks in their text that stand for pictures, sound "
+            f"or films: {report.media.first}; only text is read, so the answers would be about what no model sees: "
+            "leave such rows out, unless the marks are meant as text"
         )
     if report.num_split:
         texts.append(

@@ -22,9 +22,11 @@ from configs.document import read_document
 from launch import templates
 from launch.report.artifacts import Tell, read_manifest
 from launch.report.charts import charts
+from launch.report.exactness import losses_note
 from launch.report.hours import read_attempts
 from launch.report.metrics import NOTICEABLE_PADDING, TOKENS_PER_S, Records, read_metrics
 from launch.report.numbers import Form, compact, duration, percent
+from launch.report.stations import stations
 from launch.report.tasks import tables
 from launch.report.timeline import Span, TimeAxis, draw, kinds_present, mean_waiting, read_timeline, wait_shares
 from launch.report.trained import read_trained
@@ -90,6 +92,8 @@ def render(folder: RunFolder) -> str:
         html=True,
         title=config.get("name") or folder.path.name,
         subtitle=_subtitle(config),
+        stations=stations(config),
+        losses=losses_note(manifest.get("training_losses")),
         status=status,
         tiles=_tiles(records, spans, manifest),
         charts=charts(records),

@@ -140,6 +140,13 @@ def test_special_tokens_in_rows_are_told_until_it_is_said_what_they_mean(make: M
     assert "becomes a control token" in problems(file, "data.special_tokens_in_text=error")[0].text
 
 
+def test_rows_that_speak_of_pictures_are_told_with_the_first_place(make: Make) -> None:
+    row = {"messages": [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", "content": "a fox"}]}
+    said = [finding.text for finding in collect_problems(loaded(make(ROW, row))) if "pictures" in finding.text]
+    assert "prompts: 1 of 2 rows have marks in their text that stand for pictures, sound or films: " in said[0]
+    assert "rows.jsonl:2: messages[0].content: '<image>\\nWhat is it?'; only text is read" in said[0]
+
+
 def test_folders_whose_names_are_patterns_elsewhere_are_refused(make: Make, tmp_path: Path, tiny_teacher: Path) -> None:
     twin = tmp_path / "teacher[1]"
     shutil.copytree(tiny_teacher, twin)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from launch.check.bad_rows import bad_rows
-from trainer.data.prompts import RowReport
+from trainer.data.prompts import Remarked, RowReport
 from trainer.errors import BadRow
 
 BLANK = RowReport(
@@ -22,9 +22,9 @@ BLANK = RowReport(
     num_answered=0,
     num_split=0,
     num_of_split=0,
-    num_special=0,
     max_compared_tokens=0,
-    first_special="",
+    special=Remarked(),
+    media=Remarked(),
 )
 
 

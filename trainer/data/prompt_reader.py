@@ -15,6 +15,7 @@ from configs.section import MAIN
 from configs.tasks import Ensemble, Route
 from trainer.data.chat import Template, TooManyTokens
 from trainer.data.dataset_options import learnt_turns, refuse_without_turns, with_system_prompt
+from trainer.data.media import media_mark_in
 from trainer.data.row import CandidatesRow, ChatRow, CorpusRow, PreferenceRow, Row, preview, texts_of
 from trainer.data.rows import Rows
 from trainer.data.teacher_weights import weights_of
@@ -227,10 +228,12 @@ class PromptReader:
         except ValueError as error:
             raise BadRow(origin, f"{ensemble.weights_column}: {error}", preview(raw)) from None
 
-    def special_token(self, row: int) -> str | None:
-        """The first special token in the text of a row, with its place. Raises `BadRow`."""
-        found = self.template.special_tokens.first_in(self.rows.read(row, needs_answer=self.to_write is None))
-        return None if found is None else f"{self.rows.raw.origin(row)}: {found}"
+    def remarks(self, row: int) -> tuple[str | None, str | None]:
+        """The first special token in the text of a row, and the first mark of a picture, a sound or a film, each with
+        its place. Raises `BadRow`."""
+        parsed, origin = self.rows.read(row, needs_answer=self.to_write is None), self.rows.raw.origin(row)
+        token, mark = self.template.special_tokens.first_in(parsed), media_mark_in(parsed)
+        return (None if token is None else f"{origin}: {token}"), (None if mark is None else f"{origin}: {mark}")
 
     def _without_control(self, row: Row) -> Row:
         """The row as `data.special_tokens_in_text` wants it. Raises `DataError` where it refuses the row."""

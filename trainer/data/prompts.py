@@ -30,6 +30,18 @@ MOST_UNUSABLE = 8192
 
 
 @dataclass(frozen=True, slots=True)
+class Remarked:
+    """Ok rows of which something is to be told."""
+
+    num: int = 0
+    first: str = ""  # "file:line: field: text"; empty where there is none
+
+    def and_in(self, found: str | None) -> Remarked:
+        """With another row, where something was found in it."""
+        return self if found is None else Remarked(self.num + 1, self.first or found)
+
+
+@dataclass(frozen=True, slots=True)
 class RowReport:
     """num_checked = num_ok + num_dropped + len(bad_rows)."""
 
@@ -46,9 +58,9 @@ class RowReport:
     num_answered: int  # ok rows that have answers; to the others one is written
     num_split: int  # ok rows of several sequences: conversations whose earlier turns the template rewrites
     num_of_split: int  # sequences that they became
-    num_special: int  # ok rows with special tokens in their text
     max_compared_tokens: int  # of all answers to one prompt, where they are compared; 0 where none are
-    first_special: str  # "file:line: field: token"; empty where there is none
+    special: Remarked  # special tokens in their text
+    media: Remarked  # marks in their text that stand for pictures, sound or films
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -213,7 +225,8 @@ def check_rows(reader: PromptReader, *, budget: int) -> RowReport:
     """
     num_rows = len(reader.rows)
     chosen = np.arange(num_rows) if num_rows <= budget else np.linspace(0, num_rows - 1, budget).astype(int)
-    prompts, problems, special, num_dropped, num_truncated = [], [], [], 0, 0
+    prompts, problems, num_dropped, num_truncated = [], [], 0, 0
+    special = media = Remarked()
     for row in chosen:
         try:
             prompt, truncated = reader.read(int(row), f"0:{row}")
@@ -225,8 +238,8 @@ def check_rows(reader: PromptReader, *, budget: int) -> RowReport:
             continue
         prompts.append(prompt)
         num_truncated += truncated
-        if (token := reader.special_token(int(row))) is not None:
-            special.append(token)
+        token, mark = reader.remarks(int(row))
+        special, media = special.and_in(token), media.and_in(mark)
     lengths = [len(text.token_ids) for prompt in prompts for text in (prompt, *prompt.turns)]
     masks = [text.loss_mask for prompt in prompts for text in (prompt, *prompt.turns) if text.loss_mask is not None]
     split = [prompt for prompt in prompts if prompt.turns]
@@ -244,7 +257,7 @@ def check_rows(reader: PromptReader, *, budget: int) -> RowReport:
         num_answered=sum(prompt.loss_mask is not None for prompt in prompts),
         num_split=len(split),
         num_of_split=sum(1 + len(prompt.turns) for prompt in split),
-        num_special=len(special),
         max_compared_tokens=max(map(_compared_tokens, prompts), default=0),
-        first_special=special[0] if special else "",
+        special=special,
+        media=media,
     )

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from configs.prompts import Dataset
 from trainer.data.chat import Template
 from trainer.data.dataset_options import with_system_prompt
 from trainer.data.row import CandidatesRow, ChatRow, CorpusRow, PreferenceRow, Row
@@ -32,16 +31,18 @@ def answer_of(sequence: Sequence) -> np.ndarray:
     return sequence.token_ids[start + 1 : stop + 1]
 
 
-def readable_prompts(dataset: Dataset, sequences: AbstractSequence[Sequence], template: Template) -> list[list[Turn]]:
-    """The prompt of each sequence (of `trainer.loop.rows.held_out_rows`) as turns.
+def readable_prompts(
+    rows: Rows, sequences: AbstractSequence[Sequence], template: Template, *, system_prompt: str | None = None
+) -> list[list[Turn]]:
+    """The prompt of each sequence as turns. `rows` are those that the sequences were read from
+    (`trainer.loop.rows.open_held_out`): of a fraction they have numbers of their own.
 
     Turns are shown only where rendering them gives the very tokens of the prompt; otherwise its text is.
     """
-    rows = Rows.open(dataset)
     found = []
     for sequence in sequences:
         row = rows.read(int(sequence.prompt_id.split(":")[1]), needs_answer=True)
-        row = with_system_prompt(row, dataset.system_prompt)
+        row = with_system_prompt(row, system_prompt)
         prompt = prompt_of(sequence)
         text = template.tokenizer.decode(prompt, skip_special_tokens=True)
         found.append(_turns(row, prompt, template) or [{"role": "", "content": text}])

@@ -43,12 +43,18 @@ def check_tools(text: str, without: str, tools: Iterable[Mapping[str, Any]]) -> 
 
 
 def check_context(text: str, messages: Iterable[Mapping[str, Any]]) -> None:
-    """`text` is a rendered conversation or prompt. Raises `DataError` where a system turn, a call or the result of
-    one is not in it: what follows would refer to nothing."""
-    position = 0
+    """`text` is a rendered conversation or prompt. Raises `DataError` where a system turn, a user turn, a call or the
+    result of one is not in it, or only a part: what follows would refer to nothing."""
+    position, asked, squeezed = 0, 0, _squeezed(text)
     for index, message in enumerate(messages):
-        if message["role"] in ("system", "developer") and not _has(text, message["content"]):
+        if message["role"] in ("system", "developer") and _end_in(squeezed, message["content"]) is None:
             raise DataError(f"messages[{index}]: the chat template leaves out the {message['role']} turn{_ESCAPE}")
+        if message["role"] == "user":
+            end = _end_in(squeezed, message["content"], asked)
+            if end is None:
+                what = f"leaves out the user turn, or a part of it: {_short(message['content'])}"
+                raise DataError(f"messages[{index}]: the chat template {what}{_ESCAPE}")
+            asked = end
         if message["role"] == "tool" and not any(writing in text for writing in _writings(message["content"].strip())):
             raise DataError(f"messages[{index}]: the chat template does not render this result of a tool{_ESCAPE}")
         for number, call in enumerate(message.get("tool_calls") or ()):
@@ -96,10 +102,13 @@ def _writings(value: Any) -> list[str]:
     return [json.dumps(value), str(value)]
 
 
-def _has(text: str, content: str) -> bool:
-    """Whether the text has the content in one of its writings, white space aside."""
-    squeezed = _squeezed(text)
-    return any(_squeezed(writing) in squeezed for writing in _writings(content))
+def _end_in(squeezed: str, content: str, start: int = 0) -> int | None:
+    """Where the content ends in a squeezed text, first behind `start`, in one of its writings; None where it is not."""
+    for writing in map(_squeezed, _writings(content)):
+        at = squeezed.find(writing, start)
+        if at >= 0:
+            return at + len(writing)
+    return None
 
 
 def _squeezed(text: str) -> str:

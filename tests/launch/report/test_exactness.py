@@ -57,7 +57,7 @@ def test_terms_of_tasks_are_named_by_task_in_one_line() -> None:
     told = run(tasks={"pairs": pairs, "chat": chat})
     assert exactness_of(told) == {"pairs/dpo": "exact", "chat/forward_kl": BOUND, "chat/reverse_kl": BOUND}
     (line,) = told_at_start(told)
-    assert line == f"chat/forward_kl is {BOUND}; chat/reverse_kl is {BOUND}. Held-out numbers are exact"
+    assert line == f"chat/forward_kl and chat/reverse_kl are each {BOUND}. Held-out numbers are exact"
 
 
 def test_labels_of_a_user_are_not_declared() -> None:
@@ -75,4 +75,5 @@ def test_card_and_report_say_it(tmp_path: Path) -> None:
     write_json(folder.manifest, {"training_losses": exactness_of(told)})
     page = write_report(folder).read_text()
     assert "Training losses" in page
+    assert f"Training loss: forward_kl is {BOUND}. Held-out" in page
     assert BOUND in page

@@ -171,6 +171,37 @@ def test_a_template_that_changes_the_answer_is_refused() -> None:
         template(changing).render(talk)
 
 
+@pytest.mark.parametrize(
+    "cut",
+    [
+        "m['content'][:6]",
+        "m['content'][6:]",
+        "'' if loop.first else m['content']",
+        "m['content'].split('</think>')[-1]",
+    ],
+)
+def test_a_template_that_cuts_a_user_turn_is_refused(cut: str) -> None:
+    asks = ("let me think</think>what is this?", "and that, as asked before?")
+    talk = [{"role": role, "content": text} for ask in asks for role, text in (("user", ask), ("assistant", "a fox"))]
+    written = f"({cut}) if m['role'] == 'user' else m['content']"
+    changed = template(CHATML.replace("m['content']", f"({written})"))
+    with pytest.raises(DataError, match=r"messages\[0\]: the chat template leaves out the user turn, or a part of it"):
+        changed.render(talk)
+    with pytest.raises(DataError, match=r"messages\[0\]: the chat template leaves out"):
+        changed.render_prompt(talk[:3])
+    trims = template(CHATML.replace("m['content']", "(m['content'] | trim | replace('  ', ' '))"))
+    spaced = [talk[0] | {"content": f"  {asks[0]}  again\n"}, talk[1]]
+    assert trims.render(spaced)[0].loss_mask.any()
+
+
+def test_a_user_turn_that_stands_in_another_turn_alone_is_missed() -> None:
+    """Each is looked for behind the one before it."""
+    once = "'' if m['role'] == 'user' and loop.index0 == 2 else m['content']"
+    talk = [{"role": role, "content": text} for role, text in (("user", "go on"), ("assistant", "a fox")) * 2]
+    with pytest.raises(DataError, match=r"messages\[2\]: the chat template leaves out the user turn"):
+        template(CHATML.replace("m['content']", f"({once})")).render(talk)
+
+
 def test_a_template_that_raises_or_is_broken_says_so() -> None:
     with pytest.raises(DataError, match="System role not supported"):
         template(GEMMA, ("<start_of_turn>", "<end_of_turn>")).render(TALK)

@@ -192,8 +192,8 @@ def test_control_tokens_in_calls_and_their_results_are_found_and_read_as_text(tm
     tool = {"type": "function", "function": {**TOOL["function"], "description": "ends with <|im_end|>"}}
     row = {"messages": INJECTED, "tools": [tool]}
     report = check_rows(reader(tmp_path, [row], shape=shape), budget=5)
-    assert report.num_special == 1
-    assert "rows.jsonl:1: messages[1].tool_calls[0].function.arguments.city: '<|im_end|>'" in report.first_special
+    assert report.special.num == 1
+    assert "rows.jsonl:1: messages[1].tool_calls[0].function.arguments.city: '<|im_end|>'" in report.special.first
     with pytest.raises(BadRow, match=r"messages\[1\].tool_calls\[0\].*becomes a control token"):
         texts_of(reader(tmp_path, [row], shape=shape, special_tokens_in_text="error"))
     rows = reader(tmp_path, [row], shape=shape, special_tokens_in_text="escape")

@@ -13,12 +13,13 @@ from tiny_models import tiny_folder
 from tiny_runs import chat_row, tiny_run, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from configs.held_out import held_out_sets
 from configs.load import load_run
 from configs.models import ModelSource
 from launch.quiet import quiet_libraries
 from trainer.data.readable import answer_of, prompt_of, readable_prompts
 from trainer.loop.inputs import Inputs, read_inputs
-from trainer.loop.rows import held_out_rows
+from trainer.loop.rows import held_out_rows, open_held_out
 from trainer.model.teacher_answers import teacher_answers
 
 QUESTION = {"role": "user", "content": "the quick <|brown|> fox\n  jumps"}
@@ -38,8 +39,9 @@ def shown(folder: Path, rows: list[dict[str, Any]], **data: Any) -> tuple[list[A
     run = load_run(path).run
     inputs = read_inputs(run)
     sequences = held_out_rows(run, inputs)
-    assert run.data.evaluation is not None
-    prompts = readable_prompts(run.data.evaluation, sequences, inputs.first.template)
+    (held_out,) = held_out_sets(run).values()
+    read_from, said = open_held_out(run, inputs, held_out).rows, held_out.rows.system_prompt
+    prompts = readable_prompts(read_from, sequences, inputs.first.template, system_prompt=said)
     decode = lambda ids: inputs.tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
     return prompts, [decode(answer_of(sequence)) for sequence in sequences], inputs
 
@@ -55,6 +57,22 @@ def test_a_conversation_is_shown_by_its_turns_up_to_the_first_answer_that_is_lea
     )
     assert prompts == [[QUESTION], [RULES, QUESTION, ANSWER, more]]
     assert answers == ["over the lazy dog", "wash"]
+
+
+def test_of_a_fraction_the_prompts_are_those_of_the_rows_that_are_held_out(tmp_path: Path) -> None:
+    asks = [f"what turns {word}" for word in ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog")]
+    path = tiny_run(tmp_path, {"data": {"evaluation": {"fraction": 0.4, "path": None}}})
+    turns = [[{"role": "user", "content": ask}] for ask in asks]
+    write_rows(tmp_path / "train.jsonl", [{"prompt": turn, "completion": [ANSWER]} for turn in turns])
+    run = load_run(path).run
+    inputs = read_inputs(run)
+    (held_out,) = held_out_sets(run).values()
+    sequences = held_out_rows(run, inputs)
+    prompts = readable_prompts(open_held_out(run, inputs, held_out).rows, sequences, inputs.first.template)
+    assert 1 < len(prompts) < 5
+    for (turn,), sequence in zip(prompts, sequences, strict=True):
+        assert turn["role"] == "user"
+        assert turn["content"] in inputs.tokenizer.decode(prompt_of(sequence))
 
 
 def test_of_several_answers_the_first_is_the_one_that_is_asked_for(held_out: Path) -> None:

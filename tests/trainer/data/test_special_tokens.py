@@ -130,8 +130,8 @@ def test_a_row_is_refused_with_place_and_token_where_that_is_wanted(tmp_path: Pa
 def test_checking_counts_the_rows_and_names_the_first(tmp_path: Path) -> None:
     rows = [talk("a", "b"), talk("a", "<pad>"), talk(ATTACK, "b")]
     report = check_rows(PromptReader.open(**options(tmp_path, rows, tiny_tokenizer())), budget=10)
-    assert (report.num_special, report.num_ok) == (2, 3)
-    assert report.first_special == f"{tmp_path}/rows.jsonl:2: messages[1].content: '<pad>'"
+    assert (report.special.num, report.num_ok) == (2, 3)
+    assert report.special.first == f"{tmp_path}/rows.jsonl:2: messages[1].content: '<pad>'"
 
 
 def test_a_vocabulary_that_makes_special_tokens_of_plain_text_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from trainer.data.readable import answer_of, readable_prompts
 from trainer.errors import ConfigError, DataError
 from trainer.loop import rows
 from trainer.loop.inputs import read_inputs
-from trainer.loop.rows import held_out_rows
+from trainer.loop.rows import held_out_rows, open_held_out
 
 SHOUTED = CHATML.replace("m['role']", "m['role'] | upper").replace("assistant", "ASSISTANT")
 
@@ -59,7 +59,7 @@ def test_of_held_out_preferences_the_chosen_answer_is_read_and_its_prompt_is_sho
     assert len(found) == 3
     assert all("spirit" in inputs.tokenizer.decode(answer_of(row)) for row in found)
     (held_out,) = held_out_sets(run).values()
-    shown = readable_prompts(held_out.rows, found, inputs.first.template)
+    shown = readable_prompts(open_held_out(run, inputs, held_out).rows, found, inputs.first.template)
     assert [turn["content"] for (turn,) in shown] == [row["prompt"][0]["content"] for row in rows]
 
 
