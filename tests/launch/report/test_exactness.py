@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from configs.losses import LOSSES
 from configs.schema import Run
-from launch.report.exactness import exactness_of, told_at_start
+from launch.report.exactness import exactness_of, losses_note, told_at_start
 from launch.report.metrics import Records
 from launch.report.model_card import model_card
 from launch.report.page import write_report
@@ -75,5 +75,6 @@ def test_card_and_report_say_it(tmp_path: Path) -> None:
     write_json(folder.manifest, {"training_losses": exactness_of(told)})
     page = write_report(folder).read_text()
     assert "Training losses" in page
-    assert f"Training loss: forward_kl is {BOUND}. Held-out" in page
+    assert losses_note(exactness_of(told)).startswith(f"Training loss: forward_kl is {BOUND}. Held-out numbers are ")
+    assert [losses_note(odd) for odd in (None, {}, ["forward_kl"], {"forward_kl": 1})] == [""] * 4
     assert BOUND in page
