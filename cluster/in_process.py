@@ -17,7 +17,7 @@ from cluster.engines.plan import EnginePlan
 from cluster.placement.resolve import Resolved
 from cluster.runtime import RankPlace
 from cluster.students.group import StudentJob, on_local_copy
-from cluster.teachers.actor import start_engine
+from cluster.teachers.actor import last_notes, start_engine
 from cluster.teachers.pool import check_report, tell_notes
 from configs.labels import Labels
 from trainer.labels.joined import row_ids
@@ -59,7 +59,7 @@ class InProcessTeacher:
         report, block = await self._engine.score(unit, encoding, deadline_s=self._deadline_s, given=ids)
         check_report(report, unit)
         self._observer.span(report.replica, "score", report.started_s, report.started_s + report.score_s, unit.id)
-        tell_notes(report, self._told, self._observer)
+        tell_notes(report.notes, self._told, self._observer)
         return report, block
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
@@ -68,6 +68,7 @@ class InProcessTeacher:
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
+            tell_notes(last_notes(self._engine), self._told, self._observer)
 
 
 class InProcessStudents:

@@ -224,6 +224,14 @@ LABELS = Station(
     default="topk",
     members=("needs", "layout", "encode", "prepare", "align", "mass"),
     contract="trainer/labels/encoding.py",
+    other_words={
+        **dict.fromkeys(("logits", "logprobs", "full"), "dense"),
+        **dict.fromkeys(("top_p", "top_mass"), "nucleus"),
+        **dict.fromkeys(("rs_kd", "random_sampling", "samples"), "sampled"),
+        **dict.fromkeys(("features", "last_hidden_state"), "hidden"),
+        **dict.fromkeys(("student_topk", "on_ids"), "given_ids"),
+        "hard": "none",
+    },
 )
 AnyLabels = Annotated[Labels | NoLabels, LABELS]
 

@@ -575,5 +575,19 @@ LOSSES = Station(
     class_name="Term",
     tag="loss",
     refused=REFUSED,
+    other_words={
+        **dict.fromkeys(("fkl", "kl", "kld", "kl_div", "kd", "soft_cross_entropy"), "forward_kl"),
+        **dict.fromkeys(("rkl", "reverse_kld", "minillm"), "reverse_kl"),
+        **dict.fromkeys(("js", "jsd_beta", "jensen_shannon", "gkd", "generalized_jsd"), "jsd"),
+        **dict.fromkeys(("sfkl", "skl", "skewed_kl", "skew_kl", "skewed_forward_kl"), "skew_forward_kl"),
+        **dict.fromkeys(("srkl", "skewed_reverse_kl", "distillm"), "skew_reverse_kl"),
+        **dict.fromkeys(("tv", "tvd_loss", "total_variation"), "tvd"),
+        **dict.fromkeys(("akl", "adaptive_kld"), "adaptive_kl"),
+        **dict.fromkeys(("ab", "abkd", "ab_divergence"), "alpha_beta"),
+        **dict.fromkeys(("ce", "xent", "nll", "sft", "hard"), "cross_entropy"),
+        **dict.fromkeys(("listwise", "rank_kl"), "listwise_kl"),
+        **dict.fromkeys(("mse", "l2", "l1", "cosine", "mmd", "hidden", "feature"), "features"),
+        **dict.fromkeys(("alm", "gold", "chunk"), "chunk_kl"),
+    },
 )
 AnyTerm = Annotated[Term, LOSSES]

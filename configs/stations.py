@@ -49,6 +49,7 @@ class Station:
     contract: str = ""  # the file that describes them
     formerly: Mapping[str, str] = field(default_factory=dict)  # kinds of older versions, and what they are now
     refused: Mapping[str, str] = field(default_factory=dict)  # what looks like a kind, and why it is none
+    other_words: Mapping[str, str] = field(default_factory=dict)  # of papers and other trainers, and what is meant
 
     def kinds(self) -> tuple[str, ...]:
         return tuple(self.kind_of(one) for one in self.built_in)
@@ -72,7 +73,9 @@ class Station:
             raise ValueError(f"the {self.tag} {kind} is now called {self.formerly[kind]}; write {self.formerly[kind]}")
         if kind in self.refused:
             raise ValueError(self.refused[kind])
-        raise ValueError(f"unknown {self.tag} '{kind}'{did_you_mean(kind, self.kinds())} ({self._allowed()})")
+        meant = self.other_words.get(kind.lower().replace("-", "_"))
+        hint = f"; did you mean '{meant}'?" if meant else did_you_mean(kind, self.kinds())
+        raise ValueError(f"unknown {self.tag} '{kind}'{hint} ({self._allowed()})")
 
     def validate(self, value: Any) -> Section:
         """A mapping, a bare kind or parameters -> parameters. Raises `ValidationError`."""

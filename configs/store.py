@@ -22,6 +22,13 @@ class Store(Section):
         "teacher is started, and all labels must be there (stillhouse label).",
     )
 
+    @field_validator("path", mode="before")
+    @classmethod
+    def _says_a_folder(cls, path: object) -> object:
+        if isinstance(path, str) and not path.strip():
+            raise ValueError("is empty: name a folder of its own, such as labels")
+        return path
+
     @field_validator("path")
     @classmethod
     def _home_is_a_folder(cls, path: Path) -> Path:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from cluster.preflight.machine import existing, size_text
 from configs.load import LoadedRun, load_run, run_folder
 from configs.rules import station_place
 from configs.schema import Run
@@ -135,11 +137,11 @@ class _Labelling:
                         known = self.wanted.setdefault(space.id, (space, set()))[1]
                         new = {key: one for key, one in labels.items() if key not in known}
                         known |= new.keys()
-                        there = await in_thread(store.read, space, new)
-                        self.progress.found(len(there))
+                        unread = await in_thread(store.unreadable, space, new)
+                        self.progress.found(len(new) - len(unread))
                         for text in store.notes():
                             self.progress.note(text)
-                        missing = [one for key, one in new.items() if key not in there]
+                        missing = [new[key] for key in unread]
                         for unit in self._cut(missing):
                             await free.acquire()
                             group.create_task(self._score(session, unit, missing[0], free))
@@ -167,6 +169,10 @@ class _Labelling:
             scorer = session.teachers[one.teacher].scorer
             assert scorer is not None, one.teacher
             report, _ = await scorer.score(unit, one.labels)
+            if report.store is not None and not report.store.keeps:
+                raise InfrastructureError(
+                    f"{self.configured.store.path} keeps no more labels, so that no more are made; {self._room()}"
+                )
             self.progress.made(len(unit.sequences), report)
         finally:
             free.release()
@@ -178,6 +184,15 @@ class _Labelling:
         lacking = sum(len(store.missing(space, keys)) for space, keys in self.wanted.values())
         if lacking:
             raise InfrastructureError(
-                f"{lacking} of {total} sequences have no labels in {self.configured.store.path}: make room on its "
-                "disk, or raise store.max_bytes, and run the same command again"
+                f"{lacking} of {total} sequences have no labels in {self.configured.store.path}; {self._room()}"
             )
+
+    def _room(self) -> str:
+        """What there is, and what to do."""
+        store = self.configured.store
+        used, free = LabelStore(store.path, limits=None).num_bytes(), shutil.disk_usage(existing(store.path)).free
+        return (
+            f"it holds {size_text(used)} of store.max_bytes {size_text(store.max_bytes)}, and its disk has "
+            f"{size_text(free)} left, of which {size_text(Limits(store.max_bytes).free_bytes)} are left alone: make "
+            "room there, or raise store.max_bytes, and run the same command again, which goes on"
+        )

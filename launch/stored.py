@@ -59,7 +59,8 @@ def by_space(wanted: Iterable[Wanted], spaces: Spaces) -> Iterator[tuple[LabelSp
 
 
 def refuse_missing(run: Run, inputs: Inputs, resolved: Resolved) -> str:
-    """What the store holds of a run that starts no teacher, in words. Raises `ConfigError` where not all is there."""
+    """What the store holds of a run that starts no teacher, in words. Reads all of it, since what is damaged is missing
+    too, and nobody would make it again. Raises `ConfigError` where not all is there."""
     assert run.store is not None
     store, spaces = LabelStore(run.store.path, limits=None), Spaces(resolved)
     seen: set[tuple[str, bytes]] = set()
@@ -69,13 +70,14 @@ def refuse_missing(run: Run, inputs: Inputs, resolved: Resolved) -> str:
         for space, labels in by_space(batch, spaces):
             kinds[space.id] = space
             seen |= {(space.id, key) for key in labels}
-            missing[space.id] += len(store.missing(space, labels))
+            missing[space.id] += len(store.unreadable(space, labels))
+    notes = "".join(f"; {note}" for note in store.notes())
     if not missing.total():
-        return f"{len(seen)} sequences have labels in {run.store.path}"
+        return f"{len(seen)} sequences have labels in {run.store.path}{notes}"
     parts = [f"{count} of {_kind(kinds[name])}" for name, count in missing.items() if count]
     raise ConfigError(
         f"store.mode: only starts no teacher, and {run.store.path} has no labels for {missing.total()} of {len(seen)} "
-        f"sequences ({', '.join(parts)}): run stillhouse label with the same configuration, which makes them"
+        f"sequences ({', '.join(parts)}): run stillhouse label with the same configuration, which makes them{notes}"
         + "".join(_hint(kinds[name], store) for name, count in missing.items() if count)
     )
 

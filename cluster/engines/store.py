@@ -98,7 +98,8 @@ class StoredScorer:
         space = self._spaces[encoding]
         keys = [key_of(sequence) for sequence in unit.sequences if sequence.num_loss_tokens]
         found = await self._read(space, keys, deadline_s)
-        use = StoreUse(sum(key in found for key in keys), sum(key not in found for key in keys), _num_bytes(found))
+        hits = sum(key in found for key in keys)
+        use = StoreUse(hits, len(keys) - hits, _num_bytes(found), keeps=self._store.keeps)
         made = None
         if use.misses:
             made, block = await self._make(unit, found, space, encoding, deadline_s=deadline_s)
@@ -130,7 +131,7 @@ class StoredScorer:
         """Have the engine score what is not in `found`, put it there, and keep it."""
         missing = {key_of(one): one for one in unit.sequences if one.num_loss_tokens and key_of(one) not in found}
         if self._engine is None:
-            notes = "".join(f" {note}." for note in self._store.notes())
+            notes = "".join(f" {note}" for note in self._store.notes())
             raise UnitRejected(
                 f"unit {unit.id}: the label store has no labels for {len(missing)} of its sequences, and store.mode: "
                 f"only starts no teacher: run stillhouse label with the same configuration, then this again.{notes}"
@@ -173,6 +174,10 @@ class StoredScorer:
     def close_store(self) -> None:
         """What waits in memory is on the disk then; the engine goes on."""
         self._store.close()
+
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know and no report said: a disk may fail on the last labels."""
+        return self._store.notes()
 
 
 def split(block: SoftLabelBlock, layout: tuple[Column, ...]) -> list[Columns]:

@@ -61,10 +61,17 @@ class Engines:
         generator = start_engine(plan.beside, name)
         return cls(start_engine(plan, name, beside=generator), generator)
 
-    def close(self) -> None:
+    def close(self) -> tuple[str, ...]:
+        """Returns what a person should know that came out now."""
         self.scorer.close()
         if self.generator is not self.scorer:
             self.generator.close()
+        return last_notes(self.scorer)
+
+
+def last_notes(engine: Any) -> tuple[str, ...]:
+    """Of an engine that was closed: those of its store."""
+    return engine.notes() if hasattr(engine, "notes") else ()
 
 
 class TeacherActor:
@@ -101,6 +108,6 @@ class TeacherActor:
     async def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> list[Completion]:
         return await self._engines.generator.generate(requests, deadline_s=deadline_s)
 
-    async def close(self) -> None:
-        if self._engines is not None:
-            await asyncio.to_thread(self._engines.close)
+    async def close(self) -> tuple[str, ...]:
+        """As that of `Engines`."""
+        return () if self._engines is None else await asyncio.to_thread(self._engines.close)

@@ -136,7 +136,7 @@ class ReplicaPool:
 
         report, block_ref = await self._lease(f"unit {unit.id}", unit.num_tokens, send)
         self._observer.span(report.replica, "score", report.started_s, report.started_s + report.score_s, unit.id)
-        tell_notes(report, self._told, self._observer)
+        tell_notes(report.notes, self._told, self._observer)
         return report, block_ref
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
@@ -345,7 +345,9 @@ class ReplicaPool:
         await asyncio.gather(*self._watchers, return_exceptions=True)
         alive = [replica for replica in self._replicas if replica.actor is not None]
         closing = [answer(replica.actor.close.remote(), CLOSE_TIMEOUT_S) for replica in alive]
-        await asyncio.gather(*closing, return_exceptions=True)
+        for notes in await asyncio.gather(*closing, return_exceptions=True):
+            if isinstance(notes, tuple):  # else it is gone
+                tell_notes(notes, self._told, self._observer)
         await asyncio.gather(*(self._kill(replica) for replica in alive))
 
 
@@ -379,9 +381,9 @@ def check_report(report: UnitReport, unit: Unit) -> None:
         raise UnitRejected(f"unit {unit.id}: {report.num_non_finite} non-finite label values from {report.replica}")
 
 
-def tell_notes(report: UnitReport, told: set[str], observer: Observer) -> None:
+def tell_notes(notes: Sequence[str], told: set[str], observer: Observer) -> None:
     """Each once, whichever replicas say it; `told` holds those that were."""
-    for text in report.notes:
+    for text in notes:
         if text not in told:
             told.add(text)
             observer.event("note", text=text)

@@ -177,6 +177,7 @@ CASES = {
         ["teacher.generator={}", "store={path: x, mode: only}"],
         ["store.mode = 'only'", "starts no teacher, and answers: teacher lets one write: write mode: read_write"],
     ),
+    "a store without a folder": (GOOD, ["store={path: ''}"], ["store.path = ''", "is empty: name a folder of its own"]),
     "an unknown mode of the store": (GOOD, ["store={path: x, mode: offline}"], ["store.mode = 'offline'", "only"]),
     "an override without value": (GOOD, ["training.steps"], ["--set training.steps", "--set path.to.key=value"]),
     "an override that is wrong": (GOOD, ["training.steps=0"], ["--set training.steps=0: training.steps = 0"]),

@@ -77,6 +77,15 @@ def test_a_class_of_a_users_brings_its_parameters(package: Path) -> None:
     assert LABELS.validate(chosen.flat()) == chosen
 
 
+@pytest.mark.parametrize("station", [LOSSES, LABELS], ids=lambda station: station.tag)
+def test_words_of_papers_and_other_trainers_lead_to_a_kind(station: Station) -> None:
+    for word, meant in station.other_words.items():
+        assert meant in station.kinds()
+        for written in (word, word.upper().replace("_", "-")):
+            with pytest.raises(ValueError, match=f"unknown {station.tag} '{written}'; did you mean '{meant}'"):
+                station.parameters_of(written)
+
+
 def test_a_run_with_a_class_of_a_users_is_dumped_and_loaded(package: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(RUN + f"labels: {{kind: {package.name}.labels, count: 3}}\n")

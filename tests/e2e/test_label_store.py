@@ -56,6 +56,9 @@ def test_labels_are_made_without_a_student_and_then_trained_without_a_teacher(tm
     assert "30 sequences: 0 had labels, 30 got them" in said("label", str(config), *ONLY)
     assert not (tmp_path / "run").exists()
     file = damage(store)
+    missing = said("check", str(config), *ONLY, code=2)
+    assert f"{file.name} is not used, labels in it do not match their checksum" in missing
+    assert file.exists()
     again = said("label", str(config))
     assert again.count(f"{file.name} is not used, labels in it do not match their checksum") == 1
     found = re.search(r"30 sequences: (\d+) had labels, (\d+) got them \(", again)

@@ -7,7 +7,7 @@
 Any number of processes and hosts may use one folder at once, without locks. A shard has one writer, is written beside
 its place and renamed into it when all of it is on the disk, and is never changed; so a process that is killed loses
 what it had not written yet, and nobody reads half a shard. A shard that cannot be believed is put aside under another
-name, told once, and its labels count as missing.
+name, told once, and its labels count as missing; so do those of one that lies in the folder of another space.
 
 At `max_bytes`, or when the disk is full, nothing more is written, which is told once. Nothing is evicted: an epoch
 reads every label exactly once, so that whatever rule evicts would evict what is read next.
@@ -37,10 +37,10 @@ LOOK_AGAIN_S = 5.0  # between two looks for shards of other writers
 class _Space:
     """What is known of one space."""
 
-    folder: Path
+    folders: tuple[Path, ...]  # its own, and those of spaces that it includes
     found: dict[bytes, tuple[Shard, int]] = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)  # names of files
-    bad: set[str] = field(default_factory=set)  # of them those that are not used
+    seen: set[Path] = field(default_factory=set)  # files
+    bad: set[Path] = field(default_factory=set)  # of them those that are not used
     looked_at: float = -1e9
 
 
@@ -72,6 +72,10 @@ class LabelStore:
             known = self._look(space, again_after_s=LOOK_AGAIN_S)
             return [key for key in dict.fromkeys(keys) if key not in known.found]
 
+    def unreadable(self, space: LabelSpace, keys: Iterable[bytes]) -> list[bytes]:
+        """Those that are not there, or not whole. Reads all labels, of one sequence after another, and keeps none."""
+        return [key for key in dict.fromkeys(keys) if not self.read(space, [key])]
+
     def write(self, space: LabelSpace, labels: Mapping[bytes, Columns]) -> None:
         """Keep labels, soon; those that are there already are left as they are. Waits for no disk."""
         assert self._writer is not None, "this store is only read"
@@ -81,13 +85,20 @@ class LabelStore:
         self._writer.add(space, new)
 
     def spaces(self) -> list[LabelSpace]:
-        """All that the store holds labels of; a description that cannot be read is left out."""
+        """All that the store holds labels of; a description that cannot be read, or is of another folder, is left
+        out."""
         found = []
         for file in sorted(self._path.glob(f"*/{SPACE}")):
             with contextlib.suppress(OSError, ConfigError):
                 told = read_json(file)
-                found += [LabelSpace(told)] if isinstance(told, dict) else []
+                if isinstance(told, dict) and (space := LabelSpace(told)).id == file.parent.name:
+                    found.append(space)
         return found
+
+    @property
+    def keeps(self) -> bool:
+        """Whether labels are written; no more once there is no room."""
+        return self._writer is not None and not self._writer.stopped
 
     def num_bytes(self) -> int:
         """Of all its files."""
@@ -125,21 +136,24 @@ class LabelStore:
         """What is known of a space, after looking for new shards where nobody looked yet, or not lately. Under lock."""
         known = self._spaces.get(space.id)
         if known is None:
-            known = self._spaces[space.id] = _Space(self._path / space.id)
+            older = [other.id for other in self.spaces() if other.id != space.id and space.includes(other)]
+            known = self._spaces[space.id] = _Space(tuple(self._path / name for name in (space.id, *older)))
             again_after_s = 0.0
         if again_after_s is None or time.monotonic() - known.looked_at < again_after_s:
             return known
         known.looked_at = time.monotonic()
-        for name in sorted(set(_names(known.folder)) - known.seen):
-            known.seen.add(name)
-            self._open(known, known.folder / name)
+        for path in [path for folder in known.folders for path in _shards(folder) if path not in known.seen]:
+            known.seen.add(path)
+            self._open(known, path)
         return known
 
     def _open(self, known: _Space, path: Path) -> None:
         try:
             shard = open_shard(path)
+            if shard.space != path.parent.name:
+                raise DamagedShard(f"it holds labels of another kind, those of {shard.space}", is_foreign=True)
         except (OSError, DamagedShard) as error:
-            known.bad.add(path.name)
+            known.bad.add(path)
             self._notes.append(self._aside(path, error))
             return
         for index, key in enumerate(shard.keys):
@@ -153,7 +167,7 @@ class LabelStore:
                 del known.found[key]
             if gone:  # else another thread was here
                 self._notes.append(self._aside(path, error))
-                known.bad.add(path.name)
+                known.bad.add(path)
                 known.seen = set(known.bad)  # others may hold some of its labels too
                 known.looked_at = -1e9
 
@@ -173,7 +187,7 @@ class LabelStore:
         """A shard that this process wrote."""
         with self._lock:
             known = self._look(space, again_after_s=None)
-            known.seen.add(path.name)
+            known.seen.add(path)
             self._open(known, path)
 
 
@@ -201,9 +215,10 @@ def check_folder(path: Path) -> None:
         )
 
 
-def _names(folder: Path) -> list[str]:
-    """Of the shards of a space."""
+def _shards(folder: Path) -> list[Path]:
+    """Of a space, in the order of their names."""
     try:
-        return [name for name in os.listdir(folder) if name.endswith(SUFFIX) and not name.startswith(".")]
+        names = os.listdir(folder)
     except OSError:
         return []
+    return [folder / name for name in sorted(names) if name.endswith(SUFFIX) and not name.startswith(".")]

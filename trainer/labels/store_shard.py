@@ -65,6 +65,7 @@ class Shard:
     """What a file holds, without its labels."""
 
     path: Path
+    space: str  # the id of the space that it was written for, by its metadata
     keys: tuple[bytes, ...]
     columns: tuple[tuple[str, _Place], ...]
     offsets: np.ndarray  # int64 [C, S + 1]
@@ -97,8 +98,8 @@ def checksum(key: bytes, columns: Columns) -> bytes:
 
 
 def shard_bytes(labels: Mapping[bytes, Columns], *, origin: Mapping[str, str]) -> bytes:
-    """The content of a shard with these labels, by key; all have columns of equal names, dtypes and widths. `origin` is
-    for people who look at the file."""
+    """The content of a shard with these labels, by key; all have columns of equal names, dtypes and widths. `origin` says
+    of which `space`, and for people who look at the file more."""
     names = tuple(next(iter(labels.values())))
     assert all(tuple(columns) == names for columns in labels.values()), names
     counts = [[len(columns[name]) for columns in labels.values()] for name in names]
@@ -131,7 +132,7 @@ def open_shard(path: Path) -> Shard:
     ends = [place.shape[0] for _, place in columns]
     if arrays["offsets"].shape != (len(columns), len(keys) + 1) or arrays["offsets"][:, -1].tolist() != ends:
         raise DamagedShard("its index does not fit its columns")
-    return Shard(path, keys, columns, arrays["offsets"], arrays["checksums"])
+    return Shard(path, told.get("space", ""), keys, columns, arrays["offsets"], arrays["checksums"])
 
 
 def _index_checksum(arrays: Mapping[str, np.ndarray]) -> str:

@@ -7,6 +7,9 @@ Labels are a function of the teacher, of how it computes, of the encoding and of
                       model's configuration, tokenizer, V, the encoding's parameters (temperature among them), the
                       version of its code, the layout of its columns
     left out          what changes labels by rounding alone: batch sizes, tensor parallelism, device, release of vLLM
+
+A parameter that an encoding got later is not in the spaces of before: at its default it makes the labels that there
+were without it, and these are read on. All parameters are written out in a space, so that another default is others.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ class LabelSpace:
     """Everything beside its tokens that decides the labels of a sequence; all of it can be written as JSON."""
 
     fields: Mapping[str, Any]
+    at_default: frozenset[str] = frozenset()  # parameters of the encoding that are
 
     @cached_property
     def id(self) -> str:
@@ -45,8 +49,22 @@ class LabelSpace:
         layout = [
             [column.name, str(column.dtype).removeprefix("torch."), column.width, column.counts] for column in columns
         ]
-        encoding = {**labels.flat(), "code_version": type(labels).code_version}
-        return cls({"teacher": dict(teacher), "encoding": encoding, "layout": layout})
+        flat = labels.flat()
+        encoding = {**flat, "code_version": type(labels).code_version}
+        at_default = flat.keys() - labels.model_dump(mode="json", exclude_defaults=True).keys()
+        return cls({"teacher": dict(teacher), "encoding": encoding, "layout": layout}, frozenset(at_default))
+
+    def includes(self, older: LabelSpace) -> bool:
+        """Whether the labels of a space, perhaps made when the encoding had fewer parameters, are those of this one."""
+        mine, theirs = json.loads(self.text), json.loads(older.text)
+        known = theirs.get("encoding")
+        if isinstance(known, dict) and "encoding" in mine:
+            mine["encoding"] = {
+                name: value
+                for name, value in mine["encoding"].items()
+                if name in known or name not in self.at_default
+            }
+        return mine == theirs
 
     def difference(self, other: LabelSpace) -> list[str]:
         """What is not the same, as `name: here, there`."""

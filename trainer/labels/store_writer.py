@@ -70,6 +70,12 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._stopped = False
         self._closing = False
+        self._slow = False  # which is told
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing more is written."""
+        return self._stopped
 
     def waiting(self, space: LabelSpace, key: bytes) -> Columns | None:
         """Labels that are not on the disk yet."""
@@ -81,8 +87,16 @@ class Writer:
     def add(self, space: LabelSpace, labels: Mapping[bytes, Columns]) -> None:
         """Keep labels that are not waiting already."""
         with self._changed:
-            full = sum(batch.num_bytes for batch in self._batches.values()) >= self._limits.waiting_bytes
-            if self._stopped or full or not labels:
+            if self._stopped or not labels:
+                return
+            waiting = sum(batch.num_bytes for batch in self._batches.values())
+            if waiting >= self._limits.waiting_bytes:
+                told, self._slow = self._slow, True
+                if not told:
+                    self._note(
+                        f"its disk is slower than labels are made: {waiting / 1e6:.0f} MB wait for it, and what is made "
+                        "meanwhile is not kept"
+                    )
                 return
             batch = self._batches.setdefault(space.id, _Batch(space, {}, time.monotonic()))
             for key, columns in labels.items():

@@ -138,8 +138,8 @@ def _without_teacher(unit: Unit) -> str:
 
 
 def _added(first: UnitReport, second: UnitReport) -> UnitReport:
-    """Of two requests about one unit: the labels are those of the second."""
-    return replace(second, score_s=first.score_s + second.score_s, started_s=first.started_s)
+    """Of two requests about one unit: the labels are those of the second, and a store keeps those of the first."""
+    return replace(second, score_s=first.score_s + second.score_s, started_s=first.started_s, store=first.store)
 
 
 def scorer_of(teachers: Mapping[str, TeacherPools], name: str) -> Scorers:

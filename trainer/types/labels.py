@@ -132,6 +132,7 @@ class StoreUse:
     hits: int
     misses: int
     num_bytes: int  # of labels, read
+    keeps: bool = True  # whether those that it did not hold are kept: it may be full, or only read
 
 
 @dataclass(frozen=True, slots=True)

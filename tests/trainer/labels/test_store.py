@@ -6,6 +6,8 @@ import errno
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from safetensors.numpy import load_file
 
 from configs.labels import Dense, Hidden, TopK
 from trainer.errors import ConfigError
-from trainer.labels.encoding import TeacherShape
+from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.labels.store import DAMAGED, LabelStore, check_folder
 from trainer.labels.store_shard import Columns, DamagedShard, open_shard
 from trainer.labels.store_space import LabelSpace, key_of
@@ -222,6 +224,58 @@ def test_a_shard_of_another_format_is_left_alone(tmp_path: Path, monkeypatch: py
     assert len(shards(tmp_path)) == 1
 
 
+def test_shards_that_changed_their_names_are_read_all_the_same(tmp_path: Path) -> None:
+    for number in (1, 2):
+        written(tmp_path, number)
+    one, two = shards(tmp_path)
+    one.rename(tmp_path / "aside")
+    two.rename(one)
+    (tmp_path / "aside").rename(two)
+    store = reader(tmp_path)
+    found = store.read(SPACE, [key(1), key(2)])
+    assert store.notes() == ()
+    assert all(same(found[k], wanted) for k, wanted in some(1, 2).items())
+
+
+@pytest.mark.parametrize("how", ["the shard", "the folder"])
+def test_labels_of_another_teacher_are_not_read_where_its_shard_lies_in_the_place_of_this_ones(
+    tmp_path: Path, how: str
+) -> None:
+    written(tmp_path, 1, space=OTHER)
+    (theirs,) = shards(tmp_path)
+    if how == "the folder":
+        theirs.parent.rename(tmp_path / SPACE.id)
+    else:
+        written(tmp_path, 2)
+        theirs.rename(tmp_path / SPACE.id / theirs.name)
+    store = LabelStore(tmp_path, limits=LIMITS)
+    assert store.read(SPACE, [key(1)]) == {}
+    (note,) = store.notes()
+    assert f"it holds labels of another kind, those of {OTHER.id}: its labels count as missing" in note
+    assert (tmp_path / SPACE.id / theirs.name).exists()
+
+
+def test_a_shard_with_the_index_of_another_one_is_an_error(tmp_path: Path) -> None:
+    for number in (1, 5):  # as many rows
+        written(tmp_path, number)
+    one, two = shards(tmp_path)
+    content, other = bytearray(one.read_bytes()), two.read_bytes()
+    for (_, place), (_, there) in zip(open_shard(one).columns, open_shard(two).columns, strict=True):
+        content[place.start : place.stop] = other[there.start : there.stop]
+    one.write_bytes(content)
+    with pytest.raises(DamagedShard, match="do not match their checksum"):
+        open_shard(one).read(0)
+
+
+def test_reading_all_labels_finds_those_that_are_not_whole(tmp_path: Path) -> None:
+    written(tmp_path, 1)
+    damage(shards(tmp_path)[0])
+    written(tmp_path, 2)
+    store = reader(tmp_path)
+    assert store.missing(SPACE, [key(1), key(2), key(3)]) == [key(3)]
+    assert store.unreadable(SPACE, [key(1), key(2), key(3), key(3)]) == [key(1), key(3)]
+
+
 # --- space on the disk ------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +310,60 @@ def test_a_disk_that_fails_is_told_once_and_costs_nothing_else(tmp_path: Path, m
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
 
 
+def test_a_disk_that_is_slower_than_the_teacher_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(max_bytes=10**9, free_bytes=0, shard_bytes=10, wait_s=60)
+    monkeypatch.setattr("trainer.labels.store_writer.Writer._run", lambda self: None)
+    store = LabelStore(tmp_path, limits=limits)
+    for number in range(5):
+        store.write(SPACE, some(number))
+    (note,) = store.notes()
+    assert "its disk is slower than labels are made" in note
+    assert store.keeps
+
+
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=400k tmpfs "$1"
+$2 -c "
+from test_store import *
+written(Path('$1'), 1)
+$3
+store = LabelStore(Path('$1'), limits=Limits(10**9, free_bytes=0, shard_bytes=40_000))
+for number in range(2, 200):
+    store.write(SPACE, {key(number): labels(number, rows=500)})
+    time.sleep(0.002)
+store.close()
+print(*store.notes(), sep='\\n')
+print('kept', store.keeps, 'left', [file.name for file in Path('$1').rglob('*' + UNFINISHED)])
+print('whole', len(reader(Path('$1')).read(SPACE, map(key, range(400)))), 'of', len(shards(Path('$1'))))
+"
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ("", "the disk has 0.00 GB left"),
+        ("os.system('mount -o remount,ro $1')", "Read-only file system"),
+    ],
+    ids=["full", "read-only"],
+)
+def test_a_real_disk_that_is_full_or_read_only_costs_nothing_but_the_labels(
+    tmp_path: Path, before: str, reason: str
+) -> None:
+    text = ON_A_SMALL_DISK.replace("$3", before)
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", text, "sh", str(tmp_path), sys.executable]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
+    if "mount" in ran.stderr and not ran.stdout:
+        pytest.skip(f"no disk can be mounted here: {ran.stderr.splitlines()[0]}")
+    note, kept, whole = ran.stdout.splitlines()
+    assert f"{reason}: nothing more is written, and labels are made and used as before" in note
+    assert kept == "kept False left []"
+    found, num_shards = map(int, whole.removeprefix("whole ").split(" of "))
+    assert found >= num_shards >= 1
+
+
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +391,27 @@ def test_writers_that_are_killed_leave_whole_shards(tmp_path: Path) -> None:
     assert store.notes() == ()
     assert len(found) >= 20
     assert all(same(one, some(int.from_bytes(k, "big"))[k]) for k, one in found.items())
+
+
+def _write_all(path: Path) -> None:
+    store = LabelStore(path, limits=Limits(max_bytes=10**9, free_bytes=0, shard_bytes=1000))
+    for number in range(60):
+        store.write(SPACE, some(number))
+    store.close()
+
+
+def test_runs_that_write_the_same_labels_at_once_leave_a_store_that_each_can_read(tmp_path: Path) -> None:
+    processes = [multiprocessing.Process(target=_write_all, args=(tmp_path,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    store = reader(tmp_path)
+    found = store.read(SPACE, map(key, range(60)))
+    assert store.notes() == ()
+    assert all(same(found[k], wanted) for k, wanted in some(*range(60)).items())
+    check_folder(tmp_path)
 
 
 def test_what_a_killed_process_left_unfinished_is_removed_after_a_day(tmp_path: Path) -> None:
@@ -339,6 +468,56 @@ def test_a_new_version_of_the_code_makes_other_labels(monkeypatch: pytest.Monkey
     before = LabelSpace.of({}, TopK(k=4), SHAPE)
     monkeypatch.setattr(TopK, "code_version", 99)
     assert LabelSpace.of({}, TopK(k=4), SHAPE).difference(before) == ["encoding.code_version: 99, not 1"]
+
+
+class More(TopK):
+    """`topk` as it may be one day."""
+
+    sharpness: float = 1.0
+
+
+def test_a_parameter_that_an_encoding_gets_later_leaves_old_labels_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.labels.store_space.load_encoding", lambda labels: load_encoding(TopK(k=labels.k)))
+    old = LabelSpace.of({"weights": "a"}, TopK(k=4), SHAPE)
+    written(tmp_path, 1, space=old)
+    new = LabelSpace.of({"weights": "a"}, More(k=4), SHAPE)
+    store = LabelStore(tmp_path, limits=LIMITS)
+    assert same(store.read(new, [key(1)])[key(1)], some(1)[key(1)])
+    store.write(new, some(1, 2))
+    store.close()
+    assert len(shards(tmp_path)) == 2
+    assert reader(tmp_path).read(new, [key(1), key(2)]).keys() == {key(1), key(2)}
+    assert reader(tmp_path).read(old, [key(2)]) == {}, "an older version knows nothing of the new parameter"
+    others = [
+        LabelSpace.of({"weights": "a"}, More(k=4, sharpness=2.0), SHAPE),
+        LabelSpace.of({"weights": "b"}, More(k=4), SHAPE),
+        LabelSpace.of({"weights": "a"}, More(k=4, temperature=2.0), SHAPE),
+    ]
+    assert [reader(tmp_path).read(other, [key(1)]) for other in others] == [{}, {}, {}]
+
+
+def test_another_default_makes_other_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Before(TopK):
+        k: int = 4
+
+    class After(TopK):
+        k: int = 5
+
+    monkeypatch.setattr("trainer.labels.store_space.load_encoding", lambda labels: load_encoding(TopK(k=4)))
+    assert not LabelSpace.of({}, After(), SHAPE).includes(LabelSpace.of({}, Before(), SHAPE))
+
+
+def test_a_description_that_lies_in_the_folder_of_another_space_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.labels.store_space.load_encoding", lambda labels: load_encoding(TopK(k=labels.k)))
+    old = LabelSpace.of({"weights": "a"}, TopK(k=4), SHAPE)
+    written(tmp_path, 1, space=OTHER)
+    (tmp_path / OTHER.id / "space.json").write_text(old.text)
+    assert reader(tmp_path).spaces() == []
+    assert reader(tmp_path).read(LabelSpace.of({"weights": "a"}, More(k=4), SHAPE), [key(1)]) == {}
 
 
 def test_the_key_is_that_of_tokens_and_asked_rows() -> None:
