@@ -10,6 +10,10 @@ from unittest import mock
 IDLE_SERVICES = ("start_monitor", "start_api_server", "start_log_monitor")
 """Methods of Ray's `Node`."""
 
+NO_ORPHANED_ERRORS = ("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+"""Of several calls that fail at once one is told; of the others, which nobody waits for any more, Ray would print
+tracebacks around it."""
+
 NO_SPARE_WORKERS = ("RAY_prestart_worker_first_driver", "0")
 """Ray would start a Python process per CPU slot before anybody asks for one. The roles of a run have environments of
 their own, so none of them ever runs in such a process."""

@@ -22,7 +22,7 @@ import psutil
 
 from cluster.lifecycle import ray_token
 from cluster.lifecycle.guard import Guard
-from cluster.lifecycle.ray_idle import NO_SPARE_WORKERS, without_idle_services
+from cluster.lifecycle.ray_idle import NO_ORPHANED_ERRORS, NO_SPARE_WORKERS, without_idle_services
 from cluster.preflight.finding import examine
 from cluster.preflight.joining import check_cluster
 from cluster.preflight.machine import Needs, looks
@@ -59,6 +59,7 @@ def start_ray(
     least that many, cores or no cores. `num_gpus` None: Ray counts them. "local" as address never joins anything.
     `metrics_port`: where a cluster started here serves its metrics; None: nowhere.
     """
+    os.environ.setdefault(*NO_ORPHANED_ERRORS)
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address != "local":
         return _join_ray(address)

@@ -98,8 +98,8 @@ def checksum(key: bytes, columns: Columns) -> bytes:
 
 
 def shard_bytes(labels: Mapping[bytes, Columns], *, origin: Mapping[str, str]) -> bytes:
-    """The content of a shard with these labels, by key; all have columns of equal names, dtypes and widths. `origin` says
-    of which `space`, and for people who look at the file more."""
+    """The content of a shard with these labels, by key; all have columns of equal names, dtypes and widths. `origin`
+    says of which `space`, and more for people who look at the file."""
     names = tuple(next(iter(labels.values())))
     assert all(tuple(columns) == names for columns in labels.values()), names
     counts = [[len(columns[name]) for columns in labels.values()] for name in names]

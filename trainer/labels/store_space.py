@@ -60,9 +60,7 @@ class LabelSpace:
         known = theirs.get("encoding")
         if isinstance(known, dict) and "encoding" in mine:
             mine["encoding"] = {
-                name: value
-                for name, value in mine["encoding"].items()
-                if name in known or name not in self.at_default
+                name: value for name, value in mine["encoding"].items() if name in known or name not in self.at_default
             }
         return mine == theirs
 

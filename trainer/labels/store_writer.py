@@ -94,8 +94,8 @@ class Writer:
                 told, self._slow = self._slow, True
                 if not told:
                     self._note(
-                        f"its disk is slower than labels are made: {waiting / 1e6:.0f} MB wait for it, and what is made "
-                        "meanwhile is not kept"
+                        f"its disk is slower than labels are made: {waiting / 1e6:.0f} MB wait for it, and what is "
+                        "made meanwhile is not kept"
                     )
                 return
             batch = self._batches.setdefault(space.id, _Batch(space, {}, time.monotonic()))
