@@ -577,7 +577,7 @@ LOSSES = Station(
     refused=REFUSED,
     other_words={
         **dict.fromkeys(("fkl", "kl", "kld", "kl_div", "kd", "soft_cross_entropy"), "forward_kl"),
-        **dict.fromkeys(("rkl", "reverse_kld", "minillm"), "reverse_kl"),
+        **dict.fromkeys(("rkl", "reverse_kld"), "reverse_kl"),
         **dict.fromkeys(("js", "jsd_beta", "jensen_shannon", "gkd", "generalized_jsd"), "jsd"),
         **dict.fromkeys(("sfkl", "skl", "skewed_kl", "skew_kl", "skewed_forward_kl"), "skew_forward_kl"),
         **dict.fromkeys(("srkl", "skewed_reverse_kl", "distillm"), "skew_reverse_kl"),
