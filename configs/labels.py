@@ -82,6 +82,7 @@ class TopK(Sparse):
     """The k likeliest ids of each row, and the mass of all others."""
 
     kind: Literal["topk"] = "topk"
+    code_version: ClassVar[int] = 2
     most: ClassVar[str] = "k"
 
     gives: ClassVar[frozenset[Need]] = _DISTRIBUTIONS
@@ -98,6 +99,7 @@ class Nucleus(Sparse):
     sure, many where it is not."""
 
     kind: Literal["nucleus"] = "nucleus"
+    code_version: ClassVar[int] = 2
     most: ClassVar[str] = "k_max"
 
     gives: ClassVar[frozenset[Need]] = frozenset({"labels", "target", "target_event"})
@@ -111,6 +113,7 @@ class Sampled(Sparse):
     vocabulary, at a few dozen bytes a row."""
 
     kind: Literal["sampled"] = "sampled"
+    code_version: ClassVar[int] = 2
     draws: Annotated[int, Field(gt=0, le=65535)] = Field(50, description="Of each row; fewer different ids are kept.")
     seed: Natural = Field(0, description="Of the draws, beside the text and the place in it.")
 
@@ -160,6 +163,7 @@ class GivenIds(Sparse):
     needs, which lives where the student's mass is."""
 
     kind: Literal["given_ids"] = "given_ids"
+    code_version: ClassVar[int] = 2
     most: ClassVar[str] = "k"
 
     gives: ClassVar[frozenset[Need]] = frozenset({"labels", "target", "target_event"})
@@ -197,6 +201,7 @@ class Token(Labels):
     """The log-probability of the target id alone: for terms over whole answers."""
 
     kind: Literal["token"] = "token"
+    code_version: ClassVar[int] = 2
 
     gives: ClassVar[frozenset[Need]] = frozenset({"labels", "target", "target_logprobs"})
 

@@ -267,7 +267,7 @@ class LabelPooler(Pooler):
         source: torch.Tensor | None = hidden
         if encoding.needs == "logits":
             if self.shards.serve(encoding, hidden, vocabulary_size):
-                return self.shards.columns(encoding, hidden, target_ids, vocabulary_size)
+                return self.shards.columns(encoding, hidden, target_ids, extra, vocabulary_size)
             logits = self.compute_logits(hidden)
             source = None if logits is None else logits[:, :vocabulary_size]
         if source is None or get_tensor_model_parallel_rank() != 0:

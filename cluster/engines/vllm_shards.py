@@ -38,11 +38,17 @@ class Shards:
         self._usable: bool | None = None  # not known before the first rows
 
     def columns(
-        self, encoding: Encoding, hidden: torch.Tensor, target_ids: torch.Tensor, vocabulary_size: int
+        self,
+        encoding: Encoding,
+        hidden: torch.Tensor,
+        target_ids: torch.Tensor,
+        extra: dict[str, torch.Tensor],
+        vocabulary_size: int,
     ) -> dict[str, torch.Tensor] | None:
         """What `encoding.encode` makes of the logits of these rows, on rank 0; None on the others. A collective."""
         logits, first_id = self._logits(hidden, vocabulary_size)
-        made = encoding.encode_shard(logits, target_ids, first_id)
+        share = {"share": _share} if encoding.needs_row_keys else {}
+        made = encoding.encode_shard(logits, target_ids, first_id, **extra, **share)
         gathered = self._gather(made)
         return None if gathered is None else encoding.merge_shards(gathered.split(made.shape[1], 1), vocabulary_size)
 
@@ -110,3 +116,11 @@ class Shards:
             gathered = tensor_model_parallel_all_gather(made, dim=-1)
             return gathered if get_tensor_model_parallel_rank() == 0 else None
         return tensor_model_parallel_gather(made, dim=-1)
+
+
+def _share(totals: torch.Tensor) -> tuple[list[torch.Tensor], int]:
+    """float64 [n, w] of every rank, in order, and which of them is this one's. A collective, in float32 as all others:
+    halves of the same bits."""
+    gathered = tensor_model_parallel_all_gather(totals.contiguous().view(torch.float32), dim=-1)
+    each = gathered.split(2 * totals.shape[1], dim=1)
+    return [part.contiguous().view(torch.float64) for part in each], get_tensor_model_parallel_rank()

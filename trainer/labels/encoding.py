@@ -144,6 +144,13 @@ def row_keys(token_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return rows + int.from_bytes(digest, "little", signed=True) // 2
 
 
+def target_logits(logits: torch.Tensor, target_ids: torch.Tensor, first_id: int) -> torch.Tensor:
+    """float32 [n, 1] of a shard's logits [n, v], the columns from `first_id` on; -inf where another has the id."""
+    places = target_ids[:, None] - first_id
+    inside = (places >= 0) & (places < logits.shape[1])
+    return logits.gather(1, places.clamp(0, logits.shape[1] - 1)).float().masked_fill(~inside, -torch.inf)
+
+
 def numpy_dtype(dtype: torch.dtype) -> np.dtype:
     """numpy has no bfloat16: its bits travel as uint16."""
     if dtype is torch.bfloat16:

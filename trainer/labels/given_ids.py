@@ -12,16 +12,17 @@ Correctness does not depend on how old the ids are: any ids are a support, and w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as AbstractSequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
 
 from configs.labels import GivenIds
-from trainer.labels.encoding import ABSENT, Column, TeacherShape
-from trainer.labels.kept import id_dtype, kept_layout, kept_pair, present_and_tail, rest_of
-from trainer.labels.sparse import kept_entropy, kept_mass
-from trainer.model.fast import cache_blocks, top_k
+from trainer.labels.encoding import ABSENT, Column, TeacherShape, target_logits
+from trainer.labels.kept import kept_layout, kept_pair, present_and_tail
+from trainer.labels.sparse import Kept, kept_entropy, kept_mass
+from trainer.model.fast import log_sum_exp_without, top_k
 from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:
@@ -50,21 +51,40 @@ class Encoding(GivenIds):
     ) -> dict[str, torch.Tensor]:
         """From teacher logits [n, V] of any float dtype. `given_ids` int [n, num_given]: different ids of V, the first
         one always an id, then -1 from where a row has no more."""
-        n, v = source.shape
-        self._check_vocabulary(v)
-        columns = {
-            "tail": source.new_empty(n, 1, dtype=torch.float32),
-            "target": source.new_empty(n, 1, dtype=torch.float32),
-            "ids": source.new_empty(n, self.num_kept, dtype=id_dtype(v)),
-            "logprobs": source.new_empty(n, self.num_kept, dtype=torch.float16),
-        }
+        self._check_vocabulary(source.shape[1])
+        shard = self.encode_shard(source, target_ids, 0, given_ids)
+        return self.merge_shards([shard], source.shape[1])
+
+    @property
+    def shard_width(self) -> int:
+        """Of what `encode_shard` makes."""
+        return 2 * self.num_kept + 2
+
+    def encode_shard(
+        self, source: torch.Tensor, target_ids: torch.Tensor, first_id: int, given_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """float32 [n, width]: what `merge_shards` needs of a shard's logits [n, v], the columns from `first_id` on. Ids
+        that another shard has are -1."""
         with torch.no_grad():
-            for block in cache_blocks(source):
-                ids = without_gaps(given_ids[block].long())
-                made = self._encode_block(source[block].float(), target_ids[block], ids)
-                for name, values in made.items():
-                    columns[name][block] = values.to(columns[name].dtype)
-        return columns
+            ids = given_ids.long() - first_id
+            ids = torch.where((given_ids >= 0) & (ids >= 0) & (ids < source.shape[1]), ids, -1)
+            if self.add_teacher_topk:
+                ids = torch.cat([ids, _likeliest_others(source, ids, self.add_teacher_topk)], dim=1)
+            values = source.gather(1, ids.clamp(min=0)).float().masked_fill(ids < 0, -torch.inf)
+            kept = Kept(
+                ids=torch.where(ids < 0, -1, ids + first_id),
+                values=values / self.temperature,
+                rest=_rest(source, ids, self.temperature),
+                target=target_logits(source, target_ids, first_id) / self.temperature,
+            )
+            return kept.to_wire(self.num_kept)
+
+    def merge_shards(self, shards: AbstractSequence[torch.Tensor], vocabulary_size: int) -> dict[str, torch.Tensor]:
+        """The columns of `encode`, from what `encode_shard` made of each shard of the vocabulary."""
+        with torch.no_grad():
+            made = self._columns_of([Kept.of_wire(shard) for shard in shards])
+            layout = self.layout(TeacherShape(vocabulary_size, 0, torch.float32))
+            return {column.name: made[column.name].to(column.dtype) for column in layout}
 
     def prepare(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
         return labels
@@ -94,22 +114,27 @@ class Encoding(GivenIds):
                 "entries: write a smaller k, or kind: hidden"
             )
 
-    def _encode_block(
-        self, logits: torch.Tensor, target_ids: torch.Tensor, ids: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """float32 [n, V] -> columns, still wide. `ids` int64 [n, num_given], without gaps."""
-        lowest = torch.finfo(logits.dtype).min
-        if self.add_teacher_topk:
-            ids = torch.cat([ids, top_k(logits.scatter(1, ids, lowest), self.add_teacher_topk)[1]], dim=1)
-        absent = _repeated(ids)
-        values = (logits.gather(1, ids) / self.temperature).masked_fill_(absent, lowest)
-        kept = values.logsumexp(1, keepdim=True)
-        _, rest = rest_of(logits, ids, self.temperature)
-        total = torch.logaddexp(kept, rest)
-        target = logits.gather(1, target_ids[:, None]) / self.temperature - total
+    def _columns_of(self, shards: AbstractSequence[Kept]) -> dict[str, torch.Tensor]:
+        """Still wide."""
+        given, more = self.num_given, self.add_teacher_topk
+        ids = without_gaps(torch.stack([shard.ids[:, :given] for shard in shards]).amax(0))
+        values = torch.stack([shard.values[:, :given] for shard in shards]).amax(0)
+        rest = [shard.rest for shard in shards]
+        if more:
+            others, theirs = (
+                torch.cat(parts, 1)
+                for parts in zip(*((s.ids[:, given:], s.values[:, given:]) for s in shards), strict=True)
+            )
+            theirs, order = theirs.sort(1, descending=True)
+            ids = torch.cat([ids, others.gather(1, order[:, :more])], dim=1)
+            values = torch.cat([values, theirs[:, :more]], dim=1)
+            rest.append(theirs[:, more:])
+        outside = torch.cat(rest, dim=1).logsumexp(1, keepdim=True)
+        total = torch.logaddexp(values.logsumexp(1, keepdim=True), outside)
+        target = torch.stack([shard.target for shard in shards]).amax(0)
         return {
-            "tail": (rest - total).clamp_(min=ABSENT),
-            "target": target.clamp_(min=ABSENT),
+            "tail": (outside - total).clamp_(min=ABSENT),
+            "target": (target - total).clamp_(min=ABSENT),
             "ids": ids,
             "logprobs": (values - total).clamp_(min=ABSENT),
         }
@@ -118,6 +143,25 @@ class Encoding(GivenIds):
 def without_gaps(given_ids: torch.Tensor) -> torch.Tensor:
     """The first id of each row in place of every -1."""
     return torch.where(given_ids < 0, given_ids[:, :1], given_ids)
+
+
+def _likeliest_others(logits: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """int64 [n, count]: columns of logits [n, v] with the largest of each row, largest first, but for `ids` [n, K]; -1
+    where a shard has no more."""
+    found = top_k(logits, min(count + ids.shape[1], logits.shape[1]))[1]
+    given = (found[:, :, None] == ids[:, None, :]).any(2)
+    order = given.byte().argsort(dim=1, stable=True)[:, :count]
+    found = torch.where(given, -1, found).gather(1, order)
+    return torch.nn.functional.pad(found, (0, count - found.shape[1]), value=-1)
+
+
+def _rest(logits: torch.Tensor, ids: torch.Tensor, temperature: float) -> torch.Tensor:
+    """float32 [n, 1]: log-sum-exp of all columns but `ids` [n, K], of which those that are -1 mean none."""
+    present = ids >= 0
+    first = ids.gather(1, present.byte().argmax(1, keepdim=True)).clamp(min=0)
+    rest = log_sum_exp_without(logits, torch.where(present, ids, first), temperature)
+    left_out = logits.gather(1, first).float() / temperature
+    return torch.where(present.any(1, keepdim=True), rest, torch.logaddexp(rest, left_out))
 
 
 def _repeated(ids: torch.Tensor) -> torch.Tensor:

@@ -46,13 +46,16 @@ class Encoding(Nucleus, KeptIds):
         total = kept.total
         logprobs = kept.values - total
         present = self._present(kept.ids, logprobs.exp())
-        order = (~present).byte().argsort(dim=1, stable=True)
         dropped = kept.values.masked_fill(present, -torch.inf).logsumexp(1, keepdim=True)
+        ids = kept.ids
+        if self.control_ids:  # else those that are present come first already
+            order = (~present).byte().argsort(dim=1, stable=True)
+            ids, logprobs = ids.gather(1, order), logprobs.gather(1, order)
         return {
             "tail": (torch.logaddexp(kept.rest, dropped) - total).clamp_(min=ABSENT),
             "target": (kept.target - total).clamp_(min=ABSENT),
-            "ids": kept.ids.gather(1, order),
-            "logprobs": logprobs.gather(1, order).clamp_(min=ABSENT),
+            "ids": ids,
+            "logprobs": logprobs.clamp_(min=ABSENT),
             "num_ids": present.sum(1, keepdim=True),
         }
 

@@ -19,21 +19,25 @@ other divergence is linear in p, and of log p' most is missing, so all others ar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as AbstractSequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
 
 from configs.labels import Sampled
-from trainer.labels.encoding import ABSENT, Column, TeacherShape
+from trainer.labels.draws import NEARLY_ONE, Summary, distinct, draw
+from trainer.labels.encoding import ABSENT, Column, TeacherShape, target_logits
 from trainer.labels.kept import id_dtype, present_and_tail
 from trainer.labels.sparse import count_dtype, ids_of, kept_mass
-from trainer.model.fast import cache_blocks
 from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:
     from trainer.model.head import Head
+
+Share = Callable[[torch.Tensor], tuple[list[torch.Tensor], int]]
+"""Gives every shard of the vocabulary what each of them has, a float64 [n, w] of each in order, and its own place."""
 
 
 class Encoding(Sampled):
@@ -62,35 +66,57 @@ class Encoding(Sampled):
 
     def encode(self, source: torch.Tensor, target_ids: torch.Tensor, row_keys: torch.Tensor) -> dict[str, torch.Tensor]:
         """From teacher logits [n, V] of any float dtype; `row_keys` int64 [n]."""
-        layout = self.layout(TeacherShape(source.shape[1], 0, torch.float32))
-        columns = {column.name: source.new_empty(len(source), column.width, dtype=column.dtype) for column in layout}
-        offsets = uniform(row_keys, self.seed)
-        with torch.no_grad():
-            for block in cache_blocks(source):
-                made = self._encode_block(source[block].float(), target_ids[block], offsets[block])
-                for name, values in made.items():
-                    columns[name][block] = values.to(columns[name].dtype)
-        return columns
+        shard = self.encode_shard(source, target_ids, 0, row_keys, lambda totals: ([totals], 0))
+        return self.merge_shards([shard], source.shape[1])
 
-    def _encode_block(
-        self, logits: torch.Tensor, target_ids: torch.Tensor, offsets: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        logprobs = (logits / self.temperature).log_softmax(1)
-        p = logprobs.exp()
-        entropy = -(p * logprobs.clamp(min=ABSENT)).sum(1, keepdim=True)
-        control = torch.tensor(ids_of(self), dtype=torch.int64, device=logits.device)
-        p[:, control] = 0.0
-        ids, draws, num_ids = _draw(p, offsets, self.draws)
-        missed = p.scatter_(1, ids, 0.0).sum(1, keepdim=True)
+    @property
+    def shard_width(self) -> int:
+        """Of what `encode_shard` makes."""
+        return self.draws + 3 + len(self.control_ids)
+
+    def encode_shard(
+        self, source: torch.Tensor, target_ids: torch.Tensor, first_id: int, row_keys: torch.Tensor, share: Share
+    ) -> torch.Tensor:
+        """float32 [n, width]: what `merge_shards` needs of a shard's logits [n, v], the columns from `first_id` on.
+        Each shard draws at those of the row's points that fall into its mass, which it knows when all have told theirs.
+        """
+        control = torch.tensor(ids_of(self), dtype=torch.int64, device=source.device)
+        own = control[(control >= first_id) & (control < first_id + source.shape[1])] - first_id
+        with torch.no_grad():
+            summary = Summary.of(source, self.temperature, own, self.draws)
+            told, shard = share(torch.cat([summary.log_sum, summary.groups.sum(1, keepdim=True)], dim=1))
+            log_sums, masses = torch.stack(told, dim=2).unbind(1)  # [n, shards]
+            total = log_sums.logsumexp(1, keepdim=True)
+            weights = (log_sums - total).exp()
+            points = torch.arange(self.draws, device=source.device) + uniform(row_keys, self.seed)[:, None]
+            drawn, missed = draw(
+                source, summary, _places(points / self.draws, weights * masses, shard), self.temperature, own
+            )
+            weight = weights[:, shard, None]
+            asked = torch.cat([target_ids[:, None], control.expand(len(source), -1)], dim=1)
+            logprobs = torch.cat([target_logits(source, one, first_id) for one in asked.unbind(1)], dim=1)
+            numbers = [weight * (total - summary.mean), weight * missed, logprobs.double() / self.temperature - total]
+            ids = torch.where(drawn < 0, -1, drawn + first_id).int().view(torch.float32)
+            return torch.cat([ids, *(number.float() for number in numbers)], dim=1)
+
+    def merge_shards(self, shards: AbstractSequence[torch.Tensor], vocabulary_size: int) -> dict[str, torch.Tensor]:
+        """The columns of `encode`, from what `encode_shard` made of each shard of the vocabulary."""
+        sizes = [self.draws, 1, 1, 1, len(self.control_ids)]
+        drawn, entropy, missed, target, control = (
+            torch.stack(parts) for parts in zip(*(shard.split(sizes, dim=1) for shard in shards), strict=True)
+        )
+        ids, draws, num_ids = distinct(drawn.contiguous().view(torch.int32).amax(0).long())
         made = {
-            "tail": missed.log().clamp_(min=ABSENT),
-            "target": logprobs.gather(1, target_ids[:, None]).clamp_(min=ABSENT),
-            "entropy": entropy,
+            "tail": missed.sum(0).log().clamp_(min=ABSENT),
+            "target": target.amax(0).clamp_(min=ABSENT),
+            "entropy": entropy.sum(0),
+            "control": control.amax(0).clamp_(min=ABSENT),
             "ids": ids,
             "draws": draws,
             "num_ids": num_ids,
         }
-        return made | ({"control": logprobs[:, control].clamp_(min=ABSENT)} if len(control) else {})
+        layout = self.layout(TeacherShape(vocabulary_size, 0, torch.float32))
+        return {column.name: made[column.name].to(column.dtype) for column in layout}
 
     def prepare(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
         return labels
@@ -140,23 +166,17 @@ class Encoding(Sampled):
         return kept_mass(columns["tail"])
 
 
-def _draw(p: torch.Tensor, offsets: torch.Tensor, num_draws: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Different ids [n, num_draws] in ascending order, draws of each, and how many there are [n, 1]; of weights
-    p [n, V] that need not sum to one. Beyond its number a row repeats its first id, with no draws.
-
-    float64 sums: in float32 an id of 1e-8 would vanish beside a sum near 1.
-    """
-    sums = p.cumsum(1, dtype=torch.float64)
-    steps = torch.arange(num_draws, device=p.device, dtype=torch.float64)
-    points = (steps + offsets[:, None]) / num_draws * sums[:, -1:]
-    drawn = torch.searchsorted(sums, points, right=True).clamp_(max=p.shape[1] - 1)
-    new = torch.ones_like(drawn, dtype=torch.bool)
-    new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
-    places = new.cumsum(1) - 1
-    num_ids = torch.where(sums[:, -1:] > 0, places[:, -1:] + 1, 0)  # none where control ids hold all mass
-    ids = drawn[:, :1].expand_as(drawn).scatter(1, places, drawn)
-    draws = torch.zeros_like(drawn).scatter_add_(1, places, torch.ones_like(drawn))
-    return ids, draws, num_ids
+def _places(points: torch.Tensor, masses: torch.Tensor, shard: int) -> torch.Tensor:
+    """float64 [n, m]: where ascending points in [0, 1), shares of the mass of all shards [n, shards], are in that of
+    one of them; -1 where they are in another's. All shards compute the same borders, so that one of them has each; none
+    where control ids hold all mass that float32 can tell."""
+    nothing = masses.sum(1, keepdim=True) < torch.finfo(torch.float32).tiny
+    borders = masses.masked_fill(nothing, 0.0).cumsum(1)
+    at = points * borders[:, -1:]
+    end = borders[:, shard, None]
+    start = borders[:, shard - 1, None] if shard else torch.zeros_like(end)
+    inside = (at >= start) & (at < end)
+    return torch.where(inside, ((at - start) / masses[:, shard, None]).clamp(0.0, NEARLY_ONE), -1.0)
 
 
 def uniform(keys: torch.Tensor, seed: int) -> torch.Tensor:

@@ -17,9 +17,8 @@ import torch
 from torch.nn import functional
 
 from configs.labels import Sparse
-from trainer.labels.encoding import Column, TeacherShape
-from trainer.labels.kept import rest_of
-from trainer.model.fast import cache_blocks, top_k
+from trainer.labels.encoding import Column, TeacherShape, target_logits
+from trainer.model.fast import log_sum_exp_without, top_k
 
 if TYPE_CHECKING:
     from trainer.model.head import Head
@@ -64,8 +63,8 @@ def keep(
     control_ids: AbstractSequence[int] = (),
     first_id: int = 0,
 ) -> Kept:
-    """The k likeliest ids of float32 logits [n, v], or all, with the control ids in the place of the least likely of
-    them. `first_id` is that of the first column: a shard keeps what it has."""
+    """The k likeliest ids of logits [n, v] of any dtype, or all, with the control ids in the place of the least likely
+    of them. `first_id` is that of the first column: a shard keeps what it has."""
     n, v = logits.shape
     values, ids = top_k(logits, min(k, v))
     own = [i - first_id for i in control_ids if first_id <= i < first_id + v]
@@ -74,11 +73,9 @@ def keep(
         both = torch.cat([ids, control.expand(n, -1)], dim=1), torch.cat([values, logits[:, control]], dim=1)
         doubled = functional.pad(torch.isin(ids, control), (0, len(own)))
         ids, values = _likeliest(*both, min(k, v), control, absent=doubled)
-    rest = values.new_full((n, 1), -torch.inf) if v == ids.shape[1] else rest_of(logits, ids, temperature)[1]
-    places = target_ids[:, None] - first_id
-    inside = (places >= 0) & (places < v)
-    target = logits.gather(1, places.clamp(0, v - 1)).masked_fill(~inside, -torch.inf)
-    return Kept(ids + first_id, values / temperature, rest, target / temperature)
+    rest = log_sum_exp_without(logits, ids, temperature)
+    target = target_logits(logits, target_ids, first_id)
+    return Kept(ids + first_id, values.float() / temperature, rest, target / temperature)
 
 
 def merge(shards: AbstractSequence[Kept], *, k: int, control_ids: AbstractSequence[int] = ()) -> Kept:
@@ -129,29 +126,20 @@ class KeptIds(Sparse):
 
     def encode(self, source: torch.Tensor, target_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """From teacher logits [n, V] of any float dtype."""
-        columns = self._empty(source)
         with torch.no_grad():
-            for block in cache_blocks(source):
-                self._fill(columns, block, self._keep(source[block].float(), target_ids[block]))
-        return columns
+            return self._narrow(self._keep(source, target_ids), source.shape[1])
 
     def encode_shard(self, source: torch.Tensor, target_ids: torch.Tensor, first_id: int) -> torch.Tensor:
         """float32 [n, width]: what `merge_shards` needs of a shard's logits [n, v], the columns from `first_id` on."""
-        made = [torch.empty(0, self.shard_width, dtype=torch.float32, device=source.device)]
         with torch.no_grad():
-            for block in cache_blocks(source):
-                kept = self._keep(source[block].float(), target_ids[block], first_id)
-                made.append(kept.to_wire(self.most_ids))
-        return torch.cat(made)
+            return self._keep(source, target_ids, first_id).to_wire(self.most_ids)
 
     def merge_shards(self, shards: AbstractSequence[torch.Tensor], vocabulary_size: int) -> dict[str, torch.Tensor]:
         """The columns of `encode`, from what `encode_shard` made of each shard of the vocabulary."""
-        columns = self._empty(shards[0].new_empty(len(shards[0]), 0), vocabulary_size)
         k = min(self.most_ids, vocabulary_size)
         with torch.no_grad():
             kept = merge([Kept.of_wire(shard) for shard in shards], k=k, control_ids=ids_of(self))
-            self._fill(columns, slice(None), kept)
-        return columns
+            return self._narrow(kept, vocabulary_size)
 
     def prepare(self, labels: Mapping[str, torch.Tensor], teacher_head: Head | None) -> Mapping[str, torch.Tensor]:
         return labels
@@ -172,14 +160,11 @@ class KeptIds(Sparse):
             first_id=first_id,
         )
 
-    def _empty(self, source: torch.Tensor, vocabulary_size: int | None = None) -> dict[str, torch.Tensor]:
-        shape = TeacherShape(vocabulary_size or source.shape[1], 0, torch.float32)
-        layout = self.layout(shape)
-        return {column.name: source.new_empty(len(source), column.width, dtype=column.dtype) for column in layout}
-
-    def _fill(self, columns: dict[str, torch.Tensor], rows: slice, kept: Kept) -> None:
-        for name, values in self.columns_of(kept).items():
-            columns[name][rows] = values.to(columns[name].dtype)
+    def _narrow(self, kept: Kept, vocabulary_size: int) -> dict[str, torch.Tensor]:
+        """The columns in the layout's order and dtypes."""
+        made = self.columns_of(kept)
+        layout = self.layout(TeacherShape(vocabulary_size, 0, torch.float32))
+        return {column.name: made[column.name].to(column.dtype) for column in layout}
 
 
 def ids_of(labels: Sparse) -> tuple[int, ...]:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from configs.labels import Token
-from trainer.labels.encoding import ABSENT, Column, TeacherShape
-from trainer.model.fast import cache_blocks, softmax_and_log_sum_exp
+from trainer.labels.encoding import ABSENT, Column, TeacherShape, target_logits
+from trainer.model.fast import log_sum_exp_without
 from trainer.types import PairedLogProbs
 
 if TYPE_CHECKING:
@@ -32,26 +32,14 @@ class Encoding(Token):
 
     def encode(self, source: torch.Tensor, target_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """From teacher logits [n, V] of any float dtype."""
-        made = torch.empty(source.shape[0], 1, dtype=torch.float32, device=source.device)
-        with torch.no_grad():
-            for block in cache_blocks(source):
-                logits = source[block].float() / self.temperature
-                made[block] = logits.log_softmax(1).gather(1, target_ids[block, None]).clamp_(min=ABSENT)
-        return {LOGPROB: made}
+        return self.merge_shards([self.encode_shard(source, target_ids, 0)], source.shape[1])
 
     def encode_shard(self, source: torch.Tensor, target_ids: torch.Tensor, first_id: int) -> torch.Tensor:
         """float32 [n, 2] of a shard's logits [n, v], the columns from `first_id` on: their log-sum-exp, and the target
         id's, -inf where another shard has it."""
-        made = torch.empty(source.shape[0], 2, dtype=torch.float32, device=source.device)
         with torch.no_grad():
-            for block in cache_blocks(source):
-                logits = source[block].float() / self.temperature
-                places = target_ids[block, None] - first_id
-                inside = (places >= 0) & (places < logits.shape[1])
-                target = logits.gather(1, places.clamp(0, logits.shape[1] - 1))
-                made[block, :1] = softmax_and_log_sum_exp(logits)[1]
-                made[block, 1:] = target.masked_fill(~inside, -torch.inf)
-        return made
+            total = log_sum_exp_without(source, target_ids.new_empty(len(source), 0), self.temperature)
+            return torch.cat([total, target_logits(source, target_ids, first_id) / self.temperature], dim=1)
 
     def merge_shards(self, shards: AbstractSequence[torch.Tensor], vocabulary_size: int) -> dict[str, torch.Tensor]:
         """The columns of `encode`, from what `encode_shard` made of each shard of the vocabulary."""

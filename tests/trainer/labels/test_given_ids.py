@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import loss_oracles as oracle
 import numpy as np
 import pytest
@@ -42,6 +44,27 @@ def test_the_teachers_own_ids_give_the_labels_of_topk_to_the_bit(v: int, k: int,
     assert made.keys() == expected.keys()
     for name, column in expected.items():
         assert torch.equal(made[name], column), name
+
+
+@pytest.mark.parametrize("cuts", [(0, 150, V), (0, 20, 300, V)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("more", [0, 30])
+def test_shards_of_the_vocabulary_make_the_same_labels(more: int, temperature: float, cuts: tuple[int, ...]):
+    ids = students_ids(12)
+    ids[0] = torch.arange(290, 302)  # none of them in the first shard
+    ids[1, 5:] = -1
+    encoding = encoding_of(12, temperature=temperature, add_teacher_topk=more)
+    whole = encoding.encode(TEACHER, TARGET_IDS, ids)
+    shards = [encoding.encode_shard(TEACHER[:, a:b], TARGET_IDS, a, ids) for a, b in pairwise(cuts)]
+    assert {shard.shape for shard in shards} == {(N, encoding.shard_width)}
+    merged = encoding.merge_shards(shards, V)
+    assert list(merged) == list(whole)
+    for name, column in whole.items():
+        assert merged[name].dtype == column.dtype
+        torch.testing.assert_close(merged[name].double(), column.double(), atol=2e-3, rtol=1e-6)
+    wrong = encoding.encode_shard(TEACHER[:, : cuts[1]], TARGET_IDS, 1, ids)
+    moved = encoding.merge_shards([wrong, *shards[1:]], V)
+    assert any((moved[name].double() - whole[name].double()).abs().max() > 0.01 for name in whole)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import loss_oracles as oracle
 import pytest
 import torch
@@ -11,6 +13,19 @@ from trainer.labels.sampled import Encoding, uniform
 from trainer.losses.kl import forward_kl
 
 V = 60
+
+
+def of_shards(
+    encoding: Encoding, logits: torch.Tensor, ids: torch.Tensor, keys: torch.Tensor, cuts: tuple[int, ...]
+) -> list[torch.Tensor]:
+    """What each shard sends, after all have told the others of their mass."""
+    shards, told = list(pairwise(cuts)), []
+    for a, b in shards:  # a first time only to hear it
+        encoding.encode_shard(logits[:, a:b], ids, a, keys, lambda totals: (told.append(totals) or [totals], 0))
+    return [
+        encoding.encode_shard(logits[:, a:b], ids, a, keys, lambda _, place=place: (told, place))
+        for place, (a, b) in enumerate(shards)
+    ]
 
 
 def many(encoding: Encoding, logits: torch.Tensor, times: int) -> dict[str, torch.Tensor]:
@@ -77,6 +92,57 @@ def test_whoever_makes_the_labels_again_draws_the_same_ids_and_other_rows_others
     assert (nearly["ids"].int() == made["ids"].int()).float().mean() > 0.98
     for other in (Encoding(seed=1).encode(logits, ids, keys), Encoding().encode(logits, ids, row_keys(text + 1, keys))):
         assert (other["draws"].int() != made["draws"].int()).any(1).float().mean() > 0.7
+
+
+@pytest.mark.parametrize("cuts", [(0, 2_600, 5_000), (0, 64, 1_000, 4_990, 5_000)])
+@pytest.mark.parametrize("control", [(), (3, 4_998)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_shards_of_the_vocabulary_draw_the_same_ids(
+    temperature: float, control: tuple[int, ...], cuts: tuple[int, ...]
+) -> None:
+    logits, ids = oracle.realistic_logits(40, 5_000, seed=14), torch.randint(5_000, (40,))
+    logits[:4, 3] += 300.0  # with control ids nothing is left to draw, without it is always drawn
+    logits[4:8, 4_995:] = -torch.inf
+    keys = row_keys(torch.arange(100), torch.arange(40))
+    encoding = Encoding(temperature=temperature, control_ids=control)
+    whole = encoding.encode(logits, ids, keys)
+    shards = of_shards(encoding, logits, ids, keys, cuts)
+    assert {shard.shape for shard in shards} == {(40, encoding.shard_width)}
+    merged = encoding.merge_shards(shards, 5_000)
+    assert list(merged) == list(whole)
+    found, expected = (encoding.estimate(one, 5_000) for one in (merged, whole))
+    assert (found - expected).abs().sum(1).mean() / 2 < 1e-3, "but where rounding moves a border over a point"
+    for name in {"entropy", "target", "control"} & whole.keys():
+        torch.testing.assert_close(merged[name], whole[name], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(merged["tail"].exp(), whole["tail"].exp(), atol=2e-3, rtol=0.0)
+    assert torch.equal(merged["num_ids"] == 0, whole["num_ids"] == 0)
+    moved = encoding.merge_shards(of_shards(encoding, logits.roll(1, 0), ids, keys, cuts), 5_000)
+    assert (encoding.estimate(moved, 5_000) - expected).abs().sum(1).mean() / 2 > 0.3, "of other rows"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_entropy_tail_and_draws_are_those_of_float64_however_large_the_logits(dtype: torch.dtype) -> None:
+    logits = oracle.realistic_logits(60, 5_000, seed=15)
+    logits[10:20] += 400.0
+    logits[20:30] -= 400.0
+    logits[30:40, 100:] = -torch.inf
+    logits[40:50, 7] += 60.0
+    logits = logits.to(dtype)
+    keys = row_keys(torch.arange(9), torch.arange(60))
+    made = Encoding(draws=40).encode(logits, torch.full((60,), 7), keys)
+    p = oracle.probabilities(logits.double())
+    torch.testing.assert_close(
+        made["entropy"].double(), torch.special.entr(p).sum(1, keepdim=True), atol=3e-4, rtol=1e-5
+    )
+    shares = torch.zeros(60, 5_000).scatter_add_(1, made["ids"].long(), made["draws"].float())
+    assert (shares - 40 * p).abs().max() < 1 + 1e-3, "rounded up or down"
+    missed = p.masked_fill(shares > 0, 0.0).sum(1, keepdim=True)
+    torch.testing.assert_close(made["tail"].double().exp(), missed, atol=1e-6, rtol=1e-5)
+    cumulative = p.cumsum(1)  # systematic sampling by its definition
+    points = (torch.arange(40) + uniform(keys, 0)[:, None]) / 40 * cumulative[:, -1:]
+    expected = torch.searchsorted(cumulative, points, right=True)
+    drawn = torch.zeros(60, 5_000).scatter_add_(1, expected, torch.ones(60, 40))
+    assert (drawn - shares).abs().sum() / 2 <= 0.002 * 60 * 40
 
 
 def test_random_numbers_are_even_and_do_not_follow_the_row() -> None:

@@ -43,6 +43,18 @@ def softmax_and_log_sum_exp(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return z.softmax(1), z.logsumexp(1, keepdim=True)
 
 
+def log_sum_exp_without(logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """float32 [n, 1] of logits [n, V] of any dtype over a temperature: of all columns but `ids` [n, K]. No gradient."""
+    others = logits.detach().float().scatter(1, ids, -torch.inf)
+    return (others / temperature).logsumexp(1, keepdim=True)
+
+
+def well_scaled(sums: torch.Tensor) -> torch.Tensor:
+    """bool: whether sums of float32 exponentials that were not shifted are as exact as shifted ones, for vocabularies
+    of up to a million: none overflowed, and those that became 0 are below their rounding."""
+    return (sums > 1e-25) & (sums < 1e37)
+
+
 def log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
     """[n] from [n, V], with gradient."""
     return logits.logsumexp(1)

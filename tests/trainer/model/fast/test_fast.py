@@ -79,6 +79,30 @@ def test_softmax_and_log_sum_exp_equal_float64_with_their_gradients(functions: M
 
 
 @MODULES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_log_sum_exp_of_all_other_columns_equals_float64(
+    functions: ModuleType, temperature: float, dtype: torch.dtype
+) -> None:
+    """Also where exp of them would overflow, or vanish, or where one column holds nearly everything."""
+    logits = 4 * torch.randn(8, 5000, generator=torch.Generator().manual_seed(5))
+    logits[1] += 300
+    logits[2] -= 300
+    logits[3, 7] += 150
+    logits[4, 7:] = -torch.inf
+    logits[5] += 70
+    logits = logits.to(dtype)
+    ids = torch.stack([torch.arange(7), torch.tensor([7, 7, 8, 9, 10, 11, 12])])[[0, 1, 1, 1, 0, 1, 1, 0]]
+    exact = logits.double().scatter(1, ids, -torch.inf) / temperature
+    found = functions.log_sum_exp_without(logits, ids, temperature)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found.double(), exact.logsumexp(1, keepdim=True), atol=2e-5, rtol=1e-6)
+    everything = functions.log_sum_exp_without(logits, ids[:, :0], temperature).double()
+    torch.testing.assert_close(everything, (logits.double() / temperature).logsumexp(1, keepdim=True))
+    assert (everything - found)[3] > 100, "what is left out matters"
+
+
+@MODULES
 def test_a_factor_is_known_to_be_one_only_where_it_is(functions: ModuleType) -> None:
     assert functions.known_to_be_one(torch.tensor(1.0)) == (functions is cpu)
     assert not functions.known_to_be_one(torch.tensor(0.5))
@@ -87,7 +111,7 @@ def test_a_factor_is_known_to_be_one_only_where_it_is(functions: ModuleType) -> 
 
 def test_both_modules_have_every_function_of_the_folder() -> None:
     names = {name for name, value in vars(fast).items() if value is getattr(fast.chosen, name, None) is not None}
-    assert len(names & set(cpu.__all__)) == len(cpu.__all__) == 9
+    assert len(names & set(cpu.__all__)) == len(cpu.__all__) == 10
     assert all(hasattr(plain, name) for name in cpu.__all__)
 
 
