@@ -15,24 +15,31 @@ import numpy as np
 from cluster import runtime
 from cluster.engines.plan import EnginePlan
 from cluster.placement.resolve import Resolved
+from cluster.rollouts.form import form_of
+from cluster.rollouts.pool import check_gap
 from cluster.runtime import RankPlace
 from cluster.students.group import StudentJob, on_local_copy
 from cluster.teachers.actor import last_notes, start_engine
 from cluster.teachers.pool import check_report, tell_notes
 from configs.labels import Labels
+from configs.models import Rollouts
 from trainer.labels.joined import row_ids
 from trainer.loop.plan import units_taking_ids
 from trainer.protocols import GeneratingEngine, Observer, ScoringEngine, SelfTestResult, StudentInfo, TeacherPools
 from trainer.types import (
+    BucketHeader,
     Completion,
     Evaluation,
     GenerationRequest,
+    Probe,
     RankBatch,
     RowIds,
     SoftLabelBlock,
     StepMetrics,
     Unit,
     UnitReport,
+    WeightBucket,
+    WeightForm,
 )
 
 if TYPE_CHECKING:
@@ -71,6 +78,21 @@ class InProcessTeacher:
             tell_notes(last_notes(self._engine), self._told, self._observer)
 
 
+class InProcessRollouts(InProcessTeacher):
+    """One engine that holds the student. Implements `trainer.protocols.Rollouts`."""
+
+    def __init__(self, plan: EnginePlan, rollouts: Rollouts, *, deadline_s: float, observer: Observer) -> None:
+        super().__init__(plan, deadline_s=deadline_s, observer=observer)
+        self.form = form_of(plan, rollouts)
+
+    async def take(self, header: BucketHeader, bucket: WeightBucket) -> None:
+        await self._engine.take(bucket, deadline_s=self._deadline_s)
+
+    async def prove(self, probe: Probe) -> float:
+        found = await self._engine.logprobs(probe.token_ids, deadline_s=self._deadline_s)
+        return check_gap(f"{self._plan.actors}-0", probe, found)
+
+
 class InProcessStudents:
     """A group of one rank. Implements `trainer.protocols.StudentGroup`."""
 
@@ -105,6 +127,14 @@ class InProcessStudents:
     async def propose(self, batches: Sequence[RankBatch]) -> dict[str, RowIds]:
         units = units_taking_ids(batches[0], self._job.run.resolved_tasks())
         return {unit.id: ids for unit, ids in zip(units, self._rank.propose(batches[0]), strict=True)}
+
+    async def weights(self, version: int, index: int, form: WeightForm) -> tuple[BucketHeader, WeightBucket]:
+        header, bucket = self._rank.weights(version, index, form)
+        assert bucket is not None
+        return header, bucket
+
+    async def probe(self, token_ids: np.ndarray) -> np.ndarray:
+        return self._rank.probe(token_ids)
 
     async def stage(self, batches: Sequence[RankBatch], blocks: Sequence[Sequence[SoftLabelBlock]]) -> None:
         self._rank.stage(batches[0], blocks[0])
@@ -164,6 +194,13 @@ class InProcessSession:
             name: TeacherPools(started(plans.scorer), started(plans.generator))
             for name, plans in resolved.teachers.items()
         }
+        self.rollouts: InProcessRollouts | None = None
+        if resolved.rollouts is not None:
+            assert job.run.rollouts is not None
+            self.rollouts = InProcessRollouts(
+                resolved.rollouts, job.run.rollouts, deadline_s=deadline_s, observer=observer
+            )
+            self._engines.append(self.rollouts)
         self.students = InProcessStudents(job)
 
     async def reserve(self) -> None:

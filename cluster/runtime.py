@@ -20,17 +20,18 @@ from trainer.build import FAST, LOG_LEVEL
 if TYPE_CHECKING:
     import torch
 
-Role = Literal["student", "scorer", "generator", "controller"]
+Role = Literal["student", "scorer", "generator", "rollout", "controller"]
 Accelerator = Literal["cpu", "gpu"]
 
 STUDENT: Role = "student"
 SCORER: Role = "scorer"
 GENERATOR: Role = "generator"
+ROLLOUT: Role = "rollout"  # an engine that holds the student, and writes
 CONTROLLER: Role = "controller"  # the run's own process, and helper actors that hold no accelerator
 CPU: Accelerator = "cpu"
 GPU: Accelerator = "gpu"
 
-ENGINES = (SCORER, GENERATOR)
+ENGINES = (SCORER, GENERATOR, ROLLOUT)
 WORKERS = (STUDENT, *ENGINES)
 ALL_ROLES = (*WORKERS, CONTROLLER)
 BOTH = (CPU, GPU)

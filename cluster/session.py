@@ -10,6 +10,7 @@ import asyncio
 import secrets
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -33,6 +34,7 @@ from cluster.placement.reserve import (
 from cluster.placement.resolve import Resolved
 from cluster.preflight.machine import Needs
 from cluster.preflight.nodes import check_nodes
+from cluster.rollouts.pool import RolloutPool
 from cluster.students.group import RankActor, StudentGroup, StudentJob
 from cluster.teachers.actor import TeacherActor
 from cluster.teachers.pool import ReplicaPool
@@ -74,6 +76,7 @@ class RaySession:
         )
         self._pools: dict[str, ReplicaPool] = {}
         self.teachers = {name: TeacherPools(*self._pools_of(plans)) for name, plans in resolved.teachers.items()}
+        self.rollouts = self._rollouts(resolved.rollouts)
 
     async def reserve(self) -> None:
         """All placement groups at once, or an error that says what is missing."""
@@ -142,9 +145,17 @@ class RaySession:
         beside = plans.scorer is not None and plans.scorer.beside is not None
         return scorers, scorers if beside else self._pool(plans.generator)
 
-    def _pool(self, plan: EnginePlan | None) -> ReplicaPool | None:
+    def _rollouts(self, plan: EnginePlan | None) -> RolloutPool | None:
         if plan is None:
             return None
+        pool = self._new_pool(plan, partial(RolloutPool, rollouts=self._job.run.rollouts))
+        assert isinstance(pool, RolloutPool)
+        return pool
+
+    def _pool(self, plan: EnginePlan | None) -> ReplicaPool | None:
+        return None if plan is None else self._new_pool(plan, ReplicaPool)
+
+    def _new_pool(self, plan: EnginePlan, make: Callable[..., ReplicaPool]) -> ReplicaPool:
 
         def spawn(index: int, name: str) -> ActorHandle:
             placed, bundle = self._actors(plan.actors)[index]
@@ -156,7 +167,7 @@ class RaySession:
         async def until_placed(index: int) -> None:
             await self._until_placed(self._actors(plan.actors)[index][0])
 
-        pool = self._pools[f"{plan.actors}s"] = ReplicaPool(
+        pool = self._pools[f"{plan.actors}s"] = make(
             plan,
             num_replicas=len(self._resolved.placement.actors_of_role(plan.actors)),
             spawn=spawn,

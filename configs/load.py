@@ -48,6 +48,7 @@ MAY_CHANGE_ON_RESUME = (
     "student.dtype",
     *(f"student.model.{key}" for key in ("path", "revision", "licence", "local_copy")),
     *(f"{teacher}.{key}" for teacher in ("teacher", "teachers.*") for key in _OF_TEACHERS),
+    *(f"rollouts.{key}" for key in ("dtype", "placement", "may_span_nodes")),
     *(f"{rows}.{key}" for rows in _ROWS for key in ("path", "revision")),
 )
 """What may be another in a run that goes on. Most of it changes neither the tokens, the labels nor the updates.

@@ -11,7 +11,7 @@ from pydantic import Field, JsonValue, PositiveFloat, field_validator, model_val
 from configs.engines import AnyEngine, Hf, Vllm
 from configs.paths import expand_home, with_known_home
 from configs.refusal import refusal
-from configs.section import HUB_NAME, NAME, DType, Positive, Section
+from configs.section import HUB_NAME, NAME, Bytes, DType, Positive, Section
 
 LABEL_NAME = r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
 LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"
@@ -196,6 +196,24 @@ class Generator(Replicas):
         False,
         description="Without GPUs: write in the scorer's processes, with the weights that are there, which saves a "
         "process and its memory; both engines take turns. Where that cannot be, the run says so and starts its own.",
+    )
+
+
+class Rollouts(Replicas):
+    """Engine processes that hold the student and write, for tasks with `answers: student`.
+
+    After every `sync_every` optimizer steps they take in the student's weights, and a fixed text is then scored by
+    both: where they differ by more than their dtypes explain, the run ends. The text of a step is at most
+    `training.depth` + `sync_every` - 1 steps old when it is trained.
+    """
+
+    sync_every: Positive = Field(1, description="Optimizer steps between two transfers of the weights.")
+    bucket_bytes: Bytes = Field(64 * 2**20, description="Of weights that travel together, about.")
+    max_probe_gap: float | None = Field(
+        None,
+        gt=0,
+        description="Mean difference of log-probabilities, in nats, by which an engine may differ from the student on "
+        "a fixed text; None: what the dtypes explain.",
     )
 
 

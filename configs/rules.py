@@ -13,6 +13,7 @@ from configs.engines import Vllm
 from configs.labels import GivenIds, NoLabels
 from configs.losses import Features, ForwardKl, Need, Term
 from configs.refusal import did_you_mean
+from configs.rollouts import rollout_problems
 from configs.section import MAIN
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def broken_rules(run: Run) -> Iterator[Problem]:
     yield from wrong or _generators(run)
     if run.runtime == "in_process":
         yield from _one_process(run)
+    yield from rollout_problems(run)
     yield from _steps(run)
     yield from _store(run)
 
@@ -126,7 +128,7 @@ def _stations(run: Run, task: ResolvedTask) -> Iterator[Problem]:
     if task.fraction is not None and task.prompts.streaming:
         text = "a fraction needs the number of rows, which a stream does not tell: name held-out rows with path"
         yield (*_held_out_place(run, task), "fraction"), task.fraction, text
-    if task.answers.needs_generator and rows == "text":
+    if (task.answers.needs_generator or task.answers.needs_rollouts) and rows == "text":
         yield place, rows, f"answers: {kind} answers prompts, and format: text has none; write answers: dataset"
 
 

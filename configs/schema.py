@@ -18,7 +18,7 @@ from configs.answers import ANSWERS, AnyAnswers, DatasetAnswers
 from configs.engines import ENGINES
 from configs.labels import LABELS, AnyLabels, Labels, NoLabels, TopK
 from configs.losses import LOSSES, AnyTerm, ForwardKl
-from configs.models import Student, Teacher
+from configs.models import Rollouts, Student, Teacher
 from configs.notify import Notify
 from configs.paths import expand_home
 from configs.prompts import Data, Dataset
@@ -141,6 +141,7 @@ class Run(Section):
     data: Data = Data()
     answers: AnyAnswers = DatasetAnswers()
     labels: AnyLabels = TopK()
+    rollouts: Rollouts | None = Field(None, description="Needed where the student writes answers.")
     align: AnyAlignment | None = Field(None, description="How labels of a teacher with another tokenizer are used.")
     objective: tuple[AnyTerm, ...] = Field((ForwardKl(),), min_length=1)
     optimizer: Optimizer = Optimizer()
@@ -226,6 +227,8 @@ class Run(Section):
             place = ".".join(map(str, place_of_teacher(self, name)))
             for role, replicas in teacher.roles().items():
                 yield f"{place}.{role}.engine", ENGINES, replicas.engine
+        if self.rollouts is not None:
+            yield "rollouts.engine", ENGINES, self.rollouts.engine
         yield from ((f"trackers.{i}", TRACKERS, one) for i, one in enumerate(self.trackers))
 
     def resolved_tasks(self) -> Mapping[str, ResolvedTask]:

@@ -9,9 +9,9 @@ HEAD = """# Metrics
 Made from `trainer/metric_names.py` by `python docs/metrics_table.py`. Every number of a run has one name, in
 `metrics.jsonl`, in the trackers ([tracking](tracking.md)) and, in Prometheus' alphabet, [there](monitoring.md).
 `<task>` and `<teacher>` are names of the configuration, `<term>` is a kind of loss ([objectives](objectives.md)) or the
-module of one of yours. A number is absent where the run has nothing of it: `answers/` where no teacher writes, `task/`
-and `teacher/` where there is only one. A step's numbers are of that step alone, all ranks together, unless its meaning
-says otherwise.
+module of one of yours. A number is absent where the run has nothing of it: `answers/` where no model writes, `rollout/`
+and `sync/` where the student does not, `task/` and `teacher/` where there is only one. A step's numbers are of that
+step alone, all ranks together, unless its meaning says otherwise.
 
 `metrics.jsonl` has one JSON object a line: `time` (Unix seconds), `kind` (`step`, `evaluation` or `event`), `step`, and
 the numbers by name. A number that is not finite is `null` there, and named with its value under `non_finite`. A resumed

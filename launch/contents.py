@@ -26,6 +26,7 @@ import numpy as np
 from cluster.model_files import PLACES as WEIGHT_PLACES
 from cluster.model_files import WHOLE_BYTES as WHOLE_WEIGHTS
 from cluster.model_files import find_folder
+from cluster.runtime import ROLLOUT
 from configs.models import ModelSource
 from configs.paths import is_url
 from configs.prompts import Dataset
@@ -62,7 +63,12 @@ def contents_of(run: Run, inputs: Inputs) -> dict[str, str]:
 
 def dtypes_of(run: Run, resolved: Resolved) -> dict[str, str]:
     """What the devices of this start made of `auto`."""
-    engines = {f"{teacher_place(run, plan.teacher)}.{plan.role}.dtype": plan.dtype for plan in resolved.engines}
+    engines = {
+        "rollouts.dtype"
+        if plan.role == ROLLOUT
+        else f"{teacher_place(run, plan.teacher)}.{plan.role}.dtype": plan.dtype
+        for plan in resolved.engines
+    }
     return {"student.dtype": resolved.student.dtype, **engines}
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 
 from cluster.placement.resolve import Resolved
-from cluster.placement.roles import started_roles
+from cluster.placement.roles import replicas_of
 from cluster.runtime import GPU
 from configs.held_out import held_out_sets
 from configs.rules import teachers_by_place
@@ -255,7 +255,7 @@ def roles_of(run: Run, resolved: Resolved) -> dict[str, Any]:
     for plan in resolved.engines:
         roles[plan.actors] = {
             "engine": plan.engine.kind,
-            "replicas": started_roles(run)[plan.teacher][plan.role].replicas,
+            "replicas": replicas_of(run, plan.role, plan.teacher).replicas,
             "tensor_parallel_size": plan.tensor_parallel_size,
             "dtype": plan.dtype,
         }

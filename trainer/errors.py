@@ -55,6 +55,10 @@ class SelfTestError(InfrastructureError):
     """A start-up self-test failed on this machine; the message holds its numbers."""
 
 
+class SyncError(InfrastructureError):
+    """An engine that writes does not compute what the student does; the message holds both numbers."""
+
+
 class Diverged(StillhouseError):
     """Too many steps with a non-finite loss or gradient; the last good checkpoint is kept."""
 

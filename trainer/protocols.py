@@ -17,10 +17,13 @@ from configs.labels import Labels
 from trainer.types import (
     AnswerCounters,
     BlockRef,
+    BucketHeader,
+    BucketRef,
     Collected,
     Completion,
     Evaluation,
     GenerationRequest,
+    Probe,
     Prompt,
     RankBatch,
     RowIds,
@@ -31,6 +34,8 @@ from trainer.types import (
     Trained,
     Unit,
     UnitReport,
+    WeightBucket,
+    WeightForm,
 )
 
 if TYPE_CHECKING:
@@ -86,11 +91,37 @@ class Generators(Protocol):
         ...
 
 
+class Rollouts(Generators, Protocol):
+    """A pool of engines that hold the student, and write with the weights that they took in last."""
+
+    form: WeightForm
+
+    async def take(self, header: BucketHeader, bucket: BucketRef) -> None:
+        """Every engine takes in one bucket; those of a version come in order. An engine that fails is started anew, and
+        takes in all buckets of the version when the last one is there."""
+        ...
+
+    async def prove(self, probe: Probe) -> float:
+        """The largest gap by which an engine differs from the student on the probe. Every engine that is started later
+        is held against it too. Raises `SyncError` with both numbers where one differs by more than the probe allows."""
+        ...
+
+
+class OnPolicy(Generators, Protocol):
+    """The student as a writer, in the turn of a step."""
+
+    max_staleness: int
+
+    def staleness(self, completion: Completion) -> int:
+        """Optimizer steps that will have been trained since the weights that wrote it, when its step is trained."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Author:
-    """A teacher that writes answers."""
+    """A model that writes answers."""
 
-    generators: Generators
+    generators: Generators  # of the student an `OnPolicy`
     stop_ids: tuple[int, ...]  # its answers end with one of them
     aligner: TextAligner | None = None  # where it has another tokenizer than the student
 
@@ -115,7 +146,7 @@ class AnswerSource(Protocol):
 
     def bind(self, authors: Mapping[str, Author], *, seed: int) -> AnswerCollector:
         """What collects the sequences of a step. `authors`: the teachers that write, by the name that prompts have for
-        them; none where nobody writes."""
+        them; none where nobody writes. A kind that `needs_rollouts` is given `student` too, an `Author`."""
         ...
 
 
@@ -154,6 +185,14 @@ class Students(Protocol):
         """One optimizer step on what was staged for it."""
         ...
 
+    async def weights(self, version: int, index: int, form: WeightForm) -> tuple[BucketHeader, BucketRef]:
+        """Between two steps: one bucket of the weights that training changes."""
+        ...
+
+    async def probe(self, token_ids: np.ndarray) -> np.ndarray:
+        """Between two steps: float32 [L - 1], the log-probabilities of tokens 1 .. L - 1 of a text."""
+        ...
+
     async def stage_evaluation(
         self,
         units: AbstractSequence[AbstractSequence[Unit]],
@@ -188,6 +227,10 @@ class Hook(Protocol):
         Returns whether it is kept."""
         return True
 
+    def told(self) -> Mapping[str, float]:
+        """Metrics of what it did since the last call; they go with the next step."""
+        return {}
+
 
 class ScoringEngine(Protocol):
     """Software that runs one replica of a teacher for scoring. Built inside its process; no method outlives `close`."""
@@ -209,6 +252,18 @@ class GeneratingEngine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class RolloutEngine(GeneratingEngine, Protocol):
+    """Software that runs one copy of the student for rollouts."""
+
+    async def take(self, bucket: WeightBucket, *, deadline_s: float) -> None:
+        """Take in weights. After the last bucket of a version the engine writes with it, and no cache is older."""
+        ...
+
+    async def logprobs(self, token_ids: np.ndarray, *, deadline_s: float) -> np.ndarray:
+        """float32 [L - 1], the log-probabilities of tokens 1 .. L - 1 of a text, over all rows of the head."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +328,11 @@ class Session(Protocol):
 
     @property
     def students(self) -> StudentGroup: ...
+
+    @property
+    def rollouts(self) -> Rollouts | None:
+        """The engines that hold the student; None where it writes nothing."""
+        ...
 
     @property
     def in_one_process(self) -> bool:

@@ -16,16 +16,17 @@ from cluster.engines.units import EngineStatistics, check_request
 from configs.models import ModelSource
 from trainer.data.vocabulary import load_tokenizer
 from trainer.errors import ConfigError
-from trainer.types import Completion, FinishReason, GenerationRequest, Sampling
+from trainer.types import Completion, FinishReason, GenerationRequest, Sampling, WeightBucket
 
 
 class HfGenerator:
-    """`GeneratingEngine` (trainer/protocols.py)."""
+    """`RolloutEngine` (trainer/protocols.py)."""
 
     def __init__(self, plan: EnginePlan, model: PreTrainedModel, name: str) -> None:
         self._plan = plan
         self._model = model
         self._loop = SequenceLoop(name)
+        self._version = plan.weights_version
 
     async def generate(self, requests: AbstractSequence[GenerationRequest], *, deadline_s: float) -> list[Completion]:
         """See the protocol."""
@@ -63,8 +64,31 @@ class HfGenerator:
             np.asarray(logprobs, dtype=np.float32),
             reason,
             author=self._plan.author,
-            versions=((0, self._plan.weights_version),),
+            versions=((0, self._version),),
         )
+
+    async def take(self, bucket: WeightBucket, *, deadline_s: float) -> None:
+        """See the protocol."""
+        await self._loop.run([bucket], self._load, name="a bucket of weights", deadline_s=deadline_s)
+
+    @torch.no_grad()
+    def _load(self, bucket: WeightBucket) -> None:
+        held = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
+        for name, array in bucket.weights.items():
+            held[name].copy_(torch.from_numpy(array.copy()).view(getattr(torch, bucket.dtype)))
+        if bucket.header.is_last:
+            self._version = str(bucket.header.version)
+
+    async def logprobs(self, token_ids: np.ndarray, *, deadline_s: float) -> np.ndarray:
+        """See the protocol."""
+        (found,) = await self._loop.run([token_ids], self._score, name="the probe", deadline_s=deadline_s)
+        return found
+
+    @torch.inference_mode()
+    def _score(self, token_ids: np.ndarray) -> np.ndarray:
+        ids = torch.from_numpy(token_ids).long().to(self._model.device)
+        logits = self._model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+        return logits.log_softmax(dim=-1).gather(1, ids[1:, None])[:, 0].cpu().numpy()
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:

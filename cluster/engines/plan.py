@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cluster.runtime import actors_of
+from cluster.runtime import ROLLOUT, STUDENT, actors_of
 from configs.engines import Engine
 from configs.labels import Labels
 
@@ -29,7 +29,7 @@ class StorePlan:
 class EnginePlan:
     """Everything one replica needs, the same for all replicas of its role."""
 
-    role: Literal["scorer", "generator"]
+    role: Literal["scorer", "generator", "rollout"]
     engine: Engine  # its parameters
     model: str
     revision: str | None
@@ -40,7 +40,7 @@ class EnginePlan:
     max_length: int  # longest sequence in tokens
     arguments: Mapping[str, Any]  # complete keyword arguments of the engine's own constructor
     environment: Mapping[str, str]  # of the actor's process, set before it starts
-    teacher: str  # name, for the label header
+    teacher: str  # name, for the label header; of a rollout engine the student's
     weights_version: str
     tokenizer_fingerprint: str
     vocabulary_size: int  # V
@@ -54,7 +54,14 @@ class EnginePlan:
     @property
     def author(self) -> str:
         """Who wrote what a generator writes."""
+        if self.role == ROLLOUT:
+            return STUDENT
         return f"teacher:{self.prefix}" if self.prefix else "teacher"
+
+    @property
+    def whose(self) -> str:
+        """For messages."""
+        return "the student" if self.role == ROLLOUT else f"teacher {self.teacher}"
 
     @property
     def actors(self) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 from cluster.engines.plan import EnginePlan
 from cluster.engines.units import EngineStatistics, check_request
 from cluster.engines.vllm_loop import EngineLoop, Request
-from trainer.types import Completion, FinishReason, GenerationRequest, Sampling
+from cluster.engines.vllm_weights import WeightUpdates
+from trainer.types import Completion, FinishReason, GenerationRequest, Sampling, WeightBucket
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -20,11 +21,13 @@ FORBID = -100.0
 
 
 class VllmGenerator:
-    """`GeneratingEngine` (trainer/protocols.py)."""
+    """`RolloutEngine` (trainer/protocols.py)."""
 
     def __init__(self, plan: EnginePlan, loop: EngineLoop) -> None:
         self._plan = plan
         self.loop = loop
+        self._version = plan.weights_version
+        self._updates = WeightUpdates()
         padding = range(plan.vocabulary_size, loop.padded_vocabulary_size)
         self._without_padding = dict.fromkeys(padding, FORBID) or None
 
@@ -34,6 +37,7 @@ class VllmGenerator:
             check_request(request, vocabulary_size=self._plan.vocabulary_size, max_length=self._plan.max_length)
         if not requests:
             return []
+        version = self._version
         finished = await self.loop.submit(
             [Request(request.token_ids.tolist(), self._params(request)) for request in requests],
             name=f"{len(requests)} answers from that to {requests[0].id} on",
@@ -41,7 +45,7 @@ class VllmGenerator:
             num_rows=0,
             deadline_s=deadline_s,
         )
-        return [self._completion(output.outputs[0]) for output in finished.outputs]
+        return [self._completion(output.outputs[0], version) for output in finished.outputs]
 
     def _params(self, request: GenerationRequest) -> SamplingParams:
         sampling = request.sampling
@@ -52,8 +56,28 @@ class VllmGenerator:
             logit_bias=self._without_padding,
         )
 
-    def _completion(self, output: Any) -> Completion:
-        """Of vLLM's `CompletionOutput`. What ends for a reason that we do not ask for is aborted."""
+    async def take(self, bucket: WeightBucket, *, deadline_s: float) -> None:
+        """See the protocol."""
+        header = bucket.header
+        name = f"bucket {header.index + 1} of {header.count} of the weights after step {header.version}"
+        if await self.loop.run(lambda engine: self._updates.take(engine, bucket), name=name, deadline_s=deadline_s):
+            self._version = str(header.version)
+
+    async def logprobs(self, token_ids: np.ndarray, *, deadline_s: float) -> np.ndarray:
+        """See the protocol."""
+        from vllm import SamplingParams
+
+        ids = token_ids.tolist()
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, ignore_eos=True)
+        finished = await self.loop.submit(
+            [Request(ids, params)], name="the probe", num_tokens=len(ids), num_rows=0, deadline_s=deadline_s
+        )
+        rows = finished.outputs[0].prompt_logprobs[1:]
+        return np.asarray([row[token].logprob for row, token in zip(rows, ids[1:], strict=True)], dtype=np.float32)
+
+    def _completion(self, output: Any, version: str) -> Completion:
+        """Of vLLM's `CompletionOutput`, of a text that was begun with the weights of `version`. What ends for a reason
+        that we do not ask for is aborted."""
         token_ids = np.asarray(output.token_ids, dtype=np.int32)
         logprobs = np.asarray(output.logprobs.logprobs, dtype=np.float32)
         return Completion(
@@ -61,7 +85,7 @@ class VllmGenerator:
             logprobs,
             output.finish_reason if output.finish_reason in get_args(FinishReason) else "abort",
             author=self._plan.author,
-            versions=((0, self._plan.weights_version),),
+            versions=((0, version),),
         )
 
     def statistics(self) -> EngineStatistics:

@@ -10,8 +10,8 @@ from cluster.engines.plan import EnginePlan, StorePlan
 from cluster.engines.vllm_limits import WIDER_IN_VLLM, kv_cache_bytes, vllm_overrides
 from cluster.placement.choices import Choices
 from cluster.placement.facts import KnownModel
-from cluster.placement.roles import prefix_of, started_roles, writes_beside
-from cluster.runtime import CPU, GENERATOR, GPU, SCORER, Role, actors_of, backend_of, device_type_of
+from cluster.placement.roles import prefix_of, rollouts_of, started_roles, writes_beside
+from cluster.runtime import CPU, GENERATOR, GPU, ROLLOUT, SCORER, STUDENT, Role, actors_of, backend_of, device_type_of
 from configs.engines import ENGINES, Vllm
 from configs.labels import HELD_OUT, Labels
 from configs.models import ModelSource, Replicas, Teacher
@@ -82,12 +82,52 @@ def teacher_plans(choices: Choices, name: str) -> TeacherPlans:
     return TeacherPlans(scorer, generator)
 
 
+def rollout_plan(choices: Choices) -> EnginePlan | None:
+    """What the engines are told that hold the student; None where it writes nothing."""
+    run, rollouts = choices.run, rollouts_of(choices.run)
+    if rollouts is None:
+        return None
+    model, known = run.student.model, choices.facts.student
+    dtype = choices.dtypes.choose("rollouts", rollouts.dtype)
+    arguments = ENGINES.load(rollouts.engine).arguments(
+        role=GENERATOR,
+        dtype=dtype,
+        tensor_parallel_size=rollouts.tensor_parallel_size,
+        max_length=run.data.max_length,
+        accelerator=choices.accelerator,
+        stop_strings=any(t.answers.stops_at_text for t in run.resolved_tasks().values() if t.answers.needs_rollouts),
+    )
+    if isinstance(rollouts.engine, Vllm) and (overrides := _overrides(known, model)):
+        arguments["hf_overrides"] = arguments.get("hf_overrides", {}) | overrides
+    return EnginePlan(
+        role=ROLLOUT,
+        engine=rollouts.engine,
+        model=model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        dtype=dtype,
+        device_type=device_type_of(choices.accelerator),
+        tensor_parallel_size=rollouts.tensor_parallel_size,
+        max_length=run.data.max_length,
+        arguments=arguments,
+        environment=choices.environment(ROLLOUT),
+        teacher=STUDENT,
+        weights_version="0",
+        tokenizer_fingerprint=choices.facts.tokenizer_fingerprint,
+        vocabulary_size=choices.facts.vocabulary_size,
+        start_timeout_s=_start_timeout_s(run, model, known.num_bytes),
+        local_copy=None if model.local_copy is None else str(model.local_copy),
+    )
+
+
 def wanted_dtypes(run: Run) -> Iterator[tuple[str, str]]:
     """(role, dtype as configured) of every role that a run starts."""
     yield "student", run.student.dtype
     for name, roles in started_roles(run).items():
         for role, replicas in roles.items():
             yield f"{teacher_place(run, name)}.{role}", replicas.dtype
+    if (rollouts := rollouts_of(run)) is not None:
+        yield "rollouts", rollouts.dtype
 
 
 def unused_window(choices: Choices, name: str) -> str | None:

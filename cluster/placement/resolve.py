@@ -17,7 +17,14 @@ from cluster.placement.choices import Choices, DtypeRule, choose_accelerator
 from cluster.placement.facts import RunFacts
 from cluster.placement.groups import Placement
 from cluster.placement.hardware import Hardware
-from cluster.placement.plans import TeacherPlans, student_plan, teacher_plans, unused_window, wanted_dtypes
+from cluster.placement.plans import (
+    TeacherPlans,
+    rollout_plan,
+    student_plan,
+    teacher_plans,
+    unused_window,
+    wanted_dtypes,
+)
 from cluster.placement.roles import apart_because, roles_of, started_roles
 from cluster.placement.topology import place
 from cluster.runtime import CPU, GENERATOR, GPU, STUDENT, Accelerator
@@ -34,14 +41,16 @@ class Resolved:
     student: StudentPlan
     student_environment: Mapping[str, str]  # of every rank's process; `student_environment` of runtime.py adds the rank
     teachers: Mapping[str, TeacherPlans]  # by name; without those that no task asks
+    rollouts: EnginePlan | None  # of the engines that hold the student; None where it writes nothing
     placement: Placement
     reasons: tuple[str, ...]  # one line for each choice made for the user
     warnings: tuple[str, ...]
 
     @property
     def engines(self) -> tuple[EnginePlan, ...]:
-        """Of all teachers."""
-        return tuple(plan for plans in self.teachers.values() for plan in plans.started)
+        """Of all teachers, and of the student's rollouts."""
+        own = () if self.rollouts is None else (self.rollouts,)
+        return (*(plan for plans in self.teachers.values() for plan in plans.started), *own)
 
     @property
     def teacher_dtypes(self) -> dict[str, str]:
@@ -68,6 +77,7 @@ def resolve(run: Run, hardware: Hardware, facts: RunFacts, *, with_students: boo
         student=student_plan(choices),
         student_environment=choices.environment(STUDENT),
         teachers={name: teacher_plans(choices, name) for name in started_roles(run)},
+        rollouts=rollout_plan(choices),
         placement=placement,
         reasons=tuple(_reasons(choices)),
         warnings=tuple(_warnings(choices)),

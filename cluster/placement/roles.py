@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from cluster.placement.groups import RoleRequest
-from cluster.runtime import CPU, GENERATOR, SCORER, STUDENT, Accelerator, Role, actors_of
+from cluster.runtime import CPU, GENERATOR, ROLLOUT, SCORER, STUDENT, Accelerator, Role, actors_of
 from configs.engines import FromStore
-from configs.models import Replicas, Teacher
+from configs.models import Replicas, Rollouts, Teacher
 from configs.schema import Run
 
 
@@ -23,6 +23,20 @@ def started_roles(run: Run) -> dict[str, dict[Role, Replicas]]:
         if asked:
             roles[name] = asked
     return roles
+
+
+def rollouts_of(run: Run) -> Rollouts | None:
+    """The engines that hold the student; None where no task lets it write."""
+    writes = any(task.answers.needs_rollouts for task in run.resolved_tasks().values())
+    return run.rollouts if writes else None
+
+
+def replicas_of(run: Run, role: Role, teacher: str) -> Replicas:
+    """Of a role that is started."""
+    if role != ROLLOUT:
+        return started_roles(run)[teacher][role]
+    assert run.rollouts is not None
+    return run.rollouts
 
 
 def _reader(teacher: Teacher) -> Replicas:
@@ -67,6 +81,17 @@ def roles_of(run: Run, accelerator: Accelerator) -> tuple[RoleRequest, ...]:
                 may_span_nodes=replicas.may_span_nodes,
             )
             roles.append(request)
+    if (rollouts := rollouts_of(run)) is not None:
+        roles.append(
+            RoleRequest(
+                ROLLOUT,
+                rollouts.replicas,
+                accelerator,
+                shards=rollouts.tensor_parallel_size,
+                constraints=rollouts.placement,
+                may_span_nodes=rollouts.may_span_nodes,
+            )
+        )
     return tuple(roles)
 
 

@@ -36,6 +36,8 @@ from trainer.loop.plan import units_taking_ids
 from trainer.protocols import Observer, SelfTestResult, StudentInfo
 from trainer.types import (
     BlockRef,
+    BucketHeader,
+    BucketRef,
     Evaluation,
     RankBatch,
     RowIds,
@@ -44,6 +46,8 @@ from trainer.types import (
     StepMetrics,
     StudentPlan,
     Unit,
+    WeightBucket,
+    WeightForm,
 )
 
 if TYPE_CHECKING:
@@ -115,6 +119,10 @@ class RankActor:
     def propose(self, batch: RankBatch) -> tuple[RowIds | None, ...]:
         """None, which is all that the controller reads, and the ids of each unit, an object each."""
         return None, *self.call("propose", batch)
+
+    def weights(self, version: int, index: int, form: WeightForm) -> tuple[BucketHeader, WeightBucket | None]:
+        """The header, which is all that the controller reads, and the bucket, an object of its own."""
+        return self.call("weights", version, index, form)
 
     def stage_evaluation(self, units: Sequence[Unit], *blocks: SoftLabelBlock | None) -> None:
         self.call("stage_evaluation", units, blocks)
@@ -206,6 +214,16 @@ class StudentGroup:
             for units, of_rank in zip(asked, refs, strict=True)
             for unit, ref in zip(units, of_rank[1:], strict=True)
         }
+
+    async def weights(self, version: int, index: int, form: WeightForm) -> tuple[BucketHeader, BucketRef]:
+        """The bucket lies where rank 0 is."""
+        refs = [rank.weights.options(num_returns=2).remote(version, index, form) for rank in self._ranks]
+        what = f"gathering the weights after step {version}"
+        headers = await self._gather([header for header, _ in refs], self._faults.step_timeout_s, what)
+        return headers[0], refs[0][1]
+
+    async def probe(self, token_ids: np.ndarray) -> np.ndarray:
+        return (await self._all("probe", token_ids, what="the probe of the weights"))[0]
 
     async def stage(self, batches: Sequence[RankBatch], blocks: Sequence[Sequence[BlockRef]]) -> None:
         refs = [

@@ -1,4 +1,5 @@
-"""One teacher replica as a Ray actor: the process around an engine. `cluster/teachers/pool.py` keeps the pool."""
+"""One replica of a teacher, or of the student for rollouts, as a Ray actor: the process around an engine.
+`cluster/teachers/pool.py` keeps the pool."""
 
 from __future__ import annotations
 
@@ -8,18 +9,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cluster import runtime
 from cluster.engines.plan import EnginePlan
 from cluster.lifecycle.logs import SharedFolder, redirect_output
 from cluster.lifecycle.processes import ProcessIdentity, own_shared_memory, this_process
 from cluster.model_files import local_copy
+from cluster.runtime import SCORER
 from configs.engines import ENGINES
 from configs.labels import Labels
 from trainer.build import check_build
 from trainer.imports import uncollected
 from trainer.labels.joined import row_ids
 from trainer.protocols import GeneratingEngine, ScoringEngine
-from trainer.types import Completion, GenerationRequest, RowIds, SoftLabelBlock, Unit, UnitReport
+from trainer.types import Completion, GenerationRequest, RowIds, SoftLabelBlock, Unit, UnitReport, WeightBucket
 
 
 def start_engine(
@@ -36,7 +40,7 @@ def start_engine(
         from cluster.engines.store import StoredScorer
 
         engine = ENGINES.load(plan.engine)
-    if plan.role == "generator":
+    if plan.role != SCORER:
         return engine.start_generator(plan, name)
     scorer = engine.start_scorer(plan, name)
     share = getattr(engine, "share_weights", None)
@@ -107,6 +111,12 @@ class TeacherActor:
 
     async def generate(self, requests: Sequence[GenerationRequest], deadline_s: float) -> list[Completion]:
         return await self._engines.generator.generate(requests, deadline_s=deadline_s)
+
+    async def take(self, bucket: WeightBucket, deadline_s: float) -> None:
+        await self._engines.generator.take(bucket, deadline_s=deadline_s)
+
+    async def logprobs(self, token_ids: np.ndarray, deadline_s: float) -> np.ndarray:
+        return await self._engines.generator.logprobs(token_ids, deadline_s=deadline_s)
 
     async def close(self) -> tuple[str, ...]:
         """As that of `Engines`."""

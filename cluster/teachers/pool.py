@@ -204,9 +204,7 @@ class ReplicaPool:
             while True:
                 alive = [replica for replica in self._replicas if not replica.lost]
                 if not alive:
-                    raise TeachersLost(
-                        f"no {self._plan.role} of teacher {self._plan.teacher} is left: {self._last_error}"
-                    )
+                    raise TeachersLost(f"no {self._plan.role} of {self._plan.whose} is left: {self._last_error}")
                 exclude = refused_by if any(replica.name not in refused_by for replica in alive) else set()
                 others = exclude | failed_on
                 if any(replica.healthy and replica.name not in others for replica in alive):
@@ -322,17 +320,21 @@ class ReplicaPool:
             self._observer.event("process", role=replica.name, pid=process.pid, node=process.node)
             segments = await answer(replica.actor.start.remote(), self._plan.start_timeout_s)
             replica.process = replace(process, shared_memory=segments)
+            await self._prepare(replica)
         except (RayError, DeadlineExceeded) as error:
             cause = unwrap(error)
             if isinstance(cause, ConfigError):
                 raise cause from None
             words = last_words(self._folder, replica.name)
-            text = f"{replica.name} of teacher {self._plan.teacher} did not start: {words.after(brief(cause))}"
+            text = f"{replica.name} of {self._plan.whose} did not start: {words.after(brief(cause))}"
             if replica.restarts:  # it could start before
                 raise InfrastructureError(text) from None
             raise start_failure(text, cause=cause, logged=words.error) from None
         self._observer.span(replica.name, "start", started, time.time())
         await self._set_healthy(replica)
+
+    async def _prepare(self, replica: Replica) -> None:
+        """What an engine that is up needs before it works; fails as its start does."""
 
     def placed_processes(self) -> list[PlacedProcess]:
         """Where the replicas are."""

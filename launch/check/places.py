@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from cluster.engines.vllm_limits import check_split
-from cluster.placement.roles import started_roles, writes_beside
+from cluster.placement.roles import rollouts_of, started_roles, writes_beside
 from cluster.preflight.finding import Finding, attempt, ok, problem
 from cluster.preflight.machine import writable
 from cluster.runtime import CPU, GENERATOR, Role, actors_of
@@ -51,6 +51,8 @@ def devices_text(run: Run) -> str:
     for name, roles in started_roles(run).items():
         prefix = name if run.teachers else ""
         counts |= {actors_of(role, prefix): (r.replicas, r.tensor_parallel_size) for role, r in roles.items()}
+    if (rollouts := rollouts_of(run)) is not None:
+        counts["rollout"] = (rollouts.replicas, rollouts.tensor_parallel_size)
     total = sum(num * size for num, size in counts.values())
     cores = total - sum(r.replicas for name, roles in started_roles(run).items() for r in _beside(run, name, roles))
     parts = ", ".join(f"{role} {num}" + (f" x {size}" if size > 1 else "") for role, (num, size) in counts.items())

@@ -27,6 +27,7 @@ from configs.schema import Run
 from launch.check import memory, models, places, rows, store, trackers
 from launch.check.alignment import alignment
 from launch.check.needs import needs_of
+from launch.check.on_policy import examine_rollouts
 from launch.check.shown_rows import Wanted, show_rows
 from launch.check.there import HERE, UNSEEN, There
 from launch.check.watching import examine_metrics, examine_notify
@@ -152,6 +153,7 @@ def examine(run: Run, inputs: list[Inputs] | None = None, there: There = HERE) -
         yield from models.features(run)
     yield from rows.examine_rows(run, inputs[0] if inputs else None)
     yield from ensembles(run)
+    yield from examine_rollouts(run)
     if inputs:
         yield from alignment(run, inputs[0])
     for place, teacher in teachers_by_place(run).items():

@@ -20,7 +20,7 @@ from trainer.records import MAX_INTEGER, append_lines, ignore, read_lines
 from trainer.run_folder import RunFolder, plain, write_text
 from trainer.types import Evaluation, StepMetrics
 
-SpanKind = Literal["train", "ids", "score", "generate", "stage", "evaluate", "save", "start", "wait"]
+SpanKind = Literal["train", "ids", "sync", "score", "generate", "stage", "evaluate", "save", "start", "wait"]
 """In the order in which a report shows them."""
 
 LOSS = "train/loss"

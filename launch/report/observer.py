@@ -225,7 +225,7 @@ class _Waits:
         shares = []
         for lane, spans in self._spans.items():
             busy = [(start, stop) for kind, start, stop in spans if kind in ("score", "generate")]
-            if lane.startswith("student") or not busy:
+            if lane.startswith(("student", "rollout")) or not busy:
                 continue
             known_until = max(busy[-1][1], self._clock() - max(stop - start for start, stop in busy))
             known = [(start, min(stop, known_until)) for start, stop in window if start < known_until]

@@ -95,8 +95,9 @@ def wait_shares(spans: Sequence[Span]) -> tuple[LaneShare, ...]:
 
 
 def mean_waiting(shares: Sequence[LaneShare], *, student: bool) -> float | None:
-    """Over the lanes of one side; None where there is none."""
-    waiting = [share.waiting for share in shares if share.is_student == student]
+    """Over the lanes of the student's ranks, or of the teachers; None where there is none."""
+    sides = [share for share in shares if not share.lane.startswith("rollout")]
+    waiting = [share.waiting for share in sides if share.is_student == student]
     return sum(waiting) / len(waiting) if waiting else None
 
 

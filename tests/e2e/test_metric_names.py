@@ -60,6 +60,12 @@ def of_an_ensemble(folder: Path) -> Path:
     return run_of(folder, {**IN_ONE_PROCESS, "teachers": teachers, "ensemble": TOGETHER})
 
 
+def of_its_own_text(folder: Path) -> Path:
+    """The student writes."""
+    answers = {"kind": "student", "max_new_tokens": 8}
+    return tiny_run(folder, {**IN_ONE_PROCESS, "answers": answers, "rollouts": {"engine": "hf", "dtype": "float32"}})
+
+
 def names_of(config: Path, kind: str) -> set[str]:
     return {name for record in records(config.parent / "run", kind) for name in record} - NO_NUMBERS
 
@@ -73,7 +79,8 @@ def test_runs_and_the_contract_have_the_same_names(tmp_path: Path) -> None:
             "store": {"path": str(tmp_path / "labels")},
         },
     )
-    configs = (of_one_task, of_several_tasks(tmp_path / "several"), of_an_ensemble(tmp_path / "together"))
+    several, together = of_several_tasks(tmp_path / "several"), of_an_ensemble(tmp_path / "together")
+    configs = (of_one_task, several, together, of_its_own_text(tmp_path / "own"))
     for config in configs:
         result = stillhouse("train", str(config))
         assert result.returncode == 0, result.stdout + result.stderr

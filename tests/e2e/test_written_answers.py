@@ -106,7 +106,7 @@ def test_answers_that_are_cut_off_are_learnt_counted_and_told(tmp_path: Path) ->
     file = writing_run(tmp_path, end_ids=[2])
     ended = stillhouse("train", str(file))
     assert ended.returncode == 0, ended.stderr
-    assert "has answers that the teacher did not end" in ended.stdout
+    assert "has answers that were not ended" in ended.stdout
     counters = read_json(tmp_path / "run" / "manifest.json")["counters"]
     assert (counters["answers_written"], counters["answers_dropped"]) == (12, counters["answers_empty"])
     assert counters["answers_cut_off"] > 6

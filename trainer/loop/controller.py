@@ -17,11 +17,13 @@ from trainer.errors import ConfigError, Diverged, Preempted, StudentsLost
 from trainer.loop.checkpoint import Checkpoints, Committed
 from trainer.loop.held_out import HeldOut
 from trainer.loop.hooks import Checkpoint, CheckpointWriter, Evaluate
+from trainer.loop.policy import Policy
 from trainer.loop.scoring import UnitScorers, first_error
 from trainer.loop.start_checks import check_students, check_teachers
 from trainer.loop.supply import Supply
 from trainer.loop.train import Loops
-from trainer.protocols import Observer, SelfTestResult, Session, StudentInfo
+from trainer.loop.weight_sync import WeightSync, sync_settings
+from trainer.protocols import Hook, Observer, SelfTestResult, Session, StudentInfo
 from trainer.threads import in_thread
 from trainer.types import Cursor
 
@@ -71,10 +73,13 @@ class Controller:
             note=lambda text: observer.event("note", text=text),
         )
         self._held_out = HeldOut(job, session, observer)
-        self._source = job.source(session.teachers)
-        write = CheckpointWriter(job, self._checkpoints, session.students, observer)
+        rollouts = job.run.rollouts
+        self._policy = Policy(depth=job.loop.depth, sync_every=1 if rollouts is None else rollouts.sync_every)
+        self._source = job.source(session.teachers, session.rollouts, self._policy)
+        write = CheckpointWriter(job, self._checkpoints, session.students, observer, also=self._policy.save)
         self._checkpoint = Checkpoint(write, observer, job.loop)
         self._evaluate = Evaluate(session.students, observer, job.loop, self._checkpoint)
+        self._hooks: list[Hook] = [self._evaluate, self._checkpoint]
         self.in_loops = False  # while it is, a requested stop saves a checkpoint; otherwise there is nothing to save
         self.student_restarts = 0
         self.non_finite_steps = 0
@@ -88,6 +93,7 @@ class Controller:
         committed = await self._latest()
         self._observer.phase("starting teachers and students")
         await self._start(committed.folder if committed else None)
+        self._add_sync()
         self._observer.phase("self-tests, scoring held-out rows")
         await self._check_and_look(first=committed is None)
         step = 0
@@ -96,6 +102,7 @@ class Controller:
             self._source.seek(committed.state.cursor)
             self.non_finite_steps = committed.state.non_finite_steps
             self._observer.event("resumed", from_step=step)
+        self._policy.begin(step, None if committed is None else committed.folder)
         self._observer.phase("training")
         await self._train(step)
 
@@ -145,6 +152,14 @@ class Controller:
         if self.student_info.products:
             self._observer.event("products", role="student", chosen=self.student_info.products)
 
+    def _add_sync(self) -> None:
+        """First of the hooks: the engines write while the student is evaluated."""
+        session, info = self._session, self.student_info
+        if session.rollouts is not None and info is not None:
+            settings = sync_settings(self._job, info.dtype, session.rollouts.form.dtype)
+            sync = WeightSync(session.students, session.rollouts, self._policy, self._observer, settings)
+            self._hooks.insert(0, sync)
+
     async def _train(self, step: int) -> None:
         """The loops and what follows them, from the last committed checkpoint again whenever the student group is lost.
         After the last step that is the one of this step: then only what follows is done again."""
@@ -184,7 +199,7 @@ class Controller:
         return Loops(
             supply,
             students,
-            [self._evaluate, self._checkpoint],
+            self._hooks,
             settings=job.loop,
             observer=self._observer,
             stop_requested=self._stop_requested,
@@ -237,6 +252,7 @@ class Controller:
         step = committed.state.step if committed else 0
         self.non_finite_steps = committed.state.non_finite_steps if committed else 0
         self._source.seek(committed.state.cursor if committed else start)
+        self._policy.begin(step, None if committed is None else committed.folder)
         self._observer.event("students_restarted", from_step=step, restarts=self.student_restarts)
         return step
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.errors import Diverged, InfrastructureError, StudentsLost
@@ -96,7 +97,17 @@ class Checkpoint(Hook):
 class CheckpointWriter:
     """Writes the checkpoints of one run: the ranks their shards, this process the manifest that commits them."""
 
-    def __init__(self, job: Job, checkpoints: Checkpoints, students: Students, observer: Observer) -> None:
+    def __init__(
+        self,
+        job: Job,
+        checkpoints: Checkpoints,
+        students: Students,
+        observer: Observer,
+        *,
+        also: Callable[[Path, int], None] = lambda folder, step: None,
+    ) -> None:
+        """`also` writes what else belongs to the checkpoint of a step into its folder."""
+        self._also = also
         self._job = job
         self._checkpoints = checkpoints
         self._students = students
@@ -110,6 +121,7 @@ class CheckpointWriter:
         try:
             temporary = await in_thread(self._checkpoints.begin, trained.step)
             await self._students.save(trained.step, temporary)
+            await in_thread(self._also, temporary, trained.step)
             await in_thread(self._checkpoints.commit, temporary, self._state(trained))
         except StudentsLost:
             raise

@@ -19,12 +19,13 @@ from trainer.data.prompts import PromptStream
 from trainer.errors import ConfigError, foreign_errors
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.loop.manifest import TrainingState
+from trainer.loop.policy import Policy, PolicyWriter
 from trainer.loop.rows import held_out_rows, open_stream, sample_rows, seed_of
 from trainer.loop.settings import LoopSettings
 from trainer.loop.sources import Source
 from trainer.model.head import head_width
 from trainer.model.load import load_config
-from trainer.protocols import Author, TeacherPools
+from trainer.protocols import Author, Rollouts, TeacherPools
 from trainer.run_folder import RunFolder
 from trainer.types import Sequence, StreamCounters
 
@@ -80,14 +81,27 @@ class Job:
             counters = counters.plus(stream.counters)
         return counters
 
-    def source(self, teachers: Mapping[str, TeacherPools]) -> Source:
-        """What the steps are drawn from; the teachers' generators write the missing answers."""
-        answers = {}
+    def source(
+        self,
+        teachers: Mapping[str, TeacherPools],
+        rollouts: Rollouts | None = None,
+        policy: Policy | None = None,
+    ) -> Source:
+        """What the steps are drawn from; the teachers' generators write the missing answers, and `rollouts` those of
+        the student, by `policy`."""
+        answers, on_policy = {}, set()
         for name, task in self.tasks.items():
             authors = self._authors(task, teachers) if task.answers.needs_generator else {}
-            answers[name] = self.inputs.tasks[name].answers.bind(authors, seed=seed_of(self.run, name))
+            student: dict[str, Author] = {}
+            if task.answers.needs_rollouts:
+                assert rollouts is not None, name
+                assert policy is not None, name
+                student = {"student": Author(PolicyWriter(name, policy, rollouts), self.inputs.tasks[name].stop_ids)}
+                on_policy.add(name)
+            answers[name] = self.inputs.tasks[name].answers.bind(authors, seed=seed_of(self.run, name), **student)
         shares = {name: task.share for name, task in self.tasks.items()}
-        return Source(self.streams, answers, shares, sequences_per_step=self.loop.sequences_per_step)
+        num = self.loop.sequences_per_step
+        return Source(self.streams, answers, shares, sequences_per_step=num, policy=policy, on_policy=on_policy)
 
     def _authors(self, task: ResolvedTask, teachers: Mapping[str, TeacherPools]) -> dict[str, Author]:
         """The teachers that write for a task, by the name that its prompts have for them."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
 
 from configs.section import MAIN
 from trainer.data.prompts import PromptStream
 from trainer.errors import ConfigError, DataError
+from trainer.loop.policy import Policy
 from trainer.loop.shares import counts_of_step
 from trainer.protocols import AnswerCollector
 from trainer.types import AnswerCounters, Collected, Cursor, Prompt, StreamCounters
@@ -36,12 +38,16 @@ class Source:
         shares: Mapping[str, float],
         *,
         sequences_per_step: int,
+        policy: Policy | None = None,
+        on_policy: Container[str] = (),
     ) -> None:
-        """All mappings by the same names of tasks."""
+        """All mappings by the same names of tasks. `on_policy`: those whose text the student writes, by `policy`."""
         self._streams = streams
         self._answers = answers
         self._shares = shares
         self._sequences_per_step = sequences_per_step
+        self._policy = policy
+        self._on_policy = [name for name in answers if name in on_policy]
 
     @property
     def cursor(self) -> Cursor:
@@ -71,15 +77,35 @@ class Source:
 
     async def collect(self, drawn: Drawn) -> Collected:
         """The sequences of the step, in the order of the tasks; several steps may be collected at once."""
-        of_tasks = [[prompt for prompt in drawn.prompts if prompt.task == name] for name in self._answers]
-        collected = await asyncio.gather(
-            *(answers.collect(prompts) for answers, prompts in zip(self._answers.values(), of_tasks, strict=True))
+        of_tasks = {name: [prompt for prompt in drawn.prompts if prompt.task == name] for name in self._answers}
+        others = [name for name in self._answers if name not in self._on_policy]
+        *found, own = await asyncio.gather(
+            *(self._answers[name].collect(of_tasks[name]) for name in others), self._collect_own(drawn.step, of_tasks)
         )
+        by_task = dict(zip(others, found, strict=True)) | own
+        collected = [by_task[name] for name in self._answers]
         return Collected(
             tuple(sequence for one in collected for sequence in one.sequences),
             AnswerCounters.sum(one.answers for one in collected),
             {name: one.answers for name, one in zip(self._answers, collected, strict=True)},
+            numbers={name: number for one in collected for name, number in one.numbers.items()},
         )
+
+    async def _collect_own(self, step: int, of_tasks: Mapping[str, list[Prompt]]) -> dict[str, Collected]:
+        """Of the tasks whose text the student writes, in the step's turn and one after the other."""
+        if self._policy is None or not self._on_policy:
+            return {}
+        async with self._policy.turn(step):
+            started = time.monotonic()
+            found = {name: await self._answers[name].collect(of_tasks[name]) for name in self._on_policy}
+            took_s = time.monotonic() - started
+        name, one = next(iter(found.items()))
+        return found | {name: replace(one, numbers={**one.numbers, "rollout/write_s": took_s})}
+
+    def close(self, last: int) -> None:
+        """No step after this one will be collected."""
+        if self._policy is not None:
+            self._policy.close(last)
 
     def judge(self, cursor: Cursor, *, last: bool) -> None:
         """The answers of each task up to a cursor are judged by its own rule: raises `DataError` where too many could

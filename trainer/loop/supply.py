@@ -160,6 +160,7 @@ class Supply:
     def _ended(self, supply: asyncio.Task[None]) -> None:
         """An error of the loop itself waits behind the steps that it made."""
         self.proposals.close(self._last_made)
+        self._source.close(self._last_made)
         if not supply.cancelled() and supply.exception() is not None:
             self._ready.put_nowait(supply)
 
@@ -194,7 +195,7 @@ class Supply:
             sequence_ids=tuple(sequence.id for sequence in sequences),
             answers=collected.answers,
             answers_by_task=collected.answers_by_task,
-            parts=_parts(sequences) | _lost_rows(batches, scored) | of_labels,
+            parts=_parts(sequences) | _lost_rows(batches, scored) | of_labels | collected.numbers,
         )
 
     async def _score_and_stage(
@@ -231,10 +232,10 @@ class Supply:
         cursor = ready.cursor.with_answers(self._answers)
         answers = cursor.answers
         if answers.cut_off and not before.cut_off:
-            text = f"step {ready.step} has answers that the teacher did not end (answers.max_new_tokens)"
+            text = f"step {ready.step} has answers that were not ended (answers.max_new_tokens)"
             self._observer.event("note", text=f"{text}; answers/cut_off in metrics.jsonl counts them")
         if answers.empty and not before.empty:
-            text = f"step {ready.step} has prompts that the teacher answered with nothing"
+            text = f"step {ready.step} has prompts that were answered with nothing"
             self._observer.event("note", text=f"{text}; answers/empty in metrics.jsonl counts them")
         self._source.judge(cursor, last=ready.step == self._settings.total_steps)
         if not ready.sequence_ids:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -100,7 +100,8 @@ class Loops:
             now = time.time()
             self._observer.span("student", "train", trained_from, now, f"step {step}")
             times = StepTimes(wait_s=trained_from - waited_from - ids_s, ids_s=ids_s, step_s=now - trained_from)
-            self._observer.step(_with_supply(metrics, ready, times))
+            told = {name: value for hook in self._hooks for name, value in hook.told().items()}
+            self._observer.step(_with_supply(metrics, ready, times, told))
             await self._run_hooks(self._note_trained(metrics, ready))
 
     async def _next_ready(self, step: int) -> tuple[ReadyStep | None, float]:
@@ -184,12 +185,13 @@ class StepTimes:
     step_s: float
 
 
-def _with_supply(metrics: StepMetrics, ready: ReadyStep, times: StepTimes) -> StepMetrics:
-    """The metrics of a step and what supply says about it."""
+def _with_supply(metrics: StepMetrics, ready: ReadyStep, times: StepTimes, told: Mapping[str, float]) -> StepMetrics:
+    """The metrics of a step, what supply says about it, and what hooks told of their work before it."""
     rows = sum(report.num_rows for report in ready.reports)
     values = {
         **metrics.values,
         **ready.parts,
+        **told,
         "student/wait_s": times.wait_s,
         "student/step_s": times.step_s,
         "step/seconds": times.wait_s + times.ids_s + times.step_s,
@@ -207,6 +209,8 @@ def _with_supply(metrics: StepMetrics, ready: ReadyStep, times: StepTimes) -> St
         }
     if times.ids_s:
         values["student/ids_s"] = times.ids_s
+    if write_s := ready.parts.get("rollout/write_s"):
+        values["rollout/tokens_per_s"] = ready.parts.get("rollout/tokens", 0.0) / write_s
     if ready.answers.written:
         values |= {f"answers/{name}": float(count) for name, count in asdict(ready.answers).items()}
     return StepMetrics(step=metrics.step, values=values)

@@ -33,8 +33,7 @@ def export_student(module: StudentModule, folder: Path, *, first_rank: bool, mer
         if first_rank:
             module.adapter.save_pretrained(folder, state_dict=weights, safe_serialization=True)
         return
-    parameters = _merged(module.causal) if merge_adapter else _parameters(module.causal)
-    weights = _collect(parameters, lambda name: True, keep=first_rank)
+    weights = _collect(whole_model(module), lambda name: True, keep=first_rank)
     _refuse_non_finite(weights)
     if first_rank:
         _skeleton(module.causal).save_pretrained(folder, state_dict=weights)
@@ -53,6 +52,11 @@ def _refuse_non_finite(weights: Mapping[str, torch.Tensor]) -> None:
 
 Entry = tuple[str, list[torch.nn.Parameter], Callable[[], torch.Tensor]]
 """A name of the exported folder, the parameters its value needs whole, and the value."""
+
+
+def whole_model(module: StudentModule) -> Iterator[Entry]:
+    """All of an ordinary model, adapters merged into what they adapt; what is trained stays as it is."""
+    return _parameters(module.causal) if module.adapter is None else _merged(module.causal)
 
 
 def _parameters(model: torch.nn.Module) -> Iterator[Entry]:

@@ -48,9 +48,11 @@ from trainer.model.optimizer import learning_rate
 from trainer.model.products import choose_products, products_state, products_told, restore_products
 from trainer.model.rollout_columns import Columns
 from trainer.model.task_losses import TaskLosses
+from trainer.model.weight_buckets import WeightBuckets
 from trainer.model.zero import ZeroModel, flush_to_disk, num_elements, sharded_loading, start_processes, stop_processes
 from trainer.protocols import SelfTestResult, StudentInfo
 from trainer.types import (
+    BucketHeader,
     Evaluation,
     RankBatch,
     RowIds,
@@ -59,6 +61,8 @@ from trainer.types import (
     StudentPlan,
     TokenBatch,
     Unit,
+    WeightBucket,
+    WeightForm,
 )
 
 
@@ -86,6 +90,7 @@ class StudentRank:
         self._on_accelerator = device.type != "cpu"
         self._owns_processes = False
         self._zero: ZeroModel | None = None  # until it is built
+        self._buckets: tuple[WeightForm, WeightBuckets] | None = None  # as they were last asked for
 
     def build(self) -> StudentInfo:
         """Collective. Join the process group, load and shard the student."""
@@ -311,6 +316,29 @@ class StudentRank:
 
     def _student_head(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Head:
         return Head(weight, bias, self._module.head_shape, self._vocabulary.size)
+
+    def weights(self, version: int, index: int, form: WeightForm) -> tuple[BucketHeader, WeightBucket | None]:
+        """Collective, between two steps. One bucket of the weights that training changes; the bucket on rank 0 only."""
+        if self._buckets is None or self._buckets[0] != form:
+            self._buckets = form, WeightBuckets(self._module, form)
+        return self._buckets[1].bucket(version, index, keep=self._rank == 0)
+
+    def probe(self, token_ids: np.ndarray) -> np.ndarray:
+        """Collective, between two steps. float32 [L - 1]: the log-probabilities of tokens 1 .. L - 1 of a text, over
+        all rows of the head, those of no token too: engines know no better."""
+        self._zero.train(False)
+        ids = torch.from_numpy(token_ids.astype(np.int64)).to(self._device)
+        length = len(ids)
+
+        def of_targets(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor]:
+            logits = Head(weight, bias, self._module.head_shape, len(weight)).logits(hidden)
+            return (logits.log_softmax(dim=-1).gather(1, ids[1:, None])[:, 0],)
+
+        given = border_arguments(self._attention, (0, length), self._device)
+        rows = torch.arange(length, device=self._device)
+        with torch.no_grad():
+            (logprobs,) = self._zero.forward(ids[None], rows[None], rows[:-1], of_targets, **given)
+        return logprobs.float().cpu().numpy()
 
     def save(self, step: int, folder: Path) -> None:
         """Collective. Write shards and random states into an existing folder and flush them; nothing is committed."""

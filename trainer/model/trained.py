@@ -76,7 +76,7 @@ def _refuse_unknown_targets(causal: PreTrainedModel, targets: Sequence[str]) -> 
     """peft is content when one of several targets is there, and leaves the others out."""
     names = [name for name, _ in causal.named_modules()]
     head = causal.get_output_embeddings()
-    known = sorted({n.rpartition(".")[2] for n, m in causal.named_modules() if _is_linear(m) and m is not head})
+    known = sorted({n.rpartition(".")[2] for n, m in causal.named_modules() if is_linear(m) and m is not head})
     if not targets or "all-linear" in targets:
         raise ConfigError(
             f"student.lora.target_modules: {list(targets)}: write all-linear without brackets, or name some of "
@@ -92,7 +92,7 @@ def _refuse_unknown_targets(causal: PreTrainedModel, targets: Sequence[str]) -> 
             )
 
 
-def _is_linear(module: torch.nn.Module) -> bool:
+def is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear | Conv1D)
 
 

@@ -58,11 +58,21 @@ from trainer.types.texts import (
     Sequence,
     tokens_to_read,
 )
+from trainer.types.weights import (
+    BucketHeader,
+    BucketRef,
+    Probe,
+    WeightBucket,
+    WeightForm,
+    probe_gap,
+)
 
 __all__ = [
     "AnswerCounters",
     "BatchPart",
     "BlockRef",
+    "BucketHeader",
+    "BucketRef",
     "Collected",
     "Completion",
     "Coverage",
@@ -72,6 +82,7 @@ __all__ = [
     "GenerationRequest",
     "LabelHeader",
     "PairedLogProbs",
+    "Probe",
     "Prompt",
     "RankBatch",
     "Reading",
@@ -93,7 +104,10 @@ __all__ = [
     "Trained",
     "Unit",
     "UnitReport",
+    "WeightBucket",
+    "WeightForm",
     "hash_tokens",
+    "probe_gap",
     "sample_seed",
     "sequence_id",
     "tokens_to_read",

@@ -28,12 +28,13 @@ class StreamCounters:
 
 @dataclass(frozen=True, slots=True)
 class AnswerCounters:
-    """Answers that a teacher wrote, and what was wrong with them."""
+    """Answers that a model wrote, and what was wrong with them."""
 
     written: int = 0
     empty: int = 0  # nothing but end tokens, or nothing at all
-    cut_off: int = 0  # as long as allowed, and not ended by the teacher
-    dropped: int = 0  # not trained on: the empty ones, and those cut off where `answers` leaves them out
+    cut_off: int = 0  # as long as allowed, and not ended by the model
+    dropped: int = 0  # not trained on: empty ones, stale ones, and those cut off where `answers` leaves them out
+    stale: int = 0  # written by older weights of the student than the run allows
 
     def plus(self, more: AnswerCounters) -> AnswerCounters:
         return AnswerCounters(
@@ -41,6 +42,7 @@ class AnswerCounters:
             empty=self.empty + more.empty,
             cut_off=self.cut_off + more.cut_off,
             dropped=self.dropped + more.dropped,
+            stale=self.stale + more.stale,
         )
 
     @classmethod

@@ -165,3 +165,4 @@ class Collected:
     sequences: tuple[Sequence, ...]  # in the order of the prompts; a prompt without a usable answer has none
     answers: AnswerCounters = field(default_factory=AnswerCounters)
     answers_by_task: Mapping[str, AnswerCounters] = field(default_factory=dict)  # of a whole step
+    numbers: Mapping[str, float] = field(default_factory=dict)  # metrics of who wrote them

@@ -12,12 +12,12 @@ from cluster.placement.memory.parts import Part, RoleMemory
 from cluster.placement.memory.processes import CONTROLLER_BASE, RAY_BASE
 from cluster.placement.memory.student import StudentLoad, fallback_pass, student_memory
 from cluster.placement.memory.teacher import EngineLoad, engine_memory
-from cluster.placement.roles import prefix_of, started_roles, writes_beside
-from cluster.runtime import CONTROLLER, CPU, GENERATOR, GPU, SCORER, STUDENT, Role, actors_of
+from cluster.placement.roles import prefix_of, rollouts_of, started_roles, writes_beside
+from cluster.runtime import CONTROLLER, CPU, GENERATOR, GPU, ROLLOUT, SCORER, STUDENT, Role, actors_of
 from configs.engines import ENGINES, FromStore, Vllm
 from configs.held_out import held_out_sets
 from configs.labels import Hidden
-from configs.models import Replicas, Teacher
+from configs.models import Replicas, Rollouts, Teacher
 from configs.rules import teacher_place
 from configs.schema import Run
 from configs.tasks import ResolvedTask
@@ -57,6 +57,8 @@ def memory_needs(run: Run, known: KnownSizes, rule: DtypeRule) -> tuple[RoleMemo
         teacher = run.teachers_by_name()[name]
         engines = {role: _engine(run, known, rule, teacher, role, replicas) for role, replicas in roles.items()}
         found += [_beside(engines)] if writes_beside(run, name, rule.accelerator) else engines.values()
+    if (rollouts := rollouts_of(run)) is not None:
+        found.append(_rollouts(run, known, rule, rollouts))
     if run.runtime == "in_process":
         return (_in_one_process(found),)
     return (*found, RoleMemory(CONTROLLER, 1, host=(Part("process", CONTROLLER_BASE), Part("Ray", RAY_BASE))))
@@ -135,6 +137,27 @@ def _engine(
         cache_is_given=isinstance(replicas.engine, Vllm) and replicas.engine.kv_cache_bytes is not None,
     )
     return replace(engine_memory(sizes, load), place=place)
+
+
+def _rollouts(run: Run, known: KnownSizes, rule: DtypeRule, rollouts: Rollouts) -> RoleMemory:
+    """Of the engines that hold the student: its weights, and a bucket of new ones, twice while they are laid out."""
+    dtype, sizes = rule.choose("rollouts", rollouts.dtype), known.student(run)
+    load = EngineLoad(
+        role=ROLLOUT,
+        actors=ROLLOUT,
+        kind=rollouts.engine.kind,
+        replicas=rollouts.replicas,
+        shards=rollouts.tensor_parallel_size,
+        accelerator=rule.accelerator,
+        width=WIDTHS[dtype],
+        weights=sizes.all * WIDTHS[dtype],
+        max_length=run.data.max_length,
+        arguments=_arguments(run, rule, GENERATOR, rollouts, dtype) if isinstance(rollouts.engine, Vllm) else {},
+        cache_is_given=isinstance(rollouts.engine, Vllm) and rollouts.engine.kv_cache_bytes is not None,
+    )
+    engine = engine_memory(sizes, load)
+    bucket = Part("new weights", 2 * min(rollouts.bucket_bytes, load.weights))
+    return replace(engine, place="rollouts", host=(*engine.host, bucket))
 
 
 def _beside(engines: Mapping[Role, RoleMemory]) -> RoleMemory:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cluster.runtime import CPU, GENERATOR, GPU, SCORER, STUDENT, Accelerator, Role
+from cluster.runtime import CPU, GENERATOR, GPU, ROLLOUT, SCORER, STUDENT, Accelerator, Role
 
 _MB = 10**6
 
@@ -27,7 +27,7 @@ CONTROLLER_BASE = 1200 * _MB
 RAY_BASE = 900 * _MB  # all of its processes together
 # fmt: on
 
-DEVICE_BASE: Mapping[Role, int] = {STUDENT: 1200 * _MB, SCORER: 1500 * _MB, GENERATOR: 1500 * _MB}
+DEVICE_BASE: Mapping[Role, int] = {STUDENT: 1200 * _MB, **dict.fromkeys((SCORER, GENERATOR, ROLLOUT), 1500 * _MB)}
 
 
 def engine_base(kind: str, accelerator: Accelerator) -> int:

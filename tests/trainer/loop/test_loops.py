@@ -665,7 +665,7 @@ def test_answers_are_counted_as_their_steps_are_trained_and_saved_with_the_curso
     ]
     assert answers.judged == [(4 * step, step == 7) for step in range(1, 8)]
     told = [e for e in made.trace.events if e[0] == "note"]
-    assert [e[1]["text"].split(";")[0] for e in told] == ["step 1 has prompts that the teacher answered with nothing"]
+    assert [e[1]["text"].split(";")[0] for e in told] == ["step 1 has prompts that were answered with nothing"]
 
     resumed, again = writing(Written(silent=1), settings=replace(SETTINGS, total_steps=7, save_every=3))
     resumed.stream.position, resumed.stream.answers = 12, saved[0].answers

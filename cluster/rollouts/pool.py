@@ -1,0 +1,108 @@
+"""The pool of rollout engines: a pool of generators that also takes in weights.
+
+    take(bucket) -> every replica, in order           a replica that fails meanwhile is left to its watcher
+    a replica that starts again -> waits for a version to be whole -> takes in its buckets -> proves itself -> writes
+
+The buckets of the version that engines have stay where they were put, in Ray's object store, until the next one comes:
+an engine that dies comes back with the weights that its peers write with, whatever the student has learnt meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+from ray.exceptions import RayError
+
+from cluster.lifecycle.calls import answer, unwrap
+from cluster.rollouts.form import form_of
+from cluster.teachers.pool import ANSWER_GRACE_S, Replica, ReplicaPool
+from configs.models import Rollouts
+from trainer.errors import EngineDead, InfrastructureError, StillhouseError, SyncError
+from trainer.types import BucketHeader, BucketRef, Probe, probe_gap
+
+
+class RolloutPool(ReplicaPool):
+    """Implements `trainer.protocols.Rollouts`."""
+
+    def __init__(self, plan: Any, *, rollouts: Rollouts, **arguments: Any) -> None:
+        """`arguments`: as of `ReplicaPool`."""
+        super().__init__(plan, **arguments)
+        self.form = form_of(plan, rollouts)
+        self._buckets: list[BucketRef] = []  # of the version that engines have, or take in
+        self._probe: Probe | None = None  # of that version
+        self._whole = asyncio.Event()  # all buckets of a version are here
+        self._whole.set()
+
+    async def take(self, header: BucketHeader, bucket: BucketRef) -> None:
+        """See the protocol. An engine that was not there from the first bucket on is not sent the others."""
+        if header.index == 0:
+            self._buckets, self._probe = [], None
+            self._whole.clear()
+            self._taking = [replica for replica in self._replicas if replica.healthy]
+        self._buckets.append(bucket)
+        took = await asyncio.gather(*(self._send(replica, bucket) for replica in self._taking))
+        self._taking = [replica for replica, well in zip(self._taking, took, strict=True) if well]
+        if header.is_last:
+            self._whole.set()
+
+    async def prove(self, probe: Probe) -> float:
+        """See the protocol."""
+        self._probe = probe
+        gaps = await asyncio.gather(*(self._prove(one, probe) for one in self._taking if one.healthy))
+        return max((gap for gap in gaps if gap is not None), default=0.0)
+
+    async def _send(self, replica: Replica, bucket: BucketRef) -> bool:
+        actor = replica.actor
+        try:
+            await self._take(actor, bucket)
+        except (RayError, StillhouseError) as error:
+            await self._suspect(replica, actor, EngineDead(f"took in no weights: {unwrap(error)}"))
+            return False
+        return True
+
+    async def _take(self, actor: Any, bucket: BucketRef) -> None:
+        if actor is None:
+            raise EngineDead("it is being started again")
+        deadline_s = self._faults.step_timeout_s
+        await answer(actor.take.remote(bucket, deadline_s), deadline_s + ANSWER_GRACE_S)
+
+    async def _prove(self, replica: Replica, probe: Probe) -> float | None:
+        actor = replica.actor
+        try:
+            return await self._gap(replica.name, actor, probe)
+        except SyncError:
+            raise
+        except (RayError, StillhouseError) as error:
+            await self._suspect(replica, actor, EngineDead(f"scored no probe: {unwrap(error)}"))
+            return None
+
+    async def _gap(self, name: str, actor: Any, probe: Probe) -> float:
+        deadline_s = self._faults.score_timeout_s
+        found = await answer(actor.logprobs.remote(probe.token_ids, deadline_s), deadline_s + ANSWER_GRACE_S)
+        return check_gap(name, probe, found)
+
+    async def _prepare(self, replica: Replica) -> None:
+        """A replica that starts again has the weights of the student's files."""
+        await self._whole.wait()
+        buckets, probe = list(self._buckets), self._probe
+        for bucket in buckets:
+            await self._take(replica.actor, bucket)
+        if buckets != self._buckets:
+            raise InfrastructureError(f"{replica.name}: newer weights came while it took in those before")
+        if probe is not None:
+            await self._gap(replica.name, replica.actor, probe)
+
+
+def check_gap(name: str, probe: Probe, found: np.ndarray) -> float:
+    """The gap of an engine on the probe. Raises `SyncError` where it is more than that allows."""
+    gap = probe_gap(probe.logprobs, found)
+    if gap <= probe.max_gap:
+        return gap
+    raise SyncError(
+        f"{name} does not have the weights that the student has after step {probe.version}: on a fixed text of "
+        f"{len(probe.token_ids)} tokens the student's mean log-probability is {float(probe.logprobs.mean()):.4f}, the "
+        f"engine's {float(found.mean()):.4f}, and they differ by {gap:.4f} nats a token, where {probe.max_gap:g} are "
+        "allowed (rollouts.max_probe_gap). What it writes is not the student's text, so nothing of it is trained"
+    )
