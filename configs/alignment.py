@@ -80,6 +80,35 @@ ALIGNMENTS = Station(
 AnyAlignment = Annotated[Alignment, ALIGNMENTS]
 
 
+def _ensemble_problem(how: str, align: Alignment, labels: Choice) -> str:
+    """What several teachers with tokenizers of their own cannot become; empty where they can."""
+    if align.chunked:
+        return (
+            f"align: {align.kind} cuts the text by one teacher's tokenizer, and an ensemble has several: give each a "
+            "task of its own, or write align: overlap"
+        )
+    if how == "min_ce":
+        return (
+            "min_ce compares teachers by the probability of the same target ids, and their tokenizers cut the text "
+            "into others: write how: per_teacher, or probability_mean with labels: hidden"
+        )
+    if how == "logit_mean":
+        return (
+            "logit_mean is renormalised over one vocabulary, and align compares several: write how: probability_mean"
+            ", or per_teacher"
+        )
+    if how == "probability_mean" and not align.compares_ids:
+        return f"align: {align.kind} gives probabilities without tokens, which do not mix: write how: per_teacher"
+    if how == "probability_mean" and not getattr(labels, "of_every_id", False):
+        return (
+            f"the ids that labels: {labels.kind} keep are of unlike vocabularies, and are not joined: write labels: "
+            "hidden, or how: per_teacher"
+        )
+    if getattr(labels, "control_ids", ()):
+        return "control_ids are ids of one teacher's vocabulary, and an ensemble with align has several: remove them"
+    return ""
+
+
 def alignment_problems(task: ResolvedTask) -> Iterator[tuple[str, str, str]]:
     """(station, value, what is wrong) of what the alignment of a task cannot give it."""
     align, kind = task.align, task.labels.kind
@@ -88,12 +117,8 @@ def alignment_problems(task: ResolvedTask) -> Iterator[tuple[str, str, str]]:
             yield "objective", term.loss, f"{term.loss} compares chunks of two tokenisations: write align: chunks"
     if align is None:
         return
-    if task.ensemble is not None:
-        yield (
-            "ensemble",
-            "",
-            "align fits one teacher's tokenizer, an ensemble reads the student's: remove one",
-        )
+    if task.ensemble is not None and (problem := _ensemble_problem(task.ensemble.how, align, task.labels)):
+        yield "ensemble", task.ensemble.how, problem
     if task.route is not None:
         yield "route", task.route.column, "align fits one teacher's tokenizer: give each teacher a task of its own"
     if task.soft_labels is not None and align.labels and kind not in align.labels:

@@ -124,8 +124,8 @@ class Record:
             write_json(self._folder.worst, worst_records(evaluation.worst, evaluation.step, decode))
         if evaluation.trained:
             inputs = self._job.inputs
-            teachers = lambda task: inputs.tasks[task].aligner.teacher.template.tokenizer.decode  # noqa: E731
-            write_json(self._folder.trained, trained_records(evaluation.trained, inputs.tokenizer.decode, teachers))
+            of_teacher = lambda task, name: inputs.tasks[task].aligner_of(name).teacher.template.tokenizer.decode  # noqa: E731
+            write_json(self._folder.trained, trained_records(evaluation.trained, inputs.tokenizer.decode, of_teacher))
 
     def generation(self, who: str, rows: tuple[Sequence, ...], texts: AbstractSequence[np.ndarray]) -> None:
         """What the student wrote `before` or `after` training, or the `teacher`, to the prompts of held-out rows."""

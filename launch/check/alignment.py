@@ -9,7 +9,7 @@ from cluster.preflight.finding import Finding, attempt, ok, warning
 from configs.rules import station_place
 from configs.schema import Run
 from trainer.align.share import AlignedShare, covered, described
-from trainer.loop.inputs import Inputs
+from trainer.loop.inputs import Inputs, TaskInputs
 from trainer.loop.job import Job
 from trainer.loop.rows import sample_rows
 from trainer.types import Sequence
@@ -23,7 +23,7 @@ def alignment(run: Run, inputs: Inputs) -> Iterator[Finding]:
     if not tasks:
         return
     for task in tasks:
-        for note in inputs.tasks[task.name].aligner.notes:
+        for note in notes_of(inputs.tasks[task.name]):
             yield ok("alignment" if len(tasks) == 1 else f"alignment of {task.name}", note)
     rows: list[Sequence] = []
     share = AlignedShare({task.name: task.align.min_ratio for task in tasks})
@@ -33,21 +33,31 @@ def alignment(run: Run, inputs: Inputs) -> Iterator[Finding]:
         share.add(rows, least_bytes=1)
 
     def say() -> str:
-        found = [f"{described(one)}" + (f" of {task}" if run.tasks else "") for task, one in share.found.items()]
+        found = [f"{described(one)}{_of(run, *named)}" for named, one in share.found.items()]
         return (
             f"of the answers of {len(rows)} rows are aligned: {'; '.join(found)}" if found else "no answers to look at"
         )
 
     yield attempt("aligned share", look, say)
-    for task in tasks:
-        digits = covered(rows).get(task.name)
-        if digits is not None and digits.digit_ratio is not None and digits.digit_ratio < FEW_DIGITS:
+    for (name, teacher), digits in covered(rows).items():
+        if digits.digit_ratio is not None and digits.digit_ratio < FEW_DIGITS:
+            by = f" by {teacher}" if teacher else ""
             text = (
-                f"{station_place(run, task, 'align')}: only {digits.digit_ratio:.1%} of the digits of answers are "
-                "reached, since both tokenizers cut numbers differently: the teacher teaches no arithmetic this way; "
-                "write align: chunks with labels: token"
+                f"{station_place(run, run.resolved_tasks()[name], 'align')}: only {digits.digit_ratio:.1%} of the "
+                f"digits of answers are reached{by}, since both tokenizers cut numbers differently: the teacher "
+                "teaches no arithmetic this way; write align: chunks with labels: token"
             )
             yield warning("aligned share", text)
+
+
+def notes_of(task: TaskInputs) -> tuple[str, ...]:
+    """What was matched, of each teacher."""
+    several = len(task.aligners) > 1
+    return tuple(f"{name}: {note}" if several else note for name, one in task.aligners.items() for note in one.notes)
+
+
+def _of(run: Run, task: str, teacher: str) -> str:
+    return (f" of {task}" if run.tasks else "") + (f" by {teacher}" if teacher else "")
 
 
 def aligned_at_start(job: Job) -> list[str]:
@@ -57,6 +67,7 @@ def aligned_at_start(job: Job) -> list[str]:
     for name, task in job.inputs.tasks.items():
         if task.aligner is not None:
             of = f" of {name}" if job.run.tasks else ""
-            reached = f"; on {len(job.samples)} rows {described(share[name])} are aligned" if name in share else ""
-            lines.append(f"teacher and student{of} have different tokenizers: {'; '.join(task.aligner.notes)}{reached}")
+            found = [f"{described(one)}{_of(job.run, '', t)}" for (of_task, t), one in share.items() if of_task == name]
+            reached = f"; on {len(job.samples)} rows {', '.join(found)} are aligned" if found else ""
+            lines.append(f"teacher and student{of} have different tokenizers: {'; '.join(notes_of(task))}{reached}")
     return lines

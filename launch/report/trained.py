@@ -49,12 +49,12 @@ ALIGNED = (
 )
 
 
-def trained_records(trained: Sequence[TrainedTokens], decode: Decode, teachers: Callable[[str], Decode]) -> dict:
-    """As trained.json wants them. `decode` is of the student's tokenizer, `teachers` gives by task that of a teacher
-    with another one."""
+def trained_records(trained: Sequence[TrainedTokens], decode: Decode, teachers: Callable[[str, str], Decode]) -> dict:
+    """As trained.json wants them. `decode` is of the student's tokenizer, `teachers` gives by task and teacher that of
+    one with another."""
     return {
         "step": trained[0].step if trained else 0,
-        "sequences": [_record(one, decode, teachers(one.task) if one.how else decode) for one in trained],
+        "sequences": [_record(one, decode, teachers(one.task, one.teacher) if one.how else decode) for one in trained],
     }
 
 

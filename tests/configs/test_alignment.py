@@ -82,6 +82,39 @@ def test_what_a_method_cannot_give_is_refused_with_what_to_write(tmp_path: Path,
     assert problem in str(refused.value)
 
 
+HOWS = {
+    "align: overlap": "the ids that labels: topk keep are of unlike vocabularies, and are not joined: write labels: "
+    "hidden, or how: per_teacher",
+    "align: overlap\n  labels: hidden": None,
+    "align: overlap\n  how: per_teacher": None,
+    "align: overlap\n  how: per_teacher\n  labels: {control_ids: auto}": "control_ids are ids of one teacher's "
+    "vocabulary, and an ensemble with align has several: remove them",
+    "align: overlap\n  labels: hidden\n  how: logit_mean": "renormalised over one vocabulary, and align compares "
+    "several: write how: probability_mean, or per_teacher",
+    "align: overlap\n  how: min_ce": "their tokenizers cut the text into others: write how: per_teacher",
+    "align: chunks\n  labels: token\n  objective: [chunk_kl]\n  how: per_teacher": "cuts the text by one teacher's "
+    "tokenizer, and an ensemble has several: give each a task of its own, or write align: overlap",
+    "align: uld\n  labels: hidden\n  objective: [uld]": "gives probabilities without tokens, which do not mix: write "
+    "how: per_teacher",
+    "align: uld\n  labels: hidden\n  objective: [uld]\n  how: per_teacher": None,
+}
+
+
+@pytest.mark.parametrize(("text", "problem"), HOWS.items())
+def test_what_several_teachers_with_tokenizers_of_their_own_can_become(
+    tmp_path: Path, text: str, problem: str | None
+) -> None:
+    lines = [line for line in text.split("\n") if "how:" not in line]
+    how = next((line.strip() for line in text.split("\n") if "how:" in line), "how: probability_mean")
+    text = "\n".join([*lines, f"  ensemble: {{teachers: [big, code], {how}}}"])
+    if problem is None:
+        assert load(tmp_path, f"tasks:\n one:\n  {text}\n").resolved_tasks()["one"].align is not None
+        return
+    with pytest.raises(ConfigError, match=r"(?s).*") as refused:
+        load(tmp_path, f"tasks:\n one:\n  {text}\n")
+    assert problem in str(refused.value)
+
+
 def test_a_route_to_several_tokenizers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="align fits one teacher's tokenizer: give each teacher a task of its own"):
         load(tmp_path, "align: overlap\nroute: {column: who, map: {a: big, b: code}}\n")

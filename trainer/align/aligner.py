@@ -6,7 +6,9 @@ student's rank     encoding: what the labels of such rows are           -> Paire
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Protocol
 
 import numpy as np
@@ -40,13 +42,30 @@ class SharedIds:
     teacher_ids: torch.Tensor  # int64 [S] shared ones
     student_ids: torch.Tensor  # int64 [S] the same tokens
     num_student: int  # V of the student
+    exhaustive: bool  # whether neither side has another id
 
     @classmethod
     def of(cls, table: np.ndarray, *, num_student: int, device: torch.device) -> SharedIds:
         """`table` int32 [V of the teacher], as `match_ids` makes it."""
         of_teacher = torch.from_numpy(table.astype(np.int64)).to(device)
         teacher_ids = (of_teacher >= 0).nonzero()[:, 0]
-        return cls(of_teacher, teacher_ids, of_teacher[teacher_ids], num_student)
+        exhaustive = len(teacher_ids) == len(table) == num_student
+        return cls(of_teacher, teacher_ids, of_teacher[teacher_ids], num_student, exhaustive)
+
+    @classmethod
+    def common(
+        cls, tables: Mapping[str, np.ndarray], *, num_student: int, device: torch.device
+    ) -> dict[str, SharedIds]:
+        """Of several teachers, by name: the ids that all of them have, in the student's order, so that their pairs are
+        over the same events."""
+        ids = reduce(np.intersect1d, [table[table >= 0] for table in tables.values()])
+        made = {}
+        for name, table in tables.items():
+            one = cls.of(np.where(np.isin(table, ids), table, -1), num_student=num_student, device=device)
+            order = one.student_ids.argsort()
+            made[name] = replace(one, teacher_ids=one.teacher_ids[order], student_ids=one.student_ids[order])
+        exhaustive = all(one.exhaustive for one in made.values())
+        return {name: replace(one, exhaustive=exhaustive) for name, one in made.items()}
 
     @property
     def num_teacher(self) -> int:
@@ -56,13 +75,12 @@ class SharedIds:
         """Log-probabilities [n, V] of each vocabulary as a pair over the shared ids, in the order of the teacher's, and
         one event of the others, where there are any."""
         sides = []
-        exhaustive = len(self.teacher_ids) == self.num_teacher == self.num_student
         for logprobs, ids in ((student, self.student_ids), (teacher, self.teacher_ids)):
             kept = logprobs[:, ids]
-            if not exhaustive:
+            if not self.exhaustive:
                 kept = torch.cat([kept, _rest(logprobs, ids)], dim=1)
             sides.append(kept)
-        return PairedLogProbs(*sides, exhaustive=exhaustive)
+        return PairedLogProbs(*sides, exhaustive=self.exhaustive)
 
 
 def _rest(logprobs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

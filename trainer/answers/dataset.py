@@ -42,7 +42,7 @@ def answers_of_dataset(prompt: Prompt) -> list[Sequence]:
         raise DataError(
             f"{prompt.origin}: has no answer; answers: teacher and teacher.generator: {{}} let the teacher write it"
         )
-    first = RowText(prompt.token_ids, prompt.loss_mask, prompt.row_weights, prompt.reading)
+    first = RowText(prompt.token_ids, prompt.loss_mask, prompt.row_weights, prompt.reading, prompt.readings)
     return [
         Sequence(
             prompt.id,
@@ -58,6 +58,7 @@ def answers_of_dataset(prompt: Prompt) -> list[Sequence]:
             is_turn=bool(prompt.turns),
             reward=None if prompt.scores is None else prompt.scores[sample],
             reading=text.reading,
+            readings=text.readings,
         )
         for sample, text in enumerate((first, *prompt.turns, *prompt.alternatives))
     ]

@@ -91,6 +91,9 @@ class TeachersTogether:
     states: tuple[TeacherStates, ...]
     weights: tuple[torch.Tensor, ...]  # float32 [N, 1] of each
     mix: Mix = probability_mean
+    aligned: torch.Tensor | None = None
+    """bool [N]: rows that all of them said something of, where each has a tokenizer of its own: then the ids that they
+    share with the student are those that all have, in one order."""
 
     def mixed(self, logprobs: AbstractSequence[torch.Tensor], rows: slice) -> torch.Tensor:
         """Log-probabilities [n, V] of each at these rows -> of all together."""
@@ -132,21 +135,42 @@ def evaluation_rows(
                 for one, product in zip(states, of_teachers, strict=True)
             ]
             if together:
-                kls = [forward_kl(PairedLogProbs(student, one, exhaustive=True)) for one in scored]
-                rows.kl_to_each[place] = torch.stack(kls, 1)
-                scored = [together.mixed(scored, place)]
-            if scored:
+                pairs = [_pair(student, said, one.shared) for said, one in zip(scored, states, strict=True)]
+                rows.kl_to_each[place] = torch.stack([forward_kl(pair) for pair in pairs], 1)
+                mixed = replace(pairs[0], teacher=together.mixed([pair.teacher for pair in pairs], place))
+                _compare_mixed(rows, place, mixed, target_ids[place, None], states[0].shared)
+            elif scored:
                 rows.teacher_entropy[place] = entropy(scored[0])
                 _compare(rows, place, student, scored[0], target_ids[place, None], states[0].shared)
             if padding is not None:
                 inside = logits[:, 0] - student[:, 0]  # log-sum-exp
                 outside = head.padding.shape.apply(padding[block].float()).logsumexp(1)
                 rows.padding_mass[place] = (outside - inside).sigmoid()
-    aligned = teacher.aligned if isinstance(teacher, TeacherStates) else None
-    if aligned is None:
+    if teacher is None or teacher.aligned is None:
         return rows
-    kept = {name: getattr(rows, name)[aligned] for name in (*_OF_TEACHER, "teacher_first", "teacher_first_logprob")}
-    return replace(rows, **kept)
+    names = (*_OF_TEACHER, "teacher_first", "teacher_first_logprob", "kl_to_each")
+    return replace(rows, **{name: getattr(rows, name)[teacher.aligned] for name in names})
+
+
+def _pair(student: torch.Tensor, teacher: torch.Tensor, shared: SharedIds | None) -> PairedLogProbs:
+    """Of log-probabilities [n, V] of the vocabulary of each."""
+    return PairedLogProbs(student, teacher, exhaustive=True) if shared is None else shared.pair(student, teacher)
+
+
+def _compare_mixed(
+    rows: EvaluationRows, place: slice, mixed: PairedLogProbs, ids: torch.Tensor, shared: SharedIds | None
+) -> None:
+    """Of several teachers that became one: over the events that they have in common."""
+    rows.teacher_entropy[place] = entropy(mixed.teacher)
+    if shared is None:
+        _compare(rows, place, mixed.student, mixed.teacher, ids, None)
+        return
+    logprob, first = mixed.teacher.max(1)
+    rows.teacher_first_logprob[place] = logprob
+    rows.teacher_first[place] = torch.cat([shared.student_ids, shared.student_ids.new_full((1,), -1)])[first]
+    rows.kl[place] = forward_kl(mixed)
+    rows.teacher_logprob[place] = 0.0
+    rows.agree[place] = rows.student_first[place] == rows.teacher_first[place]
 
 
 def _compare(
@@ -161,7 +185,7 @@ def _compare(
     logprob, first = teacher.max(1)
     rows.teacher_first_logprob[place] = logprob
     if shared is not None:
-        rows.kl[place] = forward_kl(shared.pair(student, teacher))
+        rows.kl[place] = forward_kl(_pair(student, teacher, shared))
         rows.teacher_first[place] = shared.of_teacher[first]
         rows.teacher_logprob[place] = 0.0
     else:

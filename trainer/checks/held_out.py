@@ -44,6 +44,7 @@ class Measure:
     teacher_head: Callable[[str], Head | None]  # by the teacher's name
     mixes: Mapping[str, Mix]  # by set of held-out rows: how teachers that were asked together become one
     shared_ids: Callable[[str], SharedIds | None]  # with a teacher's vocabulary, where it is another
+    common_ids: Callable[[str], Mapping[str, SharedIds]]  # with those of several by name, where they are others
     vocabulary_size: int
     chunk_rows: int
     device: torch.device
@@ -72,8 +73,13 @@ class Measure:
             rows = None if aligned is None else aligned[:, 0] > 0
             return TeacherStates(part.labels["hidden"], self.teacher_head(part.teacher), shared, rows)
         names = names_of(part.teacher)
-        states = tuple(TeacherStates(part.labels[f"{name}/hidden"], self.teacher_head(name)) for name in names)
-        return TeachersTogether(states, tuple(part.labels[f"{name}/{WEIGHT}"] for name in names), mix)
+        common, aligned = self.common_ids(part.teacher) if ALIGNED in part.labels else {}, None
+        if common:
+            aligned = torch.cat([part.labels[f"{name}/{ALIGNED}"] for name in names], 1).amin(1) > 0
+        states = tuple(
+            TeacherStates(part.labels[f"{name}/hidden"], self.teacher_head(name), common.get(name)) for name in names
+        )
+        return TeachersTogether(states, tuple(part.labels[f"{name}/{WEIGHT}"] for name in names), mix, aligned)
 
 
 def evaluate_held_out(

@@ -47,7 +47,7 @@ class PartLabels:
             for name in encoding.teachers:
                 yield (
                     name,
-                    encoding.encoding,
+                    encoding.encoding_of(name),
                     lambda labels, name=name: columns_of(labels, name),
                     encoding.heads.get(name),
                 )

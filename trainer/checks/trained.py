@@ -106,7 +106,8 @@ def _cut(sequence: Sequence, step: int, teacher: str, label: LabelRows, own: sli
     first = max(0, int(rows[0]) - TOKENS_BEFORE)
     shown = np.flatnonzero(rows + 1 < first + MAX_TOKENS)[:MAX_ROWS]
     columns = {field.name: getattr(label, field.name)[own] for field in fields(label)}
-    reading, groups, beside = sequence.reading, np.empty(0, dtype=np.int64), ()
+    reading = sequence.readings.get(teacher, sequence.reading)
+    groups, beside = np.empty(0, dtype=np.int64), ()
     if reading is not None:
         groups = reading.groups[shown]
         predicted = reading.token_ids[np.flatnonzero(reading.loss_mask) + 1]
@@ -119,7 +120,7 @@ def _cut(sequence: Sequence, step: int, teacher: str, label: LabelRows, own: sli
         task=sequence.task,
         teacher=teacher,
         labels=getattr(known.encoding, "encoding", known.encoding).kind,
-        how=known.how,
+        how=known.how if reading is not None else "",
         token_ids=sequence.token_ids[first : int(rows[shown[-1]]) + 2],
         rows=rows[shown] - first,
         label=LabelRows(**{name: column[shown] for name, column in columns.items()}),

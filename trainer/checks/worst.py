@@ -42,7 +42,8 @@ def texts_of(item: HeldOutBatch) -> Iterator[RowsOfText]:
         rows = np.flatnonzero(sequence.loss_mask)
         all_rows = np.arange(first_row, first_row + len(rows))
         first_row += len(rows)
-        own = np.ones(len(rows), dtype=bool) if sequence.reading is None else sequence.reading.groups >= 0
+        aligned = sequence.aligned_rows
+        own = np.ones(len(rows), dtype=bool) if aligned is None else aligned
         part = slice(start, start + int(own.sum()))
         start = part.stop
         yield RowsOfText(position, sequence, rows[own], all_rows[own], part)
@@ -88,7 +89,7 @@ def _token(text: RowsOfText, n: int, rows: EvaluationRows) -> WorstToken:
         token=ids[at : at + 1],
         after=ids[at + 1 : at + 1 + AFTER],
         student_logprob=float(rows.student_logprob[own]),
-        teacher_logprob=None if text.sequence.reading is not None else float(rows.teacher_logprob[scored]),
+        teacher_logprob=None if text.sequence.aligned_rows is not None else float(rows.teacher_logprob[scored]),
         student_first=First(int(rows.student_first[own]), float(rows.student_first_logprob[own])),
         teacher_first=First(int(rows.teacher_first[scored]), float(rows.teacher_first_logprob[scored])),
     )

@@ -6,8 +6,10 @@ Training (`trainer/data/prompts.py`) and `check` read rows through the same read
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from configs.prompts import Data, Dataset
@@ -76,7 +78,8 @@ class PromptReader:
     to_write: ToWrite | None  # None: every row needs its answer
     asks: Asked
     dataset: Dataset
-    aligner: TextAligner | None = None  # of teacher and student, where they read rows by tokenizers of their own
+    aligners: Mapping[str, TextAligner] = field(default_factory=dict)
+    """By teacher, of those that read rows by tokenizers of their own."""
 
     @classmethod
     def open(
@@ -88,7 +91,7 @@ class PromptReader:
         vocabulary: SharedVocabulary,
         to_write: ToWrite | None = None,
         asks: Asked | None = None,
-        aligner: TextAligner | None = None,
+        aligners: Mapping[str, TextAligner] = MappingProxyType({}),
     ) -> PromptReader:
         """Raises `ConfigError` or `DataError` where the dataset as a whole cannot give what is asked."""
         rows = Rows.open(dataset)
@@ -97,7 +100,7 @@ class PromptReader:
                 f"an answer of up to {to_write.room} tokens leaves no room for a prompt in data.max_length "
                 f"{data.max_length}: raise data.max_length or lower answers.max_new_tokens"
             )
-        return cls(rows, data, template, vocabulary.size, to_write, asks or Asked(), dataset, aligner)
+        return cls(rows, data, template, vocabulary.size, to_write, asks or Asked(), dataset, aligners)
 
     @property
     def _rewrites(self) -> bool:
@@ -131,6 +134,7 @@ class PromptReader:
             scores=parsed.scores if isinstance(parsed, CandidatesRow) else None,
             weight=1.0 if several else parsed.weight,
             reading=first.reading,
+            readings=first.readings,
         )
         return prompt, truncated or any(cut for _, cut in others)
 
@@ -146,42 +150,33 @@ class PromptReader:
             raise BadRow(origin, problem, preview(self.rows.raw.raw(row)))
 
     def _read_aligned(self, row: int, parsed: Row, origin: str) -> tuple[list[RowText], bool]:
-        """As `_read_answer`, each text with what the teacher reads instead where it reads by a tokenizer of its own."""
-        texts, cut = self._read_answer(row, parsed, origin)
-        if self.aligner is None:
-            return texts, cut
-        as_teacher = replace(
-            self,
-            template=self.aligner.teacher.template,
-            vocabulary_size=len(self.aligner.teacher.tokens.values),
-            aligner=None,
-        )
-        try:
-            others, other_cut = as_teacher._read_answer(row, parsed, origin)
-        except TooLong as error:
-            raise TooLong(origin, f"as the teacher reads it: {error.reason}") from None
-        try:
-            return self._aligned(parsed, texts, others, cut=cut or other_cut), cut or other_cut
-        except DataError as error:
-            raise BadRow(origin, str(error), preview(self.rows.raw.raw(row))) from error
-
-    def _aligned(self, parsed: Row, texts: list[RowText], others: list[RowText], *, cut: bool) -> list[RowText]:
-        """Raises `DataError` where the texts do not belong together."""
-        assert self.aligner is not None
-        if len(texts) != len(others):
-            raise DataError(
-                f"becomes {len(texts)} texts by the student's chat template and {len(others)} by the teacher's, which "
-                "cannot be aligned: write loss_on: last"
+        """As `_read_answer`, each text with what a teacher reads instead that reads by a tokenizer of its own."""
+        own, cut = self._read_answer(row, parsed, origin)
+        texts, any_cut, several = own, cut, len(self.aligners) > 1
+        for name, aligner in self.aligners.items():
+            who = f"teacher {name}" if several else "the teacher"
+            as_teacher = replace(
+                self,
+                template=aligner.teacher.template,
+                vocabulary_size=len(aligner.teacher.tokens.values),
+                aligners={},
             )
-        weighted = parsed.weight != 1 or any(text.row_weights is not None for text in texts)
-        if self.aligner.parameters.chunked and weighted:
-            raise DataError("has a weight, which chunks of several rows cannot have: remove it, or use align: overlap")
-        aligned = []
-        for text, other in zip(texts, others, strict=True):
-            given = other.loss_mask is not None
-            reading = self.aligner.reading(text, other, cut=cut) if given else Reading(other.token_ids)
-            aligned.append(replace(text, reading=reading))
-        return aligned
+            try:
+                others, other_cut = as_teacher._read_answer(row, parsed, origin)
+                readings = _readings(aligner, parsed, own, others, cut=cut or other_cut)
+            except TooLong as error:
+                raise TooLong(origin, f"as {who} reads it: {error.reason}") from None
+            except BadRow:
+                raise
+            except DataError as error:
+                text = f"of {who}: {error}" if several else str(error)
+                raise BadRow(origin, text, preview(self.rows.raw.raw(row))) from error
+            any_cut = any_cut or other_cut
+            texts = [
+                replace(text, readings={**text.readings, name: one}) if several else replace(text, reading=one)
+                for text, one in zip(texts, readings, strict=True)
+            ]
+        return texts, any_cut
 
     def _read_answer(self, row: int, parsed: Row, origin: str) -> tuple[list[RowText], bool]:
         """Its texts, at least one, and whether anything of them was cut or left out."""
@@ -324,6 +319,25 @@ class PromptReader:
             "happens to such rows with data.on_too_long: drop (left out and counted) or truncate (the beginning "
             "is kept)",
         )
+
+
+def _readings(
+    aligner: TextAligner, parsed: Row, texts: list[RowText], others: list[RowText], *, cut: bool
+) -> list[Reading]:
+    """Of each text of a row what the teacher reads in its place. Raises `DataError` where they do not belong
+    together."""
+    if len(texts) != len(others):
+        raise DataError(
+            f"becomes {len(texts)} texts by the student's chat template and {len(others)} by the teacher's, which "
+            "cannot be aligned: write loss_on: last"
+        )
+    weighted = parsed.weight != 1 or any(text.row_weights is not None for text in texts)
+    if aligner.parameters.chunked and weighted:
+        raise DataError("has a weight, which chunks of several rows cannot have: remove it, or use align: overlap")
+    return [
+        Reading(other.token_ids) if other.loss_mask is None else aligner.reading(text, other, cut=cut)
+        for text, other in zip(texts, others, strict=True)
+    ]
 
 
 def _counted(prompted: bool, error: Exception) -> str:

@@ -14,6 +14,8 @@ from configs.tasks import ResolvedTask
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from trainer.loop.inputs import Inputs
 
 
@@ -36,7 +38,7 @@ def control_tokens(run: Run, inputs: Inputs) -> Mapping[str, tuple[str, ...]]:
     """By place, the control tokens of a run that `with_control_ids` made: `<|im_end|> (2)`."""
     return {
         f"{station_place(run, task, 'labels')}.control_ids": tuple(
-            f"{inputs.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in task.labels.control_ids
+            f"{_tokenizer(task, inputs).convert_ids_to_tokens(i)} ({i})" for i in task.labels.control_ids
         )
         for task in run.resolved_tasks().values()
         if _named(task)
@@ -53,7 +55,8 @@ def _with_ids(run: Run, task: ResolvedTask, inputs: Inputs) -> Sparse:
         templates = inputs.tasks[task.name]
         ids = [i for name in task.teachers for i in templates.stop_ids_of(name)]
     else:
-        ids = [_id(given, inputs, place) for given in labels.control_ids]
+        size = inputs.vocabulary.of_teacher(task.teachers[0]).size
+        ids = [_id(given, _tokenizer(task, inputs), size, place) for given in labels.control_ids]
     ids = list(dict.fromkeys(ids))
     if labels.most and len(ids) > getattr(labels, labels.most):
         kept = f"{labels.most}: {getattr(labels, labels.most)}"
@@ -65,16 +68,23 @@ def _with_ids(run: Run, task: ResolvedTask, inputs: Inputs) -> Sparse:
     return made
 
 
-def _id(given: int | str, inputs: Inputs, place: str) -> int:
-    size, vocabulary = inputs.vocabulary.size, inputs.tokenizer.get_vocab()
+def _tokenizer(task: ResolvedTask, inputs: Inputs) -> PreTrainedTokenizerBase:
+    """By which the task's teacher reads."""
+    if task.align is None:
+        return inputs.tokenizer
+    return inputs.tasks[task.name].templates[task.teachers[0]].tokenizer
+
+
+def _id(given: int | str, tokenizer: PreTrainedTokenizerBase, size: int, place: str) -> int:
+    vocabulary = tokenizer.get_vocab()
     if isinstance(given, int):
         if given >= size:
             raise ConfigError(f"{place}: id {given} is outside the vocabulary of {size}; write one of 0 to {size - 1}")
         return given
     if given in vocabulary:
         return vocabulary[given]
-    pieces = inputs.tokenizer.convert_ids_to_tokens(inputs.tokenizer(given, add_special_tokens=False)["input_ids"])
-    special = sorted(inputs.tokenizer.get_added_vocab())
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer(given, add_special_tokens=False)["input_ids"])
+    special = sorted(tokenizer.get_added_vocab())
     shown = f"; special tokens are {', '.join(special[:12])}" if special else ""
     raise ConfigError(
         f"{place}: '{given}' is no single token of the teacher's tokenizer, which reads {len(pieces)} "

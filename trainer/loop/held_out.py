@@ -136,7 +136,7 @@ class HeldOut:
 
     async def _written(self, rows: AbstractSequence[Sequence], name: str) -> list[np.ndarray] | None:
         """By one teacher, also where the rows are of several."""
-        prompts, stop_ids = [prompt_of(row.as_read()) for row in rows], self._inputs.stop_ids_of(name)
+        prompts, stop_ids = [prompt_of(row.as_read(name)) for row in rows], self._inputs.stop_ids_of(name)
         if (generator := self._teachers[name].generator) is not None:
             greedy = Sampling(self._job.run.report.generate_tokens, stop_token_ids=stop_ids)
             asked = [

@@ -6,7 +6,7 @@ Needs no hardware and comes first, since `cluster/placement/resolve.py` asks for
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -33,8 +33,17 @@ class TaskInputs:
     answers: AnswerSource
     end_ids: Mapping[str, tuple[int, ...]]
     """The ids that end a text by the generation settings of each teacher; none is padding. Names as in `templates`."""
-    aligner: TextAligner | None = None
-    """Where the task is aligned: how the teacher's texts and the student's belong together."""
+    aligners: Mapping[str, TextAligner] = field(default_factory=dict)
+    """Where the task is aligned, by teacher: how its texts and the student's belong together."""
+
+    @property
+    def aligner(self) -> TextAligner | None:
+        """Of the first teacher; the student's side of all is the same."""
+        return next(iter(self.aligners.values()), None)
+
+    def aligner_of(self, teacher: str) -> TextAligner | None:
+        """Of a teacher; without a name of the only one."""
+        return self.aligners.get(teacher, self.aligner)
 
     @property
     def template(self) -> Template:
@@ -89,10 +98,9 @@ def read_inputs(run: Run) -> Inputs:
     vocabulary = vocabularies[0] if vocabularies else _of_student(run, own)
     made = {task.name: _aligned(run, task, _task_inputs(run, task, tokenizers, vocabulary), own) for task in tasks}
     others = {
-        name: teacher_vocabulary(one.aligner, sources[name])
+        name: teacher_vocabulary(aligner, sources[name])
         for one in made.values()
-        for name in one.templates
-        if one.aligner is not None
+        for name, aligner in one.aligners.items()
     }
     return Inputs(replace(vocabulary, others=others), own, made)
 
@@ -105,22 +113,24 @@ def _of_student(run: Run, tokenizer: PreTrainedTokenizerBase) -> SharedVocabular
 
 
 def _aligned(run: Run, task: ResolvedTask, made: TaskInputs, student: PreTrainedTokenizerBase) -> TaskInputs:
-    """With its alignment, where the task has one."""
+    """With its alignment to each teacher, where the task has one."""
     if task.align is None or not task.teachers:
         return made
-    (name,) = task.teachers
-    place, source = teacher_place(run, name), run.teachers_by_name()[name].model
-    teacher = Side.of(made.templates[name], made.end_ids[name], name=f"{place}.model: the tokenizer of {source.path}")
-    own = run.student.model
+    own, aligners = run.student.model, {}
     reads = Side.of(Template.of(student), end_ids(own), name=f"student.model: the tokenizer of {own.path}")
-    aligner = align_texts(task.align, teacher, reads, max_length=run.data.max_length)
-    return replace(made, aligner=aligner)
+    for name in task.teachers:
+        path = run.teachers_by_name()[name].model.path
+        where = f"{teacher_place(run, name)}.model: the tokenizer of {path}"
+        teacher = Side.of(made.templates[name], made.end_ids[name], name=where)
+        aligners[name] = align_texts(task.align, teacher, reads, max_length=run.data.max_length)
+    return replace(made, aligners=aligners)
 
 
 def _task_inputs(
     run: Run, task: ResolvedTask, tokenizers: Mapping[str, PreTrainedTokenizerBase], vocabulary: SharedVocabulary
 ) -> TaskInputs:
-    """Raises ConfigError where the teachers of a route or an ensemble read conversations by different templates."""
+    """Raises ConfigError where the teachers of a route or an ensemble read conversations by different templates, unless
+    each is aligned."""
     teachers = run.teachers_by_name()
     names = task.teachers or tuple(teachers)[:1]
     if not names:
@@ -132,7 +142,8 @@ def _task_inputs(
     for name, other in templates.items():
         of_one = "route" if task.ensemble is None else "ensemble"
         differs = "chat_template" if other.saved != template.saved else "template_arguments"
-        if (other.saved, other.arguments) != (template.saved, template.arguments):
+        same = (other.saved, other.arguments) == (template.saved, template.arguments)
+        if not same and task.align is None:
             raise ConfigError(
                 f"the teachers {names[0]} and {name} of one {of_one} have different {differs.replace('_', ' ')}s: give "
                 f"them the same teachers.<name>.{differs}, or each a task of its own"

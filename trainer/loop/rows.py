@@ -50,7 +50,7 @@ def open_reader(run: Run, inputs: Inputs, task: ResolvedTask) -> PromptReader:
         vocabulary=inputs.vocabulary,
         to_write=None if answers.needs_answer else ToWrite(answers.room_for_answer, answers.rewrite),
         asks=_asked(run, task, compares=True),
-        aligner=of_task.aligner,
+        aligners=of_task.aligners,
     )
     if task.fraction is None:
         return reader
@@ -62,14 +62,14 @@ def open_held_out(run: Run, inputs: Inputs, held_out: HeldOutSet) -> PromptReade
     """Held-out rows, by the template of the teacher that scores them, of several answers the best; each row names
     its set as its task. Raises `ConfigError` for a fraction that is no row."""
     task = held_out.task
-    aligner = inputs.tasks[task.name].aligner
+    aligners = {name: one.for_evaluation() for name, one in inputs.tasks[task.name].aligners.items()}
     reader = PromptReader.open(
         held_out.rows,
         data=run.data.model_copy(update={"shuffle": False}),
         template=inputs.tasks[task.name].template,
         vocabulary=inputs.vocabulary,
         asks=replace(_asked(run, task), task=held_out.name, best=True),
-        aligner=None if aligner is None else aligner.for_evaluation(),
+        aligners=aligners,
     )
     if held_out.fraction is None:
         return reader
@@ -201,9 +201,10 @@ def wanted_labels(run: Run, inputs: Inputs) -> Iterator[Wanted]:
 
 def _wanted(sequence: Sequence, labels: Labels, only: str) -> Iterator[Wanted]:
     """Of each teacher, as it reads the text; `only` is who is asked where the text names nobody."""
-    asked = sequence.as_read()
-    if asked.num_loss_tokens:
-        yield from (Wanted(name or only, labels, asked) for name in names_of(sequence.teacher))
+    for name in names_of(sequence.teacher):
+        asked = sequence.as_read(name)
+        if asked.num_loss_tokens:
+            yield Wanted(name or only, labels, asked)
 
 
 def sample_rows(run: Run, inputs: Inputs) -> tuple[Sequence, ...]:

@@ -28,7 +28,7 @@ from trainer.loop.chosen_ids import ChosenIds
 from trainer.loop.packing import Layouts, check_block, check_finite, layout_of, pack, parts_of, to_device
 from trainer.loop.plan import plan_step
 from trainer.loop.settings import every
-from trainer.loop.together import Packable, Scored, packable
+from trainer.loop.together import Packable, Scored, names_of, packable
 from trainer.losses.ensemble import target_logprobs
 from trainer.model.head import Head
 from trainer.model.load import load_teacher_head
@@ -88,6 +88,7 @@ class Staging:
         self.chosen = ChosenIds()
         self.held_out: tuple[HeldOutBatch, ...] = ()
         self._shared: dict[str, SharedIds] = {}  # by teacher, of those with another vocabulary
+        self._common: dict[str, Mapping[str, SharedIds]] = {}  # by teachers that are asked together
         self._heads: dict[str, Head] = {}  # of the teachers whose hidden states came here
 
     def stage(self, batch: RankBatch, blocks: AbstractSequence[SoftLabelBlock]) -> None:
@@ -167,6 +168,17 @@ class Staging:
             table = vocabulary.student_ids
             self._shared[name] = SharedIds.of(table, num_student=self._vocabulary.size, device=self._device)
         return self._shared[name]
+
+    def common_ids(self, teachers: str) -> Mapping[str, SharedIds]:
+        """With the vocabularies of several teachers, by name: the ids that all have. Empty where none is aligned."""
+        names = names_of(teachers)
+        tables = {name: self._vocabulary.of_teacher(name) for name in names}
+        if any(one is self._vocabulary for one in tables.values()):
+            return {}
+        if teachers not in self._common:
+            of_each = {name: one.student_ids for name, one in tables.items()}
+            self._common[teachers] = SharedIds.common(of_each, num_student=self._vocabulary.size, device=self._device)
+        return self._common[teachers]
 
     def stage_held_out(self, units: AbstractSequence[Unit], blocks: AbstractSequence[SoftLabelBlock | None]) -> None:
         """Keep the rank's held-out units, packed by the training's token budget, each batch of one task and teacher.

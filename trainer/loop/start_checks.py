@@ -72,7 +72,7 @@ async def _check_teacher(
     model, dtype = run.teachers_by_name()[name].model, job.teacher_dtypes[name]
     lengths = await asyncio.to_thread(teacher_lengths, model)
     vocabulary = job.inputs.vocabulary.of_teacher(name)
-    plan = plan_check([row.as_read() for row in rows], lengths=lengths, max_length=run.data.max_length)
+    plan = plan_check([row.as_read(name) for row in rows], lengths=lengths, max_length=run.data.max_length)
     if plan is None:
         return (SelfTestResult("labels", True, "no row with an answer to check on"),)
     unit = plan.unit
@@ -100,7 +100,7 @@ async def _check_states(
 ) -> tuple[SelfTestResult, ...]:
     """Of the layers that tasks compare with the student's, if any."""
     asked = [task.labels for task in job.tasks.values() if name in task.teachers and getattr(task.labels, "layers", ())]
-    plan = plan_check([row.as_read() for row in rows], lengths=(), max_length=job.run.data.max_length)
+    plan = plan_check([row.as_read(name) for row in rows], lengths=(), max_length=job.run.data.max_length)
     if not asked or plan is None:
         return ()
     model, found = job.run.teachers_by_name()[name].model, []

@@ -20,7 +20,7 @@ import torch
 from configs.section import TOGETHER
 from configs.tasks import Ensemble
 from trainer.errors import UnitRejected
-from trainer.labels.encoding import Column
+from trainer.labels.encoding import ALIGNED, Column
 from trainer.loop.packing import Layouts
 from trainer.losses.ensemble import WEIGHT
 from trainer.types import Sequence, SoftLabelBlock, TokenBatch, Unit
@@ -79,7 +79,7 @@ def packable(
             weights = sequence_weights(unit.sequences, ensemble, names)
             if ensemble.how == "min_ce":
                 weights = np.eye(len(names))[pick(asked)]
-            found.append((unit, _merged(asked, weights)))
+            found.append((unit, _merged(asked, weights, ensemble)))
             of_kinds[unit.kind] = _merged_layout(names, [layouts[one.kind] for one, _ in asked])
         places.append(tuple(first))
     return Packable(tuple(unit for unit, _ in found), tuple(block for _, block in found), of_kinds, tuple(places))
@@ -149,14 +149,24 @@ def _check_ids(asked: AbstractSequence[Scored], ensemble: Ensemble) -> None:
         raise UnitRejected(f"unit {asked[0][0].id}: its labels are of other ids than those of another teacher")
 
 
-def _merged(asked: AbstractSequence[Scored], weights: np.ndarray) -> SoftLabelBlock:
+def _merged(asked: AbstractSequence[Scored], weights: np.ndarray, ensemble: Ensemble) -> SoftLabelBlock:
+    """`weights` [S, M]. A teacher of which no row is aligned with a row of the student has weight 0 there, and in a
+    mixture the others have its share; what no row of any teacher belongs to is not aligned in the whole either."""
     first = asked[0][1]
-    counts = np.diff(first.row_offsets)
-    columns = {}
+    of_rows = np.repeat(weights, np.diff(first.row_offsets), axis=0)
+    columns: dict[str, np.ndarray] = {}
+    if ALIGNED in first.columns:
+        reached = np.concatenate([block.columns[ALIGNED] for _, block in asked], axis=1)
+        left = of_rows * reached
+        sums = left.sum(1, keepdims=True)
+        columns[ALIGNED] = (sums > 0).astype(np.float32)
+        if ensemble.how != "per_teacher":
+            left = np.where(sums > 0, left / np.where(sums > 0, sums, 1), of_rows)
+        of_rows = left
     for index, (one, block) in enumerate(asked):
         name = one.kind[1]
         columns |= {f"{name}/{column}": values for column, values in block.columns.items()}
-        columns[f"{name}/{WEIGHT}"] = np.repeat(weights[:, index], counts).astype(np.float32)[:, None]
+        columns[f"{name}/{WEIGHT}"] = of_rows[:, index : index + 1].astype(np.float32)
     return dataclasses.replace(first, columns=columns)
 
 
@@ -167,4 +177,4 @@ def _merged_layout(
     for name, layout in zip(names, layouts, strict=True):
         merged += [dataclasses.replace(column, name=f"{name}/{column.name}") for column in layout]
         merged.append(Column(f"{name}/{WEIGHT}", torch.float32, 1))
-    return tuple(merged)
+    return (*merged, *(column for column in layouts[0] if column.name == ALIGNED))

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from configs.tasks import How
-from trainer.labels.encoding import Encoding
+from trainer.labels.encoding import ALIGNED, Encoding
 from trainer.labels.token import LOGPROB
 from trainer.losses.target import TargetEvent
 from trainer.model.head import Head
@@ -67,6 +67,12 @@ class Together:
     teachers: tuple[str, ...]
     how: How
     heads: Mapping[str, Head | None] = field(default_factory=dict)
+    aligned: Mapping[str, Encoding] = field(default_factory=dict)
+    """By teacher, of those with tokenizers of their own: in the place of `encoding`. Those of a mixture are over the
+    same events."""
+
+    def encoding_of(self, teacher: str) -> Encoding:
+        return self.aligned.get(teacher, self.encoding)
 
     @property
     def temperature(self) -> float:
@@ -79,9 +85,10 @@ class Together:
         """As that of the encoding, for each teacher with its own head."""
         prepared = {}
         for name in self.teachers:
-            prepared |= _named(name, self.encoding.prepare(columns_of(labels, name), self.heads.get(name)))
+            columns = self.encoding_of(name).prepare(columns_of(labels, name), self.heads.get(name))
+            prepared |= _named(name, columns)
             prepared[f"{name}/{WEIGHT}"] = labels[f"{name}/{WEIGHT}"]
-        return prepared
+        return prepared | {name: labels[name] for name in (ALIGNED,) if name in labels}
 
     def align(
         self, logits: torch.Tensor, labels: Mapping[str, torch.Tensor], teacher_head: Head | None = None
@@ -100,9 +107,10 @@ class Together:
         pairs: dict[str, PairedLogProbs] = {}
         for name in self.teachers:
             first = next(iter(pairs.values()), None)
-            shared = first if first is not None and (first.exhaustive or self.how != "per_teacher") else None
+            same = self.how != "per_teacher" or (not self.aligned and first is not None and first.exhaustive)
+            shared = first if same else None
             with torch.set_grad_enabled(torch.is_grad_enabled() and shared is None):
-                pair = self.encoding.align(logits, columns_of(labels, name), self.heads.get(name))
+                pair = self.encoding_of(name).align(logits, columns_of(labels, name), self.heads.get(name))
             if shared is not None:
                 pair = replace(shared, teacher=pair.teacher, teacher_target=pair.teacher_target)
             pairs[name] = pair

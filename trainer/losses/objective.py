@@ -252,11 +252,11 @@ class Objective:
                 for teacher, pair in pairs.items()
             }
         loss, values = None, {}
-        aligned = labels.get(ALIGNED)
         for term in self.row_terms:
             if term.needs_labels and term.teacher not in pairs:
                 values |= dict.fromkeys(term.names, logits.new_zeros(logits.shape[0]))
                 continue
+            aligned = labels.get(f"{term.teacher}/{ALIGNED}" if term.teacher else ALIGNED)
             pair, target = pairs.get(term.teacher), targets.get(term.teacher)
             if term.on_rollouts:
                 logprobs = _target_logprobs(pair, target, labels, logits, target_ids)

@@ -294,6 +294,7 @@ class StudentRank:
                 self._module.head_shape,
                 self._staging.teacher_head,
                 shared_ids=self._staging.shared_ids,
+                common_ids=self._staging.common_ids,
                 mixes=self._losses.mixes(),
                 vocabulary_size=self._vocabulary.size,
                 chunk_rows=self._run.student.loss_chunk_rows,

@@ -38,7 +38,7 @@ class TaskLosses:
         self._world, self._total_steps = world, total_steps
         self.tasks = run.resolved_tasks()
         self.encodings = {name: _encoding_of(task) for name, task in self.tasks.items()}
-        self._aligned = {name: self._aligned_encoding(task) for name, task in self.tasks.items()}
+        self._aligned = {name: self._aligned_encodings(task) for name, task in self.tasks.items()}
         self._objectives: dict[str, Objective] = {}
         self.compiled: dict[str, CompiledRows] = {}
 
@@ -146,10 +146,10 @@ class TaskLosses:
         """Of the labels of a part; those of several teachers know their heads."""
         encoding, ensemble = self.encodings[part.task], self.tasks[part.task].ensemble
         if encoding is None or ensemble is None or ensemble.how == "min_ce":
-            return self._aligned[part.task]
+            return next(iter(self._aligned[part.task].values()), encoding)
         names = names_of(part.teacher)
         heads = {name: self._staging.teacher_head(name) for name in names}
-        return Together(encoding, tuple(names), ensemble.how, heads)
+        return Together(encoding, tuple(names), ensemble.how, heads, self._aligned[part.task])
 
     def _tested(self, task: str) -> Encoding | Together | None:
         """By what the loss of a task is computed in the self-test."""
@@ -158,19 +158,25 @@ class TaskLosses:
             return encoding
         return Together(encoding, ensemble.teachers, ensemble.how)
 
-    def _aligned_encoding(self, task: ResolvedTask) -> Encoding | None:
-        """The encoding of a task, in an aligned one over what both vocabularies have in common."""
+    def _aligned_encodings(self, task: ResolvedTask) -> dict[str, Encoding]:
+        """Of an aligned task by teacher: the encoding over what both vocabularies have in common; of a mixture over
+        what all have."""
         encoding = self.encodings[task.name]
         if encoding is None or task.align is None:
-            return encoding
-        shared = self._staging.shared_ids(*task.teachers)
-        return encoding if shared is None else ALIGNMENTS.load(task.align).encoding(encoding, shared)
+            return {}
+        shared = {name: self._staging.shared_ids(name) for name in task.teachers}
+        if task.ensemble is not None and task.ensemble.how != "per_teacher":
+            shared = dict(self._staging.common_ids(task.ensemble.asked))
+        method = ALIGNMENTS.load(task.align)
+        return {name: method.encoding(encoding, ids) for name, ids in shared.items() if ids is not None}
 
     def part_labels(self, part: BatchPart) -> PartLabels | None:
         """By what the labels of a part are shown: as its teacher made them, whatever the alignment."""
         task, encoding = self.tasks[part.task], self._part_encoding(part)
         if encoding is None or task.align is None:
             return None if encoding is None else PartLabels(encoding, self._staging.teacher_head(part.teacher))
+        if isinstance(encoding, Together):
+            return PartLabels(encoding, None, how=task.align.kind)
         own, how = self.encodings[part.task], task.align.kind
         return PartLabels(
             own,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,7 +61,7 @@ class Unit:
 
     def of_teacher(self, name: str, unit_id: str) -> Unit:
         """The same sequences, scored by others."""
-        return Unit(unit_id, tuple(replace(sequence, teacher=name) for sequence in self.sequences))
+        return Unit(unit_id, tuple(sequence.of_teacher(name) for sequence in self.sequences))
 
     def tokens_hash(self) -> str:
         """Identifies the exact tokens and rows a block was made for."""

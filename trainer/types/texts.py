@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -63,6 +63,7 @@ class RowText:
     loss_mask: np.ndarray | None  # bool [L], shifted (module docstring); None: the answer is to be written
     row_weights: np.ndarray | None = None  # float32 [L], shifted: of each row in the row terms; None: all 1
     reading: Reading | None = None  # what the teacher reads instead, where it has another tokenizer
+    readings: Mapping[str, Reading] = field(default_factory=dict)  # of each of several teachers, instead of `reading`
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class Prompt:
     turns: tuple[RowText, ...] = ()  # further turns of a conversation that is no single text for its template
     weight: float = 1.0  # of its answers' rows in the row terms of the objective, `row_weights` apart
     reading: Reading | None = None  # as in `RowText`
+    readings: Mapping[str, Reading] = field(default_factory=dict)  # likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +109,35 @@ class Sequence:
     version: str = ""  # of the author's weights
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)  # float32 [L] each, shifted as the mask is
     reading: Reading | None = None  # as in `RowText`
+    readings: Mapping[str, Reading] = field(default_factory=dict)  # likewise
 
-    def as_read(self) -> Sequence:
-        """As its teacher reads it: itself, unless that has another tokenizer."""
-        if self.reading is None:
+    def of_teacher(self, name: str) -> Sequence:
+        """As one teacher is asked about it."""
+        return replace(self, teacher=name, reading=self.readings.get(name, self.reading))
+
+    def as_read(self, teacher: str = "") -> Sequence:
+        """As its teacher reads it, or of several this one: itself, unless that has another tokenizer."""
+        reading = self.readings.get(teacher, self.reading)
+        if reading is None:
             return self
-        assert self.reading.loss_mask is not None, self.id
+        assert reading.loss_mask is not None, self.id
         return Sequence(
             self.prompt_id,
-            self.reading.token_ids,
-            self.reading.loss_mask,
+            reading.token_ids,
+            reading.loss_mask,
             self.author,
             sample=self.sample,
             task=self.task,
             teacher=self.teacher,
             is_turn=self.is_turn,
         )
+
+    @property
+    def aligned_rows(self) -> np.ndarray | None:
+        """bool [n], of its loss rows those that every teacher with another tokenizer says something of; None where
+        there is no such teacher."""
+        readings = [*self.readings.values()] or ([] if self.reading is None else [self.reading])
+        return np.logical_and.reduce([one.groups >= 0 for one in readings]) if readings else None
 
     @property
     def id(self) -> str:

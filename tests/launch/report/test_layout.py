@@ -121,7 +121,7 @@ def write_run(
     kinds = ("topk", "sampled", "token", "hidden", "given_ids")
     trained = [trained_tokens(text, labels=kind, how="") for kind in kinds]
     trained += [trained_tokens(text, labels="topk", how="overlap"), trained_tokens(text, labels="token", how="chunks")]
-    write_json(folder.trained, trained_records(trained, decode, lambda task: decode))
+    write_json(folder.trained, trained_records(trained, decode, lambda task, teacher: decode))
     first, tokens = First(3, -0.5), np.arange(60, dtype=np.int32)
     far = [
         WorstToken(LONG, kl, tokens[:24], tokens[24:25], tokens[25:33], -9.0, -1.0, first, first) for kl in (9.5, 1e9)
@@ -200,7 +200,7 @@ def test_a_hostile_token_is_text_for_the_browser_too_when_its_label_is_shown(tmp
     folder = write_run(tmp_path / "run")
     decode = lambda ids: HOSTILE * len(ids)  # noqa: E731
     trained = [trained_tokens(HOSTILE, labels=kind, how=how) for how in ("", "overlap")]
-    write_json(folder.trained, trained_records(trained, decode, lambda task: decode))
+    write_json(folder.trained, trained_records(trained, decode, lambda task, teacher: decode))
     document = rendered(write_report(folder), tmp_path)
     assert 'class="label" aria-live="polite"><p class="of">prediction of <code>' in document
     assert "<img" not in document

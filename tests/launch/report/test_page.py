@@ -71,7 +71,7 @@ def trained_tokens(**changes: Any) -> TrainedTokens:
 
 def write_trained(folder: RunFolder, text: str, **changes: Any) -> None:
     decode = lambda ids: "".join(f"<{token}>{text}" for token in ids)  # noqa: E731
-    write_json(folder.trained, trained_records([trained_tokens(**changes)], decode, lambda task: decode))
+    write_json(folder.trained, trained_records([trained_tokens(**changes)], decode, lambda task, teacher: decode))
 
 
 def write_worst(folder: RunFolder, text: str) -> None:
