@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tiny_runs import tiny_run
+from two_tokenizers import METHODS, run_across
 
 from configs.labels import LABELS
 from configs.load import LoadedRun, load_run
@@ -35,6 +36,18 @@ def inputs(loaded: LoadedRun) -> Inputs:
 
 def run_with(loaded: LoadedRun, **labels: Any) -> Run:
     return loaded.run.model_copy(update={"labels": LABELS.validate(labels)})
+
+
+def test_names_are_of_the_teachers_tokenizer_where_the_student_has_another(tmp_path: Path) -> None:
+    run = load_run(run_across(tmp_path, METHODS["overlap"]), []).run
+    inputs = read_inputs(run)
+    assert inputs.tokenizer.convert_ids_to_tokens(2) != "<|im_end|>"
+    for given in ("auto", ["<|im_end|>"]):
+        labels = LABELS.validate({"kind": "topk", "control_ids": given})
+        assert with_control_ids(run.model_copy(update={"labels": labels}), inputs).labels.control_ids == (2,)
+    labels = LABELS.validate({"kind": "topk", "control_ids": ["</s>"]})
+    with pytest.raises(ConfigError, match="'</s>' is no single token of the teacher's tokenizer"):
+        with_control_ids(run.model_copy(update={"labels": labels}), inputs)
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,10 @@ def test_a_staged_step_holds_every_row_once_and_is_taken_once(world: Path, stagi
         staging.take(1)
 
 
-def test_labels_of_something_else_are_rejected(world: Path, staging: Staging) -> None:
+@pytest.mark.parametrize("field", ["teacher", "tokenizer_fingerprint"])
+def test_labels_of_something_else_are_rejected(world: Path, staging: Staging, field: str) -> None:
     batch, blocks = _batch(world)
-    other = dataclasses.replace(blocks[0].header, teacher="another")
+    other = dataclasses.replace(blocks[0].header, **{field: "another"})
     with pytest.raises(UnitRejected, match=f"unit {batch.units[0].id}.*another"):
         staging.stage(batch, [dataclasses.replace(block, header=other) for block in blocks])
 
