@@ -125,6 +125,8 @@ def test_a_run_from_the_label_store_alone_starts_a_process_on_a_host_in_the_plac
     assert plan.store.path == str(Path("labels").absolute())
     assert plan.store.teacher["engine"] == {"kind": "vllm", "load_format": "safetensors"}
     assert plan.store.teacher["dtype"] == plan.dtype == "bfloat16"
+    whole = resolved(make_run(store={"path": "labels", "mode": mode}), "8xH100/96cpu/2048GiB", ONE_B).engines[0]
+    assert whole.store.teacher == plan.store.teacher, "labels of a teacher in shards are those of one that is whole"
 
 
 def test_labels_are_told_apart_by_the_vocabulary_of_their_teacher() -> None:
