@@ -16,7 +16,7 @@ from cluster import runtime
 from cluster.engines.plan import EnginePlan
 from cluster.placement.resolve import Resolved
 from cluster.rollouts.form import form_of
-from cluster.rollouts.pool import check_gap
+from cluster.rollouts.proof import Proof
 from cluster.runtime import RankPlace
 from cluster.students.group import StudentJob, on_local_copy
 from cluster.teachers.actor import last_notes, start_engine
@@ -84,13 +84,14 @@ class InProcessRollouts(InProcessTeacher):
     def __init__(self, plan: EnginePlan, rollouts: Rollouts, *, deadline_s: float, observer: Observer) -> None:
         super().__init__(plan, deadline_s=deadline_s, observer=observer)
         self.form = form_of(plan, rollouts)
+        self._proof = Proof(f"{plan.actors}-0")
 
     async def take(self, header: BucketHeader, bucket: WeightBucket) -> None:
         await self._engine.take(bucket, deadline_s=self._deadline_s)
 
     async def prove(self, probe: Probe) -> float:
         found = await self._engine.logprobs(probe.token_ids, deadline_s=self._deadline_s)
-        return check_gap(f"{self._plan.actors}-0", probe, found)
+        return self._proof.gap(probe, found)
 
 
 class InProcessStudents:

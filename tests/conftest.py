@@ -33,6 +33,7 @@ LONGEST = (
     "e2e/test_written_answers.py",
     "benchmarks/test_benchmarks_stack.py",
     "trainer/model/test_student.py",
+    "e2e/test_on_policy.py",
     "e2e/test_given_ids.py",
     "e2e/test_api.py",
     "e2e/test_resuming.py",

@@ -12,15 +12,15 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import numpy as np
 from ray.exceptions import RayError
 
 from cluster.lifecycle.calls import answer, unwrap
 from cluster.rollouts.form import form_of
+from cluster.rollouts.proof import Proof
 from cluster.teachers.pool import ANSWER_GRACE_S, Replica, ReplicaPool
 from configs.models import Rollouts
 from trainer.errors import EngineDead, InfrastructureError, StillhouseError, SyncError
-from trainer.types import BucketHeader, BucketRef, Probe, probe_gap
+from trainer.types import BucketHeader, BucketRef, Probe
 
 
 class RolloutPool(ReplicaPool):
@@ -32,6 +32,7 @@ class RolloutPool(ReplicaPool):
         self.form = form_of(plan, rollouts)
         self._buckets: list[BucketRef] = []  # of the version that engines have, or take in
         self._probe: Probe | None = None  # of that version
+        self._proofs: dict[str, Proof] = {}  # by replica
         self._whole = asyncio.Event()  # all buckets of a version are here
         self._whole.set()
 
@@ -81,7 +82,7 @@ class RolloutPool(ReplicaPool):
     async def _gap(self, name: str, actor: Any, probe: Probe) -> float:
         deadline_s = self._faults.score_timeout_s
         found = await answer(actor.logprobs.remote(probe.token_ids, deadline_s), deadline_s + ANSWER_GRACE_S)
-        return check_gap(name, probe, found)
+        return self._proofs.setdefault(name, Proof(name)).gap(probe, found)
 
     async def _prepare(self, replica: Replica) -> None:
         """A replica that starts again has the weights of the student's files."""
@@ -93,16 +94,3 @@ class RolloutPool(ReplicaPool):
             raise InfrastructureError(f"{replica.name}: newer weights came while it took in those before")
         if probe is not None:
             await self._gap(replica.name, replica.actor, probe)
-
-
-def check_gap(name: str, probe: Probe, found: np.ndarray) -> float:
-    """The gap of an engine on the probe. Raises `SyncError` where it is more than that allows."""
-    gap = probe_gap(probe.logprobs, found)
-    if gap <= probe.max_gap:
-        return gap
-    raise SyncError(
-        f"{name} does not have the weights that the student has after step {probe.version}: on a fixed text of "
-        f"{len(probe.token_ids)} tokens the student's mean log-probability is {float(probe.logprobs.mean()):.4f}, the "
-        f"engine's {float(found.mean()):.4f}, and they differ by {gap:.4f} nats a token, where {probe.max_gap:g} are "
-        "allowed (rollouts.max_probe_gap). What it writes is not the student's text, so nothing of it is trained"
-    )
