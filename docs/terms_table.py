@@ -13,13 +13,15 @@ Made from `configs/losses.py` by `python docs/terms_table.py`. An objective is a
 `objective: [{loss: forward_kl}, {loss: cross_entropy, weight: 0.2}]`. What a cell says of a term with these `labels`:
 **exact**, the value over the whole vocabulary; **lower bound** of it; **unbiased**, **biased** estimates of it;
 **refused** by `check`, which says what to use instead; **-**, the labels are not looked at. How large a bias is stands
-in [exactness.md](exactness.md).
+in [exactness.md](exactness.md), which labels and which loss to take in [choosing.md](choosing.md).
 
 `dpo` is trained on rows with `prompt`, `chosen` and `rejected`. Its reference is the teacher that the task names,
 mostly the student before training: `teacher: {model: {path: models/student}}`, `labels: token`.
 
 `listwise_kl` is trained on rows with `candidates`, of which the teacher's `labels: token` say how likely each is;
-`scored_listwise_kl` on rows with `candidates` and `scores` (of a reranker, say), with `labels: none`.
+`scored_listwise_kl` on rows with `candidates` and `scores` (of a reranker, say), with `labels: none`. Answers that are
+compared meet in one micro-batch: `training.micro_batch_tokens` is at least twice `data.max_length`, and holds all
+answers to a prompt.
 
 `features` compare states inside the models, and may stand beside any divergence, since the labels hold the last hidden
 state too:

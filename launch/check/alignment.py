@@ -17,14 +17,17 @@ from trainer.types import Sequence
 FEW_DIGITS = 0.5
 
 
-def alignment(run: Run, inputs: Inputs) -> Iterator[Finding]:
-    """Of every aligned task, on some of its training rows."""
+def alignment(run: Run, inputs: Inputs, *, unreadable: bool = False) -> Iterator[Finding]:
+    """Of every aligned task, on some of its training rows, unless those are `unreadable` and told so already."""
     tasks = [task for task in run.resolved_tasks().values() if inputs.tasks[task.name].aligner is not None]
     if not tasks:
         return
     for task in tasks:
         for note in notes_of(inputs.tasks[task.name]):
             yield ok("alignment" if len(tasks) == 1 else f"alignment of {task.name}", note)
+    if unreadable:
+        yield Finding("not checked", "aligned share", "it needs rows that can be used")
+        return
     rows: list[Sequence] = []
     share = AlignedShare({task.name: task.align.min_ratio for task in tasks})
 

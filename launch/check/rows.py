@@ -24,6 +24,8 @@ from trainer.loop.inputs import Inputs
 from trainer.loop.job import total_steps
 from trainer.loop.rows import open_held_out, open_reader
 
+SUBJECT = "rows"
+"""What findings about rows end in."""
 ROW_BUDGET = 2000
 """Rows read of each dataset; of a larger one they are spread evenly. Training checks every row as it reads it."""
 
@@ -32,7 +34,7 @@ def examine_rows(run: Run, inputs: Inputs | None) -> Iterator[Finding]:
     tasks = run.resolved_tasks().values()
     training: list[Opened] = []
     for task in tasks:
-        subject = f"{task.name} rows" if run.tasks else "train rows"
+        subject = f"{task.name if run.tasks else 'train'} {SUBJECT}"
         place = station_place(run, task, "prompts")
         if inputs is None:
             yield Finding("not checked", subject, "they need the tokenizer")
@@ -53,7 +55,7 @@ def _held_out(run: Run, inputs: Inputs | None, opened: list[Opened]) -> Iterator
     if not sets:
         yield warning("evaluation rows", "data.evaluation: none, so the run cannot tell how good the student is")
     for name, one in sets.items():
-        subject = "evaluation rows" if len(sets) == 1 else f"{name} evaluation rows"
+        subject = f"evaluation {SUBJECT}" if len(sets) == 1 else f"{name} evaluation {SUBJECT}"
         if inputs is None:
             yield Finding("not checked", subject, "they need the tokenizer")
         else:

@@ -50,7 +50,7 @@ def check(path: Path, overrides: Sequence[str], *, wanted: Wanted | None = None)
     findings = [ok("configuration", f"{path}, run {run.name}")]
     _print(findings[0])
     inputs: list[Inputs] = []
-    later = (trackers.reached(run), _stored(run, inputs), _standing(run, inputs))
+    later = (trackers.reached(run), _stored(run, inputs, findings), _standing(run, inputs))
     for finding in chain(examine(run, inputs), *later):
         _print(replace(finding, text=loaded.located(finding.text)))
         findings.append(finding)
@@ -64,9 +64,9 @@ def check(path: Path, overrides: Sequence[str], *, wanted: Wanted | None = None)
     return code
 
 
-def _stored(run: Run, inputs: list[Inputs]) -> Iterator[Finding]:
+def _stored(run: Run, inputs: list[Inputs], found: Sequence[Finding]) -> Iterator[Finding]:
     """A start looks too, when it knows its machines."""
-    if inputs:
+    if inputs and not any(finding.fatal and finding.subject.endswith(rows.SUBJECT) for finding in found):
         yield from store.examine_labels(run, inputs[0])
 
 
@@ -151,11 +151,14 @@ def examine(run: Run, inputs: list[Inputs] | None = None, there: There = HERE) -
     if inputs:
         yield from models.label_bytes(run, inputs[0], row_bytes)
         yield from models.features(run)
-    yield from rows.examine_rows(run, inputs[0] if inputs else None)
+    unreadable = False
+    for finding in rows.examine_rows(run, inputs[0] if inputs else None):
+        unreadable = unreadable or finding.fatal
+        yield finding
     yield from ensembles(run)
     yield from examine_rollouts(run)
     if inputs:
-        yield from alignment(run, inputs[0])
+        yield from alignment(run, inputs[0], unreadable=unreadable)
     for place, teacher in teachers_by_place(run).items():
         if place in facts:
             yield from models.engine(place, teacher)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_runs import chat_row, tiny_run, write_rows
 
 from configs.load import load_run
 from configs.schema import Run
+from launch.check.run import check
 from launch.check.store import examine_store
 from trainer.labels.store import LabelStore
 from trainer.labels.store_space import LabelSpace
@@ -81,3 +83,20 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_a_disk_that_a_store_may_fill_is_a_warning(tmp_path: Path) -> None:
     _, (status, text) = told(run_with(tmp_path, path=str(tmp_path / "labels"), max_bytes=2**50))
     assert (status, "labels that find no room are not kept" in text) == ("warning", True)
+
+
+def test_rows_that_cannot_be_used_are_told_once_and_not_again_for_their_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "labels").mkdir()
+    changes = {
+        "runtime": "in_process",
+        "student": {"ranks": 1},
+        "store": {"path": str(tmp_path / "labels"), "mode": "only"},
+    }
+    config = tiny_run(tmp_path, changes)
+    write_rows(tmp_path / "train.jsonl", [chat_row(0), {"prompt": [], "completion": []}])
+    assert check(config, []) == 3
+    said = capsys.readouterr().out
+    assert said.count("train.jsonl:2") == 1
+    assert "1 problem; nothing was started" in said

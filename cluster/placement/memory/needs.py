@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -180,7 +181,13 @@ def _arguments(run: Run, rule: DtypeRule, role: Role, replicas: Replicas, dtype:
 
 def _in_one_process(roles: list[RoleMemory]) -> RoleMemory:
     """Everything but what a process has anyway, which is there once."""
-    parts = [part for role in roles for part in role.host if part.name != "process"]
+    names = Counter(part.name for role in roles for part in role.host)
+    parts = [
+        replace(part, name=f"{part.name} of the {role.role}") if names[part.name] > 1 else part
+        for role in roles
+        for part in role.host
+        if part.name != "process"
+    ]
     base = max(part.num_bytes for role in roles for part in role.host if part.name == "process")
     device = tuple(part for role in roles for part in role.device)
     return RoleMemory("student and teachers", 1, device, (*parts, Part("process", base)))

@@ -172,7 +172,10 @@ def test_hidden_labels_hold_the_teachers_head_and_its_products_on_the_student() 
 def test_a_run_in_one_process_has_one_interpreter() -> None:
     run = make_run(runtime="in_process", teacher__scorer={"engine": "hf"})
     (role,) = memory_needs(run, known(SMALL, SMALL), DtypeRule("cpu", False, ""))
-    assert [part.name for part in role.host].count("process") == 1
+    names = [part.name for part in role.host]
+    assert names.count("process") == 1
+    assert len(set(names)) == len(names), "each part says whose it is"
+    assert {"weights of the student", "weights of the scorer"} <= set(names)
     assert role.host_bytes > 4 * 2 * SMALL.all
 
 
