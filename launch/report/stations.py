@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-_SILENT = (None, "", [], {}, False)
+_SILENT = (None, "", [], {})
 _DEFAULTS = {"temperature": 1, "weight": 1}
 
 
@@ -37,7 +37,9 @@ def _choice(value: Any, tag: str = "kind") -> str:
 
 def _parameters(value: Mapping[str, Any], tag: str) -> Iterator[str]:
     for name, one in value.items():
-        if name in (tag, "weight", "token_weights") or one in _SILENT or one == _DEFAULTS.get(name):
+        if name in (tag, "weight", "token_weights") or one in _SILENT or one is False:
+            continue
+        if one == _DEFAULTS.get(name):
             continue
         yield name if one is True else f"{name} {_list(one)}"
 

@@ -199,7 +199,7 @@ def _numbers(rows: Sequence[LabelRow], labels: str) -> str:
         ("tail", "{} drawn" if labels == "sampled" else "{} kept", lambda tail: percent(1 - tail)),
         ("entropy", f"entropy of the {'teacher' if labels == 'sampled' else 'label'} {{}}", compact),
         ("student_entropy", "of the student {}", compact),
-        ("kl", "KL {}", compact),
+        ("kl", "KL {} nats", compact),
     ):
         values = [row[name] for row in reached if row[name] is not None]
         if values:

@@ -287,7 +287,7 @@ def test_the_furthest_tokens_stand_in_their_text_with_what_both_models_say(tmp_p
         "a<5>a<6>a<7>a<8>a 4.5 a token that the student has not 82 %this token not known <9>a 90 %this token 5.0 %"
         in text
     )
-    assert "mean KL 3.25 over 7 tokens" in text
+    assert "mean KL 3.25 nats over 7 tokens" in text
     assert "The beginning of it." in text
     assert page.named("mark")
     record = json.loads(folder.worst.read_text())

@@ -37,10 +37,10 @@ def test_labels_and_objective_are_one_line_with_what_was_chosen() -> None:
         "labels: nucleus (temperature 2.0, control_ids <|im_end|>, p 0.9, k_max 256); "
         "objective: 0.9 jsd (beta 0.5) + 0.1 cross_entropy"
     ]
-    weighted = {"loss": "forward_kl", "token_weights": ["confidence", {"kind": "position", "half_life": 8}]}
-    assert said(labels="hidden", objective=[weighted])[0].endswith(
-        "forward_kl of tokens weighted by confidence (power 1.0, favour sure) and position (half_life 8)"
-    )
+    weighted = {"loss": "forward_kl", "token_weights": ["confidence", {"kind": "entropy", "width": 0}]}
+    (line,) = said(labels="hidden", objective=[weighted])
+    assert "forward_kl of tokens weighted by confidence (power 1.0, favour sure) and " in line
+    assert line.endswith("and entropy (at 1.0, width 0.0, favour high)")
 
 
 def test_each_task_has_its_line_and_several_teachers_their_names() -> None:
