@@ -33,7 +33,7 @@ def overlaps(held_out: list[Opened], training: list[Opened]) -> Iterator[Finding
     looked = _looked_at(training)
     for one in held_out:
         numbers = _spread(one.rows)
-        keys = keys_of(one.rows, numbers).keys
+        keys = _keys(one.rows, numbers)
         common = [place for place, key in enumerate(keys) if key != UNREADABLE and int(key) in trained]
         if common:
             rows, number = trained[int(keys[common[0]])]
@@ -50,9 +50,14 @@ def _first_of_each(training: list[Opened]) -> Mapping[int, tuple[Rows, int]]:
     found: dict[int, tuple[Rows, int]] = {}
     for one in training:
         numbers = _spread(one.rows)
-        for number, key in zip(numbers, keys_of(one.rows, numbers).keys, strict=True):
+        for number, key in zip(numbers, _keys(one.rows, numbers), strict=True):
             found.setdefault(int(key), (one.rows, number))
     return found
+
+
+def _keys(rows: Rows, numbers: list[int]) -> np.ndarray:
+    """uint64 [n]; rows of which a fraction is held out have been read for it."""
+    return keys_of(rows, numbers).keys if rows.prompt_keys is None else rows.prompt_keys[numbers]
 
 
 def _looked_at(training: list[Opened]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.preflight import software
+from launch.check import overlap
 from launch.check.run import check
 from trainer.errors import ConfigError, DataError
 
@@ -365,6 +366,27 @@ def test_a_fraction_is_held_out_of_each_tasks_rows(said: Said, tmp_path: Path) -
     assert "chat rows: " in text
     for part in ("rows.jsonl: 15 rows", "mixed.jsonl: 6 rows", "0.25 of rows.jsonl: 5", "0.25 of mixed.jsonl: 2"):
         assert part in text
+
+
+def test_rows_of_a_fraction_that_another_task_trains_on_are_told_without_reading_them_again(
+    said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking(tmp_path / "rows.jsonl", *(f"who is number {number}?" for number in range(20)))
+    asking(tmp_path / "mixed.jsonl", *(f"WHO is  number {number}?" for number in range(20)), domain="prose")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("their keys are known")
+
+    monkeypatch.setattr(overlap, "keys_of", refuse)
+    assert "of 5 held-out rows ask what a training row asks" not in said(FRACTION)[1], "one prompt, one side"
+
+    def told(first: int) -> bool:
+        asking(tmp_path / "mixed.jsonl", *(f"who is number {first + i}?" for i in range(4)), domain="prose")
+        return "1 of 1 held-out rows ask what a training row asks" in said(FRACTION)[1]
+
+    assert any(map(told, range(0, 20, 4))), (
+        "of 4 other rows 1 is held out, seldom one that the other task holds out too"
+    )
 
 
 @pytest.mark.parametrize(

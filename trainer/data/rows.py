@@ -55,6 +55,7 @@ class Rows:
     format: RowFormat
     columns: Columns
     told_by_fields: bool = False  # not named by the configuration: every row must show this format itself
+    prompt_keys: np.ndarray | None = None  # uint64 [N]: of each row's prompt (prompt_keys.py), where they are known
 
     @classmethod
     def open(cls, dataset: Dataset) -> Rows:
@@ -69,9 +70,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.raw)
 
-    def only(self, chosen: np.ndarray) -> Rows:
-        """Those of which `chosen`, bool [N], says so; each keeps its place in messages."""
-        return replace(self, raw=Chosen(self.raw, np.flatnonzero(chosen)))
+    def only(self, chosen: np.ndarray, *, prompt_keys: np.ndarray | None = None) -> Rows:
+        """Those of which `chosen`, bool [N], says so; each keeps its place in messages. `prompt_keys` are those of all
+        rows."""
+        keys = None if prompt_keys is None else prompt_keys[chosen]
+        return replace(self, raw=Chosen(self.raw, np.flatnonzero(chosen)), prompt_keys=keys)
 
     def order(self, *, seed: int, shuffle: bool) -> Order:
         """Which row stands at which position of an epoch; a stream has an order of its own."""

@@ -55,7 +55,8 @@ def open_reader(run: Run, inputs: Inputs, task: ResolvedTask) -> PromptReader:
     if task.fraction is None:
         return reader
     keys = _keys_of(task.prompts, reader)
-    return replace(reader, rows=reader.rows.only(~held_out_of(keys, task.fraction, seed=run.seed)))
+    trained = ~held_out_of(keys, task.fraction, seed=run.seed)
+    return replace(reader, rows=reader.rows.only(trained, prompt_keys=keys.keys))
 
 
 def open_held_out(run: Run, inputs: Inputs, held_out: HeldOutSet) -> PromptReader:
@@ -101,7 +102,7 @@ def _fraction_of(reader: PromptReader, keys: PromptKeys, fraction: float, *, see
     rows = reader.rows
     chosen = held_out_of(keys, fraction, seed=seed)
     if chosen.any() and not chosen.all():
-        return replace(reader, rows=rows.only(chosen))
+        return replace(reader, rows=rows.only(chosen, prompt_keys=keys.keys))
     num, num_answered = len(rows), int(keys.answered.sum())
     num_prompts = len(np.unique(keys.keys[keys.answered]))
     fewest = fewest_held_out(keys)
