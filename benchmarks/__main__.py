@@ -189,16 +189,21 @@ def exactness(
     labels: Annotated[
         list[str] | None, typer.Option("--labels", help="Kinds; several; others stay as the file has them.")
     ] = None,
+    loss: Annotated[
+        list[str] | None, typer.Option("--loss", help="Terms; several; others stay as the file has them.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Written as JSON.")] = Path("docs/exactness.json"),
 ) -> None:
     """How far value and gradient of every divergence with every encoding are from those over the whole vocabulary."""
     from benchmarks.exactness import ExactnessPlan
     from benchmarks.exactness import exactness as measure
 
-    plan = ExactnessPlan(teacher, student, Path("configs/data/demo_eval.jsonl"), texts, rows, kinds=tuple(labels or ()))
+    wanted = {"kinds": tuple(labels or ()), "losses": tuple(loss or ())}
+    plan = ExactnessPlan(teacher, student, Path("configs/data/demo_eval.jsonl"), texts, rows, **wanted)
     found = measure(plan, note=_note)
-    if labels:
-        found["cells"] = json.loads(out.read_text(encoding="utf-8"))["cells"] | found["cells"]
+    if labels or loss:
+        before = json.loads(out.read_text(encoding="utf-8"))["cells"]
+        found["cells"] = before | {kind: before.get(kind, {}) | cells for kind, cells in found["cells"].items()}
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     _note(f"written: {out}")
 

@@ -28,6 +28,13 @@ def encodings() -> list[Labels]:
     return [LABELS.validate(kind) for kind in LABELS.kinds() if kind not in WITHOUT_DISTRIBUTION]
 
 
+def sampled_encodings() -> list[Labels]:
+    """Each encoding that judges sampled tokens, with its defaults, but for events that such a token would add."""
+    kinds = [kind for kind in LABELS.kinds() if "target" in LABELS.parameters_of(kind).gives]
+    changed = {"given_ids": {"add_target": False}}
+    return [LABELS.validate({"kind": kind, **changed.get(kind, {})}) for kind in kinds]
+
+
 def allowed(term: Term, labels: Labels) -> bool:
     return term.exactness_with(labels) != "refused" and term.problem_with(labels) is None
 

@@ -9,7 +9,7 @@ the distance of its mean over draws to the exact one. Where labels are drawn, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from itertools import islice
@@ -20,7 +20,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.answered import answered
-from benchmarks.cells import allowed, divergences, encode, encodings
+from benchmarks.cells import allowed, divergences, encode, encodings, sampled_encodings
+from benchmarks.exactness_rows import Rows, Totals
+from benchmarks.sampled_exactness import measured as measured_samples
+from benchmarks.sampled_exactness import sampled_terms
 from configs.labels import Labels
 from configs.losses import Term
 from launch.report.environment import manifest_environment
@@ -29,7 +32,6 @@ from trainer.labels.encoding import Encoding, load_encoding
 from trainer.losses.objective import Objective
 from trainer.model.head import Head, HeadShape
 
-BLOCK_ROWS = 32
 DRAWS = 64
 
 
@@ -41,35 +43,21 @@ class ExactnessPlan:
     num_texts: int
     rows_per_text: int
     kinds: tuple[str, ...] = ()  # of labels; empty: all
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows of both models at which an answer's next token is known."""
-
-    hidden: torch.Tensor  # float32 [N, H], the teacher's
-    head: Head
-    student: torch.Tensor  # float32 [N, V] logits
-    target_ids: torch.Tensor  # int64 [N]
-
-    def blocks(self) -> Iterator[Rows]:
-        for start in range(0, len(self.target_ids), BLOCK_ROWS):
-            part = slice(start, start + BLOCK_ROWS)
-            yield Rows(self.hidden[part], self.head, self.student[part], self.target_ids[part])
+    losses: tuple[str, ...] = ()  # likewise
 
 
 def exactness(plan: ExactnessPlan, *, note: Callable[[str], None]) -> dict[str, Any]:
     """Everything that docs/exactness.md is made of; the numbers of a cell by kind of labels and loss."""
     rows = read_rows(plan)
     note(f"{len(rows.target_ids)} rows of {plan.num_texts} texts")
-    terms = divergences()
+    terms, sampled = divergences(), sampled_terms()
     cells: dict[str, dict[str, Any]] = {}
-    for labels in encodings():
-        if plan.kinds and labels.kind not in plan.kinds:
-            continue
-        own = [term for term in terms if allowed(term, labels)]
-        cells[labels.kind] = _measured(rows, labels, own)
-        note(f"labels: {labels.kind}")
+    for some, kinds, measure in ((terms, encodings(), _measured), (sampled, sampled_encodings(), measured_samples)):
+        for labels in kinds:
+            own = [term for term in some if allowed(term, labels) and (not plan.losses or term.loss in plan.losses)]
+            if own and (not plan.kinds or labels.kind in plan.kinds):
+                cells.setdefault(labels.kind, {}).update(measure(rows, labels, own))
+                note(f"labels: {labels.kind}, {', '.join(term.loss for term in own)}")
     return {
         "date": date.today().isoformat(),
         "processor": manifest_environment()["hardware"]["processor"],
@@ -78,7 +66,7 @@ def exactness(plan: ExactnessPlan, *, note: Callable[[str], None]) -> dict[str, 
         "rows": len(rows.target_ids),
         "texts": plan.num_texts,
         "labels": {labels.kind: labels.flat() for labels in encodings()},
-        "terms": {term.loss: term.parameters() for term in terms},
+        "terms": {term.loss: term.parameters() for term in (*terms, *sampled)},
         "cells": cells,
     }
 
@@ -103,7 +91,7 @@ def read_rows(plan: ExactnessPlan) -> Rows:
 def _measured(rows: Rows, labels: Labels, terms: list[Term]) -> dict[str, dict[str, float]]:
     """By loss: value, its relative bias, that of the gradient, and the spread of one draw of it."""
     encoding, draws = load_encoding(labels), DRAWS if labels.needs_row_keys else 1
-    totals = {term.loss: _Totals() for term in terms}
+    totals = {term.loss: Totals() for term in terms}
     for block in rows.blocks():
         teacher = rows.head.logits(block.hidden)
         source = block.hidden if encoding.needs == "hidden" else teacher
@@ -124,36 +112,3 @@ def _value_and_gradient(
     values, _ = Objective.of((term,), encoding).rows(logits, labels, block.target_ids, encoding, block.head)
     (gradient,) = torch.autograd.grad(values.sum(), logits)
     return float(values.detach().double().sum()), gradient.double()
-
-
-class _Totals:
-    """Of one cell, over blocks."""
-
-    def __init__(self) -> None:
-        self.exact = self.value = self.exact_square = self.bias_square = self.spread_square = self.value_square = 0.0
-        self.draws = 1
-
-    def add(self, exact: tuple[float, torch.Tensor], found: list[tuple[float, torch.Tensor]]) -> None:
-        self.draws = len(found)
-        values = torch.tensor([value for value, _ in found], dtype=torch.float64)
-        mean = sum(gradient for _, gradient in found) / len(found)
-        self.exact += exact[0]
-        self.value += float(values.mean())
-        self.exact_square += float(exact[1].square().sum())
-        self.bias_square += float((mean - exact[1]).square().sum())
-        if len(found) > 1:
-            self.spread_square += sum(float((g - mean).square().sum()) for _, g in found) / (len(found) - 1)
-            self.value_square += float(values.var()) / len(found)
-
-    def numbers(self) -> dict[str, float]:
-        norm = self.exact_square**0.5
-        made = {
-            "exact": self.exact,
-            "value_bias": self.value / self.exact - 1.0,
-            "gradient_bias": self.bias_square**0.5 / norm,
-        }
-        if self.draws > 1:  # what of the distance is the error of a mean of so many draws
-            made["value_error"] = self.value_square**0.5 / self.exact
-            made["gradient_error"] = (self.spread_square / self.draws) ** 0.5 / norm
-            made["gradient_spread"] = self.spread_square**0.5 / norm
-        return made

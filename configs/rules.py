@@ -34,6 +34,7 @@ def broken_rules(run: Run) -> Iterator[Problem]:
     for task in tasks:
         yield from _stations(run, task)
         yield from _objective(run, task)
+        yield from _reward(run, task)
         yield from _pairs(run, task)
         yield from _ensemble(run, task)
         yield from ((_place(run, task, at), value, text) for at, value, text in alignment_problems(task))
@@ -163,6 +164,11 @@ def _on_rollouts(task: ResolvedTask, term: Term) -> Iterator[str]:
             f"{term.loss} learns from text that the student wrote, and answers: {task.answers.kind} are of others: "
             "write answers: student, or a divergence, such as reverse_kl, which any text can have"
         )
+    if getattr(term, "reward_weight", 0.0) and task.reward is None:
+        yield (
+            f"{term.loss} raises a verifier's reward with reward_weight, and the task has none: write reward: "
+            "package.module, a file of yours, or remove reward_weight"
+        )
     if task.ensemble is not None:
         yield (
             f"{term.loss} has its reward from one teacher: write teacher: {task.ensemble.teachers[0]} instead of "
@@ -173,6 +179,19 @@ def _on_rollouts(task: ResolvedTask, term: Term) -> Iterator[str]:
             f"{term.loss} with baseline: group compares the answers to a prompt, and answers.n: 1 has one each: write "
             "n: 2 or more, or baseline: batch"
         )
+
+
+def _reward(run: Run, task: ResolvedTask) -> Iterator[Problem]:
+    """A function is asked where a term raises what it says, and of rows that can be read again."""
+    if task.reward is None:
+        return
+    place = _place(run, task, "reward")
+    if not task.raises_rewards:
+        text = "no term raises it: write reward_weight in loss: policy_gradient, or remove reward"
+        yield place, task.reward.kind, text
+    if task.prompts is not None and task.prompts.streaming:
+        text = "is asked about rows by their number, which a stream does not have: write streaming: false"
+        yield place, task.reward.kind, text
 
 
 def _layers(run: Run, task: ResolvedTask) -> Iterator[Problem]:

@@ -23,6 +23,7 @@ from configs.notify import Notify
 from configs.paths import expand_home
 from configs.prompts import Data, Dataset
 from configs.refusal import refusal, refusals
+from configs.rewards import REWARDS, AnyReward
 from configs.rules import NO_TEACHER, broken_rules, place_of_teacher
 from configs.section import MOST_SECONDS, NAME, Bytes, Natural, Positive, Seconds, Section
 from configs.stations import Station
@@ -142,6 +143,7 @@ class Run(Section):
     answers: AnyAnswers = DatasetAnswers()
     labels: AnyLabels = TopK()
     rollouts: Rollouts | None = Field(None, description="Needed where the student writes answers.")
+    reward: AnyReward | None = Field(None, description="What a function says of each answer, for terms that raise it.")
     align: AnyAlignment | None = Field(None, description="How labels of a teacher with another tokenizer are used.")
     objective: tuple[AnyTerm, ...] = Field((ForwardKl(),), min_length=1)
     optimizer: Optimizer = Optimizer()
@@ -219,6 +221,8 @@ class Run(Section):
                 yield f"{name}labels", LABELS, holder.labels
             if holder.answers is not None:
                 yield f"{name}answers", ANSWERS, holder.answers
+            if holder.reward is not None:
+                yield f"{name}reward", REWARDS, holder.reward
             if holder.align is not None:
                 yield f"{name}align", ALIGNMENTS, holder.align
             own = ((i, term) for i, term in enumerate(holder.objective or ()) if "." in term.loss)

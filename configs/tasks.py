@@ -14,6 +14,7 @@ from configs.labels import AnyLabels, GivenIds, Labels, NoLabels, TopK
 from configs.losses import AnyTerm, Term
 from configs.prompts import Dataset, HeldOutRows
 from configs.refusal import refusal
+from configs.rewards import AnyReward, Reward
 from configs.section import MAIN, NAME, TOGETHER, Section, Weight
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Task(Section):
     answers: AnyAnswers | None = Field(None, description="Who writes the text that is trained on.")
     evaluation: HeldOutRows | None = Field(None, description="Held-out rows of the task; None: data.evaluation.")
     labels: AnyLabels | None = Field(None, description="What the teacher says of each token.")
+    reward: AnyReward | None = Field(None, description="What a function says of each answer, for terms that raise it.")
     align: AnyAlignment | None = Field(None, description="How labels of a teacher with another tokenizer are used.")
     objective: tuple[AnyTerm, ...] | None = Field(None, min_length=1, description="Weighted terms of the loss.")
     teacher: Name | None = Field(
@@ -132,6 +134,7 @@ class ResolvedTask:
     normaliser: Literal["run", "task"] = "run"
     evaluation: HeldOutRows | None = None
     align: Alignment | None = None
+    reward: Reward | None = None
 
     @property
     def fraction(self) -> float | None:
@@ -231,5 +234,6 @@ def resolve_tasks(run: Run) -> Mapping[str, ResolvedTask]:
             normaliser=task.normaliser,
             evaluation=task.evaluation or run.data.evaluation,
             align=task.align or run.align,
+            reward=task.reward or run.reward,
         )
     return resolved

@@ -51,6 +51,25 @@ all that the labels say, whoever wrote the text, and needs neither samples nor i
 token), where a token should answer for what follows it (`discount`), or where a verifier's reward is raised beside it,
 as in `objective: [{loss: policy_gradient, reward_weight: 0.5, baseline: group, whiten: reward}]`.
 
+A verifier's reward is a class `Reward` of your file, `reward: package.module` at the top level or in a task, with its
+parameters as fields (`reward: {kind: package.module, tolerance: 0.1}`); `reward: {kind: pattern, pattern: "boxed"}` is
+built in, 1 where a regular expression is found. It is called with all answers of a step, before the teacher judges
+them; an exception, a number that is not finite or too few of them end the run with the row:
+
+```python
+from collections.abc import Sequence
+
+from configs.rewards import Reward as Parameters
+from trainer.feedback.reward import Answer
+
+
+class Reward(Parameters):
+    tolerance: float = 0.0
+
+    def score(self, answers: Sequence[Answer]) -> list[float]:  # one.row: as the dataset has it
+        return [float(one.text.strip() == str(one.row["gold"])) for one in answers]
+```
+
 Each row of theirs is an unbiased estimate: with `closed_form`, what labels know of all tokens is taken over the whole
 distribution (that is `reverse_kl`), and the sampled token adds what a lumped tail hides, so that `topk` or `nucleus`
 lose nothing on average. `given_ids` need `add_target: false` for that, since events that the sampled token adds move

@@ -95,6 +95,16 @@ def test_one_teacher_gives_the_reward() -> None:
     assert "k2 has its reward from one teacher: write teacher: big instead of ensemble" in text
 
 
+def test_a_reward_is_given_where_a_term_raises_it_and_only_there() -> None:
+    raising, reward = {"loss": "policy_gradient", "reward_weight": 0.5}, {"kind": "pattern", "pattern": "boxed"}
+    assert "the task has none: write reward: package.module" in problems([raising])
+    assert "reward" not in problems([raising], reward=reward)
+    assert "no term raises it: write reward_weight" in problems(["reverse_kl"], reward=reward)
+    text = problems([raising], reward=reward, prompts={"path": "rows.jsonl", "streaming": True})
+    assert "which a stream does not have: write streaming: false" in text
+    assert "is no regular expression of Python" in problems([raising], reward={"kind": "pattern", "pattern": "("})
+
+
 class ByTheStudent(Answers):
     kind: str = "by_the_student"
     n: int = 1

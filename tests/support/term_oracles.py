@@ -220,6 +220,17 @@ def kinds() -> list[str]:
     return [kind for kind in LABELS.kinds() if kind not in NO_DISTRIBUTION]
 
 
+def sampled_cells() -> list[tuple[str, str]]:
+    """(kind of labels, loss) of terms on sampled tokens; tests/trainer/losses/test_policy.py has their definitions."""
+    terms = [LOSSES.kind_of(one) for one in LOSSES.built_in if "rollouts" in one.needs]
+    return [
+        (kind, loss)
+        for kind in LABELS.kinds()
+        for loss in terms
+        if LOSSES.parameters_of(loss).exactness_with(LABELS.parameters_of(kind)) != "refused"
+    ]
+
+
 def cells() -> list[tuple[str, str]]:
     """(kind of labels, loss) of all that the registry allows."""
     return [

@@ -120,6 +120,10 @@ class PromptStream:
         """User-facing messages about records of an earlier attempt that cannot be read."""
         return () if self._quarantine is None else tuple(self._quarantine.notes)
 
+    def row_of(self, prompt: Prompt) -> Mapping[str, Any]:
+        """The dataset's row that a prompt of this stream was made of, as it stands there; not of a streamed dataset."""
+        return self._reader.rows.raw.raw(int(prompt.id.rpartition(":")[2]))
+
     @property
     def rows_per_epoch(self) -> int | None:
         """Positions of an epoch: all rows, usable or not. None for a stream, whose end is not known before."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,11 +13,13 @@ import torch
 from configs.held_out import held_out_sets
 from configs.labels import Labels
 from configs.models import ModelSource
+from configs.rewards import REWARDS, Reward
 from configs.rules import station_place, teacher_place
 from configs.schema import Run
 from configs.tasks import Ensemble, ResolvedTask
 from trainer.data.prompts import PromptStream
 from trainer.errors import ConfigError, foreign_errors
+from trainer.feedback.reward import Rewarded
 from trainer.labels.encoding import TeacherShape, load_encoding
 from trainer.loop.manifest import TrainingState
 from trainer.loop.policy import Policy, PolicyWriter
@@ -25,7 +28,7 @@ from trainer.loop.settings import LoopSettings
 from trainer.loop.sources import Source
 from trainer.model.head import head_width
 from trainer.model.load import load_config
-from trainer.protocols import Author, Rollouts, TeacherPools
+from trainer.protocols import AnswerCollector, Author, Rollouts, TeacherPools
 from trainer.run_folder import RunFolder
 from trainer.types import Sequence, StreamCounters
 
@@ -99,9 +102,17 @@ class Job:
                 student = {"student": Author(PolicyWriter(name, policy, rollouts), self.inputs.tasks[name].stop_ids)}
                 on_policy.add(name)
             answers[name] = self.inputs.tasks[name].answers.bind(authors, seed=seed_of(self.run, name), **student)
+            if task.reward is not None:
+                answers[name] = self._rewarded(name, task.reward, answers[name])
         shares = {name: task.share for name, task in self.tasks.items()}
         num = self.loop.sequences_per_step
         return Source(self.streams, answers, shares, sequences_per_step=num, policy=policy, on_policy=on_policy)
+
+    def _rewarded(self, name: str, reward: Reward, collector: AnswerCollector) -> Rewarded:
+        """The collector of a task, whose answers have rewards."""
+        decode = partial(self.inputs.tokenizer.decode, skip_special_tokens=True)
+        row_of = self.streams[name].row_of
+        return Rewarded(collector, REWARDS.load(reward), row_of=row_of, decode=decode)
 
     def _authors(self, task: ResolvedTask, teachers: Mapping[str, TeacherPools]) -> dict[str, Author]:
         """The teachers that write for a task, by the name that its prompts have for them."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import term_oracles as kit
 import torch
 import toy_rollouts as toy
 from toy_rollouts import BEFORE, STUDENT, TEACHER, Estimator
 
 from configs.labels import LABELS
+from configs.losses import LOSSES
 from trainer.labels.encoding import load_encoding
 from trainer.losses.objective import Objective
 from trainer.losses.returns import scopes_of, token_rewards
@@ -23,6 +25,16 @@ NO_LIMIT = 1e4
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
     """What labels hold is float32 at best."""
     torch.testing.assert_close(found.double(), expected.double(), atol=tolerance, rtol=1e-5)
+
+
+def test_every_term_on_text_of_the_student_is_held_to_its_definition_here():
+    """A new one: add its average to this file."""
+    assert [LOSSES.kind_of(one) for one in LOSSES.built_in if "rollouts" in one.needs] == [
+        "policy_gradient", "minillm", "k2",
+    ]  # fmt: skip
+    for loss in ("policy_gradient", "minillm", "k2"):
+        allowed = {kind for kind, other in kit.sampled_cells() if other == loss}
+        assert allowed == set(KINDS)
 
 
 def test_the_toy_is_a_distribution_over_texts():
