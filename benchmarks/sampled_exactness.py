@@ -14,7 +14,7 @@ import torch
 from benchmarks.cells import encode
 from benchmarks.exactness_rows import Gradient, Rows, Totals
 from configs.labels import Labels
-from configs.losses import K2, LOSSES, Term
+from configs.losses import K2, LOSSES, MiniLlm, Term
 from trainer.labels.encoding import load_encoding
 from trainer.losses.kl import reverse_kl
 from trainer.losses.objective import Objective
@@ -32,11 +32,13 @@ def sampled_terms() -> list[Term]:
 def measured(rows: Rows, labels: Labels, terms: list[Term]) -> dict[str, dict[str, float]]:
     """By loss: value, its relative bias, that of the gradient, and the spread of one draw of it."""
     encoding = load_encoding(labels)
+    same = [term.loss for term in terms if isinstance(term, MiniLlm)]
+    terms = [term for term in terms if not isinstance(term, MiniLlm)]
     totals = {term.loss: Totals() for term in terms}
     for number, block in enumerate(rows.blocks()):
         teacher = rows.head.logits(block.hidden)
         source = block.hidden if encoding.needs == "hidden" else teacher
-        found: dict[str, list[Gradient]] = {term.loss: [] for term in terms}
+        drawn: dict[str, list[Gradient]] = {term.loss: [] for term in terms}
         for target_ids in _draws(block.student, seed=number):
             made = encode(encoding, source, block.student, target_ids)
             written = block.student.log_softmax(1).gather(1, target_ids[:, None])[:, 0]
@@ -46,10 +48,12 @@ def measured(rows: Rows, labels: Labels, terms: list[Term]) -> dict[str, dict[st
                     logits, made, target_ids, encoding, block.head, columns={WRITTEN: written}
                 )
                 (gradient,) = torch.autograd.grad(values.sum(), logits)
-                found[term.loss].append((float(values.detach().double().sum()), gradient))
+                drawn[term.loss].append((float(values.detach().double().sum()), gradient))
         for term in terms:
-            totals[term.loss].add(_exact(term, teacher.double(), block.student.double()), found[term.loss])
-    return {loss: total.numbers() for loss, total in totals.items()}
+            totals[term.loss].add(_exact(term, teacher.double(), block.student.double()), drawn[term.loss])
+    found = {loss: total.numbers() for loss, total in totals.items()}
+    # after a token that stands for itself nothing follows: what minillm weighs by that is all that it has of its own
+    return found | {loss: found["policy_gradient"] for loss in same if "policy_gradient" in found}
 
 
 def _draws(student: torch.Tensor, *, seed: int) -> Iterator[torch.Tensor]:

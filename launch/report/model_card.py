@@ -239,7 +239,8 @@ def _precision(run: Run, manifest: Mapping[str, Any]) -> str:
 
 
 def _term(term: Term) -> str:
-    said = {name: value for name, value in term if name not in Term.model_fields and value is not False}
+    said = {name: value for name, value in term if name not in Term.model_fields}
+    said = {name: value for name, value in said.items() if value is not False and value is not None}
     texts = {name: value if isinstance(value, str) else f"{value:g}" for name, value in said.items()}
     chosen = ", ".join(name if said[name] is True else f"{name} {text}" for name, text in texts.items())
     name = f"{term.loss} ({chosen})" if chosen else term.loss

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from configs.answers import ANSWERS, Answers
 from configs.losses import LOSSES
 from configs.schema import Run
 from configs.tasks import ResolvedTask
@@ -105,17 +104,14 @@ def test_a_reward_is_given_where_a_term_raises_it_and_only_there() -> None:
     assert "is no regular expression of Python" in problems([raising], reward={"kind": "pattern", "pattern": "("})
 
 
-class ByTheStudent(Answers):
-    kind: str = "by_the_student"
-    n: int = 1
-    needs_rollouts: ClassVar[bool] = True
+def test_a_group_of_one_answer_has_no_baseline() -> None:
+    def of_group(n: int) -> str:
+        return problems([grouped], answers={"kind": "student", "n": n}, rollouts={})
 
-
-def test_a_group_of_one_answer_has_no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(ANSWERS), "validate", lambda self, value: value)
-    grouped = LOSSES.built_in[[LOSSES.kind_of(one) for one in LOSSES.built_in].index("minillm")](baseline="group")
-    assert "write n: 2 or more, or baseline: batch" in problems([grouped], answers=ByTheStudent(n=1))
-    assert problems([grouped], answers=ByTheStudent(n=4)) == ""
+    grouped = {"loss": "minillm", "baseline": "group"}
+    assert "write n: 2 or more, or baseline: batch" in of_group(1)
+    assert of_group(4) == ""
+    assert problems([{"loss": "minillm", "baseline": "batch"}], answers="student", rollouts={}) == ""
 
 
 def test_what_a_task_learns_is_known_from_its_terms() -> None:
