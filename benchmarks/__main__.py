@@ -226,6 +226,7 @@ def learning(
     """What a student has learnt after equal steps, under each encoding and each divergence; hours on two cores."""
     from benchmarks.learning import LearningPlan, cells
     from benchmarks.learning import learning as measure
+    from cluster.placement.hardware import Hardware
 
     known = {one.name: one for one in cells()}
     if unknown := [name for name in cell or () if name not in known]:
@@ -243,6 +244,7 @@ def learning(
         warmup_steps=min(3, steps),
         num_held_out=held_out,
         max_length=256,
+        dtype="bfloat16" if Hardware.local().nodes[0].cpu_has_amx_bf16 else "float32",
     )
     measure(plan, range(seeds), wanted, out, note=_note)
     _note(f"written: {out}")

@@ -53,6 +53,8 @@ DIVERGENCES: tuple[dict[str, Any], ...] = (
     {"loss": "alpha_beta"},
 )
 BLOCK_ROWS = 64
+WHOLE = 32
+"""Lengths are multiples of it: oneDNN writes code for every other one that it meets in bfloat16."""
 POOL = 2
 """Texts that seeds draw from, as a multiple of those that a run reads."""
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
@@ -71,6 +73,10 @@ class LearningPlan:
     warmup_steps: int
     num_held_out: int
     max_length: int
+    dtype: str  # of the student's products: "float32", or "bfloat16" with weights of float32 beside it
+
+    def products(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +184,9 @@ class _Material:
             at = [order[(step * plan.sequences_per_step + i) % len(order)] for i in range(plan.sequences_per_step)]
             texts = [self.train[i] for i in at]
             rows = sum(len(text.hidden) for text in texts)
-            for text in texts:
-                (loss.of(student, text) / rows).backward()
+            with plan.products():  # around the step: weights are rounded once
+                for text in texts:
+                    (loss.of(student, text) / rows).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step + 1, settings=schedule, total_steps=plan.steps)
@@ -192,11 +199,11 @@ class _Material:
         """Mean over the rows of the held-out answers, over the whole vocabulary; nats."""
         total, rows = 0.0, 0
         for text in self.held_out:
-            hidden = student.base_model(text.token_ids[None]).last_hidden_state[0, text.first_row : -1]
-            log_q = _logits(student, hidden, self.head.vocabulary_size).double().log_softmax(1)
+            with self.plan.products():
+                log_q = _logits(student, _states(student, text), self.head.vocabulary_size).double().log_softmax(1)
             log_p = self.head.logits(text.hidden).double().log_softmax(1)
             total += float((log_p.exp() * (log_p - log_q)).sum())
-            rows += len(hidden)
+            rows += len(log_p)
         return total / rows
 
 
@@ -210,23 +217,31 @@ class _Loss:
         self._draw = seed * 1_000_000
 
     def of(self, student: PreTrainedModel, text: Text) -> torch.Tensor:
-        hidden = student.base_model(text.token_ids[None]).last_hidden_state[0, text.first_row : -1]
+        hidden = _states(student, text)
         total = torch.zeros(())
         for start in range(0, len(hidden), BLOCK_ROWS):
             part = slice(start, start + BLOCK_ROWS)
             logits = _logits(student, hidden[part], self._head.vocabulary_size)
-            targets, source = text.target_ids[part], text.hidden[part]
-            if self._encoding.needs != "hidden":
-                source = self._head.logits(source)
-            self._draw += 1
-            labels = encode(self._encoding, source, logits, targets, draw=self._draw)
-            values, _ = self._objective.rows(logits, labels, targets, self._encoding, self._head)
-            total = total + values.sum()
+            with torch.autocast("cpu", enabled=False):
+                total = total + self._of_rows(logits, text.target_ids[part], text.hidden[part])
         return total
+
+    def _of_rows(self, logits: torch.Tensor, targets: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        source = hidden if self._encoding.needs == "hidden" else self._head.logits(hidden)
+        self._draw += 1
+        labels = encode(self._encoding, source, logits, targets, draw=self._draw)
+        values, _ = self._objective.rows(logits, labels, targets, self._encoding, self._head)
+        return values.sum()
+
+
+def _states(student: PreTrainedModel, text: Text) -> torch.Tensor:
+    """Last hidden states at the rows of the answer; what is appended comes after them all."""
+    token_ids = torch.nn.functional.pad(text.token_ids, (0, -len(text.token_ids) % WHOLE))
+    return student.base_model(token_ids[None]).last_hidden_state[0, text.first_row : len(text.token_ids) - 1]
 
 
 def _logits(student: PreTrainedModel, hidden: torch.Tensor, vocabulary_size: int) -> torch.Tensor:
-    return student.get_output_embeddings()(hidden)[:, :vocabulary_size]
+    return student.get_output_embeddings()(hidden)[:, :vocabulary_size].float()
 
 
 @torch.no_grad()

@@ -529,7 +529,12 @@ class ChunkKl(Term):
     across_tokenizers: ClassVar[bool] = True
     form: ClassVar[Literal["row", "sequence", "features"]] = "sequence"
     needs: ClassVar[frozenset[Need]] = frozenset({"target_logprobs", "chunks"})
-    exactness: ClassVar[Mapping[str, Exactness]] = {"token": "biased"}
+    exactness: ClassVar[Mapping[str, Exactness]] = {"token": "lower_bound"}
+
+    def exactness_of(self, labels: Labels | NoLabels) -> Exactness | None:
+        """Of powers of probabilities nothing is a bound."""
+        found = super().exactness_of(labels)
+        return "biased" if found == "lower_bound" and self.temperature != 1 else found
 
 
 class Uld(Divergence):

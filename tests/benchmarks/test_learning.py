@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def plan(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> LearningPlan
         warmup_steps=1,
         num_held_out=1,
         max_length=256,
+        dtype="float32",
     )
 
 
@@ -66,6 +68,12 @@ def test_a_run_learns_what_the_same_steps_by_hand_do(plan: LearningPlan, tmp_pat
     found = learning(plan, [0], [HIDDEN], tmp_path / "results.json", note=lambda text: None)
     assert found["cells"]["hidden, forward_kl"]["0"] == pytest.approx(_by_hand(plan), rel=1e-3)
     assert found["cells"]["hidden, forward_kl"]["0"] < 0.9 * found["before"]
+
+
+def test_in_bfloat16_it_learns_about_the_same(plan: LearningPlan, tmp_path: Path) -> None:
+    found = learning(replace(plan, dtype="bfloat16"), [0], cells()[6:7], tmp_path / "out.json", note=print)
+    exact = _by_hand(plan)
+    assert 0 < abs(found["cells"]["hidden, forward_kl"]["0"] - exact) < 0.02 * exact
 
 
 def test_it_goes_on_where_it_was_and_keeps_to_its_plan(plan: LearningPlan, tmp_path: Path) -> None:

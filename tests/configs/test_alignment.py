@@ -9,7 +9,9 @@ import pytest
 from configs.alignment import Chunks, Overlap, Uld
 from configs.errors import ConfigError
 from configs.held_out import held_out_sets
+from configs.labels import LABELS
 from configs.load import dump_run, load_run
+from configs.losses import LOSSES
 from configs.schema import Run
 
 BASE = """\
@@ -118,3 +120,11 @@ def test_what_several_teachers_with_tokenizers_of_their_own_can_become(
 def test_a_route_to_several_tokenizers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="align fits one teacher's tokenizer: give each teacher a task of its own"):
         load(tmp_path, "align: overlap\nroute: {column: who, map: {a: big, b: code}}\n")
+
+
+def test_chunks_are_a_bound_only_of_probabilities_as_they_are() -> None:
+    claims = [
+        LOSSES.validate({"loss": "chunk_kl", "temperature": temperature}).exactness_of(LABELS.validate("token"))
+        for temperature in (1, 100)
+    ]
+    assert claims == ["lower_bound", "biased"]
