@@ -516,8 +516,8 @@ class Features(Term):
 
 
 class ChunkKl(Term):
-    """KL of whether a chunk of the text comes, tau (P log P/Q + (1 - P) log (1 - P)/(1 - Q)) by its probabilities, of
-    the teacher to the power of 1/tau P and of the student Q, for teachers with another tokenizer (ALM, arXiv
+    """KL of whether a chunk of the text comes, tau (P log P/Q + (1 - P) log (1 - P)/(1 - Q)) by its probabilities to the
+    power of 1/tau, P of the teacher and Q of the student, for teachers with another tokenizer (ALM, arXiv
     2503.20083)."""
 
     loss: Literal["chunk_kl"] = "chunk_kl"
@@ -529,12 +529,12 @@ class ChunkKl(Term):
     across_tokenizers: ClassVar[bool] = True
     form: ClassVar[Literal["row", "sequence", "features"]] = "sequence"
     needs: ClassVar[frozenset[Need]] = frozenset({"target_logprobs", "chunks"})
-    exactness: ClassVar[Mapping[str, Exactness]] = {"token": "lower_bound"}
+    exactness: ClassVar[Mapping[str, Exactness]] = {"token": "biased"}
 
     def exactness_of(self, labels: Labels | NoLabels) -> Exactness | None:
-        """Of powers of probabilities nothing is a bound."""
+        """At a temperature of 1 a lower bound of the KL divergence."""
         found = super().exactness_of(labels)
-        return "biased" if found == "lower_bound" and self.temperature != 1 else found
+        return "lower_bound" if found == "biased" and self.temperature == 1 else found
 
 
 class Uld(Divergence):

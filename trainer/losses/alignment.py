@@ -21,9 +21,8 @@ def chunk_kl(scores: SequenceScores, *, temperature: float) -> torch.Tensor:
     ALM, arXiv 2503.20083, with the KL divergence, here times tau, so that it does not vanish with a large one. At
     tau = 1 a lower bound of the KL between the distributions over all texts of the chunk's length (data processing
     inequality), whose gradient is no larger than Q, so that an unlikely chunk hardly counts. At a large tau the
-    gradient is 1 - log P / log Q (untempered): every chunk shall be as likely as the teacher says. No student can give
-    a frequent token the same likelihood everywhere, so one that does not look at the context yet learns to be unsure of
-    everything (docs/tokenizers.md). The last sum is of rows in no chunk.
+    gradient is 1 - log P / log Q of the untempered ones: every chunk shall be as likely as the teacher says. The last
+    sum is of rows in no chunk.
     """
     assert scores.reference is not None, "chunk_kl needs the teacher's log-probabilities"
     sums = (one[: len(scores.groups)].double() for one in (scores.reference, scores.student))
