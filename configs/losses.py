@@ -516,8 +516,8 @@ class Features(Term):
 
 
 class ChunkKl(Term):
-    """KL of whether a chunk of the text comes, tau (P log P/Q + (1 - P) log (1 - P)/(1 - Q)) by its probabilities to the
-    power of 1/tau, P of the teacher and Q of the student, for teachers with another tokenizer (ALM, arXiv
+    """KL of whether a chunk of the text comes, tau (P log P/Q + (1 - P) log (1 - P)/(1 - Q)) by its probabilities to
+    the power of 1/tau, P of the teacher and Q of the student, for teachers with another tokenizer (ALM, arXiv
     2503.20083)."""
 
     loss: Literal["chunk_kl"] = "chunk_kl"
