@@ -1,4 +1,4 @@
-"""The arithmetic floor of `benchmarks distil`: what the same work costs where nothing but its arithmetic is done.
+"""The arithmetic floor of `benchmarks distil` and `scoring`: what the same work costs as nothing but its arithmetic.
 
     products   every linear layer at its very shape and the rows of a step, by the faster of both libraries; the
                student's three times (forward, gradient of inputs, of weights), heads over the rows that have a loss
@@ -54,7 +54,7 @@ class Shapes:
 @dataclass(frozen=True, slots=True)
 class FloorSetup:
     teacher: Shapes
-    student: Shapes
+    student: Shapes | None  # None where there is none: its parts are 0
     dtype: str
     tokens: int  # of a step
     chunk_rows: int  # of a head
@@ -107,9 +107,11 @@ def prepare(setup: FloorSetup) -> Callable[[None], Floor]:
         return _seconds(logits.sum) / setup.chunk_rows
 
     def answer(_: None) -> Floor:
+        teacher = body(setup.teacher, "nt"), head(setup.teacher, "nt") + one_pass(setup.teacher)
+        if setup.student is None:
+            return Floor(*teacher, 0.0, 0.0, 0.0, 0.0, 0.0)
         return Floor(
-            teacher_body=body(setup.teacher, "nt"),
-            teacher_head=head(setup.teacher, "nt") + one_pass(setup.teacher),
+            *teacher,
             student_forward=body(setup.student, "nt"),
             student_backward=body(setup.student, "nn", "tn"),
             student_head=head(setup.student, "nt") + one_pass(setup.student),

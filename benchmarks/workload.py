@@ -43,6 +43,7 @@ class Workload:
     depth: int = 2
     seed: int = 0
     scorer_engine: str = "vllm"
+    scorer_dtype: str = "auto"
 
 
 def make_student(teacher: Path, folder: Path, *, seed: int) -> None:
@@ -112,11 +113,12 @@ def make_run(
     teacher: Path, student: Path, rows: Path, folder: Path, workload: Workload, *, labels: str, steps: int
 ) -> Run:
     """The configuration of one pipeline: one scorer, one rank, everything else as by default."""
+    scorer = {"engine": workload.scorer_engine, "dtype": workload.scorer_dtype}
     settings: dict[str, Any] = {
         "name": f"bench-{labels}",
         "folder": folder,
         "seed": workload.seed,
-        "teacher": {"model": {"path": str(teacher)}, "scorer": {"engine": workload.scorer_engine}},
+        "teacher": {"model": {"path": str(teacher)}, "scorer": scorer},
         "student": {"model": {"path": str(student)}},
         "prompts": {"path": str(rows)},
         "data": {"max_length": workload.max_tokens + 32, "on_too_long": "truncate"},

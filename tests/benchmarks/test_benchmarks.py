@@ -30,7 +30,8 @@ from benchmarks.floor import Floor, FloorSetup, Shapes
 from benchmarks.floor import prepare as prepare_floor
 from benchmarks.pipeline import PARTS, Segment
 from benchmarks.plain import PlainSetup, PlainSteps, Text, prepare
-from benchmarks.scoring import PREFILL, Batch, Measured, ScoringResult
+from benchmarks.scoring import Batch
+from benchmarks.scoring_result import PREFILL, Measured, ScoringResult
 from benchmarks.scoring_worker import Cost
 from benchmarks.worker import Worker
 from benchmarks.workload import Workload, make_run, make_student, same_sequences, write_rows
@@ -178,17 +179,24 @@ def test_the_floor_is_measured_at_the_shapes_of_both_models(tiny_teacher: Path) 
     floor = prepare_floor(FloorSetup(shapes, shapes, "float32", tokens=64, chunk_rows=32))(None)
     assert all(part > 0 for part in dataclasses.astuple(floor))
     assert floor.teacher_s("topk", tokens=10, rows=5) > floor.teacher_s("hidden", tokens=10, rows=5)
+    alone = prepare_floor(FloorSetup(shapes, None, "float32", tokens=64, chunk_rows=32))(None)
+    assert alone.teacher_body > 0
+    assert alone.student_forward == 0
 
 
 def test_scoring_is_a_ratio_to_the_bare_prefill_per_token() -> None:
     measured = []
     for number, pace in enumerate((1.0, 2.0, 1.5)):
-        measured.append(Measured(PREFILL, "4x8", number, 32, Cost(CpuTime(pace, 0), 1.0, 0)))
-        measured.append(Measured("labels", "4x8", number, 32, Cost(CpuTime(pace, 0.5 * pace), 1.0, 32 * 390)))
-        measured.append(Measured("stock", "4x8", number, 8, Cost(CpuTime(pace, 0), 1.0, 0)))
-    result = ScoringResult(tuple(measured), reasons=())
+        measured.append(Measured(PREFILL, "4x8", number, 32, 0, Cost(CpuTime(pace, 0), 1.0, 0)))
+        measured.append(Measured("labels", "4x8", number, 32, 16, Cost(CpuTime(pace, 0.5 * pace), 1.0, 32 * 390)))
+        measured.append(Measured("stock", "4x8", number, 8, 0, Cost(CpuTime(pace, 0), 1.0, 0)))
+    floors = [Floor(pace / 64, pace / 80, 0, 0, 0, 0, 0) for pace in (1.0, 2.0, 1.5)]
+    result = ScoringResult(tuple(measured), tuple(floors), reasons=())
     assert result.ratios("labels", "4x8") == pytest.approx([1.5, 1.5, 1.5])
     assert result.ratios("stock", "4x8") == pytest.approx([4, 4, 4])
+    assert result.least_ratios("labels", "4x8") == pytest.approx([1.2, 1.2, 1.2])  # 16 rows of 1/80 over 1
+    assert result.least_ratios(PREFILL, "4x8") == [1, 1, 1]
+    assert result.multiples("labels", "4x8") == pytest.approx([1.5 / 0.7] * 3)  # 32 tokens of 1/64, 16 rows of 1/80
     assert result.bytes_per_token("labels", "4x8") == 390
     assert result.table().row_count == 3
 

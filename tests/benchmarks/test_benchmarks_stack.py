@@ -61,8 +61,12 @@ def test_scoring_is_measured_with_and_without_labels(teacher: Path, tmp_path: Pa
     ways = {row["way"]: row for row in json.loads(out.read_text())["summary"]}
     assert ways["bare prefill"]["ratio"] == 1.0
     of_dtypes = [pytest.approx(64 * width * 63 / 64) for width in (2, 4)]  # [L - 1, H], bfloat16 where there is AMX
-    assert ways["hidden, all rows"]["label_bytes_per_token"] in of_dtypes
-    answers, everything = (ways[f"top-64, {rows}"] for rows in ("answer rows (two thirds)", "all rows"))
+    assert ways["hidden"]["label_bytes_per_token"] in of_dtypes
+    kinds = {way.split(",")[0] for way in ways}
+    assert {"hidden", "token", "given_ids", "topk", "sampled", "nucleus"} <= kinds
+    assert ways["topk, 64"]["least_ratio"] > ways["hidden"]["least_ratio"] == 1.0
+    assert all(row["multiple_of_floor"] > 1 for row in ways.values())
+    answers, everything = (ways[f"topk, 64{rows}"] for rows in (", answer rows (two thirds)", ""))
     assert answers["label_bytes_per_token"] < 0.7 * everything["label_bytes_per_token"]
     assert all(row["ratio"] > 0 for row in ways.values())
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from trainer.labels.encoding import ABSENT
-from trainer.model.fast import cache_blocks
+from trainer.model.fast import cache_blocks, row_dots
 from trainer.model.fast.plain import well_scaled
 
 NEARLY_ONE = 1.0 - 1e-12
@@ -34,11 +34,17 @@ class Summary:
     @classmethod
     def of(cls, logits: torch.Tensor, temperature: float, apart: torch.Tensor, num_draws: int) -> Summary:
         """`apart` int64 [c]: columns that are not drawn."""
-        depth = max(1, math.isqrt(logits.shape[1] // num_draws))
+        depth = _depth(logits.shape[1], num_draws)
         blocks = list(cache_blocks(logits)) or [slice(0)]
         parts = [_read(logits[block], temperature, apart, depth) for block in blocks]
         total, mean, groups = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return cls(total, mean, groups, depth)
+
+
+def _depth(v: int, num_draws: int) -> int:
+    """About the root of v / draws; a number that divides v spares a look at which ids the last group has."""
+    least = max(1, math.isqrt(v // num_draws))
+    return next((depth for depth in range(least, 2 * least) if v % depth == 0), least)
 
 
 def _read(
@@ -49,13 +55,13 @@ def _read(
     shift = torch.zeros(len(rows), 1, device=rows.device)
     terms = logits.exp()
     total = terms.sum(1, keepdim=True)
-    mean = torch.linalg.vecdot(terms, logits)[:, None]
+    mean = row_dots(terms, logits)
     if not (well_scaled(total) & mean.isfinite()).all():
         shift = logits.amax(1, keepdim=True)
         logits = (logits - shift).clamp_(min=ABSENT)
         terms = logits.exp()
         total = terms.sum(1, keepdim=True)
-        mean = torch.linalg.vecdot(terms, logits)[:, None]
+        mean = row_dots(terms, logits)
     terms[:, apart] = 0.0
     return total.double().log() + shift, (mean / total).double() + shift, _groups(terms, depth).double() / total
 
@@ -90,15 +96,19 @@ def _draw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     inside, depth = places >= 0, summary.depth
     group, inner = _groups_of(summary.groups, places)
-    columns = group[:, :, None] * depth + torch.arange(depth, device=logits.device)  # [n, m, depth]
-    flat = columns.flatten(1)
-    within = logits.gather(1, flat.clamp(max=logits.shape[1] - 1)).float() / temperature
-    p = (within - summary.log_sum.float()).exp_().masked_fill_(flat >= logits.shape[1], 0.0)
+    start = (group * depth).clamp_(max=logits.shape[1] - depth)  # the last group may begin inside the one before
+    members = logits.unfold(1, depth, 1).gather(1, start[:, :, None].expand(-1, -1, depth))  # [n, m, depth]
+    if temperature != 1.0:
+        members = members.float() / temperature
+    p = (members.float() - summary.log_sum[:, :, None].float()).exp_()
+    columns = start[:, :, None] + torch.arange(depth, device=logits.device)
+    if logits.shape[1] % depth:
+        p.masked_fill_(columns < (group * depth)[:, :, None], 0.0)
     if len(apart):
-        p.masked_fill_(torch.isin(flat, apart), 0.0)
-    sums = p.view_as(columns).cumsum(2, dtype=torch.float64)
-    chosen = (sums <= inner[:, :, None] * sums[:, :, -1:]).sum(2).clamp_(max=depth - 1)
-    drawn = torch.where(inside, group * depth + chosen, -1)
+        p.masked_fill_(torch.isin(columns, apart), 0.0)
+    sums = p.cumsum(2, dtype=torch.float64)
+    chosen = torch.searchsorted(sums, inner[:, :, None] * sums[:, :, -1:], right=True)[:, :, 0].clamp_(max=depth - 1)
+    drawn = torch.where(inside, start + chosen, -1)
     return drawn, _missed(summary.groups, p, torch.where(inside, group, -1), chosen)
 
 
@@ -112,18 +122,16 @@ def _groups_of(groups: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _missed(groups: torch.Tensor, p: torch.Tensor, group: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """float64 [n, 1]: the groups without a draw, and what was not drawn of the others. `p` float32 [n, m depth] holds
+    """float64 [n, 1]: the groups without a draw, and what was not drawn of the others. `p` float32 [n, m, depth] holds
     the shares of the group of each draw, and is used up; `group` is -1 where there is no draw."""
-    num_draws = group.shape[1]
     first = torch.ones_like(group, dtype=torch.bool)
     first[:, 1:] = group[:, 1:] != group[:, :-1]  # a group that is drawn from again is looked at once
-    numbers = torch.arange(num_draws, device=group.device)
-    copy = torch.where(first, numbers, 0).cummax(1).values
-    p.scatter_(1, copy * (p.shape[1] // num_draws) + chosen, 0.0)
-    left = p.unflatten(1, (num_draws, -1)).sum(2, dtype=torch.float64).masked_fill_(~first | (group < 0), 0.0)
+    copy = torch.where(first, torch.arange(group.shape[1], device=group.device), 0).cummax(1).values
+    p.flatten(1).scatter_(1, copy * p.shape[2] + chosen, 0.0)
+    left = p.sum(2).masked_fill_(~first | (group < 0), 0.0)
     untouched = torch.cat([groups, groups.new_zeros(len(groups), 1)], dim=1)
     untouched.scatter_(1, torch.where(group < 0, groups.shape[1], group), 0.0)
-    return left.sum(1, keepdim=True) + untouched.sum(1, keepdim=True)
+    return left.double().sum(1, keepdim=True) + untouched.sum(1, keepdim=True)
 
 
 def distinct(drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -38,6 +38,7 @@ log_sum_exp = chosen.log_sum_exp
 log_sum_exp_without = chosen.log_sum_exp_without
 known_to_be_one = chosen.known_to_be_one
 matmul_nt = chosen.matmul_nt
+row_dots = chosen.row_dots
 softmax_and_log_sum_exp = chosen.softmax_and_log_sum_exp
 top_k = chosen.top_k
 use_fast_products = chosen.use_fast_products

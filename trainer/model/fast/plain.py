@@ -49,6 +49,11 @@ def log_sum_exp_without(logits: torch.Tensor, ids: torch.Tensor, temperature: fl
     return (others / temperature).logsumexp(1, keepdim=True)
 
 
+def row_dots(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[n, 1]: the product of each row of float32 a [n, V] with that of b. No gradient."""
+    return torch.linalg.vecdot(a.detach(), b.detach())[:, None]
+
+
 def well_scaled(sums: torch.Tensor) -> torch.Tensor:
     """bool: whether sums of float32 exponentials that were not shifted are as exact as shifted ones, for vocabularies
     of up to a million: none overflowed, and those that became 0 are below their rounding."""

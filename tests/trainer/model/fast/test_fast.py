@@ -103,6 +103,12 @@ def test_the_log_sum_exp_of_all_other_columns_equals_float64(
 
 
 @MODULES
+def test_products_of_rows_equal_float64(functions: ModuleType) -> None:
+    a, b = torch.rand(2, 5, 3001, generator=torch.Generator().manual_seed(6))
+    torch.testing.assert_close(functions.row_dots(a, b).double(), (a.double() * b.double()).sum(1, keepdim=True))
+
+
+@MODULES
 def test_a_factor_is_known_to_be_one_only_where_it_is(functions: ModuleType) -> None:
     assert functions.known_to_be_one(torch.tensor(1.0)) == (functions is cpu)
     assert not functions.known_to_be_one(torch.tensor(0.5))
@@ -111,7 +117,7 @@ def test_a_factor_is_known_to_be_one_only_where_it_is(functions: ModuleType) -> 
 
 def test_both_modules_have_every_function_of_the_folder() -> None:
     names = {name for name, value in vars(fast).items() if value is getattr(fast.chosen, name, None) is not None}
-    assert len(names & set(cpu.__all__)) == len(cpu.__all__) == 10
+    assert len(names & set(cpu.__all__)) == len(cpu.__all__) == 11
     assert all(hasattr(plain, name) for name in cpu.__all__)
 
 
