@@ -136,7 +136,7 @@ class _Labelling:
                     for space, labels in by_space(batch, spaces):
                         known = self.wanted.setdefault(space.id, (space, set()))[1]
                         new = {key: one for key, one in labels.items() if key not in known}
-                        known |= new.keys()
+                        known.update(new)
                         unread = await in_thread(store.unreadable, space, new)
                         self.progress.found(len(new) - len(unread))
                         for text in store.notes():
