@@ -73,7 +73,7 @@ def _with_teachers(loaded: LoadedRun) -> LoadedRun:
     if run.store.mode == "read_only":
         raise ConfigError("store.mode: read_only keeps no labels; write mode: read_write, or only")
     for task in run.resolved_tasks().values():
-        if task.answers.needs_generator:
+        if task.answers.needs_generator or task.answers.needs_rollouts:
             raise ConfigError(
                 f"{station_place(run, task, 'answers')}: {task.answers.kind} are written while the student trains, so "
                 "their labels cannot be made before: write answers: dataset, or let train fill the store"

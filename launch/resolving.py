@@ -10,6 +10,7 @@ from cluster.model_files import ModelFiles, find_folder, model_contents
 from cluster.placement.facts import KnownModel, RunFacts
 from cluster.placement.hardware import Hardware
 from cluster.placement.resolve import Resolved, resolve
+from cluster.placement.roles import rollouts_of
 from configs.models import ModelSource
 from configs.rules import teacher_place
 from configs.schema import Run
@@ -36,6 +37,11 @@ def resolve_run(run: Run, inputs: Inputs, hardware: Hardware, *, with_students: 
         bytecode_folder=runtime.bytecode_folder(),
     )
     return resolve(run, hardware, facts, with_students=with_students)
+
+
+def sent_bytes(run: Run) -> int:
+    """Of the student's weights, where engines take them in, as its files hold them; 0 where they are not here yet."""
+    return 0 if rollouts_of(run) is None else _weight_bytes(run.student.model) or 0
 
 
 def _known(source: ModelSource, role: str, *, reads_files: bool = False) -> KnownModel:

@@ -14,7 +14,7 @@ from cluster.prometheus import Exported
 from cluster.session import RaySession
 from cluster.students.group import StudentJob
 from configs.schema import Run
-from launch.resolving import resolve_run
+from launch.resolving import resolve_run, sent_bytes
 from trainer.errors import ConfigError
 from trainer.loop.inputs import Inputs
 from trainer.loop.job import Job
@@ -84,7 +84,7 @@ def open_runtime(
             )
         return Runtime(resolve_run(run, inputs, Hardware.of_ray(), with_students=with_students), cluster)
     resolved = resolve_run(run, inputs, Hardware.local(), with_students=with_students)
-    store = ray_session.object_store_bytes(run.training.max_label_bytes)
+    store = ray_session.object_store_bytes(run.training.max_label_bytes, weight_bytes=sent_bytes(run))
     cluster = ray_session.start_ray(
         num_cpus=resolved.placement.num_slots,
         object_store_bytes=store,

@@ -297,6 +297,7 @@ def reread_ray_environment() -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
-def object_store_bytes(max_label_bytes: int) -> int:
-    """Of a Ray started for one run on this machine: labels are taken out of it as they are staged."""
-    return min(max_label_bytes // 2 + 256 * 2**20, 2**30)
+def object_store_bytes(max_label_bytes: int, *, weight_bytes: int = 0) -> int:
+    """Of a Ray started for one run on this machine: labels are taken out of it as they are staged. `weight_bytes`: of
+    the student's weights, where engines take them in: those of a version stay until the next one comes."""
+    return min(max_label_bytes // 2 + 256 * 2**20, 2**30) + weight_bytes

@@ -19,7 +19,7 @@ from cluster.rollouts.form import form_of
 from cluster.rollouts.proof import Proof
 from cluster.teachers.pool import ANSWER_GRACE_S, Replica, ReplicaPool
 from configs.models import Rollouts
-from trainer.errors import EngineDead, InfrastructureError, StillhouseError, SyncError
+from trainer.errors import EngineDead, StillhouseError, SyncError
 from trainer.types import BucketHeader, BucketRef, Probe
 
 
@@ -33,6 +33,7 @@ class RolloutPool(ReplicaPool):
         self._buckets: list[BucketRef] = []  # of the version that engines have, or take in
         self._probe: Probe | None = None  # of that version
         self._proofs: dict[str, Proof] = {}  # by replica
+        self._taking: list[Replica] = []  # that were there from the first bucket on
         self._whole = asyncio.Event()  # all buckets of a version are here
         self._whole.set()
 
@@ -86,11 +87,12 @@ class RolloutPool(ReplicaPool):
 
     async def _prepare(self, replica: Replica) -> None:
         """A replica that starts again has the weights of the student's files."""
-        await self._whole.wait()
-        buckets, probe = list(self._buckets), self._probe
-        for bucket in buckets:
-            await self._take(replica.actor, bucket)
-        if buckets != self._buckets:
-            raise InfrastructureError(f"{replica.name}: newer weights came while it took in those before")
+        while True:
+            await self._whole.wait()
+            buckets, probe = self._buckets, self._probe
+            for bucket in buckets:
+                await self._take(replica.actor, bucket)
+            if buckets is self._buckets and self._whole.is_set():
+                break  # no newer weights came meanwhile
         if probe is not None:
             await self._gap(replica.name, replica.actor, probe)

@@ -8,6 +8,7 @@ from cluster.preflight.machine import Needs
 from configs.engines import Vllm
 from configs.load import run_folder
 from configs.schema import Run
+from launch.resolving import sent_bytes
 
 
 def needs_of(run: Run) -> Needs:
@@ -21,5 +22,5 @@ def needs_of(run: Run) -> Needs:
         extras=tuple(dict.fromkeys(choice.extra for choice in run.trackers if choice.extra is not None)),
         models=tuple((source.path, source.revision) for source in sources),
         run_folder=str(run_folder(run).absolute()),
-        object_store_bytes=object_store_bytes(run.training.max_label_bytes),
+        object_store_bytes=object_store_bytes(run.training.max_label_bytes, weight_bytes=sent_bytes(run)),
     )

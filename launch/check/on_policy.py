@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cluster.engines.vllm_registry import check_architecture
 from cluster.placement.roles import rollouts_of
-from cluster.preflight.finding import Finding, ok, warning
+from cluster.preflight.finding import Finding, attempt, ok, warning
 from configs.answers import StudentAnswers
+from configs.engines import Vllm
 from configs.rules import station_place
 from configs.schema import Run
+from trainer.model.load import load_config
 
 
 def examine_rollouts(run: Run) -> Iterator[Finding]:
@@ -19,6 +22,8 @@ def examine_rollouts(run: Run) -> Iterator[Finding]:
     depth, every, save = run.training.depth, rollouts.sync_every, run.training.save_every
     oldest = depth + every - 1
     text = "written by the weights that it trains" if oldest == 0 else f"at most {oldest} optimizer steps old"
+    if isinstance(rollouts.engine, Vllm):
+        yield from _engine(run)
     yield ok("rollouts", f"the student's text is {text} (training.depth: {depth}, rollouts.sync_every: {every})")
     if every > 1 and save % every:
         text = f"rollouts.sync_every: {every}: a run that goes on from a checkpoint between two transfers begins with "
@@ -29,3 +34,15 @@ def examine_rollouts(run: Run) -> Iterator[Finding]:
             text = f"{station_place(run, task, 'answers')}: {otherwise} draw from another distribution than the "
             text += "student's: divergences are right on any text, ratios of probabilities and rewards are not"
             yield warning("rollouts", text)
+
+
+def _engine(run: Run) -> Iterator[Finding]:
+    """Whether vLLM has a model for the student, as far as that can be known without starting one."""
+
+    def look() -> None:
+        config = load_config(run.student.model, role="student.model")
+        check_architecture(config, place=f"student.model.path: {run.student.model.path}")
+
+    found = attempt("rollouts", look, str)
+    if found.fatal:
+        yield found

@@ -111,6 +111,17 @@ def test_an_engine_that_took_in_no_weights_ends_the_run_with_both_numbers(tmp_pa
     assert max(losses(tmp_path / "run")) == 1, "nothing of another student's text was trained"
 
 
+def test_a_step_may_be_of_the_students_text_and_of_the_datasets_by_exact_shares(tmp_path: Path) -> None:
+    tasks = {"own": {"answers": WRITES["answers"], "share": 0.75}, "given": {"answers": "dataset", "share": 0.25}}
+    changes = merged(merged(WRITES, ALONE), {"training": {"steps": 3, "depth": 2}})
+    config = tiny_run(tmp_path, {**changes, "answers": "dataset", "tasks": tasks})
+    result = stillhouse("train", str(config))
+    assert result.returncode == 0, result.stdout + result.stderr
+    steps = records(tmp_path / "run", "step")
+    assert [(step["task/own/sequences"], step["task/given/sequences"]) for step in steps] == [(6.0, 1.0)] * 3
+    assert [step["rollout/staleness_max"] for step in steps] == [0.0, 1.0, 2.0]
+
+
 class Pool:
     """One engine of transformers as `Rollouts`, of which only the text is wanted."""
 

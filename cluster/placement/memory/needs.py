@@ -58,11 +58,14 @@ def memory_needs(run: Run, known: KnownSizes, rule: DtypeRule) -> tuple[RoleMemo
         teacher = run.teachers_by_name()[name]
         engines = {role: _engine(run, known, rule, teacher, role, replicas) for role, replicas in roles.items()}
         found += [_beside(engines)] if writes_beside(run, name, rule.accelerator) else engines.values()
+    ray = [Part("process", CONTROLLER_BASE), Part("Ray", RAY_BASE)]
     if (rollouts := rollouts_of(run)) is not None:
         found.append(_rollouts(run, known, rule, rollouts))
+        width = WIDTHS[rule.choose("rollouts", rollouts.dtype)]
+        ray.append(Part("weights for rollouts", known.student(run).all * width))  # in Ray's object store
     if run.runtime == "in_process":
         return (_in_one_process(found),)
-    return (*found, RoleMemory(CONTROLLER, 1, host=(Part("process", CONTROLLER_BASE), Part("Ray", RAY_BASE))))
+    return (*found, RoleMemory(CONTROLLER, 1, host=tuple(ray)))
 
 
 def _student(run: Run, known: KnownSizes, rule: DtypeRule) -> RoleMemory:
