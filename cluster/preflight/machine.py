@@ -166,8 +166,10 @@ def existing(folder: Path) -> Path:
 
 
 def size_text(num_bytes: int) -> str:
-    """`1.5 GB`."""
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
+    """`1.5 GB`, `12 MB`, `478 kB`."""
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:.1f} GB"
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes >= 1e6 or not num_bytes else f"{num_bytes / 1e3:.0f} kB"
 
 
 def shared_memory(store_bytes: int | None, folder: Path = Path("/dev/shm"), *, in_use: bool = False) -> Finding:

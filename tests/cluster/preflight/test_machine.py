@@ -194,3 +194,8 @@ def test_a_run_that_starts_ray_itself_asks_nothing_about_ray_start() -> None:
 
     assert asked("by_hand") - asked("own") == {"ports", "token", "dashboard"}
     assert asked("own") == asked("running")
+
+
+def test_a_size_is_never_rounded_to_nothing() -> None:
+    sizes = (0, 900, 478_213, 1_000_000, 12_400_000, 1_540_000_000)
+    assert [machine.size_text(size) for size in sizes] == ["0 MB", "1 kB", "478 kB", "1 MB", "12 MB", "1.5 GB"]
