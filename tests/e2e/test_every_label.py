@@ -1,5 +1,5 @@
-"""A run of every kind of labels that can be kept, of teachers with two tokenizers, alone and together: once more from the
-label store alone, killed and resumed, it learns the same, bit for bit."""
+"""A run of every kind of labels that can be kept, of teachers with two tokenizers, alone and together: once more from
+the label store alone, killed and resumed, it learns the same, bit for bit."""
 
 from __future__ import annotations
 
