@@ -164,6 +164,11 @@ def _on_rollouts(task: ResolvedTask, term: Term) -> Iterator[str]:
             f"{term.loss} learns from text that the student wrote, and answers: {task.answers.kind} are of others: "
             "write answers: student, or a divergence, such as reverse_kl, which any text can have"
         )
+    if getattr(task.answers, "temperature", 1.0) == 0:
+        yield (
+            f"{term.loss} learns from tokens that were drawn, and answers with temperature: 0 are greedy: write "
+            "temperature: 1, or a divergence, such as reverse_kl, which any text can have"
+        )
     if getattr(term, "reward_weight", 0.0) and task.reward is None:
         yield (
             f"{term.loss} raises a verifier's reward with reward_weight, and the task has none: write reward: "

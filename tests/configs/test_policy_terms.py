@@ -114,6 +114,15 @@ def test_a_group_of_one_answer_has_no_baseline() -> None:
     assert problems([{"loss": "minillm", "baseline": "batch"}], answers="student", rollouts={}) == ""
 
 
+@pytest.mark.parametrize("loss", TERMS)
+def test_greedy_text_is_no_sample(loss: str) -> None:
+    answers = {"kind": "student", "temperature": 0.0}
+    assert "answers with temperature: 0 are greedy: write temperature: 1" in problems(
+        [loss], answers=answers, rollouts={}
+    )
+    assert problems(["reverse_kl"], answers=answers, rollouts={}) == ""
+
+
 def test_what_a_task_learns_is_known_from_its_terms() -> None:
     def task(*terms: Any) -> ResolvedTask:
         objective = tuple(LOSSES.validate(term) for term in terms)

@@ -17,7 +17,6 @@ from configs.schema import Run
 from configs.tasks import ResolvedTask
 from trainer.checks.label_rows import PartLabels
 from trainer.labels.encoding import Encoding, load_encoding
-from trainer.loop.packing import to_device
 from trainer.loop.staging import StagedStep, Staging
 from trainer.loop.together import Judged, judged_of, names_of
 from trainer.losses.compiled import CompiledRows
@@ -108,9 +107,10 @@ class TaskLosses:
         if not any(objective.returns for objective in self._objectives.values()):
             return [[part.columns for part in batch.parts] for batch in staged.micro_batches]
         return columns_of_step(
-            [to_device(batch, device) for batch in staged.micro_batches],
+            staged.micro_batches,
             self._objectives,
             lambda part: self.part(part, staged, {}),
+            device=device,
             vocabulary_size=self._staging.vocabulary_size,
             chunk_rows=self._run.student.loss_chunk_rows,
         )
@@ -133,7 +133,7 @@ class TaskLosses:
             groups=part.groups,
             rewards=part.rewards,
             compiled=self.compiled.get(part.task),
-            columns=columns if self._objectives[part.task].on_rollouts else {},
+            columns=_on_device(columns, part) if self._objectives[part.task].on_rollouts else {},
         )
 
     def row_scale(self, part: BatchPart, staged: StagedStep) -> float:
@@ -206,6 +206,11 @@ class TaskLosses:
         for task, objective in self._objectives.items():
             for name, schedule in objective.schedules.items():
                 schedule.numbers = dict(state[task][name])
+
+
+def _on_device(columns: Columns, part: BatchPart) -> Columns:
+    """Of one part; those of a whole step wait in host memory."""
+    return {name: column.to(part.row_sequences.device) for name, column in columns.items()}
 
 
 def _encoding_of(task: ResolvedTask) -> Encoding | None:
