@@ -41,24 +41,25 @@ class _Forward:
         weight, bias = self._layer.weight, self._layer.bias
         if inputs.shape[:-1].numel() < FEWEST_ROWS:
             return torch.nn.functional.linear(inputs, weight, bias)
-        rows = inputs.flatten(0, -2)
-        # Cut here and not in the product: of what a function of ours returns, a view must not be changed in place.
-        outputs = _Product.apply(rows, weight)[: rows.shape[0]].unflatten(0, inputs.shape[:-1])
+        outputs = _Product.apply(inputs.flatten(0, -2), weight).unflatten(0, inputs.shape[:-1])
         return outputs if bias is None else outputs + bias
 
 
 class _Product(torch.autograd.Function):
-    """inputs [n, k], weight [m, k] -> [n or more, m]: `whole_rows`."""
+    """inputs [n, k], weight [m, k] -> [n, m]."""
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(inputs, weight)
-        return matmul_nt(whole_rows(inputs), weight)
+        # Cut in place: a view of the product could not be changed in place by whoever gets it, and the gradient of one
+        # is filled with zeros before it is copied.
+        return matmul_nt(whole_rows(inputs), weight).resize_(inputs.shape[0], weight.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         inputs, weight = ctx.saved_tensors
+        grad = whole_rows(grad)
         grad_inputs = matmul_nt(grad, weight.t())[: inputs.shape[0]] if ctx.needs_input_grad[0] else None
         grad_weight = matmul_nt(grad.t(), whole_rows(inputs).t()) if ctx.needs_input_grad[1] else None
         return grad_inputs, grad_weight
