@@ -24,6 +24,7 @@ from rich.table import Table
 
 from cluster.placement.choices import DtypeRule
 from cluster.placement.hardware import Hardware
+from cluster.placement.memory import verdict
 from cluster.placement.memory.needs import memory_needs
 from cluster.placement.memory.parts import RoleMemory
 from cluster.preflight.machine import size_text
@@ -111,7 +112,7 @@ def measure(config: Path, overrides: Sequence[str], work: Path) -> MemoryResult:
     peaks = watch(config, overrides, work)
     return MemoryResult(
         compared=tuple(_compared(roles, peaks)),
-        predicted=sum(role.host_bytes * role.processes for role in roles),
+        predicted=verdict.host_bytes(roles),
         together=peaks.together,
         seconds=time.monotonic() - started,
     )

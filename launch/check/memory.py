@@ -20,6 +20,7 @@ from cluster.placement.memory.verdict import Offer
 from cluster.preflight.finding import Finding, ok, problem, warning
 from cluster.preflight.machine import size_text
 from cluster.runtime import CPU, GPU
+from configs.losses import Features
 from configs.models import ModelSource, Trained
 from configs.rules import teacher_place
 from configs.schema import Run
@@ -80,9 +81,11 @@ def known_sizes(run: Run, facts: Mapping[str, ModelFacts], *, label_bytes: int) 
     places = {name: teacher_place(run, name) for name in run.teachers_by_name()}
     if not {"student", *places.values()} <= facts.keys():
         return None
-    quantised = {}
+    quantised, stored = {}, {}
     for name, teacher in run.teachers_by_name().items():
-        size = _file_bytes(teacher.model)
+        size, elements = _file_bytes(teacher.model), facts[places[name]].sizes.all
+        if size:
+            stored[name] = 2 if size < 3 * elements else 4
         if size is not None and is_quantised(load_config(teacher.model, role=f"{places[name]}.model")):
             quantised[name] = size
     return KnownSizes(
@@ -92,6 +95,7 @@ def known_sizes(run: Run, facts: Mapping[str, ModelFacts], *, label_bytes: int) 
         quantised=quantised,
         label_bytes=label_bytes,
         student_file_bytes=_file_bytes(run.student.model),
+        stored=stored,
     )
 
 
@@ -120,7 +124,9 @@ def _body(run: Run) -> Body:
     source, config = run.student.model, load_config(run.student.model, role="student.model")
 
     @cache
-    def measured(tokens: int, longest: int, dtype: str, trained: Trained, checkpointing: bool) -> PassMemory | None:
+    def measured(
+        tokens: int, longest: int, dtype: str, trained: Trained, checkpointing: bool, states: bool
+    ) -> PassMemory | None:
         return pass_memory(
             source,
             config,
@@ -129,12 +135,14 @@ def _body(run: Run) -> Body:
             dtype=getattr(torch, dtype),
             trained=trained,
             activation_checkpointing=checkpointing,
+            keeps_states=states,
         )
 
     def body(changed: Run, dtype: str) -> PassMemory | None:
         student, tokens = changed.student, pass_tokens(changed)
         longest = min(changed.data.max_length, tokens)
-        return measured(tokens, longest, dtype, student.trained, student.activation_checkpointing)
+        states = any(isinstance(term, Features) for task in run.resolved_tasks().values() for term in task.objective)
+        return measured(tokens, longest, dtype, student.trained, student.activation_checkpointing, states)
 
     return body
 
@@ -151,6 +159,8 @@ def rows(roles: Sequence[RoleMemory]) -> Iterator[Finding]:
             texts.append(f"{size_text(role.device_bytes):>8} on each GPU ({described(role.device)})")
         if role.host:
             texts.append(f"{size_text(role.host_bytes):>8} of host memory ({described(role.host)})")
+        if role.shared:
+            texts.append(f"and once on a machine {described(role.shared)}")
         yield ok(SUBJECT, f"{role.processes:>3} x {role.role:<{width}} {', '.join(texts)}")
 
 
@@ -191,8 +201,9 @@ def _device(run: Run, known: KnownSizes, rule: DtypeRule, role: RoleMemory, offe
 
 
 def _host(run: Run, known: KnownSizes, rule: DtypeRule, roles: Sequence[RoleMemory], offer: Offer) -> Finding:
-    needed, sure = verdict.host_bytes(roles), sum(certain(role.host) * role.processes for role in roles)
-    found = verdict.host_fit(roles, offer.host_bytes)
+    needed = verdict.host_bytes(roles, machines=offer.machines)
+    sure = verdict.sure_host_bytes(roles, machines=offer.machines)
+    found = verdict.host_fit(roles, offer.host_bytes, machines=offer.machines)
     offered = f"{size_text(offer.host_bytes)} of {offer.where}"
     advice = _advice(run, known, rule, None, offer.host_bytes) if found != "fits" and rule.accelerator == CPU else ""
     finding = _judged(found, "all processes together:", needed, sure, offered, advice)

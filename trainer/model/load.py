@@ -199,7 +199,10 @@ def load_student(
 def load_teacher_head(source: ModelSource, *, vocabulary_size: int, dtype: torch.dtype, device: torch.device) -> Head:
     """The teacher's head for its true vocabulary, read out of its safetensors without the rest of the model.
 
-    For labels that are final hidden states. Raises `ConfigError` where the folder has no safetensors or no head.
+    For labels that are final hidden states. In host memory the weight is the file's own pages, which all processes of a
+    machine share, in the dtype that it is stored in; products are computed in `dtype` everywhere.
+
+    Raises `ConfigError` where the folder has no safetensors or no head.
     """
     config = load_config(source, role="teacher.model")
     weight_names, bias_names = _head_names(build_on_meta(source, config, role="teacher.model"))
@@ -211,11 +214,16 @@ def load_teacher_head(source: ModelSource, *, vocabulary_size: int, dtype: torch
     weight = _read_rows(source, files, weight_names, vocabulary_size)
     bias = _read_rows(source, files, bias_names, vocabulary_size) if bias_names else None
     return Head(
-        weight=weight.to(device, dtype),
+        weight=weight if device.type == "cpu" and weight.dtype in _CAST_BY_PARTS else weight.to(device, dtype),
         bias=None if bias is None else bias.to(device, dtype),
         shape=HeadShape.of_config(config),
         vocabulary_size=vocabulary_size,
+        dtype=dtype,
     )
+
+
+_CAST_BY_PARTS = (torch.float32, torch.bfloat16, torch.float16)
+"""Of a weight in these dtypes a product casts some rows at a time (`Head.product`)."""
 
 
 def _head_names(model: torch.nn.Module) -> tuple[list[str], list[str]]:

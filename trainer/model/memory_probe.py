@@ -40,10 +40,11 @@ def pass_memory(
     trained: Trained = EVERYTHING,
     activation_checkpointing: bool = False,
     copies_output: bool = True,
+    keeps_states: bool = False,
 ) -> PassMemory | None:
     """Of sequences of `longest` tokens packed into one row of `tokens`; None where the body cannot be run without
     numbers, as with experts that are chosen by them, or does not take this attention. `copies_output`: the attention
-    joins the outputs of sequences."""
+    joins the outputs of sequences; `keeps_states`: the states after all layers are asked for, as terms on them do."""
     options = {"dtype": dtype, "attn_implementation": _PROBE}
     try:
         causal = build_on_meta(source, copy.deepcopy(config), role="student.model", **options)
@@ -55,12 +56,15 @@ def pass_memory(
             causal.gradient_checkpointing_enable({"use_reentrant": False})
         causal.train()
         lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest else [])
-        return _run(causal.base_model, tokens, lengths, copies_output=copies_output)
+        asked = {"output_hidden_states": True} if keeps_states else {}
+        return _run(causal.base_model, tokens, lengths, asked, copies_output=copies_output)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError):
         return None
 
 
-def _run(body: torch.nn.Module, tokens: int, lengths: list[int], *, copies_output: bool) -> PassMemory:
+def _run(
+    body: torch.nn.Module, tokens: int, lengths: list[int], asked: dict[str, bool], *, copies_output: bool
+) -> PassMemory:
     for parameter in body.parameters():
         if parameter.requires_grad:  # ZeRO takes each gradient as soon as it is made
             parameter.register_post_accumulate_grad_hook(_drop)
@@ -69,8 +73,9 @@ def _run(body: torch.nn.Module, tokens: int, lengths: list[int], *, copies_outpu
     counter = _LiveBytes(own=[*body.parameters(), *body.buffers(), ids, places])
     with _probing(_Probe(lengths, copies_output)), told(Borders()), counter:
         # A cache, because without one the masks look for borders in the position ids, which have no values here.
-        hidden = body(input_ids=ids, position_ids=places, past_key_values=_Empty(), use_cache=True).last_hidden_state
-        saved = counter.now
+        found = body(input_ids=ids, position_ids=places, past_key_values=_Empty(), use_cache=True, **asked)
+        saved, hidden = counter.now, found.last_hidden_state
+        del found
         hidden.backward(torch.empty_like(hidden))
     return PassMemory(tokens, saved, counter.most)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.placement.choices import DtypeRule
@@ -13,11 +13,13 @@ from cluster.placement.memory.parts import Part, RoleMemory
 from cluster.placement.memory.processes import CONTROLLER_BASE, RAY_BASE
 from cluster.placement.memory.student import StudentLoad, fallback_pass, student_memory
 from cluster.placement.memory.teacher import EngineLoad, engine_memory
+from cluster.placement.memory.zero import FLOAT32
 from cluster.placement.roles import prefix_of, rollouts_of, started_roles, writes_beside
 from cluster.runtime import CONTROLLER, CPU, GENERATOR, GPU, ROLLOUT, SCORER, STUDENT, Role, actors_of
 from configs.engines import ENGINES, FromStore, Vllm
 from configs.held_out import held_out_sets
 from configs.labels import Hidden
+from configs.losses import Features
 from configs.models import Replicas, Rollouts, Teacher
 from configs.rules import teacher_place
 from configs.schema import Run
@@ -44,6 +46,7 @@ class KnownSizes:
     quantised: Mapping[str, int]  # name -> bytes of the files, of teachers that are held as they are stored
     label_bytes: int = 0  # of one row of labels, at most
     student_file_bytes: int | None = None  # of its weights, where they are here
+    stored: Mapping[str, int] = field(default_factory=dict)  # name -> bytes of a weight in a teacher's files
 
 
 def pass_tokens(run: Run) -> int:
@@ -69,7 +72,9 @@ def memory_needs(run: Run, known: KnownSizes, rule: DtypeRule) -> tuple[RoleMemo
 
 
 def _student(run: Run, known: KnownSizes, rule: DtypeRule) -> RoleMemory:
-    dtype, tokens, sizes = rule.choose(STUDENT, run.student.dtype), pass_tokens(run), known.student(run)
+    dtype, tokens, features = rule.choose(STUDENT, run.student.dtype), pass_tokens(run), _features(run, known)
+    sizes = known.student(run)
+    sizes = replace(sizes, trained=(*sizes.trained, *(one.projector for one in features if one.projector)))
     body = known.body(run, dtype) or fallback_pass(
         sizes, tokens, WIDTHS[dtype], checkpointing=run.student.activation_checkpointing
     )
@@ -93,10 +98,30 @@ def _student(run: Run, known: KnownSizes, rule: DtypeRule) -> RoleMemory:
         teacher_heads=sum(heads := _teacher_heads(run, known, rule)),
         num_heads=len(heads),
         compared_teachers=max(map(_compared_teachers, run.resolved_tasks().values())),
+        states=sum(one.row_bytes for one in features) * tokens,
         labels=_waiting_labels(run, known),
         batch_labels=tokens * known.label_bytes,
     )
     return student_memory(sizes, body, load)
+
+
+@dataclass(frozen=True, slots=True)
+class _Features:
+    """A term on states inside both models."""
+
+    projector: int  # elements; 0 without
+    row_bytes: int  # the student's state, and in float32 what it becomes, the teacher's, and their difference
+
+
+def _features(run: Run, known: KnownSizes) -> list[_Features]:
+    student, found = known.student(run).hidden_size, []
+    for task in run.resolved_tasks().values():
+        for term in task.objective:
+            if isinstance(term, Features) and task.teachers[0] in known.teachers:
+                teacher = known.teachers[task.teachers[0]].hidden_size
+                projector = student * teacher if term.projector == "linear" else 0
+                found.append(_Features(projector, FLOAT32 * (student + 3 * teacher)))
+    return found
 
 
 def _compared_teachers(task: ResolvedTask) -> int:
@@ -112,7 +137,10 @@ def _teacher_heads(run: Run, known: KnownSizes, rule: DtypeRule) -> list[int]:
     if held_out_sets(run):
         asked |= {name for task in tasks if task.soft_labels is not None for name in task.teachers}
     dtypes = {name: rule.choose(name, run.teachers_by_name()[name].scorer.dtype) for name in asked}
-    return [known.teachers[name].head * WIDTHS[dtypes[name]] for name in asked & known.teachers.keys()]
+    widths = {name: WIDTHS[dtype] for name, dtype in dtypes.items()}
+    if rule.accelerator == CPU:  # ranks look into the file (`load_teacher_head`)
+        widths |= known.stored
+    return [known.teachers[name].head * widths[name] for name in asked & known.teachers.keys()]
 
 
 def _waiting_labels(run: Run, known: KnownSizes) -> int:
@@ -188,7 +216,7 @@ def _in_one_process(roles: list[RoleMemory]) -> RoleMemory:
     parts = [
         replace(part, name=f"{part.name} of the {role.role}") if names[part.name] > 1 else part
         for role in roles
-        for part in role.host
+        for part in (*role.host, *role.shared)
         if part.name != "process"
     ]
     base = max(part.num_bytes for role in roles for part in role.host if part.name == "process")

@@ -26,6 +26,7 @@ class RoleMemory:
     processes: int  # that have as much each; of an engine split over devices, one for each
     device: tuple[Part, ...] = ()
     host: tuple[Part, ...] = ()
+    shared: tuple[Part, ...] = ()  # of host memory: once on a machine, however many of the processes it has
     share: float = 1.0  # of a device's memory that the role may take
     place: str = ""  # in the configuration
 
@@ -35,6 +36,7 @@ class RoleMemory:
 
     @property
     def host_bytes(self) -> int:
+        """Of each process, without what is shared."""
         return total(self.host)
 
 

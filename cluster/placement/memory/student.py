@@ -29,9 +29,10 @@ class StudentLoad:
     chunk_rows: int  # of the loss
     rows: int  # of the loss in the largest micro-batch, at most
     micro_batches: int  # of a rank's step, at most
-    teacher_heads: int = 0  # bytes of the heads of teachers whose hidden states come here
+    teacher_heads: int = 0  # bytes of the heads of teachers whose hidden states come here; on a host in their files
     num_heads: int = 1  # of them
     compared_teachers: int = 0  # in training: so many teachers' products of hidden states stand beside the student's
+    states: int = 0  # bytes of the states inside the models that terms compare
     labels: int = 0  # bytes that wait in a rank
     batch_labels: int = 0  # bytes of those of a micro-batch, beside the model
 
@@ -41,8 +42,8 @@ def student_memory(sizes: ModelSizes, body: PassMemory, load: StudentLoad) -> Ro
     share = zero_share(sizes, load.deepspeed, width=load.width, ranks=load.ranks, micro_batches=load.micro_batches)
     chunk, head = loss_bytes(sizes, load)
     moments = {
-        "head": (body.saved, chunk + head, 0),
-        "backward": (body.peak, _held_head(sizes, load), share.gradients),
+        "head": (body.saved + load.states, chunk + head, 0),
+        "backward": (body.peak + load.states, _held_head(sizes, load), share.gradients),
         "optimizer": (0, 0, share.step),
     }
     activations, loss, gradients = max(moments.values(), key=sum)
@@ -53,17 +54,16 @@ def student_memory(sizes: ModelSizes, body: PassMemory, load: StudentLoad) -> Ro
         Part("gradients", gradients),
         Part("activations", activations),
         Part("loss", loss),
-        Part(_of_heads(load), load.teacher_heads, certain=True),
     ]
+    heads = Part(_of_heads(load), load.teacher_heads, certain=True)
     base, waiting = STUDENT_BASE[load.accelerator], Part("labels", load.labels)
     offloaded = _offloaded(share)
     if load.accelerator == GPU:
-        device = (*kept, Part("labels", load.batch_labels), Part("CUDA", device_base(STUDENT)))
+        device = (*kept, heads, Part("labels", load.batch_labels), Part("CUDA", device_base(STUDENT)))
         host = (*offloaded, waiting, Part("process", base))
         return RoleMemory(STUDENT, load.ranks, _some(device), _some(host), place=STUDENT)
-    return RoleMemory(
-        STUDENT, load.ranks, host=_some((*kept, *offloaded, waiting, Part("process", base))), place=STUDENT
-    )
+    host = _some((*kept, *offloaded, waiting, Part("process", base)))
+    return RoleMemory(STUDENT, load.ranks, host=host, shared=_some((heads,)), place=STUDENT)
 
 
 def _of_heads(load: StudentLoad) -> str:

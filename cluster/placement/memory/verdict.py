@@ -9,7 +9,7 @@ from typing import Any, Literal
 from cluster.placement.choices import DtypeRule
 from cluster.placement.hardware import Hardware, gpu_has_bfloat16, gpu_memory_bytes
 from cluster.placement.memory.needs import KnownSizes, memory_needs
-from cluster.placement.memory.parts import MARGIN, RoleMemory, certain
+from cluster.placement.memory.parts import MARGIN, RoleMemory, certain, total
 from cluster.runtime import CPU, GPU, STUDENT
 from configs.engines import Vllm
 from configs.models import LoRA
@@ -28,6 +28,7 @@ class Offer:
     gpu_bytes: int | None = None  # of the largest: where kinds differ, which role gets which is decided later
     host_bytes: int | None = None  # of all machines together, swap included
     fast_bfloat16: bool = False  # of the processors
+    machines: int = 1
     is_here: bool = False  # the machine that looks; where a run is sent it is only used there
 
     @classmethod
@@ -40,6 +41,7 @@ class Offer:
             gpu_bytes=None if None in sizes else max(sizes, default=None),
             host_bytes=sum(node.memory_bytes for node in hardware.nodes) + swap_bytes,
             fast_bfloat16=all(node.cpu_has_amx_bf16 for node in hardware.nodes),
+            machines=len(hardware.nodes),
         )
 
     def rule(self, run: Run) -> DtypeRule:
@@ -63,13 +65,20 @@ def device_fit(role: RoleMemory, offered: int) -> Fit:
     return fit(role.device_bytes, certain(role.device), int(offered * role.share))
 
 
-def host_fit(roles: Sequence[RoleMemory], offered: int) -> Fit:
+def host_fit(roles: Sequence[RoleMemory], offered: int, *, machines: int = 1) -> Fit:
     """Of all processes together."""
-    return fit(host_bytes(roles), sum(certain(role.host) * role.processes for role in roles), offered)
+    return fit(host_bytes(roles, machines=machines), sure_host_bytes(roles, machines=machines), offered)
 
 
-def host_bytes(roles: Sequence[RoleMemory]) -> int:
-    return sum(role.host_bytes * role.processes for role in roles)
+def host_bytes(roles: Sequence[RoleMemory], *, machines: int = 1) -> int:
+    """Of all processes, where they lie on so many machines."""
+    return sum(role.host_bytes * role.processes + total(role.shared) * min(machines, role.processes) for role in roles)
+
+
+def sure_host_bytes(roles: Sequence[RoleMemory], *, machines: int = 1) -> int:
+    """What of it is counted exactly."""
+    found = ((certain(role.host) * role.processes, certain(role.shared), role.processes) for role in roles)
+    return sum(own + shared * min(machines, processes) for own, shared, processes in found)
 
 
 def num_devices(roles: Sequence[RoleMemory]) -> int:

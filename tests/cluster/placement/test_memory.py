@@ -169,6 +169,39 @@ def test_hidden_labels_hold_the_teachers_head_and_its_products_on_the_student() 
     )
 
 
+def test_ranks_without_gpus_share_the_teachers_head_as_it_is_stored() -> None:
+    run = make_run(labels="hidden", student__ranks=4, teacher__scorer={"dtype": "float32"})
+    models = replace(known(SMALL, SMALL), stored={"teacher": 2})
+    roles = memory_needs(run, models, DtypeRule("cpu", False, ""))
+    student = next(role for role in roles if role.role == "student")
+    (head,) = student.shared
+    assert (head.name, head.num_bytes, head.certain) == ("teacher's head", 2 * SMALL.head, True)
+    assert head.name not in {part.name for part in student.host}
+    alone = verdict.host_bytes(roles)
+    assert verdict.host_bytes(roles, machines=2) == alone + head.num_bytes, "once on each machine"
+    assert verdict.host_bytes(roles, machines=9) == alone + 3 * head.num_bytes, "no more machines than ranks"
+    assert verdict.sure_host_bytes(roles, machines=2) == verdict.sure_host_bytes(roles) + head.num_bytes
+
+
+@pytest.mark.parametrize("projector", ["linear", "none"])
+def test_terms_on_states_count_their_projectors_and_the_states(projector: str) -> None:
+    term = {"loss": "features", "distance": "l2", "student_layer": 1, "teacher_layer": 2, "projector": projector}
+    plain, compared = (
+        needs(
+            make_run(labels={"kind": "hidden", "layers": layers}, objective=[{"loss": "forward_kl"}, *more]),
+            student=SMALL,
+            teacher=MIDDLE,
+        )
+        for layers, more in (([], []), ([2], [term]))
+    )
+    parts = [{part.name: part.num_bytes for part in one["student"].device} for one in (plain, compared)]
+    learnt = SMALL.hidden_size * MIDDLE.hidden_size if projector == "linear" else 0
+    assert parts[1]["optimizer"] - parts[0]["optimizer"] == 12 * learnt, "master weights and both moments"
+    assert parts[1]["weights"] - parts[0]["weights"] == 2 * learnt
+    rows = 4096 * 4 * (SMALL.hidden_size + 3 * MIDDLE.hidden_size)
+    assert parts[1]["activations"] - parts[0]["activations"] == rows
+
+
 def test_a_run_in_one_process_has_one_interpreter() -> None:
     run = make_run(runtime="in_process", teacher__scorer={"engine": "hf"})
     (role,) = memory_needs(run, known(SMALL, SMALL), DtypeRule("cpu", False, ""))

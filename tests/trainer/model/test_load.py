@@ -72,7 +72,35 @@ def test_the_head_is_found_in_shards_and_without_the_prefix_of_the_base_model(tm
     bare = tiny_folder(tmp_path / "bare", tied=True)
     tensors = load_file(bare / "model.safetensors")
     save_file({n.removeprefix("model."): t for n, t in tensors.items()}, bare / "model.safetensors", {"format": "pt"})
-    assert torch.equal(_head(bare, dtype=torch.bfloat16).weight, weight.to(torch.bfloat16))
+    hidden = torch.randn(3, weight.shape[1], dtype=torch.bfloat16)
+    expected = torch.nn.functional.linear(hidden, weight.to(torch.bfloat16))
+    torch.testing.assert_close(_head(bare, dtype=torch.bfloat16).product(hidden), expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what lies where")
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_of_a_machine_share_the_head_in_the_file(stored: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Whatever the teacher computes in: memory of a file is one for all processes."""
+    folder = tiny_folder(tmp_path, tied=False)
+    tensors = {name: tensor.to(stored) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    head = _head(folder, dtype=dtype)
+    assert "model.safetensors" in _mapping_of(head.weight)
+    hidden = torch.randn(5, head.weight.shape[1])
+    weight = tensors["lm_head.weight"][:VOCABULARY]
+    expected = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype))
+    torch.testing.assert_close(head.product(hidden), expected, rtol=1e-5, atol=1e-5)
+    assert head.product(hidden).dtype is dtype
+
+
+def _mapping_of(tensor: torch.Tensor) -> str:
+    """The line of this process's memory map that a tensor lies in."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, stop = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < stop:
+            return line
+    raise AssertionError("a tensor lies nowhere")
 
 
 def test_the_head_is_found_under_the_name_that_checkpoints_have_for_it(tmp_path: Path) -> None:
