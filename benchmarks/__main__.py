@@ -168,16 +168,31 @@ def losses(
     vocabulary: Annotated[int, typer.Option("--vocabulary", min=2, help="Ids.")] = 49152,
     width: Annotated[int, typer.Option("--width", min=1, help="Of hidden states.")] = 576,
     labels: Annotated[list[str] | None, typer.Option("--labels", help="Kinds; several; all if none.")] = None,
+    loss: Annotated[list[str] | None, typer.Option("--loss", help="Divergences; several; all if none.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",
     rounds: Rounds = 3,
     out: Out = None,
 ) -> None:
-    """CPU time and peak memory of the loss with its gradients, every divergence with every encoding, in turns."""
+    """CPU time and peak memory of the loss with its gradients, every divergence with every encoding, in turns with the
+    plain formula and Liger's chunked loss."""
     from rich.console import Console
 
+    from benchmarks.cells import divergences, encodings
     from benchmarks.losses import LossPlan
     from benchmarks.losses import losses as measure
 
-    result = measure(LossPlan(rows, vocabulary, width, rounds, tuple(labels or ())), note=_note)
+    if dtype not in ("float32", "bfloat16"):
+        raise typer.BadParameter(f"{dtype!r} is neither float32 nor bfloat16", param_hint="--dtype")
+    known = {"labels": {one.kind for one in encodings()}, "loss": {one.loss for one in divergences()}}
+    for option, given in (("labels", labels), ("loss", loss)):
+        if unknown := set(given or ()) - known[option]:
+            text = f"{min(unknown)!r} is none of {', '.join(sorted(known[option]))}"
+            raise typer.BadParameter(text, param_hint=f"--{option}")
+    kinds, chosen = tuple(labels or ()), tuple(loss or ())
+    if chosen and "forward_kl" not in chosen:
+        chosen = ("forward_kl", *chosen)  # what the others are compared with
+    plan = LossPlan(rows, vocabulary, width, rounds, kinds, losses=chosen, dtype=dtype)
+    result = measure(plan, note=_note)
     Console(width=max(Console().width, 100)).print(result.table())
     write_numbers(out, result.to_json())
 

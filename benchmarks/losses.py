@@ -1,4 +1,5 @@
-"""CPU time and memory of the loss of one micro-batch, by encoding and divergence, beside the formula as it is written.
+"""CPU time and memory of the loss of one micro-batch, by encoding and divergence, beside the formula as it is written
+and Liger's chunked loss (arXiv 2410.10989), where the package liger-kernel is installed.
 
 All sides take their turn in every round, on the same rows; ratios are of times within one round, since a machine that
 others use changes its speed from second to second.
@@ -26,7 +27,9 @@ from trainer.losses.objective import Objective
 from trainer.model.head import Head, HeadShape
 
 NAIVE = "naive"
-"""forward_kl by log_softmax, kl_div and autograd over [rows, vocabulary], the teacher's logits given."""
+"""forward_kl by log_softmax, kl_div and autograd over [rows, vocabulary], from the teacher's hidden states."""
+LIGER = "liger"
+"""Its jsd and, at beta = 0, forward_kl from the teacher's hidden states, uncompiled, in its own chunks of 1024 rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class LossPlan:
     rounds: int
     kinds: tuple[str, ...]  # of labels; empty: all
     chunk_rows: int = 512
+    losses: tuple[str, ...] = ()  # empty: all
+    dtype: str = "float32"  # of hidden states and heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,7 @@ class Turn:
     loss: str
     round: int
     cpu_s: float
-    peak_bytes: int  # beyond what lay there before, gradients included
+    peak_bytes: int  # beyond what lay there before, and beyond the gradients that are left
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,38 +83,45 @@ class LossResult:
                 "to_forward_kl": self.ratio(kind, loss, (kind, "forward_kl")),
                 "to_naive": self.ratio(kind, loss, (NAIVE, "forward_kl")),
                 "peak_bytes": self.peak(kind, loss),
+                "peak_to_naive": self.peak(kind, loss) / max(1, self.peak(NAIVE, "forward_kl")),
             }
             for kind, loss in self.sides
         ]
 
     def to_json(self) -> dict[str, Any]:
-        plan = {name: getattr(self.plan, name) for name in ("rows", "vocabulary", "width", "rounds", "chunk_rows")}
-        return {**plan, "threads": torch.get_num_threads(), "sides": self.numbers()}
+        names = ("rows", "vocabulary", "width", "rounds", "chunk_rows", "dtype")
+        return {
+            **{name: getattr(self.plan, name) for name in names},
+            "threads": torch.get_num_threads(),
+            "sides": self.numbers(),
+        }
 
     def table(self) -> Table:
-        shape = f"{self.plan.rows} rows, V = {self.plan.vocabulary}, H = {self.plan.width}"
-        table = Table("labels", "loss", "CPU s", "x forward_kl", "x naive", "peak MB", title=shape)
+        shape = f"{self.plan.rows} rows, V = {self.plan.vocabulary}, H = {self.plan.width}, {self.plan.dtype}"
+        table = Table("labels", "loss", "CPU s", "x forward_kl", "x naive", "peak MB", "x naive", title=shape)
         for one in self.numbers():
             ratios = [f"{one[name]:.2f}" for name in ("cpu_s", "to_forward_kl", "to_naive")]
-            table.add_row(one["labels"], one["loss"], *ratios, f"{one['peak_bytes'] / 1e6:.0f}")
+            peak = f"{one['peak_bytes'] / 1e6:.0f}", f"{one['peak_to_naive']:.2f}"
+            table.add_row(one["labels"], one["loss"], *ratios, *peak)
         return table
 
 
 def losses(plan: LossPlan, *, note: Callable[[str], None]) -> LossResult:
     """All sides in turns, after a round that is not counted."""
-    batch = _Batch.of(plan)
-    sides = {(NAIVE, "forward_kl"): batch.naive}
+    batch = Batch.of(plan)
+    sides = {(NAIVE, "forward_kl"): batch.naive} | batch.liger(note)
     for labels in encodings():
         if not plan.kinds or labels.kind in plan.kinds:
             columns = batch.labels(labels)
             for term in divergences():
-                if allowed(term, labels):
+                if allowed(term, labels) and term.loss in (plan.losses or (term.loss,)):
                     sides[labels.kind, term.loss] = batch.side(labels, term, columns)
     turns = []
     for number in range(-1, plan.rounds):
         for (kind, loss), run in sides.items():
             batch.student.grad = batch.weight.grad = None
             cpu_s, peak = _measured(run)
+            peak -= sum(leaf.grad.nbytes for leaf in (batch.student, batch.weight) if leaf.grad is not None)
             if number >= 0:
                 turns.append(Turn(kind, loss, number, cpu_s, peak))
         note(f"round {number + 1} of {plan.rounds}" if number >= 0 else "warmed up")
@@ -117,7 +129,7 @@ def losses(plan: LossPlan, *, note: Callable[[str], None]) -> LossResult:
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
+class Batch:
     """Hidden states and heads of made-up models: a teacher and a student near it."""
 
     plan: LossPlan
@@ -128,14 +140,15 @@ class _Batch:
     target_ids: torch.Tensor
 
     @classmethod
-    def of(cls, plan: LossPlan) -> _Batch:
-        g = torch.Generator().manual_seed(0)
+    def of(cls, plan: LossPlan) -> Batch:
+        g, dtype = torch.Generator().manual_seed(0), getattr(torch, plan.dtype)
         teacher = torch.randn(plan.rows, plan.width, generator=g)
         weight = torch.randn(plan.vocabulary, plan.width, generator=g) * (3 / plan.width**0.5)
-        student = (teacher + 0.3 * torch.randn(plan.rows, plan.width, generator=g)).requires_grad_()
+        student = teacher + 0.3 * torch.randn(plan.rows, plan.width, generator=g)
+        student, weight, teacher = (made.to(dtype) for made in (student, weight, teacher))
         target_ids = torch.randint(plan.vocabulary, (plan.rows,), generator=g)
         head = Head(weight.clone(), None, HeadShape(), plan.vocabulary)
-        return cls(plan, student, weight.requires_grad_(), teacher, head, target_ids)
+        return cls(plan, student.requires_grad_(), weight.requires_grad_(), teacher, head, target_ids)
 
     def labels(self, labels: Labels) -> dict[str, torch.Tensor]:
         encoding, chunks, made = load_encoding(labels), self.plan.chunk_rows, []
@@ -165,10 +178,24 @@ class _Batch:
         )
 
     def naive(self) -> torch.Tensor:
-        student = functional.linear(self.student, self.weight).log_softmax(-1)
+        student = functional.linear(self.student, self.weight).float().log_softmax(-1)
         with torch.no_grad():
-            teacher = functional.linear(self.teacher, self.head.weight).log_softmax(-1)
+            teacher = functional.linear(self.teacher, self.head.weight).float().log_softmax(-1)
         return functional.kl_div(student, teacher, log_target=True, reduction="sum") / self.plan.rows
+
+    def liger(self, note: Callable[[str], None]) -> dict[tuple[str, str], Callable[[], torch.Tensor]]:
+        """Its sides; none where it is not installed."""
+        try:
+            from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+        except ImportError:
+            note("without Liger's chunked loss: pip install --no-deps liger-kernel")
+            return {}
+
+        def side(beta: float) -> Callable[[], torch.Tensor]:
+            loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=False)
+            return lambda: loss(self.student, self.weight, self.teacher, self.head.weight, self.target_ids)
+
+        return {(LIGER, loss): side(beta) for loss, beta in (("forward_kl", 0.0), ("jsd", 0.5))}
 
 
 def _measured(run: Callable[[], torch.Tensor]) -> tuple[float, int]:

@@ -11,18 +11,40 @@ import torch
 
 from benchmarks.cells import allowed, divergences, encodings
 from benchmarks.exactness import ExactnessPlan, exactness, read_rows
-from benchmarks.losses import NAIVE, LossPlan, LossResult, Turn, losses
+from benchmarks.losses import LIGER, NAIVE, Batch, LossPlan, LossResult, Turn, losses
+from configs.labels import LABELS
 
 
 def test_losses_go_through_all_cells_in_turns_and_compare_within_a_round() -> None:
     notes: list[str] = []
     result = losses(LossPlan(rows=10, vocabulary=150, width=8, rounds=2, kinds=(), chunk_rows=4), note=notes.append)
     cells = {(labels.kind, term.loss) for labels in encodings() for term in divergences() if allowed(term, labels)}
-    assert set(result.sides) == cells | {(NAIVE, "forward_kl")}
+    assert {side for side in result.sides if side[0] != LIGER} == cells | {(NAIVE, "forward_kl")}
     order = [(turn.kind, turn.loss) for turn in result.turns if turn.round == 0]
     assert order == [(turn.kind, turn.loss) for turn in result.turns if turn.round == 1] == list(result.sides)
-    assert notes == ["warmed up", "round 1 of 2", "round 2 of 2"]
+    assert notes[-3:] == ["warmed up", "round 1 of 2", "round 2 of 2"]
     assert result.table().row_count == len(result.sides)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_sides_from_hidden_states_compute_the_same_losses(dtype: str) -> None:
+    batch = Batch.of(LossPlan(rows=10, vocabulary=150, width=8, rounds=1, kinds=("hidden",), chunk_rows=4, dtype=dtype))
+    labels, tolerance = LABELS.validate("hidden"), 1e-5 if dtype == "float32" else 0.02
+    columns = batch.labels(labels)
+    ours = {term.loss: batch.side(labels, term, columns)().item() for term in divergences()}
+    assert batch.naive().item() == pytest.approx(ours["forward_kl"], rel=tolerance)
+    theirs = batch.liger(lambda text: None) if dtype == "float32" else {}  # in bfloat16 it has bfloat16 log-softmaxes
+    for (_, loss), side in theirs.items():
+        assert side().item() == pytest.approx(ours[loss], rel=tolerance)
+
+
+def test_only_the_divergences_that_were_named_take_a_turn() -> None:
+    plan = LossPlan(10, 150, 8, 1, ("topk", "hidden"), chunk_rows=4, losses=("forward_kl", "jsd"))
+    sides = losses(plan, note=lambda text: None).sides
+    assert {side for side in sides if side[0] != LIGER} == {
+        (NAIVE, "forward_kl"),
+        *((kind, loss) for kind in ("topk", "hidden") for loss in ("forward_kl", "jsd")),
+    }
 
 
 def test_ratios_are_medians_of_those_of_each_round() -> None:
