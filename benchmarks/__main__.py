@@ -67,6 +67,7 @@ def distil(
     rounds: Rounds = 3,
     sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences of a step.")] = 8,
     depth: Annotated[int, typer.Option("--depth", min=0, help="Steps the teacher may be ahead.")] = 2,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of all models: auto, float32 or bfloat16.")] = "auto",
     out: Out = None,
 ) -> None:
     """CPU time per token of the whole pipeline, in turns with the plain recipe (transformers, one process), and the
@@ -82,12 +83,14 @@ def distil(
 
     if unknown := set(labels or ()) - {*LABELS}:
         raise typer.BadParameter(f"{min(unknown)!r} is none of {', '.join(LABELS)}", param_hint="--labels")
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise typer.BadParameter(f"{dtype!r} is none of auto, float32, bfloat16", param_hint="--dtype")
     plan = DistilPlan(
         teacher=teacher,
         labels=tuple(labels or LABELS),
         steps=steps,
         rounds=rounds,
-        workload=Workload(sequences_per_step=sequences, depth=depth),
+        workload=Workload(sequences_per_step=sequences, depth=depth, scorer_dtype=dtype, student_dtype=dtype),
     )
     with _work_folder() as work:
         result = measure(plan, work, note=_note)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.distil_result import DistilResult
-from benchmarks.floor import STUDENT_ALLOCATOR, Floor, FloorSetup, Shapes
+from benchmarks.floor import Floor, FloorSetup, Shapes
 from benchmarks.pipeline import Daemons, Pipeline, Segment
 from benchmarks.plain import TUNED_ALLOCATOR, PlainAnswer, PlainSetup, PlainSteps, Text
 from benchmarks.worker import Worker
@@ -137,7 +137,7 @@ async def _floor_worker(
         tokens=-(-tokens // 32) * 32,
         chunk_rows=pipeline.run.student.loss_chunk_rows,
     )
-    environment = {"OMP_NUM_THREADS": "1", **STUDENT_ALLOCATOR}
+    environment = {"OMP_NUM_THREADS": "1", **TUNED_ALLOCATOR}
     worker = await Worker.start("benchmarks.floor", setup, environment=environment, log=work / "floor.log")
     stack.push_async_callback(worker.close)
     return worker

@@ -6,8 +6,9 @@
     optimizer  the bytes of AdamW: weight, gradient and two moments read, all but the gradient written
 
 A side's multiple of it says how near it is to what the processor can do, whatever the processor. Attention, norms,
-embeddings and activations are left out, so that nothing reaches 1. Measured in a process of its own, in turns with the
-sides, on one thread with the allocator of a student.
+embeddings and activations are left out, so that nothing reaches 1. So are copies into another layout and clearing the
+pages of a result: matrices lie as the library likes them, and memory is kept. Measured in a process of its own, in
+turns with the sides, on one thread.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from trainer.model.fast.product import MULTIPLY
 
 TURNS = 3  # the first only warms up
 ADAMW_TENSORS = 7  # of float32, read or written for each weight
-STUDENT_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "16777216", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,8 @@ def prepare(setup: FloorSetup) -> Callable[[None], Floor]:
     def product(n: int, m: int, k: int, layout: str) -> float:
         x, w, d = (torch.full(shape, 0.5, dtype=dtype) for shape in ((n, k), (m, k), (n, m)))
         a, b = {"nt": (x, w), "nn": (d, w.t()), "tn": (d.t(), x.t())}[layout]
-        return min(_seconds(lambda one=one: one(a, b)) for one in multiply.values())
+        laid = [(a, b)] if a.is_contiguous() and b.is_contiguous() else [(a, b), (a.contiguous(), b.contiguous())]
+        return min(_seconds(lambda one=one, pair=pair: one(*pair)) for one in multiply.values() for pair in laid)
 
     def body(shapes: Shapes, *layouts: str) -> float:
         spent = {(m, k): sum(product(setup.tokens, m, k, one) for one in layouts) for m, k, _ in shapes.layers}

@@ -44,6 +44,7 @@ class Workload:
     seed: int = 0
     scorer_engine: str = "vllm"
     scorer_dtype: str = "auto"
+    student_dtype: str = "auto"
 
 
 def make_student(teacher: Path, folder: Path, *, seed: int) -> None:
@@ -119,7 +120,7 @@ def make_run(
         "folder": folder,
         "seed": workload.seed,
         "teacher": {"model": {"path": str(teacher)}, "scorer": scorer},
-        "student": {"model": {"path": str(student)}},
+        "student": {"model": {"path": str(student)}, "dtype": workload.student_dtype},
         "prompts": {"path": str(rows)},
         "data": {"max_length": workload.max_tokens + 32, "on_too_long": "truncate"},
         "answers": "dataset",
