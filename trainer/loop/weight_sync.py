@@ -32,8 +32,9 @@ PROBE_TEXT = (
 )
 """Prose, numbers and code, so that no model finds all of it improbable: rounding grows with the size of a logit."""
 
-MAX_GAP = {"float32": 0.005, "bfloat16": 0.15}
-"""Nats, by the coarser of both dtypes."""
+MAX_GAP = {"float32": 0.005, "bfloat16": 0.3}
+"""Nats, by the coarser of both dtypes. In bfloat16 0.06 to 0.11 were measured, of SmolLM2-135M with 20 of its 30 layers
+before and while it learns (docs/on-policy.md)."""
 
 
 @dataclass(frozen=True, slots=True)
