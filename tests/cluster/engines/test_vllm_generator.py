@@ -28,8 +28,9 @@ def test_an_answer_that_ends_for_another_reason_is_aborted(tiny_teacher: Path, s
     plan = engine_plan(Engine(), tiny_teacher, role="generator", prefix="big")
     generator = VllmGenerator(plan, SimpleNamespace(padded_vocabulary_size=plan.vocabulary_size))
     output = SimpleNamespace(token_ids=[5, 6], logprobs=SimpleNamespace(logprobs=[-0.5, -1.5]), finish_reason=said)
-    completion = generator._completion(output)
+    completion = generator._completion(output, "7")
     assert (completion.finish_reason, completion.author) == (reason, "teacher:big")
+    assert completion.versions == ((0, "7"),)
     assert completion.logprobs.tolist() == [-0.5, -1.5]
     assert (completion.token_ids.dtype, completion.logprobs.dtype) == (np.int32, np.float32)
 
