@@ -54,7 +54,7 @@ def test_labels_are_made_without_a_student_and_then_trained_without_a_teacher(tm
     store = tmp_path / "labels"
     config = tiny_run(tmp_path, IN_ONE_PROCESS | {"store": {"path": str(store)}})
     full = said("label", str(config), *ONLY, "--set", "store.max_bytes=1000", "--skip-self-test", code=4)
-    assert re.search(r"30 of 30 sequences have no labels in .* of store.max_bytes 0 MB, .* raise store.max_bytes", full)
+    assert re.search(r"30 of 30 sequences have no labels in .* of store.max_bytes 1 kB, .* raise store.max_bytes", full)
     assert "30 sequences: 0 had labels, 30 got them" in said("label", str(config), *ONLY)
     assert not (tmp_path / "run").exists()
     file = damage(store)
