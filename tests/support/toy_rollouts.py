@@ -17,8 +17,9 @@ from configs.labels import LABELS
 from configs.losses import LOSSES, Term
 from trainer.labels.encoding import load_encoding
 from trainer.losses.objective import Objective
-from trainer.losses.returns import WRITTEN, token_rewards
+from trainer.losses.returns import token_rewards
 from trainer.model.head import Head, HeadShape
+from trainer.types import WRITTEN
 
 V, LONGEST, END = 4, 3, 3
 BEGINNINGS = [text for n in range(LONGEST) for text in itertools.product(range(END), repeat=n)]

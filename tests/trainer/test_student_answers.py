@@ -7,10 +7,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from trainer.answers.student import LOGPROBS, AnswerSource
+from trainer.answers.student import AnswerSource
 from trainer.errors import DataError
 from trainer.protocols import Author
-from trainer.types import AnswerCounters, Completion, GenerationRequest, Prompt
+from trainer.types import WRITTEN, AnswerCounters, Completion, GenerationRequest, Prompt
 
 END = 2
 
@@ -51,8 +51,8 @@ def test_each_row_of_an_answer_has_the_logprob_of_the_token_that_it_predicts() -
     (sequence,) = collected.sequences
     assert sequence.token_ids.tolist() == [1, 5, 7, 8, END]
     assert sequence.loss_mask.tolist() == [False, True, True, True, False]
-    assert sequence.columns[LOGPROBS].tolist() == [0.0, -0.5, -1.5, -2.5, 0.0]
-    assert sequence.columns[LOGPROBS].dtype == np.float32
+    assert sequence.columns[WRITTEN].tolist() == [0.0, -0.5, -1.5, -2.5, 0.0]
+    assert sequence.columns[WRITTEN].dtype == np.float32
     assert (sequence.author, sequence.version, sequence.weight) == ("student", "4", 2.0)
     assert collected.numbers["rollout/staleness_max"] == 0
     assert student.asked[0].sampling.temperature == student.asked[0].sampling.top_p == 1.0

@@ -17,6 +17,7 @@ from configs.answers import StudentAnswers
 from trainer.errors import DataError
 from trainer.protocols import AnswerCollector, Author, OnPolicy
 from trainer.types import (
+    WRITTEN,
     AnswerCounters,
     Collected,
     Completion,
@@ -28,9 +29,6 @@ from trainer.types import (
 
 MIN_JUDGED = 20
 """Answers before their quality is judged."""
-
-LOGPROBS = "rollout_logprobs"
-"""The column of what each token was drawn with: row i is the log-probability of token i + 1, 0 at rows without loss."""
 
 
 class AnswerSource(StudentAnswers):
@@ -140,5 +138,5 @@ def answered_by_student(prompt: Prompt, completion: Completion, *, sample: int) 
         teacher_weights=prompt.teacher_weights,
         weight=prompt.weight,
         version=completion.versions[0][1],
-        columns={LOGPROBS: logprobs},
+        columns={WRITTEN: logprobs},
     )

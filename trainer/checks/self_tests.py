@@ -20,7 +20,6 @@ from trainer.losses.compiled import CompiledRows
 from trainer.losses.ensemble import WEIGHT, Together, target_logprobs
 from trainer.losses.fused import LossPart, head_loss
 from trainer.losses.objective import Objective
-from trainer.losses.returns import WRITTEN
 from trainer.losses.terms import SequenceScores
 from trainer.model.attention import REFERENCE, border_arguments
 from trainer.model.attention_choice import lengths_to_cross
@@ -28,6 +27,7 @@ from trainer.model.collectives import all_gather_objects, all_reduce
 from trainer.model.head import Head, HeadShape
 from trainer.model.load import StudentModule
 from trainer.protocols import SelfTestResult
+from trainer.types import WRITTEN
 
 LENGTHS = (37, 24)  # of the packed sequences, a long one between them where there is a length to cross
 LONGEST = 8192 + 32

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from trainer.errors import DataError
-from trainer.losses.returns import REWARDS, WRITTEN
-from trainer.types import Sequence
+from trainer.losses.returns import REWARDS
+from trainer.types import WRITTEN, Sequence
 
 
 def check_rollouts(sequences: Iterable[Sequence], learns_rewards: Mapping[str, bool]) -> None:

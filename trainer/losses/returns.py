@@ -21,13 +21,12 @@ import torch
 
 from configs.losses import MiniLlm, PolicyGradient
 from trainer.losses.terms import RolloutRows
+from trainer.types import WRITTEN
 
 if TYPE_CHECKING:
     from configs.losses import Term
     from trainer.types import PairedLogProbs
 
-WRITTEN = "rollout_logprobs"
-"""The column of sequences that the student wrote: what the engine drew each token with."""
 REWARDS = "rewards"
 """A column of rewards of single tokens, beside or instead of the answer's own."""
 FUTURE, GIVEN, SCALE, REWARD = "future", "given", "scale", "reward"

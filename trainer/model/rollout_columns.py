@@ -14,9 +14,9 @@ from trainer.loop.packing import to_device
 from trainer.losses.ensemble import target_logprobs
 from trainer.losses.fused import LossPart
 from trainer.losses.objective import Objective
-from trainer.losses.returns import REWARDS, WRITTEN, AnswerNumbers, Returns, Scope, scopes_of, token_rewards
+from trainer.losses.returns import REWARDS, AnswerNumbers, Returns, Scope, scopes_of, token_rewards
 from trainer.model.collectives import all_gather_objects
-from trainer.types import BatchPart, TokenBatch
+from trainer.types import WRITTEN, BatchPart, TokenBatch
 
 Columns = Mapping[str, torch.Tensor]
 PartOf = Callable[[BatchPart], LossPart]

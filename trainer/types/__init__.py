@@ -50,6 +50,7 @@ from trainer.types.steps import (
     Trained,
 )
 from trainer.types.texts import (
+    WRITTEN,
     Collected,
     Coverage,
     Prompt,
@@ -68,6 +69,7 @@ from trainer.types.weights import (
 )
 
 __all__ = [
+    "WRITTEN",
     "AnswerCounters",
     "BatchPart",
     "BlockRef",

@@ -11,6 +11,10 @@ from configs.section import MAIN
 from trainer.types.cursor import AnswerCounters
 from trainer.types.generation import sequence_id
 
+WRITTEN = "rollout_logprobs"
+"""The column of a sequence with what its author drew each token with: row i is the log-probability of token i + 1, 0 at
+rows without loss."""
+
 
 @dataclass(frozen=True, slots=True)
 class Coverage:

@@ -15,8 +15,8 @@ from trainer.labels.encoding import load_encoding
 from trainer.losses.compiled import CompiledRows
 from trainer.losses.fused import LossPart, head_loss
 from trainer.losses.objective import Objective
-from trainer.losses.returns import WRITTEN
 from trainer.model.head import Head, HeadShape
+from trainer.types import WRITTEN
 
 CELLS = [
     ("policy_gradient", "token", {"discount": 0.7}),
